@@ -1,0 +1,43 @@
+"""Prompt distillation: a long prompt becomes a dataset, the dataset a model without the prompt."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill_datasets.errors import DistillError as DistillError
+    from distill_datasets.generation import generate as generate
+    from distill_datasets.recipe import Recipe as Recipe
+    from distill_datasets.recipe import load_recipe as load_recipe
+    from distill_datasets.release import publish as publish
+    from distill_datasets.report import measure as measure
+    from distill_datasets.sampler import Echo as Echo
+    from distill_datasets.sampler import Sampler as Sampler
+    from distill_datasets.sampler import Sampling as Sampling
+    from distill_datasets.samplers import open_sampler as open_sampler
+    from distill_datasets.training import TrainSettings as TrainSettings
+    from distill_datasets.training import train as train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DistillError": "errors",
+    "Echo": "sampler",
+    "Recipe": "recipe",
+    "Sampler": "sampler",
+    "Sampling": "sampler",
+    "TrainSettings": "training",
+    "generate": "generation",
+    "load_recipe": "recipe",
+    "measure": "report",
+    "open_sampler": "samplers",
+    "publish": "release",
+    "train": "training",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used: `import distill_datasets` costs milliseconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

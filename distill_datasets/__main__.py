@@ -1,0 +1,7 @@
+"""`python -m distill_datasets` is `distill-datasets`."""
+
+import sys
+
+from distill_datasets.cli import main
+
+sys.exit(main())

@@ -1,0 +1,56 @@
+"""Everything this package raises on purpose.
+
+    DistillError
+    ├── RecipeError (ValueError)         a recipe, prompt or query source is wrong
+    ├── DatasetError (ValueError)        a dataset lacks what its reader needs
+    ├── ModelError (ValueError)          a model reference names nothing that can answer
+    │   └── AccessError (PermissionError)   a key is missing, refused or out of credit
+    ├── VersionError (FileExistsError)   a version is taken by other content
+    ├── OutputError (OSError)            an output folder can't be written
+    ├── ServiceError (ConnectionError)   a server is gone or broke its protocol
+    └── GenerationError (RuntimeError)   rows fail alike: going on would only cost money
+
+`except DistillError` catches all of them; each also refines the standard exception in brackets.
+"""
+
+
+class DistillError(Exception):
+    """Base of the errors that this package raises; the message says what to do."""
+
+    exit_code = 2
+
+
+class RecipeError(DistillError, ValueError):
+    """A recipe, its prompt or its queries can't be used as written."""
+
+
+class DatasetError(DistillError, ValueError):
+    """A dataset lacks the columns, splits or rows that its reader needs."""
+
+
+class ModelError(DistillError, ValueError):
+    """A model reference names nothing that can answer or be trained."""
+
+
+class AccessError(ModelError, PermissionError):
+    """A model exists behind a key that is missing, refused or out of credit."""
+
+
+class VersionError(DistillError, FileExistsError):
+    """A version is already published with other content."""
+
+
+class OutputError(DistillError, OSError):
+    """An output folder can't be written: read-only, full, or not a folder."""
+
+
+class ServiceError(DistillError, ConnectionError):
+    """A server can't be reached, ended, or answered outside its protocol."""
+
+    exit_code = 1
+
+
+class GenerationError(DistillError, RuntimeError):
+    """The first rows all failed alike; paid answers are in the journal."""
+
+    exit_code = 1

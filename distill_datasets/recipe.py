@@ -1,0 +1,335 @@
+"""A recipe: what to ask, of whom, and how to read the answer. Data, not code."""
+
+import re
+import shutil
+from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import cache, cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from jinja2 import StrictUndefined, Template, TemplateError, meta
+from jinja2.sandbox import SandboxedEnvironment
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from distill_datasets import resources
+from distill_datasets.errors import RecipeError
+from distill_datasets.parsing import Reader
+from distill_datasets.sampler import Message, Sampling, digest
+
+_JINJA = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
+_METRICS = ("accuracy", "macro_f1", "answered", "agreement")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Queries(_Section):
+    """Where the queries are: exactly one of `file`, `hub`, `path`, `package`.
+
+    `file` lies in the recipe's folder; `hub` is a dataset id and needs a `revision` (a commit or
+    a tag); `path` is anything `datasets` reads; `package` is an installed package and `member` a
+    file in it. `sidecar` is a file in the recipe's folder whose columns are joined by position.
+    `sha256` pins a file's content.
+    """
+
+    file: str | None = None
+    hub: str | None = None
+    path: str | None = None
+    package: str | None = None
+    member: str | None = None
+    revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+    sidecar: str | None = None
+    sha256: str | None = None
+    query: str | None = None
+    group: str | None = None
+    reference: str | None = None
+    forced_split: str | None = None
+    rows: tuple[int, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        named = [key for key in ("file", "hub", "path", "package") if getattr(self, key)]
+        if len(named) != 1:
+            raise ValueError(f"name exactly one of file, hub, path, package; found {named}")
+        if self.hub and not self.revision:
+            raise ValueError("a hub source needs a revision: a commit or a tag")
+        if bool(self.package) != bool(self.member):
+            raise ValueError("package and member go together")
+        return self
+
+
+class AnswerFormat(_Section):
+    """How to read the teacher's text: a regular expression with a group `answer`, and choices."""
+
+    pattern: str | None = None
+    choices: tuple[str, ...] = ()
+
+    @field_validator("pattern")
+    @classmethod
+    def _has_group(cls, pattern: str | None) -> str | None:
+        if pattern is None:
+            return None
+        try:
+            groups = re.compile(pattern).groupindex
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        if "answer" not in groups:
+            raise ValueError(f"expected a group (?P<answer>…), found {sorted(groups)}")
+        return pattern
+
+
+class Split(_Section):
+    """Shares of train, validation and test; rows of one group never straddle two of them.
+
+    `same_rows` puts every row into both train and test: for tutorials, never for a result.
+    """
+
+    train: Annotated[float, Field(ge=0, le=1)] = 0.7
+    validation: Annotated[float, Field(ge=0, le=1)] = 0.15
+    test: Annotated[float, Field(ge=0, le=1)] = 0.15
+    same_rows: bool = False
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        total = self.train + self.validation + self.test
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"the shares must add up to 1, found {total:g}")
+        return self
+
+    def of(self, group: str) -> str:
+        """The split of a group, by its hash: adding queries never moves a row."""
+        place = int(sha256(group.encode()).hexdigest()[:15], 16) / 16**15
+        if place < self.train:
+            return "train"
+        return "validation" if place < self.train + self.validation else "test"
+
+
+class SamplingSection(_Section):
+    """The teacher's sampling; see `distill_datasets.sampler.Sampling`."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    max_tokens: Annotated[int, Field(ge=1)] = 512
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: int = -1
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    n: Annotated[int, Field(ge=1)] = 1
+
+
+class Recipe(_Section):
+    """What `recipe.yaml` and `prompt.md` say, validated.
+
+    `response` is the Jinja template of what the student shall say, over `answer` (as read) and
+    `text` (as sampled). `folder` is where the recipe lies; `prompt` is the text of `prompt.md`.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str
+    teacher: str
+    queries: Queries
+    answer: AnswerFormat = AnswerFormat()
+    response: str = "{{ answer }}"
+    sampling: SamplingSection = SamplingSection()
+    split: Split = Split()
+    renderer: str | None = None
+    license: str | None = None
+    attribution: str | None = None
+    languages: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = _METRICS
+    prompt: str = Field(default="", exclude=True)
+    folder: Path = Field(default=Path(), exclude=True)
+
+    @model_validator(mode="after")
+    def _templates(self) -> Self:
+        _check_template(self.prompt, {"query"}, "prompt.md")
+        _check_template(self.response, {"answer", "text"}, "response")
+        if not self.prompt.strip():
+            raise ValueError("prompt.md is empty")
+        return self
+
+    @cached_property
+    def asks_in_one_message(self) -> bool:
+        """Whether the prompt holds the query: then it is one user message, else the system's."""
+        return "query" in meta.find_undeclared_variables(_JINJA.parse(self.prompt))
+
+    def messages(self, query: str) -> list[Message]:
+        """What the teacher sees."""
+        if self.asks_in_one_message:
+            return [{"role": "user", "content": _compiled(self.prompt).render(query=query)}]
+        system: Message = {"role": "system", "content": self._system_text}
+        return [system, *self.student_messages(query)]
+
+    @cached_property
+    def _system_text(self) -> str:
+        return _compiled(self.prompt).render()
+
+    @staticmethod
+    def student_messages(query: str) -> list[Message]:
+        """What the student and the base see: the query, and no prompt."""
+        return [{"role": "user", "content": query}]
+
+    def write_response(self, text: str, answer: str) -> str:
+        """What the student shall say for a teacher's `text` read as `answer`."""
+        return _compiled(self.response).render(text=text.strip(), answer=answer)
+
+    @property
+    def teacher_reader(self) -> Reader:
+        """Reads the teacher's text."""
+        return Reader(self.answer.pattern, self.answer.choices)
+
+    @property
+    def student_reader(self) -> Reader:
+        """Reads what was trained on `write_response`: the whole text must have that form."""
+        if "text" in meta.find_undeclared_variables(_JINJA.parse(self.response)):
+            return self.teacher_reader
+        mark = "\x00"
+        form = re.escape(self.write_response(mark, mark))
+        first, *rest = form.split(re.escape(mark))
+        pattern = first + "(?P<answer>.+?)" + "(?P=answer)".join(rest)
+        return Reader(rf"(?s)\A\s*{pattern}\s*\Z", self.answer.choices)
+
+    @property
+    def sampling_parameters(self) -> Sampling:
+        """The teacher's sampling as the protocol takes it."""
+        return Sampling(**self.sampling.model_dump())
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes with whatever changes a row; not with descriptions, licences or folders."""
+        fields = self.model_dump(mode="json", include=set(_DIGESTED))
+        files = {name: _file_digest(self.folder / name) for name in self.attachments}
+        return digest({**fields, "prompt": self.prompt, "files": files})
+
+    @property
+    def attachments(self) -> tuple[str, ...]:
+        """The query files that lie in the recipe's folder."""
+        return tuple(name for name in (self.queries.file, self.queries.sidecar) if name)
+
+    def dump(self, folder: Path) -> None:
+        """Write the recipe so that `load_recipe(folder)` reads it back with the same digest."""
+        folder.mkdir(parents=True, exist_ok=True)
+        fields = self.model_dump(mode="json", exclude_defaults=True)
+        text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
+        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        (folder / "prompt.md").write_text(self.prompt + "\n", encoding="utf-8")
+        for name in self.attachments:
+            if (self.folder / name).resolve() != (folder / name).resolve():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.folder / name, folder / name)
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """The recipe with some fields changed, validated again."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return Recipe(**{**fields, **changes})
+
+
+_DIGESTED = ("name", "teacher", "queries", "answer", "response", "sampling", "split", "renderer")
+
+
+def load_recipe(source: str | Path) -> Recipe:
+    """A recipe by its name (of those that ship), its folder, or a release that carries it.
+
+    Raises `RecipeError` that names the wrong key and the closest valid one.
+    """
+    folder = _find(source)
+    fields = _read_yaml(folder / "recipe.yaml")
+    prompt = folder / "prompt.md"
+    if not prompt.is_file():
+        raise RecipeError(f"Recipe {str(folder)!r} has no prompt.md; write the teacher's prompt.")
+    try:
+        text = prompt.read_text(encoding="utf-8").strip()
+        return Recipe(**{**fields, "prompt": text, "folder": folder})
+    except ValidationError as error:
+        raise RecipeError(_explain(error, folder)) from error
+
+
+def shipped_recipes() -> list[Recipe]:
+    """Every recipe that comes with the package, by name."""
+    folders = sorted(path.parent for path in resources.builders().glob("[!_]*/recipe.yaml"))
+    return [load_recipe(folder) for folder in folders]
+
+
+@cache
+def _compiled(template: str) -> Template:
+    return _JINJA.from_string(template)
+
+
+def _find(source: str | Path) -> Path:
+    given = Path(source)
+    candidates = (resources.builders() / str(source), given, given / "recipe")
+    if isinstance(source, Path) or given.is_dir() or len(given.parts) > 1:
+        candidates = (given, given / "recipe", given / "release" / "recipe")
+    for folder in candidates:
+        if (folder / "recipe.yaml").is_file():
+            return folder
+    names = [path.parent.name for path in sorted(resources.builders().glob("[!_]*/recipe.yaml"))]
+    raise RecipeError(
+        f"No recipe {str(source)!r}: expected one of {names}, or a folder with recipe.yaml and "
+        f"prompt.md.{_nearest(str(source), names)}"
+    )
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not isinstance(fields, Mapping):
+        raise RecipeError(f"{path}: expected keys and values, found {type(fields).__name__}.")
+    for reserved in ("prompt", "folder"):
+        if reserved in fields:
+            raise RecipeError(f"{path}: {reserved!r} is not a key; the prompt is in prompt.md.")
+    return fields
+
+
+def _explain(error: ValidationError, folder: Path) -> str:
+    lines = [f"Recipe {str(folder)!r} can't be used:"]
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "recipe"
+        if problem["type"] == "extra_forbidden":
+            valid = _keys_at(problem["loc"][:-1])
+            hint = _nearest(str(problem["loc"][-1]), valid)
+            lines.append(f"  unknown key {where!r}.{hint} Valid keys: {', '.join(valid)}.")
+        elif problem["type"] == "missing":
+            lines.append(f"  the key {where!r} is missing.")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            found = f" (found {problem['input']!r})" if problem["loc"] else ""
+            lines.append(f"  {where}: {message}{found}.")
+    return "\n".join(lines)
+
+
+def _keys_at(location: tuple[str | int, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        model = annotation
+    return [name for name in model.model_fields if name not in ("prompt", "folder")]
+
+
+def _nearest(found: str, valid: list[str]) -> str:
+    close = get_close_matches(found, valid, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _check_template(text: str, known: set[str], where: str) -> None:
+    try:
+        fields = meta.find_undeclared_variables(_JINJA.parse(text))
+    except TemplateError as error:
+        raise ValueError(f"{where} is not a Jinja template: {error}") from error
+    for field in sorted(fields - known):
+        hint = _nearest(field, sorted(known))
+        raise ValueError(f"{where} uses the unknown field {field!r}.{hint} Known: {sorted(known)}")
+
+
+def _file_digest(path: Path) -> str:
+    if not path.is_file():
+        raise RecipeError(f"The recipe names the file {path.name!r}, which {path.parent} lacks.")
+    return sha256(path.read_bytes()).hexdigest()

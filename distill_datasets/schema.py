@@ -1,0 +1,128 @@
+"""The columns of answers and releases, and what else can be trained on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from distill_datasets.errors import DatasetError
+from distill_datasets.sampler import Message
+
+if TYPE_CHECKING:
+    from datasets import Features
+
+# One row a sample. Where these are read: a row with an `error` was not answered, a row with a
+# `rejection` was answered and paid for but can't be used, every other row is kept.
+_ANSWER_COLUMNS = {
+    "id": "string",
+    "query": "string",
+    "group": "string",
+    "reference": "string",
+    "split": "string",
+    "sample": "int32",
+    "teacher": "string",
+    "raw": "string",
+    "stop_reason": "string",
+    "teacher_prompt_tokens": "int32",
+    "teacher_cached_tokens": "int32",
+    "teacher_response_tokens": "int32",
+    "answer": "string",
+    "response": "string",
+    "rejection": "string",
+    "error": "string",
+}
+_RELEASE_COLUMNS = (
+    "id",
+    "query",
+    "response",
+    "messages",
+    "answer",
+    "reference",
+    "group",
+    "sample",
+    "teacher",
+    "teacher_prompt_tokens",
+    "teacher_cached_tokens",
+    "teacher_response_tokens",
+)
+_REJECTED_COLUMNS = (
+    "id",
+    "query",
+    "group",
+    "reference",
+    "split",
+    "sample",
+    "teacher",
+    "raw",
+    "stop_reason",
+    "teacher_prompt_tokens",
+    "teacher_cached_tokens",
+    "teacher_response_tokens",
+    "rejection",
+    "error",
+)
+
+
+def _features(columns: Sequence[str]) -> "Features":
+    from datasets import Features, List, Value
+
+    conversation = List({"role": Value("string"), "content": Value("string")})
+    return Features(
+        {
+            name: conversation if name == "messages" else Value(_ANSWER_COLUMNS[name])
+            for name in columns
+        }
+    )
+
+
+def answer_features() -> "Features":
+    """One row a sample, as `generate` writes it."""
+    return _features(tuple(_ANSWER_COLUMNS))
+
+
+def release_features() -> "Features":
+    """A released row: the query, what the student shall say, and never the teacher's prompt.
+
+    No column is called `label`, `prompt` or `completion`: TRL refuses those beside `messages`.
+    """
+    return _features(_RELEASE_COLUMNS)
+
+
+def rejected_features() -> "Features":
+    """A row that was asked and can't be used, with the reason."""
+    return _features(_REJECTED_COLUMNS)
+
+
+def conversation_reader(
+    columns: Sequence[str], where: str
+) -> Callable[[Mapping[str, Any]], list[Message]]:
+    """How to turn a row with these columns into a conversation that ends with the response.
+
+    Supported: `messages`; `query` and `response`; `prompt` and `completion` (text or messages).
+    Raises `DatasetError` that lists the columns found in `where`.
+    """
+    if "messages" in columns:
+        return lambda row: _clean(row["messages"])
+    for asked, answered in (("query", "response"), ("prompt", "completion")):
+        if asked in columns and answered in columns:
+            return lambda row, q=asked, r=answered: [  # type: ignore[misc]
+                *_turns(row[q], "user"),
+                *_turns(row[r], "assistant"),
+            ]
+    raise DatasetError(
+        f"{where} can't be trained on: expected a column 'messages', or 'query' and 'response', "
+        f"or 'prompt' and 'completion'; found {sorted(columns)}. Rename the columns "
+        "(`dataset.rename_columns`) or pick another configuration."
+    )
+
+
+def _turns(value: Any, role: str) -> list[Message]:
+    if isinstance(value, str):
+        return _clean([{"role": role, "content": value}])
+    return _clean(value)
+
+
+def _clean(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Arrow fills absent message keys with None, which chat renderers take for content."""
+    return [
+        {key: value for key, value in message.items() if value is not None}  # type: ignore[misc]
+        for message in messages
+    ]

@@ -1,0 +1,46 @@
+"""What every test shares: an environment with no key, no network and no progress bars."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TINKER_TELEMETRY"] = "0"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+
+@pytest.fixture(autouse=True)
+def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TINKER_API_KEY", "TINKER_BASE_URL", "HF_TOKEN", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def recipe_folder(tmp_path: Path) -> Path:
+    """A recipe of six queries in three groups, answered by echoing."""
+    folder = tmp_path / "colours"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(
+        "name: colours\n"
+        "description: Which colour is it?\n"
+        "teacher: pocket\n"
+        "queries: {file: queries.jsonl, group: family, reference: colour}\n"
+        "answer: {pattern: 'colour (?P<answer>\\w+)', choices: [red, blue]}\n"
+        "response: 'It is {{ answer }}.'\n"
+        "license: apache-2.0\n"
+        "languages: [en]\n"
+    )
+    (folder / "prompt.md").write_text("Name the colour of the thing. Say: colour NAME.\n")
+    (folder / "queries.jsonl").write_text(
+        '{"query": "a rose, colour red", "family": "plants", "colour": "red"}\n'
+        '{"query": "a poppy, colour red", "family": "plants", "colour": "red"}\n'
+        '{"query": "the sky, colour blue", "family": "nature", "colour": "blue"}\n'
+        '{"query": "the sea, colour blue", "family": "nature", "colour": "blue"}\n'
+        '{"query": "a car, colour green", "family": "things", "colour": null}\n'
+        '{"query": "a thought", "family": "things", "colour": null}\n'
+    )
+    return folder

@@ -1,0 +1,106 @@
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from distill_datasets.errors import RecipeError
+from distill_datasets.queries import load_queries
+from distill_datasets.recipe import load_recipe
+from tests.test_recipe import edit
+
+
+def test_rows_keep_their_order_groups_and_references(recipe_folder: Path) -> None:
+    rows = load_queries(load_recipe(recipe_folder))
+    assert rows["query"][0] == "a rose, colour red"
+    assert rows["group"][:3] == ["plants", "plants", "nature"]
+    assert rows["reference"][3:5] == ["blue", None]
+
+
+def test_groups_never_straddle_two_splits() -> None:
+    rows = load_queries(load_recipe("language_id"))
+    splits: dict[str, set[str]] = {}
+    for row in rows:
+        splits.setdefault(row["group"], set()).add(row["split"])
+    assert {len(found) for found in splits.values()} == {1}
+
+
+def test_the_sentences_of_language_id_have_the_labels_that_the_prompt_demands() -> None:
+    rows = load_queries(load_recipe("language_id"))
+    counts = Counter(rows["reference"][:2000])
+    # By position: Bulgarian counts as ru, Swahili and Thai as ot; five romanised Urdu lines are
+    # ot, one Spanish line is English, two Chinese ones have more Latin letters than Han.
+    assert counts["ru"] == 134 + 133
+    assert counts["ot"] == 133 + 133 + 5
+    assert counts["ur"] == 133 - 5
+    assert (counts["en"], counts["es"]) == (135, 132)
+    assert (counts["zh"], counts[None]) == (131, 2)
+    assert set(rows["split"][2000:]) == {"edge"}
+    assert "edge" not in rows["split"][:2000]
+
+
+def test_the_tutorial_has_its_twelve_sentences() -> None:
+    rows = load_queries(load_recipe("language_id_tutorial"))
+    assert "".join(rows["reference"]) == "ardeelenesfrhirutrurvizh"
+
+
+def test_a_repeated_query_is_kept_under_an_id_of_its_own(recipe_folder: Path) -> None:
+    edit(recipe_folder, "queries.jsonl", "a poppy", "a rose")
+    ids = load_queries(load_recipe(recipe_folder))["id"][:]
+    assert ids[1] == f"{ids[0]}-2"
+    assert len(set(ids)) == 6
+
+
+def test_adding_queries_moves_no_row(recipe_folder: Path) -> None:
+    before = load_queries(load_recipe(recipe_folder))
+    path = recipe_folder / "queries.jsonl"
+    path.write_text('{"query": "new", "family": "more", "colour": null}\n' + path.read_text())
+    after = load_queries(load_recipe(recipe_folder)).select(range(1, 7))
+    assert after.to_dict() == before.to_dict()
+
+
+def test_a_missing_column_is_an_error_that_lists_those_found(recipe_folder: Path) -> None:
+    edit(recipe_folder, "recipe.yaml", "group: family", "group: clan")
+    with pytest.raises(RecipeError, match=r"no column 'clan'.*\['query', 'family', 'colour'\]"):
+        load_queries(load_recipe(recipe_folder))
+
+
+def test_empty_queries_are_an_error(recipe_folder: Path) -> None:
+    (recipe_folder / "queries.jsonl").write_text("\n")
+    with pytest.raises(RecipeError, match="is empty: nothing to ask"):
+        load_queries(load_recipe(recipe_folder))
+
+
+def test_an_empty_query_is_named_by_its_row(recipe_folder: Path) -> None:
+    edit(recipe_folder, "queries.jsonl", '"a thought"', '" "')
+    with pytest.raises(RecipeError, match="Query 6 is empty"):
+        load_queries(load_recipe(recipe_folder))
+
+
+def test_a_package_that_is_not_installed_says_what_to_install(recipe_folder: Path) -> None:
+    edit(recipe_folder, "recipe.yaml", "file: queries.jsonl", "package: not_here, member: a.txt")
+    with pytest.raises(RecipeError, match="pip install not-here"):
+        load_queries(load_recipe(recipe_folder))
+
+
+def test_content_that_is_not_the_pinned_one_is_refused(recipe_folder: Path) -> None:
+    pinned = f"file: queries.jsonl, sha256: '{'0' * 64}'"
+    edit(recipe_folder, "recipe.yaml", "file: queries.jsonl", pinned)
+    with pytest.raises(RecipeError, match="not the content that the recipe pins"):
+        load_queries(load_recipe(recipe_folder))
+
+
+def test_a_sidecar_of_another_length_is_refused(recipe_folder: Path) -> None:
+    (recipe_folder / "more.csv").write_text("colour2\nred\n")
+    edit(recipe_folder, "recipe.yaml", "file: queries.jsonl", "file: queries.jsonl, sidecar: more.csv")
+    with pytest.raises(RecipeError, match="has 1 rows and the queries 6"):
+        load_queries(load_recipe(recipe_folder))
+
+
+def test_any_path_that_datasets_reads_is_a_source(recipe_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    Dataset.from_dict({"query": ["one", "two"]}).to_parquet(tmp_path / "elsewhere/rows.parquet")
+    (recipe_folder / "recipe.yaml").write_text(
+        f"name: n\ndescription: d\nteacher: pocket\nqueries: {{path: {tmp_path / 'elsewhere'}}}\n"
+    )
+    assert load_queries(load_recipe(recipe_folder))["query"][:] == ["one", "two"]
