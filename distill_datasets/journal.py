@@ -1,0 +1,97 @@
+"""Pay once: every answer is on disk before anything reads it."""
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from distill_datasets.errors import OutputError
+from distill_datasets.sampler import Reply
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS answers (
+    digest TEXT PRIMARY KEY,
+    model TEXT NOT NULL,
+    reply TEXT NOT NULL,
+    bought_at REAL NOT NULL,
+    times_bought INTEGER NOT NULL DEFAULT 1
+) WITHOUT ROWID
+"""
+_PUT = """
+INSERT INTO answers (digest, model, reply, bought_at) VALUES (?, ?, ?, ?)
+ON CONFLICT (digest) DO UPDATE SET times_bought = times_bought + 1
+"""
+
+
+class Journal:
+    """Raw answers keyed by request digest, in SQLite with a write-ahead log.
+
+    Several processes may hold the same file. An answer is committed when `put` returns, so it
+    outlives a killed process. The first answer of a digest stays; a later one only counts up
+    `times_bought`, which is how double payment shows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the file; raises `OutputError` where it can't be written."""
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # One connection serves the event loop's thread and the caller's, never both at once.
+            self._database = sqlite3.connect(
+                path, timeout=60, isolation_level=None, check_same_thread=False
+            )
+            self._database.execute("PRAGMA journal_mode = WAL")
+            # With a write-ahead log, NORMAL loses nothing when the process dies.
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.execute(_TABLE)
+        except (OSError, sqlite3.Error) as error:
+            raise OutputError(_unwritable(path, error)) from error
+
+    def get(self, digest: str) -> Reply | None:
+        """The answer already paid for, if any."""
+        row = self._database.execute(
+            "SELECT reply FROM answers WHERE digest = ?", (digest,)
+        ).fetchone()
+        return None if row is None else Reply.from_json(row[0])
+
+    def put(self, digest: str, model: str, reply: Reply) -> None:
+        """Store an answer; raises `OutputError` when the disk won't take it."""
+        try:
+            self._database.execute(_PUT, (digest, model, reply.to_json(), time.time()))
+        except sqlite3.Error as error:
+            raise OutputError(_unwritable(self.path, error)) from error
+
+    def __len__(self) -> int:
+        """How many different requests have been answered."""
+        return int(self._database.execute("SELECT count(*) FROM answers").fetchone()[0])
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        """Every digest with the number of times it was bought."""
+        yield from self._database.execute("SELECT digest, times_bought FROM answers")
+
+    def close(self) -> None:
+        """Release the file."""
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        """The journal itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+def _unwritable(path: Path, error: Exception) -> str:
+    return (
+        f"Can't write the journal {str(path)!r}: {error}. "
+        "Answers are only asked for when they can be kept: choose a folder that is writable "
+        "and has space, and run again."
+    )

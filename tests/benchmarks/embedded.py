@@ -1,0 +1,138 @@
+"""How fast the embedded server samples and trains: `python -m tests.benchmarks.embedded`.
+
+A random model of the pocket model's size answers queries of about 50 tokens behind a prompt of
+700, once with the prompt shared (and so cached) and once with a different prompt per query;
+then it trains on rows of 60 tokens. Times include the SDK's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import tinker
+from tinker import types
+
+from distill_datasets.embedded.process import Server, launch
+
+VOCABULARY = 4096
+PROMPT = 700
+ADAM = types.AdamParams(learning_rate=1e-3)
+
+
+def make_model(folder: Path) -> Path:
+    """Write a random model of the pocket model's size with the tests' tokenizer."""
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    from tests.tiny_model import make_tiny_model
+
+    AutoTokenizer.from_pretrained(make_tiny_model(folder / "tiny")).save_pretrained(folder)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_prompts(count: int, *, shared: bool) -> list[list[int]]:
+    """Random queries behind one prompt, or each behind its own."""
+    random = np.random.default_rng(0)
+    prompt = random.integers(300, VOCABULARY, PROMPT).tolist()
+    lengths = np.clip(random.normal(50, 15, count), 15, 120).astype(int)
+    return [
+        (prompt if shared else random.integers(300, VOCABULARY, PROMPT).tolist())
+        + random.integers(300, VOCABULARY, length).tolist()
+        for length in lengths
+    ]
+
+
+async def sample(server: Server, prompts: list[list[int]], concurrency: int) -> float:
+    """Queries per second, with four greedy tokens each."""
+    service = tinker.ServiceClient(base_url=server.url, api_key=server.api_key)
+    client = await service.create_sampling_client(base_model=server.model)
+    params = types.SamplingParams(max_tokens=4, temperature=0.0, stop=[])
+    gate = asyncio.Semaphore(concurrency)
+
+    async def one(prompt: list[int]) -> None:
+        async with gate:
+            await client.sample(types.ModelInput.from_ints(prompt), 1, params)
+
+    await one(prompts[0])
+    start = time.perf_counter()
+    await asyncio.gather(*map(one, prompts[1:]))
+    return (len(prompts) - 1) / (time.perf_counter() - start)
+
+
+async def train(server: Server, steps: int) -> float:
+    """Steps per second, of 32 rows of 60 tokens."""
+    service = tinker.ServiceClient(base_url=server.url, api_key=server.api_key)
+    client = await service.create_lora_training_client(server.model, rank=16, seed=0)
+    random = np.random.default_rng(0)
+    rows = []
+    for _ in range(32):
+        tokens = random.integers(300, VOCABULARY, 61).tolist()
+        weights = [0.0] * 55 + [1.0] * 5
+        inputs = {"target_tokens": tokens[1:], "weights": weights}
+        rows.append(
+            types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
+        )
+
+    async def step() -> None:
+        losses = client.forward_backward(rows, "cross_entropy")
+        taken = client.optim_step(ADAM)
+        await losses
+        await taken
+
+    await step()
+    start = time.perf_counter()
+    for _ in range(steps):
+        await step()
+    return steps / (time.perf_counter() - start)
+
+
+async def latency(server: Server, *, shared: bool) -> float:
+    """Milliseconds of one request at a time."""
+    prompts = make_prompts(21, shared=shared)
+    return 1e3 / await sample(server, prompts, 1)
+
+
+async def measure(server: Server, queries: int) -> None:
+    """Print one line per figure."""
+    for shared in (True, False):
+        kind = "shared prompt" if shared else "own prompts"
+        prompts = make_prompts(queries if shared else queries // 8, shared=shared)
+        for concurrency in (64, 256):
+            rate = await sample(server, prompts, concurrency)
+            took = len(prompts) / rate
+            line = f"{kind:14} x{concurrency:<4} {rate:7.1f} queries/s"
+            print(f"{line}  ({len(prompts)} in {took:.1f} s)")
+        print(f"{kind:14} alone {await latency(server, shared=shared):6.1f} ms")
+    rate = await train(server, 20)
+    print(f"train 32 x 60        {rate:7.2f} steps/s   ({1 / rate:.3f} s)")
+
+
+def main() -> None:
+    """Build, launch, measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--queries", type=int, default=2000)
+    queries = parser.parse_args().queries
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(Path(folder))
+        with launch(model, name="benchmark") as server:
+            asyncio.run(measure(server, queries))
+
+
+if __name__ == "__main__":
+    main()
