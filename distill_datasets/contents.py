@@ -1,0 +1,199 @@
+"""What a release holds, as a stream of (parts, rows): how it is told apart, and from what.
+
+A part is a split, or `rejected`. Rows belong to one part, or to two where the recipe says
+`same_rows`.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill_datasets.errors import DatasetError
+from distill_datasets.recipe import Recipe
+from distill_datasets.sampler import digest
+from distill_datasets.schema import rejected_features, release_features
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+    Contents = Iterable[tuple[tuple[str, ...], pa.Table]]
+
+REJECTED = "rejected"
+_ROWS_PER_BATCH = 1_000
+_SPLIT_NAME = re.compile(r"\w+(\.\w+)*")  # what `datasets` can name
+_TAKEN_NAMES = ("all", REJECTED)
+
+
+def answered_contents(
+    answers: "Dataset", recipe: Recipe
+) -> Iterator[tuple[tuple[str, ...], "pa.Table"]]:
+    """The rows of a release, made from answers.
+
+    Raises `DatasetError` for a row that no release can hold.
+    """
+    import pyarrow.compute as pc
+
+    for rows in answers.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH):
+        usable = pc.and_(pc.is_null(rows["rejection"]), pc.is_null(rows["error"]))
+        kept, dropped = rows.filter(usable), rows.filter(pc.invert(usable))
+        _check(kept)
+        for split in pc.unique(kept["split"]).to_pylist():
+            twice = recipe.split.same_rows and split == "train"
+            rows_of_split = kept.filter(pc.equal(kept["split"], split))
+            yield ("train", "test") if twice else (split,), _released(rows_of_split, recipe)
+        if len(dropped):
+            schema = rejected_features().arrow_schema
+            yield (REJECTED,), dropped.select(schema.names).cast(schema)
+
+
+def published_contents(release: Path) -> Iterator[tuple[tuple[str, ...], "pa.Table"]]:
+    """The rows of a release, read back from its folder."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    for path in sorted([*release.glob("data/*.parquet"), *release.glob("rejected/*.parquet")]):
+        for batch in ParquetFile(path).iter_batches(_ROWS_PER_BATCH):
+            yield (path.name.split("-")[0],), pa.Table.from_batches([batch])
+
+
+def _check(kept: "pa.Table") -> None:
+    for column in ("id", "query", "response", "split", "sample"):
+        if kept[column].null_count:
+            raise DatasetError(
+                f"{kept[column].null_count} answered rows have no {column!r}: expected one in "
+                "every row without `error` or `rejection`. Run `generate` again."
+            )
+    for split in set(kept["split"].to_pylist()):
+        if not _SPLIT_NAME.fullmatch(split) or split in _TAKEN_NAMES:
+            raise DatasetError(
+                f"{split!r} can't name a split: expected letters, digits and underscores, and "
+                f"none of {_TAKEN_NAMES}. Change the recipe's `queries.forced_split` column."
+            )
+
+
+def _released(kept: "pa.Table", recipe: Recipe) -> "pa.Table":
+    import pyarrow as pa
+
+    schema = release_features().arrow_schema
+    pairs = zip(kept["query"].to_pylist(), kept["response"].to_pylist(), strict=True)
+    messages = [
+        [*recipe.student_messages(query), {"role": "assistant", "content": response}]
+        for query, response in pairs
+    ]
+    if any(message["role"] == "system" for turns in messages for message in turns):
+        raise DatasetError(
+            "A row's messages hold a system message: expected what the student sees, which is "
+            "the query alone. Mend `Recipe.student_messages`."
+        )
+    column = pa.array(messages, type=schema.field("messages").type)
+    return kept.append_column("messages", column).select(schema.names).cast(schema)
+
+
+@dataclass
+class Survey:
+    """One pass over contents: rows of each part, and what the card says about them.
+
+    `kept` counts a row once, whatever parts it is in; `rejected` counts rows by their reason.
+    """
+
+    rows: Counter[str] = field(default_factory=Counter)
+    kept: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    errors: int = 0
+    example: dict[str, Any] | None = None
+    _digests: dict[str, Any] = field(default_factory=dict)
+    _numbers: Counter[str] = field(default_factory=Counter)
+
+    def add(self, parts: tuple[str, ...], rows: "pa.Table") -> None:
+        """Count some rows and fold them into the digest."""
+        self.rows.update(dict.fromkeys(parts, len(rows)))
+        for part in parts:
+            self._digests.setdefault(part, sha256(_line(rows.column_names)))
+        for row in rows.to_pylist():
+            line = _line(list(row.values()))
+            for part in parts:
+                self._digests[part].update(line)
+            if parts == (REJECTED,):
+                self.errors += row["error"] is not None
+                self.rejected.update([row["rejection"]] if row["rejection"] else [])
+            else:
+                self._count(row)
+
+    def _count(self, row: dict[str, Any]) -> None:
+        self.kept += 1
+        self.example = self.example or row
+        if row["teacher_prompt_tokens"] is not None:
+            self._numbers["counted"] += 1
+            self._numbers["prompt_tokens"] += row["teacher_prompt_tokens"]
+        if row["reference"] is not None:
+            self._numbers["references"] += 1
+            self._numbers["agreeing"] += row["answer"] == row["reference"]
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Rows of each split: train, validation, test, then any other by name."""
+        first = ("train", "validation", "test")
+        others = sorted(self.rows.keys() - {*first, REJECTED})
+        return {name: self.rows[name] for name in (*first, *others) if self.rows[name]}
+
+    @property
+    def mean_prompt_tokens(self) -> float | None:
+        """Prompt tokens that the teacher read for a kept row; None where nobody counted."""
+        counted = self._numbers["counted"]
+        return round(self._numbers["prompt_tokens"] / counted, 1) if counted else None
+
+    @property
+    def references(self) -> dict[str, int] | None:
+        """Kept rows that have a reference, and how many answers equal it."""
+        found = self._numbers["references"]
+        return {"rows": found, "agreeing": self._numbers["agreeing"]} if found else None
+
+    def digest(self, recipe_digest: str) -> str:
+        """Names the recipe, the rows and their order within each part; not files or times."""
+        parts = {part: found.hexdigest() for part, found in self._digests.items()}
+        return digest({"recipe": recipe_digest, "parts": parts})
+
+
+def survey(contents: "Contents") -> Survey:
+    """Read contents once."""
+    found = Survey()
+    for parts, rows in contents:
+        found.add(parts, rows)
+    return found
+
+
+def row_changes(old: "Contents", new: "Contents") -> list[str]:
+    """How many rows were added, removed and changed, as words; a row is known by id and sample."""
+    before, after = _row_digests(old), _row_digests(new)
+    counts = {
+        "added": len(after.keys() - before.keys()),
+        "removed": len(before.keys() - after.keys()),
+        "changed": sum(before[key] != after[key] for key in before.keys() & after.keys()),
+    }
+    return [
+        f"{count} {'row' if count == 1 else 'rows'} {what}"
+        for what, count in counts.items()
+        if count
+    ]
+
+
+def _row_digests(contents: "Contents") -> dict[tuple[str, int], bytes]:
+    found: dict[tuple[str, int], bytes] = {}
+    for parts, rows in contents:
+        for row in rows.to_pylist():
+            key = row["id"], row["sample"]
+            for part in parts:
+                line = _line([part, *row.values()])
+                found[key] = sha256(found.get(key, b"") + line).digest()
+    return found
+
+
+def _line(values: list[Any]) -> bytes:
+    text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+    return text.encode() + b"\n"
