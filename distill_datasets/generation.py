@@ -285,9 +285,7 @@ def writable_folder(path: str | Path) -> Path:
 
 def _tokens(rows: "Dataset") -> dict[str, int]:
     """What the answers cost; all samples of one request share its prompt."""
-    columns = {
-        kind: rows[f"teacher_{kind}_tokens"][:] for kind in ("prompt", "cached", "response")
-    }
+    columns = {kind: rows[f"teacher_{kind}_tokens"][:] for kind in ("prompt", "cached", "response")}
     first = [sample == 0 for sample in rows["sample"][:]]
     return {
         kind: sum(

@@ -19,6 +19,14 @@ def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+def edit(folder: Path, name: str, old: str, new: str) -> None:
+    """Change one piece of a file that must have it."""
+    path = folder / name
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 @pytest.fixture
 def recipe_folder(tmp_path: Path) -> Path:
     """A recipe of six queries in three groups, answered by echoing."""

@@ -16,6 +16,7 @@ from distill_datasets.generation import Generated, generate
 from distill_datasets.journal import Journal
 from distill_datasets.recipe import Recipe, load_recipe
 from distill_datasets.sampler import Echo, Message, Reply, Sample, Sampling, Usage
+from tests.conftest import edit
 
 
 @dataclass
@@ -51,8 +52,8 @@ def recipe(recipe_folder: Path) -> Recipe:
 def many(folder: Path, count: int) -> Recipe:
     rows = (json.dumps({"query": f"thing {n}, colour red"}) for n in range(count))
     (folder / "queries.jsonl").write_text("\n".join(rows))
-    text = (folder / "recipe.yaml").read_text()
-    (folder / "recipe.yaml").write_text(text.replace(", group: family, reference: colour", ""))
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(recipe.replace(", group: family, reference: colour", ""))
     return load_recipe(folder)
 
 
@@ -127,9 +128,7 @@ def test_other_sampling_is_another_request(
     assert teacher.calls == 6
 
 
-def test_several_samples_come_from_one_request_one_row_each(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_several_samples_come_from_one_request_one_row_each(recipe: Recipe, tmp_path: Path) -> None:
     teacher = Scripted()
     made = generate(recipe.replace(sampling={"n": 3}), teacher=teacher, out=tmp_path / "run")
     assert len(teacher.calls) == 6
@@ -142,17 +141,14 @@ def test_several_samples_come_from_one_request_one_row_each(
 
 def test_equal_queries_share_one_request(recipe_folder: Path, tmp_path: Path) -> None:
     (recipe_folder / "queries.jsonl").write_text('{"query": "one, colour red"}\n' * 40)
-    text = (recipe_folder / "recipe.yaml").read_text()
-    (recipe_folder / "recipe.yaml").write_text(text.replace(", group: family, reference: colour", ""))
+    edit(recipe_folder, "recipe.yaml", ", group: family, reference: colour", "")
     teacher = Scripted()
     made = generate(recipe_folder, teacher=teacher, out=tmp_path / "run")
     assert len(teacher.calls) == 1
     assert made.kept == 40
 
 
-def test_no_more_requests_are_in_flight_than_asked_for(
-    recipe_folder: Path, tmp_path: Path
-) -> None:
+def test_no_more_requests_are_in_flight_than_asked_for(recipe_folder: Path, tmp_path: Path) -> None:
     teacher = Scripted()
     generate(many(recipe_folder, 500), teacher=teacher, out=tmp_path / "run", concurrency=7)
     assert teacher.most_in_flight == 7

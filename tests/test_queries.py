@@ -7,7 +7,7 @@ from datasets import Dataset
 from distill_datasets.errors import RecipeError
 from distill_datasets.queries import load_queries
 from distill_datasets.recipe import load_recipe
-from tests.test_recipe import edit
+from tests.conftest import edit
 
 
 def test_rows_keep_their_order_groups_and_references(recipe_folder: Path) -> None:
@@ -92,7 +92,8 @@ def test_content_that_is_not_the_pinned_one_is_refused(recipe_folder: Path) -> N
 
 def test_a_sidecar_of_another_length_is_refused(recipe_folder: Path) -> None:
     (recipe_folder / "more.csv").write_text("colour2\nred\n")
-    edit(recipe_folder, "recipe.yaml", "file: queries.jsonl", "file: queries.jsonl, sidecar: more.csv")
+    beside = "file: queries.jsonl, sidecar: more.csv"
+    edit(recipe_folder, "recipe.yaml", "file: queries.jsonl", beside)
     with pytest.raises(RecipeError, match="has 1 rows and the queries 6"):
         load_queries(load_recipe(recipe_folder))
 

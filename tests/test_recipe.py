@@ -4,13 +4,7 @@ import pytest
 
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipe import Recipe, Split, load_recipe, shipped_recipes
-
-
-def edit(folder: Path, name: str, old: str, new: str) -> None:
-    path = folder / name
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
+from tests.conftest import edit
 
 
 def test_every_shipped_recipe_loads() -> None:

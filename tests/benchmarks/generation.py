@@ -89,7 +89,8 @@ def main() -> None:
             )
             ours = time.perf_counter() - began
             assert made.kept == options.rows
-        print(f"{run:>3}  {bare:>8.2f}  {ours:>10.2f}  {ours / bare:>5.3f}  {options.rows / ours:,.0f}")
+        rate = options.rows / ours
+        print(f"{run:>3}  {bare:>8.2f}  {ours:>10.2f}  {ours / bare:>5.3f}  {rate:,.0f}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory {peak:,.0f} MB")
 

@@ -1,0 +1,70 @@
+"""How long one request takes, seen from this client, with nothing else in flight."""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from uuid import uuid4
+
+from distill_datasets.errors import DistillError, GenerationError
+from distill_datasets.progress import Progress
+from distill_datasets.sampler import Message, Sampler, Sampling
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Whom to ask what, and how; the first conversation warms up and isn't timed."""
+
+    sampler: Sampler
+    conversations: Sequence[list[Message]]
+    sampling: Sampling
+
+
+def measure_latency(timed: Mapping[str, Timed]) -> dict[str, dict[str, float]]:
+    """Median and 95th percentile of each in milliseconds; one request at a time, in turns.
+
+    In turns, so that a machine that gets busy slows all of them alike. Asks anew, whatever a
+    journal holds: it costs a request a conversation.
+    """
+    import numpy as np
+
+    requests = sum(len(one.conversations) for one in timed.values())
+    with (
+        Progress("time", requests, unit="requests") as progress,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        times = thread.submit(asyncio.run, _times(timed, progress)).result()
+    percentiles = {name: np.percentile(found[1:], [50, 95]) for name, found in times.items()}
+    return {
+        name: {"p50": float(median), "p95": float(late)}
+        for name, (median, late) in percentiles.items()
+    }
+
+
+def uncacheable(messages: Sequence[Message]) -> list[Message]:
+    """The same messages behind a line that no server has seen, so that it keeps no prefix of them.
+
+    No provider lets a client switch its prefix cache off; this holds with all of them.
+    """
+    first, *rest = messages
+    return [{"role": first["role"], "content": f"{uuid4().hex}\n{first['content']}"}, *rest]
+
+
+async def _times(timed: Mapping[str, Timed], progress: Progress) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for place in range(len(next(iter(timed.values())).conversations)):
+        for name, one in timed.items():
+            began = time.perf_counter()
+            try:
+                await one.sampler.sample(one.conversations[place], one.sampling)
+            except DistillError:
+                raise
+            except Exception as error:
+                raise GenerationError(
+                    f"A request failed while timing {one.sampler.model!r}: {error}. Run again: "
+                    "answers are kept, only the timing starts anew."
+                ) from error
+            times[name].append(1000 * (time.perf_counter() - began))
+            progress.advance()
+    return times
