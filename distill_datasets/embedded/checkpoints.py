@@ -1,0 +1,185 @@
+"""What survives a restart: runs and their checkpoints, as plain folders.
+
+    <store>/<run>/run.json
+    <store>/<run>/weights/<name>/          adapter in PEFT's format, optimizer.safetensors
+    <store>/<run>/sampler_weights/<name>/  adapter in PEFT's format
+
+Each folder is written beside its place and renamed into it, so that it is there whole or not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from .failures import RequestError
+
+Kind = Literal["weights", "sampler_weights"]
+KINDS: tuple[Kind, ...] = ("weights", "sampler_weights")
+SCHEME = "tinker://"
+RECORD = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    run_id: str
+    base_model: str
+    fingerprint: str
+    lora: dict[str, Any]
+    created: str
+    user_metadata: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved state of a run; `expires_at` is shown to clients, nothing is deleted by it."""
+
+    run_id: str
+    kind: Kind
+    name: str
+    created: str
+    size_bytes: int = 0
+    user_metadata: dict[str, str] | None = None
+    expires_at: str | None = None
+    has_optimizer: bool = field(default=False)
+
+    @property
+    def path(self) -> str:
+        """The address that clients use."""
+        return f"{SCHEME}{self.run_id}/{self.kind}/{self.name}"
+
+
+def now() -> str:
+    """The current time in ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat()
+
+
+def expiry(ttl_seconds: int | None) -> str | None:
+    """When something saved now expires."""
+    if ttl_seconds is None:
+        return None
+    return (datetime.now(UTC) + timedelta(seconds=ttl_seconds)).isoformat()
+
+
+class Store:
+    """The folder of runs; several servers may read it, one at a time should write to a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add_run(self, run: Run) -> None:
+        """Record a run."""
+        folder = self._run_folder(run.run_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / "run.json", asdict(run))
+
+    def runs(self) -> list[Run]:
+        """All runs, newest first."""
+        found = [Run(**_read_json(file)) for file in self.folder.glob("*/run.json")]
+        return sorted(found, key=lambda run: run.created, reverse=True)
+
+    def run(self, run_id: str) -> Run:
+        """One run."""
+        file = self._run_folder(run_id) / "run.json"
+        if not file.is_file():
+            names = [run.run_id for run in self.runs()[:5]]
+            raise RequestError(f"found no training run {run_id!r}; the newest are {names}")
+        return Run(**_read_json(file))
+
+    def write(
+        self, checkpoint: Checkpoint, fill: Callable[[Path], None], *, overwrite: bool
+    ) -> Checkpoint:
+        """Save a checkpoint whose files `fill` writes."""
+        _require_name(checkpoint.name)
+        place = self._folder(checkpoint)
+        if place.exists() and not overwrite:
+            raise RequestError(
+                f"{checkpoint.path} exists: save under another name, delete it first, or pass "
+                "overwrite=True to save_state"
+            )
+        draft = place.with_name(f".{uuid.uuid4().hex}")
+        draft.mkdir(parents=True)
+        fill(draft)
+        size = sum(file.stat().st_size for file in draft.iterdir())
+        final = Checkpoint(**{**asdict(checkpoint), "size_bytes": size})
+        _write_json(draft / RECORD, asdict(final))
+        if place.exists():
+            old = place.with_name(f".{uuid.uuid4().hex}")
+            place.rename(old)
+            draft.rename(place)
+            shutil.rmtree(old)
+        else:
+            draft.rename(place)
+        return final
+
+    def checkpoints(self, run_id: str | None = None) -> list[Checkpoint]:
+        """The checkpoints of one run or of all, newest first."""
+        folder = "*" if run_id is None else self._run_folder(run_id).name
+        found = [
+            Checkpoint(**_read_json(file))
+            for kind in KINDS
+            for file in self.folder.glob(f"{folder}/{kind}/*/{RECORD}")
+            if not file.parent.name.startswith(".")
+        ]
+        return sorted(found, key=lambda one: one.created, reverse=True)
+
+    def find(self, path: str) -> tuple[Checkpoint, Path]:
+        """The checkpoint at a `tinker://` path, and its folder."""
+        parts = path.removeprefix(SCHEME).split("/")
+        if path.startswith(SCHEME) and len(parts) == 3 and parts[1] in KINDS:
+            file = self._run_folder(parts[0]) / parts[1] / parts[2] / RECORD
+            if file.is_file():
+                return Checkpoint(**_read_json(file)), file.parent
+        known = [one.path for one in self.checkpoints()[:5]]
+        raise RequestError(
+            f"found no checkpoint at {path!r}; expected {SCHEME}<run>/weights/<name> or "
+            f"{SCHEME}<run>/sampler_weights/<name>; the newest here are {known}"
+        )
+
+    def delete(self, path: str) -> None:
+        """Remove a checkpoint; deleting twice is an error that says what exists."""
+        _, folder = self.find(path)
+        gone = folder.with_name(f".{uuid.uuid4().hex}")
+        folder.rename(gone)
+        shutil.rmtree(gone)
+
+    def set_expiry(self, path: str, expires_at: str | None) -> None:
+        """Change what a checkpoint says about its end."""
+        checkpoint, folder = self.find(path)
+        _write_json(folder / RECORD, {**asdict(checkpoint), "expires_at": expires_at})
+
+    def _folder(self, checkpoint: Checkpoint) -> Path:
+        return self._run_folder(checkpoint.run_id) / checkpoint.kind / checkpoint.name
+
+    def _run_folder(self, run_id: str) -> Path:
+        _require_name(run_id.replace(":", "_"))
+        return self.folder / run_id.replace(":", "_")
+
+
+def _require_name(name: str) -> None:
+    """Names become folders: nothing that could lead out of the store."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
+        raise RequestError(
+            f"expected a name of letters, digits, '.', '_' and '-', at most 200; found {name!r}"
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return found
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    draft = file.with_name(f".{file.name}-{uuid.uuid4().hex}")
+    draft.write_text(json.dumps(value, indent=2), "utf-8")
+    draft.rename(file)

@@ -1,0 +1,147 @@
+"""The embedded server as a child process."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from distill_datasets.errors import ModelError
+
+HOST = "127.0.0.1"
+CLOSE_SECONDS = 5.0
+
+
+def new_api_key() -> str:
+    """A fresh key in the form that the SDK accepts."""
+    return f"tml-{secrets.token_urlsafe(32)}"
+
+
+class Server:
+    """A running server; close it, use it as a context manager, or let the exit of Python do it."""
+
+    def __init__(self, child: subprocess.Popen[str], errors: IO[str], **known: str) -> None:
+        self._child, self._errors = child, errors
+        self.url, self.api_key, self.model = known["url"], known["api_key"], known["model"]
+        self._owner = os.getpid()
+        atexit.register(self.close)
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._child.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the child runs."""
+        return self._child.poll() is None
+
+    @property
+    def stderr(self) -> str:
+        """What the child has said on its error stream."""
+        self._errors.flush()
+        return Path(self._errors.name).read_text("utf-8", errors="replace")
+
+    def close(self) -> None:
+        """End the child; safe to call again."""
+        atexit.unregister(self.close)
+        if os.getpid() != self._owner or self._child.stdin is None:
+            return
+        with suppress(BrokenPipeError):
+            self._child.stdin.close()
+        try:
+            self._child.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        if self._child.stdout is not None:
+            self._child.stdout.close()
+        self._errors.close()
+
+    def __enter__(self) -> Server:
+        """Use the server for a block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the server with the block."""
+        self.close()
+
+
+def launch(model: Path, *, name: str, store: Path | None = None) -> Server:
+    """Start a server for a model folder on a free loopback port, with a fresh key.
+
+    Returns once it answers; the model itself loads while the first requests wait. Without a
+    `store` its checkpoints are gone when it ends.
+    """
+    command = [sys.executable, "-m", __package__, str(model.resolve()), "--name", name]
+    if store is not None:
+        command += ["--store", str(store.resolve())]
+    # Lives as long as the server, hence no context manager.
+    errors = tempfile.NamedTemporaryFile("w+", prefix="distill-embedded-")  # noqa: SIM115
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env=_environment(),
+        # Ctrl-C is the parent's to handle: it closes the child when it ends.
+        start_new_session=True,
+    )
+    api_key = new_api_key()
+    port = _handshake(child, api_key)
+    if not port:
+        child.communicate()
+        said = Path(errors.name).read_text("utf-8", errors="replace").strip()
+        errors.close()
+        raise ModelError(
+            f"the embedded server for {str(model)!r} ended with code {child.returncode} before "
+            f"it was ready: {said or 'it said nothing'}"
+        )
+    url = f"http://{HOST}:{port}"
+    return Server(child, errors, url=url, api_key=api_key, model=name)
+
+
+def _environment() -> dict[str, str]:
+    """The parent's, with this package importable; the model is local, so the Hub stays out."""
+    here = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+def _handshake(child: subprocess.Popen[str], api_key: str) -> str:
+    """Give the child its key, and read the port it chose; empty if it died."""
+    if child.stdin is None or child.stdout is None:
+        raise RuntimeError("expected pipes to the child; found none")
+    # The key goes through the pipe: arguments and environment can be read by others.
+    with suppress(BrokenPipeError):
+        child.stdin.write(f"{api_key}\n")
+        child.stdin.flush()
+    return child.stdout.readline().strip()
+
+
+def serve(
+    model: Path,
+    name: str,
+    host: str = HOST,
+    port: int = 8000,
+    api_key: str | None = None,
+    store: Path | None = None,
+) -> None:
+    """Serve a model in the foreground until Ctrl-C; says what clients have to export."""
+    # Imported late: `launch` needs none of the server in the parent.
+    from .foreground import run
+
+    run(model.resolve(), name, host=host, port=port, api_key=api_key, store=store)
