@@ -1,0 +1,280 @@
+"""From a model reference to a connection: a server, its model, and how to render for it."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tinker
+
+from distill_datasets import resources
+from distill_datasets.errors import AccessError, ModelError, ServiceError
+
+if TYPE_CHECKING:
+    from tinker_cookbook.renderers import Renderer
+
+    from distill_datasets.embedded.process import Server
+
+_EXPECTED = (
+    "expected 'pocket', 'embedded:<folder or Hub id>', 'tinker:<base model>', "
+    "'tinker://<run>/sampler_weights/<name>', or a training folder"
+)
+_NO_KEY = (
+    "{reference!r} needs a key: set TINKER_API_KEY (from the Tinker console), and "
+    "TINKER_BASE_URL for another server. To try everything without a key, use 'pocket'."
+)
+_SERVERS: dict[str, "Server"] = {}
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A model on a server: what is needed to render for it, sample from it and train it.
+
+    `base_model` is the server's name for it, `model_path` a trained checkpoint of it.
+    `tokenizer_source` is what the cookbook loads the tokenizer from; `weights` tells two local
+    models of one name apart.
+    """
+
+    reference: str
+    service: tinker.ServiceClient
+    base_model: str
+    tokenizer_source: str
+    renderer_name: str
+    max_context: int | None = None
+    model_path: str | None = None
+    weights: str = ""
+
+    @property
+    def identity(self) -> str:
+        """What decides an answer, stable across processes."""
+        return "/".join(
+            part
+            for part in (self.reference, self.weights, self.model_path, self.renderer_name)
+            if part
+        )
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        from tinker_cookbook.tokenizer_utils import get_tokenizer
+
+        try:
+            return get_tokenizer(self.tokenizer_source)
+        except OSError as error:
+            raise ModelError(
+                f"The tokenizer of {self.reference!r} can't be loaded: {error} A gated one needs "
+                "its licence accepted on the Hub and `hf auth login`."
+            ) from error
+
+    @cached_property
+    def renderer(self) -> "Renderer":
+        """The cookbook renderer, by its name."""
+        from tinker_cookbook.exceptions import TinkerCookbookError
+        from tinker_cookbook.renderers import get_renderer
+
+        import distill_datasets.chat_template  # noqa: F401 (registers our renderer)
+
+        try:
+            return get_renderer(self.renderer_name, self.tokenizer)
+        except (TinkerCookbookError, ValueError) as error:
+            raise ModelError(f"Unknown renderer {self.renderer_name!r}: {error}") from error
+
+
+def connect(
+    reference: str | Path, *, renderer: str | None = None, store: Path | None = None
+) -> Connection:
+    """Reach the model that a reference names.
+
+    A local model gets its own server, once per process; `store` is the folder of that server's
+    checkpoints (a temporary one without it). A training folder connects to its best checkpoint.
+    Raises `ModelError`, `AccessError` or `ServiceError`, each with what to set.
+    """
+    text = str(reference)
+    if (Path(text) / "checkpoints.jsonl").is_file():
+        return _connect_trained(Path(text), renderer)
+    if text == "pocket":
+        return _connect_local(text, resources.pocket(), renderer or "qwen3_instruct", store)
+    if text.startswith("embedded:"):
+        folder = _model_folder(text.removeprefix("embedded:"))
+        return _connect_local(text, folder, renderer or _TEMPLATE, store)
+    if text.startswith("tinker://"):
+        return _connect_checkpoint(text, renderer)
+    if text.startswith("tinker:"):
+        return _connect_hosted(text, text.removeprefix("tinker:"), renderer)
+    near = get_close_matches(text, ["pocket", "embedded:", "tinker:"], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ModelError(f"Unknown model reference {text!r}: {_EXPECTED}.{hint}")
+
+
+_TEMPLATE = "distill_datasets/chat_template"
+
+
+def _connect_local(reference: str, folder: Path, renderer: str, store: Path | None) -> Connection:
+    server = _server(reference, folder, store)
+    service = tinker.ServiceClient(base_url=server.url, api_key=server.api_key)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return Connection(
+        reference=reference,
+        service=service,
+        base_model=server.model,
+        tokenizer_source=str(folder),
+        renderer_name=renderer,
+        max_context=config.get("max_position_embeddings"),
+        weights=_weights_digest(folder),
+    )
+
+
+def _connect_trained(folder: Path, renderer: str | None) -> Connection:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    lines = (folder / "checkpoints.jsonl").read_text(encoding="utf-8").splitlines()
+    best = [line for line in map(json.loads, lines) if line["best"]]
+    if not best:
+        raise ModelError(f"{folder} holds no finished checkpoint: run `train` again to finish it.")
+    base = connect(
+        config["student"], renderer=renderer or config["renderer"], store=folder / "checkpoints"
+    )
+    return replace(base, model_path=best[-1]["sampler"])
+
+
+def _connect_checkpoint(path: str, renderer: str | None) -> Connection:
+    if "/sampler_weights/" not in path:
+        raise ModelError(
+            f"{path!r} can't be sampled: expected tinker://<run>/sampler_weights/<name>. "
+            "A path with /weights/ is a training state."
+        )
+    _require_key(path)
+    with explained(path):
+        info = tinker.RestClient().get_weights_info_by_tinker_path(path).result()
+    base = _connect_hosted(f"tinker:{info.base_model}", info.base_model, renderer)
+    return replace(base, reference=path, model_path=path)
+
+
+def _connect_hosted(reference: str, base_model: str, renderer: str | None) -> Connection:
+    _require_key(reference)
+    _require_server(reference)
+    with explained(reference):
+        capabilities = tinker.RestClient().get_server_capabilities().result()
+    models = {model.model_name: model for model in capabilities.supported_models}
+    model = models.get(base_model)
+    if model is None or model.sampleable is False:
+        near = get_close_matches(base_model, [str(name) for name in models], n=3, cutoff=0.3)
+        problem = "is unknown to the server" if model is None else "can't be sampled"
+        raise ModelError(f"{base_model!r} {problem}. Near names: {near}; it has {len(models)}.")
+    return Connection(
+        reference=reference,
+        service=tinker.ServiceClient(),
+        base_model=base_model,
+        tokenizer_source=base_model,
+        renderer_name=renderer or _recommended_renderer(base_model),
+        max_context=model.max_context_length,
+    )
+
+
+def _recommended_renderer(base_model: str) -> str:
+    from tinker_cookbook.exceptions import ConfigurationError
+    from tinker_cookbook.model_info import get_recommended_renderer_name
+
+    try:
+        return get_recommended_renderer_name(base_model)
+    except (ConfigurationError, KeyError, ValueError) as error:
+        raise ModelError(
+            f"No renderer is known for {base_model!r}: name one in the recipe (`renderer:`) or "
+            f"with --renderer, for example {_TEMPLATE!r}."
+        ) from error
+
+
+def _require_key(reference: str) -> None:
+    if not os.environ.get("TINKER_API_KEY"):
+        raise AccessError(_NO_KEY.format(reference=reference))
+
+
+def _require_server(reference: str) -> None:
+    """The SDK retries a dead address for minutes; a plain request knows at once."""
+    import httpx
+
+    url = os.environ.get("TINKER_BASE_URL", "https://tinker.thinkingmachines.dev")
+    try:
+        httpx.get(url, timeout=20)
+    except httpx.HTTPError as error:
+        raise ServiceError(
+            f"Can't reach {url} for {reference!r}: {error}. Check the network and TINKER_BASE_URL."
+        ) from error
+
+
+def _model_folder(source: str) -> Path:
+    folder = Path(source).expanduser()
+    if (folder / "config.json").is_file():
+        return folder.resolve()
+    if source.count("/") != 1 or folder.exists():
+        raise ModelError(
+            f"'embedded:{source}' is no model: expected a folder with config.json, weights and a "
+            "tokenizer with a chat template, or a Hub id like org/name."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ModelError(f"The Hub model {source!r} can't be fetched: {error}") from error
+
+
+def _server(name: str, folder: Path, store: Path | None) -> "Server":
+    """The server of a local model: one without a store is served by any that runs."""
+    from distill_datasets.embedded.process import launch
+
+    keys = (
+        [f"{folder}|{store.resolve()}"]
+        if store
+        else [k for k in _SERVERS if k.startswith(f"{folder}|")]
+    )
+    for key in keys:
+        if key in _SERVERS and _SERVERS[key].alive:
+            return _SERVERS[key]
+    server = launch(folder, name=name.removeprefix("embedded:"), store=store)
+    _SERVERS[keys[0] if store else f"{folder}|"] = server
+    return server
+
+
+def _weights_digest(folder: Path) -> str:
+    content = sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "tokenizer.json"]):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                content.update(block)
+    return content.hexdigest()[:12]
+
+
+def serve(reference: str, *, host: str, port: int, store: Path | None) -> None:
+    """Serve a local model in the foreground, until Ctrl-C."""
+    from distill_datasets.embedded.process import serve as serve_folder
+
+    local = reference == "pocket" or reference.startswith("embedded:")
+    if not local:
+        raise ModelError(
+            f"Only local models are served: 'pocket' or 'embedded:<folder>', not {reference!r}."
+        )
+    name = reference.removeprefix("embedded:")
+    folder = resources.pocket() if reference == "pocket" else _model_folder(name)
+    serve_folder(folder, name=name, host=host, port=port, store=store)
+
+
+@contextmanager
+def explained(reference: str) -> Iterator[None]:
+    """Turns the SDK's refusals that no later call can cure into errors that say what to set."""
+    try:
+        yield
+    except (tinker.AuthenticationError, tinker.PermissionDeniedError) as error:
+        raise AccessError(
+            f"{reference!r}: the server refused the key ({error}). Check TINKER_API_KEY."
+        ) from error
+    except tinker.BillingError as error:
+        raise AccessError(f"{reference!r}: the account is out of credit ({error}).") from error
+    except tinker.NotFoundError as error:
+        raise ModelError(f"{reference!r} is unknown to the server: {error}") from error
