@@ -1,0 +1,238 @@
+"""What a training reads: a dataset found, pinned to its content, and rendered to tokens."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill_datasets.errors import DatasetError, OutputError
+from distill_datasets.sampler import Message, digest
+from distill_datasets.schema import conversation_reader
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+    from distill_datasets.connection import Connection
+    from distill_datasets.student import Example
+    from distill_datasets.training_plan import TrainSettings
+
+_VERSION = 1  # of the rendered columns: raise it when they come out differently
+_NO_ROWS = (IndexError, StopIteration)  # what `datasets` raises for a file without any
+_READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset on this disk. `revision` is a Hub commit, a release's version and content
+    digest, or the digest of the files; `files` is always the latter.
+    """
+
+    reference: str
+    path: Path
+    revision: str
+    files: str
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self, config: str | None) -> "DatasetDict":
+        """All splits of a configuration; a release's or the folder's own default without one."""
+        from datasets import DatasetDict, load_dataset, load_from_disk
+        from datasets.exceptions import DatasetsError
+
+        try:
+            if any((self.path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+                loaded = load_from_disk(str(self.path))
+            elif self.path.is_file():
+                reader = _READERS[self.path.suffix]
+                loaded = load_dataset(reader, data_files=str(self.path))
+            else:
+                loaded = load_dataset(str(self.path), name=config)
+        except (DatasetsError, ValueError, OSError, *_NO_ROWS) as error:
+            raise DatasetError(
+                f"{self.reference!r} can't be read: {error!r}. Expected splits that aren't empty, "
+                "and one set of columns in all files of a split."
+            ) from error
+        return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A split as tokens; `skipped` rows are longer than allowed, and left out."""
+
+    rows: "Dataset"
+    kept: Sequence[int]
+    skipped: int
+
+    def __len__(self) -> int:
+        """The rows kept."""
+        return len(self.kept)
+
+    def examples(self, places: Sequence[int]) -> "list[Example]":
+        """The kept rows at these places."""
+        from distill_datasets.student import Example
+
+        read = self.rows[[self.kept[place] for place in places]]
+        return [Example(*pair) for pair in zip(read["tokens"], read["weights"], strict=True)]
+
+    def batches(self, size: int) -> "Iterator[list[Example]]":
+        """All of them in order."""
+        for start in range(0, len(self), size):
+            yield self.examples(range(start, min(start + size, len(self))))
+
+
+class Split:
+    """One split that has rows, and columns to learn from; `DatasetError` where it has others."""
+
+    def __init__(self, source: Source, config: str | None, name: str, rows: "Dataset") -> None:
+        """Use `open_splits`."""
+        self.name, self.rows = name, rows
+        self._where = f"The split {name!r} of {source.reference!r}"
+        self._key = (source.files, config, name)
+        self._read = conversation_reader(rows.column_names, self._where)
+
+    def render(self, connection: "Connection", max_length: int) -> Rendered:
+        """Tokens and weights of every row, computed once and cached; only responses are learned.
+
+        Raises `DatasetError` for a row that doesn't end with a response, and where no row is
+        short enough.
+        """
+        from datasets import Features, List, Value
+
+        read, where, renderer = self._read, self._where, connection.renderer
+
+        def tokens_and_weights(row: Mapping[str, Any], place: int) -> dict[str, Any]:
+            return _tokens_and_weights(read(row), renderer, f"{where}, row {place}")
+
+        model = (connection.renderer_name, connection.tokenizer_source, connection.weights)
+        fingerprint = digest([_VERSION, *self._key, *model])[:32]
+        rendered = self.rows.map(
+            tokens_and_weights,
+            with_indices=True,
+            remove_columns=self.rows.column_names,
+            features=Features({"tokens": List(Value("int32")), "weights": List(Value("float32"))}),
+            new_fingerprint=fingerprint,
+            cache_file_name=str(_cache() / f"{fingerprint}.arrow"),
+            desc="render",
+        )
+        lengths = _lengths(rendered)
+        kept = [place for place, length in enumerate(lengths) if length <= max_length]
+        if not kept:
+            raise DatasetError(
+                f"{where} has no row of at most {max_length} tokens: the shortest of "
+                f"{len(lengths)} has {min(lengths)}. Raise max_length, or pick a model with a "
+                "longer context."
+            )
+        return Rendered(rendered, kept, len(lengths) - len(kept))
+
+
+def locate(dataset: str | Path) -> Source:
+    """Find a folder, a file, or a Hub dataset `name@revision`, which is downloaded."""
+    path = Path(dataset).expanduser()
+    if path.is_file() and path.suffix not in _READERS:
+        raise DatasetError(
+            f"{str(dataset)!r} can't be read: expected a folder or a file that ends in "
+            f"{', '.join(_READERS)}; found {path.suffix!r}."
+        )
+    commit = None
+    if not path.exists():
+        path = _download(str(dataset))
+        commit = path.name  # the Hub's cache names a snapshot's folder by its commit
+    manifest_file = path / "manifest.json"
+    manifest = json.loads(manifest_file.read_text("utf-8")) if manifest_file.is_file() else {}
+    files = _files_digest(path)
+    released = "/".join(str(manifest[k]) for k in ("version", "content_digest") if k in manifest)
+    return Source(str(dataset), path, commit or released or files, files, manifest)
+
+
+def _download(reference: str) -> Path:
+    name, _, revision = reference.partition("@")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise DatasetError(
+            f"{reference!r} is not there: expected a folder, a file, or a Hub dataset like "
+            "'org/name@v1.0.0'."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision or None))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise DatasetError(
+            f"No folder {reference!r} here, and the Hub dataset can't be fetched: {error}"
+        ) from error
+
+
+def _files_digest(path: Path) -> str:
+    content = sha256()
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        name = file.relative_to(path)
+        if not file.is_file() or any(part.startswith((".", "cache-")) for part in name.parts):
+            continue
+        content.update(f"{name.as_posix()}\n{file.stat().st_size}\n".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                content.update(block)
+    return content.hexdigest()
+
+
+def open_splits(source: Source, settings: "TrainSettings") -> dict[str, Split]:
+    """The splits "train" and, if there is one, "validation", by the names the settings give them.
+
+    A validation split that was asked for by another name than the default must be there.
+    """
+    splits = source.load(settings.config)
+    names = {"train": settings.train_split}
+    asked = settings.validation_split
+    if asked in splits or asked != type(settings).validation_split:
+        names["validation"] = asked
+    for name in names.values():
+        if name not in splits:
+            raise DatasetError(
+                f"{source.reference!r} has no split {name!r}; found {sorted(map(str, splits))}. "
+                "Name one of them."
+            )
+        if not len(splits[name]):
+            raise DatasetError(
+                f"The split {name!r} of {source.reference!r} is empty: expected at least one row."
+            )
+    return {
+        role: Split(source, settings.config, name, splits[name]) for role, name in names.items()
+    }
+
+
+def _tokens_and_weights(messages: list[Message], renderer: Any, where: str) -> dict[str, Any]:
+    from tinker_cookbook.renderers import TrainOnWhat
+
+    last: Mapping[str, Any] = messages[-1] if messages else {}
+    if last.get("role") != "assistant" or not last.get("content"):
+        raise DatasetError(
+            f"{where}: expected a conversation that ends with a non-empty message of the "
+            f"assistant; found {last!r}. Leave such rows out (`dataset.filter`)."
+        )
+    tokens, weights = renderer.build_supervised_example(
+        messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE
+    )
+    if not float(weights[1:].sum()) > 0:
+        raise DatasetError(f"{where}: the renderer gives its response no token to learn.")
+    return {"tokens": tokens.to_ints(), "weights": weights.tolist()}
+
+
+def _lengths(rendered: "Dataset") -> list[int]:
+    import pyarrow.compute as compute
+
+    return list(compute.list_value_length(rendered.data.column("tokens")).to_pylist())
+
+
+def _cache() -> Path:
+    """Beside what `datasets` caches; its own choice can be the user's dataset folder."""
+    from datasets import config
+
+    folder = Path(config.HF_DATASETS_CACHE) / "distill_datasets"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"Can't write the cache {str(folder)!r}: {error}. Set HF_DATASETS_CACHE to another."
+        ) from error
+    return folder
