@@ -38,7 +38,7 @@ class Connection:
 
     `base_model` is the server's name for it, `model_path` a trained checkpoint of it.
     `tokenizer_source` is what the cookbook loads the tokenizer from; `weights` tells two local
-    models of one name apart.
+    models of one name apart; `server` is the one that was started for a local model.
     """
 
     reference: str
@@ -49,6 +49,7 @@ class Connection:
     max_context: int | None = None
     model_path: str | None = None
     weights: str = ""
+    server: "Server | None" = None
 
     @property
     def identity(self) -> str:
@@ -127,12 +128,14 @@ def _connect_local(reference: str, folder: Path, renderer: str, store: Path | No
         renderer_name=renderer,
         max_context=config.get("max_position_embeddings"),
         weights=_weights_digest(folder),
+        server=server,
     )
 
 
 def _connect_trained(folder: Path, renderer: str | None) -> Connection:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    lines = (folder / "checkpoints.jsonl").read_text(encoding="utf-8").splitlines()
+    # A killed training may leave its last line unfinished.
+    *lines, _ = (folder / "checkpoints.jsonl").read_text(encoding="utf-8").split("\n")
     best = [line for line in map(json.loads, lines) if line["best"]]
     if not best:
         raise ModelError(f"{folder} holds no finished checkpoint: run `train` again to finish it.")
@@ -150,7 +153,7 @@ def _connect_checkpoint(path: str, renderer: str | None) -> Connection:
         )
     _require_key(path)
     with explained(path):
-        info = tinker.RestClient().get_weights_info_by_tinker_path(path).result()
+        info = _rest_client().get_weights_info_by_tinker_path(path).result()
     base = _connect_hosted(f"tinker:{info.base_model}", info.base_model, renderer)
     return replace(base, reference=path, model_path=path)
 
@@ -159,7 +162,7 @@ def _connect_hosted(reference: str, base_model: str, renderer: str | None) -> Co
     _require_key(reference)
     _require_server(reference)
     with explained(reference):
-        capabilities = tinker.RestClient().get_server_capabilities().result()
+        capabilities = _rest_client().get_server_capabilities().result()
     models = {model.model_name: model for model in capabilities.supported_models}
     model = models.get(base_model)
     if model is None or model.sampleable is False:
@@ -187,6 +190,13 @@ def _recommended_renderer(base_model: str) -> str:
             f"No renderer is known for {base_model!r}: name one in the recipe (`renderer:`) or "
             f"with --renderer, for example {_TEMPLATE!r}."
         ) from error
+
+
+def _rest_client() -> tinker.RestClient:
+    """Named by address and key: left out, the SDK keeps one client for the whole process."""
+    return tinker.RestClient(
+        base_url=os.environ.get("TINKER_BASE_URL"), api_key=os.environ["TINKER_API_KEY"]
+    )
 
 
 def _require_key(reference: str) -> None:
@@ -263,6 +273,19 @@ def serve(reference: str, *, host: str, port: int, store: Path | None) -> None:
     name = reference.removeprefix("embedded:")
     folder = resources.pocket() if reference == "pocket" else _model_folder(name)
     serve_folder(folder, name=name, host=host, port=port, store=store)
+
+
+def ended(connection: Connection) -> ServiceError | None:
+    """What to say when the server that was started for a local model runs no more.
+
+    The SDK would try its address again for minutes.
+    """
+    if connection.server is None or connection.server.alive:
+        return None
+    return ServiceError(
+        f"The server of {connection.reference!r} ended, often for want of memory. What was saved "
+        f"is kept: run it again to continue. Its last words: {connection.server.stderr[-500:]!r}"
+    )
 
 
 @contextmanager

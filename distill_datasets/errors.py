@@ -5,6 +5,7 @@
     ├── DatasetError (ValueError)        a dataset lacks what its reader needs
     ├── ModelError (ValueError)          a model reference names nothing that can answer
     │   └── AccessError (PermissionError)   a key is missing, refused or out of credit
+    ├── SettingsError (ValueError)       a training setting is out of its range
     ├── VersionError (FileExistsError)   a version is taken by other content
     ├── OutputError (OSError)            an output folder can't be written
     ├── ServiceError (ConnectionError)   a server is gone or broke its protocol
@@ -34,6 +35,10 @@ class ModelError(DistillError, ValueError):
 
 class AccessError(ModelError, PermissionError):
     """A model exists behind a key that is missing, refused or out of credit."""
+
+
+class SettingsError(DistillError, ValueError):
+    """A training setting is out of its range."""
 
 
 class VersionError(DistillError, FileExistsError):

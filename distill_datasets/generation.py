@@ -19,6 +19,7 @@ from distill_datasets.errors import (
     GenerationError,
     ModelError,
     OutputError,
+    ServiceError,
 )
 from distill_datasets.journal import Journal
 from distill_datasets.parsing import Parsed, Reader
@@ -191,7 +192,7 @@ class _Rows:
         asked = {**query, "teacher": self.asking.sampler.model, "sample": 0}
         try:
             reply, tokens = await self._reply(query["query"])
-        except (AccessError, ModelError, OutputError) as error:
+        except (AccessError, ModelError, OutputError, ServiceError) as error:
             self.stop(error)
             return [{**asked, "error": str(error)}]
         except Exception as error:

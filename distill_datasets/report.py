@@ -231,10 +231,9 @@ def _latency(held_out: HeldOut, systems: Mapping[str, Asking]) -> dict[str, dict
 
 def _latency_note(rows: int) -> str:
     return (
-        f"Latency is that of the first {min(rows, _TIMED_ROWS)} rows, one request at a time and the "
-        "systems in turns, from "
-        "this client. A server may keep the teacher's prompt in its cache; uncached requests put "
-        "a new line before the prompt, so that it is read anew."
+        f"Latency is that of the first {min(rows, _TIMED_ROWS)} rows, one request at a time and "
+        "the systems in turns, from this client. A server may keep the teacher's prompt in its "
+        "cache; uncached requests put a new line before the prompt, so that it is read anew."
     )
 
 

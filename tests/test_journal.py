@@ -8,7 +8,7 @@ from distill_datasets.errors import OutputError
 from distill_datasets.journal import Journal
 from distill_datasets.sampler import Reply, Sample, Usage
 
-REPLY = Reply((Sample("réponse \"x\"\n", "stop", 3),), Usage(7, 2))
+REPLY = Reply((Sample('réponse "x"\n', "stop", 3),), Usage(7, 2))
 
 
 def test_an_answer_comes_back_as_it_was_put(tmp_path: Path) -> None:

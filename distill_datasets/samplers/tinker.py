@@ -1,14 +1,15 @@
 """Tinker, and every server that speaks its protocol: ours on this machine among them."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 import tinker
 
-from distill_datasets.connection import Connection, connect, explained
+from distill_datasets.connection import Connection, ended, explained
 from distill_datasets.sampler import Message, Reply, Sample, Sampling, Usage
 
-__all__ = ["Connection", "TinkerSampler", "connect"]
+_GLANCE = 2.0  # seconds between looks at whether a local server still runs
 
 
 class TinkerSampler:
@@ -46,11 +47,24 @@ class TinkerSampler:
             stop=renderer.get_stop_sequences(),
         )
         with explained(self.model):
-            response = await self._client.sample(
-                prompt=prompt, num_samples=sampling.n, sampling_params=parameters
+            response = await self._answered(
+                self._client.sample(
+                    prompt=prompt, num_samples=sampling.n, sampling_params=parameters
+                )
             )
         samples = tuple(self._read(sequence, sampling.stop) for sequence in response.sequences)
         return Reply(samples, Usage(prompt.length, response.prompt_cache_hit_tokens))
+
+    async def _answered(self, request: tinker.APIFuture[Any]) -> Any:
+        if self.connection.server is None:
+            return await request
+        waiting = asyncio.ensure_future(request.result_async())
+        while not waiting.done():
+            await asyncio.wait({waiting}, timeout=_GLANCE)
+            if not waiting.done() and (error := ended(self.connection)):
+                waiting.cancel()
+                raise error
+        return waiting.result()
 
     def _read(self, sequence: Any, stops: tuple[str, ...]) -> Sample:
         from tinker_cookbook.renderers import get_text_content
@@ -58,5 +72,9 @@ class TinkerSampler:
         message, _ = self.connection.renderer.parse_response(sequence.tokens)
         text = get_text_content(message)
         ends = [place for stop in stops if (place := text.find(stop)) >= 0]
-        reason = "stop" if ends else sequence.stop_reason
-        return Sample(text[: min(ends)] if ends else text, reason, len(sequence.tokens))
+        cut_off = not ends and sequence.stop_reason == "length"
+        return Sample(
+            text[: min(ends)] if ends else text,
+            "length" if cut_off else "stop",
+            len(sequence.tokens),
+        )
