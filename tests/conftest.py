@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.hub_fixture import hub  # noqa: F401 - a fixture
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
