@@ -5,16 +5,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from distill_datasets import resources
+from distill_datasets.kept_card import keep, markers, side_config, size_category, written_card
+from distill_datasets.model_metadata import model_metadata
 from distill_datasets.recipe import Recipe
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-
-_BEGIN = "<!-- distill-datasets:begin -->"
-_END = "<!-- distill-datasets:end -->"
 
 # ISO 639-1; the Hub also takes the three letters of ISO 639-3, which are taken on trust.
 _LANGUAGES = (
@@ -33,18 +30,8 @@ _HUB_LICENSE = re.compile(
     r"lgpl-2\.1|gfdl|eupl-1\.[12]|etalab-2\.0|afl-3\.0|artistic-2\.0|openrail|gemma|"
     r"llama(2|3|3\.[123]|4)"
 )
-_SIZES = (
-    (10**3, "n<1K"),
-    (10**4, "1K<n<10K"),
-    (10**5, "10K<n<100K"),
-    (10**6, "100K<n<1M"),
-    (10**7, "1M<n<10M"),
-    (10**8, "10M<n<100M"),
-    (10**9, "100M<n<1B"),
-    (10**10, "1B<n<10B"),
-    (10**11, "10B<n<100B"),
-    (10**12, "100B<n<1T"),
-)
+# What the card of a student says elsewhere, or only this machine understands.
+_NOT_SHOWN = ("dataset.path", "dataset.revision", "dataset.files", "checkpoint.best")
 
 
 def dataset_card(
@@ -54,47 +41,70 @@ def dataset_card(
     example: Mapping[str, Any],
     layout: Mapping[str, Any],
     written_before: str | None = None,
+    previous: Mapping[str, Any] | None = None,
 ) -> str:
     """The README of a release.
 
     `layout` is the `configs` and `dataset_info` of its metadata, `example` one row. Of the card
-    `written_before`, the text outside the two marker comments is kept.
+    `written_before`, what people wrote is kept: the text outside the two marker comments, and the
+    metadata that differs from the `previous` release's `card_metadata`.
     """
-    rows = sum(manifest["splits"].values())
-    metadata = {
+    facts = {"repo": None, "config": "default", "history": [], **manifest}
+    text = _fill("dataset.md", {**facts, "recipe": recipe, "example": example})
+    begin, end = markers(facts["config"])
+    metadata = {**card_metadata(manifest["splits"], recipe), **layout}
+    card = written_card(metadata, f"{begin}\n{text.strip()}\n{end}")
+    if written_before is None:
+        return card
+    return keep(card, written_before, config=facts["config"], previous=previous or {})
+
+
+def card_metadata(splits: Mapping[str, int], recipe: Recipe) -> dict[str, Any]:
+    """What a release's card says to the Hub, its files aside."""
+    return {
         "pretty_name": recipe.name,
         **_license(recipe),
         **_languages(recipe),
-        "size_categories": [next((name for most, name in _SIZES if rows < most), "n>1T")],
+        "size_categories": [size_category(sum(splits.values()))],
         "tags": ["synthetic", "prompt-distillation", "distill-datasets"],
-        **layout,
     }
-    text = _fill("dataset.md", {**manifest, "recipe": recipe, "example": example})
-    return _card(metadata, text, written_before)
 
 
-def model_card(report: Mapping[str, Any], training: Mapping[str, Any], recipe: Recipe) -> str:
+def model_card(
+    report: Mapping[str, Any] | None,
+    training: Mapping[str, Any],
+    recipe: Recipe | None,
+    *,
+    published: Mapping[str, Any] | None = None,
+) -> str:
     """The README of a trained student: what it was trained on, and how it compares.
 
-    `report` is what `measure` writes, `training` the training folder's configuration with its
-    `best` checkpoint.
+    `report` is what `measure` writes, None where nothing was measured; `training` the training
+    folder's configuration with its best `checkpoint`; `recipe` is None where the dataset has
+    none. `published` says where the adapter and its base are, for a card that goes there.
     """
-    base = report["systems"]["base"]["model"]
-    hub_base = re.fullmatch(r"tinker:([\w.-]+/[\w.-]+)", base)
-    # No `license`: a student inherits its base's, and nobody has told us that.
+    name = f"{recipe.name} student" if recipe else "student"
+    systems = report["systems"] if report else {}
+    base = training.get("student") or systems["base"]["model"]
+    hosted = re.fullmatch(r"tinker:([\w.-]+/[\w.-]+)", base)
+    on_hub = published["base_model"] if published else hosted and hosted[1]
     metadata = {
-        "model_name": f"{recipe.name} student",
-        **({"base_model": hub_base[1]} if hub_base else {}),
-        **_languages(recipe),
-        "tags": ["prompt-distillation", "distill-datasets"],
+        "model_name": name,
+        **(_license(recipe) | _languages(recipe) if recipe else {}),
+        **model_metadata(report, training, on_hub),
     }
     facts = {
         "recipe": recipe,
-        "training": dict(_flat(training)),
-        "comparison": report_markdown(report).strip(),
+        "report": report,
+        "training": {key: value for key, value in _flat(training) if key not in _NOT_SHOWN},
+        "dataset": {"rows": None, "revision": None, **(report or training)["dataset"]},
+        "base": base,
+        "teacher": systems["teacher"]["model"] if report else recipe and recipe.teacher,
+        "published": published,
+        "comparison": report_markdown(report).strip() if report else None,
     }
-    text = _fill("model.md", {"notes": [], **report, **facts})
-    return _card(metadata, text, None)
+    begin, end = markers("default")
+    return written_card(metadata, f"{begin}\n{_fill('model.md', facts).strip()}\n{end}")
 
 
 def report_markdown(report: Mapping[str, Any]) -> str:
@@ -108,25 +118,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         elif value is not None:
             yield f"{prefix}{key}", value
-
-
-def _card(metadata: Mapping[str, Any], text: str, written_before: str | None) -> str:
-    before, after = _human_text(written_before) if written_before else ("", "")
-    head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=100)
-    block = f"{_BEGIN}\n{text.strip()}\n{_END}"
-    parts = [part for part in (before, block, after) if part]
-    return f"---\n{head}---\n\n" + "\n\n".join(parts) + "\n"
-
-
-def _human_text(card: str) -> tuple[str, str]:
-    """What stands before and after the generated block; a card without one is all human."""
-    body = re.sub(r"\A---\n.*?\n---\n", "", card, count=1, flags=re.DOTALL)
-    before, begin, rest = body.partition(_BEGIN)
-    # The last end: a prompt between the two may hold the same words.
-    _, end, after = rest.rpartition(_END)
-    if not (begin and end):
-        return "", body.strip()
-    return before.strip(), after.strip()
 
 
 def _license(recipe: Recipe) -> dict[str, str]:
@@ -170,6 +161,7 @@ def _environment() -> "Environment":
         count="{:,}".format,
         tenths="{:,.1f}".format,
         measured=_measured,
+        side=side_config,
     )
     return environment
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError
+from distill_datasets.fingerprints import FINGERPRINTS, Fingerprints, read_fingerprints
 from distill_datasets.recipe import Recipe
 from distill_datasets.sampler import digest
 from distill_datasets.schema import rejected_features, release_features
@@ -39,7 +40,7 @@ def answered_contents(
     """
     import pyarrow.compute as pc
 
-    for rows in answers.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH):
+    for rows in _batches(answers):
         usable = pc.and_(pc.is_null(rows["rejection"]), pc.is_null(rows["error"]))
         kept, dropped = rows.filter(usable), rows.filter(pc.invert(usable))
         _check(kept)
@@ -60,6 +61,23 @@ def published_contents(release: Path) -> Iterator[tuple[tuple[str, ...], "pa.Tab
     for path in sorted([*release.glob("data/*.parquet"), *release.glob("rejected/*.parquet")]):
         for batch in ParquetFile(path).iter_batches(_ROWS_PER_BATCH):
             yield (path.name.split("-")[0],), pa.Table.from_batches([batch])
+
+
+def _batches(answers: "Dataset") -> Iterator["pa.Table"]:
+    """The rows in their order, a few at a time and without mapping the files into memory.
+
+    Mapped pages count as this process's memory until the system takes them back.
+    """
+    import pyarrow as pa
+
+    if answers._indices is not None or not answers.cache_files:
+        yield from answers.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH)
+        return
+    for file in answers.cache_files:
+        with pa.OSFile(file["filename"]) as source, pa.ipc.open_stream(source) as stream:
+            for batch in stream:
+                for start in range(0, len(batch), _ROWS_PER_BATCH):
+                    yield pa.Table.from_batches([batch.slice(start, _ROWS_PER_BATCH)])
 
 
 def _check(kept: "pa.Table") -> None:
@@ -107,6 +125,7 @@ class Survey:
     rejected: Counter[str] = field(default_factory=Counter)
     errors: int = 0
     example: dict[str, Any] | None = None
+    fingerprints: Fingerprints = field(default_factory=Fingerprints)
     _digests: dict[str, Any] = field(default_factory=dict)
     _numbers: Counter[str] = field(default_factory=Counter)
 
@@ -117,6 +136,7 @@ class Survey:
             self._digests.setdefault(part, sha256(_line(rows.column_names)))
         for row in rows.to_pylist():
             line = _line(list(row.values()))
+            self.fingerprints.add(parts, row, line)
             for part in parts:
                 self._digests[part].update(line)
             if parts == (REJECTED,):
@@ -168,30 +188,11 @@ def survey(contents: "Contents") -> Survey:
     return found
 
 
-def row_changes(old: "Contents", new: "Contents") -> list[str]:
-    """How many rows were added, removed and changed, as words; a row is known by id and sample."""
-    before, after = _row_digests(old), _row_digests(new)
-    counts = {
-        "added": len(after.keys() - before.keys()),
-        "removed": len(before.keys() - after.keys()),
-        "changed": sum(before[key] != after[key] for key in before.keys() & after.keys()),
-    }
-    return [
-        f"{count} {'row' if count == 1 else 'rows'} {what}"
-        for what, count in counts.items()
-        if count
-    ]
-
-
-def _row_digests(contents: "Contents") -> dict[tuple[str, int], bytes]:
-    found: dict[tuple[str, int], bytes] = {}
-    for parts, rows in contents:
-        for row in rows.to_pylist():
-            key = row["id"], row["sample"]
-            for part in parts:
-                line = _line([part, *row.values()])
-                found[key] = sha256(found.get(key, b"") + line).digest()
-    return found
+def fingerprints_of(release: Path) -> Fingerprints:
+    """A release's fingerprints, from its rows where it carries none."""
+    if (release / FINGERPRINTS).is_file():
+        return read_fingerprints(release / FINGERPRINTS)
+    return survey(published_contents(release)).fingerprints
 
 
 def _line(values: list[Any]) -> bytes:

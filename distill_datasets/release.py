@@ -1,33 +1,41 @@
 """Answers become a release: a folder that `datasets` reads and the Hub can hold."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.card import dataset_card
+from distill_datasets.card import card_metadata, dataset_card
 from distill_datasets.contents import (
     REJECTED,
     Survey,
     answered_contents,
-    published_contents,
-    row_changes,
+    fingerprints_of,
     survey,
 )
 from distill_datasets.errors import DatasetError, OutputError, VersionError
+from distill_datasets.fingerprints import FINGERPRINTS, RowChanges
+from distill_datasets.ledger import LEDGER, ledger_features, write_ledger
+from distill_datasets.manifest import (
+    MANIFEST,
+    Part,
+    columns,
+    layout,
+    manifest_text,
+    read_manifest,
+)
 from distill_datasets.recipe import Recipe, load_recipe
 from distill_datasets.replacement import recover, replacing
 from distill_datasets.schema import answer_features, rejected_features, release_features
-from distill_datasets.shards import Shards, Size
+from distill_datasets.shards import Shards
+from distill_datasets.versions import FIRST, Change, check_version, difference, following, history
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetInfo, Features
+    from datasets import Dataset
 
-_FIRST_VERSION = "1.0.0"
-_VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)")
+    from distill_datasets.pushing import Pushed
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,23 @@ class Release:
     digest: str
     splits: Mapping[str, int]
     rejected: int
+    why: str = ""
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        config: str = "default",
+        version: str | None = None,
+        private: bool = True,
+        create_pr: bool = False,
+    ) -> "Pushed":
+        """Push to a dataset repository: one commit, then a tag; see `pushing.push_release`."""
+        from distill_datasets.pushing import push_release
+
+        return push_release(
+            self.path, repo, config=config, version=version, private=private, create_pr=create_pr
+        )
 
 
 @dataclass(frozen=True)
@@ -49,6 +74,7 @@ class _Answers:
     generation: Mapping[str, Any]
     recipe: Recipe
     survey: Survey
+    journal: Path | None
 
     @property
     def digest(self) -> str:
@@ -56,56 +82,66 @@ class _Answers:
 
 
 def publish(
-    run: Path | str, *, out: Path | str | None = None, version: str | None = None
+    run: Path | str,
+    *,
+    out: Path | str | None = None,
+    version: str | None = None,
+    ledger: bool = True,
 ) -> Release:
     """Write a run's answers as a release (default: `run/release`).
 
-    `version` is x.y.z; without one it is the version that lies in `out` already, else 1.0.0.
-    Publishing the same content again writes nothing. Other content needs another version, which
-    then takes the old one's place in `out`: raises `VersionError` that says what differs. Raises
-    `DatasetError` for answers that are missing, before anything is written. A row that failed is
-    published with its error in the config `rejected`: run `generate` again first to ask for it.
+    `version` is x.y.z. Without one it follows the version that lies in `out` already: major if
+    the columns, the prompt or the response format changed, minor if the rows did, patch if only
+    the card did; the first is 1.0.0. The new release takes the old one's place in `out`. Nothing
+    is written for the same content; other content under the same version raises `VersionError`
+    that says what differs. Raises `DatasetError` for answers that are missing, before anything is
+    written. A row that failed is published with its error in the config `rejected`: run
+    `generate` again first to ask for it. The raw answers go into the config `ledger`, for others
+    to run the recipe without paying again; `ledger=False` leaves them out.
     """
     folder = Path(out) if out is not None else Path(run) / "release"
     published = _published(folder)
-    if version is None:
-        version = published.version if published else _FIRST_VERSION
-    _check_version(version)
-    answers = _load_answers(Path(run))
-    if published and published.version == version:
-        if published.digest != answers.digest:
-            raise _taken(published, answers)
-        if load_recipe(folder).model_dump() == answers.recipe.model_dump():
+    if version is not None:
+        check_version(version)
+    answers = _load_answers(Path(run), ledger)
+    old = read_manifest(folder) if published else None
+    facts = _facts(answers, old)
+    change = difference(old, facts, lambda: _row_changes(folder, answers)) if old else None
+    if published and old:
+        if change is None and version in (None, published.version):
             return published
+        version = version or following(published.version, change.level if change else "patch")
+        if change and change.level != "patch" and version == published.version:
+            raise _taken(published, change)
+    facts["version"] = version or FIRST
+    facts["why"] = _why(old, change)
     readme = folder / "README.md"
     written_before = readme.read_text(encoding="utf-8") if readme.is_file() else None
     with replacing(folder) as building:
-        _write(building, answers, version, written_before)
+        _write(building, answers, facts, old, written_before)
     return load_release(folder)
 
 
 def load_release(path: Path | str) -> Release:
     """What the manifest in a release's folder says; reads no rows."""
-    manifest = Path(path) / "manifest.json"
-    if not manifest.is_file():
-        raise DatasetError(
-            f"{str(path)!r} is not a release: expected a manifest.json in it. Name the folder "
-            "that `publish` wrote."
-        )
+    facts = read_manifest(Path(path))
     try:
-        facts = json.loads(manifest.read_text(encoding="utf-8"))
-        rejected = sum(facts["rejected"].values()) + facts["errors"]
         return Release(
-            Path(path), facts["version"], facts["content_digest"], facts["splits"], rejected
+            Path(path),
+            facts["version"],
+            facts["content_digest"],
+            facts["splits"],
+            sum(facts["rejected"].values()) + facts["errors"],
+            facts.get("why", ""),
         )
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (AttributeError, TypeError) as error:
         raise DatasetError(
-            f"{str(manifest)!r} is not a manifest that `publish` wrote ({error!r}). Delete the "
+            f"{str(path)!r} has a manifest that `publish` didn't write ({error!r}). Delete the "
             "folder and publish again."
         ) from error
 
 
-def _load_answers(run: Path) -> _Answers:
+def _load_answers(run: Path, ledger: bool) -> _Answers:
     from datasets import Dataset, load_from_disk
 
     folder = run / "answers"
@@ -126,7 +162,9 @@ def _load_answers(run: Path) -> _Answers:
             f"{str(folder)!r} has nothing to publish: none of its {len(rows)} rows can be used "
             f"({reasons}). Look at its `raw` and `error` columns, then mend the recipe."
         )
-    return _Answers(rows, generation, recipe, found)
+    journal = run / "journal.sqlite"
+    kept = journal if ledger and journal.is_file() else None
+    return _Answers(rows, generation, recipe, found, kept)
 
 
 def _check(rows: "Dataset", generation: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
@@ -142,11 +180,6 @@ def _check(rows: "Dataset", generation: Mapping[str, Any], recipe: Recipe, folde
         )
 
 
-def _check_version(version: str) -> None:
-    if not _VERSION.fullmatch(version):
-        raise DatasetError(f"{version!r} is not a version: expected three numbers such as '1.0.0'.")
-
-
 def _published(folder: Path) -> Release | None:
     recover(folder)
     if (folder / "manifest.json").is_file():
@@ -159,125 +192,91 @@ def _published(folder: Path) -> Release | None:
     return None
 
 
-def _taken(published: Release, answers: _Answers) -> VersionError:
-    old, new = load_recipe(published.path), answers.recipe
-    differences = row_changes(
-        published_contents(published.path), answered_contents(answers.rows, new)
-    )
-    if old.prompt != new.prompt:
-        differences.append("the prompt changed")
-    if keys := _changed_keys(old.model_dump(), new.model_dump()):
-        differences.append(f"recipe keys changed: {', '.join(keys)}")
-    if old.attachments and old.digest != new.digest and not differences:
-        differences.append("the recipe's query files changed")
-    *major_minor, patch = published.version.split(".")
-    following = ".".join([*major_minor, str(int(patch) + 1)])
+def _row_changes(published: Path, answers: _Answers) -> RowChanges:
+    return fingerprints_of(published).changes(answers.survey.fingerprints)
+
+
+def _taken(published: Release, change: Change) -> VersionError:
     return VersionError(
         f"Version {published.version} in {str(published.path)!r} holds other content: "
-        f"{'; '.join(differences or ['the rows have another order'])}. Publish with another "
-        f"version, such as version={following!r}, or to another folder."
+        f"{change.why}. Publish with another version, such as "
+        f"version={following(published.version, change.level)!r}, or to another folder."
     )
 
 
-def _changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    changed = []
-    for key in old:
-        if isinstance(old[key], Mapping) and isinstance(new[key], Mapping):
-            changed += _changed_keys(old[key], new[key], f"{prefix}{key}.")
-        elif old[key] != new[key]:
-            changed.append(prefix + key)
-    return changed
+def _why(old: Mapping[str, Any] | None, change: Change | None) -> str:
+    if change:
+        return change.why
+    return f"the same content as {old['version']}" if old else "the first release"
 
 
-def _write(building: Path, answers: _Answers, version: str, written_before: str | None) -> None:
-    sizes = _write_rows(building, answers)
-    manifest = _manifest(answers, version)
+def _write(
+    building: Path,
+    answers: _Answers,
+    facts: Mapping[str, Any],
+    old: Mapping[str, Any] | None,
+    written_before: str | None,
+) -> None:
+    parts = _write_rows(building, answers)
+    answers.survey.fingerprints.write(building / FINGERPRINTS)
+    manifest = {**facts, "history": history(old, facts)}
+    if answers.journal:
+        manifest["ledger"] = parts[LEDGER].sizes[LEDGER].rows if LEDGER in parts else 0
     answers.recipe.dump(building / "recipe")
-    text = json.dumps(manifest, indent=2, ensure_ascii=False)
-    (building / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    (building / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     card = dataset_card(
         manifest,
         answers.recipe,
         example=answers.survey.example or {},
-        layout=_layout(answers.survey, sizes, manifest),
+        layout=layout(parts, manifest),
         written_before=written_before,
+        previous=old.get("card") if old else None,
     )
     (building / "README.md").write_text(card, encoding="utf-8")
 
 
-def _write_rows(building: Path, answers: _Answers) -> dict[str, Size]:
-    released, rejected = release_features().arrow_schema, rejected_features().arrow_schema
-    shards = {name: Shards(building / "data", name, released) for name in answers.survey.splits}
+def _write_rows(building: Path, answers: _Answers) -> dict[str, Part]:
+    released, rejected = release_features(), rejected_features()
+    splits = answers.survey.splits
+    shards = {name: Shards(building / "data", name, released.arrow_schema) for name in splits}
     if answers.survey.rows[REJECTED]:
-        shards[REJECTED] = Shards(building / REJECTED, REJECTED, rejected)
+        shards[REJECTED] = Shards(building / REJECTED, REJECTED, rejected.arrow_schema)
     for parts, rows in answered_contents(answers.rows, answers.recipe):
         for part in parts:
             shards[part].add(rows)
-    return {name: shard.close() for name, shard in shards.items()}
+    sizes = {name: shard.close() for name, shard in shards.items()}
+    written = {"default": Part("data", released, {name: sizes[name] for name in splits})}
+    if REJECTED in sizes:
+        written[REJECTED] = Part(REJECTED, rejected, {REJECTED: sizes[REJECTED]})
+    if answers.journal:
+        identity = answers.generation["identity"]
+        found = write_ledger(building, answers.journal, answers.rows, answers.recipe, identity)
+        if found:
+            written[LEDGER] = Part(LEDGER, ledger_features(), found)
+    return written
 
 
-def _manifest(answers: _Answers, version: str) -> dict[str, Any]:
-    found, generation = answers.survey, answers.generation
+def _facts(answers: _Answers, old: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The manifest, but for what writing the release decides."""
+    found, generation, recipe = answers.survey, answers.generation, answers.recipe
+    known = old.get("ledger") if old else None
     return {
-        "version": version,
-        "recipe": answers.recipe.name,
-        "recipe_digest": answers.recipe.digest,
+        "recipe": recipe.name,
+        "recipe_digest": recipe.digest,
         "content_digest": answers.digest,
         **{key: generation[key] for key in ("teacher", "identity", "renderer", "sampling")},
-        "prompt_sha256": sha256(answers.recipe.prompt.encode()).hexdigest(),
+        "prompt_sha256": sha256(recipe.prompt.encode()).hexdigest(),
+        "columns": columns(release_features()),
         "splits": found.splits,
         "kept": found.kept,
         "rejected": dict(sorted(found.rejected.items())),
         "errors": found.errors,
+        "ledger": (known or 0) if answers.journal else None,
         "references": found.references,
         "tokens": generation["tokens"],
         "mean_prompt_tokens": found.mean_prompt_tokens,
         "created": generation["created"],
         "versions": generation["versions"],
+        "recipe_fields": recipe.model_dump(mode="json"),
+        "card": card_metadata(found.splits, recipe),
     }
-
-
-def _layout(
-    found: Survey, sizes: Mapping[str, Size], manifest: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The card's `configs` and `dataset_info`, as `datasets` and the Hub's viewer read them.
-
-    `datasets` caches a local folder by this text alone. The version and the digest in it keep it
-    from returning the rows of an earlier release in the same place.
-    """
-    from datasets.info import DatasetInfosDict
-    from huggingface_hub import DatasetCardData
-
-    places = {"default": ("data", list(found.splits), release_features())}
-    if REJECTED in sizes:
-        places[REJECTED] = (REJECTED, [REJECTED], rejected_features())
-    configs = [
-        {
-            "config_name": name,
-            "version": manifest["version"],
-            "description": f"content {manifest['content_digest']}",
-            "data_files": [{"split": s, "path": f"{place}/{s}-*"} for s in splits],
-        }
-        for name, (place, splits, _) in places.items()
-    ]
-    infos = {
-        name: _info(features, {split: sizes[split] for split in splits})
-        for name, (_, splits, features) in places.items()
-    }
-    card = DatasetCardData()
-    DatasetInfosDict(infos).to_dataset_card_data(card)
-    return {"configs": configs, "dataset_info": card["dataset_info"]}
-
-
-def _info(features: "Features", sizes: Mapping[str, Size]) -> "DatasetInfo":
-    from datasets import DatasetInfo, SplitDict, SplitInfo
-
-    splits = SplitDict()
-    for name, size in sizes.items():
-        splits.add(SplitInfo(name, size.arrow_bytes, size.rows))
-    return DatasetInfo(
-        features=features,
-        splits=splits,
-        download_size=sum(size.file_bytes for size in sizes.values()),
-        dataset_size=sum(size.arrow_bytes for size in sizes.values()),
-    )

@@ -143,7 +143,7 @@ def test_without_rejected_rows_there_is_no_such_configuration(
 def test_the_prompt_is_in_no_column_of_no_row(tmp_path: Path, recipe: Recipe) -> None:
     rows = [answer(0), answer(1, response=None, rejection="empty"), answer(2, error="timeout")]
     release = publish(write_run(tmp_path / "run", rows, recipe))
-    paths = list(release.path.rglob("*.parquet"))
+    paths = list(release.path.glob("*/*.parquet"))
     text = json.dumps([read_table(path).to_pylist() for path in paths])
     assert len(paths) == 2
     assert "hello 0" in text
@@ -188,11 +188,11 @@ def test_other_content_under_the_same_version_is_refused_with_what_differs(
     rows = [answer(0, response="de"), *map(answer, range(2, 9)), answer(9), answer(10)]
     write_run(run, rows, changed)
     with pytest.raises(VersionError) as refused:
-        publish(run)
+        publish(run, version="1.0.0")
     message = str(refused.value)
-    assert "2 rows added; 1 row removed; 1 row changed; the prompt changed" in message
+    assert "the prompt changed; 2 rows added; 1 row removed; 1 answer changed" in message
     assert "sampling.temperature" in message
-    assert "version='1.0.1'" in message
+    assert "version='2.0.0'" in message
     assert snapshot(run / "release") == before
 
 
@@ -201,7 +201,7 @@ def test_rows_in_another_order_are_other_content(tmp_path: Path, recipe: Recipe)
     publish(run)
     write_run(run, map(answer, (0, 2, 1)), recipe)
     with pytest.raises(VersionError, match="another order"):
-        publish(run)
+        publish(run, version="1.0.0")
 
 
 def test_another_version_takes_the_place_and_a_new_process_sees_its_rows(
@@ -246,7 +246,7 @@ def test_a_release_set_aside_by_a_crash_is_put_back(tmp_path: Path, recipe: Reci
     first.path.rename(run / ".release.old")
     write_run(run, [answer(1)], recipe)
     with pytest.raises(VersionError):
-        publish(run)
+        publish(run, version="1.0.0")
     assert load_release(first.path) == first
 
 
@@ -373,7 +373,7 @@ def test_the_recipe_changes_the_digest(recipe: Recipe) -> None:
     assert found.digest(recipe.digest) != found.digest(recipe.replace(prompt="Other.").digest)
 
 
-def test_another_licence_renews_the_card_and_not_the_version(
+def test_another_licence_renews_the_card_of_the_same_version_when_asked(
     tmp_path: Path, recipe: Recipe
 ) -> None:
     rows = [answer(0)]
@@ -381,10 +381,39 @@ def test_another_licence_renews_the_card_and_not_the_version(
     first = publish(run)
     readme = first.path / "README.md"
     readme.write_text(readme.read_text("utf-8") + "\nWritten by hand.\n", encoding="utf-8")
-    second = publish(write_run(run, rows, recipe.replace(license="CC0-1.0")))
-    assert second == first
+    run = write_run(run, rows, recipe.replace(license="CC0-1.0"))
+    second = publish(run, version="1.0.0")
+    assert (second.version, second.digest) == (first.version, first.digest)
     assert DatasetCard.load(readme).data.license == "cc0-1.0"
     assert readme.read_text("utf-8").endswith("\n\nWritten by hand.\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "version", "why"),
+    [
+        ({"license": "mit"}, range(3), "1.0.1", "recipe keys changed: license"),
+        ({}, range(4), "1.1.0", "1 row added"),
+        ({"sampling": {"top_p": 0.5}}, range(3), "1.1.0", "recipe keys changed: sampling.top_p"),
+        ({"prompt": "Another."}, range(3), "2.0.0", "the prompt changed"),
+        ({"response": "{{ text }}"}, range(2), "2.0.0", "the response format changed (response)"),
+    ],
+)
+def test_the_next_version_says_how_much_changed_and_why(
+    changes: dict[str, Any],
+    rows: range,
+    version: str,
+    why: str,
+    tmp_path: Path,
+    recipe: Recipe,
+) -> None:
+    run = write_run(tmp_path / "run", map(answer, range(3)), recipe)
+    assert publish(run).why == "the first release"
+    release = publish(write_run(run, map(answer, rows), recipe.replace(**changes)))
+    assert (release.version, why in release.why) == (version, True)
+    card = (release.path / "README.md").read_text("utf-8")
+    assert f"Since version 1.0.0: {release.why}." in card
+    assert "| 1.0.0 | 2026-11-21 | the first release |" in card
+    assert publish(run) == release
 
 
 def test_the_release_carries_its_recipe(tmp_path: Path, recipe: Recipe) -> None:

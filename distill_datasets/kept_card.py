@@ -1,0 +1,158 @@
+"""A card that is written anew around what people wrote into it."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+# Rows below each limit, and the Hub's name for such a dataset.
+_SIZES = (
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
+    (10**8, "10M<n<100M"),
+    (10**9, "100M<n<1B"),
+    (10**10, "1B<n<10B"),
+    (10**11, "10B<n<100B"),
+    (10**12, "100B<n<1T"),
+)
+_LISTS = ("tags", "language")
+_RIGHTS = ("license", "license_name")  # what the recipe says about them holds
+_BY_CONFIG = ("configs", "dataset_info")
+_SIDE_CONFIGS = ("rejected", "ledger")
+
+
+def size_category(rows: int) -> str:
+    """The Hub's name for a dataset of so many rows."""
+    return next((name for most, name in _SIZES if rows < most), "n>1T")
+
+
+def side_config(config: str, part: str) -> str:
+    """The configuration that holds the `part` (rejected, ledger) of another."""
+    return part if config == "default" else f"{config}-{part}"
+
+
+def markers(config: str) -> tuple[str, str]:
+    """The comments around the text that is written anew for a configuration."""
+    name = "" if config == "default" else f" {config}"
+    begin, end = (f"<!-- distill-datasets:{edge}{name} -->" for edge in ("begin", "end"))
+    return begin, end
+
+
+def written_card(metadata: Mapping[str, Any], body: str) -> str:
+    """A card from its two halves."""
+    head = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=100)
+    return f"---\n{head}---\n\n{body}\n"
+
+
+def read_card(card: str) -> tuple[dict[str, Any], str]:
+    """The halves of a card: its metadata and its text; a broken head counts as text."""
+    text = card.removeprefix("\ufeff").replace("\r\n", "\n")
+    found = re.match(r"\A---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", text, re.DOTALL | re.MULTILINE)
+    if not found:
+        return {}, text
+    try:
+        metadata = yaml.safe_load(found[1])
+    except yaml.YAMLError:
+        return {}, text
+    return (metadata, text[found.end() :]) if isinstance(metadata, dict) else ({}, text)
+
+
+def keep(card: str, existing: str, *, config: str, previous: Mapping[str, Any]) -> str:
+    """The new `card` with what people wrote into the `existing` one.
+
+    That is all text outside the markers, the metadata that differs from what was generated for
+    it the last time (`previous`), and what is there for other configurations.
+    """
+    ours, new_body = read_card(card)
+    theirs, old_body = read_card(existing)
+    body = _kept_text(new_body, old_body, config)
+    return written_card(_kept_metadata(ours, theirs, previous), body)
+
+
+def _kept_text(new: str, old: str, config: str) -> str:
+    begin, end = markers(config)
+    own_before, block, own_after = _around(new, begin, end)
+    before, found, after = _around(old, begin, end)
+    if not found:
+        before, after = _place(old)
+    parts = (before or own_before, f"{begin}{block}{end}", after or own_after)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _around(body: str, begin: str, end: str) -> tuple[str, str, str]:
+    """The text before, between and after the markers; nothing between where they are not."""
+    before, started, rest = body.partition(begin)
+    # The last end: a prompt between the two may hold the same words.
+    block, ended, after = rest.rpartition(end)
+    if not (started and ended):
+        return "", "", ""
+    return before.strip(), block, after.strip()
+
+
+def _place(body: str) -> tuple[str, str]:
+    """What goes before and after a first block: behind other blocks, else on top."""
+    blocks = list(re.finditer(r"<!-- distill-datasets:end( [\w.-]+)? -->", body))
+    if not blocks:
+        return "", body.strip()
+    return body[: blocks[-1].end()].strip(), body[blocks[-1].end() :].strip()
+
+
+def _kept_metadata(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], previous: Mapping[str, Any]
+) -> dict[str, Any]:
+    merged = {key: _kept_value(key, value, theirs, previous) for key, value in ours.items()}
+    for key, value in theirs.items():
+        # A key that was generated before and no longer is goes, unless somebody changed it.
+        stale = key in previous and previous[key] == value
+        if key not in merged and not stale and not (key in _RIGHTS and "license" in ours):
+            merged[key] = value
+    if len(_listed(merged.get("dataset_info"))) > len(_listed(ours.get("dataset_info"))):
+        merged["size_categories"] = [size_category(_rows(_listed(merged["dataset_info"])))]
+    return merged
+
+
+def _kept_value(key: str, ours: Any, theirs: Mapping[str, Any], previous: Mapping[str, Any]) -> Any:
+    if key in _BY_CONFIG:
+        return _kept_configs(ours, theirs.get(key))
+    if key not in theirs or key in _RIGHTS or theirs[key] == previous.get(key):
+        return ours
+    if key in _LISTS and isinstance(theirs[key], list):
+        return [*ours, *(one for one in theirs[key] if one not in (*ours, *previous.get(key, ())))]
+    return ours if key == "size_categories" else theirs[key]
+
+
+def _kept_configs(ours: Any, theirs: Any) -> Any:
+    mine = _listed(ours)
+    # Configurations of one release come and go together: data, rejected rows, raw answers.
+    names = {name for one in mine for name in _together(one.get("config_name", "default"))}
+    others = [one for one in _listed(theirs) if one.get("config_name", "default") not in names]
+    return [*({"config_name": "default", **one} for one in mine), *others] if others else ours
+
+
+def _together(name: str) -> tuple[str, ...]:
+    for part in _SIDE_CONFIGS:
+        if name == part:
+            name = "default"
+        name = name.removesuffix(f"-{part}")
+    return (name, *(side_config(name, part) for part in _SIDE_CONFIGS))
+
+
+def _listed(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, dict):
+        return [value]
+    return [one for one in value or [] if isinstance(one, dict)]
+
+
+def _rows(infos: list[dict[str, Any]]) -> int:
+    side = tuple(f"-{part}" for part in _SIDE_CONFIGS)
+    names = [str(info.get("config_name", "default")) for info in infos]
+    return sum(
+        split.get("num_examples", 0)
+        for name, info in zip(names, infos, strict=True)
+        if name not in _SIDE_CONFIGS and not name.endswith(side)
+        for split in info.get("splits") or []
+    )
