@@ -2,7 +2,7 @@
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,17 +12,22 @@ from distill_datasets.sampler import Reply
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS answers (
-    digest TEXT PRIMARY KEY,
+    digest TEXT NOT NULL PRIMARY KEY,
     model TEXT NOT NULL,
     reply TEXT NOT NULL,
     bought_at REAL NOT NULL,
     times_bought INTEGER NOT NULL DEFAULT 1
-) WITHOUT ROWID
+)
 """
 _PUT = """
 INSERT INTO answers (digest, model, reply, bought_at) VALUES (?, ?, ?, ?)
 ON CONFLICT (digest) DO UPDATE SET times_bought = times_bought + 1
 """
+_ADD = """
+INSERT OR IGNORE INTO answers (digest, model, reply, bought_at, times_bought)
+VALUES (?, ?, ?, ?, 0)
+"""
+_Entry = tuple[str, str, str]
 
 
 class Journal:
@@ -62,6 +67,32 @@ class Journal:
             self._database.execute(_PUT, (digest, model, reply.to_json(), time.time()))
         except sqlite3.Error as error:
             raise OutputError(_unwritable(self.path, error)) from error
+
+    def entry(self, digest: str) -> _Entry | None:
+        """What is stored for a digest: the digest, the sampler's identity, the reply's JSON."""
+        found: _Entry | None = self._database.execute(
+            "SELECT digest, model, reply FROM answers WHERE digest = ?", (digest,)
+        ).fetchone()
+        return found
+
+    def add(self, entries: Iterable[_Entry]) -> int:
+        """Store entries that were paid for elsewhere, all or none, bought zero times here.
+
+        An answer that is there already stays. Returns how many were new.
+        """
+        now = time.time()
+        rows = [(*entry, now) for entry in entries]
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                added = self._database.executemany(_ADD, rows).rowcount
+                self._database.execute("COMMIT")
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise OutputError(_unwritable(self.path, error)) from error
+        return added
 
     def __len__(self) -> int:
         """How many different requests have been answered."""

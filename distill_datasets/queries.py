@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_datasets.errors import RecipeError
+from distill_datasets.pinned import fetch_dataset
 from distill_datasets.recipe import Recipe, Split
 
 if TYPE_CHECKING:
@@ -82,14 +83,32 @@ def _source(recipe: Recipe) -> "Dataset":
     if spec.package and spec.member:
         return _read_file(_in_package(spec.package, spec.member), spec.sha256)
     from datasets import Dataset, load_dataset
+    from datasets.exceptions import DatasetsError
 
-    name = spec.hub or spec.path or ""
+    folder = _hub_folder(recipe) if spec.hub else _local_folder(spec.path or "")
     try:
-        rows = load_dataset(name, spec.config, split=spec.split or "train", revision=spec.revision)
-    except (OSError, ValueError) as error:
+        rows = load_dataset(str(folder), spec.config, split=spec.split or "train")
+    except (DatasetsError, OSError, ValueError) as error:
+        name = spec.hub or spec.path
         raise RecipeError(f"The queries {name!r} can't be read: {error}") from error
     assert isinstance(rows, Dataset)
     return rows
+
+
+def _hub_folder(recipe: Recipe) -> Path:
+    spec = recipe.queries
+    return fetch_dataset(f"{spec.hub}@{spec.revision}", spec.config).path
+
+
+def _local_folder(path: str) -> Path:
+    """By name `datasets` would take whatever version of a Hub dataset it finds."""
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise RecipeError(
+            f"There is no folder {path!r}, which the recipe names as `queries.path`. A dataset on "
+            "the Hub is named by `queries.hub` and pinned by `queries.revision`."
+        )
+    return folder
 
 
 def _in_package(package: str, member: str) -> Path:

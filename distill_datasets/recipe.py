@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from distill_datasets import resources
 from distill_datasets.errors import RecipeError
 from distill_datasets.parsing import Reader
+from distill_datasets.pinned import find_release
 from distill_datasets.sampler import Message, Sampling, digest
 
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
@@ -232,12 +233,14 @@ class Recipe(_Section):
 _DIGESTED = ("name", "teacher", "queries", "answer", "response", "sampling", "split", "renderer")
 
 
-def load_recipe(source: str | Path) -> Recipe:
+def load_recipe(source: str | Path, *, config: str | None = None) -> Recipe:
     """A recipe by its name (of those that ship), its folder, or a release that carries it.
 
-    Raises `RecipeError` that names the wrong key and the closest valid one.
+    A release is a folder or a Hub dataset such as `me/name@v1.0.0`, of which only the recipe and
+    the manifest are downloaded; `config` names one of several in one repository. Raises
+    `RecipeError` that names the wrong key and the closest valid one.
     """
-    folder = _find(source)
+    folder = _find(source, config)
     fields = _read_yaml(folder / "recipe.yaml")
     prompt = folder / "prompt.md"
     if not prompt.is_file():
@@ -260,18 +263,22 @@ def _compiled(template: str) -> Template:
     return _JINJA.from_string(template)
 
 
-def _find(source: str | Path) -> Path:
+def _find(source: str | Path, config: str | None) -> Path:
     given = Path(source)
     candidates = (resources.builders() / str(source), given, given / "recipe")
     if isinstance(source, Path) or given.is_dir() or len(given.parts) > 1:
         candidates = (given, given / "recipe", given / "release" / "recipe")
-    for folder in candidates:
+    for folder in candidates if config is None else ():
         if (folder / "recipe.yaml").is_file():
             return folder
+    release = find_release(source, (), config)
+    if release and (release.path / "recipe" / "recipe.yaml").is_file():
+        return release.path / "recipe"
     names = [path.parent.name for path in sorted(resources.builders().glob("[!_]*/recipe.yaml"))]
+    found_in = f" as its configuration {config!r}" if config else ""
     raise RecipeError(
-        f"No recipe {str(source)!r}: expected one of {names}, or a folder with recipe.yaml and "
-        f"prompt.md.{_nearest(str(source), names)}"
+        f"No recipe {str(source)!r}: expected one of {names}, a folder with recipe.yaml and "
+        f"prompt.md, or a release that carries one{found_in}.{_nearest(str(source), names)}"
     )
 
 

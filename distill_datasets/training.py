@@ -80,7 +80,7 @@ def train(
     `ModelError`, `AccessError`, `ServiceError` or `OutputError`, each with what to do.
     """
     settings = settings or TrainSettings()
-    source = locate(dataset)
+    source = locate(dataset, settings.config)
     if Path(out).resolve().is_relative_to(source.path.resolve()):
         raise OutputError(
             f"{str(out)!r} lies inside the dataset, which it would change: choose another --out."

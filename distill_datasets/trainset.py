@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError, OutputError
+from distill_datasets.pinned import Pinned, fetch_dataset, folder_of, is_reference
 from distill_datasets.sampler import Message, digest
 from distill_datasets.schema import conversation_reader
 
@@ -26,7 +27,7 @@ _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "c
 @dataclass(frozen=True)
 class Source:
     """A dataset on this disk. `revision` is a Hub commit, a release's version and content
-    digest, or the digest of the files; `files` is always the latter.
+    digest, or the digest of the files; `files` is the latter, for a Hub dataset the commit.
     """
 
     reference: str
@@ -126,8 +127,8 @@ class Split:
         return Rendered(rendered, kept, len(lengths) - len(kept))
 
 
-def locate(dataset: str | Path) -> Source:
-    """Find a folder, a file, or a Hub dataset `name@revision`, which is downloaded."""
+def locate(dataset: str | Path, config: str | None = None) -> Source:
+    """Find a folder, a file, or a Hub dataset `name@revision`, of which `config` is downloaded."""
     path = Path(dataset).expanduser()
     if path.is_file() and path.suffix not in _READERS:
         raise DatasetError(
@@ -136,31 +137,23 @@ def locate(dataset: str | Path) -> Source:
         )
     commit = None
     if not path.exists():
-        path = _download(str(dataset))
-        commit = path.name  # the Hub's cache names a snapshot's folder by its commit
-    manifest_file = path / "manifest.json"
+        pinned = _download(str(dataset), config)
+        path, commit = pinned.path, pinned.commit
+    manifest_file = path / folder_of(config) / "manifest.json"
     manifest = json.loads(manifest_file.read_text("utf-8")) if manifest_file.is_file() else {}
-    files = _files_digest(path)
+    # The Hub's cache gets more files of a commit when somebody asks for them.
+    files = commit or _files_digest(path)
     released = "/".join(str(manifest[k]) for k in ("version", "content_digest") if k in manifest)
     return Source(str(dataset), path, commit or released or files, files, manifest)
 
 
-def _download(reference: str) -> Path:
-    name, _, revision = reference.partition("@")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+def _download(reference: str, config: str | None) -> Pinned:
+    if not is_reference(reference):
         raise DatasetError(
             f"{reference!r} is not there: expected a folder, a file, or a Hub dataset like "
             "'org/name@v1.0.0'."
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, repo_type="dataset", revision=revision or None))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise DatasetError(
-            f"No folder {reference!r} here, and the Hub dataset can't be fetched: {error}"
-        ) from error
+    return fetch_dataset(reference, config)
 
 
 def _files_digest(path: Path) -> str:

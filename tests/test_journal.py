@@ -45,3 +45,16 @@ def test_a_journal_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> Non
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="choose a folder that is writable"):
         Journal(tmp_path / "file" / "journal.sqlite")
+
+
+def test_an_answer_paid_for_elsewhere_is_kept_as_bought_zero_times(tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        journal.put("a", "m", REPLY)
+        entries = [("a", "m", Reply((), Usage(0, 0)).to_json()), ("b", "m", REPLY.to_json())]
+        assert journal.add(entries) == 1
+        assert journal.get("a") == journal.get("b") == REPLY
+        assert list(journal) == [("a", 1), ("b", 0)]
+        assert journal.entry("b") == entries[1]
+        assert journal.entry("c") is None
+        journal.put("b", "m", REPLY)
+        assert list(journal) == [("a", 1), ("b", 1)]

@@ -105,3 +105,9 @@ def test_any_path_that_datasets_reads_is_a_source(recipe_folder: Path, tmp_path:
         f"name: n\ndescription: d\nteacher: pocket\nqueries: {{path: {tmp_path / 'elsewhere'}}}\n"
     )
     assert load_queries(load_recipe(recipe_folder))["query"][:] == ["one", "two"]
+
+
+def test_a_hub_dataset_named_as_a_path_has_to_be_pinned(recipe_folder: Path) -> None:
+    edit(recipe_folder, "recipe.yaml", "file: queries.jsonl", "path: me/queries")
+    with pytest.raises(RecipeError, match=r"named by `queries\.hub` and pinned"):
+        load_queries(load_recipe(recipe_folder))

@@ -16,7 +16,7 @@ import pytest
 
 from distill_datasets import connection as connections
 from distill_datasets import student as students
-from distill_datasets.errors import DatasetError, DistillError, ModelError, OutputError
+from distill_datasets.errors import DatasetError, DistillError, HubError, ModelError, OutputError
 from distill_datasets.training import Training, TrainSettings, train
 from distill_datasets.training_folder import TrainingFolder
 from distill_datasets.training_plan import plan_steps
@@ -320,7 +320,7 @@ def test_an_empty_split_is_refused(kind: str, model: str, tmp_path: Path) -> Non
 def test_what_is_nowhere_is_refused(model: str, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="is not there"):
         train(tmp_path / "nothing", student=model, out=tmp_path / "out")
-    with pytest.raises(DatasetError, match="Hub dataset can't be fetched"):
+    with pytest.raises(HubError, match="is not on this machine and the Hub can't be reached"):
         train("org/nothing@v1.0.0", student=model, out=tmp_path / "out")
 
 

@@ -1,0 +1,119 @@
+"""The raw answers that a release carries, so that nobody pays for them a second time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill_datasets.errors import DatasetError
+from distill_datasets.journal import Journal
+from distill_datasets.pinned import find_release
+from distill_datasets.recipe import Recipe
+from distill_datasets.sampler import Reply, request_digest
+from distill_datasets.shards import Shards, Size
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset, Features
+
+LEDGER = "ledger"
+_COLUMNS = ("digest", "model", "reply")
+_ROWS_PER_BATCH = 1_000
+
+
+def ledger_features() -> "Features":
+    """One row a request: its digest, the sampler's identity, and what came back as JSON.
+
+    The teacher's prompt is in the digest alone.
+    """
+    from datasets import Features, Value
+
+    return Features({name: Value("string") for name in _COLUMNS})
+
+
+def write_ledger(
+    folder: Path, journal: Path, rows: "Dataset", recipe: Recipe, identity: str
+) -> dict[str, Size]:
+    """Write what the `journal` holds of these answer rows to `folder/ledger`, in their order.
+
+    Returns the size by the part's name, or nothing where the journal has none of the answers.
+    """
+    with Journal(journal) as answers:
+        entries = _entries(answers, rows, recipe, identity)
+        if (first := next(entries, None)) is None:
+            return {}
+        shards = Shards(folder / LEDGER, LEDGER, ledger_features().arrow_schema)
+        shards.add(first)
+        for more in entries:
+            shards.add(more)
+    return {LEDGER: shards.close()}
+
+
+def restore(release: Path, journal: Journal) -> int:
+    """Put a release's raw answers into a run's journal, as not bought; how many were new to it.
+
+    Answers that the journal has stay. Raises `DatasetError` for a ledger that can't be read.
+    """
+    return sum(journal.add(_checked(batch, path)) for path, batch in _batches(release))
+
+
+def replay(source: Path | str, out: Path | str, *, config: str | None = None) -> int:
+    """Let a run in `out` start with the answers of the release that its recipe comes from.
+
+    `source` and `config` are what `load_recipe` takes; one that carries no ledger gives none.
+    Returns how many answers were new to the run. Nothing in `out` is made without any.
+    """
+    release = find_release(source, (LEDGER,), config)
+    if release is None or not any((release.path / LEDGER).glob("*.parquet")):
+        return 0
+    with Journal(Path(out) / "journal.sqlite") as journal:
+        return restore(release.path, journal)
+
+
+def _entries(
+    journal: Journal, rows: "Dataset", recipe: Recipe, identity: str
+) -> Iterator["pa.Table"]:
+    import pyarrow as pa
+
+    schema, sampling = ledger_features().arrow_schema, recipe.sampling_parameters
+    seen: set[bytes] = set()
+    for batch in rows.select_columns(["query", "sample"]).iter(batch_size=_ROWS_PER_BATCH):
+        found = []
+        for query, sample in zip(batch["query"], batch["sample"], strict=True):
+            if sample:
+                continue  # the samples of one query came with one request
+            key = request_digest(identity, recipe.messages(query), sampling)
+            entry = None if bytes.fromhex(key) in seen else journal.entry(key)
+            if entry is not None:
+                seen.add(bytes.fromhex(key))
+                found.append(dict(zip(_COLUMNS, entry, strict=True)))
+        if found:
+            yield pa.Table.from_pylist(found, schema=schema)
+
+
+def _batches(release: Path) -> Iterator[tuple[Path, "pa.RecordBatch"]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    for path in sorted((release / LEDGER).glob("*.parquet")):
+        try:
+            for batch in ParquetFile(path).iter_batches(_ROWS_PER_BATCH, columns=list(_COLUMNS)):
+                yield path, batch
+        except (ArrowException, OSError) as error:
+            raise _unreadable(path, error) from error
+
+
+def _checked(batch: "pa.RecordBatch", path: Path) -> list[tuple[str, str, str]]:
+    try:
+        entries = list(zip(*(batch[name].to_pylist() for name in _COLUMNS), strict=True))
+        for _, _, reply in entries:
+            Reply.from_json(reply)
+    except (ValueError, KeyError, TypeError) as error:
+        raise _unreadable(path, error) from error
+    return entries
+
+
+def _unreadable(path: Path, error: Exception) -> DatasetError:
+    return DatasetError(
+        f"{str(path)!r} is not a ledger that `publish` wrote ({error!r}). Run without the "
+        "ledger, which buys every answer, or get the release again."
+    )
