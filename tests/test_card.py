@@ -216,7 +216,7 @@ def test_the_model_card_says_what_was_trained_on_what(recipe: Recipe) -> None:
     card = model_card(REPORT, TRAINING, recipe)
     data = ModelCard(card).data
     assert data["base_model"] == "org/small"
-    assert "license" not in metadata(card)
+    assert data.license == "cc-by-4.0"  # that of the data is inherited
     assert report_markdown(REPORT).strip() in card
     assert "\n- Accuracy is over the 1,200 rows with a label.\n" in card
     assert "| settings.rank | 32 |" in card
