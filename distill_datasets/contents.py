@@ -116,7 +116,7 @@ class Survey:
         for part in parts:
             self._digests.setdefault(part, sha256(_line(rows.column_names)))
         for row in rows.to_pylist():
-            line = _line(list(row.values()))
+            line = _line(_content(row))
             for part in parts:
                 self._digests[part].update(line)
             if parts == (REJECTED,):
@@ -189,9 +189,16 @@ def _row_digests(contents: "Contents") -> dict[tuple[str, int], bytes]:
         for row in rows.to_pylist():
             key = row["id"], row["sample"]
             for part in parts:
-                line = _line([part, *row.values()])
+                line = _line([part, *_content(row)])
                 found[key] = sha256(found.get(key, b"") + line).digest()
     return found
+
+
+def _content(row: dict[str, Any]) -> list[Any]:
+    """What a row says. How much of the prompt a server had in its cache is no part of that: it
+    differs from run to run over the same answers.
+    """
+    return [value for name, value in row.items() if name != "teacher_cached_tokens"]
 
 
 def _line(values: list[Any]) -> bytes:
