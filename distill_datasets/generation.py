@@ -154,6 +154,15 @@ class _Rows:
 
     def map(self, queries: "Dataset") -> "Dataset":
         """Answer all queries on an event loop of this thread's own."""
+        from datasets.utils import (
+            are_progress_bars_disabled,
+            disable_progress_bars,
+            enable_progress_bars,
+        )
+
+        # Its bar counts whole batches in order, and would cut through ours.
+        shown = not are_progress_bars_disabled()
+        disable_progress_bars()
         try:
             return queries.map(
                 self.answer,
@@ -166,6 +175,8 @@ class _Rows:
                 keep_in_memory=not queries.cache_files,
             )
         finally:
+            if shown:
+                enable_progress_bars()
             # `datasets` leaves the loop that it made open.
             if self._loop is not None:
                 self._loop.close()
