@@ -132,17 +132,26 @@ def _connect_local(reference: str, folder: Path, renderer: str, store: Path | No
     )
 
 
-def _connect_trained(folder: Path, renderer: str | None) -> Connection:
+def read_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A training folder's configuration, and the line of its best checkpoint.
+
+    Raises `ModelError` where no checkpoint is finished.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # A killed training may leave its last line unfinished.
     *lines, _ = (folder / "checkpoints.jsonl").read_text(encoding="utf-8").split("\n")
     best = [line for line in map(json.loads, lines) if line["best"]]
     if not best:
         raise ModelError(f"{folder} holds no finished checkpoint: run `train` again to finish it.")
+    return config, best[-1]
+
+
+def _connect_trained(folder: Path, renderer: str | None) -> Connection:
+    config, checkpoint = read_training(folder)
     base = connect(
         config["student"], renderer=renderer or config["renderer"], store=folder / "checkpoints"
     )
-    return replace(base, model_path=best[-1]["sampler"])
+    return replace(base, model_path=checkpoint["sampler"])
 
 
 def _connect_checkpoint(path: str, renderer: str | None) -> Connection:

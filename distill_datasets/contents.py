@@ -135,7 +135,7 @@ class Survey:
         for part in parts:
             self._digests.setdefault(part, sha256(_line(rows.column_names)))
         for row in rows.to_pylist():
-            line = _line(list(row.values()))
+            line = _line(_content(row))
             self.fingerprints.add(parts, row, line)
             for part in parts:
                 self._digests[part].update(line)
@@ -193,6 +193,13 @@ def fingerprints_of(release: Path) -> Fingerprints:
     if (release / FINGERPRINTS).is_file():
         return read_fingerprints(release / FINGERPRINTS)
     return survey(published_contents(release)).fingerprints
+
+
+def _content(row: dict[str, Any]) -> list[Any]:
+    """What a row says. How much of the prompt a server had in its cache is no part of that: it
+    differs from run to run over the same answers.
+    """
+    return [value for name, value in row.items() if name != "teacher_cached_tokens"]
 
 
 def _line(values: list[Any]) -> bytes:

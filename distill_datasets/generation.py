@@ -148,11 +148,21 @@ class _Rows:
         self._seen: Counter[str] = Counter()
         self._answered = 0
         self._turn = asyncio.Semaphore(concurrency)
+        self._starting = asyncio.Lock()
         self._asked: dict[str, asyncio.Event] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def map(self, queries: "Dataset") -> "Dataset":
         """Answer all queries on an event loop of this thread's own."""
+        from datasets.utils import (
+            are_progress_bars_disabled,
+            disable_progress_bars,
+            enable_progress_bars,
+        )
+
+        # Its bar counts whole batches in order, and would cut through ours.
+        shown = not are_progress_bars_disabled()
+        disable_progress_bars()
         try:
             return queries.map(
                 self.answer,
@@ -165,6 +175,8 @@ class _Rows:
                 keep_in_memory=not queries.cache_files,
             )
         finally:
+            if shown:
+                enable_progress_bars()
             # `datasets` leaves the loop that it made open.
             if self._loop is not None:
                 self._loop.close()
@@ -184,7 +196,14 @@ class _Rows:
         """All samples of a batch of queries, as columns."""
         self._loop = asyncio.get_running_loop()
         queries = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-        lists = await asyncio.gather(*(self._one(query) for query in queries))
+        tasks = []
+        # Rows start in order, each when it is its turn: ten thousand tasks that wait for the
+        # semaphore would hold back the first request, and every later one a little.
+        async with self._starting:
+            for query in queries:
+                await self._turn.acquire()
+                tasks.append(asyncio.create_task(self._one(query)))
+        lists = await asyncio.gather(*tasks)
         rows = [row for samples in lists for row in samples]
         return {name: [row.get(name) for row in rows] for name in answer_features()}
 
@@ -198,6 +217,8 @@ class _Rows:
         except Exception as error:
             # A row's failure is a value: raised out of `map` it would throw away every other row.
             return [{**asked, "error": self._failed(error)}]
+        finally:
+            self._turn.release()
         self.progress.advance(1, tokens=tokens)
         self._answered += 1
         return [
@@ -207,15 +228,13 @@ class _Rows:
 
     async def _reply(self, query: str) -> tuple[Reply, int]:
         """The journal's answer, or a bought one; two rows that ask the same share one request."""
-        # Rendering waits for its turn too: preparing every row first would hold back the first.
-        async with self._turn:
-            if self._stopped:
-                raise InterruptedError("stopped before this row was asked")
-            messages = self.asking.messages(query)
-            key = request_digest(self.asking.sampler.identity, messages, self.asking.sampling)
-            if known := self.journal.get(key):
-                return known, 0
-            reply = await self._buy(key, messages)
+        if self._stopped:
+            raise InterruptedError("stopped before this row was asked")
+        messages = self.asking.messages(query)
+        key = request_digest(self.asking.sampler.identity, messages, self.asking.sampling)
+        if known := self.journal.get(key):
+            return known, 0
+        reply = await self._buy(key, messages)
         return reply, reply.usage.prompt_tokens + sum(sample.tokens for sample in reply.samples)
 
     async def _buy(self, key: str, messages: list[Message]) -> Reply:

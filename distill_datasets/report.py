@@ -93,18 +93,13 @@ def measure(  # noqa: PLR0913 (three systems, and where, on what and how fast to
 
 def _find_training(student: Sampler | str | Path) -> _Training | None:
     """A training folder's facts; None for anything else, which is opened as it is."""
+    from distill_datasets.connection import read_training
+
     if not isinstance(student, str | Path):
         return None
     for folder in (Path(student), Path(student) / "train"):
         if (folder / "checkpoints.jsonl").is_file():
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            lines = (folder / "checkpoints.jsonl").read_text(encoding="utf-8").splitlines()
-            best = [line for line in map(json.loads, lines) if line["best"]]
-            if not best:
-                raise ModelError(
-                    f"{str(folder)!r} holds no finished checkpoint: run `train` again to finish it."
-                )
-            return _Training(folder, config, best[-1])
+            return _Training(folder, *read_training(folder))
     return None
 
 

@@ -354,7 +354,25 @@ def test_the_digest_depends_on_neither_time_nor_machine_nor_files(
     )
 
 
-@pytest.mark.parametrize("column", [*release_features(), "split", "rejection", "error"])
+def test_what_a_server_had_in_its_cache_is_no_content(recipe: Recipe) -> None:
+    digests = {
+        survey(
+            answered_contents(
+                Dataset.from_list(
+                    [answer(0, teacher_cached_tokens=cached)], features=answer_features()
+                ),
+                recipe,
+            )
+        ).digest(recipe.digest)
+        for cached in (0, 700)
+    }
+    assert len(digests) == 1
+
+
+CONTENT = [name for name in release_features() if name != "teacher_cached_tokens"]
+
+
+@pytest.mark.parametrize("column", [*CONTENT, "split", "rejection", "error"])
 def test_any_cell_changes_the_digest(column: str, recipe: Recipe) -> None:
     if column == "messages":
         column = "query"
