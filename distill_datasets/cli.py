@@ -1,29 +1,24 @@
 """The verbs, nothing but argument handling."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from distill_datasets.arguments import build_parser
 from distill_datasets.errors import DistillError
 
 if TYPE_CHECKING:
+    from distill_datasets.release import Release
     from distill_datasets.report import Report
-
-_EPILOG = """\
-model references:
-  pocket                               the small model that ships with this package
-  embedded:<folder or Hub id>          any causal LM with a chat template, on this machine
-  tinker:<base model>                  a base model on Tinker (TINKER_API_KEY, TINKER_BASE_URL)
-  tinker://<run>/sampler_weights/<n>   a trained checkpoint on Tinker
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 when it is done, 1 when a service failed, 2 when the input is wrong."""
-    options = _parser().parse_args(arguments)
+    options = build_parser(_VERBS).parse_args(arguments)
     _quieten()
     try:
         options.verb(options)
@@ -59,7 +54,7 @@ def _run(options: argparse.Namespace) -> None:
     # The student's server keeps its checkpoints with the run, and answers for the teacher too.
     connect(options.student, store=out / "train" / "checkpoints")
     _generate(options)
-    _publish(argparse.Namespace(run=out, out=None, version=options.version))
+    _make_release(out, version=options.version, ledger=options.ledger)
     options.dataset = out / "release"
     options.out = out / "train"
     _train(options)
@@ -76,6 +71,7 @@ def _generate(options: argparse.Namespace) -> None:
         out=options.out,
         concurrency=options.concurrency,
         limit=options.limit,
+        ledger=options.ledger,
     )
     rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(made.rejected.items()))
     print(f"answers: {made.kept} kept" + (f", rejected: {rejected}" if rejected else ""))
@@ -94,11 +90,72 @@ def _incomplete(errors: int, first: str) -> DistillError:
 
 
 def _publish(options: argparse.Namespace) -> None:
+    if (options.run / "checkpoints.jsonl").is_file():
+        _push_student(options)
+        return
+    release = _make_release(
+        options.run, out=options.out, version=options.version, ledger=options.ledger
+    )
+    if options.push_to_hub is None:
+        return
+    _confirm(options, f"{release.path}")
+    pushed = release.push_to_hub(
+        options.push_to_hub,
+        config=options.config,
+        version=options.version,
+        private=options.private,
+        create_pr=options.create_pr,
+        allow=options.allow,
+    )
+    place = pushed.pull_request or f"{pushed.repo}@{pushed.tag} ({pushed.commit})"
+    done = "pushed" if pushed.changed else "nothing to push: the Hub has"
+    print(f"{done} {pushed.version}: {place}\n  {pushed.why}")
+
+
+def _make_release(run: Path, **how: Any) -> "Release":
     from distill_datasets.release import publish
 
-    release = publish(options.run, out=options.out, version=options.version)
+    release = publish(run, **how)
     splits = ", ".join(f"{rows} {split}" for split, rows in release.splits.items())
     print(f"release {release.version}: {splits}; {release.rejected} rejected ({release.path})")
+    return release
+
+
+def _push_student(options: argparse.Namespace) -> None:
+    from distill_datasets.adapter import push_student
+    from distill_datasets.errors import RepositoryError
+
+    if options.push_to_hub is None:
+        raise RepositoryError(
+            f"{str(options.run)!r} is a training: say where its student shall go with "
+            "--push-to-hub me/student."
+        )
+    _confirm(options, f"the student of {options.run}")
+    pushed = push_student(
+        options.run,
+        options.push_to_hub,
+        private=options.private,
+        base_model=options.base_model,
+        allow=options.allow,
+    )
+    done = "pushed the student" if pushed.changed else "nothing to push: the student is there"
+    print(f"{done}: {pushed.repo} ({pushed.commit})")
+
+
+def _confirm(options: argparse.Namespace, what: str) -> None:
+    """Ask a person before anything leaves the machine; a script has decided already."""
+    if options.yes or not sys.stdin.isatty():
+        return
+    seen = "privately" if options.private else "for everybody"
+    if input(f"Push {what} to {options.push_to_hub}, {seen}? [y/N] ").strip().lower() != "y":
+        raise KeyboardInterrupt
+
+
+def _diff(options: argparse.Namespace) -> None:
+    from distill_datasets.diffing import diff
+
+    found = diff(options.old, options.new, config=options.config)
+    print(json.dumps(found.data, indent=2, ensure_ascii=False) if options.json else found.text())
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -129,12 +186,11 @@ def _measure(options: argparse.Namespace) -> None:
         _show(report, split)
 
 
-def _held_out(dataset: Path) -> list[str]:
+def _held_out(dataset: str | Path) -> list[str]:
     """Everything that was kept out of training, the test split last, where it is read first."""
-    from distill_datasets.release import load_release
+    from distill_datasets.heldout import splits_of
 
-    splits = load_release(dataset).splits
-    return sorted(set(splits) - {"train", "validation", "test"}) + ["test"]
+    return sorted(set(splits_of(dataset)) - {"train", "validation", "test"}) + ["test"]
 
 
 def _show(report: "Report", split: str) -> None:
@@ -177,78 +233,17 @@ def _serve(options: argparse.Namespace) -> None:
     serve(options.model, host=options.host, port=options.port, store=options.store)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="distill-datasets",
-        description="Turn a long prompt into a dataset, and the dataset into a model without it.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-
-    run = verbs.add_parser("run", help="generate, publish, train and measure, in one go")
-    _add_generate(run)
-    _add_train(run)
-    run.add_argument("--version", help="the release's version, x.y.z")
-    run.set_defaults(verb=_run)
-
-    generate = verbs.add_parser("generate", help="ask the teacher every query, once")
-    _add_generate(generate)
-    generate.set_defaults(verb=_generate)
-
-    publish = verbs.add_parser("publish", help="turn a run's answers into a release folder")
-    publish.add_argument("run", type=Path, help="the folder that generate wrote")
-    publish.add_argument("--out", type=Path, help="the release folder (default: RUN/release)")
-    publish.add_argument("--version", help="x.y.z (default: 1.0.0)")
-    publish.set_defaults(verb=_publish)
-
-    train = verbs.add_parser("train", help="train a student on a release or any dataset")
-    train.add_argument("dataset", help="a folder, or a Hub dataset as name@revision")
-    train.add_argument("--out", type=Path, required=True, help="the folder of the training")
-    _add_train(train)
-    train.set_defaults(verb=_train)
-
-    measure = verbs.add_parser("measure", help="compare base, teacher and student on held-out rows")
-    measure.add_argument("run", type=Path, help="a run's folder (or use the options)")
-    measure.add_argument("--dataset", type=Path, help="the release (default: RUN/release)")
-    measure.add_argument("--student", help="a training folder (default: RUN/train) or a reference")
-    measure.add_argument("--out", type=Path, help="where the report goes (default: RUN)")
-    measure.add_argument("--split", help="the held-out split (default: test, and any other)")
-    measure.set_defaults(verb=_measure)
-
-    recipes = verbs.add_parser("recipes", help="list the recipes that ship")
-    recipes.set_defaults(verb=_recipes)
-
-    new = verbs.add_parser("new", help="start a recipe's folder that runs as it is")
-    new.add_argument("name", help="the recipe's name")
-    new.add_argument("--folder", type=Path, help="where (default: ./NAME)")
-    new.set_defaults(verb=_new)
-
-    serve = verbs.add_parser("serve", help="serve a local model over Tinker's protocol")
-    serve.add_argument("--model", default="pocket", help="pocket, or embedded:<folder>")
-    serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8000)
-    serve.add_argument("--store", type=Path, help="the folder of the checkpoints")
-    serve.set_defaults(verb=_serve)
-    return parser
-
-
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a shipped recipe's name, a folder, or a release")
-    parser.add_argument("--teacher", help="a model reference (default: the recipe's)")
-    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--concurrency", type=int, default=256, help="requests in flight")
-    parser.add_argument("--limit", type=int, help="only the first queries")
-
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--student", default="pocket", help="a model reference (default: pocket)")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--rank", type=int, help="of the LoRA adapter")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--max-steps", type=int)
+_VERBS = {
+    "run": _run,
+    "generate": _generate,
+    "publish": _publish,
+    "train": _train,
+    "measure": _measure,
+    "diff": _diff,
+    "recipes": _recipes,
+    "new": _new,
+    "serve": _serve,
+}
 
 
 if __name__ == "__main__":

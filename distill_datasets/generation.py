@@ -22,6 +22,7 @@ from distill_datasets.errors import (
     ServiceError,
 )
 from distill_datasets.journal import Journal
+from distill_datasets.ledger import replay
 from distill_datasets.parsing import Parsed, Reader
 from distill_datasets.progress import Progress
 from distill_datasets.queries import load_queries
@@ -74,15 +75,19 @@ def generate(
     out: str | Path,
     concurrency: int = 256,
     limit: int | None = None,
+    ledger: bool = True,
 ) -> Generated:
     """Ask the teacher every query of the recipe; continue where an earlier call stopped.
 
     Writes `out/journal.sqlite` (raw answers, as they arrive) and `out/answers/` (all rows in the
     queries' order, once every row has been asked). A row that fails is a row with an `error`,
     asked again by the next call; answers in the journal are never asked again. `limit` takes the
-    first queries only. Costs one request a query. Raises `GenerationError` when the first rows
-    all fail alike, and whatever `load_recipe` and `open_sampler` raise, before any request.
+    first queries only. A release is a recipe too: the answers in its ledger are not asked for
+    again, unless `ledger` is False. Costs one request a query. Raises `GenerationError` when the
+    first rows all fail alike, and whatever `load_recipe` and `open_sampler` raise, before any
+    request.
     """
+    source = None if isinstance(recipe, Recipe) else recipe
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if isinstance(teacher, str):
         recipe, teacher = recipe.replace(teacher=teacher), None
@@ -90,6 +95,8 @@ def generate(
     if limit is not None:
         queries = queries.select(range(min(limit, len(queries))))
     out = writable_folder(out)
+    if source is not None and ledger:
+        replay(source, out)
     sampler = teacher or _open(recipe.teacher, recipe.renderer)
     recipe = recipe.replace(teacher=sampler.model)
     asking = Asking(

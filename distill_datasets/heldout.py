@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError
+from distill_datasets.pinned import Pinned, find_release
 from distill_datasets.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -17,8 +18,13 @@ _COLUMNS = ("id", "query", "group", "reference")
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One split of a release, a row a query, with what `ask` needs."""
+    """One split of a release, a row a query, with what `ask` needs.
 
+    `reference` is what was asked for; `commit` is that of a Hub dataset.
+    """
+
+    reference: str
+    commit: str | None
     path: Path
     manifest: Mapping[str, Any]
     recipe: Recipe
@@ -27,13 +33,14 @@ class HeldOut:
 
 
 def read_held_out(dataset: str | Path, *, split: str, limit: int | None = None) -> HeldOut:
-    """The queries of a split of a release (or of the release in a run's folder).
+    """The queries of a split of a release: a folder, a run's folder, or a Hub dataset.
 
     A release's splits hold what the teacher answered usefully; measuring only there would flatter
     the teacher, so the rejected queries of the split come after them. `limit` takes the first.
     Raises `DatasetError` for a folder that is no release, and for an unknown or empty split.
     """
-    folder = _release_folder(Path(dataset))
+    found = _find(dataset)
+    folder = found.path
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     if not (folder / "recipe" / "recipe.yaml").is_file():
         raise DatasetError(
@@ -47,17 +54,25 @@ def read_held_out(dataset: str | Path, *, split: str, limit: int | None = None) 
             f"{str(folder)!r} has no rows in a split {split!r}; found {_splits(folder, manifest)}."
             + (" Raise the recipe's share of it, or add queries." if split == "test" else "")
         )
-    return HeldOut(folder, manifest, recipe, split, _dataset(queries[:limit], split))
+    rows = _dataset(queries[:limit], split)
+    return HeldOut(str(dataset), found.commit, folder, manifest, recipe, split, rows)
 
 
-def _release_folder(given: Path) -> Path:
-    for folder in (given, given / "release"):
-        if (folder / "manifest.json").is_file():
-            return folder
-    raise DatasetError(
-        f"{str(given)!r} is no release: expected a folder with manifest.json (or a run's folder "
-        "with release/), which `publish` writes."
-    )
+def splits_of(dataset: str | Path) -> list[str]:
+    """The splits of a release, wherever it is; raises `DatasetError` where there is none."""
+    manifest = json.loads((_find(dataset).path / "manifest.json").read_text(encoding="utf-8"))
+    return list(manifest["splits"])
+
+
+def _find(dataset: str | Path) -> Pinned:
+    found = find_release(dataset, ("data", "rejected"))
+    if found is None:
+        raise DatasetError(
+            f"{str(dataset)!r} is no release: expected a folder with manifest.json (or a run's "
+            "folder with release/), which `publish` writes, or a Hub dataset like "
+            "'org/name@v1.0.0'."
+        )
+    return found
 
 
 def _queries(folder: Path, split: str, recipe: Recipe) -> list[dict[str, Any]]:

@@ -1,12 +1,12 @@
 """A release goes to the Hub: everything in one commit, then a tag on exactly that commit."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import HubError, RepositoryError, VersionError
-from distill_datasets.hub import ensure_repository, patiently, wait_after
+from distill_datasets.hub import ensure_repository, patiently, require_token, wait_after
 from distill_datasets.outgoing import Outgoing, load_outgoing
 from distill_datasets.pulls import open_pull
 from distill_datasets.refusals import explained
@@ -19,6 +19,7 @@ from distill_datasets.repository import (
     tag,
     tagged_manifest,
 )
+from distill_datasets.screening import require_clean, screen
 from distill_datasets.versions import Change, check_version, difference, following, history, order
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class _Plan:
     why: str
 
 
-def push_release(
+def push_release(  # noqa: PLR0913 (where to, as what, who sees it, and what to let through)
     release: Path,
     repo: str,
     *,
@@ -59,6 +60,7 @@ def push_release(
     version: str | None = None,
     private: bool = True,
     create_pr: bool = False,
+    allow: Collection[str] = (),
 ) -> Pushed:
     """Push a release's folder to a dataset repository, which is made where there is none.
 
@@ -66,12 +68,15 @@ def push_release(
     next one there: major if the columns, the prompt or the response format changed, minor if the
     rows did, patch if only the card did. Content that is there already is not pushed again;
     other content under a version's tag raises `VersionError` before anything is uploaded. After
-    an interruption, pushing again goes on where it ended. Raises `HubError` or
+    an interruption, pushing again goes on where it ended. Before anything is sent the folder is
+    screened; `allow` takes what `require_clean` does. Raises `ScreeningError`, `HubError` or
     `RepositoryError`, each with what to do.
     """
     if version is not None:
         check_version(version)
     outgoing = load_outgoing(Path(release), repo, config, private)
+    require_token()
+    require_clean(screen(release), allow)
     ensure_repository(repo, kind="dataset", private=private)
     if create_pr and (found := open_pull(outgoing, version)):
         return Pushed(repo, found.version, found.commit, None, False, found.why, found.url)

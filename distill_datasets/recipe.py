@@ -127,7 +127,8 @@ class Recipe(_Section):
     """What `recipe.yaml` and `prompt.md` say, validated.
 
     `response` is the Jinja template of what the student shall say, over `answer` (as read) and
-    `text` (as sampled). `folder` is where the recipe lies; `prompt` is the text of `prompt.md`.
+    `text` (as sampled). `teacher_terms` are those under which the teacher's answers may be used.
+    `folder` is where the recipe lies; `prompt` is the text of `prompt.md`.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -141,6 +142,7 @@ class Recipe(_Section):
     renderer: str | None = None
     license: str | None = None
     attribution: str | None = None
+    teacher_terms: str | None = None
     languages: tuple[str, ...] = ()
     metrics: tuple[str, ...] = _METRICS
     prompt: str = Field(default="", exclude=True)

@@ -49,21 +49,11 @@ class Release:
     rejected: int
     why: str = ""
 
-    def push_to_hub(
-        self,
-        repo: str,
-        *,
-        config: str = "default",
-        version: str | None = None,
-        private: bool = True,
-        create_pr: bool = False,
-    ) -> "Pushed":
+    def push_to_hub(self, repo: str, **options: Any) -> "Pushed":
         """Push to a dataset repository: one commit, then a tag; see `pushing.push_release`."""
         from distill_datasets.pushing import push_release
 
-        return push_release(
-            self.path, repo, config=config, version=version, private=private, create_pr=create_pr
-        )
+        return push_release(self.path, repo, **options)
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def _data(
     data = {
         "recipe": held_out.recipe.name,
         "dataset": {
-            "path": str(held_out.path),
+            **_place(held_out),
             "version": manifest["version"],
             "revision": manifest["content_digest"],
             "rows": sum(manifest["splits"].values()),
@@ -209,6 +209,13 @@ def _data(
     }
     notes = [*comparison.notes(), *report_text.costs(data), _latency_note(len(held_out.rows))]
     return {**data, "notes": notes}
+
+
+def _place(held_out: HeldOut) -> dict[str, str]:
+    """Where the rows are: a folder here, or a commit on the Hub."""
+    if held_out.commit is None:
+        return {"path": str(held_out.path)}
+    return {"path": held_out.reference, "commit": held_out.commit}
 
 
 def _latency(held_out: HeldOut, systems: Mapping[str, Asking]) -> dict[str, dict[str, float]]:

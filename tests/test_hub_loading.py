@@ -219,6 +219,16 @@ def test_two_releases_on_the_hub_are_compared(hub: Hub, release: str, tmp_path: 
     assert not hub.log("/ledger/") and not hub.log("README")
 
 
+def test_the_rows_to_measure_on_come_from_one_commit(hub: Hub, release: str) -> None:
+    code = (
+        "from distill_datasets.heldout import read_held_out\n"
+        f"held_out = read_held_out({release!r}, split='train')\n"
+        "print(json.dumps([held_out.reference, held_out.commit, len(held_out.rows)]))"
+    )
+    commit = hub.repository(NAME).refs["refs/tags/v1.0.0"]
+    assert said(hub, code) == [release, commit, 6]
+
+
 def test_a_dataset_that_is_no_release_has_no_recipe_and_no_difference(hub: Hub) -> None:
     put(hub, ["a"])
     load = f"from distill_datasets.recipe import load_recipe\nload_recipe({NAME!r})"
