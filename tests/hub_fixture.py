@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ class Hub:
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",
             "TOKENIZERS_PARALLELISM": "false",
             "MPLBACKEND": "Agg",
+            # The secret scanner compiles its rules once for a machine, not once for a test.
+            "KF_RULE_CACHE_DIR": str(Path(tempfile.gettempdir()) / "distill-datasets-rules"),
             "NO_PROXY": "127.0.0.1,localhost",
             **outside,
         }
