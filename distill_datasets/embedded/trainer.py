@@ -23,6 +23,8 @@ from .wire import Datum, Floats, TrainRequest, TrainResult
 
 # Logits held at once: longer requests are computed in parts, their gradients added up.
 MOST_LOGITS = 1 << 27
+# A part costs some time of its own, so that few rows go together whatever their lengths.
+MOST_PADDED, LEAST_ROWS = 1.25, 8
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
@@ -163,8 +165,10 @@ class Trainee:
         loss = -(logprobs * weights[learned]).sum()
         values = torch.empty_like(weights)
         values[learned] = logprobs.detach()
+        lengths = torch.tensor([len(row.tokens) for row in rows], device=device)
+        rest = ~learned & (torch.arange(width, device=device) < lengths[:, None])
         with torch.no_grad():
-            values[~learned] = self._project(hidden[~learned], targets[~learned])
+            values[rest] = self._project(hidden[rest], targets[rest])
         found = values.cpu().numpy()
         return [found[index, : len(row.tokens)] for index, row in enumerate(rows)], loss
 
@@ -185,11 +189,15 @@ class Trainee:
 
 
 def _parts(rows: Sequence[Datum], vocabulary: int) -> Iterator[list[int]]:
-    """Rows of similar length together, each part within MOST_LOGITS."""
+    """Rows of similar length together, each part within MOST_LOGITS and with little padding."""
     part: list[int] = []
     for index in sorted(range(len(rows)), key=lambda index: len(rows[index].tokens)):
         width = len(rows[index].tokens)
-        if part and (len(part) + 1) * width * vocabulary > MOST_LOGITS:
+        too_wide = part and width > MOST_PADDED * len(rows[part[0]].tokens)
+        if part and (
+            (len(part) + 1) * width * vocabulary > MOST_LOGITS
+            or (too_wide and len(part) >= LEAST_ROWS)
+        ):
             yield part
             part = []
         part.append(index)
