@@ -49,7 +49,9 @@ def _quieten() -> None:
 def _run(options: argparse.Namespace) -> None:
     from distill_datasets.connection import connect
     from distill_datasets.generation import writable_folder
+    from distill_datasets.recipe import load_recipe
 
+    load_recipe(options.recipe)
     out = writable_folder(options.out)
     # The student's server keeps its checkpoints with the run, and answers for the teacher too.
     connect(options.student, store=out / "train" / "checkpoints")
