@@ -235,18 +235,46 @@ def test_after_kill_9_only_the_requests_in_flight_are_asked_again(
         assert {times for _, times in journal} == {1}
 
 
-_INTERRUPTED = _KILLED.replace("await asyncio.Event().wait()", "await asyncio.sleep(0.2)")
+_INTERRUPTED = """
+import asyncio, signal, sys
+from pathlib import Path
+from distill_datasets.generation import generate
+from distill_datasets.sampler import Echo
+
+class Held(Echo):
+    said = False
+
+    async def sample(self, messages, sampling):
+        if self.calls == 150 and not self.said:
+            self.said = True
+            print("half", flush=True)
+        while self.calls >= 150 and not Path(sys.argv[3]).exists():
+            await asyncio.sleep(0.01)
+        return await super().sample(messages, sampling)
+
+def interrupt(number, frame):
+    print("caught", flush=True)
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, interrupt)  # a parent in the background hands down a deaf ear
+generate(Path(sys.argv[1]), teacher=Held(), out=Path(sys.argv[2]), concurrency=4)
+"""
 
 
 def test_ctrl_c_keeps_the_answers_in_flight(recipe_folder: Path, tmp_path: Path) -> None:
     many(recipe_folder, 300)
-    arguments = [sys.executable, "-c", _INTERRUPTED, str(recipe_folder), str(tmp_path / "run")]
+    paths = [str(recipe_folder), str(tmp_path / "run"), str(tmp_path / "go on")]
     with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", _INTERRUPTED, *paths],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == "half\n"
         os.kill(process.pid, signal.SIGINT)
+        assert process.stdout.readline() == "caught\n"
+        (tmp_path / "go on").touch()
         assert "KeyboardInterrupt" in process.stderr.read()
     with Journal(tmp_path / "run/journal.sqlite") as journal:
         assert 150 <= len(journal) < 300
