@@ -50,10 +50,7 @@ def build_parser(verbs: Mapping[str, Verb]) -> argparse.ArgumentParser:
     measure.set_defaults(verb=verbs["measure"])
 
     diff = added.add_parser("diff", help="what changed between two releases")
-    diff.add_argument("old", help="a release: a folder, or a Hub dataset as name@revision")
-    diff.add_argument("new", help="another")
-    diff.add_argument("--config", help="the configuration, where a repository has several")
-    diff.add_argument("--json", action="store_true", help="print it for programs")
+    _add_diff(diff)
     diff.set_defaults(verb=verbs["diff"])
 
     recipes = added.add_parser("recipes", help="list the recipes that ship")
@@ -129,3 +126,10 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student", help="a training folder (default: RUN/train) or a reference")
     parser.add_argument("--out", type=Path, help="where the report goes (default: RUN)")
     parser.add_argument("--split", help="the held-out split (default: test, and any other)")
+
+
+def _add_diff(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("old", help="a release: a folder, or a Hub dataset as name@revision")
+    parser.add_argument("new", help="another")
+    parser.add_argument("--config", help="the configuration, where a repository has several")
+    parser.add_argument("--json", action="store_true", help="print it for programs")

@@ -46,13 +46,11 @@ class Base:
 
 def read_training(train: Path | str) -> Trained:
     """A training folder, or that of a run's folder; raises `ModelError` where none is finished."""
+    from distill_datasets import connection
+
     for folder in (Path(train), Path(train) / "train"):
         if (folder / "checkpoints.jsonl").is_file():
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            lines = (folder / "checkpoints.jsonl").read_text(encoding="utf-8").splitlines()
-            best = [line for line in map(json.loads, lines) if line["best"]]
-            if best:
-                return Trained(folder, config, best[-1])
+            return Trained(folder, *connection.read_training(folder))
     raise ModelError(
         f"{str(train)!r} holds no finished training: expected a folder that `train` wrote, with "
         "checkpoints.jsonl in it. Run `train` first, or again to finish it."
