@@ -14,8 +14,9 @@ from distill_datasets.errors import DatasetError
 from distill_datasets.fingerprints import Fingerprints
 from distill_datasets.kept_card import keep, markers, read_card, side_config, written_card
 from distill_datasets.manifest import MANIFEST, manifest_text, read_manifest
+from distill_datasets.pinned import folder_of
 from distill_datasets.recipe import Recipe, load_recipe
-from distill_datasets.repository import README, folder_of
+from distill_datasets.repository import README
 
 _FOLDERS = ("data", "rejected", "ledger", "recipe")
 _LAYOUT = ("configs", "dataset_info")

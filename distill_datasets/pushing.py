@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.errors import HubError, RepositoryError, VersionError
 from distill_datasets.hub import ensure_repository, patiently, require_token, wait_after
 from distill_datasets.outgoing import Outgoing, load_outgoing
+from distill_datasets.pinned import folder_of
 from distill_datasets.pulls import open_pull
 from distill_datasets.refusals import explained
 from distill_datasets.repository import (
     README,
     Head,
     commit_of_release,
-    folder_of,
     look,
     tag,
     tagged_manifest,

@@ -11,15 +11,11 @@ from distill_datasets.errors import DatasetError, RepositoryError, VersionError
 from distill_datasets.fingerprints import FINGERPRINTS, Fingerprints
 from distill_datasets.hub import HubDataset, patiently, read_text, snapshot
 from distill_datasets.manifest import MANIFEST, parse_manifest
+from distill_datasets.pinned import folder_of
 from distill_datasets.refusals import explained
 from distill_datasets.versions import version_of
 
 README = "README.md"
-
-
-def folder_of(config: str) -> str:
-    """Where a configuration's release lies in a repository, with the slash behind it."""
-    return "" if config == "default" else f"{config}/"
 
 
 @dataclass(frozen=True)
