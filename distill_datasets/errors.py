@@ -12,6 +12,9 @@
     ├── ServiceError (ConnectionError)   a server is gone or broke its protocol
     ├── HubError (ConnectionError)       the Hub can't be reached or fails
     │   └── RepositoryError (PermissionError)   the Hub refuses: token, name, kind or revision
+    ├── RequestError (RuntimeError)      one request failed; others may succeed
+    │   ├── RetryableError (TimeoutError)   and so may this one, later
+    │   └── RejectedError (ValueError)      and this one never will
     └── GenerationError (RuntimeError)   rows fail alike: going on would only cost money
 
 `except DistillError` catches all of them; each also refines the standard exception in brackets.
@@ -78,3 +81,31 @@ class GenerationError(DistillError, RuntimeError):
     """The first rows all failed alike; paid answers are in the journal."""
 
     exit_code = 1
+
+
+class RequestError(DistillError, RuntimeError):
+    """One request failed.
+
+    `type` is a short name that rows carry ("rate limit", "time-out", "connection", "server error",
+    "content policy", "context length", "bad request"), `status` the HTTP status where there was
+    one. `attempts` counts how often it was asked.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self, message: str, *, type: str, status: int | None = None, attempts: int = 1
+    ) -> None:
+        """`message` is what the server said, or what happened."""
+        super().__init__(message)
+        self.type, self.status, self.attempts = type, status, attempts
+
+
+class RetryableError(RequestError, TimeoutError):
+    """The same request may succeed later; `retry_after` is in seconds, as the server asked."""
+
+    retry_after: float | None = None
+
+
+class RejectedError(RequestError, ValueError):
+    """The server will never answer this request: too long, malformed, or against its policy."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from distill_datasets.errors import RecipeError
 from distill_datasets.pinned import fetch_dataset
-from distill_datasets.recipe import Recipe, Split
+from distill_datasets.recipe import Recipe
+from distill_datasets.recipe_sections import Split
 
 if TYPE_CHECKING:
     from datasets import Dataset

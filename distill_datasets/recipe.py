@@ -1,5 +1,6 @@
 """A recipe: what to ask, of whom, and how to read the answer. Data, not code."""
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -12,118 +13,26 @@ from typing import Annotated, Any, Self
 import yaml
 from jinja2 import StrictUndefined, Template, TemplateError, meta
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from distill_datasets import resources
 from distill_datasets.errors import RecipeError
 from distill_datasets.parsing import Reader
 from distill_datasets.pinned import find_release
+from distill_datasets.recipe_sections import (
+    AnswerFormat,
+    Queries,
+    SamplingSection,
+    Section,
+    Split,
+)
 from distill_datasets.sampler import Message, Sampling, digest
 
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
 _METRICS = ("accuracy", "macro_f1", "answered", "agreement")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Queries(_Section):
-    """Where the queries are: exactly one of `file`, `hub`, `path`, `package`.
-
-    `file` lies in the recipe's folder; `hub` is a dataset id and needs a `revision` (a commit or
-    a tag); `path` is anything `datasets` reads; `package` is an installed package and `member` a
-    file in it. `sidecar` is a file in the recipe's folder whose columns are joined by position.
-    `sha256` pins a file's content.
-    """
-
-    file: str | None = None
-    hub: str | None = None
-    path: str | None = None
-    package: str | None = None
-    member: str | None = None
-    revision: str | None = None
-    config: str | None = None
-    split: str | None = None
-    sidecar: str | None = None
-    sha256: str | None = None
-    query: str | None = None
-    group: str | None = None
-    reference: str | None = None
-    forced_split: str | None = None
-    rows: tuple[int, ...] | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        named = [key for key in ("file", "hub", "path", "package") if getattr(self, key)]
-        if len(named) != 1:
-            raise ValueError(f"name exactly one of file, hub, path, package; found {named}")
-        if self.hub and not self.revision:
-            raise ValueError("a hub source needs a revision: a commit or a tag")
-        if bool(self.package) != bool(self.member):
-            raise ValueError("package and member go together")
-        return self
-
-
-class AnswerFormat(_Section):
-    """How to read the teacher's text: a regular expression with a group `answer`, and choices."""
-
-    pattern: str | None = None
-    choices: tuple[str, ...] = ()
-
-    @field_validator("pattern")
-    @classmethod
-    def _has_group(cls, pattern: str | None) -> str | None:
-        if pattern is None:
-            return None
-        try:
-            groups = re.compile(pattern).groupindex
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        if "answer" not in groups:
-            raise ValueError(f"expected a group (?P<answer>…), found {sorted(groups)}")
-        return pattern
-
-
-class Split(_Section):
-    """Shares of train, validation and test; rows of one group never straddle two of them.
-
-    `same_rows` puts every row into both train and test: for tutorials, never for a result.
-    """
-
-    train: Annotated[float, Field(ge=0, le=1)] = 0.7
-    validation: Annotated[float, Field(ge=0, le=1)] = 0.15
-    test: Annotated[float, Field(ge=0, le=1)] = 0.15
-    same_rows: bool = False
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        total = self.train + self.validation + self.test
-        if abs(total - 1) > 1e-9:
-            raise ValueError(f"the shares must add up to 1, found {total:g}")
-        return self
-
-    def of(self, group: str) -> str:
-        """The split of a group, by its hash: adding queries never moves a row."""
-        place = int(sha256(group.encode()).hexdigest()[:15], 16) / 16**15
-        if place < self.train:
-            return "train"
-        return "validation" if place < self.train + self.validation else "test"
-
-
-class SamplingSection(_Section):
-    """The teacher's sampling; see `distill_datasets.sampler.Sampling`."""
-
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    max_tokens: Annotated[int, Field(ge=1)] = 512
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: int = -1
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    n: Annotated[int, Field(ge=1)] = 1
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """What `recipe.yaml` and `prompt.md` say, validated.
 
     `response` is the Jinja template of what the student shall say, over `answer` (as read) and
@@ -200,12 +109,18 @@ class Recipe(_Section):
     @property
     def sampling_parameters(self) -> Sampling:
         """The teacher's sampling as the protocol takes it."""
-        return Sampling(**self.sampling.model_dump())
+        fields = self.sampling.model_dump(exclude={"extra"})
+        schema, extra = self.answer.json_schema, self.sampling.extra
+        return Sampling(**fields, json_schema=_json(schema), extra=_json(extra))
 
     @cached_property
     def digest(self) -> str:
         """Changes with whatever changes a row; not with descriptions, licences or folders."""
         fields = self.model_dump(mode="json", include=set(_DIGESTED))
+        for section, name in _LATER:
+            # A key that is not used is no part of the digest, so that a new key keeps releases.
+            if fields[section][name] is None:
+                del fields[section][name]
         files = {name: _file_digest(self.folder / name) for name in self.attachments}
         return digest({**fields, "prompt": self.prompt, "files": files})
 
@@ -232,6 +147,12 @@ class Recipe(_Section):
         return Recipe(**{**fields, **changes})
 
 
+_LATER = (
+    ("answer", "json_schema"),
+    ("answer", "field"),
+    ("sampling", "top_logprobs"),
+    ("sampling", "extra"),
+)
 _DIGESTED = ("name", "teacher", "queries", "answer", "response", "sampling", "split", "renderer")
 
 
@@ -258,6 +179,10 @@ def shipped_recipes() -> list[Recipe]:
     """Every recipe that comes with the package, by name."""
     folders = sorted(path.parent for path in resources.builders().glob("[!_]*/recipe.yaml"))
     return [load_recipe(folder) for folder in folders]
+
+
+def _json(value: Mapping[str, Any] | None) -> str | None:
+    return None if value is None else json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 @cache

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets import report_text
+from distill_datasets.asking import Asking, ask
 from distill_datasets.errors import GenerationError, ModelError, OutputError
-from distill_datasets.generation import Asking, ask, writable_folder
+from distill_datasets.generation import writable_folder
 from distill_datasets.heldout import HeldOut, read_held_out
 from distill_datasets.journal import Journal
 from distill_datasets.latency import Timed, measure_latency, uncacheable

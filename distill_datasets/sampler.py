@@ -3,10 +3,10 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Literal, Protocol, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 
 class Message(TypedDict):
@@ -22,6 +22,9 @@ class Sampling:
 
     `n` samples are asked for in one request. `top_k` of -1 and `top_p` of 1 leave the
     distribution whole. `stop` adds to the stop sequences of the model's own chat format.
+    `top_logprobs` asks for the log-probability of every sampled token and of so many of the most
+    likely ones in its place. `json_schema` (JSON text) is the form that the text must have, and
+    `extra` (JSON text of an object) is whatever else a provider takes.
     """
 
     temperature: float = 1.0
@@ -31,51 +34,125 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     n: int = 1
+    top_logprobs: int | None = None
+    json_schema: str | None = None
+    extra: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities (natural) of a sampled response, an entry a token, the stop token's too.
+
+    A token is its id where the server says it, else its text. `top_tokens` and `top_logprobs`
+    hold the most likely tokens of each place, the likeliest first.
+    """
+
+    tokens: tuple[int | str, ...]
+    logprobs: tuple[float, ...]
+    top_tokens: tuple[tuple[int | str, ...], ...] = ()
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> "Logprobs":
+        """What `asdict` and JSON made of it."""
+        return cls(
+            tuple(fields["tokens"]),
+            tuple(fields["logprobs"]),
+            tuple(map(tuple, fields.get("top_tokens", ()))),
+            tuple(map(tuple, fields.get("top_logprobs", ()))),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sampled response; `tokens` counts its tokens, the stop token included."""
+    """One sampled response; `tokens` counts its tokens, stop token and reasoning included.
+
+    `reasoning` is what a thinking model said before its answer, where the server tells it apart.
+    """
 
     text: str
     stop_reason: Literal["stop", "length"]
     tokens: int
+    reasoning: str | None = None
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Prompt tokens of one request, and how many of them the server read from its cache."""
+    """Prompt tokens of one request, and how many of them the server read from its cache.
+
+    `reasoning_tokens` are part of the samples' tokens. `cost` is in dollars, as the provider
+    itself stated it.
+    """
 
     prompt_tokens: int
     cached_tokens: int
+    reasoning_tokens: int = 0
+    cost: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What a provider's headers say is left to ask, of requests and of tokens.
+
+    The `_seconds` are those until the allowance is whole again; None where nothing is said.
+    """
+
+    requests: int | None = None
+    requests_seconds: float | None = None
+    tokens: int | None = None
+    tokens_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What one request bought: `Sampling.n` samples and the prompt's token counts."""
+    """What one request bought: `Sampling.n` samples and the prompt's token counts.
+
+    `first_token_seconds` is known where the reply was streamed. `allowance` is true only at the
+    moment of the reply, and is not kept.
+    """
 
     samples: tuple[Sample, ...]
     usage: Usage
+    first_token_seconds: float | None = None
+    allowance: Allowance | None = field(default=None, compare=False)
 
     def to_json(self) -> str:
         """One line of JSON, read back by `from_json`."""
         # By hand: `asdict` copies deeply, and took longer than everything else about a row.
-        samples = [
-            {"text": sample.text, "stop_reason": sample.stop_reason, "tokens": sample.tokens}
-            for sample in self.samples
-        ]
-        usage = {
-            "prompt_tokens": self.usage.prompt_tokens,
-            "cached_tokens": self.usage.cached_tokens,
+        samples = [_stated(sample, "text", "stop_reason", "tokens") for sample in self.samples]
+        kept: dict[str, Any] = {
+            "samples": samples,
+            "usage": _stated(self.usage, "prompt_tokens", "cached_tokens"),
         }
-        return json.dumps({"samples": samples, "usage": usage}, ensure_ascii=False)
+        if self.first_token_seconds is not None:
+            kept["first_token_seconds"] = self.first_token_seconds
+        return json.dumps(kept, ensure_ascii=False, default=asdict)
 
     @classmethod
     def from_json(cls, text: str) -> "Reply":
         """The reply that `to_json` wrote."""
         fields = json.loads(text)
+        for sample in fields["samples"]:
+            if "logprobs" in sample:
+                sample["logprobs"] = Logprobs.read(sample["logprobs"])
         samples = tuple(Sample(**sample) for sample in fields["samples"])
-        return cls(samples, Usage(**fields["usage"]))
+        return cls(samples, Usage(**fields["usage"]), fields.get("first_token_seconds"))
+
+
+def _stated(value: Sample | Usage, *always: str) -> dict[str, Any]:
+    """Fields that are always written, and of the others those that say something."""
+    found = {name: getattr(value, name) for name in always}
+    for name, default in _SELDOM[type(value)]:
+        if (said := getattr(value, name)) != default:
+            found[name] = said
+    return found
+
+
+_SELDOM: dict[type, list[tuple[str, Any]]] = {
+    Sample: [("reasoning", None), ("logprobs", None)],
+    Usage: [("reasoning_tokens", 0), ("cost", None)],
+}
 
 
 class Sampler(Protocol):
@@ -97,7 +174,12 @@ class Sampler(Protocol):
         ...
 
     async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
-        """Answer once; raises on failure, `ModelError` when no later call can succeed."""
+        """Answer once.
+
+        Raises `RetryableError` where the same request may succeed later, `RejectedError` where it
+        never will but others may, `ModelError` when no later call can succeed. Any other
+        exception is this row's failure, tried again by the next run only.
+        """
         ...
 
 
@@ -109,7 +191,13 @@ def digest(value: object) -> str:
 
 @lru_cache(maxsize=64)
 def _fields(sampling: Sampling) -> dict[str, object]:
-    return asdict(sampling)
+    # A field that is not used is no part of the key, so that a new field keeps paid answers.
+    later = ("top_logprobs", "json_schema", "extra")
+    return {
+        name: value
+        for name, value in asdict(sampling).items()
+        if name not in later or value is not None
+    }
 
 
 def request_digest(identity: str, messages: Sequence[Message], sampling: Sampling) -> str:
