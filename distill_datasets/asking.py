@@ -1,33 +1,24 @@
 """Queries to answered rows: `datasets.map` over an async function, a row's failure a value."""
 
-import asyncio
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from distill_datasets.buying import Buyer
-from distill_datasets.errors import (
-    AccessError,
-    DistillError,
-    GenerationError,
-    ModelError,
-    OutputError,
-    ServiceError,
-)
+from distill_datasets.buying import Buyer, Meter
+from distill_datasets.garbage import collect_rarely
 from distill_datasets.journal import Journal
+from distill_datasets.limits import Limits
 from distill_datasets.parsing import Parsed, Reader
 from distill_datasets.progress import Progress
+from distill_datasets.row_map import RowMap
 from distill_datasets.sampler import Message, Reply, Sample, Sampler, Sampling, digest
-from distill_datasets.schema import answer_features
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_VERSION = 1  # goes into every fingerprint: raise it when rows come out differently
-_ROWS_PER_BATCH = 128
-_ALIKE = 20
+_VERSION = 2  # goes into every fingerprint: raise it when rows come out differently
 
 
 class Answering(Protocol):
@@ -43,8 +34,18 @@ class Answering(Protocol):
         """Whom a row names that nobody answered."""
         ...
 
-    async def answer(self, query: str, buyer: Buyer) -> list[dict[str, Any]]:
-        """The columns of every row of a query that asking decides; raises what `buy` raises."""
+    @property
+    def identity(self) -> str:
+        """That with everything that decides the answers, stable across processes."""
+        ...
+
+    async def answer(
+        self, query: str, buyer: Buyer, reference: str | None = None
+    ) -> list[dict[str, Any]]:
+        """The columns of every row of a query that asking decides; raises what `buy` raises.
+
+        `reference` is the answer known beforehand, for those who check answers against it.
+        """
         ...
 
 
@@ -61,15 +62,21 @@ class Asking:
     @property
     def parts(self) -> Sequence[Any]:
         """The sampler, how it samples, and how its text is read."""
-        reader = self.reader
-        return [self.sampler.identity, asdict(self.sampling), reader.pattern, reader.choices]
+        return [self.sampler.identity, asdict(self.sampling), *self.reader.parts]
 
     @property
     def model(self) -> str:
         """The sampler's."""
         return self.sampler.model
 
-    async def answer(self, query: str, buyer: Buyer) -> list[dict[str, Any]]:
+    @property
+    def identity(self) -> str:
+        """The sampler's."""
+        return self.sampler.identity
+
+    async def answer(
+        self, query: str, buyer: Buyer, reference: str | None = None
+    ) -> list[dict[str, Any]]:
         """A row a sample."""
         reply = await buyer.buy(self.sampler, self.messages(query), self.sampling)
         return [self.row(sample, reply, index) for index, sample in enumerate(reply.samples)]
@@ -94,24 +101,30 @@ class Asking:
         }
 
 
-def ask(
+def ask(  # noqa: PLR0913 (what, of whom, how fast, for how much, and where it goes)
     queries: "Dataset",
     asking: Answering,
     *,
     journal: Journal,
-    concurrency: int = 256,
     title: str,
+    limits: Limits | None = None,
+    meter: Meter | None = None,
+    file: Path | None = None,
 ) -> "Dataset":
     """Answer rows of `id`, `query`, `group`, `reference`, `split`, in their order.
 
-    One row a sample, with `schema.answer_features()`; at most `concurrency` requests in flight.
-    Safe inside a running event loop: the sampling runs on a loop of its own in another thread.
-    Ctrl-C waits for the requests in flight, so that what was paid is kept.
+    One row a sample, with `schema.answer_features()`, in memory or in an Arrow `file`. Safe inside
+    a running event loop: the sampling runs on a loop of its own in another thread. Ctrl-C waits
+    for the requests in flight, so that what was paid is kept. Raises what no row would escape,
+    such as `AccessError` and `BudgetReached`, and `GenerationError` where the first rows all fail
+    alike.
     """
-    with Progress(title, len(queries)) as progress:
-        rows = _Rows(asking, Buyer(journal, progress), concurrency, progress)
+    with collect_rarely(), Progress(title, len(queries), meter=meter) as progress:
+        buyer = Buyer(journal, progress, limits=limits, meter=meter)
+        rows = RowMap(asking.answer, asking.model, buyer, progress)
+        fingerprint = digest([_VERSION, queries._fingerprint, *asking.parts])[:32]
         with ThreadPoolExecutor(1) as thread:
-            mapped = thread.submit(rows.map, queries)
+            mapped = thread.submit(rows.map, queries, fingerprint, file)
             try:
                 answered = mapped.result()
             except BaseException:
@@ -120,105 +133,3 @@ def ask(
     if rows.fatal is not None:
         raise rows.fatal
     return answered
-
-
-class _Rows:
-    """The map function: a bound coroutine method over one shared semaphore.
-
-    `datasets` starts up to a thousand batches at once; the semaphore is what bounds requests, so
-    that a slow row never holds back rows of other batches.
-    """
-
-    def __init__(
-        self, asking: Answering, buyer: Buyer, concurrency: int, progress: Progress
-    ) -> None:
-        self.asking, self.buyer, self.progress = asking, buyer, progress
-        self.fatal: DistillError | None = None
-        self._seen: Counter[str] = Counter()
-        self._answered = 0
-        self._turn = asyncio.Semaphore(concurrency)
-        self._starting = asyncio.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def map(self, queries: "Dataset") -> "Dataset":
-        """Answer all queries on an event loop of this thread's own."""
-        from datasets.utils import (
-            are_progress_bars_disabled,
-            disable_progress_bars,
-            enable_progress_bars,
-        )
-
-        # Its bar counts whole batches in order, and would cut through ours.
-        shown = not are_progress_bars_disabled()
-        disable_progress_bars()
-        try:
-            return queries.map(
-                self.answer,
-                batched=True,
-                batch_size=_ROWS_PER_BATCH,
-                remove_columns=queries.column_names,
-                features=answer_features(),
-                new_fingerprint=self.fingerprint(queries),
-                load_from_cache_file=False,
-                keep_in_memory=not queries.cache_files,
-            )
-        finally:
-            if shown:
-                enable_progress_bars()
-            # `datasets` leaves the loop that it made open.
-            if self._loop is not None:
-                self._loop.close()
-
-    def fingerprint(self, queries: "Dataset") -> str:
-        """Names what the rows depend on, since `datasets` can't hash a client."""
-        return digest([_VERSION, queries._fingerprint, *self.asking.parts])[:32]
-
-    def stop(self, reason: DistillError | None = None) -> None:
-        """Ask nothing more; the first reason stands."""
-        self.buyer.stop()
-        self.fatal = self.fatal or reason
-
-    async def answer(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """All samples of a batch of queries, as columns."""
-        self._loop = asyncio.get_running_loop()
-        queries = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-        tasks = []
-        # Rows start in order, each when it is its turn: ten thousand tasks that wait for the
-        # semaphore would hold back the first request, and every later one a little.
-        async with self._starting:
-            for query in queries:
-                await self._turn.acquire()
-                tasks.append(asyncio.create_task(self._one(query)))
-        lists = await asyncio.gather(*tasks)
-        rows = [row for samples in lists for row in samples]
-        return {name: [row.get(name) for row in rows] for name in answer_features()}
-
-    async def _one(self, query: dict[str, Any]) -> list[dict[str, Any]]:
-        asked = {**query, "teacher": self.asking.model, "sample": 0}
-        try:
-            rows = await self.asking.answer(query["query"], self.buyer)
-        except (AccessError, ModelError, OutputError, ServiceError) as error:
-            self.stop(error)
-            return [{**asked, "error": str(error)}]
-        except Exception as error:
-            # A row's failure is a value: raised out of `map` it would throw away every other row.
-            return [{**asked, "error": self._failed(error)}]
-        finally:
-            self._turn.release()
-        self.progress.advance(1)
-        self._answered += 1
-        return [{**asked, **row} for row in rows]
-
-    def _failed(self, error: Exception) -> str:
-        text = f"{type(error).__name__}: {error}"
-        if not isinstance(error, InterruptedError):
-            self.progress.advance(1)
-            self._seen[text] += 1
-            if self._answered == 0 and self._seen[text] >= _ALIKE:
-                self.stop(
-                    GenerationError(
-                        f"The first {_ALIKE} rows all failed alike, so nothing more was asked: "
-                        f"{text}. Mend the cause and run again; paid answers are kept."
-                    )
-                )
-        return text

@@ -15,6 +15,9 @@
     ├── RequestError (RuntimeError)      one request failed; others may succeed
     │   ├── RetryableError (TimeoutError)   and so may this one, later
     │   └── RejectedError (ValueError)      and this one never will
+    ├── PriceError (ValueError)          a price file is wrong, or nobody says what a model costs
+    ├── BudgetReached (InterruptedError) what may be spent is spent; what was bought is kept
+    ├── PendingError (InterruptedError)  a provider's batches take their time: run again later
     └── GenerationError (RuntimeError)   rows fail alike: going on would only cost money
 
 `except DistillError` catches all of them; each also refines the standard exception in brackets.
@@ -77,6 +80,22 @@ class RepositoryError(HubError, PermissionError):
     exit_code = 2
 
 
+class PriceError(DistillError, ValueError):
+    """A price file can't be used, or nobody says what a model costs."""
+
+
+class BudgetReached(DistillError, InterruptedError):
+    """What may be spent is spent; everything that was bought is kept for a later run."""
+
+    exit_code = 1
+
+
+class PendingError(DistillError, InterruptedError):
+    """Batches are being worked on at a provider; a later run reads what they answer."""
+
+    exit_code = 75  # what `sysexits.h` calls a temporary failure
+
+
 class GenerationError(DistillError, RuntimeError):
     """The first rows all failed alike; paid answers are in the journal."""
 
@@ -109,3 +128,7 @@ class RetryableError(RequestError, TimeoutError):
 
 class RejectedError(RequestError, ValueError):
     """The server will never answer this request: too long, malformed, or against its policy."""
+
+
+# What no later request of the same run would escape.
+FATAL = (AccessError, BudgetReached, ModelError, OutputError, PriceError, ServiceError)

@@ -2,25 +2,35 @@
 
 import json
 import shutil
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_datasets import __version__
-from distill_datasets.asking import Asking, ask
-from distill_datasets.errors import OutputError
+from distill_datasets.answers import ROWS_FILE, Tally, finish
+from distill_datasets.asking import ask
+from distill_datasets.batching import Patience, buy_in_batches
+from distill_datasets.errors import DistillError, OutputError
 from distill_datasets.journal import Journal
-from distill_datasets.ledger import replay
+from distill_datasets.ledger import Source, raw_answers, replay
+from distill_datasets.limits import Limits
+from distill_datasets.money import Meter
+from distill_datasets.panel import Teachers, models_of, open_teachers
 from distill_datasets.queries import load_queries
 from distill_datasets.recipe import Recipe, load_recipe
 from distill_datasets.sampler import Sampler
+from distill_datasets.shares import Share
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+_BUILDING = "answers.partial"
 
 
 @dataclass(frozen=True)
@@ -34,53 +44,68 @@ class Generated:
     errors: int
 
 
-def generate(
+def generate(  # noqa: PLR0913 (whom to ask what, how fast, and where it goes)
     recipe: Recipe | str | Path,
     *,
     teacher: Sampler | str | None = None,
     out: str | Path,
     concurrency: int = 256,
+    requests_per_minute: float | None = None,
+    tokens_per_minute: float | None = None,
+    meter: Meter | None = None,
     limit: int | None = None,
     ledger: bool = True,
+    share: Share | None = None,
+    batch: Patience | None = None,
+    stream: bool = False,
 ) -> Generated:
-    """Ask the teacher every query of the recipe; continue where an earlier call stopped.
+    """Ask the recipe's teachers every query; continue where an earlier call stopped.
 
     Writes `out/journal.sqlite` (raw answers, as they arrive) and `out/answers/` (all rows in the
     queries' order, once every row has been asked). A row that fails is a row with an `error`,
-    asked again by the next call; answers in the journal are never asked again. `limit` takes the
-    first queries only. A release is a recipe too: the answers in its ledger are not asked for
-    again, unless `ledger` is False. Costs one request a query. Raises `GenerationError` when the
-    first rows all fail alike, and whatever `load_recipe` and `open_sampler` raise, before any
+    asked again by the next call; answers in the journal are never asked again, nor is what a
+    teacher rejected for good. At most `concurrency` requests are in flight to each teacher, and as
+    many as it takes gladly. With a `meter`, a spent budget ends the run: everything bought is
+    kept, and a later call goes on. `limit` takes the first queries only. A release is a recipe
+    too: the answers in its ledger are not asked for again, unless `ledger` is False. A `teacher`
+    takes the place of all that the recipe names.
+    With a `share`, only that of the queries is asked, in a part's own folder in `out`: `publish`
+    joins the parts. With `batch`, answers come out of the provider's batches where it has them.
+    With `stream`, every answer that is bought is journaled with the time to its first token.
+    Costs one request a query and teacher asked. Raises `GenerationError` when the first rows all
+    fail alike, `BudgetReached`, and whatever `load_recipe` and `open_sampler` raise, before any
     request.
     """
     source = None if isinstance(recipe, Recipe) else recipe
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if isinstance(teacher, str):
-        recipe, teacher = recipe.replace(teacher=teacher), None
+        recipe, teacher = recipe.with_teacher(teacher), None
     queries = load_queries(recipe)
     if limit is not None:
         queries = queries.select(range(min(limit, len(queries))))
+    if share is not None:
+        queries, out = share.of(queries), share.folder(out)
     out = writable_folder(out)
     if source is not None and ledger:
         replay(source, out)
-    sampler = teacher or _open(recipe.teacher, recipe.renderer)
-    recipe = recipe.replace(teacher=sampler.model)
-    asking = Asking(
-        sampler,
-        recipe.sampling_parameters,
-        recipe.messages,
-        recipe.teacher_reader,
-        recipe.write_response,
-    )
-    with Journal(out / "journal.sqlite") as journal:
-        rows = ask(queries, asking, journal=journal, concurrency=concurrency, title="generate")
-    return _save(rows, recipe, sampler, out)
-
-
-def _open(reference: str, renderer: str | None) -> Sampler:
-    from distill_datasets.samplers import open_sampler
-
-    return open_sampler(reference, renderer=renderer)
+    teachers = open_teachers(recipe, teacher, stream=stream)
+    if meter is not None:
+        meter.check(models_of(teachers.recipe))
+    limits = Limits(concurrency, requests_per_minute, tokens_per_minute)
+    with Journal(out / "journal.sqlite") as journal, _writing(out):
+        if batch is not None:
+            buy_in_batches(queries, teachers.answering, journal, patience=batch, meter=meter)
+        rows = ask(
+            queries,
+            teachers.answering,
+            journal=journal,
+            title="generate",
+            limits=limits,
+            meter=meter,
+            file=out / _BUILDING / ROWS_FILE,
+        )
+        record = partial(share.record, queries) if share else None
+        return _save(rows, teachers, out, meter, record)
 
 
 def writable_folder(path: str | Path) -> Path:
@@ -98,51 +123,57 @@ def writable_folder(path: str | Path) -> Path:
     return folder
 
 
-def _tokens(rows: "Dataset") -> dict[str, int]:
-    """What the answers cost; all samples of one request share its prompt."""
-    columns = {kind: rows[f"teacher_{kind}_tokens"][:] for kind in ("prompt", "cached", "response")}
-    first = [sample == 0 for sample in rows["sample"][:]]
-    return {
-        kind: sum(
-            tokens or 0
-            for tokens, counts in zip(column, first, strict=True)
-            if counts or kind == "response"
-        )
-        for kind, column in columns.items()
-    }
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Where the disk doesn't take the rows, the answers are safe all the same."""
+    shutil.rmtree(out / _BUILDING, ignore_errors=True)
+    try:
+        yield
+    except DistillError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"Can't write {str(out / 'answers')!r}: {error}. The answers are in "
+            f"{out / 'journal.sqlite'}; free some space and run again: nothing is asked twice."
+        ) from error
 
 
-def _save(rows: "Dataset", recipe: Recipe, sampler: Sampler, out: Path) -> Generated:
-    rejections = Counter(reason for reason in rows["rejection"][:] if reason)
-    errors = sum(error is not None for error in rows["error"][:])
-    kept = len(rows) - errors - sum(rejections.values())
+def _save(
+    rows: "Dataset",
+    teachers: Teachers,
+    out: Path,
+    meter: Meter | None,
+    record: Callable[[Path], None] | None,
+) -> Generated:
+    from datasets import Dataset
+
+    recipe = teachers.recipe
+    tally = Tally.of(rows)
     summary = {
         "recipe": recipe.name,
         "recipe_digest": recipe.digest,
-        "teacher": sampler.model,
-        "identity": sampler.identity,
-        "renderer": getattr(getattr(sampler, "connection", None), "renderer_name", None),
-        "sampling": asdict(recipe.sampling_parameters),
-        "rows": len(rows),
-        "kept": kept,
-        "rejected": dict(rejections),
-        "errors": errors,
-        "tokens": _tokens(rows),
+        **teachers.facts,
+        "rows": tally.rows,
+        "kept": tally.kept,
+        "rejected": dict(tally.rejected),
+        "errors": tally.errors,
+        "tokens": dict(tally.tokens),
         "created": datetime.now(UTC).date().isoformat(),
         "versions": {"distill-datasets": __version__, "datasets": version("datasets")},
     }
-    folder, building = out / "answers", out / "answers.partial"
-    shutil.rmtree(building, ignore_errors=True)
-    try:
-        rows.save_to_disk(str(building))
-        recipe.dump(building / "recipe")
-        text = json.dumps(summary, indent=2, ensure_ascii=False)
-        (building / "generation.json").write_text(text + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        building.rename(folder)
-    except OSError as error:
-        raise OutputError(
-            f"Can't write {str(folder)!r}: {error}. The answers are in {out / 'journal.sqlite'}; "
-            "free some space and run again: nothing is asked twice."
-        ) from error
-    return Generated(out, rows, kept, rejections, errors)
+    if meter is not None:
+        source = Source(rows, out / "journal.sqlite")
+        with Journal(source.journal) as journal:
+            answers = raw_answers([source], recipe, summary)
+            summary["cost"] = meter.statement(answers, journal)
+    folder, building = out / "answers", out / _BUILDING
+    finish(rows, building)
+    recipe.dump(building / "recipe")
+    text = json.dumps(summary, indent=2, ensure_ascii=False)
+    (building / "generation.json").write_text(text + "\n", encoding="utf-8")
+    if record is not None:
+        record(building)
+    shutil.rmtree(folder, ignore_errors=True)
+    building.rename(folder)
+    rows = Dataset.load_from_disk(str(folder))
+    return Generated(out, rows, tally.kept, tally.rejected, tally.errors)

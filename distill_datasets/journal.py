@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from distill_datasets.errors import OutputError
+from distill_datasets.errors import OutputError, RejectedError
 from distill_datasets.sampler import Reply
 
 _TABLE = """
@@ -18,6 +18,22 @@ CREATE TABLE IF NOT EXISTS answers (
     bought_at REAL NOT NULL,
     times_bought INTEGER NOT NULL DEFAULT 1
 )
+"""
+_REJECTIONS = """
+CREATE TABLE IF NOT EXISTS rejections (
+    digest TEXT NOT NULL PRIMARY KEY,
+    model TEXT NOT NULL,
+    type TEXT NOT NULL,
+    status INTEGER,
+    message TEXT NOT NULL,
+    rejected_at REAL NOT NULL
+)
+"""
+# Answers out of a provider's batches have a price of their own.
+_BATCHED = "CREATE TABLE IF NOT EXISTS batch_answers (digest TEXT NOT NULL PRIMARY KEY)"
+_REJECT = """
+INSERT OR IGNORE INTO rejections (digest, model, type, status, message, rejected_at)
+VALUES (?, ?, ?, ?, ?, ?)
 """
 _PUT = """
 INSERT INTO answers (digest, model, reply, bought_at) VALUES (?, ?, ?, ?)
@@ -50,7 +66,12 @@ class Journal:
             self._database.execute("PRAGMA journal_mode = WAL")
             # With a write-ahead log, NORMAL loses nothing when the process dies.
             self._database.execute("PRAGMA synchronous = NORMAL")
+            # Moving pages from the log into the file waits for the disk: seldom, 40 MB at once.
+            self._database.execute("PRAGMA wal_autocheckpoint = 10000")
             self._database.execute(_TABLE)
+            self._database.execute(_REJECTIONS)
+            self._any_rejected = bool(self._one("SELECT EXISTS (SELECT 1 FROM rejections)")[0])
+            self._database.execute(_BATCHED)
         except (OSError, sqlite3.Error) as error:
             raise OutputError(_unwritable(path, error)) from error
 
@@ -61,12 +82,33 @@ class Journal:
         ).fetchone()
         return None if row is None else Reply.from_json(row[0])
 
-    def put(self, digest: str, model: str, reply: Reply) -> None:
-        """Store an answer; raises `OutputError` when the disk won't take it."""
+    def put(self, digest: str, model: str, reply: Reply, *, batch: bool = False) -> None:
+        """Store an answer, bought alone or in a `batch`; raises `OutputError` for a full disk."""
         try:
+            if batch:
+                self._database.execute("INSERT OR IGNORE INTO batch_answers VALUES (?)", (digest,))
             self._database.execute(_PUT, (digest, model, reply.to_json(), time.time()))
         except sqlite3.Error as error:
             raise OutputError(_unwritable(self.path, error)) from error
+
+    def reject(
+        self, digest: str, model: str, *, type: str, status: int | None, message: str
+    ) -> None:
+        """Remember that a request will never be answered; raises `OutputError` like `put`."""
+        try:
+            self._database.execute(_REJECT, (digest, model, type, status, message, time.time()))
+            self._any_rejected = True
+        except sqlite3.Error as error:
+            raise OutputError(_unwritable(self.path, error)) from error
+
+    def rejection(self, digest: str) -> RejectedError | None:
+        """Why a request will never be answered, if that was known when the journal was opened."""
+        if not self._any_rejected:
+            return None
+        row = self._database.execute(
+            "SELECT type, status, message FROM rejections WHERE digest = ?", (digest,)
+        ).fetchone()
+        return None if row is None else RejectedError(row[2], type=row[0], status=row[1])
 
     def entry(self, digest: str) -> _Entry | None:
         """What is stored for a digest: the digest, the sampler's identity, the reply's JSON."""
@@ -96,11 +138,28 @@ class Journal:
 
     def __len__(self) -> int:
         """How many different requests have been answered."""
-        return int(self._database.execute("SELECT count(*) FROM answers").fetchone()[0])
+        return int(self._one("SELECT count(*) FROM answers")[0])
+
+    def _one(self, statement: str) -> tuple[Any, ...]:
+        found: tuple[Any, ...] = self._database.execute(statement).fetchone()
+        return found
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         """Every digest with the number of times it was bought."""
         yield from self._database.execute("SELECT digest, times_bought FROM answers")
+
+    def bought(self) -> Iterator[tuple[str, int, str, bool]]:
+        """Every answer that was paid for here: identity, how often, the JSON, if in a batch."""
+        rows = self._database.execute(
+            "SELECT model, times_bought, reply, batch_answers.digest IS NOT NULL"
+            " FROM answers LEFT JOIN batch_answers USING (digest) WHERE times_bought > 0"
+        )
+        yield from ((model, times, reply, bool(batch)) for model, times, reply, batch in rows)
+
+    def in_batch(self, digest: str) -> bool:
+        """Whether an answer came out of a provider's batch."""
+        found = self._database.execute("SELECT 1 FROM batch_answers WHERE digest = ?", (digest,))
+        return found.fetchone() is not None
 
     def close(self) -> None:
         """Release the file."""

@@ -1,15 +1,16 @@
 """Reads a recipe's queries, wherever they are, into one table."""
 
 import importlib.resources
-from collections import Counter
-from hashlib import sha256
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import file_digest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import RecipeError
+from distill_datasets.json_lines import ROWS, read_lines, read_names
 from distill_datasets.pinned import fetch_dataset
+from distill_datasets.query_table import Columns, tabulate
 from distill_datasets.recipe import Recipe
-from distill_datasets.recipe_sections import Split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,11 +28,58 @@ def load_queries(recipe: Recipe) -> "Dataset":
     """The recipe's rows in their order: `id`, `query`, `group`, `reference`, `split`.
 
     `id` is the digest of the query; a repeated query gets a numbered one, so that every row is
-    kept. `group` is the query's own id where the recipe names no group column. Raises
-    `RecipeError` that lists the columns found when one is missing, and for a source that is
-    absent, empty or not the pinned content.
+    kept. `group` is the query's own id where the recipe names no group column. Many rows are on
+    disk, and mapped. Raises `RecipeError` that lists the columns found when one is missing, and
+    for a source that is absent, empty or not the pinned content.
     """
-    from datasets import Dataset, Features, Value, concatenate_datasets
+    return tabulate(_read(recipe), recipe.split)
+
+
+def read_columns(recipe: Recipe) -> dict[str, list[str | None]]:
+    """What the source says: `query`, `group`, `reference`, `split`; None where it says nothing."""
+    found: dict[str, list[str | None]] = {}
+    for columns in _read(recipe):
+        for name, values in columns.items():
+            found.setdefault(name, []).extend(values)
+    return found
+
+
+def _read(recipe: Recipe) -> Iterator[Columns]:
+    """The columns of the source, a few rows at a time."""
+    spec = recipe.queries
+    names = {"query": spec.query, "group": spec.group, "reference": spec.reference}
+    names["split"] = spec.forced_split
+    first = True
+    for rows in _pieces(recipe):
+        if first:
+            names["query"] = spec.query or ("text" if rows[0].keys() == {"text"} else "query")
+            _check_columns(recipe, names, rows[0])
+        first = False
+        yield {role: _values(rows, name) for role, name in names.items()}
+    if first:
+        raise RecipeError(f"The queries of recipe {recipe.name!r} are empty: nothing to ask.")
+
+
+def _pieces(recipe: Recipe) -> Iterator[Sequence[Mapping[str, Any]]]:
+    """The source's rows, a few at a time."""
+    if path := _lines(recipe):
+        _check_file(path, recipe.queries.sha256)
+        yield from read_lines(path)
+        return
+    for piece in _selected(recipe).iter(batch_size=ROWS):
+        yield [dict(zip(piece, row, strict=True)) for row in zip(*piece.values(), strict=True)]
+
+
+def _lines(recipe: Recipe) -> Path | None:
+    """The file, where it is one of JSON lines that is read as it is."""
+    path, spec = _file(recipe), recipe.queries
+    plain = path is not None and path.suffix == ".jsonl" and not spec.sidecar and spec.rows is None
+    return path if plain else None
+
+
+def _selected(recipe: Recipe) -> "Dataset":
+    """The source with its sidecar, and only the rows that the recipe names."""
+    from datasets import concatenate_datasets
 
     source = _source(recipe)
     spec = recipe.queries
@@ -43,46 +91,22 @@ def load_queries(recipe: Recipe) -> "Dataset":
                 f"{len(source)}; they are joined by position and must match."
             )
         source = concatenate_datasets([source, sidecar], axis=1)
-    if spec.rows is not None:
-        source = source.select([row - 1 for row in spec.rows])
-    if len(source) == 0:
-        raise RecipeError(f"The queries of recipe {recipe.name!r} are empty: nothing to ask.")
-    columns = {
-        "query": _column(source, spec.query or _default_column(source), "query"),
-        "group": _column(source, spec.group, "group"),
-        "reference": _column(source, spec.reference, "reference"),
-        "split": _column(source, spec.forced_split, "forced_split"),
-    }
-    queries = [_checked(text, row) for row, text in enumerate(columns["query"], 1)]
-    ids = _ids(queries)
-    groups = [group or own for group, own in zip(columns["group"], _own(queries), strict=True)]
-    splits = [
-        forced or _split(recipe.split, group)
-        for forced, group in zip(columns["split"], groups, strict=True)
-    ]
-    text = Value("string")
-    return Dataset.from_dict(
-        {
-            "id": ids,
-            "query": queries,
-            "group": groups,
-            "reference": columns["reference"],
-            "split": splits,
-        },
-        features=Features(dict.fromkeys(("id", "query", "group", "reference", "split"), text)),
-    )
+    return source if spec.rows is None else source.select([row - 1 for row in spec.rows])
 
 
-def _split(split: Split, group: str) -> str:
-    return "train" if split.same_rows else split.of(group)
+def _file(recipe: Recipe) -> Path | None:
+    spec = recipe.queries
+    if spec.file:
+        return recipe.folder / spec.file
+    if spec.package and spec.member:
+        return _in_package(spec.package, spec.member)
+    return None
 
 
 def _source(recipe: Recipe) -> "Dataset":
     spec = recipe.queries
-    if spec.file:
-        return _read_file(recipe.folder / spec.file, spec.sha256)
-    if spec.package and spec.member:
-        return _read_file(_in_package(spec.package, spec.member), spec.sha256)
+    if path := _file(recipe):
+        return _read_file(path, spec.sha256)
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -125,55 +149,47 @@ def _in_package(package: str, member: str) -> Path:
 def _read_file(path: Path, pinned: str | None = None) -> "Dataset":
     from datasets import Dataset, load_dataset
 
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise RecipeError(f"{path.name!r}: expected one of {sorted(_READERS)}, by its ending.")
-    if not path.is_file():
-        raise RecipeError(f"There is no file {str(path)!r}; check the recipe's queries.")
-    content = path.read_bytes()
-    found = sha256(content).hexdigest()
-    if pinned and found != pinned:
-        raise RecipeError(
-            f"{path} is not the content that the recipe pins: expected SHA-256 {pinned}, found "
-            f"{found}. Install the version that the recipe was written for, or change `sha256`."
-        )
-    if not content.strip():
-        raise RecipeError(f"The queries file {str(path)!r} is empty: nothing to ask.")
+    reader = _check_file(path, pinned)
     rows = load_dataset(reader, data_files=str(path), split="train")
     assert isinstance(rows, Dataset)
     return rows
 
 
-def _default_column(rows: "Dataset") -> str:
-    return "text" if rows.column_names == ["text"] else "query"
+def _check_file(path: Path, pinned: str | None) -> str:
+    """The name of the reader for a file that is there, not empty, and what was pinned."""
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise RecipeError(f"{path.name!r}: expected one of {sorted(_READERS)}, by its ending.")
+    if not path.is_file():
+        raise RecipeError(f"There is no file {str(path)!r}; check the recipe's queries.")
+    with path.open("rb") as file:
+        if pinned and (found := file_digest(file, "sha256").hexdigest()) != pinned:
+            raise RecipeError(
+                f"{path} is not the content that the recipe pins: expected SHA-256 {pinned}, found "
+                f"{found}. Install the version that the recipe was written for, or change `sha256`."
+            )
+        file.seek(0)
+        if not any(block.strip() for block in iter(lambda: file.read(1 << 20), b"")):
+            raise RecipeError(f"The queries file {str(path)!r} is empty: nothing to ask.")
+    return reader
 
 
-def _column(rows: "Dataset", name: str | None, role: str) -> list[str | None]:
+def _check_columns(recipe: Recipe, names: Mapping[str, str | None], row: Mapping[str, Any]) -> None:
+    """Lines of JSON may have more columns than their first."""
+    if {*names.values()} - {*row, None}:
+        lines = _lines(recipe)
+        columns = read_names(lines) if lines else list(row)
+        for role, name in names.items():
+            if name is not None and name not in columns:
+                key = "forced_split" if role == "split" else role
+                raise RecipeError(
+                    f"The queries have no column {name!r} (the recipe's `queries.{key}`); found "
+                    f"{columns}."
+                )
+
+
+def _values(rows: Sequence[Mapping[str, Any]], name: str | None) -> list[str | None]:
     if name is None:
         return [None] * len(rows)
-    if name not in rows.column_names:
-        raise RecipeError(
-            f"The queries have no column {name!r} (the recipe's `queries.{role}`); found "
-            f"{rows.column_names}."
-        )
-    values = rows[name][:]
+    values = (row.get(name) for row in rows)
     return [None if value is None or value == "" else str(value) for value in values]
-
-
-def _checked(text: str | None, row: int) -> str:
-    if text is None or not text.strip():
-        raise RecipeError(f"Query {row} is empty: remove the row or fill it.")
-    return text
-
-
-def _own(queries: list[str]) -> list[str]:
-    return [sha256(query.encode()).hexdigest()[:16] for query in queries]
-
-
-def _ids(queries: list[str]) -> list[str]:
-    seen: Counter[str] = Counter()
-    ids = []
-    for own in _own(queries):
-        seen[own] += 1
-        ids.append(own if seen[own] == 1 else f"{own}-{seen[own]}")
-    return ids

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from distill_datasets.contents import REJECTED, published_contents
 from distill_datasets.errors import DatasetError, OutputError
+from distill_datasets.schema import failure_content
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,6 +22,7 @@ OLD, NEW = "old", "new"
 _CONTENT = (
     *("query", "response", "answer", "reference", "group"),
     *("teacher", "raw", "rejection", "error"),
+    *("candidates", "agreement", "score"),
 )
 _COUNTS = ("teacher_prompt_tokens", "teacher_cached_tokens", "teacher_response_tokens")
 _TABLE = """
@@ -146,7 +148,11 @@ def _records(release: Path) -> Iterator[tuple[Any, ...]]:
 
 def _columns(rows: "pa.Table", names: Sequence[str]) -> list[list[Any]]:
     present = set(rows.column_names)
-    return [rows[n].to_pylist() if n in present else [None] * len(rows) for n in names]
+    columns = [rows[n].to_pylist() if n in present else [None] * len(rows) for n in names]
+    return [
+        list(map(failure_content, column)) if name == "error" else column
+        for name, column in zip(names, columns, strict=True)
+    ]
 
 
 def _hashes(values: tuple[Any, ...]) -> bytes:

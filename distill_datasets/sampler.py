@@ -127,7 +127,7 @@ class Reply:
         }
         if self.first_token_seconds is not None:
             kept["first_token_seconds"] = self.first_token_seconds
-        return json.dumps(kept, ensure_ascii=False, default=asdict)
+        return _PLAIN.encode(kept)
 
     @classmethod
     def from_json(cls, text: str) -> "Reply":
@@ -149,6 +149,7 @@ def _stated(value: Sample | Usage, *always: str) -> dict[str, Any]:
     return found
 
 
+_PLAIN = json.JSONEncoder(ensure_ascii=False, default=asdict)
 _SELDOM: dict[type, list[tuple[str, Any]]] = {
     Sample: [("reasoning", None), ("logprobs", None)],
     Usage: [("reasoning_tokens", 0), ("cost", None)],
@@ -183,10 +184,12 @@ class Sampler(Protocol):
         ...
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
 def digest(value: object) -> str:
     """The SHA-256 of a JSON value, independent of key order; 64 hexadecimal digits."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_CANONICAL.encode(value).encode()).hexdigest()
 
 
 @lru_cache(maxsize=64)

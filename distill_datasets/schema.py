@@ -27,7 +27,10 @@ _ANSWER_COLUMNS = {
     "answer": "string",
     "response": "string",
     "rejection": "string",
-    "error": "string",
+    "error": "type, status, message and attempts; null in answered rows",
+    "candidates": "int32",
+    "agreement": "float64",
+    "score": "float64",
 }
 _RELEASE_COLUMNS = (
     "id",
@@ -64,31 +67,52 @@ _REJECTED_COLUMNS = (
 def _features(columns: Sequence[str]) -> "Features":
     from datasets import Features, List, Value
 
-    conversation = List({"role": Value("string"), "content": Value("string")})
-    return Features(
-        {
-            name: conversation if name == "messages" else Value(_ANSWER_COLUMNS[name])
-            for name in columns
-        }
-    )
+    failure = {"type": "string", "status": "int32", "message": "string", "attempts": "int32"}
+    nested = {
+        "error": {name: Value(kind) for name, kind in failure.items()},
+        "messages": List({"role": Value("string"), "content": Value("string")}),
+        "requests": List(Value("string")),
+    }
+    return Features({name: nested.get(name) or Value(_ANSWER_COLUMNS[name]) for name in columns})
 
 
 def answer_features() -> "Features":
-    """One row a sample, as `generate` writes it."""
-    return _features(tuple(_ANSWER_COLUMNS))
+    """One row a sample, as `generate` writes it.
+
+    `requests` holds the digests of what was asked for the row, where that was more than one
+    teacher's request.
+    """
+    return _features((*_ANSWER_COLUMNS, "requests"))
 
 
-def release_features() -> "Features":
+def release_features(evidence: Sequence[str] = ()) -> "Features":
     """A released row: the query, what the student shall say, and never the teacher's prompt.
 
-    No column is called `label`, `prompt` or `completion`: TRL refuses those beside `messages`.
+    `evidence` names columns that say how a row was chosen; see `Recipe.evidence`. No column is
+    called `label`, `prompt` or `completion`: TRL refuses those beside `messages`.
     """
-    return _features(_RELEASE_COLUMNS)
+    return _features((*_RELEASE_COLUMNS, *evidence))
 
 
-def rejected_features() -> "Features":
+def rejected_features(evidence: Sequence[str] = ()) -> "Features":
     """A row that was asked and can't be used, with the reason."""
-    return _features(_REJECTED_COLUMNS)
+    return _features((*_REJECTED_COLUMNS, *evidence))
+
+
+def failure_text(failure: Mapping[str, Any]) -> str:
+    """A row's `error` in one line: its type, status and message."""
+    status = "" if failure["status"] is None else f" {failure['status']}"
+    return f"{failure['type']}{status}: {failure['message']}"
+
+
+def failure_content(failure: Any) -> Any:
+    """What a row's `error` says, as a tuple: without how often the row was asked.
+
+    Releases of earlier versions say it in one text.
+    """
+    if not isinstance(failure, Mapping):
+        return failure
+    return tuple(failure[part] for part in ("type", "status", "message"))
 
 
 def conversation_reader(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_fixture import hub  # noqa: F401 - a fixture
+from tests.panels import models  # noqa: F401 - a fixture
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -17,7 +18,8 @@ os.environ["MPLBACKEND"] = "Agg"
 
 @pytest.fixture(autouse=True)
 def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TINKER_API_KEY", "TINKER_BASE_URL", "HF_TOKEN", "OPENAI_API_KEY"):
+    tinker, openai = ("TINKER_API_KEY", "TINKER_BASE_URL"), ("OPENAI_API_KEY", "OPENAI_BASE_URL")
+    for name in (*tinker, *openai, "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -11,9 +11,17 @@ from pathlib import Path
 import pytest
 from datasets import load_from_disk
 
-from distill_datasets.errors import AccessError, GenerationError, OutputError
+from distill_datasets.errors import (
+    AccessError,
+    BudgetReached,
+    GenerationError,
+    OutputError,
+    RejectedError,
+    RetryableError,
+)
 from distill_datasets.generation import Generated, generate
 from distill_datasets.journal import Journal
+from distill_datasets.money import Meter, Prices
 from distill_datasets.recipe import Recipe, load_recipe
 from distill_datasets.sampler import Echo, Message, Reply, Sample, Sampling, Usage
 from tests.conftest import edit
@@ -63,7 +71,12 @@ def test_kept_rejected_and_failed_rows_are_told_apart(recipe: Recipe, tmp_path: 
     assert made.rows["query"][:] == [query["query"] for query in _queries(recipe)]
     assert made.rows["answer"][:] == ["red", "red", "blue", None, None, None]
     assert made.rows["response"][0] == "It is red."
-    assert made.rows["error"][3] == "TimeoutError: too slow"
+    assert made.rows["error"][3] == {
+        "type": "TimeoutError",
+        "status": None,
+        "message": "too slow",
+        "attempts": 1,
+    }
     assert made.rejected == {"outside choices": 1, "unparsable": 1}
     assert (made.kept, made.errors) == (3, 1)
     assert made.rows["teacher_prompt_tokens"][0] == 20
@@ -180,6 +193,69 @@ def test_generation_works_inside_a_running_event_loop(recipe: Recipe, tmp_path: 
         return generate(recipe, teacher=Echo(), out=tmp_path / "run")
 
     assert asyncio.run(notebook()).kept == 4
+
+
+def test_a_row_says_what_went_wrong_and_how_often_it_was_asked(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    failing: dict[str, Exception] = {
+        "a thought": RejectedError("too long", type="context length", status=400),
+        "a car, colour green": RetryableError("later", type="rate limit", status=429),
+    }
+    failing["a car, colour green"].retry_after = 3600.0  # type: ignore[attr-defined]
+    made = generate(recipe, teacher=Scripted(failing), out=tmp_path / "run")
+    errors = made.rows["error"][:]
+    assert errors[:4] == [None] * 4
+    assert errors[4] == {"type": "rate limit", "status": 429, "message": "later", "attempts": 1}
+    assert errors[5]["type"] == "context length" and errors[5]["status"] == 400
+    assert made.errors == 2
+
+
+def test_what_was_rejected_is_a_failed_row_in_every_later_run_and_not_asked(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    failing = {"a thought": RejectedError("not this", type="content policy", status=400)}
+    first = generate(recipe, teacher=Scripted(dict(failing)), out=tmp_path / "run")
+    teacher = Scripted()
+    second = generate(recipe, teacher=teacher, out=tmp_path / "run")
+    assert teacher.calls == []
+    assert second.rows.to_dict() == first.rows.to_dict()
+
+
+def test_rejections_that_come_before_the_first_answer_do_not_stop_the_run(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    recipe = many(recipe_folder, 300)
+    refused = [row["query"] for row in _queries(recipe)][:80:2]
+    no = RejectedError("not this", type="content policy", status=400)
+
+    class Late(Scripted):
+        async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
+            while len(self.failing) < 40 and messages[-1]["content"] not in self.failing:
+                await asyncio.sleep(0)
+            return await super().sample(messages, sampling)
+
+    made = generate(recipe, teacher=Late(dict.fromkeys(refused, no)), out=tmp_path / "run")
+    assert (made.errors, made.kept) == (40, 260)
+
+
+def test_a_spent_budget_keeps_what_was_paid_and_a_higher_one_goes_on(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    recipe, teacher = many(recipe_folder, 300), Scripted()
+    with pytest.raises(BudgetReached):
+        generate(recipe, teacher=teacher, out=tmp_path / "run", meter=_meter(100), concurrency=8)
+    assert not (tmp_path / "run/answers").exists()
+    with Journal(tmp_path / "run/journal.sqlite") as journal:
+        assert len(journal) == len(teacher.calls) == 100
+    made = generate(recipe, teacher=teacher, out=tmp_path / "run", meter=_meter(300))
+    assert made.kept == len(teacher.calls) == 300
+
+
+def _meter(requests: int) -> Meter:
+    price = {"prompt": 1e6 / 20, "response": 0.0}
+    prices = {"date": "2026-11-01", "currency": "USD", "models": {"scripted": price}}
+    return Meter(Prices.model_validate(prices), budget=float(requests))
 
 
 def test_a_limit_asks_the_first_queries_only(recipe: Recipe, tmp_path: Path) -> None:

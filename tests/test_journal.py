@@ -1,3 +1,4 @@
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -26,19 +27,34 @@ def test_a_second_purchase_keeps_the_first_answer_and_is_counted(tmp_path: Path)
         assert list(journal) == [("a", 2)]
 
 
-def test_two_processes_write_one_journal(tmp_path: Path) -> None:
-    script = (
-        "import sys; from pathlib import Path\n"
-        "from distill_datasets.journal import Journal\n"
-        "from distill_datasets.sampler import Reply, Usage\n"
-        "with Journal(Path(sys.argv[1])) as journal:\n"
-        "    for row in range(300): journal.put(f'{sys.argv[2]}{row}', 'm', Reply((), Usage(1, 0)))"
-    )
+_BUYING = """
+import sys
+from pathlib import Path
+from distill_datasets.journal import Journal
+from distill_datasets.sampler import Reply, Sample, Usage
+
+name = sys.argv[2]
+with Journal(Path(sys.argv[1])) as journal:
+    for row in range(300):
+        for digest in (f"{name}{row}", f"both {row}"):
+            if journal.get(digest) is None:
+                journal.put(digest, name, Reply((Sample(digest, "stop", 1),), Usage(1, 0)))
+        journal.reject(f"no {row}", name, type="bad request", status=400, message=name)
+        assert journal.get(f"{name}{row}").samples[0].text == f"{name}{row}"
+"""
+
+
+def test_two_processes_buy_into_one_journal_and_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
-    writers = [subprocess.Popen([sys.executable, "-c", script, str(path), name]) for name in "ab"]
-    assert [writer.wait() for writer in writers] == [0, 0]
+    buyers = [subprocess.Popen([sys.executable, "-c", _BUYING, str(path), name]) for name in "ab"]
+    assert [buyer.wait() for buyer in buyers] == [0, 0]
     with Journal(path) as journal:
-        assert len(journal) == 600
+        assert len(journal) == 900
+        for digest, times in journal:
+            found = journal.get(digest)
+            assert found is not None and found.samples[0].text == digest
+            assert times in (1, 2)
+        assert all(journal.rejection(f"no {row}") for row in range(300))
 
 
 def test_a_journal_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
@@ -58,3 +74,29 @@ def test_an_answer_paid_for_elsewhere_is_kept_as_bought_zero_times(tmp_path: Pat
         assert journal.entry("c") is None
         journal.put("b", "m", REPLY)
         assert list(journal) == [("a", 1), ("b", 1)]
+
+
+def test_a_rejection_is_remembered_with_its_reason(tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        assert journal.rejection("a") is None
+        journal.reject("a", "m", type="context length", status=400, message="too long")
+        journal.reject("a", "m", type="other", status=None, message="a later one changes nothing")
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        known = journal.rejection("a")
+        assert known is not None
+        assert (str(known), known.type, known.status) == ("too long", "context length", 400)
+        assert len(journal) == 0 and journal.get("a") is None
+
+
+def test_a_journal_of_an_earlier_version_gets_room_for_rejections(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    with sqlite3.connect(path) as database:
+        database.execute(
+            "CREATE TABLE answers (digest TEXT NOT NULL PRIMARY KEY, model TEXT NOT NULL, "
+            "reply TEXT NOT NULL, bought_at REAL NOT NULL, times_bought INTEGER NOT NULL)"
+        )
+        database.execute("INSERT INTO answers VALUES ('a', 'm', ?, 0.0, 1)", (REPLY.to_json(),))
+    database.close()
+    with Journal(path) as journal:
+        journal.reject("b", "m", type="bad request", status=400, message="no")
+        assert journal.get("a") == REPLY and journal.rejection("b") is not None

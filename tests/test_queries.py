@@ -111,3 +111,37 @@ def test_a_hub_dataset_named_as_a_path_has_to_be_pinned(recipe_folder: Path) -> 
     edit(recipe_folder, "recipe.yaml", "file: queries.jsonl", "path: me/queries")
     with pytest.raises(RecipeError, match=r"named by `queries\.hub` and pinned"):
         load_queries(load_recipe(recipe_folder))
+
+
+def test_lines_of_json_are_read_as_they_are_written(recipe_folder: Path) -> None:
+    (recipe_folder / "queries.jsonl").write_text(
+        '{"query": "2024-01-01 00:00:00"}\n\n{"query": 7, "colour": "red", "family": "x"}\n'
+        '{"query": "three", "family": ""}\n',
+        encoding="utf-8",
+    )
+    rows = load_queries(load_recipe(recipe_folder))
+    assert rows["query"][:] == ["2024-01-01 00:00:00", "7", "three"]
+    assert rows["reference"][:] == [None, "red", None]
+    assert rows["group"][:] == [rows["id"][0], "x", rows["id"][2]]
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"query": "a"', '"text"'])
+def test_a_line_that_is_no_object_is_named(recipe_folder: Path, line: str) -> None:
+    (recipe_folder / "queries.jsonl").write_text(f'{{"query": "one"}}\n{line}\n')
+    with pytest.raises(RecipeError, match="Line 2 of"):
+        load_queries(load_recipe(recipe_folder))
+
+
+def test_many_queries_are_on_disk_and_the_same(
+    recipe_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "".join(f'{{"query": "thing {n % 1500}", "family": null}}\n' for n in range(2_500))
+    (recipe_folder / "queries.jsonl").write_text(lines)
+    edit(recipe_folder, "recipe.yaml", ", reference: colour", "")
+    held = load_queries(load_recipe(recipe_folder))
+    monkeypatch.setattr("distill_datasets.query_table._IN_MEMORY", 1_000)
+    mapped = load_queries(load_recipe(recipe_folder))
+    assert mapped.to_dict() == held.to_dict()
+    assert mapped._fingerprint == held._fingerprint
+    assert len(set(held["id"])) == 2_500
+    assert held["id"][1500] == f"{held['id'][0]}-2"

@@ -1,0 +1,187 @@
+import asyncio
+
+import pytest
+
+from distill_datasets.limits import Gate, Limit, Limits, Ticket
+from distill_datasets.pace import Bucket
+from distill_datasets.sampler import Allowance
+from tests.simulation import (
+    AtOnce,
+    HeavyTailed,
+    PerSecond,
+    Queueing,
+    Unlimited,
+    simulate,
+)
+
+
+def test_without_refusals_the_cap_is_reached_at_once() -> None:
+    limit = Limit(256)
+    run = simulate(limit, Unlimited(0.2), 2000)
+    assert run.most_in_flight == 256
+    assert run.starts[255] < 0.2
+    assert run.seconds < 1.6 / 0.9  # eight round trips, as without any limit
+
+
+def test_a_fast_server_is_not_slowed() -> None:
+    assert (
+        simulate(Limit(256), Unlimited(0.001), 5000, cost=0.00025).seconds < 5000 * 0.00025 * 1.15
+    )
+
+
+@pytest.mark.parametrize("seconds", [0.02, 0.2, 2.0])
+@pytest.mark.parametrize("retry_after", [1.0, None])
+def test_a_limit_of_requests_a_second_is_learned_and_used(
+    seconds: float, retry_after: float | None
+) -> None:
+    run = simulate(Limit(256), PerSecond(100, seconds, retry_after), 4000)
+    assert run.refused <= 0.05 * run.requests
+    assert run.seconds - seconds <= 40 / 0.9
+
+
+def test_a_limit_of_requests_a_minute_is_learned() -> None:
+    run = simulate(Limit(256), PerSecond(500, period=60, retry_after=10.0), 3000)
+    assert run.refused <= 0.1 * run.requests
+    assert run.seconds <= (3000 - 500) / (500 / 60) / 0.8
+
+
+def test_random_refusals_do_not_slow_anything_down() -> None:
+    few = simulate(Limit(256), Unlimited(refused=0.05), 20_000)
+    none = simulate(Limit(256), Unlimited(), 20_000)
+    assert few.seconds < 1.25 * none.seconds  # a row that is refused twice waits for two seconds
+
+
+def test_frequent_random_refusals_do_not_pin_anything_down() -> None:
+    limit = Limit(256)
+    simulate(limit, Unlimited(refused=0.3), 6000)
+    assert limit.pace.rate is None or limit.pace.rate > 200
+    assert limit.crowd.size > 50
+
+
+def test_a_limit_of_requests_at_once_is_learned() -> None:
+    limit = Limit(256)
+    run = simulate(limit, AtOnce(50), 10_000)
+    assert run.refused <= 0.05 * run.requests
+    assert run.seconds <= 10_000 / 250 / 0.8
+    assert 45 <= limit.crowd.size <= 60
+
+
+def test_a_server_that_queues_is_recognised_and_loses_nothing() -> None:
+    limit = Limit(256)
+    run = simulate(limit, Queueing(20), 10_000)
+    assert limit.crowd.size < 64
+    assert run.seconds < 10_000 / 100 * 1.02
+
+
+def test_answers_of_very_different_length_are_no_queue() -> None:
+    run = simulate(Limit(256), HeavyTailed(2.0), 20_000)
+    ideal = 20_000 * 2.1 / 256
+    assert run.seconds - 20 < ideal * 1.1  # the longest one alone takes about twenty seconds
+
+
+def test_a_limit_that_comes_later_is_learned_and_a_limit_that_goes_is_forgotten() -> None:
+    class Changing(PerSecond):
+        def ask(self, now: float):  # type: ignore[no-untyped-def]  # noqa: ANN202
+            self.limit = 50 if 20 < now < 60 else 100_000
+            return super().ask(now)
+
+    run = simulate(Limit(64), Changing(), 40_000)
+    during = sum(25 < start < 60 for start in run.starts)
+    after = sum(80 < start < 90 for start in run.starts)
+    assert 0.8 * 35 * 50 < during < 1.1 * 35 * 50
+    assert after > 0.9 * 10 * 64 / 0.2
+
+
+def test_the_users_requests_a_minute_are_kept() -> None:
+    run = simulate(Limit(256, requests_per_minute=600), Unlimited(), 300)
+    assert 29 < run.seconds < 31
+    for start in run.starts:
+        assert sum(start <= other < start + 1 for other in run.starts) <= 20
+
+
+def test_tokens_a_minute_are_reckoned_with_what_requests_turn_out_to_have() -> None:
+    limit = Limit(256, tokens_per_minute=60_000)
+    now, starts = 0.0, 0
+    while now < 60:
+        seconds = limit.wait(now, 100.0)
+        assert seconds is not None
+        if seconds > 0:
+            now += seconds
+            continue
+        limit.accept(limit.start(now, 100.0), now, tokens=400)  # four times what was reckoned
+        starts += 1
+    assert 60_000 * 0.95 < starts * 400 < 60_000 * 1.1
+
+
+def test_headers_that_say_that_nothing_is_left_are_heeded() -> None:
+    limit = Limit(8)
+    ticket = limit.start(0.0)
+    limit.accept(ticket, 0.1, allowance=Allowance(requests=0, requests_seconds=3.0))
+    assert limit.wait(0.1) == pytest.approx(3.0)
+    assert limit.wait(3.2) == 0
+    limit.accept(limit.start(3.2), 3.3, allowance=Allowance(requests=1000, requests_seconds=60.0))
+    assert limit.wait(3.3) == 0
+
+
+def test_a_bucket_lets_through_what_it_holds_and_then_its_rate() -> None:
+    bucket = Bucket(rate=10, burst=2, now=0.0)
+    for _ in range(2):
+        assert bucket.wait(1, 0.0) == 0
+        bucket.take(1, 0.0)
+    assert bucket.wait(1, 0.0) == pytest.approx(0.1)
+    assert bucket.wait(5, 0.2) == 0  # more than it ever holds passes when it is full
+    bucket.take(5, 0.2)
+    assert bucket.wait(1, 0.2) == pytest.approx(0.4)
+
+
+def test_a_gate_lets_through_in_order_and_never_more_than_the_cap() -> None:
+    async def run() -> list[int]:
+        gate, order, inside = Gate(Limit(2)), [], []
+
+        async def one(number: int) -> None:
+            ticket = await gate.enter()
+            order.append(number)
+            inside.append(gate.limit.in_flight)
+            await asyncio.sleep(0)
+            gate.accept(ticket, 1, None)
+
+        await asyncio.gather(*(one(number) for number in range(20)))
+        assert max(inside) == 2
+        return order
+
+    assert asyncio.run(run()) == list(range(20))
+
+
+def test_whoever_is_cancelled_at_a_gate_leaves_no_place_taken() -> None:
+    async def run() -> None:
+        gate = Gate(Limit(1))
+        ticket = await gate.enter()
+        waiting = [asyncio.create_task(gate.enter()) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        gate.fail(ticket)
+        waiting[1].cancel()  # its turn has just come
+        assert isinstance(await waiting[2], Ticket)
+        assert gate.limit.in_flight == 1
+
+    asyncio.run(run())
+
+
+def test_a_closed_gate_sends_home_who_waits() -> None:
+    async def run() -> None:
+        limits = Limits(1)
+        await limits.gate("model").enter()
+        waiting = asyncio.create_task(limits.gate("model").enter())
+        await asyncio.sleep(0)
+        limits.close()
+        with pytest.raises(InterruptedError):
+            await waiting
+
+    asyncio.run(run())
+
+
+def test_every_sampler_has_a_limit_of_its_own() -> None:
+    limits = Limits(3, requests_per_minute=60)
+    assert limits.gate("a") is limits.gate("a")
+    assert limits.gate("a") is not limits.gate("b")
+    assert limits.gate("b").limit.crowd.cap == 3
