@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _EXPECTED = (
     "expected 'pocket', 'embedded:<folder or Hub id>', 'tinker:<base model>', "
-    "'tinker://<run>/sampler_weights/<name>', or a training folder"
+    "'tinker://<run>/sampler_weights/<name>', 'openai:<model>' (as a teacher or a judge), or a "
+    "training folder"
 )
 _NO_KEY = (
     "{reference!r} needs a key: set TINKER_API_KEY (from the Tinker console), and "
@@ -108,7 +109,9 @@ def connect(
         return _connect_checkpoint(text, renderer)
     if text.startswith("tinker:"):
         return _connect_hosted(text, text.removeprefix("tinker:"), renderer)
-    near = get_close_matches(text, ["pocket", "embedded:", "tinker:"], n=1)
+    if text.startswith("openai:"):
+        raise ModelError(f"{text!r} answers, and can't be trained: {_EXPECTED}.")
+    near = get_close_matches(text, ["pocket", "embedded:", "tinker:", "openai:"], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ModelError(f"Unknown model reference {text!r}: {_EXPECTED}.{hint}")
 

@@ -1,8 +1,34 @@
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from distill_datasets.errors import RecipeError
 from distill_datasets.parsing import Reader
+from distill_datasets.recipe import load_recipe
 
 READER = Reader(r"Final Answer:\s*(?P<answer>\w+)\s*$", ("de", "en"))
+FORM = {
+    "type": "object",
+    "properties": {
+        "why": {"type": "string"},
+        "label": {"type": ["string", "null"]},
+        "place": {"$ref": "#/$defs/place"},
+    },
+    "required": ["label"],
+    "$defs": {
+        "place": {
+            "type": "object",
+            "properties": {"town": {"type": "string"}, "rank": {"type": "number"}},
+            "required": ["town"],
+        }
+    },
+}
+
+
+def reader(field: str | None = None, **options: Any) -> Reader:
+    return Reader(json_schema=json.dumps(FORM), field=field, **options)
 
 
 @pytest.mark.parametrize(
@@ -29,3 +55,109 @@ def test_without_a_pattern_the_whole_text_is_the_answer() -> None:
 
 def test_an_empty_group_is_no_answer() -> None:
     assert Reader(r"A:(?P<answer>.*)$").read("A: ", "stop").rejection == "unparsable"
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "answer", "rejection"),
+    [
+        ('{"label": " de "}', "label", "de", None),
+        ('{"label": "de", "place": {"town": "Ulm", "rank": 2}}', "place.rank", "2", None),
+        ('{"label": "x", "place": {"town": "Ulm", "z": [1, null]}}', "place.z", "[1, null]", None),
+        ('{"label": "de"}', "place.town", None, "off schema"),
+        ('{"label": null}', "label", None, "empty"),
+        ('{"label": ""}', "label", None, "empty"),
+        ('{"label": 3}', "label", None, "off schema"),
+        ('{"label": "de", "place": {"rank": 1}}', "label", None, "off schema"),
+        ('["de"]', "label", None, "off schema"),
+        ('{"label": "de"', "label", None, "unparsable"),
+        ('{"label": "de", "rank": NaN}', "label", None, "unparsable"),
+        ("[" * 100_000, "label", None, "unparsable"),
+        ("German", "label", None, "unparsable"),
+    ],
+)
+def test_json_is_read_at_a_field_or_rejected_with_its_reason(
+    text: str, field: str, answer: str | None, rejection: str | None
+) -> None:
+    parsed = reader(field).read(text, "stop")
+    assert (parsed.answer, parsed.rejection) == (answer, rejection)
+
+
+def test_a_whole_object_is_written_in_the_schemas_order_whatever_order_it_came_in() -> None:
+    text = '{"zoo": 1, "place": {"rank": 1.5, "town": "Köln"}, "label":"de", "b": 2, "why": "w"}'
+    answer = '{"why": "w", "label": "de", "place": {"town": "Köln", "rank": 1.5}, "b": 2, "zoo": 1}'
+    # A reference hides the order of what it refers to.
+    answer = answer.replace('"town": "Köln", "rank": 1.5', '"rank": 1.5, "town": "Köln"')
+    assert reader().read(text, "stop").answer == answer
+
+
+def test_a_pattern_finds_the_json_in_what_is_around_it() -> None:
+    fenced = reader("label", pattern=r"(?s)```json(?P<answer>.*)```")
+    assert fenced.read('Sure!\n```json\n{"label": "de"}\n```', "stop").answer == "de"
+    assert fenced.read('{"label": "de"}', "stop").rejection == "unparsable"
+
+
+def test_choices_hold_for_a_field_too() -> None:
+    assert reader("label", choices=("en",)).read('{"label": "de"}', "stop").rejection == (
+        "outside choices"
+    )
+
+
+def test_all_that_decides_an_answer_is_in_the_readers_parts() -> None:
+    found = [Reader(), Reader("(?P<answer>.)"), Reader(choices=("a",)), reader(), reader("label")]
+    assert len({json.dumps(list(one.parts)) for one in found}) == len(found)
+
+
+def with_answer(folder: Path, answer: dict[str, Any]) -> Path:
+    recipe = folder / "recipe.yaml"
+    lines = [line for line in recipe.read_text().splitlines() if not line.startswith("answer:")]
+    recipe.write_text("\n".join([*lines, f"answer: {json.dumps(answer)}"]))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"json_schema": {"type": "strng"}}, "not a JSON schema: at $.type"),
+        ({"json_schema": {"properties": {"a": {"$ref": "#/$defs/b"}}}}, "refers to '#/$defs/b'"),
+        ({"json_schema": {"$ref": "https://example.com/x.json"}}, "https://example.com/x.json"),
+        ({"json_schema": FORM, "field": "lable"}, "has no 'lable', only ['label', 'place', 'why']"),
+        ({"field": "label"}, "needs a json_schema"),
+    ],
+)
+def test_a_schema_is_checked_when_its_recipe_is_loaded(
+    answer: dict[str, Any], said: str, recipe_folder: Path
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(with_answer(recipe_folder, answer))
+    assert said in str(error.value)
+    assert len(str(error.value)) < 1_000
+
+
+def test_a_recipe_asks_for_its_schema_and_reads_with_it(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(with_answer(recipe_folder, {"json_schema": FORM, "field": "label"}))
+    assert recipe.sampling_parameters.json_schema == json.dumps(FORM)
+    assert recipe.teacher_reader.read('{"label": "red"}', "stop").answer == "red"
+    assert recipe.student_reader.read("It is red.", "stop").answer == "red"
+    recipe.dump(tmp_path / "dumped")
+    again = load_recipe(tmp_path / "dumped")
+    assert again.digest == recipe.digest
+    assert again.sampling_parameters == recipe.sampling_parameters
+
+
+def test_the_order_of_a_schemas_keys_is_part_of_the_recipes_digest(recipe_folder: Path) -> None:
+    turned = {**FORM, "properties": dict(reversed(FORM["properties"].items()))}
+    digests = {
+        load_recipe(with_answer(recipe_folder, {"json_schema": form})).digest
+        for form in (FORM, turned)
+    }
+    assert len(digests) == 2
+
+
+def test_a_student_of_whole_objects_is_read_as_the_teacher_is(recipe_folder: Path) -> None:
+    recipe = load_recipe(with_answer(recipe_folder, {"json_schema": FORM}))
+    said, same = '{"why": "w", "label": "de"}', '{"label": "de", "why": "w"}'
+    expected = recipe.teacher_reader.read(said, "stop").answer
+    assert recipe.student_reader.read(f"It is {same}.", "stop").answer == expected
+    assert recipe.student_reader.read('It is {"label": 3}.', "stop").rejection == "off schema"

@@ -2,16 +2,39 @@
 
 from pathlib import Path
 
+from distill_datasets.errors import ModelError
 from distill_datasets.sampler import Sampler
 
 
-def open_sampler(reference: str | Path, *, renderer: str | None = None) -> Sampler:
+def open_sampler(
+    reference: str | Path, *, renderer: str | None = None, stream: bool = False
+) -> Sampler:
     """Something that answers, by its model reference or a training folder.
 
-    Takes seconds for a local model: its server starts here, and ends with this process. Raises
-    `ModelError` for a reference that names nothing, `AccessError` for a missing key.
+    Takes seconds for a local model: its server starts here, and ends with this process. With
+    `stream`, replies of an `openai:` model say when their first token came. Raises `ModelError`
+    for a reference that names nothing, `AccessError` for a missing key, `ServiceError` where
+    nobody answers.
     """
+    if str(reference).startswith("openai:"):
+        return _open_openai(str(reference).removeprefix("openai:"), renderer, stream)
+    if stream:
+        raise ModelError(f"Only 'openai:' models are streamed, not {str(reference)!r}.")
     from distill_datasets.connection import connect
     from distill_datasets.samplers.tinker import TinkerSampler
 
     return TinkerSampler(connect(reference, renderer=renderer))
+
+
+def _open_openai(model: str, renderer: str | None, stream: bool) -> Sampler:
+    from distill_datasets.samplers.openai import OpenAISampler
+
+    if not model or renderer is not None:
+        raise ModelError(
+            f"Expected 'openai:<model>' and no renderer, found 'openai:{model}' with the renderer "
+            f"{renderer!r}: the server itself renders messages. Name the model, and remove "
+            "`renderer:` or --renderer."
+        )
+    sampler = OpenAISampler(model, stream=stream)
+    sampler.reach()
+    return sampler

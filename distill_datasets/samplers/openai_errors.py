@@ -1,0 +1,193 @@
+"""What an OpenAI-compatible server's refusals mean: ask again, never again, or stop."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from distill_datasets.errors import (
+    AccessError,
+    DistillError,
+    ModelError,
+    RejectedError,
+    RetryableError,
+    ServiceError,
+)
+from distill_datasets.sampler import Allowance
+
+_NO_CREDIT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+_PARAMETER = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
+_TOO_LONG = re.compile(
+    r"context.?(length|window)|max_model_len|maximum (context|model|input|allowed) length|"
+    r"(input|prompt|request)( \w+)? (is |are )?too (long|large)|longer than the model",
+    re.IGNORECASE,
+)
+_POLICY = re.compile(r"content.?(policy|filter|management)|responsibleai|safety system", re.I)
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|d|h|m|s)")
+_UNITS = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 1e-3}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An answer that is no completion: its status, and what the server said about it."""
+
+    status: int
+    message: str
+    code: str = ""
+    type: str = ""
+    param: str = ""
+    metadata: Mapping[str, Any] | None = None
+    headers: Mapping[str, str] | None = None
+
+    @property
+    def wants_completion_tokens(self) -> bool:
+        """Whether the model's name for the length limit is `max_completion_tokens`."""
+        refused = self.code in _PARAMETER or "supported" in self.message
+        return self.status == 400 and refused and "max_completion_tokens" in self.message
+
+    @property
+    def names_no_model(self) -> bool:
+        """Whether the model, or the address, is unknown to the server."""
+        return self.status == 404 or self.code == "model_not_found"
+
+
+def read_refusal(status: int, headers: Mapping[str, str], text: str) -> Refusal:
+    """What a body says, in any of the forms that servers have for errors."""
+    try:
+        body = json.loads(text)
+    except ValueError:
+        body = None
+    fields = body.get("error", body) if isinstance(body, dict) else body
+    if not isinstance(fields, dict):
+        fields = {"message": fields if isinstance(fields, str) else text.strip()[:500]}
+    said = fields.get("message") or fields.get("detail") or text.strip()[:500] or "no message"
+    metadata = fields.get("metadata")
+    return Refusal(
+        status if status >= 300 else _status_within(fields),
+        said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)[:500],
+        code=str(fields.get("code") or ""),
+        type=str(fields.get("type") or ""),
+        param=str(fields.get("param") or ""),
+        metadata=metadata if isinstance(metadata, dict) else None,
+        headers=headers,
+    )
+
+
+def _status_within(fields: Mapping[str, Any]) -> int:
+    """The status of an error that came, as from a proxy or in mid-stream, with status 200."""
+    if isinstance(code := fields.get("code"), int) and 400 <= code < 600:
+        return code
+    return 400 if fields.get("type") == "invalid_request_error" else 500
+
+
+def explain(refusal: Refusal, reference: str) -> DistillError:
+    """The error that a refusal is; `ModelError` and `ServiceError` end a run."""
+    status, said = refusal.status, refusal.message
+    if status == 402 or {refusal.code, refusal.type} & _NO_CREDIT:
+        return AccessError(
+            f"{reference!r}: the account is out of credit ({said}). Add credit and run again: "
+            "paid answers are kept."
+        )
+    if _blames_content(refusal):
+        return RejectedError(said, type="content policy", status=status)
+    if status in (401, 403):
+        return AccessError(
+            f"{reference!r}: the server refused the key ({status}: {said}). Check OPENAI_API_KEY "
+            "and OPENAI_BASE_URL, and that the key may use this model."
+        )
+    if status in (408, 409, 425, 429) or status >= 500:
+        return _retryable(refusal)
+    if status in (400, 413, 422):
+        return _final(refusal, reference)
+    return ServiceError(
+        f"{reference!r}: expected a chat completion, found status {status} ({said}). Check that "
+        "OPENAI_BASE_URL is the address of an OpenAI-compatible API, often ending in /v1."
+    )
+
+
+def _blames_content(refusal: Refusal) -> bool:
+    # OpenRouter says 403 for an input that its moderation flagged.
+    if refusal.status == 403 and refusal.metadata and "flagged_input" in refusal.metadata:
+        return True
+    found = _POLICY.search(f"{refusal.code} {refusal.type} {refusal.message}")
+    return found is not None and refusal.status in (400, 403, 422)
+
+
+def _retryable(refusal: Refusal) -> RetryableError:
+    kind = {429: "rate limit", 408: "time-out"}.get(refusal.status, "server error")
+    error = RetryableError(refusal.message, type=kind, status=refusal.status)
+    error.retry_after = read_retry_after(refusal.headers or {})
+    return error
+
+
+def _final(refusal: Refusal, reference: str) -> DistillError:
+    said, status = refusal.message, refusal.status
+    if refusal.code == "context_length_exceeded" or _TOO_LONG.search(said):
+        return RejectedError(said, type="context length", status=status)
+    # What a parameter is refused for holds for every row; messages are each row's own.
+    named = refusal.param and not refusal.param.startswith(("messages", "input", "prompt"))
+    if status == 400 and (named or refusal.code in _PARAMETER):
+        return ModelError(
+            f"{reference!r}: the server refuses the request's {refusal.param or 'parameters'} "
+            f"({said}). Change the recipe's sampling or json_schema; a null in sampling.extra "
+            "leaves a parameter out."
+        )
+    return RejectedError(said, type="bad request", status=status)
+
+
+def read_retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait, as the server asked: in its own header, or until its allowance is whole."""
+    if (text := headers.get("retry-after-ms")) and (found := _number(text)) is not None:
+        return found / 1000
+    if text := headers.get("retry-after"):
+        if (seconds := _number(text)) is not None:
+            return seconds
+        try:
+            when = parsedate_to_datetime(text)
+        except ValueError:
+            return None
+        return max(0.0, (when - datetime.now(when.tzinfo or UTC)).total_seconds())
+    allowance = read_allowance(headers)
+    if allowance is None:
+        return None
+    if allowance.requests == 0:
+        return allowance.requests_seconds
+    return allowance.tokens_seconds if allowance.tokens == 0 else None
+
+
+def read_allowance(headers: Mapping[str, str]) -> Allowance | None:
+    """What OpenAI's rate-limit headers say is left, or None without any."""
+    if "x-ratelimit-remaining-requests" not in headers and (
+        "x-ratelimit-remaining-tokens" not in headers
+    ):
+        return None
+    return Allowance(
+        _count(headers.get("x-ratelimit-remaining-requests")),
+        _seconds(headers.get("x-ratelimit-reset-requests")),
+        _count(headers.get("x-ratelimit-remaining-tokens")),
+        _seconds(headers.get("x-ratelimit-reset-tokens")),
+    )
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        found = float(text or "")
+    except ValueError:
+        return None
+    return found if 0 <= found < float("inf") else None
+
+
+def _count(text: str | None) -> int | None:
+    found = _number(text)
+    return None if found is None else int(found)
+
+
+def _seconds(text: str | None) -> float | None:
+    """A span like `6m0s`, `1.5s` or `120ms`; a bare number is seconds."""
+    spans = _SPAN.findall(text or "")
+    if not spans:
+        return _number(text)
+    return sum(float(amount) * _UNITS.get(unit, 0.0) for amount, unit in spans)
