@@ -2,34 +2,42 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 from uuid import uuid4
 
 from distill_datasets.errors import DistillError, GenerationError
 from distill_datasets.progress import Progress
-from distill_datasets.sampler import Message, Sampler, Sampling
+from distill_datasets.sampler import Message, Reply, Sampler, Sampling
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Whom to ask what, and how; the first conversation warms up and isn't timed."""
+    """Who is timed, and the requests; the first warms up and isn't timed."""
 
-    sampler: Sampler
-    conversations: Sequence[list[Message]]
-    sampling: Sampling
+    model: str
+    requests: Sequence[Callable[[], Awaitable[Any]]]
+
+
+class Unkept:
+    """Asks as a `Buyer` does, and always anew."""
+
+    async def buy(self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling) -> Reply:
+        """What the sampler says."""
+        return await sampler.sample(messages, sampling)
 
 
 def measure_latency(timed: Mapping[str, Timed]) -> dict[str, dict[str, float]]:
     """Median and 95th percentile of each in milliseconds; one request at a time, in turns.
 
     In turns, so that a machine that gets busy slows all of them alike. Asks anew, whatever a
-    journal holds: it costs a request a conversation.
+    journal holds.
     """
     import numpy as np
 
-    requests = sum(len(one.conversations) for one in timed.values())
+    requests = sum(len(one.requests) for one in timed.values())
     with (
         Progress("time", requests, unit="requests") as progress,
         ThreadPoolExecutor(1) as thread,
@@ -53,16 +61,16 @@ def uncacheable(messages: Sequence[Message]) -> list[Message]:
 
 async def _times(timed: Mapping[str, Timed], progress: Progress) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in timed}
-    for place in range(len(next(iter(timed.values())).conversations)):
+    for place in range(len(next(iter(timed.values())).requests)):
         for name, one in timed.items():
             began = time.perf_counter()
             try:
-                await one.sampler.sample(one.conversations[place], one.sampling)
+                await one.requests[place]()
             except DistillError:
                 raise
             except Exception as error:
                 raise GenerationError(
-                    f"A request failed while timing {one.sampler.model!r}: {error}. Run again: "
+                    f"A request failed while timing {one.model!r}: {error}. Run again: "
                     "answers are kept, only the timing starts anew."
                 ) from error
             times[name].append(1000 * (time.perf_counter() - began))

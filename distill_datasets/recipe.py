@@ -1,38 +1,30 @@
 """A recipe: what to ask, of whom, and how to read the answer. Data, not code."""
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
-from difflib import get_close_matches
-from functools import cache, cached_property
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from jinja2 import StrictUndefined, Template, TemplateError, meta
-from jinja2.sandbox import SandboxedEnvironment
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from distill_datasets import resources
+from distill_datasets.choices import UNUSED, Teaching
 from distill_datasets.errors import RecipeError
 from distill_datasets.parsing import Reader
 from distill_datasets.pinned import find_release
-from distill_datasets.recipe_sections import (
-    AnswerFormat,
-    Queries,
-    SamplingSection,
-    Section,
-    Split,
-)
+from distill_datasets.recipe_problems import explain, nearest
+from distill_datasets.recipe_sections import AnswerFormat, Queries, Split, Synthesis, Teacher
 from distill_datasets.sampler import Message, Sampling, digest
+from distill_datasets.templates import check_template, fields_of, render
 
-_JINJA = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
 _METRICS = ("accuracy", "macro_f1", "answered", "agreement")
 
 
-class Recipe(Section):
+class Recipe(Teaching):
     """What `recipe.yaml` and `prompt.md` say, validated.
 
     `response` is the Jinja template of what the student shall say, over `answer` (as read) and
@@ -42,44 +34,50 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: str
-    teacher: str
     queries: Queries
     answer: AnswerFormat = AnswerFormat()
     response: str = "{{ answer }}"
-    sampling: SamplingSection = SamplingSection()
     split: Split = Split()
-    renderer: str | None = None
+    synthesis: Synthesis = Synthesis()
     license: str | None = None
     attribution: str | None = None
     teacher_terms: str | None = None
     languages: tuple[str, ...] = ()
     metrics: tuple[str, ...] = _METRICS
     prompt: str = Field(default="", exclude=True)
-    folder: Path = Field(default=Path(), exclude=True)
 
     @model_validator(mode="after")
     def _templates(self) -> Self:
-        _check_template(self.prompt, {"query"}, "prompt.md")
-        _check_template(self.response, {"answer", "text"}, "response")
+        check_template(self.prompt, {"query"}, "prompt.md")
+        check_template(self.response, {"answer", "text"}, "response")
         if not self.prompt.strip():
             raise ValueError("prompt.md is empty")
         return self
 
+    def with_teacher(self, model: str) -> "Recipe":
+        """The recipe with one teacher in place of whatever it names.
+
+        `choose` goes where that teacher leaves nothing to choose from.
+        """
+        sifted = self.verifier is not None or self.judge is not None
+        choice = {} if self.sampling.n > 1 or sifted else {"choose": "route", "agreement": None}
+        return self.replace(teacher=model, teachers=(), **choice)
+
     @cached_property
     def asks_in_one_message(self) -> bool:
         """Whether the prompt holds the query: then it is one user message, else the system's."""
-        return "query" in meta.find_undeclared_variables(_JINJA.parse(self.prompt))
+        return "query" in fields_of(self.prompt)
 
     def messages(self, query: str) -> list[Message]:
         """What the teacher sees."""
         if self.asks_in_one_message:
-            return [{"role": "user", "content": _compiled(self.prompt).render(query=query)}]
+            return [{"role": "user", "content": render(self.prompt, query=query)}]
         system: Message = {"role": "system", "content": self._system_text}
         return [system, *self.student_messages(query)]
 
     @cached_property
     def _system_text(self) -> str:
-        return _compiled(self.prompt).render()
+        return render(self.prompt)
 
     @staticmethod
     def student_messages(query: str) -> list[Message]:
@@ -88,30 +86,34 @@ class Recipe(Section):
 
     def write_response(self, text: str, answer: str) -> str:
         """What the student shall say for a teacher's `text` read as `answer`."""
-        return _compiled(self.response).render(text=text.strip(), answer=answer)
+        return render(self.response, text=text.strip(), answer=answer)
 
     @property
     def teacher_reader(self) -> Reader:
         """Reads the teacher's text."""
-        return Reader(self.answer.pattern, self.answer.choices)
+        answer = self.answer
+        return Reader(answer.pattern, answer.choices, answer.schema_text, answer.field)
 
     @property
     def student_reader(self) -> Reader:
         """Reads what was trained on `write_response`: the whole text must have that form."""
-        if "text" in meta.find_undeclared_variables(_JINJA.parse(self.response)):
+        if "text" in fields_of(self.response):
             return self.teacher_reader
         mark = "\x00"
-        form = re.escape(self.write_response(mark, mark))
-        first, *rest = form.split(re.escape(mark))
+        first, *rest = re.escape(self.write_response(mark, mark)).split(re.escape(mark))
         pattern = first + "(?P<answer>.+?)" + "(?P=answer)".join(rest)
-        return Reader(rf"(?s)\A\s*{pattern}\s*\Z", self.answer.choices)
+        # A field's value is text like any other; a whole object is an object for the student too.
+        form = None if self.answer.field else self.answer.schema_text
+        return Reader(rf"(?s)\A\s*{pattern}\s*\Z", self.answer.choices, form)
 
     @property
     def sampling_parameters(self) -> Sampling:
         """The teacher's sampling as the protocol takes it."""
-        fields = self.sampling.model_dump(exclude={"extra"})
-        schema, extra = self.answer.json_schema, self.sampling.extra
-        return Sampling(**fields, json_schema=_json(schema), extra=_json(extra))
+        return self.sampling.parameters(self.answer.schema_text)
+
+    def sampling_of(self, teacher: Teacher) -> Sampling:
+        """How one of `all_teachers` samples."""
+        return teacher.sampling_over(self.sampling).parameters(self.answer.schema_text)
 
     @cached_property
     def digest(self) -> str:
@@ -121,18 +123,25 @@ class Recipe(Section):
             # A key that is not used is no part of the digest, so that a new key keeps releases.
             if fields[section][name] is None:
                 del fields[section][name]
+        if form := self.answer.schema_text:
+            fields["answer"]["json_schema"] = form  # with the order of its keys
+        for name, unused in UNUSED.items():
+            if fields[name] == unused:
+                del fields[name]
         files = {name: _file_digest(self.folder / name) for name in self.attachments}
         return digest({**fields, "prompt": self.prompt, "files": files})
 
     @property
     def attachments(self) -> tuple[str, ...]:
-        """The query files that lie in the recipe's folder."""
-        return tuple(name for name in (self.queries.file, self.queries.sidecar) if name)
+        """The files of queries, and the judge's prompt, that lie in the recipe's folder."""
+        judged = self.judge.prompt if self.judge else None
+        return tuple(name for name in (self.queries.file, self.queries.sidecar, judged) if name)
 
     def dump(self, folder: Path) -> None:
         """Write the recipe so that `load_recipe(folder)` reads it back with the same digest."""
         folder.mkdir(parents=True, exist_ok=True)
         fields = self.model_dump(mode="json", exclude_defaults=True)
+        fields = {"name": self.name, "description": self.description, **fields}
         text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
         (folder / "prompt.md").write_text(self.prompt + "\n", encoding="utf-8")
@@ -153,7 +162,10 @@ _LATER = (
     ("sampling", "top_logprobs"),
     ("sampling", "extra"),
 )
-_DIGESTED = ("name", "teacher", "queries", "answer", "response", "sampling", "split", "renderer")
+_DIGESTED = (
+    *("name", "teacher", "queries", "answer", "response", "sampling", "split", "renderer"),
+    *UNUSED,
+)
 
 
 def load_recipe(source: str | Path, *, config: str | None = None) -> Recipe:
@@ -172,22 +184,13 @@ def load_recipe(source: str | Path, *, config: str | None = None) -> Recipe:
         text = prompt.read_text(encoding="utf-8").strip()
         return Recipe(**{**fields, "prompt": text, "folder": folder})
     except ValidationError as error:
-        raise RecipeError(_explain(error, folder)) from error
+        raise RecipeError(explain(error, folder, Recipe)) from error
 
 
 def shipped_recipes() -> list[Recipe]:
     """Every recipe that comes with the package, by name."""
     folders = sorted(path.parent for path in resources.builders().glob("[!_]*/recipe.yaml"))
     return [load_recipe(folder) for folder in folders]
-
-
-def _json(value: Mapping[str, Any] | None) -> str | None:
-    return None if value is None else json.dumps(value, sort_keys=True, ensure_ascii=False)
-
-
-@cache
-def _compiled(template: str) -> Template:
-    return _JINJA.from_string(template)
 
 
 def _find(source: str | Path, config: str | None) -> Path:
@@ -205,7 +208,7 @@ def _find(source: str | Path, config: str | None) -> Path:
     found_in = f" as its configuration {config!r}" if config else ""
     raise RecipeError(
         f"No recipe {str(source)!r}: expected one of {names}, a folder with recipe.yaml and "
-        f"prompt.md, or a release that carries one{found_in}.{_nearest(str(source), names)}"
+        f"prompt.md, or a release that carries one{found_in}.{nearest(str(source), names)}"
     )
 
 
@@ -220,47 +223,6 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
         if reserved in fields:
             raise RecipeError(f"{path}: {reserved!r} is not a key; the prompt is in prompt.md.")
     return fields
-
-
-def _explain(error: ValidationError, folder: Path) -> str:
-    lines = [f"Recipe {str(folder)!r} can't be used:"]
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"]) or "recipe"
-        if problem["type"] == "extra_forbidden":
-            valid = _keys_at(problem["loc"][:-1])
-            hint = _nearest(str(problem["loc"][-1]), valid)
-            lines.append(f"  unknown key {where!r}.{hint} Valid keys: {', '.join(valid)}.")
-        elif problem["type"] == "missing":
-            lines.append(f"  the key {where!r} is missing.")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            found = f" (found {problem['input']!r})" if problem["loc"] else ""
-            lines.append(f"  {where}: {message}{found}.")
-    return "\n".join(lines)
-
-
-def _keys_at(location: tuple[str | int, ...]) -> list[str]:
-    model: type[BaseModel] = Recipe
-    for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        model = annotation
-    return [name for name in model.model_fields if name not in ("prompt", "folder")]
-
-
-def _nearest(found: str, valid: list[str]) -> str:
-    close = get_close_matches(found, valid, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def _check_template(text: str, known: set[str], where: str) -> None:
-    try:
-        fields = meta.find_undeclared_variables(_JINJA.parse(text))
-    except TemplateError as error:
-        raise ValueError(f"{where} is not a Jinja template: {error}") from error
-    for field in sorted(fields - known):
-        hint = _nearest(field, sorted(known))
-        raise ValueError(f"{where} uses the unknown field {field!r}.{hint} Known: {sorted(known)}")
 
 
 def _file_digest(path: Path) -> str:

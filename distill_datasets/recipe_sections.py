@@ -1,10 +1,25 @@
 """The sections of a recipe, each checked as it is read."""
 
+import json
 import re
 from hashlib import sha256
-from typing import Annotated, Any, Self
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from distill_datasets.parsing import check_schema
+from distill_datasets.sampler import Sampling
+
+Choice = Literal["route", "majority", "best"]
+Word = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -54,7 +69,8 @@ class AnswerFormat(Section):
     """How to read the teacher's text: a regular expression with a group `answer`, and choices.
 
     With `json_schema` the teacher is held to that form, where its server can, and the text is
-    read as JSON: the answer is the value of `field`, or without one the whole object.
+    read as JSON: the answer is the value of `field` (`a.b` lies within `a`), or without one the
+    whole object. The order of the schema's keys is the order in which a strict server writes them.
     """
 
     pattern: str | None = None
@@ -65,15 +81,20 @@ class AnswerFormat(Section):
     @field_validator("pattern")
     @classmethod
     def _has_group(cls, pattern: str | None) -> str | None:
-        if pattern is None:
-            return None
-        try:
-            groups = re.compile(pattern).groupindex
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        if "answer" not in groups:
-            raise ValueError(f"expected a group (?P<answer>…), found {sorted(groups)}")
-        return pattern
+        return None if pattern is None else with_group(pattern, "answer")
+
+    @model_validator(mode="after")
+    def _is_a_schema(self) -> Self:
+        if self.json_schema is not None:
+            check_schema(self.json_schema, self.field)
+        elif self.field is not None:
+            raise ValueError("field is read out of JSON, and needs a json_schema")
+        return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """The schema as JSON, its keys in the order in which they are written."""
+        return None if self.json_schema is None else json.dumps(self.json_schema)
 
 
 class Split(Section):
@@ -114,3 +135,123 @@ class SamplingSection(Section):
     n: Annotated[int, Field(ge=1)] = 1
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     extra: dict[str, Any] | None = None
+
+    def parameters(self, json_schema: str | None = None) -> Sampling:
+        """As the protocol takes it."""
+        fields = self.model_dump(exclude={"extra"})
+        extra = None
+        if self.extra is not None:
+            extra = json.dumps(self.extra, sort_keys=True, ensure_ascii=False)
+        return Sampling(**fields, json_schema=json_schema, extra=extra)
+
+
+class Asked(Section):
+    """A model to ask, by its reference alone or with how to ask it.
+
+    What `sampling` leaves out is as for everybody else.
+    """
+
+    model: str
+    sampling: SamplingSection | None = None
+    renderer: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        return {"model": given} if isinstance(given, str) else given
+
+    @field_serializer("sampling")
+    def _as_written(self, sampling: SamplingSection | None) -> dict[str, Any] | None:
+        # A value that equals the default differs from one that was left out: it overrides.
+        return sampling.model_dump(mode="json", exclude_unset=True) if sampling else None
+
+    def sampling_over(self, common: SamplingSection) -> SamplingSection:
+        """`common` with what is said here."""
+        own = self.sampling.model_dump(exclude_unset=True) if self.sampling else {}
+        return common.model_copy(update=own)
+
+
+class Teacher(Asked):
+    """One of several teachers; `weight` is its share of the queries, or of the votes."""
+
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
+class Judge(Asked):
+    """Who scores the answers to choose from.
+
+    `prompt` is a file in the recipe's folder, a Jinja template over `query`, `prompt` (the
+    teacher's), `text`, `answer` and `reference`. The last match of `pattern` in what the judge
+    says is the score, if it is within `scale`.
+    """
+
+    prompt: str = "judge.md"
+    pattern: str = r"(?P<score>-?\d+(?:\.\d+)?)"
+    scale: tuple[float, float] = (1.0, 10.0)
+
+    @field_validator("prompt")
+    @classmethod
+    def _inside(cls, prompt: str) -> str:
+        path = PurePosixPath(prompt)
+        if path.is_absolute() or ".." in path.parts or not path.name:
+            raise ValueError("expected a file in the recipe's folder")
+        return prompt
+
+    @field_validator("pattern")
+    @classmethod
+    def _has_group(cls, pattern: str) -> str:
+        return with_group(pattern, "score")
+
+    @model_validator(mode="after")
+    def _one_answer(self) -> Self:
+        if self.sampling and self.sampling.n != 1:
+            raise ValueError(f"a judge gives one score, found sampling.n: {self.sampling.n}")
+        if not self.scale[0] < self.scale[1]:
+            raise ValueError(f"scale goes from low to high, found {list(self.scale)}")
+        return self
+
+
+class Synthesis(Section):
+    """How the teacher writes queries: what they differ in, and how it is asked.
+
+    Every list is one attribute, and all are crossed. `topics` and `rules` that are not given are
+    asked of the teacher; without `languages` those of the recipe are meant, and without any the
+    language is left to the teacher. Of two queries that share `similarity` of their runs of five
+    characters the later one is dropped. `per_request` queries are asked for at a time.
+    """
+
+    topics: tuple[Word, ...] = ()
+    styles: tuple[Word, ...] = (
+        "plain and direct",
+        "casual, with slips of the keyboard",
+        "polite and formal",
+        "in keywords, no whole sentences",
+        "long-winded, with side remarks",
+        "in a hurry or annoyed",
+    )
+    lengths: tuple[Word, ...] = ("a few words", "one or two sentences", "a paragraph")
+    languages: tuple[Word, ...] = ()
+    difficulties: tuple[Word, ...] = ("typical", "demanding", "an edge case that is easily misread")
+    rules: tuple[Word, ...] = ()
+    per_request: Annotated[int, Field(ge=1, le=50)] = 10
+    similarity: Annotated[float, Field(gt=0, le=1)] = 0.6
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    max_tokens: Annotated[int, Field(ge=1)] = 3000
+
+    @field_validator("topics", "styles", "lengths", "languages", "difficulties", "rules")
+    @classmethod
+    def _once_each(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := sorted({word for word in words if words.count(word) > 1}):
+            raise ValueError(f"expected each value once, found twice: {twice}")
+        return words
+
+
+def with_group(pattern: str, group: str) -> str:
+    """The pattern; raises `ValueError` for no regular expression or one without the group."""
+    try:
+        groups = re.compile(pattern).groupindex
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    if group not in groups:
+        raise ValueError(f"expected a group (?P<{group}>…), found {sorted(groups)}")
+    return pattern

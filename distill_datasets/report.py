@@ -2,18 +2,29 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets import report_text
-from distill_datasets.asking import Asking, ask
-from distill_datasets.errors import GenerationError, ModelError, OutputError
+from distill_datasets.asking import Answering, ask
+from distill_datasets.errors import GenerationError, OutputError
 from distill_datasets.generation import writable_folder
 from distill_datasets.heldout import HeldOut, read_held_out
 from distill_datasets.journal import Journal
-from distill_datasets.latency import Timed, measure_latency, uncacheable
-from distill_datasets.sampler import Sampler, Sampling, digest
+from distill_datasets.limits import Limits
+from distill_datasets.sampler import Sampler, digest
+from distill_datasets.schema import failure_text
+from distill_datasets.systems import (
+    UNCACHED,
+    Training,
+    explained,
+    find_training,
+    greedy,
+    latency_note,
+    open_systems,
+    time_systems,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,8 +32,6 @@ if TYPE_CHECKING:
     from distill_datasets.comparison import Comparison
 
 _VERSION = 1  # goes into every report's digest: raise it when reports come out differently
-_TIMED_ROWS = 20
-_UNCACHED = "teacher, uncached"
 
 
 @dataclass(frozen=True)
@@ -35,15 +44,6 @@ class Report:
     def table(self) -> str:
         """The systems, what sets the student apart and, where there are few, the rows."""
         return report_text.table(self.data)
-
-
-@dataclass(frozen=True)
-class _Training:
-    """A training folder's configuration, and the line of its best checkpoint."""
-
-    folder: Path
-    config: Mapping[str, Any]
-    checkpoint: Mapping[str, Any]
 
 
 def measure(  # noqa: PLR0913 (three systems, and where, on what and how fast to ask them)
@@ -71,18 +71,17 @@ def measure(  # noqa: PLR0913 (three systems, and where, on what and how fast to
     held_out = read_held_out(dataset, split=split, limit=limit)
     metrics = load_metrics(held_out.recipe.metrics)
     folder = writable_folder(out)
-    training = _find_training(student)
-    opened = _open(training.folder if training else student)
-    samplers = _samplers(held_out, opened, training, teacher, base)
-    key = _key(held_out, samplers, training)
+    training = find_training(student)
+    systems = open_systems(held_out, student=student, training=training, teacher=teacher, base=base)
+    key = _key(held_out, systems, training)
     path = folder / ("report.json" if split == "test" else f"report-{split}.json")
     if known := _known(path, key):
         return Report(path, known)
-    systems = _systems(held_out, samplers)
     answers = {}
     with Journal(folder / "journal.sqlite") as journal:
         for name, system in systems.items():
-            rows = ask(held_out.rows, system, journal=journal, concurrency=concurrency, title=name)
+            limits = Limits(concurrency)
+            rows = ask(held_out.rows, system, journal=journal, limits=limits, title=name)
             answers[name] = _complete(rows, name)
     data = _data(held_out, systems, Comparison(answers, metrics))
     if training:
@@ -92,97 +91,26 @@ def measure(  # noqa: PLR0913 (three systems, and where, on what and how fast to
     return report
 
 
-def _find_training(student: Sampler | str | Path) -> _Training | None:
-    """A training folder's facts; None for anything else, which is opened as it is."""
-    from distill_datasets.connection import read_training
-
-    if not isinstance(student, str | Path):
-        return None
-    for folder in (Path(student), Path(student) / "train"):
-        if (folder / "checkpoints.jsonl").is_file():
-            return _Training(folder, *read_training(folder))
-    return None
-
-
-def _samplers(
-    held_out: HeldOut,
-    student: Sampler,
-    training: _Training | None,
-    teacher: Sampler | str | None,
-    base: Sampler | str | None,
-) -> dict[str, Sampler]:
-    """All three; the student is open first, since its server holds its checkpoints too."""
-    manifest = held_out.manifest
-    if teacher is None or teacher == manifest["teacher"]:
-        asked = _open(manifest["teacher"], manifest["renderer"])
-    else:
-        asked = _open(teacher)
-    if base is None:
-        untrained = _open(*_base_of(student, training))
-    else:
-        untrained = _open(base, training.config["renderer"] if training else None)
-    return {"base": untrained, "teacher": asked, "student": student}
-
-
-def _open(given: Sampler | str | Path, renderer: str | None = None) -> Sampler:
-    if not isinstance(given, str | Path):
-        return given
-    from distill_datasets.samplers import open_sampler
-
-    return open_sampler(given, renderer=renderer)
-
-
-def _base_of(student: Sampler, training: _Training | None) -> tuple[str, str]:
-    """The model that a student was trained from, and the renderer they share."""
-    if training:
-        return training.config["student"], training.config["renderer"]
-    connection = getattr(student, "connection", None)
-    if connection is not None and student.model.startswith("tinker://"):
-        return f"tinker:{connection.base_model}", connection.renderer_name
-    raise ModelError(
-        f"{student.model!r} doesn't say what it was trained from: expected a training folder or "
-        "tinker://<run>/sampler_weights/<name>. Name the untrained model with `base`."
-    )
-
-
-def _systems(held_out: HeldOut, samplers: Mapping[str, Sampler]) -> dict[str, Asking]:
-    recipe = held_out.recipe
-    sampling = Sampling(temperature=0.0, max_tokens=recipe.sampling.max_tokens, seed=0)
-    asked = {
-        name: Asking(
-            sampler, sampling, recipe.student_messages, recipe.student_reader, lambda text, _: text
-        )
-        for name, sampler in samplers.items()
-    }
-    asked["teacher"] = replace(
-        asked["teacher"],
-        # Where the recipe stops the teacher decides what can be read from its text.
-        sampling=replace(sampling, stop=recipe.sampling.stop),
-        messages=recipe.messages,
-        reader=recipe.teacher_reader,
-    )
-    return asked
-
-
 def _complete(rows: "Dataset", system: str) -> "Dataset":
     errors = [error for error in rows["error"] if error]
     if errors:
         raise GenerationError(
             f"{len(errors)} of {len(rows)} rows of the {system} failed, the first with: "
-            f"{errors[0]}. No report is written without them. Run again: it asks only for those."
+            f"{failure_text(errors[0])}. No report is written without them. Run again: it asks "
+            "only for those."
         )
     return rows
 
 
 def _data(
-    held_out: HeldOut, systems: Mapping[str, Asking], comparison: "Comparison"
+    held_out: HeldOut, systems: Mapping[str, Answering], comparison: "Comparison"
 ) -> dict[str, Any]:
-    manifest, sampling = held_out.manifest, systems["student"].sampling
-    latency = _latency(held_out, systems)
+    manifest, sampling = held_out.manifest, greedy(held_out.recipe)
+    latency = time_systems(held_out, systems)
     measured = {
         name: {
-            "model": system.sampler.model,
-            "identity": system.sampler.identity,
+            "model": system.model,
+            "identity": system.identity,
             "prompt": name == "teacher",
             "metrics": comparison.metrics_of(name),
             "tokens": comparison.tokens(name),
@@ -190,7 +118,7 @@ def _data(
         }
         for name, system in systems.items()
     }
-    measured["teacher"]["latency_uncached_ms"] = latency[_UNCACHED]
+    measured["teacher"]["latency_uncached_ms"] = latency[UNCACHED]
     data = {
         "recipe": held_out.recipe.name,
         "dataset": {
@@ -208,8 +136,8 @@ def _data(
         "rows": comparison.rows(),
         "sampling": {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens},
     }
-    notes = [*comparison.notes(), *report_text.costs(data), _latency_note(len(held_out.rows))]
-    return {**data, "notes": notes}
+    notes = [*comparison.notes(), *explained(systems, held_out.recipe), *report_text.costs(data)]
+    return {**data, "notes": [*notes, latency_note(len(held_out.rows))]}
 
 
 def _place(held_out: HeldOut) -> dict[str, str]:
@@ -217,27 +145,6 @@ def _place(held_out: HeldOut) -> dict[str, str]:
     if held_out.commit is None:
         return {"path": str(held_out.path)}
     return {"path": held_out.reference, "commit": held_out.commit}
-
-
-def _latency(held_out: HeldOut, systems: Mapping[str, Asking]) -> dict[str, dict[str, float]]:
-    """Of every system, and of the teacher with its prompt read anew each time."""
-    rows = held_out.rows[:_TIMED_ROWS]["query"]
-    queries = [rows[-1], *rows]
-    timed = {
-        name: Timed(system.sampler, [system.messages(query) for query in queries], system.sampling)
-        for name, system in systems.items()
-    }
-    teacher = timed["teacher"]
-    cold = [uncacheable(messages) for messages in teacher.conversations]
-    return measure_latency({**timed, _UNCACHED: replace(teacher, conversations=cold)})
-
-
-def _latency_note(rows: int) -> str:
-    return (
-        f"Latency is that of the first {min(rows, _TIMED_ROWS)} rows, one request at a time and "
-        "the systems in turns, from this client. A server may keep the teacher's prompt in its "
-        "cache; uncached requests put a new line before the prompt, so that it is read anew."
-    )
 
 
 def _savings(systems: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,7 +161,7 @@ def _savings(systems: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _key(held_out: HeldOut, samplers: Mapping[str, Sampler], training: _Training | None) -> str:
+def _key(held_out: HeldOut, systems: Mapping[str, Answering], training: Training | None) -> str:
     """Names everything that a report depends on but time."""
     return digest(
         {
@@ -263,7 +170,7 @@ def _key(held_out: HeldOut, samplers: Mapping[str, Sampler], training: _Training
             "metrics": held_out.recipe.metrics,
             "split": held_out.split,
             "rows": list(held_out.rows["id"]),
-            "systems": {name: sampler.identity for name, sampler in samplers.items()},
+            "systems": {name: system.identity for name, system in systems.items()},
             "checkpoint": training.checkpoint if training else None,
         }
     )
@@ -277,7 +184,7 @@ def _known(path: Path, key: str) -> dict[str, Any] | None:
     return data if isinstance(data, dict) and data.get("digest") == key else None
 
 
-def _write(report: Report, held_out: HeldOut, training: _Training | None) -> None:
+def _write(report: Report, held_out: HeldOut, training: Training | None) -> None:
     """The report's file comes last and at once: where it stands, the others do."""
     from distill_datasets import card
 

@@ -1,0 +1,183 @@
+"""The three systems that a report compares: who answers, how it is asked, how long it takes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from distill_datasets.asking import Answering, Asking
+from distill_datasets.errors import ModelError
+from distill_datasets.heldout import HeldOut
+from distill_datasets.latency import Timed, Unkept, measure_latency, uncacheable
+from distill_datasets.panel import Panel, Route, asked_of, open_teachers
+from distill_datasets.recipe import Recipe
+from distill_datasets.sampler import Sampler, Sampling
+
+_TIMED_ROWS = 20
+UNCACHED = "teacher, uncached"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training folder's configuration, and the line of its best checkpoint."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    checkpoint: Mapping[str, Any]
+
+
+def find_training(student: Sampler | str | Path) -> Training | None:
+    """A training folder's facts; None for anything else, which is opened as it is."""
+    if not isinstance(student, str | Path):
+        return None
+    from distill_datasets.connection import read_training
+
+    for folder in (Path(student), Path(student) / "train"):
+        if (folder / "checkpoints.jsonl").is_file():
+            return Training(folder, *read_training(folder))
+    return None
+
+
+def open_systems(
+    held_out: HeldOut,
+    *,
+    student: Sampler | str | Path,
+    training: Training | None,
+    teacher: Sampler | str | None,
+    base: Sampler | str | None,
+) -> dict[str, Answering]:
+    """All three; the student is open first, since its server holds its checkpoints too."""
+    recipe = held_out.recipe
+    opened = _open(training.folder if training else student)
+    asked = _teacher(held_out, teacher)
+    if base is None:
+        untrained = _open(*_base_of(opened, training))
+    else:
+        untrained = _open(base, training.config["renderer"] if training else None)
+    return {
+        "base": _unprompted(untrained, recipe),
+        "teacher": asked,
+        "student": _unprompted(opened, recipe),
+    }
+
+
+def greedy(recipe: Recipe) -> Sampling:
+    """How base and student are asked."""
+    return Sampling(temperature=0.0, max_tokens=recipe.sampling.max_tokens, seed=0)
+
+
+def explained(systems: Mapping[str, Answering], recipe: Recipe) -> list[str]:
+    """What a reader must know about a teacher that is several."""
+    if not isinstance(systems["teacher"], Panel):
+        return []
+    notes = [
+        f"The teacher is {systems['teacher'].model}, sampled as the recipe says, and one answer "
+        f"is chosen ({recipe.choose}). Its tokens are those of everybody asked for a query."
+    ]
+    if recipe.reads_references:
+        notes.append(
+            "The teacher's verifier or judge is told what is right: its accuracy says which of "
+            "its answers were taken, not what it knows."
+        )
+    return notes
+
+
+def time_systems(
+    held_out: HeldOut, systems: Mapping[str, Answering]
+) -> dict[str, dict[str, float]]:
+    """Latency of every system, and of the teacher with its prompt read anew each time."""
+    rows = held_out.rows[:_TIMED_ROWS]["query"]
+    queries = [rows[-1], *rows]
+    timed = {name: _timed(system, queries) for name, system in systems.items()}
+    timed[UNCACHED] = _timed(_changed(systems["teacher"], _uncached), queries)
+    return measure_latency(timed)
+
+
+def latency_note(rows: int) -> str:
+    """How the latencies came about."""
+    return (
+        f"Latency is that of the first {min(rows, _TIMED_ROWS)} rows, one request at a time and "
+        "the systems in turns, from this client. A server may keep the teacher's prompt in its "
+        "cache; uncached requests put a new line before the prompt, so that it is read anew."
+    )
+
+
+def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answering:
+    recipe, manifest = held_out.recipe, held_out.manifest
+    if teacher is not None and teacher != manifest["teacher"]:
+        sampler = _open(teacher)
+    elif "panel" in manifest:
+        answering = open_teachers(recipe).answering
+        return answering if isinstance(answering, Panel) else _changed(answering, _greedy)
+    else:
+        sampler = _open(manifest["teacher"], manifest["renderer"])
+    sampling, reader = recipe.sampling_parameters, recipe.teacher_reader
+    return _greedy(Asking(sampler, sampling, recipe.messages, reader, _as_said))
+
+
+def _unprompted(sampler: Sampler, recipe: Recipe) -> Asking:
+    reader = recipe.student_reader
+    return Asking(sampler, greedy(recipe), recipe.student_messages, reader, _as_said)
+
+
+def _as_said(text: str, answer: str) -> str:
+    return text
+
+
+def _greedy(asking: Asking) -> Asking:
+    # Where the recipe stops the teacher, and the form it asks for, decide what can be read.
+    own = asking.sampling
+    sampling = Sampling(
+        temperature=0.0,
+        seed=0,
+        max_tokens=own.max_tokens,
+        stop=own.stop,
+        json_schema=own.json_schema,
+        extra=own.extra,
+    )
+    return replace(asking, sampling=sampling)
+
+
+def _uncached(asking: Asking) -> Asking:
+    messages = asking.messages
+    return replace(asking, messages=lambda query: uncacheable(messages(query)))
+
+
+def _changed(system: Answering, change: Callable[[Asking], Asking]) -> Answering:
+    if isinstance(system, Asking):
+        return change(system)
+    assert isinstance(system, Route | Panel)
+    voices = tuple(replace(voice, asking=change(voice.asking)) for voice in system.voices)
+    return replace(system, voices=voices)
+
+
+def _timed(system: Answering, queries: Sequence[str]) -> Timed:
+    if isinstance(system, Panel):
+        return Timed(system.model, [partial(system.answer, query, Unkept()) for query in queries])
+    asked = [(query, one) for query in queries for one in asked_of(system, query)]
+    requests = [
+        partial(one.sampler.sample, one.messages(query), one.sampling) for query, one in asked
+    ]
+    return Timed(system.model, requests)
+
+
+def _open(given: Sampler | str | Path, renderer: str | None = None) -> Sampler:
+    if not isinstance(given, str | Path):
+        return given
+    from distill_datasets.samplers import open_sampler
+
+    return open_sampler(given, renderer=renderer)
+
+
+def _base_of(student: Sampler, training: Training | None) -> tuple[str, str]:
+    """The model that a student was trained from, and the renderer they share."""
+    if training:
+        return training.config["student"], training.config["renderer"]
+    connection = getattr(student, "connection", None)
+    if connection is not None and student.model.startswith("tinker://"):
+        return f"tinker:{connection.base_model}", connection.renderer_name
+    raise ModelError(
+        f"{student.model!r} doesn't say what it was trained from: expected a training folder or "
+        "tinker://<run>/sampler_weights/<name>. Name the untrained model with `base`."
+    )
