@@ -1,0 +1,196 @@
+"""A recipe's `queries.jsonl`: rows by hand, and behind them those that a teacher wrote."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from distill_datasets import resources
+from distill_datasets.attributes import AXES
+from distill_datasets.errors import OutputError, RecipeError
+from distill_datasets.json_lines import read_lines
+from distill_datasets.queries import load_queries, read_columns
+from distill_datasets.recipe import Recipe, load_recipe
+from distill_datasets.recipe_edit import set_keys
+from distill_datasets.recipe_sections import Queries
+from distill_datasets.replacement import replacing
+
+ORIGIN = "synthesis"
+_OWN = (*AXES, "rules", "origin")
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class QueryFile:
+    """The rows of a recipe whose queries are lines of JSON in its own folder."""
+
+    recipe: Recipe
+    rows: tuple[Row, ...]
+
+    @property
+    def path(self) -> Path:
+        """Where the queries are."""
+        return self.recipe.folder / str(self.recipe.queries.file)
+
+    @cached_property
+    def columns(self) -> Mapping[str, str]:
+        """What our columns are called: as the recipe says, and never as one of its own."""
+        spec = self.recipe.queries
+        by_hand = {name for row in self.rows if not self.is_written(row) for name in row}
+        taken = by_hand | {spec.query, spec.group, spec.reference, spec.forced_split}
+        names = {own: f"{ORIGIN}_{own}" if own in taken else own for own in (*_OWN, "group")}
+        names["query"] = spec.query or ("text" if by_hand == {"text"} else "query")
+        names["group"] = spec.group or names["group"]
+        return names
+
+    @staticmethod
+    def is_written(row: Row) -> bool:
+        """Whether a teacher wrote the row."""
+        return ORIGIN in (row.get("origin"), row.get(f"{ORIGIN}_origin"))
+
+    def query(self, row: Row) -> str:
+        """The row's query."""
+        return str(row.get(self.columns["query"]) or "")
+
+    def rules(self, row: Row) -> tuple[int, ...] | None:
+        """The rules that the row says it exercises; None where it doesn't say."""
+        found = row.get(self.columns["rules"])
+        if not isinstance(found, list) or any(type(number) is not int for number in found):
+            return None
+        return tuple(found)
+
+    @property
+    def queries_by_hand(self) -> list[str]:
+        """The queries that no teacher wrote, in their order."""
+        return [self.query(row) for row in self.rows if not self.is_written(row)]
+
+    @property
+    def written(self) -> list[Row]:
+        """The rows that a teacher wrote."""
+        return [row for row in self.rows if self.is_written(row)]
+
+    def line(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """A row as the file has it, with an empty value for what only a person can fill."""
+        spec = self.recipe.queries
+        empty = dict.fromkeys(name for name in (spec.reference, spec.forced_split) if name)
+        return {
+            self.columns["query"]: fields["query"],
+            **empty,
+            **{self.columns[name]: fields.get(name) for name in ("group", *_OWN)},
+        }
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> Recipe:
+        """Put rows behind those that are there, and name their columns in `recipe.yaml`.
+
+        The lines that are there stay as they are. Nothing changes unless the whole can be read.
+        """
+        lines = [json.dumps(self.line(row), ensure_ascii=False) + "\n" for row in rows]
+        before = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        if before and not before.endswith("\n"):
+            before += "\n"
+        manifest = self.recipe.folder / "recipe.yaml"
+        changes = {"group": self.columns["group"]}
+        if self.columns["query"] != "query":
+            changes["query"] = self.columns["query"]
+        text = set_keys(manifest.read_text(encoding="utf-8"), "queries", changes)
+        try:
+            if lines:
+                self._replace(before + "".join(lines), changes)
+            # Behind the queries: a column that is named and not there would be an error.
+            _replace_text(manifest, text)
+        except OSError as error:
+            raise OutputError(
+                f"Can't write {str(self.path)!r}: {error}. What the teacher wrote is in the "
+                "journal beside it; free some space and run again: nothing is asked twice."
+            ) from error
+        return load_recipe(self.recipe.folder)
+
+    def _replace(self, text: str, changes: Mapping[str, str]) -> None:
+        building = self.path.with_name(f".{self.path.stem}.building.jsonl")
+        try:
+            building.write_text(text, encoding="utf-8")
+            fields = {**self.recipe.queries.model_dump(), **changes, "file": building.name}
+            load_queries(self.recipe.replace(queries=Queries.model_validate(fields)))
+            building.replace(self.path)
+        finally:
+            building.unlink(missing_ok=True)
+
+
+def open_query_file(recipe: Recipe, out: str | Path | None) -> QueryFile:
+    """The recipe's own file; or with `out` that of a copy of the recipe, made if need be.
+
+    Raises `RecipeError` where the recipe is not a folder of the user's with lines of JSON.
+    """
+    home = recipe if out is None else _copy(recipe, Path(out))
+    if problem := _unwritable(home):
+        raise RecipeError(
+            f"The queries of {home.name!r} can't be added to: {problem}. Name a folder for a copy "
+            "of the recipe with its queries in queries.jsonl: --out FOLDER."
+        )
+    path = home.folder / str(home.queries.file)
+    if not path.is_file():
+        return QueryFile(home, ())
+    file = QueryFile(home, tuple(row for rows in read_lines(path) for row in rows))
+    if file.rows:
+        load_queries(home)
+    return file
+
+
+def _unwritable(recipe: Recipe) -> str | None:
+    spec, folder = recipe.queries, recipe.folder.resolve()
+    if not (folder / "recipe.yaml").is_file():
+        return "the recipe lies in no folder"
+    if resources.builders().resolve() in folder.parents:
+        return "the recipe comes with the package"
+    beside = [folder.parent / name for name in ("manifest.json", "generation.json")]
+    if folder.name == "recipe" and any(path.is_file() for path in beside):
+        return "the recipe is part of a release or a run"
+    if not spec.file or not spec.file.endswith(".jsonl"):
+        return f"they are in {spec.file or spec.hub or spec.path or spec.package!r}"
+    by_place = [key for key in ("sidecar", "rows", "sha256") if getattr(spec, key) is not None]
+    return f"the recipe fixes them by {', '.join(by_place)}" if by_place else None
+
+
+def _copy(recipe: Recipe, out: Path) -> Recipe:
+    """The recipe at `out`: its queries read from wherever they are, and written there."""
+    if (out / "recipe.yaml").is_file():
+        there = load_recipe(out)
+        if (there.name, there.prompt) != (recipe.name, recipe.prompt):
+            raise RecipeError(
+                f"{str(out)!r} holds another recipe ({there.name!r}) or another prompt. Choose "
+                f"another --out, or go on with that one: distill-datasets synthesize {out}."
+            )
+        return there
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{str(out)!r} is there and holds no recipe: choose another --out.")
+    spec = recipe.queries
+    names = {name: name for name in ("group", "reference") if getattr(spec, name)}
+    if spec.forced_split:
+        names["forced_split"] = "split"
+    with replacing(out) as folder:
+        if not spec.file or (recipe.folder / spec.file).is_file():
+            lines = _lines(read_columns(recipe), ["query", *names.values()])
+            (folder / "queries.jsonl").write_text(lines, encoding="utf-8")
+        for name in set(recipe.attachments) - {spec.file, spec.sidecar}:
+            shutil.copyfile(recipe.folder / name, folder / name)
+        queries = Queries.model_validate({"file": "queries.jsonl", "query": "query", **names})
+        recipe.replace(queries=queries, folder=folder).dump(folder)
+    return load_recipe(out)
+
+
+def _lines(columns: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
+    rows = zip(*(columns[name] for name in names), strict=True)
+    return "".join(
+        json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n" for row in rows
+    )
+
+
+def _replace_text(path: Path, text: str) -> None:
+    if text != path.read_text(encoding="utf-8"):
+        building = path.with_name(f".{path.name}.building")
+        building.write_text(text, encoding="utf-8")
+        building.replace(path)

@@ -1,0 +1,220 @@
+"""Rounds of questions to a teacher, until there are enough queries or hardly new ones come."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from math import ceil
+from typing import Any, TypeVar
+
+from distill_datasets.coverage import Coverage, Exercised
+from distill_datasets.duplicates import NearDuplicates
+from distill_datasets.errors import GenerationError
+from distill_datasets.interview import Heard, Interview, Question, explained
+from distill_datasets.sampler import digest
+
+T = TypeVar("T")
+
+NEAR_DUPLICATE, OFF_TOPIC, EMPTY = "near-duplicate", "off topic", "empty"
+BESIDE, SPARE, REPLACED = "beside its rule", "more than its rule needs", "gave way to a rule"
+_FIRST = 8  # questions of the first round, which shows whether the teacher can do this at all
+_LEAST = 4  # questions of any later one: a single one says little about the yield
+_YIELD, _DRY = 0.05, 2  # less than this share of new queries, in so many rounds in a row
+_AIMED = 3  # questions at most for a rule that no query exercises
+_JUDGED = 20  # queries by hand that are judged in one request
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A query with what was asked for; those of one question are a group."""
+
+    query: str
+    group: str
+    attributes: Mapping[str, str]
+    aimed: bool
+    rules: Exercised | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A query that is not kept, why, and for a near-duplicate of which one."""
+
+    query: str
+    group: str
+    reason: str
+    like: str | None = None
+    similarity: float | None = None
+
+
+@dataclass
+class Rounds:
+    """What a teacher wrote so far: `kept` in the order of the questions, and `dropped`.
+
+    The order of the replies decides nothing, so that the same journal brings the same queries.
+    `known` are the queries of earlier runs, by group; `note` hears how many are new.
+    """
+
+    interview: Interview
+    duplicates: NearDuplicates
+    coverage: Coverage
+    known: Mapping[str, set[str]]
+    note: Callable[[int], None]
+
+    def __post_init__(self) -> None:
+        """Nothing is asked yet."""
+        self.kept: list[Written] = []
+        self.dropped: list[Dropped] = []
+        self.asked = self.unreadable = self.failed = 0
+        self.stopped: str | None = None
+        self._read = self._new = 0
+
+    async def judge(self, queries: Sequence[str]) -> None:
+        """Count which rules are exercised by queries that lie in the file already."""
+        parts = [queries[place : place + _JUDGED] for place in range(0, len(queries), _JUDGED)]
+        heard = await _all(self._exercised(part) for part in parts)
+        for part, found in zip(parts, heard, strict=True):
+            for rules in found or [None] * len(part):
+                self.coverage.add(rules if found is None else rules or ())
+
+    async def fill(self, questions: Iterator[Question], n: int) -> int:
+        """Ask until `n` are kept, or too few are new; returns how many questions are used up."""
+        used = dry = 0
+        while len(self.kept) < n:
+            read, new, unheard = self._read, self._new, self.unreadable + self.failed
+            asked = list(islice(questions, self._size(n - len(self.kept))))
+            found = await self._round(asked, needed=True)
+            for rows in found:
+                room = n - len(self.kept)
+                self._keep(rows[:room])
+                if len(rows) > room:
+                    return used
+                used += 1
+            read, new = self._read - read, self._new - new
+            poor = new < _YIELD * read if read else self.unreadable + self.failed > unheard
+            dry = dry + 1 if poor else 0
+            if dry == _DRY:
+                self.stopped = f"under {_YIELD:.0%} of the queries were new in {_DRY} rounds"
+                return used
+        return used
+
+    async def aim(self, ask: Callable[[int, int], Question], n: int) -> None:
+        """Ask for queries of the rules that have none; of `n`, each rule gets a share at most."""
+        share = max(1, n // max(1, len(self.coverage.rules)))
+        for attempt in range(1, _AIMED + 1):
+            numbers = self.coverage.uncovered
+            found = await self._round([ask(number, attempt) for number in numbers])
+            for number, rows in zip(numbers, found, strict=True):
+                self._take(rows, number, n, share)
+        if len(self.kept) == n:
+            self.stopped = None
+
+    def _size(self, missing: int) -> int:
+        """How many questions it takes, by what the earlier ones brought."""
+        if not self.asked:
+            return min(_FIRST, ceil(missing / self.interview.count))
+        expected = max(self._new / self.asked, self.interview.count / 2)
+        return max(_LEAST, ceil(missing / expected))
+
+    async def _round(
+        self, questions: Sequence[Question], *, needed: bool = False
+    ) -> list[list[Written]]:
+        """New queries of each question; where they are `needed`, raises if the teacher can't."""
+        heard = await _all(self.interview.queries(question) for question in questions)
+        unheard = [one for one in heard if one.value is None]
+        failed = sum(one.error is not None for one in unheard)
+        if needed and len(unheard) == len(heard) and (failed == len(heard) or not self.asked):
+            raise _nothing(unheard)
+        self.asked += len(questions)
+        self.failed += failed
+        self.unreadable += len(unheard) - failed
+        fresh = [self._fresh(*pair) for pair in zip(questions, heard, strict=True)]
+        found = await _all(self._judged(rows) for rows in fresh)
+        self._new += sum(map(len, found))
+        return found
+
+    def _fresh(self, question: Question, heard: Heard[list[str]]) -> list[Written]:
+        """What a question brought that was not there."""
+        group = f"synthesis-{digest(self.interview.request(question))[:12]}"
+        known = self.known.get(group, set())
+        queries = [query for query in heard.value or () if query not in known]
+        self._read += len(queries)
+        rows = []
+        for query in queries:
+            row = Written(query, group, question.attributes, question.rule is not None)
+            if not query:
+                self._drop(row, EMPTY)
+            elif match := self.duplicates.add(query):
+                similarity = round(match.similarity, 3)
+                self._drop(row, NEAR_DUPLICATE, like=match.text, similarity=similarity)
+            else:
+                rows.append(row)
+        return rows
+
+    async def _judged(self, rows: Sequence[Written]) -> list[Written]:
+        """Those that are meant for the prompt, with the rules that they exercise."""
+        found = await self._exercised([row.query for row in rows])
+        if found is None:
+            return list(rows)
+        for row, rules in zip(rows, found, strict=True):
+            if rules is None:
+                self._drop(row, OFF_TOPIC)
+        pairs = zip(rows, found, strict=True)
+        return [replace(row, rules=rules) for row, rules in pairs if rules is not None]
+
+    async def _exercised(self, queries: Sequence[str]) -> list[Exercised | None] | None:
+        """None where there are no rules, or the teacher's judgement can't be had."""
+        if not (queries and self.coverage.rules):
+            return None
+        return (await self.interview.exercised(self.coverage.rules, queries)).value
+
+    def _take(self, rows: Sequence[Written], number: int, n: int, share: int) -> None:
+        """Keep what exercises a rule, in the place of queries that no rule needs."""
+        taken = 0
+        for row in rows:
+            fits = number in (row.rules or ())
+            if len(self.kept) < n:
+                self._keep([row])
+            elif not fits:
+                self._drop(row, BESIDE)
+            elif taken == share or not self._make_room():
+                self._drop(row, SPARE)
+            else:
+                self._keep([row])
+            taken += fits
+
+    def _make_room(self) -> bool:
+        """Drop the last query whose rules others exercise too."""
+        for place in reversed(range(len(self.kept))):
+            row = self.kept[place]
+            if not row.aimed and self.coverage.spare(row.rules):
+                del self.kept[place]
+                self.coverage.remove(row.rules)
+                self._drop(row, REPLACED)
+                self.note(-1)
+                return True
+        return False
+
+    def _keep(self, rows: Sequence[Written]) -> None:
+        self.kept += rows
+        for row in rows:
+            self.coverage.add(row.rules)
+        self.note(len(rows))
+
+    def _drop(self, row: Written, reason: str, **why: Any) -> None:
+        self.dropped.append(Dropped(row.query, row.group, reason, **why))
+
+
+async def _all(tasks: Iterable[Awaitable[T]]) -> list[T]:
+    """All results in order; an error is raised when every request in flight has ended."""
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    errors = [one for one in found if isinstance(one, BaseException)]
+    for error in sorted(errors, key=lambda one: type(one) is InterruptedError):
+        raise error
+    return [one for one in found if not isinstance(one, BaseException)]
+
+
+def _nothing(heard: Sequence[Heard[Any]]) -> GenerationError:
+    return GenerationError(
+        f"The teacher was asked for queries {len(heard)} times, and no reply was of use. The "
+        f"first: {explained(heard[0])}. Paid replies are kept."
+    )

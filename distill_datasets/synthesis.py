@@ -1,0 +1,176 @@
+"""Queries from a prompt: the teacher writes them, varied, distinct, and for every rule."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count, islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from distill_datasets.attributes import axes_of, balance, combinations, size_of
+from distill_datasets.buying import Buyer, Meter, run_apart
+from distill_datasets.coverage import Coverage
+from distill_datasets.duplicates import NearDuplicates
+from distill_datasets.errors import RecipeError
+from distill_datasets.generation import writable_folder
+from distill_datasets.interview import Interview, Question
+from distill_datasets.journal import Journal
+from distill_datasets.limits import Limits
+from distill_datasets.progress import Progress
+from distill_datasets.query_file import ORIGIN, QueryFile, open_query_file
+from distill_datasets.recipe import Recipe, load_recipe
+from distill_datasets.rounds import Rounds, Written
+from distill_datasets.sampler import Sampler, digest
+from distill_datasets.synthesis_summary import Synthesized, read_summary, save_summary
+
+_EXAMPLES, _EXAMPLE_LENGTH = 3, 2000  # queries by hand that a request shows; their characters
+
+
+def synthesize(  # noqa: PLR0913 (whom to ask for how much, how fast, and where it goes)
+    recipe: Recipe | str | Path,
+    *,
+    n: int,
+    out: str | Path | None = None,
+    teacher: Sampler | str | None = None,
+    seed: int = 0,
+    limits: Limits | None = None,
+    meter: Meter | None = None,
+) -> Synthesized:
+    """Let the teacher write `n` queries for the recipe's prompt, behind those that are there.
+
+    Rows go to the recipe's `queries.jsonl`, or with `out` to that of a copy of the recipe, with
+    what was asked for in columns and one group for the queries of one request, so that a split
+    never parts them; `recipe.yaml` names the group's column. Coverage and balance are in
+    `synthesis.json`, raw replies and what was dropped in `synthesis/`. Rows of earlier calls
+    count; the same call again asks nothing. With an `n` of 0 only the coverage of the queries
+    that are there is taken. Costs two requests per ten queries, one per twenty by hand, and at
+    most three for a rule that nothing exercises. Raises `RecipeError` for queries that can't be
+    added to, and `GenerationError` for a teacher whose replies can't be used.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if n < 0:
+        raise RecipeError(f"Expected a number of queries of 0 or more, found {n}.")
+    file = open_query_file(recipe, out)
+    asked = file.recipe.with_teacher(teacher) if isinstance(teacher, str) else file.recipe
+    folder = writable_folder(file.recipe.folder / "synthesis")
+    sampler = teacher if teacher and not isinstance(teacher, str) else _open(asked)
+    before = min(n, len(file.written))
+    with (
+        Journal(folder / "journal.sqlite") as journal,
+        Progress("synthesize", n, unit="queries", start=before, meter=meter) as progress,
+    ):
+        buyer = Buyer(journal, progress, limits=limits, meter=meter)
+        synthesis = _Synthesis(file, Interview(buyer, sampler, asked), seed)
+        rounds = run_apart(lambda: synthesis.run(n, progress), stop=buyer.stop)
+    return synthesis.save(rounds, n)
+
+
+def _open(recipe: Recipe) -> Sampler:
+    from distill_datasets.samplers import open_sampler
+
+    first = recipe.all_teachers[0]
+    return open_sampler(first.model, renderer=first.renderer)
+
+
+class _Synthesis:
+    """One call: what is in the file, what is asked, what is written."""
+
+    def __init__(self, file: QueryFile, interview: Interview, seed: int) -> None:
+        self.file, self.interview, self.seed = file, interview, seed
+        self.recipe = file.recipe
+        self._before = read_summary(self.recipe.folder)
+        self._place = 0
+        self._order: str | None = None
+
+    async def run(self, n: int, progress: Progress) -> Rounds:
+        """Everything that is asked."""
+        rules = list(self.recipe.synthesis.rules) or await self.interview.rules()
+        duplicates = NearDuplicates(self.recipe.synthesis.similarity)
+        for row in self.file.rows:
+            duplicates.add(self.file.query(row))
+        rounds = Rounds(
+            self.interview, duplicates, Coverage(rules), self._known(), progress.advance
+        )
+        await self._judge(rounds, rules)
+        missing = n - len(self.file.written)
+        if missing > 0:
+            topics = list(self.recipe.synthesis.topics) or await self.interview.topics()
+            await self._write(rounds, axes_of(self.recipe, topics), missing)
+        return rounds
+
+    async def _judge(self, rounds: Rounds, rules: Sequence[str]) -> None:
+        """What is known of the rows is in them, while the rules are the same."""
+        same = rules == [row["rule"] for row in self._before.get("rules", [])]
+        unknown = []
+        for row in self.file.rows:
+            known = self.file.rules(row) if same and self.file.is_written(row) else None
+            if known is None:
+                unknown.append(self.file.query(row))
+            else:
+                rounds.coverage.add(known)
+        await rounds.judge(unknown)
+
+    async def _write(self, rounds: Rounds, axes: Mapping[str, Sequence[str]], missing: int) -> None:
+        self._order = digest([self.seed, {name: list(axes[name]) for name in axes}])[:12]
+        if self._order == self._before.get("order"):
+            self._place = self._before["questions"]
+        questions = islice(self._questions(axes), self._place, None)
+        self._place += await rounds.fill(questions, missing)
+        rules = rounds.coverage.rules
+
+        def aimed(number: int, attempt: int) -> Question:
+            rule = rules[number - 1]
+            seed = f"{self.seed} {rule}"
+            chosen = next(islice(combinations(axes, seed), attempt - 1, None))
+            return Question(chosen, self._examples(f"{seed} {attempt}"), rule)
+
+        await rounds.aim(aimed, missing)
+
+    def _questions(self, axes: Mapping[str, Sequence[str]]) -> Iterator[Question]:
+        """One after the other, each decided by its place alone, whatever the replies are."""
+        size = size_of(axes)
+        for place, chosen in zip(count(), combinations(axes, self.seed), strict=False):
+            examples = self._examples(f"{self.seed} {place}")
+            yield Question(chosen, examples, again=place // size + 1)
+
+    def _examples(self, seed: str) -> Sequence[str]:
+        short = [one for one in self.file.queries_by_hand if len(one) <= _EXAMPLE_LENGTH]
+        return Random(seed).sample(short, min(_EXAMPLES, len(short)))
+
+    def _known(self) -> Mapping[str, set[str]]:
+        known: dict[str, set[str]] = {}
+        for row in self.file.written:
+            group = str(row.get(self.file.columns["group"]))
+            known.setdefault(group, set()).add(self.file.query(row))
+        return known
+
+    def save(self, rounds: Rounds, n: int) -> Synthesized:
+        """The rows, and then what is to be said of them."""
+        rows = [_fields(row) for row in rounds.kept]
+        if rows or self.file.written:
+            self.file.append(rows)
+        columns = self.file.columns.items()
+        written = [{name: row.get(own) for name, own in columns} for row in self.file.written]
+        facts = {
+            "recipe": self.recipe.name,
+            "teacher": self.interview.sampler.model,
+            "seed": self.seed,
+            "wanted": n,
+            "by_hand": len(self.file.queries_by_hand),
+            "kept": len(written) + len(rows),
+            "new": len(rows),
+            "balance": balance([*written, *rows]),
+            "order": self._order or self._before.get("order"),
+            "questions": self._place if self._order else self._before.get("questions", 0),
+        }
+        return save_summary(self.recipe.folder, facts, rounds)
+
+
+def _fields(row: Written) -> dict[str, Any]:
+    rules = None if row.rules is None else list(row.rules)
+    return {
+        "query": row.query,
+        "group": row.group,
+        **row.attributes,
+        "rules": rules,
+        "origin": ORIGIN,
+    }
