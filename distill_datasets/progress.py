@@ -1,52 +1,89 @@
-"""Shows long work: a live line on a terminal, plain lines elsewhere."""
+"""Shows long work: a live line on a terminal, plain lines elsewhere, JSON lines for programs."""
 
+import json
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-_PLAIN_SECONDS = 5.0
+Style = Literal["line", "json"]
+_SECONDS = {"live": 0.1, "plain": 5.0, "json": 1.0}  # between two looks at the state
+_STYLE: list[Style] = ["line"]
+
+
+def use(style: Style) -> None:
+    """How everything that starts from now on is shown: for people, or as JSON lines."""
+    _STYLE[0] = style
+
+
+class Purse(Protocol):
+    """What knows how much money is spent."""
+
+    @property
+    def spent(self) -> float:
+        """So far."""
+        ...
+
+    @property
+    def currency(self) -> str:
+        """In three letters."""
+        ...
 
 
 class Progress:
-    """Counts `unit`s up to `total`, with rate, tokens and the time left.
+    """Counts `unit`s up to `total`, with rate, tokens, money and the time left.
 
     On a terminal it is one live line; elsewhere a plain line at the start, every five seconds,
-    and at the end. Safe to advance from another thread.
+    and at the end. With `use("json")` it is a line of JSON at the start, at most one a second,
+    and one at the end. Safe to advance from another thread.
     """
 
     def __init__(
-        self, title: str, total: int, *, unit: str = "rows", stream: TextIO | None = None
+        self,
+        title: str,
+        total: int,
+        *,
+        unit: str = "rows",
+        start: int = 0,
+        meter: Purse | None = None,
+        stream: TextIO | None = None,
     ) -> None:
-        """Nothing is shown before `__enter__`; `stream` defaults to standard error."""
+        """Nothing is shown before `__enter__`; `stream` defaults to standard error.
+
+        `start` of the `total` units were done before, and say nothing about the rate.
+        """
         self.title, self.total, self.unit = title, total, unit
-        self.done = 0
+        self.done = self._start = start
         self.tokens = 0
         self._note = ""
+        self._meter = meter
+        self._spent_before = meter.spent if meter else 0.0
+        self._paid_from: int | None = None
         self._stream = stream or sys.stderr
-        self._began = self._last_line = time.monotonic()
+        self._style = "json" if _STYLE[0] == "json" else "plain"
+        self._began = self._shown = time.monotonic()
         self._bar: tuple[Bar, TaskID] | None = None
 
     def advance(self, count: int = 1, *, tokens: int = 0, note: str = "") -> None:
         """Report `count` more units done; `note` stays until the next one."""
+        if self._paid_from is None and self._meter and self._meter.spent > self._spent_before:
+            self._paid_from = self.done
         self.done += count
         self.tokens += tokens
         self._note = note or self._note
-        if self._bar is not None:
-            bar, task = self._bar
-            bar.update(task, completed=self.done, detail=self._detail())
-        elif time.monotonic() - self._last_line >= _PLAIN_SECONDS:
-            self._print_line()
+        if time.monotonic() - self._shown >= _SECONDS[self._style]:
+            self._show("running")
 
     def __enter__(self) -> Self:
         """Start the clock."""
-        self._began = self._last_line = time.monotonic()
-        if self._stream.isatty():
-            self._bar = self._start_bar()
+        self._began = time.monotonic()
+        if self._style == "plain" and self._stream.isatty():
+            self._style, self._bar = "live", self._start_bar()
+        self._show("started")
         return self
 
     def __exit__(
@@ -56,27 +93,75 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         """Leave the last state standing."""
+        self._show("stopped" if kind else "finished")
         if self._bar is not None:
             self._bar[0].stop()
+
+    @property
+    def projected(self) -> float | None:
+        """What the whole work will have cost if it goes on so; None while nobody can know.
+
+        Rows that the journal answered come first and cost nothing: those since the first purchase
+        say what the others will cost.
+        """
+        if self._meter is None:
+            return None
+        if self.done >= self.total:
+            return self._meter.spent
+        if self._paid_from is None or self.done == self._paid_from:
+            return None
+        a_unit = (self._meter.spent - self._spent_before) / (self.done - self._paid_from)
+        return self._meter.spent + a_unit * (self.total - self.done)
+
+    def state(self, state: str) -> dict[str, Any]:
+        """What a line of JSON says; None stands for what is not known."""
+        seconds = time.monotonic() - self._began
+        new = self.done - self._start
+        rate = new / seconds if new and seconds else None
+        return {
+            "title": self.title,
+            "state": state,
+            "done": self.done,
+            "total": self.total,
+            "unit": self.unit,
+            "rate": rate,
+            "elapsed_seconds": seconds,
+            "eta_seconds": max(self.total - self.done, 0) / rate if rate else None,
+            "tokens": self.tokens,
+            "spent": self._meter.spent if self._meter else None,
+            "projected": self.projected,
+            "currency": self._meter.currency if self._meter else None,
+            "note": self._note,
+        }
+
+    def _show(self, state: str) -> None:
+        self._shown = time.monotonic()
+        if self._bar is not None:
+            bar, task = self._bar
+            bar.update(task, completed=self.done, detail=self._detail())
+        elif self._style == "json":
+            print(_line(self.state(state)), file=self._stream, flush=True)
         else:
-            self._print_line()
+            print(self._plain_line(), file=self._stream, flush=True)
 
     def _detail(self) -> str:
         seconds = max(time.monotonic() - self._began, 1e-9)
-        parts = [f"{self.done / seconds:,.1f} {self.unit}/s"]
+        parts = [f"{(self.done - self._start) / seconds:,.1f} {self.unit}/s"]
         if self.tokens:
             parts.append(f"{self.tokens:,} tokens")
+        if self._meter is not None:
+            whole = self.projected
+            projected = f" of about {amount_text(whole)}" if whole is not None else ""
+            parts.append(f"{amount_text(self._meter.spent)}{projected} {self._meter.currency}")
         if self._note:
             parts.append(self._note)
         return "  ".join(parts)
 
-    def _print_line(self) -> None:
-        self._last_line = time.monotonic()
-        seconds = self._last_line - self._began
-        left = seconds / self.done * (self.total - self.done) if self.done else None
-        clock = f"{seconds:.0f} s" + ("" if not left else f", {left:.0f} s left")
-        line = f"{self.title}: {self.done}/{self.total} {self.unit}  {self._detail()}  {clock}"
-        print(line, file=self._stream, flush=True)
+    def _plain_line(self) -> str:
+        facts = self.state("")
+        left = f", {facts['eta_seconds']:.0f} s left" if facts["eta_seconds"] else ""
+        clock = f"{facts['elapsed_seconds']:.0f} s{left}"
+        return f"{self.title}: {self.done}/{self.total} {self.unit}  {self._detail()}  {clock}"
 
     def _start_bar(self) -> "tuple[Bar, TaskID]":
         from rich.console import Console
@@ -99,4 +184,16 @@ class Progress:
             console=Console(file=self._stream),
         )
         bar.start()
-        return bar, bar.add_task(self.title, total=self.total, detail="")
+        return bar, bar.add_task(self.title, total=self.total, completed=self._start, detail="")
+
+
+def _line(state: dict[str, Any]) -> str:
+    rounded = {
+        key: round(value, 6) if isinstance(value, float) else value for key, value in state.items()
+    }
+    return json.dumps(rounded, ensure_ascii=False)
+
+
+def amount_text(amount: float) -> str:
+    """Money as people read it: cents, and more digits of less than one unit."""
+    return f"{amount:,.2f}" if amount >= 1 or not amount else f"{amount:.4f}"

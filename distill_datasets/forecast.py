@@ -1,0 +1,241 @@
+"""What requests will come to, told from a few of them: tokens, money and bytes, with bounds."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+
+from distill_datasets.money import Prices
+from distill_datasets.sampler import Message, Reply, Sampler, Sampling
+
+# A token of UTF-8 text has about four bytes; from code and rare scripts to English prose it has
+# between two and six, in today's tokenizers of large models.
+_BYTES_A_TOKEN = (6.0, 4.0, 2.0)
+_ERRORS = 2.0  # standard errors to either side
+_STORED = 320  # bytes of a request in the journal beside its texts: digest, its index, JSON
+_ROW = 200  # bytes of an answer's row beside its texts
+
+
+@dataclass(frozen=True)
+class Span:
+    """A number between two bounds; `expected` is None where nothing says what to expect."""
+
+    low: float
+    expected: float | None
+    high: float
+
+    @classmethod
+    def exactly(cls, value: float) -> "Span":
+        """A number that is known."""
+        return cls(value, value, value)
+
+    def __add__(self, other: "Span") -> "Span":
+        known = self.expected is not None and other.expected is not None
+        expected = (self.expected or 0) + (other.expected or 0) if known else None
+        return Span(self.low + other.low, expected, self.high + other.high)
+
+    def within(self, low: float, high: float) -> "Span":
+        """The same, no wider than these bounds."""
+        return Span(max(self.low, low), self.expected, min(self.high, high))
+
+
+def total(spans: Iterable[Span]) -> Span:
+    """Of all of them."""
+    return sum(spans, start=Span.exactly(0.0))
+
+
+def scaled(pairs: Sequence[tuple[float, float]], size: float, count: int) -> Span:
+    """What `count` things of this `size` in all come to, from pairs of size and amount.
+
+    By the ratio of amount to size, give or take two standard errors; of one pair the error is
+    not known, and the bounds are the widest.
+    """
+    ratio = sum(amount for _, amount in pairs) / max(sum(one for one, _ in pairs), 1e-9)
+    expected = ratio * size
+    if len(pairs) < 2:
+        return Span(0.0, expected, float("inf"))
+    strays = sum((amount - ratio * one) ** 2 for one, amount in pairs) / (len(pairs) - 1)
+    error = _ERRORS * sqrt(strays / len(pairs)) * count
+    return Span(max(expected - error, 0.0), expected, expected + error)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A request that was really made, and what came.
+
+    `size` is in bytes; `bought` says whether it was paid now, `expected` whether it was known
+    before anybody answered, which a judge's is not.
+    """
+
+    sampler: Sampler
+    size: int
+    reply: Reply
+    bought: bool
+    expected: bool
+
+
+def size_of(messages: Sequence[Message]) -> int:
+    """Bytes of the texts."""
+    return sum(len(message["content"].encode()) for message in messages)
+
+
+@dataclass
+class Planned:
+    """The requests that one model will get; `counted` pairs the sizes of some with their tokens."""
+
+    sampler: Sampler
+    requests: int = 0
+    size: int = 0
+    samples: int = 0
+    most_tokens: int = 0
+    counted: list[tuple[float, float]] = field(default_factory=list)
+
+    def add(self, messages: Sequence[Message], sampling: Sampling, *, count: bool) -> None:
+        """One request more, its tokens counted where the model has a tokenizer here."""
+        size = size_of(messages)
+        self.requests += 1
+        self.size += size
+        self.samples += sampling.n
+        self.most_tokens += sampling.n * sampling.max_tokens
+        if count and (counter := token_counter(self.sampler)):
+            self.counted.append((size, counter(messages)))
+
+    def prompt(self, heard: Sequence[Heard]) -> tuple[Span, str]:
+        """The prompts' tokens, and how they are known."""
+        if self.counted and len(self.counted) == self.requests:
+            return Span.exactly(sum(tokens for _, tokens in self.counted)), "counted"
+        if self.counted:
+            found = scaled(self.counted, self.size, self.requests)
+            return found, f"scaled from {len(self.counted):,} counted"
+        if heard:
+            pairs = [(float(one.size), float(one.reply.usage.prompt_tokens)) for one in heard]
+            found = scaled(pairs, self.size, self.requests)
+            return found.within(
+                self._guess.low, self._guess.high
+            ), f"scaled from {len(pairs)} asked"
+        return self._guess, "guessed from bytes"
+
+    def response(self, heard: Sequence[Heard]) -> Span:
+        """The responses' tokens, between one each and the most allowed."""
+        bounds = Span(self.samples, None, self.most_tokens)
+        if not heard:
+            return bounds
+        pairs = [(1.0, float(response_tokens(one.reply))) for one in heard]
+        return scaled(pairs, self.requests, self.requests).within(bounds.low, bounds.high)
+
+    @property
+    def _guess(self) -> Span:
+        low, expected, high = (self.size / ratio for ratio in _BYTES_A_TOKEN)
+        return Span(low, expected, high)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one model will be asked for and will cost, in what is left to ask."""
+
+    model: str
+    requests: int
+    prompt: Span
+    response: Span
+    source: str
+    cost: Span | None
+
+
+def load_of(planned: Planned, heard: Sequence[Heard], prices: Prices | None) -> Load:
+    """A model's load from its planned requests and those of it that were really made."""
+    prompt, source = planned.prompt(heard)
+    response = planned.response(heard)
+    share = _cached_share(heard)
+    cost = _stated(heard, planned.requests, prices) or _priced(
+        planned.sampler, prompt, response, share, prices
+    )
+    return Load(planned.sampler.model, planned.requests, prompt, response, source, cost)
+
+
+def follow_up(heard: Sequence[Heard], asked: int, left: int, prices: Prices | None) -> Load:
+    """The load of a model that nobody can plan for, a judge's: as in the rows that were asked."""
+    sampler, rate = heard[0].sampler, left / asked
+    requests = round(len(heard) * rate)
+    prompts = [(1.0, float(one.reply.usage.prompt_tokens)) for one in heard]
+    responses = [(1.0, float(response_tokens(one.reply))) for one in heard]
+    prompt = scaled(prompts, requests, requests).within(0, _doubled(prompts, requests))
+    response = scaled(responses, requests, requests).within(0, _doubled(responses, requests))
+    share = _cached_share(heard)
+    cost = _stated(heard, requests, prices) or _priced(sampler, prompt, response, share, prices)
+    source = f"as in the {asked} rows asked"
+    return Load(sampler.model, requests, prompt, response, source, cost)
+
+
+def response_tokens(reply: Reply) -> int:
+    """Of all samples."""
+    return sum(sample.tokens for sample in reply.samples)
+
+
+def disk_bytes(planned: Iterable[Planned], heard: Sequence[Heard], loads: Sequence[Load]) -> Span:
+    """What the journal and the answers will take: a response is in the first once, in them twice.
+
+    From tokens where no response was seen; a token has four bytes then, and two to six of them.
+    """
+    fixed, texts = 0.0, Span.exactly(0.0)
+    for one, load in zip(planned, loads, strict=False):
+        fixed += one.requests * _STORED + one.samples * _ROW
+        of_model = [each for each in heard if each.sampler.identity == one.sampler.identity]
+        pairs = [(1.0, float(_text_bytes(each.reply))) for each in of_model]
+        bound = one.most_tokens * _BYTES_A_TOKEN[1]
+        if pairs:
+            texts += scaled(pairs, one.requests, one.requests).within(0, bound)
+        else:
+            texts += Span(load.response.low, None, bound)
+    expected = None if texts.expected is None else fixed + 3 * texts.expected
+    return Span(fixed + 3 * texts.low, expected, fixed + 3 * texts.high)
+
+
+def token_counter(sampler: Sampler) -> Callable[[Sequence[Message]], int] | None:
+    """How a sampler's prompts are counted here, as its server would; None where nothing can.
+
+    Takes the chat format and the tokenizer of its connection; nothing is downloaded for others.
+    """
+    connection = getattr(sampler, "connection", None)
+    if connection is None:
+        return None
+
+    def count(messages: Sequence[Message]) -> int:
+        prompt = connection.renderer.build_generation_prompt([dict(one) for one in messages])
+        return int(prompt.length)
+
+    return count
+
+
+def _text_bytes(reply: Reply) -> int:
+    return sum(len(sample.text.encode()) for sample in reply.samples)
+
+
+def _doubled(pairs: Sequence[tuple[float, float]], requests: int) -> float:
+    return 2 * requests * max(amount for _, amount in pairs)
+
+
+def _cached_share(heard: Sequence[Heard]) -> float | None:
+    tokens = sum(one.reply.usage.prompt_tokens for one in heard)
+    return sum(one.reply.usage.cached_tokens for one in heard) / tokens if tokens else None
+
+
+def _stated(heard: Sequence[Heard], requests: int, prices: Prices | None) -> Span | None:
+    """What a provider that states its costs will take, where that is in the prices' currency."""
+    costs = [one.reply.usage.cost for one in heard]
+    if not costs or None in costs or (prices is not None and prices.currency != "USD"):
+        return None
+    pairs = [(1.0, float(cost or 0)) for cost in costs]
+    return scaled(pairs, requests, requests).within(0, _doubled(pairs, requests))
+
+
+def _priced(
+    sampler: Sampler, prompt: Span, response: Span, cached: float | None, prices: Prices | None
+) -> Span | None:
+    """By the price file: everything from the cache at best, and nothing at worst."""
+    if prices is None:
+        return None
+    price = prices.of(sampler.identity)
+    expected = None
+    if prompt.expected is not None and response.expected is not None:
+        expected = price.of(prompt.expected, prompt.expected * (cached or 0), response.expected)
+    low = price.of(prompt.low, prompt.low, response.low)
+    return Span(low, expected, price.of(prompt.high, 0, response.high))

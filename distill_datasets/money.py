@@ -1,0 +1,273 @@
+"""What answers cost: a dated price file, a count of what is bought, and a budget to stay under."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import date as Date
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+
+from distill_datasets.errors import BudgetReached, PriceError
+from distill_datasets.journal import Journal
+from distill_datasets.sampler import Message, Reply, Sampler, Sampling
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_PER = 1_000_000  # prices are for so many tokens
+_STATED = "USD"  # what providers state costs in
+_ROUNDING = 1 + 1e-9
+_FRAME = 16  # tokens that a chat format puts around a message
+_SEPARATORS = ("/", "@", " ", "|")  # between a reference and what else an identity names
+
+
+class Price(BaseModel):
+    """What a model takes for a million tokens; `batch` is the factor for a provider's batches.
+
+    Tokens read from a cache cost as much as others where no price for them is given. `prefill`
+    and `sample` are other names of `prompt` and `response`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: Annotated[float, Field(ge=0, validation_alias=AliasChoices("prompt", "prefill"))]
+    response: Annotated[float, Field(ge=0, validation_alias=AliasChoices("response", "sample"))]
+    cached: Annotated[float, Field(ge=0)] | None = None
+    batch: Annotated[float, Field(gt=0, le=1)] = 1.0
+    train: Annotated[float, Field(ge=0)] | None = None
+
+    def of(self, prompt: float, cached: float, response: float, *, batch: bool = False) -> float:
+        """What so many tokens cost; the `cached` ones are among those of the `prompt`."""
+        whole = (prompt - cached) * self.prompt + response * self.response
+        read = cached * (self.prompt if self.cached is None else self.cached)
+        return (whole + read) / _PER * (self.batch if batch else 1)
+
+
+class Prices(BaseModel):
+    """Prices of models by their references, and the day on which they were looked up."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    date: Date
+    currency: Annotated[str, Field(pattern="^[A-Z]{3}$")]
+    models: Mapping[str, Price]
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Prices":
+        """Read a YAML or JSON file; raises `PriceError` that names what is wrong in it."""
+        try:
+            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise PriceError(f"The price file {str(path)!r} can't be read: {error}") from error
+        if not isinstance(fields, Mapping):
+            raise PriceError(f"The price file {str(path)!r} holds no keys: {_EXPECTED}.")
+        try:
+            return cls(**fields)
+        except (ValidationError, TypeError) as error:
+            raise PriceError(_explain(error, path)) from error
+
+    def of(self, model: str) -> Price:
+        """The price of a model reference, or of an identity that begins with one.
+
+        Raises `PriceError` that names those in the file.
+        """
+        for name in sorted(self.models, key=len, reverse=True):
+            if model == name or (model.startswith(name) and model[len(name)] in _SEPARATORS):
+                return self.models[name]
+        near = get_close_matches(model, self.models, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise PriceError(
+            f"The price file names no price for {model!r}; it has {sorted(self.models)}.{hint} "
+            f"Add one under `models`: {_EXPECTED}."
+        )
+
+
+_EXPECTED = (
+    "expected `date: 2026-11-01`, `currency: USD` and "
+    "`models: {openai:name: {prompt: 2.5, cached: 0.25, response: 10.0}}`, for a million tokens"
+)
+
+
+class Meter:
+    """Counts what is spent, and keeps it under a budget.
+
+    Requests go as they come while the budget has room for the most that they could cost. Nearer
+    to its end, what is in flight is reckoned with at the dearest request of its model so far, and
+    is never much more than what is known: the budget is passed only by a request that costs more
+    than all before it. A provider's own statement of a cost stands before the price file, where
+    both are in dollars.
+    """
+
+    def __init__(self, prices: Prices | None = None, *, budget: float | None = None) -> None:
+        """Without `prices`, only replies whose provider states a cost can be counted."""
+        if budget is not None and not budget > 0:
+            raise PriceError(f"A budget is more than 0, found {budget!r}.")
+        self.prices, self.budget = prices, budget
+        self.spent = 0.0
+        self._dearest: dict[str, float] = {}
+        self._seen: Counter[str] = Counter()
+        self._in_flight: Counter[str] = Counter()
+        self._most_in_flight = 0.0
+        self._changed = asyncio.Event()
+
+    @property
+    def currency(self) -> str:
+        """Of everything this counts, in three letters."""
+        return self.prices.currency if self.prices else _STATED
+
+    @property
+    def priced_at(self) -> str | None:
+        """The day of the price file."""
+        return self.prices.date.isoformat() if self.prices else None
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no request fits into what is left, even once nothing is in flight."""
+        if self.budget is None:
+            return False
+        cheapest = min(self._dearest.values(), default=0.0)
+        return self.spent >= self.budget or self.spent + cheapest > self.budget * _ROUNDING
+
+    def check(self, models: Iterable[str]) -> None:
+        """Raises `PriceError` for the first model that the price file doesn't name."""
+        if self.prices:
+            for model in models:
+                self.prices.of(model)
+
+    def resume(self, journal: Journal) -> None:
+        """Count what a run's folder has bought before; answers that came with a release are free.
+
+        Costs about ten seconds for a million answers.
+        """
+        for identity, times, reply, batch in journal.bought():
+            self._add(identity, self.cost(identity, Reply.from_json(reply), batch=batch), times)
+
+    def cost(self, identity: str, reply: Reply, *, batch: bool = False) -> float:
+        """What one reply of a sampler cost; raises `PriceError` where nobody says so."""
+        stated = reply.usage.cost
+        if stated is not None and self.currency == _STATED:
+            return stated
+        if self.prices is None:
+            raise PriceError(
+                f"{identity!r} doesn't state what it costs, so nothing can be counted: name a "
+                f"price file with --prices ({_EXPECTED})."
+            )
+        usage, response = reply.usage, sum(sample.tokens for sample in reply.samples)
+        price = self.prices.of(identity)
+        return price.of(usage.prompt_tokens, usage.cached_tokens, response, batch=batch)
+
+    def statement(self, answers: Iterable["pa.Table"], journal: Journal) -> dict[str, Any]:
+        """What raw answers cost whoever paid for them; see `ledger.raw_answers`."""
+        amount = 0.0
+        for some in answers:
+            for row in some.to_pylist():
+                reply, batch = Reply.from_json(row["reply"]), journal.in_batch(row["digest"])
+                amount += self.cost(row["model"], reply, batch=batch)
+        return {"amount": amount, "currency": self.currency, "priced_at": self.priced_at}
+
+    def count(self, sampler: Sampler, reply: Reply) -> None:
+        """Add a reply that was just bought."""
+        # A sampler that buys in a provider's batches says so.
+        batch = getattr(sampler, "batch", False)
+        self._add(sampler.identity, self.cost(sampler.identity, reply, batch=batch))
+
+    @asynccontextmanager
+    async def room(
+        self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
+    ) -> AsyncIterator[None]:
+        """Wait until a request fits into the budget, and hold its place until it was counted.
+
+        Raises `BudgetReached` once none will fit, and `PriceError` before the first request to a
+        model without a price.
+        """
+        model = sampler.identity
+        if model not in self._seen:
+            self.check([model])
+        most = self._most(model, messages, sampling)
+        while not self._fits(model, most):
+            if self.exhausted or not self._in_flight:
+                raise BudgetReached(self._stopped())
+            await self._changed.wait()
+        self._in_flight[model] += 1
+        self._most_in_flight += most or 0.0
+        try:
+            yield
+        finally:
+            self._most_in_flight -= most or 0.0
+            self._in_flight[model] -= 1
+            if not self._in_flight[model]:
+                del self._in_flight[model]
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    def _add(self, identity: str, cost: float, times: int = 1) -> None:
+        self.spent += times * cost
+        self._seen[identity] += 1
+        self._dearest[identity] = max(cost, self._dearest.get(identity, 0.0))
+
+    def _most(self, model: str, messages: Sequence[Message], sampling: Sampling) -> float | None:
+        """The most that a request can cost, where the price file says so."""
+        if self.budget is None or self.prices is None:
+            return None
+        # No tokenizer makes more tokens than bytes; a chat format adds a few to a message.
+        prompt = sum(len(message["content"].encode()) + _FRAME for message in messages)
+        return self.prices.of(model).of(prompt, 0, sampling.n * sampling.max_tokens)
+
+    def _fits(self, model: str, most: float | None) -> bool:
+        if self.budget is None:
+            return True
+        if most is not None and self.spent + self._most_in_flight + most <= self.budget:
+            return True
+        known, flying = self._dearest, self._in_flight
+        held = self.spent + sum(known.get(name, 0.0) * count for name, count in flying.items())
+        if flying[model] > 2 * self._seen[model]:
+            return False
+        if model in known:
+            return held + known[model] <= self.budget * _ROUNDING
+        return held < self.budget
+
+    def _stopped(self) -> str:
+        return (
+            f"The budget of {self.budget:g} {self.currency} has no room for another request: "
+            f"{self.spent:.4g} {self.currency} are spent. Everything that was paid for is kept: "
+            "run again with a higher budget to go on."
+        )
+
+
+def open_meter(
+    prices: Prices | Path | str | None, *, budget: float | None, journal: Path
+) -> Meter | None:
+    """A meter that knows what the run of a journal has spent; None where nobody wants one."""
+    if prices is None and budget is None:
+        return None
+    known = Prices.load(prices) if isinstance(prices, (str, Path)) else prices
+    meter = Meter(known, budget=budget)
+    if journal.is_file():
+        with Journal(journal) as answers:
+            meter.resume(answers)
+    return meter
+
+
+def _explain(error: Exception, path: Path | str) -> str:
+    lines = [f"The price file {str(path)!r} can't be used; {_EXPECTED}:"]
+    problems: list[Any] = error.errors() if isinstance(error, ValidationError) else []
+    for problem in problems:
+        place = [str(part) for part in problem["loc"]]
+        where = ".".join(place)
+        if problem["type"] == "missing":
+            lines.append(f"  the key {where!r} is missing.")
+        elif problem["type"] == "extra_forbidden":
+            valid = list(Prices.model_fields if len(place) == 1 else Price.model_fields)
+            near = get_close_matches(place[-1], valid, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            lines.append(f"  unknown key {where!r}.{hint} Valid keys: {', '.join(valid)}.")
+        else:
+            found = json.dumps(problem["input"], default=str)
+            lines.append(f"  {where}: {problem['msg']} (found {found}).")
+    return "\n".join(lines or [str(error)])

@@ -1,0 +1,116 @@
+"""A few rows asked for real, to find out what the others will take."""
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill_datasets.asking import Answering, Asking
+from distill_datasets.buying import Buyer, Meter, run_apart
+from distill_datasets.errors import DistillError, RequestError
+from distill_datasets.forecast import Heard, size_of
+from distill_datasets.journal import Journal
+from distill_datasets.limits import Limits
+from distill_datasets.panel import asked_of
+from distill_datasets.progress import Progress
+from distill_datasets.sampler import Message, Reply, Sampler, Sampling, request_digest
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A row that was really asked; `seconds` is None where the journal had its answer."""
+
+    query: str
+    text: str | None
+    answer: str | None
+    problem: str | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The rows, and every request that they took."""
+
+    sampled: tuple[Sampled, ...]
+    heard: tuple[Heard, ...]
+
+
+def ask_some(
+    answering: Answering,
+    rows: Sequence[dict[str, Any]],
+    *,
+    journal: Path | None,
+    limits: Limits,
+    meter: Meter | None,
+) -> Trial:
+    """Ask rows of `query` and `reference` for real, which costs; answers go into the journal.
+
+    Without a `journal` they are kept nowhere. A row that fails is one with a problem; raises what
+    no row would escape.
+    """
+    with ExitStack() as stack:
+        path = journal or Path(stack.enter_context(tempfile.TemporaryDirectory()), "journal")
+        answers = stack.enter_context(Journal(path))
+        progress = stack.enter_context(Progress("sample", len(rows), meter=meter))
+        buyers = [_Listener(answers, progress, limits, meter) for _ in rows]
+
+        def stop() -> None:
+            for buyer in buyers:
+                buyer.stop()
+
+        sampled = run_apart(lambda: _ask_all(answering, rows, buyers), stop=stop)
+    return Trial(tuple(sampled), tuple(heard for buyer in buyers for heard in buyer.heard))
+
+
+def request_key(asking: Asking, query: str) -> str:
+    """Under which the journal has a teacher's answer to a query."""
+    return request_digest(asking.sampler.identity, asking.messages(query), asking.sampling)
+
+
+async def _ask_all(
+    answering: Answering, rows: Sequence[dict[str, Any]], buyers: "Sequence[_Listener]"
+) -> list[Sampled]:
+    asked = [_ask_one(answering, row, buyer) for row, buyer in zip(rows, buyers, strict=True)]
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    for one in found:
+        if isinstance(one, DistillError) and not isinstance(one, RequestError):
+            raise one
+    return [
+        one
+        if isinstance(one, Sampled)
+        else Sampled(row["query"], None, None, f"{type(one).__name__}: {one}", None)
+        for row, one in zip(rows, found, strict=True)
+    ]
+
+
+async def _ask_one(answering: Answering, row: dict[str, Any], buyer: "_Listener") -> Sampled:
+    query = row["query"]
+    buyer.expected = {request_key(asking, query) for asking in asked_of(answering, query)}
+    began = time.monotonic()
+    first, *_ = await answering.answer(query, buyer, row["reference"])
+    seconds = time.monotonic() - began if any(one.bought for one in buyer.heard) else None
+    buyer.progress.advance(1)
+    return Sampled(query, first.get("raw"), first.get("answer"), first.get("rejection"), seconds)
+
+
+class _Listener(Buyer):
+    """Buys for one row, and remembers what was asked and what came."""
+
+    def __init__(
+        self, journal: Journal, progress: Progress, limits: Limits, meter: Meter | None
+    ) -> None:
+        super().__init__(journal, progress, limits=limits, meter=meter)
+        self.heard: list[Heard] = []
+        self.expected: set[str] = set()
+
+    async def buy(self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling) -> Reply:
+        """Buy as ever."""
+        key = request_digest(sampler.identity, messages, sampling)
+        known = self.journal.entry(key) is not None
+        reply = await super().buy(sampler, messages, sampling)
+        self.heard.append(Heard(sampler, size_of(messages), reply, not known, key in self.expected))
+        return reply

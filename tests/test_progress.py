@@ -1,0 +1,144 @@
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from distill_datasets import progress
+from distill_datasets.progress import Progress
+
+
+@dataclass
+class Purse:
+    spent: float = 0.0
+    currency: str = "USD"
+
+
+class Clock:
+    """A time that passes only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def as_json() -> Iterator[None]:
+    progress.use("json")
+    yield
+    progress.use("line")
+
+
+def lines_of(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_plain_lines_come_at_the_start_every_five_seconds_and_at_the_end(clock: Clock) -> None:
+    stream = io.StringIO()
+    with Progress("generate", 100, stream=stream) as shown:
+        for _ in range(20):
+            clock.now += 0.5
+            shown.advance(5, tokens=10)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 4
+    assert lines[1] == "generate: 50/100 rows  10.0 rows/s  100 tokens  5 s, 5 s left"
+    assert lines[-1] == "generate: 100/100 rows  10.0 rows/s  200 tokens  10 s"
+
+
+@pytest.mark.usefixtures("as_json")
+def test_json_lines_say_everything_once_a_second_at_most(clock: Clock) -> None:
+    stream, purse = io.StringIO(), Purse()
+    with Progress("generate", 100, meter=purse, stream=stream) as shown:
+        for _ in range(8):
+            clock.now += 0.25
+            purse.spent += 0.5
+            shown.advance(0, tokens=30)
+            shown.advance(5, note="loss 1.5")
+    first, *middle, last = lines_of(stream)
+    assert (first["state"], first["done"], first["rate"], first["projected"]) == (
+        "started",
+        0,
+        None,
+        None,
+    )
+    assert [line["elapsed_seconds"] for line in middle] == [1.0, 2.0]
+    assert last == {
+        "title": "generate",
+        "state": "finished",
+        "done": 40,
+        "total": 100,
+        "unit": "rows",
+        "rate": 20.0,
+        "elapsed_seconds": 2.0,
+        "eta_seconds": 3.0,
+        "tokens": 240,
+        "spent": 4.0,
+        "projected": 10.0,
+        "currency": "USD",
+        "note": "loss 1.5",
+    }
+
+
+@pytest.mark.usefixtures("as_json")
+def test_work_that_ends_with_an_error_says_that_it_stopped() -> None:
+    stream = io.StringIO()
+    with pytest.raises(ValueError, match="no"), Progress("train", 3, stream=stream):
+        raise ValueError("no")
+    assert [line["state"] for line in lines_of(stream)] == ["started", "stopped"]
+
+
+def test_units_done_before_count_as_done_but_not_for_the_rate(clock: Clock) -> None:
+    stream = io.StringIO()
+    with Progress("train", 100, unit="steps", start=80, stream=stream) as shown:
+        clock.now += 10
+        shown.advance(10)
+        assert shown.state("running")["eta_seconds"] == 10
+    assert "90/100 steps  1.0 steps/s" in stream.getvalue()
+
+
+def test_rows_that_cost_nothing_do_not_lower_what_the_others_will_cost() -> None:
+    purse = Purse(spent=3.0)
+    with Progress("generate", 100, meter=purse, stream=io.StringIO()) as shown:
+        shown.advance(60)  # from the journal
+        assert shown.projected is None
+        for _ in range(20):
+            purse.spent += 0.05
+            shown.advance(0, tokens=1)
+            shown.advance(1)
+        assert shown.projected == pytest.approx(3.0 + 40 * 0.05)
+        shown.advance(20)
+        assert shown.projected == purse.spent
+
+
+def test_a_terminal_shows_what_is_spent_and_what_it_will_come_to(clock: Clock) -> None:
+    stream, purse = Terminal(), Purse()
+    with Progress("generate", 10, meter=purse, stream=stream) as shown:
+        purse.spent = 0.0125
+        shown.advance(0)
+        clock.now += 1
+        shown.advance(5)
+    assert "0.0125 of about 0.0250 USD" in stream.getvalue()
+
+
+def test_without_prices_nothing_is_said_about_money(clock: Clock) -> None:
+    stream = io.StringIO()
+    with Progress("generate", 10, stream=stream) as shown:
+        clock.now += 6
+        shown.advance(5)
+    assert "USD" not in stream.getvalue()
