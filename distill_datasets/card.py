@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets import resources
 from distill_datasets.kept_card import keep, markers, side_config, size_category, written_card
 from distill_datasets.model_metadata import model_metadata
+from distill_datasets.progress import amount_text
 from distill_datasets.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def dataset_card(
     `written_before`, what people wrote is kept: the text outside the two marker comments, and the
     metadata that differs from the `previous` release's `card_metadata`.
     """
-    facts = {"repo": None, "config": "default", "history": [], **manifest}
+    facts = {"repo": None, "config": "default", "history": [], "panel": None, **manifest}
     text = _fill("dataset.md", {**facts, "recipe": recipe, "example": example})
     begin, end = markers(facts["config"])
     metadata = {**card_metadata(manifest["splits"], recipe), **layout}
@@ -99,7 +100,7 @@ def model_card(
         "training": {key: value for key, value in _flat(training) if key not in _NOT_SHOWN},
         "dataset": {"rows": None, "revision": None, **(report or training)["dataset"]},
         "base": base,
-        "teacher": systems["teacher"]["model"] if report else recipe and recipe.teacher,
+        "teacher": systems["teacher"]["model"] if report else recipe and recipe.teacher_name,
         "published": published,
         "comparison": report_markdown(report).strip() if report else None,
     }
@@ -160,6 +161,7 @@ def _environment() -> "Environment":
         json=lambda value: json.dumps(value, ensure_ascii=False, indent=2),
         count="{:,}".format,
         tenths="{:,.1f}".format,
+        amount=amount_text,
         measured=_measured,
         side=side_config,
     )

@@ -13,11 +13,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets.answers import stream
 from distill_datasets.errors import DatasetError
 from distill_datasets.fingerprints import FINGERPRINTS, Fingerprints, read_fingerprints
 from distill_datasets.recipe import Recipe
 from distill_datasets.sampler import digest
-from distill_datasets.schema import rejected_features, release_features
+from distill_datasets.schema import failure_content, rejected_features, release_features
+from distill_datasets.shares import Joined
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,15 +34,21 @@ _TAKEN_NAMES = ("all", REJECTED)
 
 
 def answered_contents(
-    answers: "Dataset", recipe: Recipe
+    answers: "Dataset | Joined", recipe: Recipe
 ) -> Iterator[tuple[tuple[str, ...], "pa.Table"]]:
     """The rows of a release, made from answers.
 
     Raises `DatasetError` for a row that no release can hold.
     """
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    for rows in _batches(answers):
+    for rows in answers.stream() if isinstance(answers, Joined) else stream(answers):
+        if pa.types.is_string(rows["error"].type):
+            raise DatasetError(
+                "The answers were written by an earlier version: expected `error` with a type, "
+                "found a text. Run `generate` again: it asks for nothing that is in the journal."
+            )
         usable = pc.and_(pc.is_null(rows["rejection"]), pc.is_null(rows["error"]))
         kept, dropped = rows.filter(usable), rows.filter(pc.invert(usable))
         _check(kept)
@@ -49,7 +57,7 @@ def answered_contents(
             rows_of_split = kept.filter(pc.equal(kept["split"], split))
             yield ("train", "test") if twice else (split,), _released(rows_of_split, recipe)
         if len(dropped):
-            schema = rejected_features().arrow_schema
+            schema = rejected_features(recipe.evidence).arrow_schema
             yield (REJECTED,), dropped.select(schema.names).cast(schema)
 
 
@@ -61,23 +69,6 @@ def published_contents(release: Path) -> Iterator[tuple[tuple[str, ...], "pa.Tab
     for path in sorted([*release.glob("data/*.parquet"), *release.glob("rejected/*.parquet")]):
         for batch in ParquetFile(path).iter_batches(_ROWS_PER_BATCH):
             yield (path.name.split("-")[0],), pa.Table.from_batches([batch])
-
-
-def _batches(answers: "Dataset") -> Iterator["pa.Table"]:
-    """The rows in their order, a few at a time and without mapping the files into memory.
-
-    Mapped pages count as this process's memory until the system takes them back.
-    """
-    import pyarrow as pa
-
-    if answers._indices is not None or not answers.cache_files:
-        yield from answers.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH)
-        return
-    for file in answers.cache_files:
-        with pa.OSFile(file["filename"]) as source, pa.ipc.open_stream(source) as stream:
-            for batch in stream:
-                for start in range(0, len(batch), _ROWS_PER_BATCH):
-                    yield pa.Table.from_batches([batch.slice(start, _ROWS_PER_BATCH)])
 
 
 def _check(kept: "pa.Table") -> None:
@@ -98,7 +89,7 @@ def _check(kept: "pa.Table") -> None:
 def _released(kept: "pa.Table", recipe: Recipe) -> "pa.Table":
     import pyarrow as pa
 
-    schema = release_features().arrow_schema
+    schema = release_features(recipe.evidence).arrow_schema
     pairs = zip(kept["query"].to_pylist(), kept["response"].to_pylist(), strict=True)
     messages = [
         [*recipe.student_messages(query), {"role": "assistant", "content": response}]
@@ -196,10 +187,14 @@ def fingerprints_of(release: Path) -> Fingerprints:
 
 
 def _content(row: dict[str, Any]) -> list[Any]:
-    """What a row says. How much of the prompt a server had in its cache is no part of that: it
-    differs from run to run over the same answers.
+    """What a row says. How much of the prompt a server had in its cache is no part of that, nor
+    how often a failed row was asked: both differ from run to run.
     """
-    return [value for name, value in row.items() if name != "teacher_cached_tokens"]
+    return [
+        failure_content(value) if name == "error" else value
+        for name, value in row.items()
+        if name != "teacher_cached_tokens"
+    ]
 
 
 def _line(values: list[Any]) -> bytes:

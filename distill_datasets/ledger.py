@@ -1,14 +1,15 @@
 """The raw answers that a release carries, so that nobody pays for them a second time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.journal import Journal
 from distill_datasets.pinned import find_release
 from distill_datasets.recipe import Recipe
-from distill_datasets.sampler import Reply, request_digest
+from distill_datasets.sampler import Reply, Sampling, request_digest
 from distill_datasets.shards import Shards, Size
 
 if TYPE_CHECKING:
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 LEDGER = "ledger"
 _COLUMNS = ("digest", "model", "reply")
 _ROWS_PER_BATCH = 1_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """Answer rows, and the journal that holds what they were read from."""
+
+    rows: "Dataset"
+    journal: Path
 
 
 def ledger_features() -> "Features":
@@ -31,21 +40,31 @@ def ledger_features() -> "Features":
 
 
 def write_ledger(
-    folder: Path, journal: Path, rows: "Dataset", recipe: Recipe, identity: str
+    folder: Path, sources: Iterable[Source], recipe: Recipe, generation: Mapping[str, Any]
 ) -> dict[str, Size]:
-    """Write what the `journal` holds of these answer rows to `folder/ledger`, in their order.
+    """Write what each source's journal holds of its rows to `folder/ledger`, in their order.
 
-    Returns the size by the part's name, or nothing where the journal has none of the answers.
+    `generation` says who was asked. Returns the size by the part's name, or nothing where the
+    journals have none of the answers.
     """
-    with Journal(journal) as answers:
-        entries = _entries(answers, rows, recipe, identity)
-        if (first := next(entries, None)) is None:
-            return {}
-        shards = Shards(folder / LEDGER, LEDGER, ledger_features().arrow_schema)
-        shards.add(first)
-        for more in entries:
-            shards.add(more)
+    entries = raw_answers(sources, recipe, generation)
+    if (first := next(entries, None)) is None:
+        return {}
+    shards = Shards(folder / LEDGER, LEDGER, ledger_features().arrow_schema)
+    shards.add(first)
+    for more in entries:
+        shards.add(more)
     return {LEDGER: shards.close()}
+
+
+def raw_answers(
+    sources: Iterable[Source], recipe: Recipe, generation: Mapping[str, Any]
+) -> Iterator["pa.Table"]:
+    """What the sources' journals hold of their rows, each answer once; see `ledger_features`."""
+    seen: set[bytes] = set()
+    for source in sources:
+        with Journal(source.journal) as journal:
+            yield from _entries(journal, _requests(source.rows, recipe, generation), seen)
 
 
 def restore(release: Path, journal: Journal) -> int:
@@ -69,19 +88,49 @@ def replay(source: Path | str, out: Path | str, *, config: str | None = None) ->
         return restore(release.path, journal)
 
 
+def ledger_digests(source: Path | str, *, config: str | None = None) -> set[str]:
+    """The requests whose answers `replay` would bring; empty for one without a ledger."""
+    release = find_release(source, (LEDGER,), config)
+    batches = _batches(release.path) if release else ()
+    return {digest for _, batch in batches for digest in batch["digest"].to_pylist()}
+
+
+def _requests(
+    rows: "Dataset", recipe: Recipe, generation: Mapping[str, Any]
+) -> Iterator[list[str]]:
+    """The digests of what was asked for the rows, a batch of rows at a time."""
+    asked = _asked(recipe, generation)
+    columns = rows.select_columns(["query", "sample", "requests"])
+    for batch in columns.iter(batch_size=_ROWS_PER_BATCH):
+        found: list[str] = []
+        for query, sample, requests in zip(*batch.values(), strict=True):
+            if requests:
+                found += requests
+            elif not sample:  # the samples of one query came with one request
+                messages = recipe.messages(query)
+                found += [request_digest(identity, messages, how) for identity, how in asked]
+        yield found
+
+
+def _asked(recipe: Recipe, generation: Mapping[str, Any]) -> Sequence[tuple[str, Sampling]]:
+    """Whose answers a row may have that doesn't say it: of one teacher, or of a row that failed."""
+    panel = generation.get("panel")
+    if panel is None:
+        return [(generation["identity"], recipe.sampling_parameters)]
+    identities = [teacher["identity"] for teacher in panel["teachers"]]
+    sampling = [recipe.sampling_of(teacher) for teacher in recipe.all_teachers]
+    return list(zip(identities, sampling, strict=True))
+
+
 def _entries(
-    journal: Journal, rows: "Dataset", recipe: Recipe, identity: str
+    journal: Journal, requests: Iterable[list[str]], seen: set[bytes]
 ) -> Iterator["pa.Table"]:
     import pyarrow as pa
 
-    schema, sampling = ledger_features().arrow_schema, recipe.sampling_parameters
-    seen: set[bytes] = set()
-    for batch in rows.select_columns(["query", "sample"]).iter(batch_size=_ROWS_PER_BATCH):
+    schema = ledger_features().arrow_schema
+    for batch in requests:
         found = []
-        for query, sample in zip(batch["query"], batch["sample"], strict=True):
-            if sample:
-                continue  # the samples of one query came with one request
-            key = request_digest(identity, recipe.messages(query), sampling)
+        for key in batch:
             entry = None if bytes.fromhex(key) in seen else journal.entry(key)
             if entry is not None:
                 seen.add(bytes.fromhex(key))

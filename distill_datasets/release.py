@@ -1,7 +1,7 @@
 """Answers become a release: a folder that `datasets` reads and the Hub can hold."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +17,7 @@ from distill_datasets.contents import (
 )
 from distill_datasets.errors import DatasetError, OutputError, VersionError
 from distill_datasets.fingerprints import FINGERPRINTS, RowChanges
-from distill_datasets.ledger import LEDGER, ledger_features, write_ledger
+from distill_datasets.ledger import LEDGER, Source, ledger_features, write_ledger
 from distill_datasets.manifest import (
     MANIFEST,
     Part,
@@ -30,6 +30,7 @@ from distill_datasets.recipe import Recipe, load_recipe
 from distill_datasets.replacement import recover, replacing
 from distill_datasets.schema import answer_features, rejected_features, release_features
 from distill_datasets.shards import Shards
+from distill_datasets.shares import Joined, find_parts, join_parts, join_summaries
 from distill_datasets.versions import FIRST, Change, check_version, difference, following, history
 
 if TYPE_CHECKING:
@@ -60,11 +61,11 @@ class Release:
 class _Answers:
     """What a run has to offer: rows, how they were made, the recipe, and one look at it all."""
 
-    rows: "Dataset"
+    rows: "Dataset | Joined"
     generation: Mapping[str, Any]
     recipe: Recipe
     survey: Survey
-    journal: Path | None
+    sources: Sequence[Source]
 
     @property
     def digest(self) -> str:
@@ -72,7 +73,7 @@ class _Answers:
 
 
 def publish(
-    run: Path | str,
+    run: Path | str | Sequence[Path | str],
     *,
     out: Path | str | None = None,
     version: str | None = None,
@@ -80,6 +81,8 @@ def publish(
 ) -> Release:
     """Write a run's answers as a release (default: `run/release`).
 
+    A run in parts is the folder of its parts, or all the folders that hold some: every part must
+    be there, and the release is the one that the run would have made in one piece.
     `version` is x.y.z. Without one it follows the version that lies in `out` already: major if
     the columns, the prompt or the response format changed, minor if the rows did, patch if only
     the card did; the first is 1.0.0. The new release takes the old one's place in `out`. Nothing
@@ -89,11 +92,12 @@ def publish(
     `generate` again first to ask for it. The raw answers go into the config `ledger`, for others
     to run the recipe without paying again; `ledger=False` leaves them out.
     """
-    folder = Path(out) if out is not None else Path(run) / "release"
+    runs = [Path(run)] if isinstance(run, (str, Path)) else [Path(one) for one in run]
+    folder = _release_folder(runs, out)
     published = _published(folder)
     if version is not None:
         check_version(version)
-    answers = _load_answers(Path(run), ledger)
+    answers = _load_answers(find_parts(runs), ledger)
     old = read_manifest(folder) if published else None
     facts = _facts(answers, old)
     change = difference(old, facts, lambda: _row_changes(folder, answers)) if old else None
@@ -131,20 +135,23 @@ def load_release(path: Path | str) -> Release:
         ) from error
 
 
-def _load_answers(run: Path, ledger: bool) -> _Answers:
-    from datasets import Dataset, load_from_disk
+def _release_folder(runs: Sequence[Path], out: Path | str | None) -> Path:
+    if out is None and len(runs) != 1:
+        raise OutputError("A release of several folders needs a place: name it with `out`.")
+    return Path(out) if out is not None else runs[0] / "release"
 
-    folder = run / "answers"
-    if not (folder / "generation.json").is_file():
-        raise DatasetError(
-            f"{str(run)!r} has no answers: expected {folder / 'generation.json'}. Run `generate` "
-            "first, or name the folder that it wrote."
-        )
-    generation = json.loads((folder / "generation.json").read_text(encoding="utf-8"))
+
+def _load_answers(parts: Sequence[Path], ledger: bool) -> _Answers:
+    from datasets import load_from_disk
+
+    folder = parts[0] / "answers"
     recipe = load_recipe(folder)
-    rows = load_from_disk(str(folder))
-    assert isinstance(rows, Dataset)
-    _check(rows, generation, recipe, folder)
+    each = [load_from_disk(str(part / "answers")) for part in parts]
+    summaries = [_summary(part / "answers") for part in parts]
+    generation = summaries[0] if len(parts) == 1 else join_summaries(parts, summaries)
+    for part, some, summary in zip(parts, each, summaries, strict=True):
+        _check(some, summary, recipe, part / "answers")
+    rows = each[0] if len(parts) == 1 else join_parts(parts, each)
     found = survey(answered_contents(rows, recipe))
     if not found.splits:
         reasons = dict(found.rejected) | ({"failed": found.errors} if found.errors else {})
@@ -152,9 +159,14 @@ def _load_answers(run: Path, ledger: bool) -> _Answers:
             f"{str(folder)!r} has nothing to publish: none of its {len(rows)} rows can be used "
             f"({reasons}). Look at its `raw` and `error` columns, then mend the recipe."
         )
-    journal = run / "journal.sqlite"
-    kept = journal if ledger and journal.is_file() else None
+    journals = [(rows, part / "journal.sqlite") for rows, part in zip(each, parts, strict=True)]
+    kept = [Source(*source) for source in journals if ledger and source[1].is_file()]
     return _Answers(rows, generation, recipe, found, kept)
+
+
+def _summary(answers: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((answers / "generation.json").read_text(encoding="utf-8"))
+    return summary
 
 
 def _check(rows: "Dataset", generation: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
@@ -210,7 +222,7 @@ def _write(
     parts = _write_rows(building, answers)
     answers.survey.fingerprints.write(building / FINGERPRINTS)
     manifest = {**facts, "history": history(old, facts)}
-    if answers.journal:
+    if answers.sources:
         manifest["ledger"] = parts[LEDGER].sizes[LEDGER].rows if LEDGER in parts else 0
     answers.recipe.dump(building / "recipe")
     (building / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
@@ -226,7 +238,8 @@ def _write(
 
 
 def _write_rows(building: Path, answers: _Answers) -> dict[str, Part]:
-    released, rejected = release_features(), rejected_features()
+    evidence = answers.recipe.evidence
+    released, rejected = release_features(evidence), rejected_features(evidence)
     splits = answers.survey.splits
     shards = {name: Shards(building / "data", name, released.arrow_schema) for name in splits}
     if answers.survey.rows[REJECTED]:
@@ -238,9 +251,8 @@ def _write_rows(building: Path, answers: _Answers) -> dict[str, Part]:
     written = {"default": Part("data", released, {name: sizes[name] for name in splits})}
     if REJECTED in sizes:
         written[REJECTED] = Part(REJECTED, rejected, {REJECTED: sizes[REJECTED]})
-    if answers.journal:
-        identity = answers.generation["identity"]
-        found = write_ledger(building, answers.journal, answers.rows, answers.recipe, identity)
+    if answers.sources:
+        found = write_ledger(building, answers.sources, answers.recipe, answers.generation)
         if found:
             written[LEDGER] = Part(LEDGER, ledger_features(), found)
     return written
@@ -255,15 +267,17 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None) -> dict[str, Any]:
         "recipe_digest": recipe.digest,
         "content_digest": answers.digest,
         **{key: generation[key] for key in ("teacher", "identity", "renderer", "sampling")},
+        **({"panel": generation["panel"]} if generation.get("panel") else {}),
         "prompt_sha256": sha256(recipe.prompt.encode()).hexdigest(),
-        "columns": columns(release_features()),
+        "columns": columns(release_features(recipe.evidence)),
         "splits": found.splits,
         "kept": found.kept,
         "rejected": dict(sorted(found.rejected.items())),
         "errors": found.errors,
-        "ledger": (known or 0) if answers.journal else None,
+        "ledger": (known or 0) if answers.sources else None,
         "references": found.references,
         "tokens": generation["tokens"],
+        "cost": generation.get("cost"),
         "mean_prompt_tokens": found.mean_prompt_tokens,
         "created": generation["created"],
         "versions": generation["versions"],

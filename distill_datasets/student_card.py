@@ -125,13 +125,18 @@ def _public_training(trained: Trained, base: Base, recipe: Recipe | None) -> dic
 def _public_report(report: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:
     systems = {role: dict(system) for role, system in report["systems"].items()}
     systems["base"]["model"] = training["student"]
-    teacher = str(systems["teacher"]["model"])
-    if teacher.startswith("embedded:"):
-        systems["teacher"]["model"] = f"embedded:{Path(teacher.removeprefix('embedded:')).name}"
+    # Several teachers are one text, of which each may name a folder.
+    teachers = str(systems["teacher"]["model"]).split(" + ")
+    systems["teacher"]["model"] = " + ".join(map(_public_model, teachers))
     dataset = {**report["dataset"], "path": training["dataset"]["path"]}
     if on_hub := dataset_on_hub(training):
         dataset |= {"path": on_hub[0], "revision": on_hub[1]}
     return {**report, "systems": systems, "dataset": dataset}
+
+
+def _public_model(model: str) -> str:
+    local = model.startswith("embedded:")
+    return f"embedded:{Path(model.removeprefix('embedded:')).name}" if local else model
 
 
 def _ties_embeddings(base: Base) -> bool:

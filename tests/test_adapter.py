@@ -134,7 +134,7 @@ def report(run: Path) -> dict[str, Any]:
         "n": 40,
         "systems": {
             "base": system(f"embedded:{run}/tiny", 0.2),
-            "teacher": system("pocket", 0.9),
+            "teacher": system(f"pocket + embedded:{run}/large", 0.9),
             "student": system(best["sampler"], 0.8),
         },
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Value, load_dataset
 from huggingface_hub import DatasetCard
 from pyarrow.parquet import ParquetFile, read_table
 
@@ -56,6 +56,8 @@ def answer(number: int, **changes: Any) -> dict[str, Any]:
         "answer": "en",
         "response": "en",
     }
+    if isinstance(error := changes.get("error"), str):
+        changes["error"] = {"type": "failed", "status": 500, "message": error, "attempts": 3}
     return {name: {**row, **changes}.get(name) for name in answer_features()}
 
 
@@ -165,7 +167,8 @@ def test_errors_are_rejected_rows_with_their_error(tmp_path: Path, recipe: Recip
     release = publish(write_run(tmp_path / "run", rows, recipe))
     table = read_table(release.path / "rejected").to_pylist()
     assert release.rejected == 2
-    assert [row["error"] for row in table] == ["refused by the filter", None]
+    refused = {"type": "failed", "status": 500, "message": "refused by the filter", "attempts": 3}
+    assert [row["error"] for row in table] == [refused, None]
     manifest = json.loads((release.path / "manifest.json").read_text("utf-8"))
     assert (manifest["kept"], manifest["rejected"], manifest["errors"]) == (1, {"empty": 1}, 1)
 
@@ -337,7 +340,7 @@ def test_the_digest_depends_on_neither_time_nor_machine_nor_files(
 ) -> None:
     rows = [answer(number) for number in range(30)]
     first = publish(write_run(tmp_path / "one", rows, recipe))
-    monkeypatch.setattr("distill_datasets.contents._ROWS_PER_BATCH", 7)
+    monkeypatch.setattr("distill_datasets.answers._ROWS_PER_BATCH", 7)
     monkeypatch.setattr(shards, "_ROW_GROUP_BYTES", 100)
     monkeypatch.setattr(shards, "_SHARD_BYTES", 400)
     later = {"created": "2031-01-01", "versions": {"datasets": "9.0"}, "identity": "elsewhere"}
@@ -367,6 +370,23 @@ def test_what_a_server_had_in_its_cache_is_no_content(recipe: Recipe) -> None:
         for cached in (0, 700)
     }
     assert len(digests) == 1
+
+
+def test_how_often_a_row_was_asked_is_no_part_of_the_digest(recipe: Recipe) -> None:
+    digests = set()
+    for attempts in (1, 5):
+        error = {"type": "server error", "status": 500, "message": "no", "attempts": attempts}
+        rows = Dataset.from_list([answer(0, error=error)], features=answer_features())
+        digests.add(survey(answered_contents(rows, recipe)).digest(recipe.digest))
+    assert len(digests) == 1
+
+
+def test_answers_of_an_earlier_version_have_to_be_generated_again(recipe: Recipe) -> None:
+    features = answer_features()
+    features["error"] = Value("string")
+    rows = Dataset.from_list([{**answer(0), "error": "TimeoutError: too slow"}], features=features)
+    with pytest.raises(DatasetError, match="Run `generate` again"):
+        list(answered_contents(rows, recipe))
 
 
 CONTENT = [name for name in release_features() if name != "teacher_cached_tokens"]

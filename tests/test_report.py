@@ -374,7 +374,9 @@ class Opener:
     def __init__(self) -> None:
         self.opened: list[tuple[str, str | None]] = []
 
-    def __call__(self, reference: str | Path, *, renderer: str | None = None) -> Lexicon:
+    def __call__(
+        self, reference: str | Path, *, renderer: str | None = None, stream: bool = False
+    ) -> Lexicon:
         self.opened.append((str(reference), renderer))
         if Path(reference).is_dir():
             return student()

@@ -1,99 +1,263 @@
-"""`generate` against a bare `asyncio.gather` with a semaphore, on the same latencies.
+"""`generate` against a bare `aiohttp` loop and a plain `datasets.map`, on one loopback endpoint.
 
-    python -m tests.benchmarks.generation [--rows 10000] [--concurrency 1000] [--runs 3]
+    python -m tests.benchmarks.generation [--only throughput --only limit] [--runs 3]
 
-The sampler sleeps a log-normal time (mean 0.5 s, capped at 3 s). Both sides call the same sampler
-for the same queries; `generate` also renders, journals, parses and writes its folder.
+Every client runs as a process of its own; wall time, processor time and peak memory are of all of
+it, start-up included. Rows a second are those of the work alone. Each scenario prints its bars.
 """
 
 import argparse
-import asyncio
 import json
-import math
-import random
-import resource
+import os
+import signal
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distill_datasets.generation import generate
-from distill_datasets.recipe import load_recipe
-from distill_datasets.sampler import Message, Reply, Sample, Sampling, Usage
+from tests.benchmarks.clients import CLIENTS
+from tests.benchmarks.endpoint import Faults, Served, serve
 
 
-@dataclass
-class LogNormal:
-    """Answers after a latency that depends on the query alone."""
+@dataclass(frozen=True)
+class Options:
+    """The size of the work, and how often the throughput is measured."""
 
-    mean: float = 0.5
-    cap: float = 3.0
-    model: str = "log-normal"
-    identity: str = "log-normal"
-
-    async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
-        """Sleep, then answer."""
-        query = messages[-1]["content"]
-        draw = random.Random(query).lognormvariate(math.log(self.mean) - 0.5, 1.0)
-        await asyncio.sleep(min(draw, self.cap))
-        return Reply((Sample("colour red", "stop", 3),), Usage(100, 90))
+    rows: int
+    concurrency: int
+    timeout: float
+    runs: int
 
 
-async def gather(queries: Sequence[str], sampler: LogNormal, concurrency: int) -> float:
-    """Seconds that a bare gather takes."""
-    turn = asyncio.Semaphore(concurrency)
+@dataclass(frozen=True)
+class Run:
+    """What became of one client's process; None where it broke off."""
 
-    async def one(query: str) -> Reply:
-        async with turn:
-            return await sampler.sample([{"role": "user", "content": query}], Sampling())
+    wall: float
+    cpu: float
+    peak: float
+    seconds: float | None
+    rows: int | None
+    errors: str
 
-    began = time.perf_counter()
-    await asyncio.gather(*(one(query) for query in queries))
-    return time.perf_counter() - began
+    @property
+    def a_second(self) -> float:
+        """Rows."""
+        return (self.rows or 0) / self.seconds if self.seconds else 0.0
 
 
-def write_recipe(folder: Path, queries: Sequence[str]) -> Path:
-    """A recipe over these queries."""
-    folder.mkdir()
-    (folder / "recipe.yaml").write_text(
-        "name: bench\ndescription: A benchmark.\nteacher: none\nqueries: {file: queries.jsonl}\n"
-        "answer: {pattern: 'colour (?P<answer>\\w+)'}\n"
+def start(
+    client: str, served: Served, folder: Path, options: Options, rows: int
+) -> "subprocess.Popen[str]":
+    """A client's process, in a group of its own."""
+    folder.mkdir(exist_ok=True)
+    sizes = {"rows": rows, "concurrency": options.concurrency, "timeout": options.timeout}
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "tests.benchmarks.clients", client),
+            *("--url", served.url, "--folder", str(folder)),
+            *(f"--{name}={value}" for name, value in sizes.items()),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+        env={**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"},
     )
-    (folder / "prompt.md").write_text("Name the colour. " * 40)
-    rows = "\n".join(json.dumps({"query": query}) for query in queries)
-    (folder / "queries.jsonl").write_text(rows)
-    return folder
 
 
-def main() -> None:
-    """Print seconds and the ratio of each run."""
+def run(
+    client: str, served: Served, folder: Path, options: Options, rows: int | None = None
+) -> Run:
+    """Let a client do its work, and measure its process."""
+    began = time.perf_counter()
+    process = start(client, served, folder, options, rows or options.rows)
+    said, errors = process.communicate()
+    return _measured(process, began, said, errors)
+
+
+def _measured(process: "subprocess.Popen[str]", began: float, said: str, errors: str) -> Run:
+    wall = time.perf_counter() - began
+    found = json.loads(said.splitlines()[-1]) if process.returncode == 0 else {}
+    usage = found.get("usage", {"cpu": 0.0, "peak": 0.0})
+    return Run(wall, usage["cpu"], usage["peak"], found.get("seconds"), found.get("rows"), errors)
+
+
+def bar(name: str, found: float, limit: float, unit: str = "", *, least: bool = False) -> bool:
+    """Print one bar, and whether it is passed."""
+    passed = found >= limit if least else found <= limit
+    sign = ">=" if least else "<="
+    verdict = "PASS" if passed else "FAIL"
+    print(f"  {verdict}  {name}: {found:,.2f}{unit} (bar: {sign} {limit:,.2f}{unit})", flush=True)
+    return passed
+
+
+def throughput(options: Options) -> bool:
+    """Rows a second, processor time and memory of all three, and a second run of each."""
+    print("client         rows/s   wall s  start s  CPU ms/row  peak MB   again s  requests")
+    found: dict[str, list[Run]] = {client: [] for client in CLIENTS}
+    again: dict[str, list[tuple[float, int]]] = {client: [] for client in CLIENTS}
+    for _ in range(options.runs):
+        for client in CLIENTS:
+            with serve() as served, tempfile.TemporaryDirectory() as scratch:
+                one = run(client, served, Path(scratch), options)
+                before = served.stats()["requests"]
+                second = run(client, served, Path(scratch), options)
+                found[client].append(one)
+                again[client].append((second.wall, served.stats()["requests"] - before))
+    for client, runs in found.items():
+        one = sorted(runs, key=lambda run: run.a_second)[len(runs) // 2]
+        wall, requests = sorted(again[client])[len(runs) // 2]
+        start_up = one.wall - (one.seconds or 0.0)
+        print(
+            f"{client:<13}{one.a_second:>8,.0f}{one.wall:>9.2f}{start_up:>9.2f}"
+            f"{one.cpu / options.rows * 1e3:>12.2f}{one.peak:>9.0f}{wall:>10.2f}{requests:>10}"
+        )
+    ratios = [
+        ours.a_second / bare.a_second
+        for ours, bare in zip(found["ours"], found["aiohttp"], strict=True)
+    ]
+    middle = statistics.median
+    return all(
+        [
+            bar("rows/s against bare aiohttp", middle(ratios), 0.90, least=True),
+            bar("CPU per row", middle(one.cpu for one in found["ours"]) / options.rows * 1e3, 0.6,
+                " ms"),
+            bar("peak memory", max(one.peak for one in found["ours"]), 200, " MB"),
+            bar("second run", middle(wall for wall, _ in again["ours"]), 1.5, " s"),
+            bar("requests of the second run", max(count for _, count in again["ours"]), 0),
+        ]
+    )  # fmt: skip
+
+
+def killed(options: Options) -> bool:
+    """`kill -9` after half of the answers, then the same command again."""
+    passed = True
+    for client in CLIENTS:
+        with serve() as served, tempfile.TemporaryDirectory() as scratch:
+            process = start(client, served, Path(scratch), options, options.rows)
+            while served.stats()["answered"] < options.rows // 2:
+                time.sleep(0.02)
+            stats = served.stats()
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            again = run(client, served, Path(scratch), options)
+            twice = served.stats()["sold_twice"]
+        print(f"{client}: {stats['answered']} answered, {stats['in_flight']} in flight at the "
+              f"kill; then {again.rows} rows")  # fmt: skip
+        if client == "ours":
+            passed = bar("bought twice, at most in flight", twice, options.concurrency)
+            passed &= bar("rows after the second run", again.rows or 0, options.rows, least=True)
+        else:
+            print(f"        bought twice: {twice}")
+    return passed
+
+
+def growth(options: Options) -> bool:
+    """A twentieth of the queries more, after all were answered."""
+    more, passed = options.rows + options.rows // 20, True
+    for client in CLIENTS:
+        with serve() as served, tempfile.TemporaryDirectory() as scratch:
+            run(client, served, Path(scratch), options)
+            before = served.stats()["requests"]
+            grown = run(client, served, Path(scratch), options, more)
+            requests = served.stats()["requests"] - before
+        print(f"{client}: {requests} requests, {grown.rows} rows")
+        if client == "ours":
+            passed = bar("requests", requests, more - options.rows)
+            passed &= bar("rows", grown.rows or 0, more, least=True)
+    return passed
+
+
+def _all_clients(faults: Faults, options: Options) -> dict[str, tuple[Run, Counter[str]]]:
+    found = {}
+    for client in CLIENTS:
+        with serve(faults) as served, tempfile.TemporaryDirectory() as scratch:
+            one = run(client, served, Path(scratch), options)
+            found[client] = (one, served.stats())
+        why = "" if one.rows is not None else f"; broke off: {one.errors.strip()[-100:]!r}"
+        print(
+            f"{client}: {one.rows} rows in {one.wall:.1f} s, {one.cpu:.2f} s of CPU, "
+            f"{found[client][1]['requests']} requests{why}",
+            flush=True,
+        )
+    return found
+
+
+def faults(options: Options) -> bool:
+    """5 % of requests fail with 500, 5 % with 429, and 1 % hang."""
+    with serve() as served, tempfile.TemporaryDirectory() as scratch:
+        plain = run("ours", served, Path(scratch), options)
+    print(f"ours without faults: {plain.wall:.1f} s")
+    one, _ = _all_clients(Faults(errors=0.05, refused=0.05, hangs=0.01), options)["ours"]
+    passed = bar("rows lost", options.rows - (one.rows or 0), 0)
+    return passed & bar("wall time against none", one.wall / plain.wall, 3.0, "x")
+
+
+def rejected(options: Options) -> bool:
+    """1 % of the prompts are always rejected."""
+    one, stats = _all_clients(Faults(rejected=0.01), options)["ours"]
+    lost = options.rows - stats["hopeless"] - (one.rows or 0)
+    passed = bar("other rows lost", lost, 0)
+    return passed & bar("requests for a rejected prompt",
+                        stats["hopeless_requests"] / max(stats["hopeless"], 1), 1)  # fmt: skip
+
+
+def limit(options: Options) -> bool:
+    """The server answers 100 requests in any one second, and refuses the others."""
+    one, stats = _all_clients(Faults(limit=100), options)["ours"]
+    used = options.rows / stats["seconds"] / 100
+    passed = bar("rows lost", options.rows - (one.rows or 0), 0)
+    passed &= bar("of the limit used", used * 100, 90, " %", least=True)
+    return passed & bar("requests refused", stats["refused"] / stats["requests"] * 100, 5, " %")
+
+
+def straggler(options: Options) -> bool:
+    """The first query takes ten seconds."""
+    patient = replace(options, timeout=60.0)
+    found = _all_clients(Faults(straggler="thing 0", straggles=10.0), patient)
+    lines = [json.loads(line) for line in found["ours"][0].errors.splitlines() if "{" in line]
+    others = [line["elapsed_seconds"] for line in lines if line["done"] >= options.rows - 1]
+    early = [line["done"] for line in lines if line["elapsed_seconds"] < 5]
+    passed = bar("seconds until all others were done", min(others, default=99.0), 5, " s")
+    return passed & bar("rows shown as done within 5 s", max(early, default=0),
+                        options.rows - 1, least=True)  # fmt: skip
+
+
+SCENARIOS: dict[str, Callable[[Options], bool]] = {
+    "throughput": throughput,
+    "kill": killed,
+    "growth": growth,
+    "faults": faults,
+    "rejected": rejected,
+    "limit": limit,
+    "straggler": straggler,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run scenarios; 1 where a bar was not passed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=10_000)
-    parser.add_argument("--concurrency", type=int, default=1000)
+    parser.add_argument("--only", choices=SCENARIOS, action="append")
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--concurrency", type=int, default=256)
+    parser.add_argument("--timeout", type=float, default=5.0)
     parser.add_argument("--runs", type=int, default=3)
-    options = parser.parse_args()
-    queries = [f"query {number}" for number in range(options.rows)]
-    sampler = LogNormal()
-    with tempfile.TemporaryDirectory() as scratch:  # imports are no part of either side
-        recipe = load_recipe(write_recipe(Path(scratch) / "bench", queries[:10]))
-        generate(recipe, teacher=sampler, out=Path(scratch) / "run")
-    print("run  gather s  generate s  ratio  rows/s")
-    for run in range(1, options.runs + 1):
-        with tempfile.TemporaryDirectory() as scratch:
-            recipe = load_recipe(write_recipe(Path(scratch) / "bench", queries))
-            bare = asyncio.run(gather(queries, sampler, options.concurrency))
-            began = time.perf_counter()
-            made = generate(
-                recipe, teacher=sampler, out=Path(scratch) / "run", concurrency=options.concurrency
-            )
-            ours = time.perf_counter() - began
-            assert made.kept == options.rows
-        rate = options.rows / ours
-        print(f"{run:>3}  {bare:>8.2f}  {ours:>10.2f}  {ours / bare:>5.3f}  {rate:,.0f}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak memory {peak:,.0f} MB")
+    found = vars(parser.parse_args(arguments))
+    names = found.pop("only") or list(SCENARIOS)
+    failed = []
+    for name in names:
+        print(f"\n{name}: {SCENARIOS[name].__doc__}", flush=True)
+        if not SCENARIOS[name](Options(**found)):
+            failed.append(name)
+    print(f"\nfailed: {failed}" if failed else "\nall bars passed")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

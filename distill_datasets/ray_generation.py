@@ -1,0 +1,158 @@
+"""A run on a Ray cluster: Ray Data hands out the parts, and each is an ordinary `generate`."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill_datasets.errors import DistillError, GenerationError, SettingsError
+from distill_datasets.generation import generate, writable_folder
+from distill_datasets.progress import Progress
+from distill_datasets.recipe import Recipe, load_recipe
+from distill_datasets.sampler import Sampler
+from distill_datasets.shares import Share
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_SHOWN = 3  # failures that a message quotes
+
+
+@dataclass(frozen=True)
+class RayRun:
+    """The folder of the parts, for `publish`; how many rows they have, and how many failed."""
+
+    path: Path
+    rows: int
+    errors: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One share of a run, as a Ray worker is told of it; called with tables of share numbers."""
+
+    recipe: Recipe | str
+    teacher: Sampler | str | None
+    out: str
+    count: int
+    concurrency: int
+
+    def __call__(self, numbers: "pa.Table") -> "pa.Table":
+        """What became of these parts: a failure is a value here, so that the others go on."""
+        import pyarrow as pa
+
+        return pa.Table.from_pylist(
+            [asdict(self._answered(number)) for number in numbers["number"].to_pylist()]
+        )
+
+    def _answered(self, number: int) -> "_Outcome":
+        try:
+            made = generate(
+                self.recipe,
+                teacher=self.teacher,
+                out=self.out,
+                concurrency=self.concurrency,
+                share=Share(number, self.count),
+            )
+        except DistillError as error:
+            return _Outcome(number, 0, 0, f"{type(error).__name__}: {error}")
+        return _Outcome(number, len(made.rows), made.errors, "")
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    number: int
+    rows: int
+    errors: int
+    problem: str
+
+
+def generate_on_ray(
+    recipe: Recipe | str | Path,
+    *,
+    out: Path | str,
+    parts: int,
+    teacher: Sampler | str | None = None,
+    concurrency: int = 256,
+    workers: int | None = None,
+) -> RayRun:
+    """Ask the recipe's teachers every query, in so many `parts` on the Ray cluster that is joined.
+
+    `out` must be one folder for all machines; each part writes its own there, with a journal that
+    one worker at a time holds. A later call skips parts that are done and goes on with the
+    others, where nothing is asked twice. `concurrency` is that of a part, and at most `workers`
+    parts run at once (a part takes one CPU). A `teacher` is pickled, or opened by each worker.
+    Needs the extra `ray`. Raises `GenerationError` that names the parts that failed, once all
+    others are done.
+    """
+    if parts < 1:
+        raise SettingsError(f"A run has at least one part, found parts={parts!r}.")
+    folder = writable_folder(out).resolve()
+    source = recipe if isinstance(recipe, Recipe) else str(recipe)
+    asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if teacher is not None:
+        asked = asked.with_teacher(teacher if isinstance(teacher, str) else teacher.model)
+    shares = [Share(number, parts) for number in range(1, parts + 1)]
+    known = [outcome for share in shares if (outcome := _finished(share, folder, asked))]
+    left = [share.number for share in shares if share.number not in {one.number for one in known}]
+    part = _Part(source, teacher, str(folder), parts, concurrency)
+    with Progress("ray", parts, unit="parts", start=len(known)) as progress:
+        for outcome in _run(part, left, workers):
+            known.append(outcome)
+            progress.advance(1, note=f"part {outcome.number}: {outcome.problem or 'done'}")
+    failed = sorted((one for one in known if one.problem), key=lambda one: one.number)
+    if failed:
+        raise GenerationError(_explain(failed, parts))
+    return RayRun(folder, sum(one.rows for one in known), sum(one.errors for one in known))
+
+
+def _finished(share: Share, folder: Path, recipe: Recipe) -> _Outcome | None:
+    """What a part holds that needs no other look; None where rows are missing or failed."""
+    path = share.folder(folder) / "answers" / "generation.json"
+    if not path.is_file():
+        return None
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    if summary["errors"] or summary["recipe_digest"] != recipe.digest:
+        return None
+    return _Outcome(share.number, summary["rows"], 0, "")
+
+
+def _run(part: _Part, numbers: Sequence[int], workers: int | None) -> Iterator[_Outcome]:
+    """Outcomes as they come; a block a part, so that Ray can run any part anywhere."""
+    if not numbers:
+        return
+    import pyarrow as pa
+
+    data = _ray_data()
+    tables = [pa.table({"number": [number]}) for number in numbers]
+    outcomes = data.from_arrow(tables).map_batches(
+        part,
+        batch_size=1,
+        # The default makes pickled objects of nested columns, which `datasets` can't read.
+        batch_format="pyarrow",
+        compute=data.TaskPoolStrategy(size=workers),
+    )
+    for table in outcomes.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+        yield from (_Outcome(**row) for row in table.to_pylist())
+
+
+def _ray_data() -> Any:
+    try:
+        data = import_module("ray.data")
+    except ImportError as error:
+        raise SettingsError(
+            "Running on Ray needs the extra: `pip install 'distill-datasets[ray]'`."
+        ) from error
+    data.DataContext.get_current().enable_progress_bars = False
+    return data
+
+
+def _explain(failed: Sequence[_Outcome], parts: int) -> str:
+    said = "; ".join(f"part {one.number}: {one.problem}" for one in failed[:_SHOWN])
+    more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
+    return (
+        f"{len(failed)} of {parts} parts failed: {said}{more}. What they bought is kept: run again "
+        "to go on with them."
+    )
