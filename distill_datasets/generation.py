@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from distill_datasets import __version__
 from distill_datasets.answers import ROWS_FILE, Tally, finish
 from distill_datasets.asking import ask
-from distill_datasets.batching import Patience, buy_in_batches
+from distill_datasets.batching.purchase import Patience, buy_in_batches
 from distill_datasets.errors import DistillError, OutputError
 from distill_datasets.journal import Journal
 from distill_datasets.ledger import Source, raw_answers, replay

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from distill_datasets.batch_book import BatchBook, alone
-from distill_datasets.batching import Patience
+from distill_datasets.batching.book import BatchBook, alone
+from distill_datasets.batching.purchase import Patience
 from distill_datasets.errors import (
     AccessError,
     ModelError,
@@ -166,7 +166,7 @@ def test_a_budget_is_refused_where_it_could_not_be_kept(bought: Any) -> None:
 
 SCRIPT = """
 import sys
-from distill_datasets.batching import Patience
+from distill_datasets.batching.purchase import Patience
 from distill_datasets.generation import generate
 from distill_datasets.samplers.openai import OpenAISampler
 recipe, out, url = sys.argv[1:]

@@ -10,6 +10,7 @@ import distill_datasets
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "distill_datasets"
+PACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 HEAVY = {"torch", "transformers", "tinker", "tinker_cookbook", "evaluate", "peft", "matplotlib"}
 
 
@@ -21,7 +22,7 @@ _IMPORT = re.compile(
 
 def imports(path: Path) -> set[str]:
     """The modules of ours that a file imports, wherever in it, without the package's name."""
-    modules = {file.stem for file in PACKAGE.glob("*.py")} | {"samplers", "embedded"}
+    modules = {file.stem for file in PACKAGE.glob("*.py")} | set(PACKAGES)
     found = set()
     for module, names in _IMPORT.findall(path.read_text(encoding="utf-8")):
         found |= {module} if module else set(re.findall(r"\w+", names))
@@ -60,8 +61,9 @@ def test_the_embedded_server_knows_the_rest_only_by_the_wire() -> None:
 
 def test_arrows_go_one_way() -> None:
     arrows = {path.stem: imports(path) for path in PACKAGE.glob("*.py")}
-    arrows["samplers"] = set().union(*(imports(p) for p in (PACKAGE / "samplers").glob("*.py")))
-    arrows["samplers"].discard("samplers")
+    for package in PACKAGES:
+        files = (PACKAGE / package).rglob("*.py")
+        arrows[package] = set().union(*map(imports, files)) - {package}
     arrows.pop("__init__")
 
     def below(module: str, path: tuple[str, ...]) -> None:
@@ -126,8 +128,8 @@ def test_the_readme_stays_short_and_its_tree_names_real_files() -> None:
     begin = lines.index("distill_datasets/") + 1
     tree = lines[begin : lines.index("```", begin)]
     named = {word for line in tree for word in line.split() if word.endswith((".py", "/"))}
-    modules = {path.name for path in PACKAGE.glob("[!_]*.py")} | {"samplers/", "embedded/"}
-    assert modules <= named
+    modules = {path.name for path in PACKAGE.glob("[!_]*.py")}
+    assert modules | {f"{package}/" for package in PACKAGES} <= named
 
 
 def test_the_readme_runs_the_commands_that_the_makefile_has() -> None:

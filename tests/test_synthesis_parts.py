@@ -6,12 +6,12 @@ from itertools import islice
 import pytest
 import yaml
 
-from distill_datasets.attributes import combinations, size_of
-from distill_datasets.coverage import Coverage
-from distill_datasets.duplicates import NearDuplicates, _plain, _shingles
 from distill_datasets.errors import RecipeError
-from distill_datasets.recipe_edit import set_keys
-from distill_datasets.replies import numbers, texts
+from distill_datasets.synthesis.attributes import combinations, size_of
+from distill_datasets.synthesis.coverage import Coverage
+from distill_datasets.synthesis.duplicates import NearDuplicates, _plain, _shingles
+from distill_datasets.synthesis.recipe_edit import set_keys
+from distill_datasets.synthesis.replies import numbers, texts
 
 AXES = {"topic": list("abcdefg"), "style": ["x", "y"], "length": ["1", "2", "3", "4"]}
 

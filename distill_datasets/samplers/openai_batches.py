@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from distill_datasets.batches import BatchState
+from distill_datasets.batching.batches import BatchState
 from distill_datasets.errors import (
     AccessError,
     DistillError,

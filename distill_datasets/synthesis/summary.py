@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_datasets.errors import OutputError, RecipeError
-from distill_datasets.rounds import NEAR_DUPLICATE, OFF_TOPIC, Rounds
+from distill_datasets.synthesis.rounds import NEAR_DUPLICATE, OFF_TOPIC, Rounds
 
 _SUMMARY, _DROPPED = "synthesis.json", Path("synthesis") / "dropped.jsonl"
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from distill_datasets.asking import Answering
-from distill_datasets.batch_book import BatchBook, alone
-from distill_datasets.batch_desk import Desk, Outcome
-from distill_datasets.batch_files import BatchFiles, provider_of
-from distill_datasets.batches import Batch, BatchState
+from distill_datasets.batching.batches import Batch, BatchState
+from distill_datasets.batching.book import BatchBook, alone
+from distill_datasets.batching.desk import Desk, Outcome
+from distill_datasets.batching.files import BatchFiles, provider_of
 from distill_datasets.buying import Meter, run_apart
 from distill_datasets.errors import ModelError, PendingError, PriceError, ServiceError
 from distill_datasets.journal import Journal

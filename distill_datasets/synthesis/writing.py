@@ -6,21 +6,21 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from distill_datasets.attributes import axes_of, balance, combinations, size_of
 from distill_datasets.buying import Buyer, Meter, run_apart
-from distill_datasets.coverage import Coverage
-from distill_datasets.duplicates import NearDuplicates
 from distill_datasets.errors import RecipeError
 from distill_datasets.generation import writable_folder
-from distill_datasets.interview import Interview, Question
 from distill_datasets.journal import Journal
 from distill_datasets.limits import Limits
 from distill_datasets.progress import Progress
-from distill_datasets.query_file import ORIGIN, QueryFile, open_query_file
 from distill_datasets.recipe import Recipe, load_recipe
-from distill_datasets.rounds import Rounds, Written
 from distill_datasets.sampler import Sampler, digest
-from distill_datasets.synthesis_summary import Synthesized, read_summary, save_summary
+from distill_datasets.synthesis.attributes import axes_of, balance, combinations, size_of
+from distill_datasets.synthesis.coverage import Coverage
+from distill_datasets.synthesis.duplicates import NearDuplicates
+from distill_datasets.synthesis.interview import Interview, Question
+from distill_datasets.synthesis.query_file import ORIGIN, QueryFile, open_query_file
+from distill_datasets.synthesis.rounds import Rounds, Written
+from distill_datasets.synthesis.summary import Synthesized, read_summary, save_summary
 
 _EXAMPLES, _EXAMPLE_LENGTH = 3, 2000  # queries by hand that a request shows; their characters
 

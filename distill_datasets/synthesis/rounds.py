@@ -7,11 +7,11 @@ from itertools import islice
 from math import ceil
 from typing import Any, TypeVar
 
-from distill_datasets.coverage import Coverage, Exercised
-from distill_datasets.duplicates import NearDuplicates
 from distill_datasets.errors import GenerationError
-from distill_datasets.interview import Heard, Interview, Question, explained
 from distill_datasets.sampler import digest
+from distill_datasets.synthesis.coverage import Coverage, Exercised
+from distill_datasets.synthesis.duplicates import NearDuplicates
+from distill_datasets.synthesis.interview import Heard, Interview, Question, explained
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
-from distill_datasets.batches import Batch
+from distill_datasets.batching.batches import Batch
 from distill_datasets.errors import OutputError
 from distill_datasets.sampler import Sampling
 

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from distill_datasets.batch_book import BatchBook
-from distill_datasets.batches import Batch, BatchProvider, BatchState
+from distill_datasets.batching.batches import Batch, BatchProvider, BatchState
+from distill_datasets.batching.book import BatchBook
 from distill_datasets.errors import DistillError, RejectedError, RetryableError, ServiceError
 from distill_datasets.journal import Journal
 from distill_datasets.sampler import Reply

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_datasets.asking import Answering
-from distill_datasets.batch_book import BatchBook
-from distill_datasets.batches import BatchProvider, new_key
+from distill_datasets.batching.batches import BatchProvider, new_key
+from distill_datasets.batching.book import BatchBook
 from distill_datasets.buying import Buyer
 from distill_datasets.errors import OutputError, RequestError
 from distill_datasets.journal import Journal

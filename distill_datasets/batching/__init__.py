@@ -1,0 +1,1 @@
+"""Answers out of a provider's batches: cheaper, and within a day."""

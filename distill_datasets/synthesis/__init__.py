@@ -1,0 +1,1 @@
+"""Queries for a prompt that has none, written by its teacher."""
