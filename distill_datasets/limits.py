@@ -12,11 +12,11 @@ from distill_datasets.pace import Bucket, Pace
 from distill_datasets.sampler import Allowance
 
 # The first requests start in groups, each up to this share of all, so fast that all of them would
-# take so many seconds; refusals come back in a gap after each, which lasts as long as the group
-# took where both sides are slow.
+# take so many seconds; refusals come back in a gap after each, which lasts twice as long as the
+# group took where both sides are slow.
 _GROUPS, _RAMP = (0.25, 0.5, 1.0), 0.06
 _GAPS, _LONGEST_GAP = (0.025, 0.04), 0.15
-_HELD = 5.0  # seconds at most that headers alone hold back what could be asked
+_HELD = 5.0  # seconds for which headers alone hold back what could be asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,9 @@ class Limit:
         self._requests = _minutely(requests_per_minute, now)
         self._tokens = _minutely(tokens_per_minute, now)
         self._ratio = 1.0  # tokens that a request turned out to have, to those reckoned with
-        self._held_until = 0.0
+        self._size = 1.0  # tokens of a request, as they were counted lately
+        self._left: float | None = None  # requests that headers allow, until when they are believed
+        self._left_until = 0.0
         self._refused_at = 0  # in flight beside the latest refusal
         self._started = 0
 
@@ -58,7 +60,9 @@ class Limit:
         """Seconds until the next start, which is 0 for now; None until something ends."""
         if self.in_flight >= max(1, int(self.crowd.size)):
             return None
-        seconds = max(self.pace.wait(now), self._held_until - now, self._ramp_wait(now))
+        seconds = max(self.pace.wait(now), self._ramp_wait(now))
+        if self._left is not None and self._left < 1:
+            seconds = max(seconds, self._left_until - now)
         if self.pace.strained:
             self.pace.strained = False
             self.crowd.refuse(self._refused_at)
@@ -76,6 +80,8 @@ class Limit:
         if self._group < len(_GROUPS):
             self._look_at_group(now)
         self.pace.start(now)
+        if self._left is not None:
+            self._left -= 1
         for bucket, amount in (
             (self._requests, 1.0),
             (self._tokens, tokens * self._ratio),
@@ -96,6 +102,7 @@ class Limit:
         newest = self._started - 1
         self.crowd.reply(ticket.number, now - ticket.began, self.in_flight, newest, now)
         self.in_flight -= 1
+        self._size += 0.1 * (tokens - self._size)
         if self._tokens is not None and ticket.tokens:
             self._tokens.take(tokens - ticket.tokens * self._ratio, now)
             self._ratio += 0.1 * (tokens / ticket.tokens - self._ratio)
@@ -129,18 +136,22 @@ class Limit:
             self._group = len(_GROUPS)  # these come too slowly to need a ramp
         elif self._started >= int(_GROUPS[self._group] * self.crowd.cap):
             if self._group < len(_GAPS):
-                self._group_began = now + max(_GAPS[self._group], took)
+                self._group_began = now + max(_GAPS[self._group], 2 * took)
             self._group += 1
 
-    def _heed(self, left: Allowance, now: float) -> None:
-        """Nearly nothing left: what is there has to last until there is more."""
-        for count, seconds, need in (
-            (left.requests, left.requests_seconds, 1.0),
-            (left.tokens, left.tokens_seconds, 1.0),
-        ):
-            if count is not None and seconds and count < need * (self.in_flight + 1):
-                held = min(seconds / (count / need + 1), _HELD)
-                self._held_until = max(self._held_until, now + held)
+    def _heed(self, said: Allowance, now: float) -> None:
+        """So many may start until more is said; what is in flight is counted by the server."""
+        left = [
+            (count / need, seconds)
+            for count, need, seconds in (
+                (said.requests, 1.0, said.requests_seconds),
+                (said.tokens, max(self._size, 1.0), said.tokens_seconds),
+            )
+            if count is not None and seconds
+        ]
+        if left:
+            self._left, seconds = min(left)
+            self._left_until = now + min(seconds, _HELD)
 
 
 def _minutely(amount: float | None, now: float) -> Bucket | None:

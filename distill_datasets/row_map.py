@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     # A query, whom to buy from, and the answer known beforehand; gives the rows of the query.
     Answer = Callable[[str, Buyer, str | None], Awaitable[list[dict[str, Any]]]]
 
-_ROWS_PER_BATCH, _BATCHES = 128, 1_000  # `datasets` slows down when it holds more batches
+_ROWS_PER_BATCH = 128
+_BATCHES = 900  # from a thousand on, `datasets` holds every result until the last one
 _ALIKE = 20
 
 

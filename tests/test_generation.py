@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from datasets import load_from_disk
+from datasets import config, load_from_disk
 
+from distill_datasets import row_map
 from distill_datasets.errors import (
     AccessError,
     BudgetReached,
@@ -256,6 +257,10 @@ def _meter(requests: int) -> Meter:
     price = {"prompt": 1e6 / 20, "response": 0.0}
     prices = {"date": "2026-11-01", "currency": "USD", "models": {"scripted": price}}
     return Meter(Prices.model_validate(prices), budget=float(requests))
+
+
+def test_datasets_never_holds_so_many_batches_that_it_keeps_their_results() -> None:
+    assert row_map._BATCHES < config.MAX_NUM_RUNNING_ASYNC_MAP_FUNCTIONS_IN_PARALLEL
 
 
 def test_a_limit_asks_the_first_queries_only(recipe: Recipe, tmp_path: Path) -> None:

@@ -113,14 +113,28 @@ def test_tokens_a_minute_are_reckoned_with_what_requests_turn_out_to_have() -> N
     assert 60_000 * 0.95 < starts * 400 < 60_000 * 1.1
 
 
-def test_headers_that_say_that_nothing_is_left_are_heeded() -> None:
+def test_headers_that_say_what_is_left_are_heeded() -> None:
     limit = Limit(8)
-    ticket = limit.start(0.0)
-    limit.accept(ticket, 0.1, allowance=Allowance(requests=0, requests_seconds=3.0))
-    assert limit.wait(0.1) == pytest.approx(3.0)
-    assert limit.wait(3.2) == 0
+    limit.accept(limit.start(0.0), 0.1, allowance=Allowance(requests=2, requests_seconds=3.0))
+    for _ in range(2):
+        assert limit.wait(1.0) == 0
+        limit.start(1.0)
+    assert limit.wait(1.0) == pytest.approx(2.1)
+    assert limit.wait(3.2) == 0  # nothing is known any more
     limit.accept(limit.start(3.2), 3.3, allowance=Allowance(requests=1000, requests_seconds=60.0))
     assert limit.wait(3.3) == 0
+
+
+def test_headers_about_tokens_are_read_in_requests_of_the_usual_size() -> None:
+    limit = Limit(64)
+    for _ in range(60):
+        limit.accept(limit.start(0.5), 0.5, tokens=1000)
+    allowance = Allowance(requests=500, requests_seconds=1.0, tokens=2500, tokens_seconds=4.0)
+    limit.accept(limit.start(1.0), 1.0, tokens=1000, allowance=allowance)
+    limit.start(1.0)
+    assert limit.wait(1.0) == 0
+    limit.start(1.0)
+    assert limit.wait(1.0) == pytest.approx(4.0)
 
 
 def test_a_bucket_lets_through_what_it_holds_and_then_its_rate() -> None:

@@ -54,7 +54,7 @@ class Endpoint:
         self.hopeless: Counter[bytes] = Counter()
         self.recent: deque[float] = deque()
         self.in_flight = self.most_in_flight = 0
-        self.first = self.last = 0.0
+        self.first = self.last = self.last_other = 0.0
         message = {"role": "assistant", "content": ANSWER}
         self.body = json.dumps(
             {
@@ -103,6 +103,7 @@ class Endpoint:
         self.sold[key] += 1
         self.counts["answered"] += 1
         self.last = time.monotonic()
+        self.last_other = self.last_other if slow else self.last
         return web.Response(body=self.body, content_type="application/json")
 
     def _allowed(self) -> bool:
@@ -125,6 +126,7 @@ class Endpoint:
                 "hopeless": len(self.hopeless),
                 "hopeless_requests": sum(self.hopeless.values()),
                 "seconds": self.last - self.first,
+                "seconds_of_others": self.last_other - self.first,
             }
         )
 

@@ -1,0 +1,76 @@
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, load_from_disk
+
+from distill_datasets.answers import ROWS_FILE, Tally, finish, stream
+from distill_datasets.garbage import collect_rarely
+from distill_datasets.schema import answer_features
+
+FAILURE = {"type": "time-out", "status": None, "message": "too slow", "attempts": 8}
+
+
+def rows() -> Dataset:
+    some: list[dict[str, Any]] = [
+        {"id": "a", "sample": 0, "answer": "red", "teacher_response_tokens": 3},
+        {"id": "a", "sample": 1, "rejection": "empty", "teacher_response_tokens": 1},
+        {"id": "b", "sample": 0, "rejection": "truncated", "teacher_response_tokens": 9},
+        {"id": "c", "sample": 0, "error": FAILURE},
+    ]
+    for row in some[:3]:
+        row |= {"teacher_prompt_tokens": 20, "teacher_cached_tokens": 10}
+    full = [{name: row.get(name) for name in answer_features()} for row in some]
+    return Dataset.from_list(full, features=answer_features())
+
+
+def test_rows_are_counted_by_what_became_of_them_and_tokens_by_what_was_paid() -> None:
+    tally = Tally.of(rows())
+    assert (tally.rows, tally.kept, tally.errors) == (4, 1, 1)
+    assert tally.rejected == {"empty": 1, "truncated": 1}
+    assert tally.tokens == {"prompt": 40, "cached": 20, "response": 13}  # one prompt for a query
+
+
+def test_nothing_is_counted_as_nothing() -> None:
+    tally = Tally.of(rows().select(range(0)))
+    assert (tally.rows, tally.kept) == (0, 0)
+    assert tally.tokens == {"prompt": 0, "cached": 0, "response": 0}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_finished_folder_holds_the_rows_whoever_wrote_them(tmp_path: Path, there: bool) -> None:
+    written = rows()
+    if there:
+        path = str(tmp_path / ROWS_FILE)
+        written = written.map(lambda row: row, cache_file_name=path, new_fingerprint="named")
+    finish(written, tmp_path)
+    found = load_from_disk(tmp_path)
+    assert found.to_dict() == rows().to_dict()
+    assert found.features == answer_features()
+    assert found["error"][:] == [None, None, None, FAILURE]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        ROWS_FILE,
+        "dataset_info.json",
+        "state.json",
+    ]
+
+
+def test_rows_are_read_a_few_at_a_time_and_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill_datasets.answers._ROWS_PER_BATCH", 3)
+    rows().save_to_disk(tmp_path)
+    saved = load_from_disk(tmp_path)
+    for some, order in ((rows(), "aabc"), (saved, "aabc"), (saved.select([3, 0, 2, 1]), "caba")):
+        pieces = list(stream(some))
+        assert max(map(len, pieces)) == 3
+        assert [name for piece in pieces for name in piece["id"].to_pylist()] == list(order)
+
+
+def test_what_was_set_for_the_garbage_collector_is_set_again() -> None:
+    before = gc.get_threshold()
+    with pytest.raises(KeyError), collect_rarely():
+        assert gc.get_threshold()[0] > before[0]
+        raise KeyError
+    assert gc.get_threshold() == before
