@@ -30,6 +30,7 @@ from distill_datasets.recipe import Recipe, load_recipe
 from distill_datasets.replacement import recover, replacing
 from distill_datasets.schema import answer_features, rejected_features, release_features
 from distill_datasets.shards import Shards
+from distill_datasets.soft_config import SOFT, SoftConfig, soft_features, write_soft
 from distill_datasets.versions import FIRST, Change, check_version, difference, following, history
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def publish(
     that says what differs. Raises `DatasetError` for answers that are missing, before anything is
     written. A row that failed is published with its error in the config `rejected`: run
     `generate` again first to ask for it. The raw answers go into the config `ledger`, for others
-    to run the recipe without paying again; `ledger=False` leaves them out.
+    to run the recipe without paying again, and where the recipe asks for `top_logprobs`, the
+    teacher's probabilities into the config `soft`; `ledger=False` leaves both out.
     """
     folder = Path(out) if out is not None else Path(run) / "release"
     published = _published(folder)
@@ -207,11 +209,13 @@ def _write(
     old: Mapping[str, Any] | None,
     written_before: str | None,
 ) -> None:
-    parts = _write_rows(building, answers)
+    parts, soft = _write_rows(building, answers)
     answers.survey.fingerprints.write(building / FINGERPRINTS)
     manifest = {**facts, "history": history(old, facts)}
     if answers.journal:
         manifest["ledger"] = parts[LEDGER].sizes[LEDGER].rows if LEDGER in parts else 0
+    if soft:
+        manifest[SOFT] = soft
     answers.recipe.dump(building / "recipe")
     (building / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     card = dataset_card(
@@ -225,7 +229,10 @@ def _write(
     (building / "README.md").write_text(card, encoding="utf-8")
 
 
-def _write_rows(building: Path, answers: _Answers) -> dict[str, Part]:
+def _write_rows(
+    building: Path, answers: _Answers
+) -> tuple[dict[str, Part], Mapping[str, int] | None]:
+    """The parts by their configurations, and what the soft one counted, where there is one."""
     released, rejected = release_features(), rejected_features()
     splits = answers.survey.splits
     shards = {name: Shards(building / "data", name, released.arrow_schema) for name in splits}
@@ -243,7 +250,17 @@ def _write_rows(building: Path, answers: _Answers) -> dict[str, Part]:
         found = write_ledger(building, answers.journal, answers.rows, answers.recipe, identity)
         if found:
             written[LEDGER] = Part(LEDGER, ledger_features(), found)
-    return written
+    soft = _write_soft(building, answers)
+    if soft and soft.sizes:
+        written[SOFT] = Part(SOFT, soft_features(), soft.sizes)
+    return written, soft.facts if soft else None
+
+
+def _write_soft(building: Path, answers: _Answers) -> SoftConfig | None:
+    if answers.journal is None or not answers.recipe.sampling.top_logprobs:
+        return None
+    identity = answers.generation["identity"]
+    return write_soft(building, answers.journal, answers.rows, answers.recipe, identity)
 
 
 def _facts(answers: _Answers, old: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -262,6 +279,7 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None) -> dict[str, Any]:
         "rejected": dict(sorted(found.rejected.items())),
         "errors": found.errors,
         "ledger": (known or 0) if answers.journal else None,
+        **({SOFT: old[SOFT]} if old and SOFT in old else {}),
         "references": found.references,
         "tokens": generation["tokens"],
         "mean_prompt_tokens": found.mean_prompt_tokens,
