@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import tinker
 
 from distill_datasets import resources
 from distill_datasets.errors import AccessError, ModelError, ServiceError
+from distill_datasets.model_files import digest_weights, find_model
 
 if TYPE_CHECKING:
     from tinker_cookbook.renderers import Renderer
@@ -62,6 +62,13 @@ class Connection:
         )
 
     @cached_property
+    def rest(self) -> tinker.RestClient:
+        """What the server says about runs and checkpoints; no session needed."""
+        if self.server is None:
+            return _rest_client()
+        return tinker.RestClient(base_url=self.server.url, api_key=self.server.api_key)
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         from tinker_cookbook.tokenizer_utils import get_tokenizer
@@ -103,7 +110,7 @@ def connect(
     if text == "pocket":
         return _connect_local(text, resources.pocket(), renderer or "qwen3_instruct", store)
     if text.startswith("embedded:"):
-        folder = _model_folder(text.removeprefix("embedded:"))
+        folder = find_model(text.removeprefix("embedded:"))
         return _connect_local(text, folder, renderer or _TEMPLATE, store)
     if text.startswith("tinker://"):
         return _connect_checkpoint(text, renderer)
@@ -130,7 +137,7 @@ def _connect_local(reference: str, folder: Path, renderer: str, store: Path | No
         tokenizer_source=str(folder),
         renderer_name=renderer,
         max_context=config.get("max_position_embeddings"),
-        weights=_weights_digest(folder),
+        weights=digest_weights(folder),
         server=server,
     )
 
@@ -229,24 +236,6 @@ def _require_server(reference: str) -> None:
         ) from error
 
 
-def _model_folder(source: str) -> Path:
-    folder = Path(source).expanduser()
-    if (folder / "config.json").is_file():
-        return folder.resolve()
-    if source.count("/") != 1 or folder.exists():
-        raise ModelError(
-            f"'embedded:{source}' is no model: expected a folder with config.json, weights and a "
-            "tokenizer with a chat template, or a Hub id like org/name."
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ModelError(f"The Hub model {source!r} can't be fetched: {error}") from error
-
-
 def _server(name: str, folder: Path, store: Path | None) -> "Server":
     """The server of a local model: one without a store is served by any that runs."""
     from distill_datasets.embedded.process import launch
@@ -264,15 +253,6 @@ def _server(name: str, folder: Path, store: Path | None) -> "Server":
     return server
 
 
-def _weights_digest(folder: Path) -> str:
-    content = sha256()
-    for path in sorted([*folder.glob("*.safetensors"), folder / "tokenizer.json"]):
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                content.update(block)
-    return content.hexdigest()[:12]
-
-
 def serve(reference: str, *, host: str, port: int, store: Path | None) -> None:
     """Serve a local model in the foreground, until Ctrl-C."""
     from distill_datasets.embedded.process import serve as serve_folder
@@ -283,7 +263,7 @@ def serve(reference: str, *, host: str, port: int, store: Path | None) -> None:
             f"Only local models are served: 'pocket' or 'embedded:<folder>', not {reference!r}."
         )
     name = reference.removeprefix("embedded:")
-    folder = resources.pocket() if reference == "pocket" else _model_folder(name)
+    folder = resources.pocket() if reference == "pocket" else find_model(name)
     serve_folder(folder, name=name, host=host, port=port, store=store)
 
 

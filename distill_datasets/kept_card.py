@@ -22,7 +22,7 @@ _SIZES = (
 _LISTS = ("tags", "language")
 _RIGHTS = ("license", "license_name")  # what the recipe says about them holds
 _BY_CONFIG = ("configs", "dataset_info")
-_SIDE_CONFIGS = ("rejected", "ledger")
+_SIDE_CONFIGS = ("rejected", "ledger", "soft")
 
 
 def size_category(rows: int) -> str:
@@ -31,7 +31,7 @@ def size_category(rows: int) -> str:
 
 
 def side_config(config: str, part: str) -> str:
-    """The configuration that holds the `part` (rejected, ledger) of another."""
+    """The configuration that holds the `part` (rejected, ledger, soft) of another."""
     return part if config == "default" else f"{config}-{part}"
 
 

@@ -95,6 +95,21 @@ def ledger_digests(source: Path | str, *, config: str | None = None) -> set[str]
     return {digest for _, batch in batches for digest in batch["digest"].to_pylist()}
 
 
+def first_requests(rows: "Dataset", recipe: Recipe, generation: Mapping[str, Any]) -> Iterator[str]:
+    """The digest of what was asked first for each row; the samples of one request share it."""
+    asked = _asked(recipe, generation)
+    columns = rows.select_columns(["query", "sample", "requests"])
+    key = ""
+    for batch in columns.iter(batch_size=_ROWS_PER_BATCH):
+        for query, sample, requests in zip(*batch.values(), strict=True):
+            if requests:
+                key = requests[0]
+            elif not sample:
+                identity, how = asked[0]
+                key = request_digest(identity, recipe.messages(query), how)
+            yield key
+
+
 def _requests(
     rows: "Dataset", recipe: Recipe, generation: Mapping[str, Any]
 ) -> Iterator[list[str]]:

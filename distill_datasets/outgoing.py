@@ -18,7 +18,7 @@ from distill_datasets.pinned import folder_of
 from distill_datasets.recipe import Recipe, load_recipe
 from distill_datasets.repository import README
 
-_FOLDERS = ("data", "rejected", "ledger", "recipe")
+_FOLDERS = ("data", "rejected", "ledger", "soft", "recipe")
 _LAYOUT = ("configs", "dataset_info")
 
 
@@ -127,7 +127,7 @@ def load_outgoing(release: Path, repo: str, config: str, private: bool) -> Outgo
             f"{config!r} can't name a configuration: expected letters, digits, '.', '_' and '-', "
             f"and none of {[*_FOLDERS, 'all']}."
         )
-    if config.endswith(("-rejected", "-ledger")):
+    if config.endswith(("-rejected", "-ledger", "-soft")):
         raise DatasetError(f"{config!r} is the name of another configuration's part: choose one.")
     if not private and recipe.license is None:
         raise DatasetError(

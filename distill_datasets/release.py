@@ -31,6 +31,7 @@ from distill_datasets.replacement import recover, replacing
 from distill_datasets.schema import answer_features, rejected_features, release_features
 from distill_datasets.shards import Shards
 from distill_datasets.shares import Joined, find_parts, join_parts, join_summaries
+from distill_datasets.soft_config import SOFT, SoftConfig, soft_features, write_soft
 from distill_datasets.versions import FIRST, Change, check_version, difference, following, history
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def publish(
     that says what differs. Raises `DatasetError` for answers that are missing, before anything is
     written. A row that failed is published with its error in the config `rejected`: run
     `generate` again first to ask for it. The raw answers go into the config `ledger`, for others
-    to run the recipe without paying again; `ledger=False` leaves them out.
+    to run the recipe without paying again, and where the recipe asks for `top_logprobs`, the
+    teacher's probabilities into the config `soft`; `ledger=False` leaves both out.
     """
     runs = [Path(run)] if isinstance(run, (str, Path)) else [Path(one) for one in run]
     folder = _release_folder(runs, out)
@@ -219,11 +221,13 @@ def _write(
     old: Mapping[str, Any] | None,
     written_before: str | None,
 ) -> None:
-    parts = _write_rows(building, answers)
+    parts, soft = _write_rows(building, answers)
     answers.survey.fingerprints.write(building / FINGERPRINTS)
     manifest = {**facts, "history": history(old, facts)}
     if answers.sources:
         manifest["ledger"] = parts[LEDGER].sizes[LEDGER].rows if LEDGER in parts else 0
+    if soft:
+        manifest[SOFT] = soft
     answers.recipe.dump(building / "recipe")
     (building / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     card = dataset_card(
@@ -237,7 +241,10 @@ def _write(
     (building / "README.md").write_text(card, encoding="utf-8")
 
 
-def _write_rows(building: Path, answers: _Answers) -> dict[str, Part]:
+def _write_rows(
+    building: Path, answers: _Answers
+) -> tuple[dict[str, Part], Mapping[str, int] | None]:
+    """The parts by their configurations, and what the soft one counted, where there is one."""
     evidence = answers.recipe.evidence
     released, rejected = release_features(evidence), rejected_features(evidence)
     splits = answers.survey.splits
@@ -255,7 +262,18 @@ def _write_rows(building: Path, answers: _Answers) -> dict[str, Part]:
         found = write_ledger(building, answers.sources, answers.recipe, answers.generation)
         if found:
             written[LEDGER] = Part(LEDGER, ledger_features(), found)
-    return written
+    soft = _write_soft(building, answers)
+    if soft and soft.sizes:
+        written[SOFT] = Part(SOFT, soft_features(), soft.sizes)
+    return written, soft.facts if soft else None
+
+
+def _write_soft(building: Path, answers: _Answers) -> SoftConfig | None:
+    recipe = answers.recipe
+    asked = any(recipe.sampling_of(teacher).top_logprobs for teacher in recipe.all_teachers)
+    if not answers.sources or not asked or recipe.evidence:
+        return None
+    return write_soft(building, answers.sources, recipe, answers.generation)
 
 
 def _facts(answers: _Answers, old: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -275,6 +293,7 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None) -> dict[str, Any]:
         "rejected": dict(sorted(found.rejected.items())),
         "errors": found.errors,
         "ledger": (known or 0) if answers.sources else None,
+        **({SOFT: old[SOFT]} if old and SOFT in old else {}),
         "references": found.references,
         "tokens": generation["tokens"],
         "cost": generation.get("cost"),

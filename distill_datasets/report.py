@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets import report_text
-from distill_datasets.asking import Answering, ask
+from distill_datasets.asking import Answering, Asking, ask
 from distill_datasets.errors import GenerationError, OutputError
 from distill_datasets.generation import writable_folder
 from distill_datasets.heldout import HeldOut, read_held_out
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from distill_datasets.comparison import Comparison
 
-_VERSION = 1  # goes into every report's digest: raise it when reports come out differently
+_VERSION = 2  # goes into every report's digest: raise it when reports come out differently
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ def _data(
         "n": len(held_out.rows),
         "systems": measured,
         "differences": comparison.differences(),
+        "internalisation": _internalisation(held_out, systems, comparison.answers["teacher"]),
         **_savings(measured),
         "labels": comparison.labels(),
         "rows": comparison.rows(),
@@ -138,6 +139,34 @@ def _data(
     }
     notes = [*comparison.notes(), *explained(systems, held_out.recipe), *report_text.costs(data)]
     return {**data, "notes": [*notes, latency_note(len(held_out.rows))]}
+
+
+def _internalisation(
+    held_out: HeldOut, systems: Mapping[str, Answering], rows: "Dataset"
+) -> dict[str, Any] | None:
+    """The score over the teacher's usable answers; None where a system can't score given text."""
+    from distill_datasets.internalisation import Answered, measure_internalisation
+
+    connections = {
+        name: system.sampler.connection
+        for name, system in systems.items()
+        if isinstance(system, Asking) and hasattr(system.sampler, "connection")
+    }
+    recipe = held_out.recipe
+    answers = [
+        Answered(
+            group=row["group"],
+            asked=recipe.messages(row["query"]),
+            said=row["raw"],
+            query=recipe.student_messages(row["query"]),
+            response=recipe.write_response(row["raw"], row["answer"]),
+        )
+        for row in rows
+        if row["answer"] is not None
+    ]
+    if not answers or len(connections) < len(systems):
+        return None
+    return measure_internalisation(answers, connections)
 
 
 def _place(held_out: HeldOut) -> dict[str, str]:

@@ -41,11 +41,25 @@ def costs(report: Mapping[str, Any]) -> list[str]:
     return [
         f"Prompt tokens a query: teacher {long:.1f} - student {short:.1f} = "
         f"{saved['per_query']:.1f} saved, {saved['ratio']:.1f} times fewer.",
+        *_internalised(report),
         f"Median latency: student {student['latency_ms']['p50']:.1f} ms; teacher "
         f"{teacher['latency_ms']['p50']:.1f} ms, {times['teacher']:.2f} times as long; teacher "
         f"uncached {teacher['latency_uncached_ms']['p50']:.1f} ms, "
         f"{times['teacher_uncached']:.2f} times.",
     ]
+
+
+def _internalised(report: Mapping[str, Any]) -> Iterator[str]:
+    found = report.get("internalisation")
+    if not found:
+        return
+    nats = found["nats_per_token"]
+    base, student, teacher = (f"{nats[name]:.3f}" for name in ("base", "student", "teacher"))
+    yield (
+        f"Internalisation {_interval(found)}: of the {base} - {teacher} nats a response token that "
+        f"the prompt is worth on {found['rows']} of the teacher's answers, the student, at "
+        f"{student}, has so much without it."
+    )
 
 
 def _system_cells(report: Mapping[str, Any]) -> Iterator[list[str]]:

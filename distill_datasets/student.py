@@ -1,49 +1,34 @@
 """The model that is taught: it learns a batch, saves, loads, and becomes a sampler."""
 
+import errno
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import numpy as np
 import tinker
-from numpy.typing import NDArray
 
+from distill_datasets.batches import Batch, Example, Learned, Scored, Update, datums, scored
 from distill_datasets.connection import Connection, ended, explained
-from distill_datasets.errors import ModelError, ServiceError
+from distill_datasets.errors import ModelError, OutputError, ServiceError
 from distill_datasets.samplers.tinker import TinkerSampler
 
-Normalization = Literal["token", "example"]
+_FULL = os.strerror(errno.ENOSPC)
 _GLANCE = 2.0  # seconds between looks at whether the server still runs
-_LOSS: Literal["cross_entropy"] = "cross_entropy"
 
 
 @dataclass(frozen=True)
-class Example:
-    """A rendered conversation; a token is learned as much as its weight says, 0 not at all."""
+class Adapted:
+    """What the LoRA weights adapt, and how: `seed` decides their first values."""
 
-    tokens: Sequence[int]
-    weights: Sequence[float]
-
-    @property
-    def targets(self) -> NDArray[np.float32]:
-        """The weights of the tokens that are predicted: all but the first."""
-        return np.asarray(self.weights[1:], dtype=np.float32)
-
-
-@dataclass(frozen=True)
-class Learned:
-    """One step: the loss per response token before its update, and what it took.
-
-    `tokens` counts whole conversations, as servers bill them.
-    """
-
-    loss: float
-    response_tokens: int
-    tokens: int
-    gradient_norm: float | None
+    rank: int = 32
+    seed: int = 0
+    attention: bool = True
+    mlp: bool = True
+    unembed: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,15 +36,15 @@ class Saved:
     """The two paths of a checkpoint: what training resumes from, and what can be sampled."""
 
     state: str
-    sampler: str
+    sampler: str | None
 
 
 class PendingStep:
     """A batch on its way to the server."""
 
-    def __init__(self, student: "Student", examples: Sequence[Example], learning: Any) -> None:
-        """Made by `Student.submit`."""
-        self._student, self._examples = student, examples
+    def __init__(self, student: "Student", batch: Batch, learning: tuple[Any, Any]) -> None:
+        """Made by `Student.learn`."""
+        self._student, self._batch = student, batch
         self._gradient, self._update = learning
 
     def result(self) -> Learned:
@@ -67,19 +52,14 @@ class PendingStep:
         with _explained(self._student.connection.reference):
             outputs = self._student.wait(self._gradient).loss_fn_outputs
             metrics = self._student.wait(self._update).metrics or {}
-        loss, response_tokens = _loss(self._examples, outputs)
-        if not math.isfinite(loss):
+        learned = self._batch.read(outputs)
+        if not math.isfinite(learned.loss):
             raise ModelError(
-                f"{self._student.connection.reference!r}: the loss became {loss}. Train again into "
-                "another folder with a lower learning rate."
+                f"{self._student.connection.reference!r}: the loss became {learned.loss}. Train "
+                "again into another folder with a lower learning rate."
             )
         norms = [value for key, value in metrics.items() if "grad" in key]
-        return Learned(
-            loss=loss / response_tokens,
-            response_tokens=round(response_tokens),
-            tokens=sum(len(example.tokens) for example in self._examples),
-            gradient_norm=norms[0] if norms else None,
-        )
+        return replace(learned, gradient_norm=norms[0] if norms else None)
 
 
 class PendingLoss:
@@ -91,14 +71,33 @@ class PendingLoss:
         """Made by `Student.loss`."""
         self._student, self._batches = student, batches
 
+    def rows(self) -> list[Scored]:
+        """Wait for all of them: each row's score, in their order."""
+        with _explained(self._student.connection.reference):
+            return [
+                row
+                for examples, future in self._batches
+                for row in scored(examples, self._student.wait(future).loss_fn_outputs)
+            ]
+
     def result(self) -> float:
         """Wait for all of them: the loss per response token."""
+        rows = self.rows()
+        return sum(row.nll for row in rows) / sum(row.tokens for row in rows)
+
+
+class PendingSave:
+    """Weights that are being saved."""
+
+    def __init__(self, student: "Student", state: Any, sampler: Any) -> None:
+        """Made by `Student.save`."""
+        self._student, self._state, self._sampler = student, state, sampler
+
+    def result(self) -> Saved:
+        """Wait until the server has confirmed all of it."""
         with _explained(self._student.connection.reference):
-            parts = [
-                _loss(examples, self._student.wait(future).loss_fn_outputs)
-                for examples, future in self._batches
-            ]
-        return sum(loss for loss, _ in parts) / sum(tokens for _, tokens in parts)
+            sampler = self._student.wait(self._sampler).path if self._sampler else None
+            return Saved(self._student.wait(self._state).path, sampler)
 
 
 class Student:
@@ -108,63 +107,122 @@ class Student:
     """
 
     def __init__(self, connection: Connection, client: tinker.TrainingClient) -> None:
-        """Use `create` or `resume`."""
+        """Use `create`, `resume` or `continue_from`."""
         self.connection = connection
         self._client = client
 
     @classmethod
-    def create(cls, connection: Connection, *, rank: int, seed: int) -> Self:
-        """New LoRA weights over the connection's base model."""
+    def create(
+        cls, connection: Connection, adapted: Adapted, metadata: dict[str, str] | None = None
+    ) -> Self:
+        """New LoRA weights over the connection's base model; the server keeps `metadata`."""
         if connection.model_path:
             raise ModelError(
                 f"{connection.reference!r} is already trained ({connection.model_path}): expected "
                 "a base model to train, for example 'pocket' or 'tinker:<base model>'."
             )
-        with _explained(connection.reference):
-            opened = connection.service.create_lora_training_client(
-                base_model=connection.base_model, rank=rank, seed=seed
-            )
-            # `.future()`: only on clients does the SDK log a warning inside a running event loop.
-            return cls(connection, opened.future().result())
+        return cls._opened(
+            connection,
+            lambda service: service.create_lora_training_client(
+                base_model=connection.base_model,
+                rank=adapted.rank,
+                seed=adapted.seed,
+                train_mlp=adapted.mlp,
+                train_attn=adapted.attention,
+                train_unembed=adapted.unembed,
+                user_metadata=metadata,
+            ),
+        )
 
     @classmethod
-    def resume(cls, connection: Connection, state: str) -> Self:
+    def resume(
+        cls, connection: Connection, state: str, metadata: dict[str, str] | None = None
+    ) -> Self:
         """The weights and the optimizer as `save` left them at the path `state`."""
-        with _explained(connection.reference):
-            opened = connection.service.create_training_client_from_state_with_optimizer(state)
-            # `.future()`: only on clients does the SDK log a warning inside a running event loop.
-            return cls(connection, opened.future().result())
+        return cls._opened(
+            connection,
+            lambda service: service.create_training_client_from_state_with_optimizer(
+                state, user_metadata=metadata
+            ),
+        )
 
-    def submit(
-        self, examples: Sequence[Example], learning_rate: float, normalization: Normalization
-    ) -> PendingStep:
+    @classmethod
+    def continue_from(
+        cls, connection: Connection, state: str, metadata: dict[str, str] | None = None
+    ) -> Self:
+        """The weights at the path `state`, with a new optimizer."""
+        return cls._opened(
+            connection,
+            lambda service: service.create_training_client_from_state(
+                state, user_metadata=metadata
+            ),
+        )
+
+    @classmethod
+    def _opened(
+        cls, connection: Connection, opening: Callable[[tinker.ServiceClient], Any]
+    ) -> Self:
+        with _explained(connection.reference):
+            # `.future()`: only on clients does the SDK log a warning inside a running event loop.
+            return cls(connection, opening(connection.service).future().result())
+
+    def learn(self, batch: Batch, update: Update) -> PendingStep:
         """Learn one batch; returns at once, so that the next can be queued behind it."""
         with _explained(self.connection.reference):
-            gradient = self._client.forward_backward(_datums(examples, normalization), _LOSS)
-            update = self._client.optim_step(
-                tinker.AdamParams(learning_rate=learning_rate, beta1=0.9, beta2=0.95, eps=1e-8)
+            gradient = self._client.forward_backward(
+                list(batch.datums), batch.loss, batch.loss_config
             )
-        return PendingStep(self, examples, (gradient, update))
+            updating = self._client.optim_step(
+                tinker.AdamParams(
+                    learning_rate=update.learning_rate,
+                    beta1=0.9,
+                    beta2=0.95,
+                    eps=1e-8,
+                    weight_decay=update.weight_decay,
+                    grad_clip_norm=update.grad_clip,
+                )
+            )
+        return PendingStep(self, batch, (gradient, updating))
 
     def loss(self, batches: Sequence[Sequence[Example]]) -> PendingLoss:
         """The loss with the weights as the steps submitted before leave them; learns nothing."""
         with _explained(self.connection.reference):
             pending = [
-                (examples, self._client.forward(_datums(examples, "token"), _LOSS))
+                (examples, self._client.forward(datums(examples, "token"), "cross_entropy"))
                 for examples in batches
             ]
         return PendingLoss(self, pending)
 
-    def save(self, name: str, metadata: dict[str, str] | None = None) -> Saved:
-        """Keep the weights for sampling, and with the optimizer for resuming.
+    def save(
+        self,
+        name: str,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        sampler: bool = True,
+        ttl_seconds: int | None = None,
+    ) -> PendingSave:
+        """Keep the weights as the steps submitted before leave them, with the optimizer for
+        resuming and, where `sampler`, for sampling; returns before the server has them.
+        """
+        kept = dict(metadata or {})
+        with _explained(self.connection.reference):
+            sampled = None
+            if sampler:
+                sampled = self._client.save_weights_for_sampler(name, ttl_seconds, kept)
+                # The SDK (0.38) numbers this request only on its own thread, where a step that
+                # is submitted meanwhile could come first: wait for that thread, not the server.
+                self._client.holder.run_coroutine_threadsafe(_nothing()).result()
+            state = self._client.save_state(name, ttl_seconds, user_metadata=kept)
+        return PendingSave(self, state, sampled)
 
-        Waits for both: the SDK (0.38) numbers a sampler save on its own thread, so that a step
-        submitted meanwhile could get before it.
+    def snapshot(self) -> tinker.SamplingClient:
+        """Sample with the weights as the steps submitted before leave them; kept for as long as
+        the client is. Waits for the server.
         """
         with _explained(self.connection.reference):
-            sampler = self.wait(self._client.save_weights_for_sampler(name))
-            state = self.wait(self._client.save_state(name, user_metadata=metadata))
-        return Saved(state.path, sampler.path)
+            opened = self._client.save_weights_and_get_sampling_client()
+            client: tinker.SamplingClient = self.wait(opened)
+            return client
 
     def wait(self, request: Any) -> Any:
         """The request's result. The SDK tries a dead address again for five minutes; a server of
@@ -184,37 +242,8 @@ class Student:
         return TinkerSampler(replace(self.connection, model_path=path))
 
 
-def _datums(examples: Sequence[Example], normalization: Normalization) -> list[tinker.Datum]:
-    """The server sums weighted losses, so the weights carry the mean.
-
-    Per token, every response token of the batch counts alike; per example, every response does.
-    """
-    masks = [example.targets for example in examples]
-    sums = [float(mask.sum()) for mask in masks]
-    shares = [sum(sums) if normalization == "token" else len(sums) * own for own in sums]
-    return [
-        tinker.Datum(
-            model_input=tinker.ModelInput.from_ints(list(example.tokens[:-1])),
-            loss_fn_inputs={
-                "target_tokens": tinker.TensorData.from_numpy(
-                    np.asarray(example.tokens[1:], np.int64)
-                ),
-                "weights": tinker.TensorData.from_numpy((mask / share).astype(np.float32)),
-            },
-        )
-        for example, mask, share in zip(examples, masks, shares, strict=True)
-    ]
-
-
-def _loss(examples: Sequence[Example], outputs: Sequence[Any]) -> tuple[float, float]:
-    """Summed over the response tokens, and how many they are."""
-    loss = tokens = 0.0
-    for example, output in zip(examples, outputs, strict=True):
-        mask = example.targets
-        logprobs = np.asarray(output["logprobs"].to_numpy(), dtype=np.float64)
-        loss -= float(logprobs[mask > 0] @ mask[mask > 0])
-        tokens += float(mask.sum())
-    return loss, tokens
+async def _nothing() -> None:
+    """Runs when everything submitted before it has begun."""
 
 
 @contextmanager
@@ -224,6 +253,11 @@ def _explained(reference: str) -> Iterator[None]:
         with explained(reference):
             yield
     except tinker.RequestFailedError as error:
+        if _FULL in str(error):
+            raise OutputError(
+                f"{reference!r}: the server's disk is full ({error}). Free some of it, and run "
+                "again: it continues from the last checkpoint."
+            ) from error
         raise ModelError(f"{reference!r}: the server refused: {error}") from error
     except (tinker.APIConnectionError, tinker.InternalServerError) as error:
         raise ServiceError(

@@ -1,47 +1,38 @@
 """Train a student on a dataset: one flat loop that can be stopped and continued anywhere."""
 
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.errors import OutputError
+from distill_datasets.errors import ModelError, OutputError, SettingsError
 from distill_datasets.progress import Progress
-from distill_datasets.training_folder import Checkpoint, TrainingFolder
-from distill_datasets.training_plan import Step, TrainSettings, default_learning_rate, plan_steps
+from distill_datasets.selection import VALIDATION_LOSS
+from distill_datasets.tracking import open_tracker, require_tracker
+from distill_datasets.training_folder import TrainingFolder
+from distill_datasets.training_plan import (
+    Schedule,
+    Step,
+    choose_rows,
+    default_learning_rate,
+    plan_steps,
+)
+from distill_datasets.training_result import Training, read_result
+from distill_datasets.training_settings import TrainSettings
 from distill_datasets.trainset import Rendered, Source, Split, locate, open_splits
 
 if TYPE_CHECKING:
     from distill_datasets.connection import Connection
-    from distill_datasets.student import PendingStep, Student
-
-_LONGEST = 4096  # tokens a row: what a local machine holds; more must be asked for
-_MOST_STEPS_LOST = 100
+    from distill_datasets.in_flight import InFlight
+    from distill_datasets.producers import Lesson
+    from distill_datasets.validators import Validator
 
 __all__ = ["TrainSettings", "Training", "train"]
 
-
-@dataclass(frozen=True)
-class Training:
-    """A finished training: `path` can be sampled wherever a model is named.
-
-    `final_loss` is per response token, after the last step on the validation rows, or without
-    those the last batch's. `rows` and `skipped` count the training split, `tokens` everything
-    that was learned from.
-    """
-
-    path: Path
-    best: Checkpoint
-    final_loss: float
-    steps: int
-    rows: int
-    skipped: int
-    tokens: int
-    seconds: float
+_MEANS = {"token": "every response token of a batch alike", "example": "every response alike"}
 
 
 @dataclass(frozen=True)
@@ -50,19 +41,15 @@ class _Run:
 
     folder: TrainingFolder
     settings: TrainSettings
+    source: Source
     train: Rendered
     validation: Rendered | None
     steps: Sequence[Step]
 
-    def evaluates(self, done: int) -> bool:
-        """Whether the validation loss is due after so many steps."""
-        every = self.settings.evaluate_every or max(1, len(self.steps) // 10)
-        return done % every == 0 or self.saves(done)
-
-    def saves(self, done: int) -> bool:
-        """Whether a checkpoint is due after so many steps."""
-        every = self.settings.save_every or min(max(1, len(self.steps) // 5), _MOST_STEPS_LOST)
-        return done % every == 0 or done == len(self.steps)
+    @property
+    def schedule(self) -> Schedule:
+        """What is due when."""
+        return Schedule(len(self.steps), self.settings, self.validation is not None)
 
 
 def train(
@@ -71,15 +58,21 @@ def train(
     student: str,
     out: str | Path,
     settings: TrainSettings | None = None,
+    resume: str | None = None,
+    validators: "Sequence[Callable[[Lesson, Rendered], Validator]]" = (),
 ) -> Training:
     """Train a student on a release, a folder, a file, or a Hub dataset `name@revision`.
 
     Called again with the same `out`, it continues from the last checkpoint to the same losses,
-    and does nothing where the training is finished. The best checkpoint is the one with the
-    lowest validation loss, without a validation split the last. Raises `DatasetError`,
-    `ModelError`, `AccessError`, `ServiceError` or `OutputError`, each with what to do.
+    and does nothing where the training is finished. `resume` is a server's path of a training
+    state, to continue in a new folder. The best checkpoint is the one with the lowest validation
+    loss, or as `settings.select` says, and without a validation split the last; `validators`
+    measure more on that split. Raises `DatasetError`, `ModelError`, `AccessError`,
+    `ServiceError`, `SettingsError` or `OutputError`, each with what to do.
     """
     settings = settings or TrainSettings()
+    _require_state(str(student), resume)
+    require_tracker(settings.track)
     source = locate(dataset, settings.config)
     if Path(out).resolve().is_relative_to(source.path.resolve()):
         raise OutputError(
@@ -90,96 +83,119 @@ def train(
         "student": str(student),
         "settings": asdict(settings),
         "dataset": {"path": source.reference, "revision": source.revision, "files": source.files},
+        **({"resumed": resume} if resume else {}),
     }
     with folder.locked():
         folder.require_same(request)
         if any(checkpoint.final for checkpoint in folder.checkpoints):
-            return _training(folder)
+            return read_result(folder, settings)
         splits = open_splits(source, settings)
         connection = _connect(str(student), source, settings, folder)
         with _session(connection):
-            run, config = _prepare(splits, connection, settings, folder)
+            run, config = _prepare(splits, connection, source, settings, folder)
             config = {**request, **config, "dataset": {**request["dataset"], **config["dataset"]}}
             folder.require_same(config)
-            start = folder.start(config)
+            start = _start(run, connection, config)
             try:
-                _learn(run, _student(connection, run), start)
+                _learn(run, _lesson(run, connection), start, validators)
             except KeyboardInterrupt as interrupt:
                 interrupt.add_note(f"Train again with out={str(out)!r} to continue.")
                 raise
         folder.draw()
-        return _training(folder)
+        return read_result(folder, settings)
 
 
-def _learn(run: _Run, student: "Student", start: int) -> None:
-    """The loop. One batch is always queued behind the one that is being learned."""
-    pending: deque[tuple[Step, PendingStep]] = deque()
-    began = time.monotonic()
-    with Progress("train", len(run.steps) - start, unit="steps") as progress:
-        for step in run.steps[start:]:
-            examples = run.train.examples(step.places)
-            learning = student.submit(examples, step.learning_rate, run.settings.normalization)
-            pending.append((step, learning))
-            evaluates, saves = run.evaluates(step.number), run.saves(step.number)
-            validation = None
-            if evaluates and run.validation is not None:
-                validation = student.loss(list(run.validation.batches(run.settings.batch_size)))
-            while len(pending) > (0 if evaluates else 1):
-                finished, learning = pending.popleft()
-                learned = learning.result()
-                now = time.monotonic()
-                run.folder.log(
-                    {
-                        "step": finished.number,
-                        "epoch": finished.epoch,
-                        "learning_rate": finished.learning_rate,
-                        **asdict(learned),
-                        "seconds": round(now - began, 4),
-                        "tokens_per_second": round(learned.tokens / max(now - began, 1e-9), 1),
-                    }
-                )
-                began = now
-                progress.advance(1, tokens=learned.tokens, note=f"loss {learned.loss:.4f}")
-            loss = None
-            if validation is not None:
-                loss = validation.result()
-                run.folder.log({"step": step.number, "epoch": step.epoch, "validation_loss": loss})
-            if saves:
-                _save(run, student, step.number, loss)
+def _learn(
+    run: _Run,
+    lesson: "Lesson",
+    start: int,
+    validators: "Sequence[Callable[[Lesson, Rendered], Validator]]",
+) -> None:
+    """The loop. Batches are always queued behind the one that is being learned."""
+    from distill_datasets.objectives import producer_for
+
+    steps = run.steps[start:]
+    with closing(producer_for(lesson)) as producer, _flight(run, lesson, validators) as flight:
+        if start and run.schedule.measures(start) and not run.folder.measured(start):
+            flight.save(run.steps[start - 1])
+        producer.prepare(steps[0])
+        for step, coming in zip_longest(steps, steps[1:]):
+            if flight.exhausted():
+                break
+            # After a save a continued run has nothing prepared: nor must this one.
+            if coming and not run.schedule.saves(step.number):
+                producer.prepare(coming)
+            flight.learn(step, producer.submit(step))
+            if run.schedule.saves(step.number):
+                flight.save(step)
+            flight.settle(run.settings.ahead)
+        flight.settle_all()
+        flight.close()
 
 
-def _save(run: _Run, student: "Student", done: int, loss: float | None) -> None:
-    final = done == len(run.steps)
-    name = "final" if final else f"step-{done:06d}"
-    saved = student.save(name, {"step": str(done)})
-    best = [one.validation_loss for one in run.folder.checkpoints if one.best]
-    run.folder.add(
-        Checkpoint(
-            name=name,
-            step=done,
-            state=saved.state,
-            sampler=saved.sampler,
-            validation_loss=loss,
-            best=loss is None or not best or best[-1] is None or loss < best[-1],
-            final=final,
+@contextmanager
+def _flight(
+    run: _Run, lesson: "Lesson", validators: "Sequence[Callable[[Lesson, Rendered], Validator]]"
+) -> "Iterator[InFlight]":
+    from distill_datasets.in_flight import Desk, InFlight
+    from distill_datasets.keeping import describe
+
+    config = run.folder.config or {}
+    measures = _validators(run, lesson, validators)
+    left = len(run.steps) - (run.folder.checkpoints[-1].step if run.folder.checkpoints else 0)
+    with (
+        closing(open_tracker(run.settings.track, run.folder.path, config)) as tracker,
+        Progress("train", left, unit="steps") as progress,
+    ):
+        progress.advance(0, note=f"the loss weighs {config['normalization']}")
+        desk = Desk(
+            student=lesson.student,
+            folder=run.folder,
+            settings=run.settings,
+            schedule=run.schedule,
+            validators=measures,
+            described=describe(config),
+            tracker=tracker,
+            progress=progress,
         )
-    )
+        yield InFlight(desk)
 
 
-def _training(folder: TrainingFolder) -> Training:
-    config, metrics, checkpoints = folder.config or {}, folder.metrics, folder.checkpoints
-    steps = [line for line in metrics if "loss" in line]
-    final = checkpoints[-1].validation_loss
-    return Training(
-        path=folder.path,
-        best=[checkpoint for checkpoint in checkpoints if checkpoint.best][-1],
-        final_loss=steps[-1]["loss"] if final is None else final,
-        steps=len(steps),
-        rows=config["dataset"]["rows"]["train"],
-        skipped=config["dataset"]["skipped"]["train"],
-        tokens=sum(line["tokens"] for line in steps),
-        seconds=round(sum(line["seconds"] for line in steps), 2),
-    )
+def _validators(
+    run: _Run, lesson: "Lesson", more: "Sequence[Callable[[Lesson, Rendered], Validator]]"
+) -> "list[Validator]":
+    from distill_datasets.validators import AccuracyValidator, LossValidator
+
+    if run.validation is None:
+        return []
+    found: list[Validator] = [LossValidator(run.validation, run.settings.batch_size)]
+    if run.settings.select == "accuracy":
+        found.append(AccuracyValidator(run.validation))
+    return [*found, *(make(lesson, run.validation) for make in more)]
+
+
+def _start(run: _Run, connection: "Connection", config: dict[str, Any]) -> int:
+    """Write the folder's configuration; the steps that are done already."""
+    from distill_datasets.keeping import read_progress
+
+    if "resumed" not in config or run.folder.config is not None:
+        begun = (run.folder.config or {}).get("begun")
+        return run.folder.start({**config, **({"begun": begun} if begun else {})})
+    selection, checkpoints = read_progress(connection, config["resumed"], config)
+    return run.folder.start({**config, "begun": asdict(selection)}, checkpoints)
+
+
+def _require_state(student: str, resume: str | None) -> None:
+    if student.startswith("tinker://"):
+        raise ModelError(
+            f"{student!r} is already trained: expected a base model to train, for example "
+            "'tinker:<base model>'. To go on with its training, name that base model and give "
+            "the path of its state, tinker://<run>/weights/<name>, to --resume."
+        )
+    if resume is not None:
+        from distill_datasets.keeping import require_state
+
+        require_state(resume)
 
 
 def _connect(
@@ -205,26 +221,49 @@ def _session(connection: "Connection") -> Iterator[None]:
     connection.service.close("success").result()
 
 
-def _student(connection: "Connection", run: _Run) -> "Student":
-    from distill_datasets.student import Student
+def _lesson(run: _Run, connection: "Connection") -> "Lesson":
+    """Opens the student: new, or as the last checkpoint left it."""
+    from distill_datasets.keeping import describe
+    from distill_datasets.producers import Lesson
+    from distill_datasets.student import Adapted, Student
 
+    settings, metadata = run.settings, describe(run.folder.config or {})
     if run.folder.checkpoints:
-        return Student.resume(connection, run.folder.checkpoints[-1].state)
-    return Student.create(connection, rank=run.settings.rank, seed=run.settings.seed)
+        student = Student.resume(connection, run.folder.checkpoints[-1].state, metadata)
+    else:
+        adapted = Adapted(
+            rank=settings.rank,
+            seed=settings.seed if settings.lora_seed is None else settings.lora_seed,
+            attention=settings.train_attention,
+            mlp=settings.train_mlp,
+            unembed=settings.train_unembed,
+        )
+        student = Student.create(connection, adapted, metadata)
+    return Lesson(student, run.train, run.source, settings, run.folder.path)
 
 
 def _prepare(
     splits: dict[str, Split],
     connection: "Connection",
+    source: Source,
     settings: TrainSettings,
     folder: TrainingFolder,
 ) -> tuple[_Run, dict[str, Any]]:
     """Render the splits and plan the steps: the run, and what is worth recording of it."""
-    longest = settings.max_length or min(connection.max_context or _LONGEST, _LONGEST)
+    from distill_datasets.capabilities import require_trainable
+
+    if "validation" not in splits and (settings.patience or settings.select != VALIDATION_LOSS):
+        raise SettingsError(
+            f"patience and select need validation rows: {source.reference!r} has no split "
+            f"{settings.validation_split!r}. Name another, or leave both out."
+        )
+    longest = require_trainable(connection, settings)
     rendered = {role: split.render(connection, longest) for role, split in splits.items()}
     learning_rate = settings.learning_rate or default_learning_rate(connection)
-    steps = plan_steps(len(rendered["train"]), settings, learning_rate)
-    run = _Run(folder, settings, rendered["train"], rendered.get("validation"), steps)
+    steps = plan_steps(rendered["train"].lengths, settings, learning_rate)
+    rows = {role: len(rows) for role, rows in rendered.items()}
+    rows["train"] = len(choose_rows(rows["train"], settings))
+    run = _Run(folder, settings, source, rendered["train"], rendered.get("validation"), steps)
     return run, {
         "base_model": connection.base_model,
         "renderer": connection.renderer_name,
@@ -232,9 +271,10 @@ def _prepare(
         "learning_rate": learning_rate,
         "max_length": longest,
         "steps": len(steps),
+        "normalization": _MEANS[settings.normalization],
         "dataset": {
             "splits": {role: split.name for role, split in splits.items()},
-            "rows": {role: len(rows) for role, rows in rendered.items()},
+            "rows": rows,
             "skipped": {role: rows.skipped for role, rows in rendered.items()},
         },
         "versions": _versions(),

@@ -1,35 +1,43 @@
 """The folder of one training: its configuration, its losses, and its checkpoints.
 
 config.json         what is trained on what, and how; written before the first step
-metrics.jsonl       a line a step, and a line an evaluation
-checkpoints.jsonl   a line a checkpoint that the server has confirmed
-loss.png            both losses over the steps
+metrics.jsonl       a line a step, and a line a measurement of the validation rows
+checkpoints.jsonl   a line a checkpoint that the server has confirmed and still keeps
+loss.png            the losses, the learning rate and the gradient over the steps
 checkpoints/        the weights, where the server is this machine's
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distill_datasets.errors import OutputError
+from distill_datasets.selection import Selection
+from distill_datasets.training_settings import TrainSettings, decisive
 
-_SAME = ("student", "identity", "settings", "dataset.revision", "dataset.files")
+_SAME = ("student", "identity", "settings", "dataset.revision", "dataset.files", "resumed")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Saved weights after `step` steps: `state` resumes training, `sampler` answers."""
+    """Saved weights after `step` steps: `state` resumes training, `sampler` answers.
+
+    `best` of all up to here, `final` the last of the training; what is not `kept` is deleted when
+    a later one is confirmed. `scores` are all numbers measured on the validation rows.
+    """
 
     name: str
     step: int
     state: str
-    sampler: str
-    validation_loss: float | None
-    best: bool
-    final: bool
+    sampler: str | None
+    validation_loss: float | None = None
+    best: bool = False
+    final: bool = False
+    kept: bool = True
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 class TrainingFolder:
@@ -86,7 +94,7 @@ class TrainingFolder:
         config = self.config
         if config is None:
             return
-        there, here = _flat(config), _flat(wanted)
+        there, here = _comparable(config), _comparable(wanted)
         differences = [
             f"{name} is {there.get(name)!r} there, {here[name]!r} now"
             for name in here
@@ -98,16 +106,23 @@ class TrainingFolder:
                 "another --out, or delete that folder."
             )
 
-    def start(self, config: Mapping[str, Any]) -> int:
-        """Write the configuration, and go back to the last checkpoint; the steps done there."""
-        step = self.checkpoints[-1].step if self.checkpoints else 0
-        kept = [line for line in self.metrics if line["step"] <= step]
+    def start(
+        self,
+        config: Mapping[str, Any],
+        checkpoints: Sequence[Checkpoint] = (),
+    ) -> int:
+        """Write the configuration, and go back to the last checkpoint; the steps done there.
+
+        A new folder begins with the given checkpoints.
+        """
+        metrics: list[dict[str, Any]] = []
+        if self.config is not None:
+            metrics, checkpoints = self.metrics, self.checkpoints
+        step = checkpoints[-1].step if checkpoints else 0
         with self._writing():
+            self._rewrite("metrics.jsonl", [line for line in metrics if line["step"] <= step])
+            self._rewrite("checkpoints.jsonl", [asdict(one) for one in checkpoints])
             self._write("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-            self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-            lines = [json.dumps(asdict(checkpoint)) + "\n" for checkpoint in self.checkpoints]
-            if lines:
-                self._write("checkpoints.jsonl", "".join(lines))
         return step
 
     @property
@@ -120,6 +135,15 @@ class TrainingFolder:
         """All confirmed checkpoints, the oldest first."""
         return [Checkpoint(**line) for line in self._lines("checkpoints.jsonl")]
 
+    def selection(self, settings: TrainSettings) -> Selection:
+        """What the measurements so far say, those before a resumed state included."""
+        begun = (self.config or {}).get("begun")
+        return Selection.of(settings, self.metrics, Selection(**begun) if begun else None)
+
+    def measured(self, step: int) -> bool:
+        """Whether the validation rows were measured after this step."""
+        return any(line["step"] == step and "loss" not in line for line in self.metrics)
+
     def log(self, line: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
         self._append("metrics.jsonl", line)
@@ -128,20 +152,18 @@ class TrainingFolder:
         """Add a checkpoint that the server has confirmed."""
         self._append("checkpoints.jsonl", asdict(checkpoint))
 
+    def forget(self, names: Collection[str]) -> None:
+        """Take checkpoints out that the server is about to delete."""
+        left = [asdict(one) for one in self.checkpoints if one.name not in names]
+        with self._writing():
+            self._rewrite("checkpoints.jsonl", left)
+
     def draw(self) -> None:
         """Draw loss.png."""
-        from matplotlib.figure import Figure
+        from distill_datasets.training_curves import draw_curves
 
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        for key, label in (("loss", "training"), ("validation_loss", "validation")):
-            points = [(line["step"], line[key]) for line in self.metrics if key in line]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=label, marker="o" if "v" in key else "")
-        axes.set(xlabel="step", ylabel="loss per response token")
-        axes.legend()
         with self._writing():
-            figure.savefig(self.path / "loss.png", dpi=150)
+            draw_curves(self.metrics, self.path / "loss.png")
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         """A killed process may leave half a line at the end: it was not confirmed to anyone."""
@@ -154,6 +176,11 @@ class TrainingFolder:
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         with self._writing(), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _rewrite(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        if lines or (self.path / name).exists():
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            self._write(name, text)
 
     def _write(self, name: str, text: str) -> None:
         draft = self.path / f".{name}.partial"
@@ -171,6 +198,10 @@ class TrainingFolder:
                 f"Can't write to {str(self.path)!r}: {error}. Free it or choose another --out, "
                 "and run again: it continues from the last checkpoint."
             ) from error
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    return _flat({**config, "settings": decisive(config["settings"])})
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,65 +1,19 @@
-"""What is learned when: settings, the order of the rows, and the learning rate of every step."""
+"""What is learned when: the order of the rows, and the learning rate of every step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from distill_datasets.errors import SettingsError
+from distill_datasets.training_settings import TrainSettings as TrainSettings
 
 if TYPE_CHECKING:
     from distill_datasets.connection import Connection
 
 
 _LEAST_STEPS = 60
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train; None leaves it to the model or to the length of the run.
-
-    Without `epochs` there are two, or as many as make 60 steps: few rows need many passes.
-    `normalization` "token" weighs every response token of a batch alike, "example" every
-    response. `seed` decides the order of the rows and the first LoRA weights. `max_length` is in
-    tokens: longer rows are left out and counted, never cut. `config` is a configuration of the
-    dataset. The learning rate rises over `warmup_steps`, then follows `schedule`.
-    """
-
-    epochs: int | None = None
-    batch_size: int = 32
-    learning_rate: float | None = None
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = 0
-    rank: int = 32
-    seed: int = 0
-    normalization: Literal["token", "example"] = "token"
-    evaluate_every: int | None = None
-    save_every: int | None = None
-    max_length: int | None = None
-    max_steps: int | None = None
-    renderer: str | None = None
-    config: str | None = None
-    train_split: str = "train"
-    validation_split: str = "validation"
-
-    def __post_init__(self) -> None:
-        """Refuse what can't be trained, before anything is spent."""
-        for name in ("epochs", "batch_size", "rank", "evaluate_every", "save_every", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"{name} must be at least 1; found {value!r}.")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise SettingsError(f"learning_rate must be above 0; found {self.learning_rate!r}.")
-        if self.warmup_steps < 0:
-            raise SettingsError(f"warmup_steps can't be below 0; found {self.warmup_steps!r}.")
-        for name, known in (
-            ("schedule", ("linear", "cosine", "constant")),
-            ("normalization", ("token", "example")),
-        ):
-            if getattr(self, name) not in known:
-                raise SettingsError(
-                    f"{name} must be one of {known}; found {getattr(self, name)!r}."
-                )
+_BLUR = 0.2  # of a length: similar rows meet in other batches in every epoch
+_SUBSET = 1  # tells the choice of the rows from the order of them
 
 
 @dataclass(frozen=True)
@@ -72,19 +26,49 @@ class Step:
     learning_rate: float
 
 
-def plan_steps(rows: int, settings: TrainSettings, learning_rate: float) -> list[Step]:
-    """Every row once an epoch in a seeded order; the last batch of an epoch may be smaller."""
-    import numpy as np
+@dataclass(frozen=True)
+class Schedule:
+    """After which of `total` steps something is due beside learning.
+
+    `measured` is whether there are validation rows.
+    """
+
+    total: int
+    settings: TrainSettings
+    measured: bool
+
+    def measures(self, done: int) -> bool:
+        """Whether the validation rows are measured; always of weights that are saved too."""
+        every = self.settings.evaluate_every or max(1, self.total // 10)
+        return self.measured and (done % every == 0 or self.keeps(done))
+
+    def keeps(self, done: int) -> bool:
+        """Whether a full checkpoint is due that later ones don't replace."""
+        return done % self.settings.save_every == 0 or done == self.total
+
+    def saves(self, done: int) -> bool:
+        """Whether anything is saved."""
+        return self.measures(done) or self.keeps(done) or done % self.settings.rolling_every == 0
+
+
+def plan_steps(lengths: Sequence[int], settings: TrainSettings, learning_rate: float) -> list[Step]:
+    """Every row once an epoch in a seeded order; the last batch of an epoch may be smaller.
+
+    `lengths` are the rows' tokens; of more rows than the settings allow, a seeded choice is
+    learned.
+    """
     from tinker_cookbook.utils.lr_scheduling import compute_schedule_lr_multiplier
 
-    an_epoch = math.ceil(rows / settings.batch_size)
-    epochs = settings.epochs or max(2, math.ceil(_LEAST_STEPS / an_epoch))
+    chosen = choose_rows(len(lengths), settings)
+    an_epoch = len(_epoch(chosen, lengths, settings, 0))
+    least = settings.steps or _LEAST_STEPS
+    few = 1 if settings.steps else 2
+    epochs = settings.epochs or max(few, math.ceil(least / an_epoch))
     batches = [
-        (epoch, order[start : start + settings.batch_size])
+        (epoch, places)
         for epoch in range(epochs)
-        for order in [np.random.default_rng([settings.seed, epoch]).permutation(rows).tolist()]
-        for start in range(0, rows, settings.batch_size)
-    ][: settings.max_steps]
+        for places in _epoch(chosen, lengths, settings, epoch)
+    ][: settings.max_steps or settings.steps]
 
     def rate(step: int) -> float:
         decay = compute_schedule_lr_multiplier(settings.schedule, step, len(batches))
@@ -93,6 +77,47 @@ def plan_steps(rows: int, settings: TrainSettings, learning_rate: float) -> list
     return [
         Step(step + 1, epoch, places, rate(step)) for step, (epoch, places) in enumerate(batches)
     ]
+
+
+def choose_rows(rows: int, settings: TrainSettings) -> list[int]:
+    """The places of the rows that are learned: all, or the seeded choice of `settings.rows`."""
+    import numpy as np
+
+    if settings.rows is None or settings.rows >= rows:
+        return list(range(rows))
+    order = np.random.default_rng([settings.seed, 0, _SUBSET]).permutation(rows)
+    return sorted(order[: settings.rows].tolist())
+
+
+def _epoch(
+    chosen: Sequence[int], lengths: Sequence[int], settings: TrainSettings, epoch: int
+) -> list[list[int]]:
+    import numpy as np
+
+    random = np.random.default_rng([settings.seed, epoch])
+    if settings.batch_tokens is None:
+        size = settings.batch_size
+        order = [chosen[place] for place in random.permutation(len(chosen)).tolist()]
+        return [order[start : start + size] for start in range(0, len(order), size)]
+    blurred = np.array([lengths[place] for place in chosen]) * random.uniform(
+        1 - _BLUR, 1 + _BLUR, len(chosen)
+    )
+    grouped = [chosen[place] for place in np.argsort(blurred).tolist()]
+    batches = list(_filled(grouped, lengths, settings.batch_tokens))
+    return [batches[place] for place in random.permutation(len(batches)).tolist()]
+
+
+def _filled(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Batches of at most so many tokens; a row that is longer has one to itself."""
+    batch: list[int] = []
+    tokens = 0
+    for place in order:
+        if batch and tokens + lengths[place] > most:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(place)
+        tokens += lengths[place]
+    yield batch
 
 
 def default_learning_rate(connection: "Connection") -> float:

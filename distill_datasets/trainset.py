@@ -1,8 +1,9 @@
 """What a training reads: a dataset found, pinned to its content, and rendered to tokens."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,11 @@ from distill_datasets.schema import conversation_reader
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
+    from distill_datasets.batches import Example
     from distill_datasets.connection import Connection
-    from distill_datasets.student import Example
-    from distill_datasets.training_plan import TrainSettings
+    from distill_datasets.training_settings import TrainSettings
 
-_VERSION = 1  # of the rendered columns: raise it when they come out differently
+_VERSION = 2  # of the rendered columns: raise it when they come out differently
 _NO_ROWS = (IndexError, StopIteration)  # what `datasets` raises for a file without any
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
@@ -59,22 +60,38 @@ class Source:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A split as tokens; `skipped` rows are longer than allowed, and left out."""
+    """A split as tokens; `skipped` rows are longer than allowed, and left out.
+
+    `plain` are the same rows as they came, which `read` turns into conversations.
+    """
 
     rows: "Dataset"
     kept: Sequence[int]
     skipped: int
+    plain: "Dataset"
+    read: Callable[[Mapping[str, Any]], list[Message]]
 
     def __len__(self) -> int:
         """The rows kept."""
         return len(self.kept)
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The tokens of each kept row."""
+        lengths = _lengths(self.rows)
+        return [lengths[place] for place in self.kept]
+
     def examples(self, places: Sequence[int]) -> "list[Example]":
         """The kept rows at these places."""
-        from distill_datasets.student import Example
+        from distill_datasets.batches import Example
 
         read = self.rows[[self.kept[place] for place in places]]
-        return [Example(*pair) for pair in zip(read["tokens"], read["weights"], strict=True)]
+        columns = (read[name] for name in ("tokens", "weights", "bytes"))
+        return [Example(*row) for row in zip(*columns, strict=True)]
+
+    def conversations(self, places: Sequence[int]) -> list[list[Message]]:
+        """The kept rows at these places, as messages that end with the response."""
+        return [self.read(self.plain[self.kept[place]]) for place in places]
 
     def batches(self, size: int) -> "Iterator[list[Example]]":
         """All of them in order."""
@@ -111,7 +128,13 @@ class Split:
             tokens_and_weights,
             with_indices=True,
             remove_columns=self.rows.column_names,
-            features=Features({"tokens": List(Value("int32")), "weights": List(Value("float32"))}),
+            features=Features(
+                {
+                    "tokens": List(Value("int32")),
+                    "weights": List(Value("float32")),
+                    "bytes": Value("int32"),
+                }
+            ),
             new_fingerprint=fingerprint,
             cache_file_name=str(_cache() / f"{fingerprint}.arrow"),
             desc="render",
@@ -124,7 +147,7 @@ class Split:
                 f"{len(lengths)} has {min(lengths)}. Raise max_length, or pick a model with a "
                 "longer context."
             )
-        return Rendered(rendered, kept, len(lengths) - len(kept))
+        return Rendered(rendered, kept, len(lengths) - len(kept), self.rows, read)
 
 
 def locate(dataset: str | Path, config: str | None = None) -> Source:
@@ -208,7 +231,8 @@ def _tokens_and_weights(messages: list[Message], renderer: Any, where: str) -> d
     )
     if not float(weights[1:].sum()) > 0:
         raise DatasetError(f"{where}: the renderer gives its response no token to learn.")
-    return {"tokens": tokens.to_ints(), "weights": weights.tolist()}
+    size = len(str(last["content"]).encode())
+    return {"tokens": tokens.to_ints(), "weights": weights.tolist(), "bytes": size}
 
 
 def _lengths(rendered: "Dataset") -> list[int]:

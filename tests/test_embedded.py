@@ -256,14 +256,14 @@ def test_a_refused_request_is_a_user_error(ask: Ask) -> None:
 def test_an_unsupported_question_is_refused_by_name(client: tinker.SamplingClient) -> None:
     params = types.SamplingParams(max_tokens=1)
     prompt = types.ModelInput.from_ints(PROMPT)
-    with pytest.raises(tinker.RequestFailedError, match="does not compute topk_prompt_logprobs"):
-        client.sample(prompt, 1, params, True, topk_prompt_logprobs=2).result(60)
+    with pytest.raises(tinker.RequestFailedError, match="does not compute prompt_alt_tokens_k"):
+        client.sample(prompt, 1, params, prompt_alt_tokens_k=2).result(60)
 
 
 def test_an_unknown_model_is_refused_with_the_one_there_is(service: tinker.ServiceClient) -> None:
     with pytest.raises(tinker.BadRequestError, match="one model, 'tiny'"):
         service.create_sampling_client(base_model="huge").result(60)
-    with pytest.raises(tinker.BadRequestError, match="found no checkpoint at"):
+    with pytest.raises(tinker.NotFoundError, match="found no checkpoint at"):
         service.create_sampling_client(model_path="tinker://run/sampler_weights/x").result(60)
 
 

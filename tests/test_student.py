@@ -5,12 +5,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import tinker
+from tinker.types import RequestErrorCategory
 
-from distill_datasets.connection import Connection, connect
-from distill_datasets.errors import ModelError
+from distill_datasets import connection as connections
+from distill_datasets.batches import Example, Update, datums, supervised_batch
+from distill_datasets.connection import Connection
+from distill_datasets.errors import ModelError, OutputError
 from distill_datasets.sampler import Message, Sampling
-from distill_datasets.student import Example, Student, _datums
-from tests.tiny_model import make_tiny_model
+from distill_datasets.student import Adapted, PendingStep, Student, _explained
+from tests.shared_server import shared
 
 # The SDK leaves one connection of its first request open.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -22,20 +25,27 @@ EXAMPLES = [
 
 
 @pytest.fixture(scope="module")
-def connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]:
-    folder = make_tiny_model(tmp_path_factory.mktemp("model"))
-    connection = connect(f"embedded:{folder}", store=tmp_path_factory.mktemp("store"))
+def connection() -> Iterator[Connection]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connections, "_server", lambda *_: shared().server)
+        connection = connections.connect(f"embedded:{shared().model}")
     with connection.service:
         yield connection
 
 
 @pytest.fixture
 def student(connection: Connection) -> Student:
-    return Student.create(connection, rank=8, seed=3)
+    return Student.create(connection, Adapted(rank=8, seed=3))
+
+
+def submit(
+    student: Student, examples: list[Example] = EXAMPLES, learning_rate: float = 1e-2
+) -> PendingStep:
+    return student.learn(supervised_batch(examples, "token"), Update(learning_rate))
 
 
 def learn(student: Student, steps: int) -> list[float]:
-    return [student.submit(EXAMPLES, 1e-2, "token").result().loss for _ in range(steps)]
+    return [submit(student).result().loss for _ in range(steps)]
 
 
 def test_an_untrained_students_loss_is_that_of_the_base_model(
@@ -62,7 +72,7 @@ def test_batches_of_any_size_give_one_loss(student: Student) -> None:
 
 
 def test_learning_lowers_the_loss_and_evaluating_changes_nothing(student: Student) -> None:
-    first = student.submit(EXAMPLES, 1e-2, "token").result()
+    first = submit(student).result()
     before = student.loss([EXAMPLES]).result()
     assert student.loss([EXAMPLES]).result() == before < first.loss
     assert (first.response_tokens, first.tokens) == (5, 10)
@@ -70,9 +80,9 @@ def test_learning_lowers_the_loss_and_evaluating_changes_nothing(student: Studen
 
 
 def test_the_loss_evaluated_is_after_the_steps_submitted_before_it(student: Student) -> None:
-    steps = [student.submit(EXAMPLES, 1e-2, "token") for _ in range(3)]
+    steps = [submit(student) for _ in range(3)]
     evaluated = student.loss([EXAMPLES])
-    later = student.submit(EXAMPLES, 1e-2, "token")
+    later = submit(student)
     assert evaluated.result() == pytest.approx(later.result().loss, abs=1e-6)
     assert [step.result().loss for step in steps][-1] > evaluated.result()
 
@@ -81,13 +91,57 @@ def test_a_resumed_student_goes_on_to_the_very_same_losses(
     connection: Connection, student: Student
 ) -> None:
     learn(student, 2)
-    saved = student.save("two", {"step": "2"})
+    saved = student.save("two", {"step": "2"}).result()
     assert learn(Student.resume(connection, saved.state), 3) == learn(student, 3)
+
+
+def test_a_student_that_continues_has_the_weights_and_a_new_optimizer(
+    connection: Connection, student: Student
+) -> None:
+    learn(student, 3)
+    state = student.save("three").result().state
+    resumed = learn(Student.resume(connection, state), 3)
+    continued = learn(Student.continue_from(connection, state), 3)
+    assert continued[0] == resumed[0]
+    assert continued[2] != resumed[2]
+
+
+def test_steps_submitted_behind_a_save_are_not_in_it(
+    connection: Connection, student: Student
+) -> None:
+    """None of these waits for the server, whose order is all that keeps them apart."""
+    steps = [submit(student)]
+    saved = student.save("one", sampler=True)
+    steps += [submit(student) for _ in range(5)]
+    losses = [step.result().loss for step in steps]
+    resumed = Student.resume(connection, saved.result().state)
+    assert learn(resumed, 5) == losses[1:]
+
+
+def test_a_gradient_is_clipped_and_weights_decay(connection: Connection) -> None:
+    def losses(update: Update) -> list[float]:
+        student = Student.create(connection, Adapted(rank=8, seed=3))
+        batch = supervised_batch(EXAMPLES, "token")
+        return [student.learn(batch, update).result().loss for _ in range(3)]
+
+    plain = losses(Update(1e-2))
+    assert losses(Update(1e-2, grad_clip=1e-9)) != plain
+    assert losses(Update(1e-2, weight_decay=5.0)) != plain
+
+
+def test_a_full_disk_of_the_server_says_so() -> None:
+    failed = tinker.RequestFailedError(
+        "[Errno 28] No space left on device",
+        request_id="1",
+        category=RequestErrorCategory.Server,
+    )
+    with pytest.raises(OutputError, match="disk is full.*run again"), _explained("pocket"):
+        raise failed
 
 
 def test_equal_seeds_learn_equally_and_others_do_not(connection: Connection) -> None:
     first, second, other = (
-        learn(Student.create(connection, rank=8, seed=seed), 3) for seed in (1, 1, 2)
+        learn(Student.create(connection, Adapted(rank=8, seed=seed)), 3) for seed in (1, 1, 2)
     )
     assert first == second != other
 
@@ -111,11 +165,11 @@ def test_a_sampler_answers_with_the_weights_that_were_saved_and_no_later_ones(
         return [Example(asked + answer, [0.0] * len(asked) + [1.0] * len(answer))]
 
     for _ in range(20):
-        student.submit(taught("en"), 2e-2, "token").result()
-    saved = student.save("en")
+        submit(student, taught("en"), 2e-2).result()
+    saved = student.save("en").result()
     for _ in range(20):
-        student.submit(taught("de"), 2e-2, "token").result()
-    later = student.save("de")
+        submit(student, taught("de"), 2e-2).result()
+    later = student.save("de").result()
     assert asyncio.run(_answer(student, saved.sampler)) == "en"
     assert asyncio.run(_answer(student, later.sampler)) == "de"
 
@@ -125,7 +179,7 @@ def test_weights_are_normalized_as_the_cookbook_does_per_example() -> None:
     import torch
     from tinker_cookbook.supervised.common import datum_from_model_input_weights
 
-    for example, datum in zip(EXAMPLES, _datums(EXAMPLES, "example"), strict=True):
+    for example, datum in zip(EXAMPLES, datums(EXAMPLES, "example"), strict=True):
         theirs = datum_from_model_input_weights(
             tinker.ModelInput.from_ints(list(example.tokens)),
             torch.tensor(example.weights),
@@ -139,7 +193,7 @@ def test_weights_are_normalized_as_the_cookbook_does_per_example() -> None:
 
 
 def test_per_token_every_response_token_weighs_the_same() -> None:
-    weights = [datum.loss_fn_inputs["weights"].tolist() for datum in _datums(EXAMPLES, "token")]
+    weights = [datum.loss_fn_inputs["weights"].tolist() for datum in datums(EXAMPLES, "token")]
     assert weights == [pytest.approx([0, 0, 0.2, 0.2, 0.2]), pytest.approx([0, 0.2, 0.2])]
 
 
@@ -153,4 +207,4 @@ def test_a_trained_checkpoint_is_no_base_to_train(connection: Connection) -> Non
 
     trained = replace(connection, model_path="tinker://run/sampler_weights/final")
     with pytest.raises(ModelError, match="expected a base model"):
-        Student.create(trained, rank=8, seed=0)
+        Student.create(trained, Adapted(rank=8))

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,66 +15,41 @@ import pytest
 
 from distill_datasets import connection as connections
 from distill_datasets import student as students
-from distill_datasets.errors import DatasetError, DistillError, HubError, ModelError, OutputError
+from distill_datasets.errors import (
+    DatasetError,
+    DistillError,
+    HubError,
+    ModelError,
+    OutputError,
+    ServiceError,
+)
 from distill_datasets.training import Training, TrainSettings, train
 from distill_datasets.training_folder import TrainingFolder
 from distill_datasets.training_plan import plan_steps
 from distill_datasets.trainset import Rendered, locate, open_splits
-from tests.tiny_model import make_tiny_model
+from tests.server_log import trained_batches
+from tests.shared_server import shared
+from tests.training_runs import QUICK, ROWS, Rows, at_step, metrics, write
 
 # The SDK leaves one connection of its first request open.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-LANGUAGES = {"en": "the weather", "de": "der Himmel", "fr": "le ciel", "es": "el cielo"}
-ROWS = [
-    {"query": f"{text} {number}", "response": language}
-    for number in range(9)
-    for language, text in LANGUAGES.items()
-]
-QUICK = TrainSettings(epochs=3, batch_size=8, rank=4, learning_rate=1e-2)
-Rows = list[dict[str, Any]]
-
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"embedded:{make_tiny_model(tmp_path_factory.mktemp('model'))}"
-
-
-@pytest.fixture(scope="module")
-def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One server for all trainings: each would start its own, which takes seconds."""
-    from distill_datasets.embedded.process import launch
-
-    folder = Path(model.removeprefix("embedded:"))
-    with launch(folder, name="tiny", store=tmp_path_factory.mktemp("store")) as server:
-        yield server
+def model() -> str:
+    return f"embedded:{shared().model}"
 
 
 @pytest.fixture(autouse=True)
-def _quick(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "_server", lambda name, folder, store: server)
+def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_server", lambda name, folder, store: shared().server)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def write(folder: Path, **splits: Rows) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in splits.items():
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-    return folder
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     """36 rows: 29 to train on, in batches of 8, 8, 8 and 5; 7 to validate with."""
     return write(tmp_path / "dataset", train=ROWS[:29], validation=ROWS[29:])
-
-
-def metrics(training: Training, key: str = "loss") -> dict[int, float]:
-    lines = [json.loads(line) for line in (training.path / "metrics.jsonl").open()]
-    found = [(line["step"], line[key]) for line in lines if key in line]
-    assert len(dict(found)) == len(found), "each step appears once"
-    return dict(found)
 
 
 def tokens_of(path: Path, model: str, split: str = "train") -> list[list[int]]:
@@ -108,13 +82,15 @@ def test_every_row_is_trained_once_an_epoch_and_the_last_batch_is_kept(
     dataset: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
-    submit = students.Student.submit
+    learn = students.Student.learn
 
-    def watched(student: Any, examples: Any, *rest: Any) -> Any:
-        seen.extend(list(example.tokens) for example in examples)
-        return submit(student, examples, *rest)
+    def watched(student: Any, batch: Any, update: Any) -> Any:
+        for datum in batch.datums:
+            last = datum.loss_fn_inputs["target_tokens"].tolist()[-1]
+            seen.append([*datum.model_input.to_ints(), last])
+        return learn(student, batch, update)
 
-    monkeypatch.setattr(students.Student, "submit", watched)
+    monkeypatch.setattr(students.Student, "learn", watched)
     training = train(dataset, student=model, out=tmp_path / "out", settings=QUICK)
     once = sorted(tokens_of(dataset, model))
     assert [sorted(seen[:29]), sorted(seen[29:58]), sorted(seen[58:])] == [once] * 3
@@ -199,16 +175,8 @@ def test_other_settings_or_another_dataset_are_refused(
         train(dataset, student=model, out=out, settings=few)
 
 
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while this step is awaited."""
-    result, waits = students.PendingStep.result, iter(range(1, 1000))
-
-    def interrupted(pending: Any) -> Any:
-        if next(waits) == step:
-            raise KeyboardInterrupt
-        return result(pending)
-
-    monkeypatch.setattr(students.PendingStep, "result", interrupted)
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def test_an_interrupted_training_continues_to_the_same_losses(
@@ -217,10 +185,10 @@ def test_an_interrupted_training_continues_to_the_same_losses(
     whole = train(dataset, student=model, out=tmp_path / "whole", settings=QUICK)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        interrupt_at(8, patch)
-        with pytest.raises(KeyboardInterrupt) as interrupt:
+        at_step(8, interrupt, patch)
+        with pytest.raises(KeyboardInterrupt) as interrupted:
             train(dataset, student=model, out=out, settings=QUICK)
-    assert "to continue" in interrupt.value.__notes__[0]
+    assert "to continue" in interrupted.value.__notes__[0]
     assert TrainingFolder(out).checkpoints[-1].step == 6
     (out / "metrics.jsonl").open("a").write('{"step": 8, "lo')
     (out / "checkpoints.jsonl").open("a").write('{"name": "st')
@@ -229,11 +197,14 @@ def test_an_interrupted_training_continues_to_the_same_losses(
     assert metrics(continued, "validation_loss") == metrics(whole, "validation_loss")
 
 
-def test_a_killed_training_continues_to_the_same_losses(
+def test_a_killed_training_and_a_killed_server_change_no_loss(
     dataset: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a process and with a server of its own; both end by SIGKILL, half-way."""
-    settings = "TrainSettings(epochs=10, batch_size=8, rank=4, learning_rate=1e-2, save_every=3)"
+    """First a process and its own server end by SIGKILL, then the server of the next one."""
+    settings = (
+        "TrainSettings(epochs=10, batch_size=8, rank=4, learning_rate=1e-2, evaluate_every=9, "
+        "rolling_every=3)"
+    )
     out = tmp_path / "out"
     code = (
         "from distill_datasets.training import TrainSettings, train\n"
@@ -242,18 +213,33 @@ def test_a_killed_training_continues_to_the_same_losses(
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "child")}
     child = subprocess.Popen([sys.executable, "-c", code], env=environment, text=True)
     whole = train(dataset, student=model, out=tmp_path / "whole", settings=eval(settings))
-    deadline = time.monotonic() + 60
-    while len(TrainingFolder(out).metrics) < 10 and child.poll() is None:
+    deadline = time.monotonic() + 100
+    while len(TrainingFolder(out).metrics) < 8 and child.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    assert 0 < TrainingFolder(out).checkpoints[-1].step < whole.steps
+    killed_at = TrainingFolder(out).checkpoints[-1].step
+    assert 0 < killed_at < 30
     monkeypatch.undo()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(students, "_GLANCE", 0.1)
+        at_step(8, kill_own_server, patch)
+        with pytest.raises(ServiceError, match="run it again to continue"):
+            train(dataset, student=model, out=out, settings=eval(settings))
+    assert killed_at < TrainingFolder(out).checkpoints[-1].step < 40
     continued = train(dataset, student=model, out=out, settings=eval(settings))
     assert metrics(continued) == metrics(whole)
+    assert continued.final.scores == whole.final.scores
+    mine = trained_batches(out / "checkpoints", continued.final.state)
+    assert mine == trained_batches(shared().store, whole.final.state) and len(mine) == 40
     connections._SERVERS.popitem()[1].close()
+
+
+def kill_own_server() -> None:
+    (server,) = connections._SERVERS.values()
+    os.kill(server.pid, signal.SIGKILL)
 
 
 def test_the_best_checkpoint_has_the_lowest_validation_loss(model: str, tmp_path: Path) -> None:
@@ -383,7 +369,7 @@ def test_a_releases_renderer_and_version_are_kept(
 def test_the_order_depends_on_the_seed_alone() -> None:
     def order(seed: int) -> list[Any]:
         settings = TrainSettings(epochs=2, seed=seed, batch_size=4)
-        return [step.places for step in plan_steps(10, settings, 1.0)]
+        return [step.places for step in plan_steps([1] * 10, settings, 1.0)]
 
     assert order(0) == order(0) != order(1)
     assert [len(places) for places in order(0)] == [4, 4, 2, 4, 4, 2]
@@ -391,12 +377,12 @@ def test_the_order_depends_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize(("rows", "steps"), [(12, 60), (320, 60), (1550, 98)])
 def test_few_rows_are_passed_over_until_there_are_sixty_steps(rows: int, steps: int) -> None:
-    assert len(plan_steps(rows, TrainSettings(), 1.0)) == steps
+    assert len(plan_steps([1] * rows, TrainSettings(), 1.0)) == steps
 
 
 def test_the_learning_rate_rises_then_falls() -> None:
     settings = TrainSettings(epochs=4, batch_size=1, warmup_steps=1)
-    rates = [step.learning_rate for step in plan_steps(1, settings, 1.0)]
+    rates = [step.learning_rate for step in plan_steps([1], settings, 1.0)]
     assert rates == pytest.approx([0.5, 0.75, 0.5, 0.25])
 
 

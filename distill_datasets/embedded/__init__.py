@@ -4,11 +4,12 @@ process.py      launch(): the server as a child process that ends with its paren
 __main__.py     that child
 server.py       the HTTP application, and serve(): the same in the foreground
 training_api.py the endpoints that train, save and load; listings.py: those that list
-wire.py         protobuf and JSON to plain dataclasses, and back
+sample_wire.py, train_wire.py  protobuf and JSON to plain dataclasses, and back; wire.py: tensors
 futures.py      results that clients collect later
 worker.py       the one thread that computes: training in order, samples in batches
 base.py         the frozen base model; lora.py: adapters over it; attention.py: shared prefixes
-decoding.py     batched sampling; choosing.py: from logits to a token; prefixes.py: cached prompts
-trainer.py      loss, gradients and Adam
-checkpoints.py  what survives a restart
+batching.py     which requests run together; prefixes.py: cached prompts
+decoding.py     batched sampling; choosing.py: from logits to a token; scoring.py: prompts' logprobs
+trainer.py      gradients and Adam; losses.py: what is minimised
+checkpoints.py  what survives a restart; executed.py: what was trained, in order
 """

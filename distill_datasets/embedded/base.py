@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# The widest layers of the models that run here are a few times wider; beyond, a typing error is
+# likelier than a wish.
+MOST_RANK = 512
 # Below this size a second thread costs more than it brings.
 SMALL_MODEL = 50_000_000
 

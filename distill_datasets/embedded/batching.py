@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .prefixes import SHORTEST, Prefix, Prefixes, head
-from .wire import Ints, SampleRequest
+from .sample_wire import SampleRequest
+from .wire import Ints
 
 MOST_ROWS = 64
-# Padded prompt tokens in one pass, and logits held at once when whole prompts are scored.
+# Padded prompt tokens in one pass.
 MOST_TOKENS = 32_768
-MOST_LOGITS = 1 << 27
 # Cells of the mask that padding needs.
 MOST_MASK = 1 << 26
 # A step of decoding costs about what reading this many prompt tokens does: rows of another
@@ -44,10 +44,8 @@ class _Candidate:
 
 def usable(request: SampleRequest) -> int:
     """How much of a prompt may come from the cache: what is scored has to be computed."""
-    scored = 1
-    if request.prompt_logprobs:
-        scored = len(request.prompt) if request.last_n is None else request.last_n + 1
-    return max(0, len(request.prompt) - scored)
+    length = len(request.prompt)
+    return max(0, length - 1 - request.scoring.reach(length))
 
 
 def plan(
@@ -55,7 +53,6 @@ def plan(
     requests: Sequence[SampleRequest],
     prefixes: Prefixes,
     build: Callable[[Ints], Prefix],
-    vocabulary: int,
 ) -> Batch:
     """Choose the batch that the first request runs in; the other requests may join it."""
     window = requests[:WINDOW]
@@ -69,8 +66,7 @@ def plan(
         for other in candidates
         if other.prefix is first.prefix and 4 * other.shared >= 3 * first.shared
     ]
-    scored = window[0].prompt_logprobs
-    chosen = _fill(first, similar, vocabulary if scored else 0)
+    chosen = _fill(first, similar)
     if first.prefix is not None:
         prefixes.touch(weights, first.prefix)
     return Batch([one.index for one in chosen], first.prefix, min(one.shared for one in chosen))
@@ -109,7 +105,7 @@ def _candidate(weights: str, index: int, request: SampleRequest, prefixes: Prefi
     return _Candidate(index, request.num_samples, suffix, steps, prefix, shared)
 
 
-def _fill(first: _Candidate, similar: list[_Candidate], vocabulary: int) -> list[_Candidate]:
+def _fill(first: _Candidate, similar: list[_Candidate]) -> list[_Candidate]:
     """Take requests of similar length around the first one until the batch is full."""
     ordered = sorted(similar, key=lambda one: (one.suffix, one.index))
     low = high = ordered.index(first)
@@ -122,21 +118,14 @@ def _fill(first: _Candidate, similar: list[_Candidate], vocabulary: int) -> list
             return ordered[low : high + 1]
         longest = max(ordered[high].suffix, nearest.suffix)
         rows, tokens = rows + nearest.rows, tokens + nearest.rows * nearest.suffix
-        if not _fits(rows, longest, vocabulary) or (
-            rows * longest - tokens > STEP_TOKENS * nearest.steps
-        ):
+        if not _fits(rows, longest) or (rows * longest - tokens > STEP_TOKENS * nearest.steps):
             return ordered[low : high + 1]
         low, high = (low - 1, high) if nearest is left else (low, high + 1)
 
 
-def _fits(rows: int, longest: int, vocabulary: int) -> bool:
+def _fits(rows: int, longest: int) -> bool:
     padded = rows * longest
-    return (
-        rows <= MOST_ROWS
-        and padded <= MOST_TOKENS
-        and padded * vocabulary <= MOST_LOGITS
-        and padded * longest <= MOST_MASK
-    )
+    return rows <= MOST_ROWS and padded <= MOST_TOKENS and padded * longest <= MOST_MASK
 
 
 def _nearer(

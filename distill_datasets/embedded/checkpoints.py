@@ -3,8 +3,10 @@
     <store>/<run>/run.json
     <store>/<run>/weights/<name>/          adapter in PEFT's format, optimizer.safetensors
     <store>/<run>/sampler_weights/<name>/  adapter in PEFT's format
+    <store>/log.jsonl                      see executed.py
 
 Each folder is written beside its place and renamed into it, so that it is there whole or not.
+Checkpoints whose time is over are deleted when somebody looks at them, and when a server starts.
 """
 
 from __future__ import annotations
@@ -14,17 +16,23 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from .failures import RequestError
+from .failures import MissingError, RequestError
 
 Kind = Literal["weights", "sampler_weights"]
 KINDS: tuple[Kind, ...] = ("weights", "sampler_weights")
 SCHEME = "tinker://"
 RECORD = "checkpoint.json"
+# The range that Tinker documents: an hour to ten years.
+LEAST_TTL, MOST_TTL = 3600, 10 * 365 * 86_400
+# A folder that nobody has finished for so long was left behind by a killed server.
+STALE_SECONDS = 3600
+Clock = Callable[[], datetime]
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One saved state of a run; `expires_at` is shown to clients, nothing is deleted by it."""
+    """One saved state of a run; it is gone after `expires_at`."""
 
     run_id: str
     kind: Kind
@@ -58,24 +66,34 @@ class Checkpoint:
         return f"{SCHEME}{self.run_id}/{self.kind}/{self.name}"
 
 
-def now() -> str:
-    """The current time in ISO 8601, UTC."""
-    return datetime.now(UTC).isoformat()
-
-
-def expiry(ttl_seconds: int | None) -> str | None:
-    """When something saved now expires."""
-    if ttl_seconds is None:
-        return None
-    return (datetime.now(UTC) + timedelta(seconds=ttl_seconds)).isoformat()
+def utc_now() -> datetime:
+    """The current time."""
+    return datetime.now(UTC)
 
 
 class Store:
     """The folder of runs; several servers may read it, one at a time should write to a run."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, clock: Clock = utc_now) -> None:
+        self.folder, self.clock = folder, clock
         folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoints()
+        self._remove_drafts()
+
+    def now(self) -> str:
+        """The current time in ISO 8601, UTC."""
+        return self.clock().isoformat()
+
+    def expiry(self, ttl_seconds: int | None) -> str | None:
+        """When something saved now expires."""
+        if ttl_seconds is None:
+            return None
+        if not LEAST_TTL <= ttl_seconds <= MOST_TTL:
+            raise RequestError(
+                f"expected ttl_seconds in {LEAST_TTL}..{MOST_TTL}, an hour to ten years, or none "
+                f"to keep it; found {ttl_seconds}"
+            )
+        return (self.clock() + timedelta(seconds=ttl_seconds)).isoformat()
 
     def add_run(self, run: Run) -> None:
         """Record a run."""
@@ -93,7 +111,7 @@ class Store:
         file = self._run_folder(run_id) / "run.json"
         if not file.is_file():
             names = [run.run_id for run in self.runs()[:5]]
-            raise RequestError(f"found no training run {run_id!r}; the newest are {names}")
+            raise MissingError(f"found no training run {run_id!r}; the newest are {names}")
         return Run(**_read_json(file))
 
     def write(
@@ -126,10 +144,11 @@ class Store:
         """The checkpoints of one run or of all, newest first."""
         folder = "*" if run_id is None else self._run_folder(run_id).name
         found = [
-            Checkpoint(**_read_json(file))
+            checkpoint
             for kind in KINDS
             for file in self.folder.glob(f"{folder}/{kind}/*/{RECORD}")
             if not file.parent.name.startswith(".")
+            and not self._expire(checkpoint := Checkpoint(**_read_json(file)), file.parent)
         ]
         return sorted(found, key=lambda one: one.created, reverse=True)
 
@@ -139,9 +158,15 @@ class Store:
         if path.startswith(SCHEME) and len(parts) == 3 and parts[1] in KINDS:
             file = self._run_folder(parts[0]) / parts[1] / parts[2] / RECORD
             if file.is_file():
-                return Checkpoint(**_read_json(file)), file.parent
+                checkpoint = Checkpoint(**_read_json(file))
+                if not self._expire(checkpoint, file.parent):
+                    return checkpoint, file.parent
+                raise MissingError(
+                    f"{path!r} expired at {checkpoint.expires_at} and was deleted: save with a "
+                    "longer ttl_seconds, or with none to keep it"
+                )
         known = [one.path for one in self.checkpoints()[:5]]
-        raise RequestError(
+        raise MissingError(
             f"found no checkpoint at {path!r}; expected {SCHEME}<run>/weights/<name> or "
             f"{SCHEME}<run>/sampler_weights/<name>; the newest here are {known}"
         )
@@ -149,14 +174,29 @@ class Store:
     def delete(self, path: str) -> None:
         """Remove a checkpoint; deleting twice is an error that says what exists."""
         _, folder = self.find(path)
-        gone = folder.with_name(f".{uuid.uuid4().hex}")
-        folder.rename(gone)
-        shutil.rmtree(gone)
+        _remove(folder)
 
-    def set_expiry(self, path: str, expires_at: str | None) -> None:
-        """Change what a checkpoint says about its end."""
+    def set_expiry(self, path: str, ttl_seconds: int | None) -> None:
+        """Let a checkpoint expire so long from now, or never."""
         checkpoint, folder = self.find(path)
-        _write_json(folder / RECORD, {**asdict(checkpoint), "expires_at": expires_at})
+        kept = {**asdict(checkpoint), "expires_at": self.expiry(ttl_seconds)}
+        _write_json(folder / RECORD, kept)
+
+    def _expire(self, checkpoint: Checkpoint, folder: Path) -> bool:
+        """Delete a checkpoint whose time is over."""
+        end = checkpoint.expires_at
+        over = end is not None and datetime.fromisoformat(end) <= self.clock()
+        if over:
+            # Another server may delete it at the same time.
+            with suppress(FileNotFoundError):
+                _remove(folder)
+        return over
+
+    def _remove_drafts(self) -> None:
+        for draft in self.folder.glob("*/*/.*"):
+            with suppress(FileNotFoundError):
+                if self.clock().timestamp() - draft.stat().st_mtime > STALE_SECONDS:
+                    shutil.rmtree(draft)
 
     def _folder(self, checkpoint: Checkpoint) -> Path:
         return self._run_folder(checkpoint.run_id) / checkpoint.kind / checkpoint.name
@@ -172,6 +212,13 @@ def _require_name(name: str) -> None:
         raise RequestError(
             f"expected a name of letters, digits, '.', '_' and '-', at most 200; found {name!r}"
         )
+
+
+def _remove(folder: Path) -> None:
+    """Out of sight in one step, then deleted."""
+    gone = folder.with_name(f".{uuid.uuid4().hex}")
+    folder.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from .base import Base
 from .choosing import Choosers, choose, uniforms
 from .failures import RequestError
 from .prefixes import Prefix
-from .wire import Drawn, Floats, Ints, SampleRequest, SampleResult
+from .sample_wire import Drawn, SampleRequest, SampleResult
+from .scoring import score
+from .wire import Ints
 
 Finish = Callable[[int, SampleResult], None]
 
@@ -32,6 +35,8 @@ def check_context(request: SampleRequest, base: Base) -> None:
             "shorten the prompt or lower max_tokens"
         )
     require_tokens(request.prompt, base, "prompt")
+    if (targets := request.scoring.targets) is not None:
+        require_tokens(targets.ids[targets.ids >= 0], base, "target")
 
 
 def require_tokens(tokens: Ints, base: Base, name: str) -> None:
@@ -100,12 +105,14 @@ class _Run:
             for _ in range(request.num_samples)
         ]
         self.live = list(range(len(self.rows)))
+        counts = [request.num_samples for request in requests]
+        self.firsts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
         self.choosers = _choosers(self.rows, base.device)
         self.cache = DynamicCache()
         self.seen, self.position = torch.empty(0), torch.empty(0)
 
-    def read_prompts(self, keep: int) -> Tensor:
-        """Run over the prompts behind the shared prefix; logits of the last `keep` positions."""
+    def read_prompts(self) -> Tensor:
+        """Run over the prompts behind the shared prefix; the last layer's states."""
         suffixes = [row.request.prompt[self.offset :] for row in self.rows]
         width = max(len(suffix) for suffix in suffixes)
         ids = np.zeros((len(suffixes), width), np.int64)
@@ -117,7 +124,7 @@ class _Run:
         position = self.offset + (self.seen.cumsum(dim=1) - 1).clamp(min=0)
         self.position = position[:, -1]
         mask = None if seen.all() else self._prompt_mask()
-        return self._forward(torch.from_numpy(ids).to(self.base.device), position, mask, keep)
+        return self._forward(torch.from_numpy(ids).to(self.base.device), position, mask)
 
     def _prompt_mask(self) -> Tensor:
         ones = self.seen.new_ones(self.seen.shape[1], self.seen.shape[1])
@@ -130,19 +137,30 @@ class _Run:
         self.position = self.position + 1
         self.seen = torch.cat([self.seen, self.seen.new_ones(len(tokens), 1)], dim=1)
         mask = self.seen[:, None, None]
-        return self._forward(tokens.unsqueeze(1), self.position.unsqueeze(1), mask, 1)[:, 0]
+        return self.project(
+            self._forward(tokens.unsqueeze(1), self.position.unsqueeze(1), mask)[:, -1]
+        )
 
-    def _forward(self, ids: Tensor, position: Tensor, mask: Tensor | None, keep: int) -> Tensor:
-        out = self.base.network(
+    def _forward(self, ids: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
+        out = self.base.network.base_model(
             input_ids=ids,
             position_ids=position,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=keep,
             plan=Plan(mask, self.shared),
         )
-        logits: Tensor = out.logits
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The logits of hidden states."""
+        network: Any = self.base.network
+        logits: Tensor = network.get_output_embeddings()(hidden)
         return logits
+
+    def samples(self, owner: int) -> list[Drawn]:
+        """What was drawn for one request."""
+        return [row.drawn for row in self.rows if row.owner == owner]
 
     def keep_rows(self, kept: list[int]) -> Tensor:
         """Go on with some of the rows only; returns their indices."""
@@ -181,8 +199,9 @@ def decode(
 ) -> None:
     """Sample for all requests with the active adapter; `done` is called as each is complete."""
     run = _Run(base, requests, shared)
-    scores = _Scores(run, requests)
-    logits = scores.read()
+    hidden = run.read_prompts()
+    scores = score(requests, run.firsts, hidden, run.project)
+    logits = run.project(hidden[:, -1])
     waiting = [request.num_samples for request in requests]
     step = 0
     while run.live:
@@ -192,7 +211,7 @@ def decode(
             owner = run.rows[run.live[row]].owner
             waiting[owner] -= 1
             if not waiting[owner]:
-                done(owner, scores.result(owner))
+                done(owner, SampleResult(run.samples(owner), scores[owner], run.offset))
         if over:
             tokens = tokens[run.keep_rows([row for row in range(len(run.live)) if row not in over])]
         if run.live:
@@ -218,40 +237,3 @@ def _record(run: _Run, logits: Tensor, tokens: Tensor) -> set[int]:
         )
         if row.add(token, logprob, run.base)
     }
-
-
-class _Scores:
-    """The logprobs of the prompts themselves, for the requests that ask for them."""
-
-    def __init__(self, run: _Run, requests: Sequence[SampleRequest]) -> None:
-        self._run, self._requests = run, requests
-        self._found: dict[int, Floats] = {}
-
-    def read(self) -> Tensor:
-        """Run over the prompts; returns the logits of the first token to draw."""
-        scored = {index for index, one in enumerate(self._requests) if one.prompt_logprobs}
-        keep = max((self._scored(index) + 1 for index in scored), default=1)
-        logits = self._run.read_prompts(keep)
-        for row, sample in enumerate(self._run.rows):
-            if sample.owner in scored and sample.owner not in self._found:
-                self._found[sample.owner] = self._score(sample.owner, logits[row])
-        return logits[:, -1]
-
-    def _scored(self, owner: int) -> int:
-        request = self._requests[owner]
-        return request.last_n or len(request.prompt) - 1
-
-    def _score(self, owner: int, logits: Tensor) -> Floats:
-        """Logprob of each prompt token given those before it; NaN where there is none."""
-        prompt, count = self._requests[owner].prompt, self._scored(owner)
-        result = np.full(len(prompt), np.nan, np.float32)
-        if count:
-            values = torch.log_softmax(logits[-count - 1 : -1].float(), dim=-1)
-            targets = torch.from_numpy(prompt[-count:]).to(values.device)
-            result[-count:] = values.gather(1, targets.unsqueeze(1)).squeeze(1).cpu().numpy()
-        return result
-
-    def result(self, owner: int) -> SampleResult:
-        """Everything a request asked for."""
-        samples = [row.drawn for row in self._run.rows if row.owner == owner]
-        return SampleResult(samples, self._found.get(owner), self._run.offset)

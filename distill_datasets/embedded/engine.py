@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import checkpoints, wire
 from .base import Base, ModelCard, load_base
 from .checkpoints import Checkpoint, Kind, Run, Store
-from .failures import RequestError
+from .executed import Log
+from .failures import MissingError, RequestError
 from .futures import Outcome
+from .sample_wire import SampleResult, write_sample_result
+from .train_wire import TrainRequest, write_train_result
 from .worker import Sampling
 
 if TYPE_CHECKING:
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 BASE = "base"
 # Adapters kept in memory for sampling; others are read again when needed.
 MOST_SAMPLERS = 8
+# Unnamed weights kept for sampling; a training that samples at every step makes one each time.
+MOST_SNAPSHOTS = 64
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class SaveOrder:
     """A checkpoint to write: what the client said about it."""
 
     model_id: str
+    seq_id: int
     kind: Kind
     name: str
     overwrite: bool = False
@@ -44,8 +51,11 @@ class Engine:
 
     def __init__(self, card: ModelCard, store: Store) -> None:
         self.card, self.store = card, store
+        self._log = Log(store.folder, store.clock)
         self._scratch = tempfile.TemporaryDirectory(prefix="distill-embedded-")
         self._folders: dict[str, Path] = {}
+        self._snapshots: deque[Path] = deque()
+        self._numbers = count()
         self._samplers: OrderedDict[str, str] = OrderedDict()
         self._trainees: dict[str, Trainee] = {}
         self._base: Base | None = None
@@ -86,13 +96,12 @@ class Engine:
             [one.request for one in fit],
             self._prefixes,
             lambda tokens: compute_prefix(base, tokens),
-            base.vocabulary,
         )
         chosen = [fit[index] for index in batch.chosen]
         shared = None if batch.prefix is None else batch.prefix.cut(batch.length)
 
-        def done(index: int, result: wire.SampleResult) -> None:
-            chosen[index].resolve(Outcome(wire.write_sample_result(result)))
+        def done(index: int, result: SampleResult) -> None:
+            chosen[index].resolve(Outcome(write_sample_result(chosen[index].request, result)))
 
         decode(base, [one.request for one in chosen], shared, done)
         return chosen
@@ -115,7 +124,11 @@ class Engine:
         if weights not in self._samplers:
             folder = self._folders[weights]
             if not folder.is_dir():
-                raise RequestError(f"the weights of this client were deleted: {weights}")
+                raise MissingError(
+                    f"the weights of this client were deleted: {weights}; of unnamed ones the last "
+                    f"{MOST_SNAPSHOTS} are kept, named ones (save_weights_for_sampler) until their "
+                    "time is over"
+                )
             self._samplers[weights] = self._adapters.load(folder)
         self._samplers.move_to_end(weights)
         while len(self._samplers) > MOST_SAMPLERS:
@@ -132,17 +145,26 @@ class Engine:
 
         self._trainees[run.run_id] = Trainee(self._require_base(), self._adapters, spec)
         self.store.add_run(run)
+        self._log.add(run.run_id, 0, "create_model", **run.lora)
         return {"model_id": run.run_id, "type": "create_model"}
 
-    def forward_backward(self, model_id: str, request: wire.TrainRequest) -> bytes:
+    def forward_backward(self, model_id: str, seq_id: int, request: TrainRequest) -> bytes:
         """Score rows and gather their gradients."""
-        return wire.write_train_result(self._trainee(model_id).forward_backward(request))
+        result = self._trainee(model_id).forward_backward(request)
+        did = "forward" if request.forward_only else "forward_backward"
+        tokens = sum(len(row.tokens) for row in request.data)
+        facts = {"batch": request.digest, "rows": len(request.data), "tokens": tokens}
+        self._log.add(model_id, seq_id, did, loss=request.loss, **facts)
+        return write_train_result(result)
 
-    def optim_step(self, model_id: str, body: dict[str, Any]) -> dict[str, Any]:
+    def optim_step(self, model_id: str, seq_id: int, body: dict[str, Any]) -> dict[str, Any]:
         """Take a step of Adam."""
         from .trainer import AdamParams
 
-        return {"metrics": self._trainee(model_id).step(AdamParams.read(body))}
+        params = AdamParams.read(body)
+        metrics = self._trainee(model_id).step(params)
+        self._log.add(model_id, seq_id, "optim_step", learning_rate=params.learning_rate)
+        return {"metrics": metrics}
 
     def save(self, order: SaveOrder) -> dict[str, Any]:
         """Write a checkpoint."""
@@ -151,9 +173,9 @@ class Engine:
             order.model_id,
             order.kind,
             order.name,
-            checkpoints.now(),
+            self.store.now(),
             user_metadata=order.user_metadata,
-            expires_at=checkpoints.expiry(order.ttl_seconds),
+            expires_at=self.store.expiry(order.ttl_seconds),
             has_optimizer=training,
         )
         self.store.write(
@@ -161,16 +183,22 @@ class Engine:
             lambda folder: trainee.save(folder, optimizer=training),
             overwrite=order.overwrite,
         )
+        self._log.add(order.model_id, order.seq_id, "save_weights", path=checkpoint.path)
         return {"path": checkpoint.path}
 
     def save_for_session(self, model_id: str, key: str) -> None:
         """Keep the present weights under a key, for sampling in this process only."""
-        folder = Path(self._scratch.name) / str(len(self._folders))
+        folder = Path(self._scratch.name) / str(next(self._numbers))
         folder.mkdir()
         self._trainee(model_id).save(folder, optimizer=False)
         self._folders[key] = folder
+        self._snapshots.append(folder)
+        while len(self._snapshots) > MOST_SNAPSHOTS:
+            shutil.rmtree(self._snapshots.popleft())
 
-    def load_into(self, model_id: str, path: str, *, optimizer: bool) -> dict[str, Any]:
+    def load_into(
+        self, model_id: str, seq_id: int, path: str, *, optimizer: bool
+    ) -> dict[str, Any]:
         """Continue a run from a checkpoint of any run of the same model and LoRA layout."""
         trainee = self._trainee(model_id)
         checkpoint, folder = self.checkpoint(path)
@@ -183,6 +211,7 @@ class Engine:
                 "from the checkpoint (create_training_client_from_state), which takes its layout"
             )
         trainee.restore(folder, optimizer=optimizer)
+        self._log.add(model_id, seq_id, "load_weights", path=path, optimizer=optimizer)
         return {"path": path, "model_id": model_id, "type": "load_weights"}
 
     def create_from(self, run: Run, path: str, *, optimizer: bool) -> dict[str, Any]:
@@ -190,7 +219,7 @@ class Engine:
         from .lora import LoraSpec
 
         self.create(run, LoraSpec(**run.lora))
-        return self.load_into(run.run_id, path, optimizer=optimizer)
+        return self.load_into(run.run_id, 0, path, optimizer=optimizer)
 
     def checkpoint(self, path: str) -> tuple[Checkpoint, Path]:
         """A training checkpoint that belongs to the served model."""

@@ -7,3 +7,7 @@ from distill_datasets.errors import DistillError
 
 class RequestError(DistillError, ValueError):
     """A request that can't be served as it is; reaches the client as a user error."""
+
+
+class MissingError(RequestError):
+    """A run or a checkpoint that is not here, or no more: HTTP 404."""

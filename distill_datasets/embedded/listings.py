@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from .checkpoints import SCHEME, Checkpoint, Run, expiry
+from .checkpoints import SCHEME, Checkpoint, Run
 from .failures import RequestError
 from .sampling_api import SERVICE
 from .service import Service
@@ -104,9 +104,9 @@ async def delete_checkpoint(request: web.Request) -> web.Response:
 
 @routes.put(_CHECKPOINT + "/ttl")
 async def set_ttl(request: web.Request) -> web.Response:
-    """Change when a checkpoint says that it expires."""
+    """Change when a checkpoint expires."""
     body = await request.json()
-    request.app[SERVICE].store.set_expiry(_path(request), expiry(body.get("ttl_seconds")))
+    request.app[SERVICE].store.set_expiry(_path(request), body.get("ttl_seconds"))
     return web.Response(status=204)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .base import Base
+from .base import MOST_RANK, Base
 from .failures import RequestError
 
 # Tinker's documented choice: the update is scaled by ALPHA / rank whatever the rank.
@@ -37,8 +38,8 @@ class LoraSpec:
         if not body:
             raise RequestError("the embedded server trains LoRA only: expected a lora_config")
         spec = cls(**{name: body[name] for name in cls.__dataclass_fields__ if name in body})
-        if spec.rank < 1:
-            raise RequestError(f"expected a LoRA rank of 1 or more; found {spec.rank}")
+        if not 1 <= spec.rank <= MOST_RANK:
+            raise RequestError(f"expected a LoRA rank in 1..{MOST_RANK}; found {spec.rank}")
         if not (spec.train_unembed or spec.train_mlp or spec.train_attn):
             raise RequestError(
                 "expected at least one of train_attn, train_mlp, train_unembed; found none"
@@ -63,6 +64,7 @@ class Adapters:
         self._layers = _linear_layers(base.network)
         self._peft: PeftModel | None = None
         self._active: str | None = None
+        self._free: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
         self._count = 0
 
     def create(self, spec: LoraSpec) -> str:
@@ -82,7 +84,10 @@ class Adapters:
 
     def load(self, folder: Path) -> str:
         """Add a saved adapter, and return its name."""
-        name = self._add(LoraConfig.from_pretrained(str(folder)))
+        config = LoraConfig.from_pretrained(str(folder))
+        # Making its layers takes ten times as long as filling them.
+        free = self._free[_shape(config)]
+        name = free.pop() if free else self._add(config)
         self.restore(name, folder)
         return name
 
@@ -111,9 +116,8 @@ class Adapters:
         config.inference_mode = False
 
     def drop(self, name: str) -> None:
-        """Forget an adapter."""
-        self.activate(None)
-        self._require().delete_adapter(name)
+        """Forget a loaded adapter; the next one of its shape takes its place."""
+        self._free[_shape(self._require().peft_config[name])].append(name)
 
     def activate(self, name: str | None) -> None:
         """Make the network compute with this adapter, or with none."""
@@ -166,6 +170,10 @@ class Adapters:
                 f"in {type(self._network).__name__}"
             )
         return sorted(set(found))
+
+
+def _shape(config: Any) -> tuple[Any, ...]:
+    return config.r, config.lora_alpha, *sorted(config.target_modules)
 
 
 def _linear_layers(network: Any) -> list[tuple[str, str]]:

@@ -9,9 +9,11 @@ from typing import Any
 
 from aiohttp import web
 
+from .base import MOST_RANK
 from .failures import RequestError
+from .sample_wire import read_sample_request
 from .service import Sampler, Service, Session
-from .wire import read_sample_request
+from .train_wire import LOSSES
 
 SERVICE: web.AppKey[Service] = web.AppKey("service", Service)
 # The SDK gives a collecting request 45 s before it calls the connection broken.
@@ -46,13 +48,15 @@ async def telemetry(_: web.Request) -> web.Response:
 
 @routes.get("/api/v1/get_server_capabilities")
 async def capabilities(request: web.Request) -> web.Response:
-    """Name the model."""
+    """Name the model, and what it is trained with: limits that the SDK's type leaves out."""
     card = request.app[SERVICE].card
     model = {
         "model_name": card.name,
         "max_context_length": card.max_context,
         "trainable": True,
         "sampleable": True,
+        "max_lora_rank": MOST_RANK,
+        "loss_fns": list(LOSSES),
     }
     return web.json_response({"supported_models": [model]})
 

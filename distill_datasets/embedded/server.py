@@ -14,7 +14,7 @@ from aiohttp.typedefs import Handler, Middleware
 from . import listings, sampling_api, training_api
 from .base import ModelCard
 from .checkpoints import Store
-from .failures import RequestError
+from .failures import MissingError, RequestError
 from .sampling_api import SERVICE
 from .service import Service
 
@@ -38,7 +38,8 @@ def _gate(api_key: str) -> Middleware:
         try:
             return await handler(request)
         except RequestError as error:
-            return web.json_response({"error": str(error), "category": "user"}, status=400)
+            status = 404 if isinstance(error, MissingError) else 400
+            return web.json_response({"error": str(error), "category": "user"}, status=status)
         except (KeyError, ValueError) as error:
             message = f"the request can't be read: {type(error).__name__}: {error}"
             return web.json_response({"error": message, "category": "user"}, status=400)

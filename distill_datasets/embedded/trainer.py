@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,7 +18,9 @@ from .base import Base
 from .decoding import require_tokens
 from .failures import RequestError
 from .lora import Adapters, LoraSpec, save_tensors
-from .wire import Datum, Floats, TrainRequest, TrainResult
+from .losses import OBJECTIVES
+from .train_wire import LOSSES, Datum, TrainRequest, TrainResult
+from .wire import Array, Floats
 
 # Logits held at once: longer requests are computed in parts, their gradients added up.
 MOST_LOGITS = 1 << 27
@@ -70,14 +71,14 @@ class Trainee:
     def forward_backward(self, request: TrainRequest) -> TrainResult:
         """Score rows and, unless `forward_only`, add the gradients of the weighted sum."""
         for row in request.data:
-            self._check(row)
+            self._check(row, request.loss)
         self._adapters.activate(self.name)
         logprobs: list[Floats | None] = [None] * len(request.data)
         sums: list[Tensor] | None = None
         total = 0.0
         for part in _parts(request.data, self._base.vocabulary):
             with torch.set_grad_enabled(not request.forward_only):
-                scored, loss = self._score([request.data[index] for index in part])
+                scored, loss = self._score([request.data[index] for index in part], request)
             total += float(loss.detach())
             for index, values in zip(part, scored, strict=True):
                 logprobs[index] = values
@@ -138,7 +139,7 @@ class Trainee:
             moved = value if kind == "step" else value.to(weight.device)
             self._adam.state[weight][kind] = moved
 
-    def _check(self, row: Datum) -> None:
+    def _check(self, row: Datum, loss: str) -> None:
         most = self._base.card.max_context
         if len(row.tokens) > most:
             raise RequestError(
@@ -147,36 +148,40 @@ class Trainee:
             )
         require_tokens(row.tokens, self._base, "model_input")
         require_tokens(row.targets, self._base, "target")
-        if not np.isfinite(row.weights).all():
-            raise RequestError("expected finite weights; found NaN or infinity")
+        for name, values in zip(LOSSES[loss], row.inputs, strict=True):
+            if not np.isfinite(values).all():
+                raise RequestError(f"expected finite {name}; found NaN or infinity")
 
-    def _score(self, rows: Sequence[Datum]) -> tuple[list[Floats], Tensor]:
-        """Logprobs of the targets, and minus their weighted sum."""
-        width = max(len(row.tokens) for row in rows)
+    def _score(self, rows: Sequence[Datum], request: TrainRequest) -> tuple[list[Floats], Tensor]:
+        """Logprobs of the targets, and the loss."""
         device = self._base.device
-        ids = _pad([row.tokens for row in rows], width, np.int64).to(device)
-        targets = _pad([row.targets for row in rows], width, np.int64).to(device)
-        weights = _pad([row.weights for row in rows], width, np.float32).to(device)
+        ids = _pad([row.tokens for row in rows]).to(device)
+        targets = _pad([row.targets for row in rows]).to(device)
+        inputs = [
+            _pad(values).to(device) for values in zip(*(row.inputs for row in rows), strict=True)
+        ]
         # Padding is on the right: causality alone keeps it from any real token.
         hidden = self._base.network.base_model(input_ids=ids, use_cache=False).last_hidden_state
         # Most tokens of a prompt are not learned from: their logits need no gradient.
-        learned = weights != 0
+        learned = (inputs[0] != 0).any(dim=-1)
         logprobs = self._project(hidden[learned], targets[learned])
-        loss = -(logprobs * weights[learned]).sum()
-        values = torch.empty_like(weights)
+        objective = OBJECTIVES[request.loss]
+        loss = -objective(logprobs, [one[learned] for one in inputs], request.config).sum()
+        values = torch.empty_like(inputs[0])
         values[learned] = logprobs.detach()
         lengths = torch.tensor([len(row.tokens) for row in rows], device=device)
-        rest = ~learned & (torch.arange(width, device=device) < lengths[:, None])
+        rest = ~learned & (torch.arange(ids.shape[1], device=device) < lengths[:, None])
         with torch.no_grad():
             values[rest] = self._project(hidden[rest], targets[rest])
-        found = values.cpu().numpy()
-        return [found[index, : len(row.tokens)] for index, row in enumerate(rows)], loss
+        return _unpad(values.cpu().numpy(), rows), loss
 
     def _project(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Logprob of each target from the hidden state before it."""
+        """Logprob of each of the (n, K) targets from the hidden state before it."""
         network: Any = self._base.network
-        head = network.get_output_embeddings()
-        return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
+        logits = network.get_output_embeddings()(hidden).float()
+        if targets.shape[1] == 1:
+            return -F.cross_entropy(logits, targets[:, 0], reduction="none").unsqueeze(1)
+        return torch.log_softmax(logits, dim=-1).gather(1, targets)
 
     def _accumulate(self, sums: Sequence[Tensor]) -> None:
         for parameter, gradient in zip(self._parameters, sums, strict=True):
@@ -204,11 +209,26 @@ def _parts(rows: Sequence[Datum], vocabulary: int) -> Iterator[list[int]]:
     yield part
 
 
-def _pad(rows: Sequence[Any], width: int, kind: type) -> Tensor:
-    padded: NDArray[Any] = np.zeros((len(rows), width), kind)
+def _pad(rows: Sequence[Array]) -> Tensor:
+    """Rows of (N,) or (N, K) numbers as one tensor, filled up with zeros."""
+    width = max(len(row) for row in rows)
+    depths = [max(row.shape[1] for row in rows)] if rows[0].ndim > 1 else []
+    padded = np.zeros((len(rows), width, *depths), rows[0].dtype)
     for index, row in enumerate(rows):
-        padded[index, : len(row)] = row
+        if depths:
+            padded[index, : len(row), : row.shape[1]] = row
+        else:
+            padded[index, : len(row)] = row
     return torch.from_numpy(padded)
+
+
+def _unpad(values: Floats, rows: Sequence[Datum]) -> list[Floats]:
+    """The shape that each row's targets came in."""
+    kept = [values[index, : len(row.targets)] for index, row in enumerate(rows)]
+    return [
+        own[:, 0] if row.hard else own[:, : row.targets.shape[1]]
+        for own, row in zip(kept, rows, strict=True)
+    ]
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -6,13 +6,13 @@ from typing import Any
 
 from aiohttp import web
 
-from .checkpoints import Run, now
+from .checkpoints import Run
 from .engine import SaveOrder
 from .failures import RequestError
 from .futures import Promise
 from .sampling_api import SERVICE
 from .service import Sampler, Service
-from .wire import read_train_message, read_train_request
+from .train_wire import read_train_message, read_train_request
 
 routes = web.RouteTableDef()
 ADAM = {"type": "adamw"}
@@ -51,8 +51,10 @@ def _new_model(service: Service, body: dict[str, Any]) -> str:
 
 
 def _record(service: Service, model_id: str, lora: dict[str, Any], body: dict[str, Any]) -> Run:
-    card = service.card
-    return Run(model_id, card.name, card.fingerprint, lora, now(), body.get("user_metadata"))
+    card, said = service.card, body.get("user_metadata")
+    if said is not None and not all(isinstance(value, str) for value in said.values()):
+        raise RequestError(f"expected user_metadata of texts, as the SDK reads it; found {said}")
+    return Run(model_id, card.name, card.fingerprint, lora, service.store.now(), said)
 
 
 def _require_adam(body: dict[str, Any]) -> None:
@@ -85,26 +87,26 @@ async def get_info(request: web.Request) -> web.Response:
 async def forward_backward(request: web.Request) -> web.Response:
     """Score rows, and gather gradients unless asked for the forward pass only."""
     service, message = request.app[SERVICE], read_train_message(await request.read())
-    model_id = message.model_id
+    model_id, seq_id = message.model_id, message.seq_id
 
     def run() -> bytes:
-        return service.engine.forward_backward(model_id, read_train_request(message))
+        return service.engine.forward_backward(model_id, seq_id, read_train_request(message))
 
-    return _promised(service.promise_in_turn(model_id, message.seq_id, run), model_id=model_id)
+    return _promised(service.promise_in_turn(model_id, seq_id, run), model_id=model_id)
 
 
 @routes.post("/api/v1/optim_step")
 async def optim_step(request: web.Request) -> web.Response:
     """Take a step of Adam."""
     service, body = request.app[SERVICE], await request.json()
-    model_id = body["model_id"]
+    model_id, seq_id = body["model_id"], body["seq_id"]
 
     def run() -> dict[str, Any]:
         if "adam_params" not in body:
             raise RequestError(f"the embedded server has Adam only; found {sorted(body)}")
-        return service.engine.optim_step(model_id, body["adam_params"])
+        return service.engine.optim_step(model_id, seq_id, body["adam_params"])
 
-    return _promised(service.promise_in_turn(model_id, body["seq_id"], run), model_id=model_id)
+    return _promised(service.promise_in_turn(model_id, seq_id, run), model_id=model_id)
 
 
 @routes.post("/api/v1/save_weights")
@@ -113,6 +115,7 @@ async def save_weights(request: web.Request) -> web.Response:
     service, body = request.app[SERVICE], await request.json()
     order = SaveOrder(
         body["model_id"],
+        body["seq_id"],
         "weights",
         body.get("path") or f"{body['seq_id']:06d}",
         bool(body.get("overwrite")),
@@ -120,7 +123,7 @@ async def save_weights(request: web.Request) -> web.Response:
         body.get("user_metadata"),
     )
     promise = service.promise_in_turn(
-        order.model_id, body["seq_id"], lambda: service.engine.save(order)
+        order.model_id, order.seq_id, lambda: service.engine.save(order)
     )
     return _promised(promise, model_id=order.model_id)
 
@@ -131,6 +134,7 @@ async def save_weights_for_sampler(request: web.Request) -> web.Response:
     service, body = request.app[SERVICE], await request.json()
     order = SaveOrder(
         body["model_id"],
+        body["seq_id"],
         "sampler_weights",
         body.get("path") or "",
         False,
@@ -143,7 +147,7 @@ async def save_weights_for_sampler(request: web.Request) -> web.Response:
             return service.engine.save(order)
         return _save_for_session(service, body)
 
-    promise = service.promise_in_turn(order.model_id, body["seq_id"], run)
+    promise = service.promise_in_turn(order.model_id, order.seq_id, run)
     return _promised(promise, model_id=order.model_id)
 
 
@@ -167,12 +171,14 @@ async def load_weights(request: web.Request) -> web.Response:
     service, body = request.app[SERVICE], await request.json()
     path, optimizer = body["path"], bool(body.get("optimizer"))
     if "model_id" in body:
-        model_id = body["model_id"]
+        model_id, seq_id = body["model_id"], body["seq_id"]
 
         def load() -> dict[str, Any]:
-            return service.engine.load_into(model_id, path, optimizer=optimizer)
+            return service.engine.load_into(model_id, seq_id, path, optimizer=optimizer)
 
-        return _promised(service.promise_in_turn(model_id, body["seq_id"], load))
+        return _promised(service.promise_in_turn(model_id, seq_id, load))
+    # Here rather than in the promise, for the status that other servers give: 404.
+    service.store.find(path)
     model_id = _new_model(service, body)
 
     def create() -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""The wire format: protobuf and JSON of the SDK to plain dataclasses, and back."""
+"""The SDK's protobuf messages, and its tensors as arrays."""
 
 from __future__ import annotations
 
 import importlib.util
-import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,218 +36,96 @@ else:
 
     pb = _public_proto()
 
+__all__ = ["Array", "Floats", "Ints", "Layout", "pb", "read_json_tensor", "read_tensor"]
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
-
-SUPPORTED_LOSS = "cross_entropy"
-UNSUPPORTED_SAMPLING = ("topk_prompt_logprobs", "target_prompt_logprobs", "prompt_alt_tokens_k")
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """One request for samples; `stop` None means the model's own end tokens."""
-
-    prompt: Ints
-    num_samples: int
-    max_tokens: int | None
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    stop: tuple[str, ...] | tuple[int, ...] | None
-    prompt_logprobs: bool
-    last_n: int | None
-    top_logprobs: int
-
-
-@dataclass
-class Drawn:
-    """The tokens drawn for one sample, the logprob of each, and optionally its rivals."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    top: list[tuple[list[int], list[float]]]
-    stopped: bool
+Array = NDArray[Any]
+_KINDS = {pb.DTYPE_FLOAT32: np.float32, pb.DTYPE_INT64: np.int64, pb.DTYPE_INT32: np.int32}
 
 
 @dataclass(frozen=True)
-class SampleResult:
-    """What a sample request returns."""
+class Layout:
+    """Where the listed values of a sparse (CSR) tensor lie; the others have no value."""
 
-    sequences: list[Drawn]
-    prompt_logprobs: Floats | None
-    cache_hit_tokens: int
+    shape: tuple[int, int]
+    row_starts: Ints
+    columns: Ints
 
+    @property
+    def rows(self) -> Ints:
+        """The row of each listed value."""
+        return np.repeat(np.arange(self.shape[0]), np.diff(self.row_starts))
 
-@dataclass(frozen=True)
-class Datum:
-    """One training row: inputs, the token to predict at each position, and its weight."""
+    def spread(self, values: Array, filler: int) -> Array:
+        """The dense matrix, with `filler` where nothing is listed."""
+        dense = np.full(self.shape, filler, values.dtype)
+        dense[self.rows, self.columns] = values
+        return dense
 
-    tokens: Ints
-    targets: Ints
-    weights: Floats
-
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """Rows to learn from, or only to score when `forward_only`."""
-
-    data: list[Datum]
-    forward_only: bool
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Logprob of every target, row by row, and metrics named `name:reduction`."""
-
-    logprobs: list[Floats]
-    metrics: dict[str, float]
-
-
-def read_sample_request(body: Mapping[str, Any]) -> SampleRequest:
-    """Read the JSON of `asample`."""
-    _refuse_unsupported(body)
-    params = body.get("sampling_params") or {}
-    seed = params.get("seed")
-    request = SampleRequest(
-        prompt=_prompt_tokens(body["prompt"]["chunks"]),
-        num_samples=int(body.get("num_samples", 1)),
-        max_tokens=params.get("max_tokens"),
-        temperature=float(params.get("temperature", 1.0)),
-        top_k=int(params.get("top_k", -1)),
-        top_p=float(params.get("top_p", 1.0)),
-        seed=secrets.randbits(63) if seed is None else int(seed),
-        stop=_read_stop(params.get("stop")),
-        prompt_logprobs=bool(body.get("prompt_logprobs")),
-        last_n=body.get("prompt_logprobs_last_n"),
-        top_logprobs=int(body.get("topk_sample_logprobs") or 0),
-    )
-    _check_sampling(request)
-    return request
-
-
-def _refuse_unsupported(body: Mapping[str, Any]) -> None:
-    asked = [name for name in UNSUPPORTED_SAMPLING if body.get(name)]
-    if asked:
-        raise RequestError(
-            f"the embedded server does not compute {', '.join(asked)}: leave it out, or ask for "
-            "prompt_logprobs or topk_sample_logprobs"
+    def require(self, values: Array, name: str) -> None:
+        """Refuse indices that lead out of the matrix, or that don't number the values."""
+        rows, columns = self.shape
+        starts = self.row_starts
+        sound = (
+            len(starts) == rows + 1
+            and starts[0] == 0
+            and starts[-1] == len(values) == len(self.columns)
+            and bool((np.diff(starts) >= 0).all())
+            and bool(((self.columns >= 0) & (self.columns < columns)).all())
         )
+        if not sound:
+            raise RequestError(
+                f"expected {name} in CSR: {rows + 1} ascending row pointers that end at the number "
+                f"of values, and columns below {columns}; found {len(starts)} row pointers, "
+                f"{len(values)} values and {len(self.columns)} columns"
+            )
 
 
-def _check_sampling(request: SampleRequest) -> None:
-    length = len(request.prompt)
-    rules = {
-        "a prompt of at least one token": length > 0,
-        "num_samples of 1 or more": request.num_samples >= 1,
-        "max_tokens of 1 or more": request.max_tokens is None or request.max_tokens >= 1,
-        "temperature of 0 or more": 0.0 <= request.temperature < float("inf"),
-        "top_p in (0, 1]": 0.0 < request.top_p <= 1.0,
-        "top_k of -1 (off) or 1 and more": request.top_k == -1 or request.top_k >= 1,
-        "topk_sample_logprobs of 0 or more": request.top_logprobs >= 0,
-        f"prompt_logprobs_last_n in 1..{length - 1}": (
-            request.last_n is None or 1 <= request.last_n <= length - 1
-        ),
-    }
-    broken = [rule for rule, holds in rules.items() if not holds]
-    if broken:
-        raise RequestError(f"expected {'; '.join(broken)}; found {request!r}")
-
-
-def _read_stop(stop: str | Sequence[Any] | None) -> tuple[str, ...] | tuple[int, ...] | None:
-    if stop is None:
-        return None
-    if isinstance(stop, str):
-        return (stop,)
-    if all(isinstance(item, str) for item in stop) or all(isinstance(item, int) for item in stop):
-        return tuple(stop)
-    raise RequestError(f"expected stop as strings or as token ids, not mixed; found {stop!r}")
-
-
-def _prompt_tokens(chunks: Sequence[Mapping[str, Any]]) -> Ints:
-    other = {chunk.get("type") for chunk in chunks} - {"encoded_text"}
-    if other:
-        raise RequestError(f"expected text chunks only; found {', '.join(map(str, other))}")
-    return np.array([token for chunk in chunks for token in chunk["tokens"]], dtype=np.int64)
-
-
-def read_train_message(body: bytes) -> pb.ForwardBackwardRequest:
-    """Read the protobuf of `forward_backward`, without looking into its rows."""
-    message = pb.ForwardBackwardRequest()
-    message.ParseFromString(body)
-    return message
-
-
-def read_train_request(message: pb.ForwardBackwardRequest) -> TrainRequest:
-    """Read the rows of a training request."""
-    if message.loss_fn != SUPPORTED_LOSS:
-        raise RequestError(
-            f"the embedded server supports loss_fn={SUPPORTED_LOSS!r}; found {message.loss_fn!r}"
-        )
-    if not message.data:
-        raise RequestError("expected at least one datum; found none")
-    return TrainRequest([_read_datum(datum) for datum in message.data], message.forward_only)
-
-
-def _read_datum(datum: pb.Datum) -> Datum:
-    if any(not chunk.HasField("encoded_text") for chunk in datum.model_input):
-        raise RequestError("expected text chunks only; found an image or audio chunk")
-    parts = [np.frombuffer(chunk.encoded_text.tokens, np.int32) for chunk in datum.model_input]
-    tokens = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
-    missing = {"target_tokens", "weights"} - set(datum.loss_fn_inputs)
-    if missing:
-        raise RequestError(
-            f"{SUPPORTED_LOSS} expects loss_fn_inputs target_tokens and weights; "
-            f"{', '.join(sorted(missing))} missing, found {sorted(datum.loss_fn_inputs)}"
-        )
-    targets = _read_row(datum.loss_fn_inputs["target_tokens"], "target_tokens")
-    weights = _read_row(datum.loss_fn_inputs["weights"], "weights")
-    if not len(tokens) == len(targets) == len(weights) or not len(tokens):
-        raise RequestError(
-            "expected model_input, target_tokens and weights of one length, at least 1; "
-            f"found {len(tokens)}, {len(targets)} and {len(weights)}"
-        )
-    return Datum(tokens, targets.astype(np.int64), weights.astype(np.float32))
-
-
-def _read_row(tensor: pb.Tensor, name: str) -> NDArray[Any]:
-    """A one-dimensional tensor; soft (N, K) targets are refused."""
-    if tensor.HasField("sparse_csr") or len(tensor.shape) > 1:
-        raise RequestError(
-            f"the embedded server supports one hard target per position: expected {name} of "
-            f"shape (N,); found shape {tuple(tensor.shape)}"
-        )
-    kinds = {pb.DTYPE_FLOAT32: np.float32, pb.DTYPE_INT64: np.int64, pb.DTYPE_INT32: np.int32}
-    if tensor.dtype not in kinds:
+def read_tensor(tensor: pb.Tensor, name: str) -> Array:
+    """A tensor of one or two dimensions; what a sparse one doesn't list is 0."""
+    if tensor.dtype not in _KINDS:
         raise RequestError(f"expected {name} as float32 or int64; found {tensor.dtype}")
-    return np.frombuffer(tensor.dense, kinds[tensor.dtype])
+    kind, shape = _KINDS[tensor.dtype], tuple(tensor.shape)
+    if tensor.HasField("sparse_csr"):
+        part = tensor.sparse_csr
+        layout = Layout(
+            _require_matrix(shape, name),
+            np.frombuffer(part.crow_indices, np.int64),
+            np.frombuffer(part.col_indices, np.int64),
+        )
+        values = np.frombuffer(part.values, kind)
+        layout.require(values, name)
+        return layout.spread(values, 0)
+    values = np.frombuffer(tensor.dense, kind)
+    return _shaped(values, shape or (len(values),), name)
 
 
-def write_sample_result(result: SampleResult) -> bytes:
-    """Encode samples as the SDK expects them."""
-    message = pb.SampleResponse(prompt_cache_hit_tokens=result.cache_hit_tokens)
-    for sequence in result.sequences:
-        part = message.sequences.add()
-        part.stop_reason = pb.STOP_REASON_STOP if sequence.stopped else pb.STOP_REASON_LENGTH
-        part.tokens = np.array(sequence.tokens, np.int32).tobytes()
-        part.logprobs = np.array(sequence.logprobs, np.float32).tobytes()
-        if sequence.top:
-            top = part.topk_sampled_logprobs
-            top.token_ids = np.array([ids for ids, _ in sequence.top], np.int32).tobytes()
-            top.logprobs = np.array([values for _, values in sequence.top], np.float32).tobytes()
-            top.length, top.k = len(sequence.top), len(sequence.top[0][0])
-    if result.prompt_logprobs is not None:
-        message.prompt_logprobs = result.prompt_logprobs.tobytes()
-    return bytes(message.SerializeToString())
+def read_json_tensor(body: Mapping[str, Any], name: str) -> tuple[Array, Layout | None]:
+    """A matrix of ids in the SDK's JSON, -1 where none is; its layout if it came sparse."""
+    shape = _require_matrix(tuple(body.get("shape") or ()), name)
+    values = np.asarray(body["data"], np.int64)
+    if body.get("sparse_crow_indices") is None:
+        return _shaped(values, shape, name), None
+    layout = Layout(
+        shape,
+        np.asarray(body["sparse_crow_indices"], np.int64),
+        np.asarray(body["sparse_col_indices"], np.int64),
+    )
+    layout.require(values, name)
+    return layout.spread(values, -1), layout
 
 
-def write_train_result(result: TrainResult) -> bytes:
-    """Encode logprobs and metrics as the SDK expects them."""
-    message = pb.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord", metrics=result.metrics)
-    record = message.loss_fn_outputs.add(num_datums=len(result.logprobs))
-    field = record.fields["logprobs"]
-    field.dtype = pb.DTYPE_FLOAT32
-    field.data = b"".join(row.astype(np.float32).tobytes() for row in result.logprobs)
-    ends = np.cumsum([0] + [4 * len(row) for row in result.logprobs])
-    field.offsets = ends.astype(np.int64).tobytes()
-    return bytes(message.SerializeToString())
+def _shaped(values: Array, shape: Sequence[int], name: str) -> Array:
+    if len(shape) > 2 or int(np.prod(shape)) != len(values):
+        raise RequestError(
+            f"expected {name} of shape (N,) or (N, K); found shape {tuple(shape)} and "
+            f"{len(values)} values"
+        )
+    return values.reshape(shape)
+
+
+def _require_matrix(shape: Sequence[int], name: str) -> tuple[int, int]:
+    if len(shape) != 2:
+        raise RequestError(f"expected {name} of shape (N, K); found shape {tuple(shape)}")
+    return int(shape[0]), int(shape[1])

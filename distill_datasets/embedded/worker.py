@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .failures import RequestError
 from .futures import Outcome, failure
-from .wire import SampleRequest
+from .sample_wire import SampleRequest
 
 Resolve = Callable[[Outcome], None]
 
@@ -34,8 +34,10 @@ class Sampling:
 
     def joins(self, other: Sampling) -> bool:
         """Whether both may run in one batch."""
-        same = self.weights == other.weights
-        return same and self.request.prompt_logprobs == other.request.prompt_logprobs
+        own, others = self.request.scoring, other.request.scoring
+        # Scores cost as much as the most that any request of a batch asks for.
+        alike = own.asked == others.asked and own.top == others.top
+        return alike and self.weights == other.weights
 
 
 Work = Call | Sampling

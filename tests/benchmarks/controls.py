@@ -17,6 +17,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from distill_datasets import TrainSettings, measure, resources, train
+from distill_datasets.objective_settings import ObjectiveSettings
 
 
 def shuffled(release: Path, folder: Path) -> Path:
@@ -57,6 +58,7 @@ def main() -> None:
     config = json.loads((run / "train/config.json").read_text())
     settings = {**config["settings"], "learning_rate": config["learning_rate"]}
     settings["renderer"] = config["renderer"]
+    settings["objective"] = ObjectiveSettings(**settings.get("objective", {}))
     same = TrainSettings(**settings)
     lines = {
         system: accuracy(json.loads((run / "report.json").read_text()), system)

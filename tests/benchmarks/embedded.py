@@ -1,8 +1,9 @@
 """How fast the embedded server samples and trains: `python -m tests.benchmarks.embedded`.
 
 A random model of the pocket model's size answers queries of about 50 tokens behind a prompt of
-700, once with the prompt shared (and so cached) and once with a different prompt per query;
-then it trains on rows of 60 tokens. Times include the SDK's.
+700, once with the prompt shared (and so cached) and once with a different prompt per query; it
+scores the last tokens of 60 behind a shared prompt of 800, as a teacher does; then it trains on
+rows of 60 tokens, with one target a token and with 20. Times include the SDK's.
 """
 
 from __future__ import annotations
@@ -75,7 +76,28 @@ async def sample(server: Server, prompts: list[list[int]], concurrency: int) -> 
     return (len(prompts) - 1) / (time.perf_counter() - start)
 
 
-async def train(server: Server, steps: int) -> float:
+async def score(server: Server, rows: int, last_n: int) -> float:
+    """Rows per second whose last tokens are scored, with the 20 likeliest in each place."""
+    service = tinker.ServiceClient(base_url=server.url, api_key=server.api_key)
+    client = await service.create_sampling_client(base_model=server.model)
+    params = types.SamplingParams(max_tokens=1, temperature=0.0)
+    random = np.random.default_rng(1)
+    prompt = random.integers(300, VOCABULARY, 800).tolist()
+    options = {"topk_prompt_logprobs": 20, "prompt_logprobs_last_n": last_n}
+
+    async def one(suffix: list[int]) -> None:
+        row = types.ModelInput.from_ints(prompt + suffix)
+        await client.sample(row, 1, params, True, **options)
+
+    suffixes = random.integers(300, VOCABULARY, (rows + 2, 60)).tolist()
+    await one(suffixes[0])
+    await one(suffixes[1])
+    start = time.perf_counter()
+    await asyncio.gather(*map(one, suffixes[2:]))
+    return rows / (time.perf_counter() - start)
+
+
+async def train(server: Server, steps: int, targets: int) -> float:
     """Steps per second, of 32 rows of 60 tokens."""
     service = tinker.ServiceClient(base_url=server.url, api_key=server.api_key)
     client = await service.create_lora_training_client(server.model, rank=16, seed=0)
@@ -83,8 +105,11 @@ async def train(server: Server, steps: int) -> float:
     rows = []
     for _ in range(32):
         tokens = random.integers(300, VOCABULARY, 61).tolist()
-        weights = [0.0] * 55 + [1.0] * 5
-        inputs = {"target_tokens": tokens[1:], "weights": weights}
+        weights = np.array([0.0] * 55 + [1.0] * 5, np.float32)
+        inputs = {"target_tokens": np.array(tokens[1:]), "weights": weights}
+        if targets > 1:
+            soft = random.integers(300, VOCABULARY, (60, targets))
+            inputs = {"target_tokens": soft, "weights": np.tile(weights[:, None], targets)}
         rows.append(
             types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
         )
@@ -119,8 +144,12 @@ async def measure(server: Server, queries: int) -> None:
             line = f"{kind:14} x{concurrency:<4} {rate:7.1f} queries/s"
             print(f"{line}  ({len(prompts)} in {took:.1f} s)")
         print(f"{kind:14} alone {await latency(server, shared=shared):6.1f} ms")
-    rate = await train(server, 20)
-    print(f"train 32 x 60        {rate:7.2f} steps/s   ({1 / rate:.3f} s)")
+    for last_n in (5, 59):
+        rate = await score(server, queries // 2, last_n)
+        print(f"score last {last_n:<9} {rate:7.1f} rows/s")
+    for targets in (1, 20):
+        rate = await train(server, 20, targets)
+        print(f"train 32 x 60 x {targets:<3} {rate:7.2f} steps/s   ({1 / rate:.3f} s)")
 
 
 def main() -> None:

@@ -1,0 +1,126 @@
+"""How much of the prompt is in the weights: one number from likelihoods, with no judge."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distill_datasets.errors import DatasetError
+from distill_datasets.metrics import Estimate, resamples
+
+if TYPE_CHECKING:
+    from distill_datasets.connection import Connection
+    from distill_datasets.sampler import Message
+
+_RESAMPLES = 2_000
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the student stands between, on the same rows in the same order.
+
+    `base` and `teacher` are negative log-likelihoods in nats, each summed over a row's answer:
+    the base without the prompt, the teacher with it. `tokens` are those of the answer as the
+    student says it, `groups` are resampled together.
+    """
+
+    groups: Sequence[str]
+    tokens: Sequence[int]
+    base: Sequence[float]
+    teacher: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer of the teacher: what it saw and said, and what the student shall say instead."""
+
+    group: str
+    asked: "Sequence[Message]"
+    said: str
+    query: "Sequence[Message]"
+    response: str
+
+    @property
+    def taught(self) -> "list[Message]":
+        """The conversation as the teacher had it."""
+        return [*self.asked, {"role": "assistant", "content": self.said}]
+
+    @property
+    def learned(self) -> "list[Message]":
+        """The conversation as the student shall have it."""
+        return [*self.query, {"role": "assistant", "content": self.response}]
+
+
+def measure_bounds(
+    answers: Sequence[Answered], *, base: "Connection", teacher: "Connection"
+) -> Bounds:
+    """Ask both how likely they find the teacher's answers; costs two requests an answer.
+
+    Where a recipe rewrites what the teacher says, the teacher is asked about its own words: it
+    gives the answer at least that likelihood.
+    """
+    from distill_datasets.likelihood import likelihoods
+
+    without = likelihoods(base, [one.learned for one in answers], title="base's likelihood")
+    taught = likelihoods(teacher, [one.taught for one in answers], title="teacher's likelihood")
+    return Bounds(
+        groups=[one.group for one in answers],
+        tokens=[one.tokens for one in without],
+        base=[one.nats for one in without],
+        teacher=[one.nats for one in taught],
+    )
+
+
+def measure_internalisation(
+    answers: Sequence[Answered], connections: "Mapping[str, Connection]"
+) -> dict[str, Any]:
+    """The score of `connections` "student" between "base" and "teacher", with its interval.
+
+    Besides, every system's nats a response token; costs three requests an answer.
+    """
+    from distill_datasets.likelihood import likelihoods
+
+    bounds = measure_bounds(answers, base=connections["base"], teacher=connections["teacher"])
+    learned = [one.learned for one in answers]
+    found = likelihoods(connections["student"], learned, title="student's likelihood")
+    student = [one.nats for one in found]
+    systems = {"base": bounds.base, "teacher": bounds.teacher, "student": student}
+    return {
+        **internalisation(student, bounds).interval(),
+        "rows": len(answers),
+        "nats_per_token": {name: per_token(nats, bounds) for name, nats in systems.items()},
+    }
+
+
+def internalisation(student: Sequence[float], bounds: Bounds) -> Estimate:
+    """(NLL_base - NLL_student) / (NLL_base - NLL_teacher), per response token, over all rows.
+
+    0 is the base, 1 the teacher with its prompt; nothing is clipped, so that a student that is
+    surer than its teacher is above 1. Raises `DatasetError` where base and teacher find the
+    answers equally likely: there is nothing to internalise.
+    """
+    nats = np.array([bounds.base, student, bounds.teacher], dtype=np.float64)
+    tokens = np.asarray(bounds.tokens, dtype=np.float64)
+    if not tokens.sum() > 0:
+        raise DatasetError("There are no answers to compute the internalisation score on.")
+    whole = np.ones((1, len(tokens)))
+    draws = [_score(weights, nats) for weights in resamples(bounds.groups, _RESAMPLES)]
+    value = float(_score(whole, nats)[0])
+    if not np.isfinite(value):
+        raise DatasetError(
+            "The internalisation score is not defined: the base finds the teacher's answers as "
+            "likely without the prompt as the teacher does with it. This prompt changes nothing."
+        )
+    return Estimate(value, np.concatenate(draws))
+
+
+def per_token(nats: Sequence[float], bounds: Bounds) -> float:
+    """A system's mean negative log-likelihood, in nats a response token."""
+    return float(np.sum(nats) / np.sum(bounds.tokens))
+
+
+def _score(weights: np.ndarray, nats: np.ndarray) -> np.ndarray:
+    base, student, teacher = weights @ nats.T[:, 0], weights @ nats.T[:, 1], weights @ nats.T[:, 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray((base - student) / (base - teacher))

@@ -1,0 +1,108 @@
+"""Closed answer sets: the probabilities of whole labels, token by token.
+
+A label is a sequence of tokens. Where several begin alike, its probability is a product over the
+places of the tree that they form; what the student learns at a place is the share of each next
+token among the labels that are still possible there.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill_datasets.soft_targets import SoftLabels
+
+Tokens = tuple[int, ...]
+
+
+def diverging(sequences: Sequence[Sequence[int]]) -> tuple[Tokens, list[Tokens]]:
+    """What all sequences begin with, and the rest of each without what all end with.
+
+    No rest is the beginning of another: of a common end as much stays as that takes. The
+    sequences must be different.
+    """
+    shared = tuple(_alike(sequences))
+    rests = [tuple(sequence[len(shared) :]) for sequence in sequences]
+    cut = len(list(_alike([rest[::-1] for rest in rests])))
+    while cut and not _tells_apart([rest[:-cut] for rest in rests]):
+        cut -= 1
+    return shared, [rest[: len(rest) - cut] for rest in rests]
+
+
+def _alike(sequences: Sequence[Sequence[int]]) -> list[int]:
+    columns = zip(*sequences, strict=False)
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+
+
+def _tells_apart(rests: Sequence[Tokens]) -> bool:
+    beginnings = {rest[:length] for rest in rests for length in range(len(rest))}
+    return len(set(rests)) == len(rests) and not beginnings & set(rests) and () not in rests
+
+
+def children(labels: Sequence[Tokens]) -> dict[Tokens, list[int]]:
+    """The tokens that may follow each beginning of a label, in the order of the labels."""
+    found: dict[Tokens, dict[int, None]] = {}
+    for label in labels:
+        for place, token in enumerate(label):
+            found.setdefault(label[:place], {})[token] = None
+    return {beginning: list(tokens) for beginning, tokens in found.items()}
+
+
+def paths(labels: Sequence[Tokens]) -> list[Tokens]:
+    """The fewest beginnings that a model must read to have passed every place of the tree."""
+    inner = {label[:-1] for label in labels}
+    return sorted(
+        path for path in inner if not any(path == other[: len(path)] != other for other in inner)
+    )
+
+
+def label_logprobs(
+    labels: Sequence[Tokens], places: Mapping[Tokens, Mapping[int, float]]
+) -> NDArray[np.float64]:
+    """Of whole labels, given those of the tokens at each place; not renormalised."""
+    return np.array(
+        [
+            sum(places[label[:place]][token] for place, token in enumerate(label))
+            for label in labels
+        ],
+        np.float64,
+    )
+
+
+def label_targets(
+    response: Sequence[int], labels: Sequence[Sequence[int]], logprobs: NDArray[np.float64]
+) -> SoftLabels:
+    """What to learn at each place of a response that is one of the labels, written out.
+
+    `logprobs` are the teacher's of each label; `kept` is what it gives all of them together.
+    """
+    places = [_next_tokens(response[:place], labels, logprobs) for place in range(len(response))]
+    width = max(map(len, places))
+    ids = np.zeros((len(response), width), np.int32)
+    found = np.full((len(response), width), -np.inf)
+    for place, tokens in enumerate(places):
+        total = sum(tokens.values())
+        ranked = sorted(tokens, key=lambda token: (-tokens[token], token))
+        ids[place, : len(ranked)] = ranked
+        with np.errstate(divide="ignore"):  # what the teacher rules out stays ruled out
+            found[place, : len(ranked)] = np.log([tokens[token] / total for token in ranked])
+    kept = float(np.exp(logprobs).sum())
+    return SoftLabels(np.asarray(response, np.int32), ids, found.astype(np.float16), kept)
+
+
+def _next_tokens(
+    beginning: Sequence[int], labels: Sequence[Sequence[int]], logprobs: NDArray[np.float64]
+) -> dict[int, float]:
+    start, length = tuple(beginning), len(beginning)
+    possible = [
+        (label[length], logprob)
+        for label, logprob in zip(labels, logprobs.tolist(), strict=True)
+        if len(label) > length and tuple(label[:length]) == start
+    ]
+    best = max(logprob for _, logprob in possible)
+    found: dict[int, float] = {}
+    for token, logprob in possible:
+        found[token] = found.get(token, 0.0) + math.exp(logprob - best)
+    return found

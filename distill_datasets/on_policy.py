@@ -1,0 +1,201 @@
+"""On-policy distillation: the student answers without the prompt, the teacher judges with it.
+
+Every sampled token counts, the stop token too, however short the answer. With the reverse KL a
+token's advantage is the teacher's log-probability of it less the student's own when it sampled it
+(a one-sample estimate of the divergence at that place; later places are not credited to earlier
+tokens); importance sampling corrects for the steps learned since. With the forward KL the
+teacher's likeliest tokens at the places that the student reached are targets.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import tinker
+from numpy.typing import NDArray
+
+from distill_datasets.batches import Batch, Learned, Normalization, shares
+from distill_datasets.producers import Lesson
+from distill_datasets.sampler import digest
+from distill_datasets.scoring import Pending, Ranking, Scored, Scorer, require_same_tokenizer
+from distill_datasets.soft_labels import prompt_tokens, require_own_words
+from distill_datasets.soft_rows import SoftRow, chosen_rows, soft_rows
+from distill_datasets.soft_targets import SoftExample, SoftLabels, soft_targets
+from distill_datasets.soft_training import soft_batch
+from distill_datasets.student import PendingStep
+from distill_datasets.teacher_prompts import connect_teacher, read_teacher_prompts
+from distill_datasets.training_plan import Step
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled answer: the student's log-probabilities of its tokens, and the teacher's.
+
+    `ranking` is what else the teacher would have said, where the forward KL asks for it.
+    """
+
+    prompt: Sequence[int]
+    tokens: Sequence[int]
+    student: NDArray[np.float64]
+    teacher: NDArray[np.float64]
+    ended: bool
+    ranking: Ranking | None = None
+
+
+class OnPolicyProducer:
+    """Samples a step's queries with the student of now, or of one step before, and scores them.
+
+    A request's seed follows from the settings' seed, the step and the row, so that equal weights
+    sample equally. Nothing is kept: a run that goes on from a checkpoint samples its steps again.
+    """
+
+    def __init__(self, lesson: Lesson) -> None:
+        """Open the teacher; raises `DatasetError` where the release has no prompt for it."""
+        prompts = read_teacher_prompts(lesson)
+        self._lesson, self._objective = lesson, lesson.settings.objective
+        _, rows = chosen_rows(lesson)
+        require_own_words(prompts, rows)
+        teacher = connect_teacher(lesson, prompts)
+        require_same_tokenizer(teacher, lesson.student.connection)
+        self._scorer = Scorer(teacher)
+        self._stop = lesson.student.connection.renderer.get_stop_sequences()
+        self._longest = self._objective.max_tokens or prompts.recipe.sampling.max_tokens
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
+        self._started: dict[int, Future[list[Rollout]]] = {}
+        self._context = lru_cache(maxsize=4096)(
+            lambda query: prompt_tokens(teacher, prompts, query)
+        )
+
+    def prepare(self, step: Step) -> None:
+        """Sample a coming step in the background, with the weights that there are by now."""
+        if self._objective.stale:
+            self._start(step)
+
+    def submit(self, step: Step) -> PendingStep:
+        """Learn the step's answers; waits for those that are still being sampled."""
+        if step.number not in self._started:
+            self._start(step)
+        rollouts = self._started.pop(step.number).result()
+        settings = self._lesson.settings
+        if self._objective.kl == "forward":
+            batch = forward_batch(rollouts, settings.normalization)
+        else:
+            batch = reverse_batch(rollouts, settings.normalization)
+        return self._lesson.student.learn(batch, self._lesson.update(step))
+
+    def close(self) -> None:
+        """Wait for nothing; what is in flight is dropped."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self, step: Step) -> None:
+        client = self._lesson.student.snapshot()
+        self._started[step.number] = self._thread.submit(self._roll, step, client)
+
+    def _roll(self, step: Step, client: tinker.SamplingClient) -> list[Rollout]:
+        rows = soft_rows(self._lesson, step.places)
+        sampling = [self._sample(step, row, client) for row in rows]
+        k = self._objective.top_k if self._objective.kl == "forward" else 0
+        scoring = []
+        for row, pending in zip(rows, sampling, strict=True):
+            context = self._context(row.query)
+            for sequence in pending.result():
+                scores = self._scorer.read(context, sequence.tokens, k)
+                scoring.append((row, sequence, scores))
+        return [self._rollout(row, sequence, scores) for row, sequence, scores in scoring]
+
+    def _sample(self, step: Step, row: SoftRow, client: tinker.SamplingClient) -> Pending[Any]:
+        named = [self._lesson.settings.seed, step.number, row.id, row.sample]
+        request = client.sample(
+            prompt=tinker.ModelInput.from_ints(list(row.prompt)),
+            num_samples=self._objective.samples,
+            sampling_params=tinker.SamplingParams(
+                max_tokens=self._longest,
+                temperature=1.0,
+                seed=int(digest(named)[:8], 16) >> 1,
+                stop=self._stop,
+            ),
+        )
+        return Pending(self._lesson.student.connection, request, lambda reply: reply.sequences)
+
+    @staticmethod
+    def _rollout(row: SoftRow, sequence: Any, scores: Pending[Scored]) -> Rollout:
+        own, ended = np.asarray(sequence.logprobs, np.float64), sequence.stop_reason == "stop"
+        scored = scores.result()
+        return Rollout(row.prompt, sequence.tokens, own, scored.logprobs, ended, scored.ranking)
+
+
+def reverse_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> Batch:
+    """Policy gradients: each token's advantage is by how much the teacher finds it likelier."""
+    masks = [np.ones(len(rollout.tokens), np.float32) for rollout in rollouts]
+    datums = [
+        _datum(rollout, size)
+        for rollout, size in zip(rollouts, shares(masks, normalization), strict=True)
+    ]
+
+    def read(_: Sequence[Mapping[str, Any]]) -> Learned:
+        return _learned(rollouts, reverse_kl(rollouts))
+
+    return Batch(datums, read, "importance_sampling")
+
+
+def forward_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> Batch:
+    """The teacher's likeliest tokens at each place that the student reached, as soft labels."""
+    examples = [SoftExample(rollout.prompt, _labels(rollout)) for rollout in rollouts]
+    targets = [soft_targets(one.labels, temperature=1.0, alpha=0.0) for one in examples]
+    soft = soft_batch(examples, targets, normalization)
+
+    def read(outputs: Sequence[Mapping[str, Any]]) -> Learned:
+        learned = soft.read(outputs)
+        return _learned(rollouts, learned.loss, learned.extra)
+
+    return Batch(soft.datums, read)
+
+
+def reverse_kl(rollouts: Sequence[Rollout]) -> float:
+    """Nats per sampled token by which the student leaves the teacher, an estimate."""
+    apart = sum(float((rollout.student - rollout.teacher).sum()) for rollout in rollouts)
+    return apart / sum(len(rollout.tokens) for rollout in rollouts)
+
+
+def _labels(rollout: Rollout) -> SoftLabels:
+    assert rollout.ranking is not None
+    return SoftLabels.of(rollout.tokens, rollout.ranking.ids, rollout.ranking.logprobs)
+
+
+def _datum(rollout: Rollout, size: float) -> tinker.Datum:
+    """The first sampled token is predicted by the prompt's last."""
+    before = [0.0] * (len(rollout.prompt) - 1)
+    advantages = (rollout.teacher - rollout.student) / size
+    tokens = [*rollout.prompt, *rollout.tokens]
+    return tinker.Datum(
+        model_input=tinker.ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={
+            "target_tokens": tinker.TensorData.from_numpy(np.asarray(tokens[1:], np.int64)),
+            "logprobs": _floats([*before, *rollout.student]),
+            "advantages": _floats([*before, *advantages]),
+        },
+    )
+
+
+def _floats(values: Sequence[float]) -> tinker.TensorData:
+    return tinker.TensorData.from_numpy(np.asarray(values, np.float32))
+
+
+def _learned(
+    rollouts: Sequence[Rollout], loss: float, extra: Mapping[str, float] | None = None
+) -> Learned:
+    count = sum(len(rollout.tokens) for rollout in rollouts)
+    return Learned(
+        loss=loss,
+        response_tokens=count,
+        tokens=count + sum(len(rollout.prompt) for rollout in rollouts),
+        extra={
+            **(extra or {}),
+            "reverse_kl": reverse_kl(rollouts),
+            "sampled_tokens": count / len(rollouts),
+            "ended": sum(rollout.ended for rollout in rollouts) / len(rollouts),
+        },
+    )

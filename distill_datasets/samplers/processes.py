@@ -1,0 +1,225 @@
+"""One sampler over several processes: a client of the SDK keeps one core busy, and no more.
+
+What a worker needs, the key included, goes through its standard input, and so do the requests:
+see worker.py.
+"""
+
+import atexit
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+from distill_datasets.errors import RetryableError, ServiceError, SettingsError
+from distill_datasets.sampler import Message, Reply, Sampling
+from distill_datasets.samplers.pipes import Portable, read, write
+from distill_datasets.samplers.tinker import TinkerSampler, answered
+
+_CLOSE_SECONDS = 5.0
+_LAST_WORDS = 500
+_WORKER = "distill_datasets.samplers.worker"
+
+
+class WorkerEnded(Exception):  # noqa: N818 (what happened, not what is wrong)
+    """A worker ended before it answered."""
+
+
+class ProcessSampler:
+    """Spreads requests over worker processes; each goes to the one with the fewest in flight.
+
+    Close it, use it as a context manager, or let the exit of Python do it. A request whose worker
+    ends is asked once more, of another.
+    """
+
+    def __init__(self, sampler: TinkerSampler, processes: int) -> None:
+        """Starts the workers, and doesn't wait for them: they take seconds, and requests queue.
+
+        Raises `SettingsError` for fewer than one process.
+        """
+        if processes < 1:
+            raise SettingsError(f"Expected processes of 1 or more; found {processes}.")
+        self.connection, self._sampler = sampler.connection, sampler
+        # The service is the parent's: a worker has a client of the parent's session.
+        connection = replace(self.connection, service=cast(Any, None), server=None)
+        state = pickle.dumps((connection, sampler.client))
+        self._workers = [_Worker(state) for _ in range(processes)]
+        atexit.register(self.close)
+
+    @property
+    def model(self) -> str:
+        """The reference, as written."""
+        return self._sampler.model
+
+    @property
+    def identity(self) -> str:
+        """That of the sampler: who asks decides nothing."""
+        return self._sampler.identity
+
+    async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
+        """Answer once, in a worker; raises `ServiceError` when all workers have ended."""
+        for _ in range(2):
+            request = self._least_busy().ask(messages, sampling)
+            try:
+                return cast(Reply, await answered(request, self.connection))
+            except WorkerEnded as error:
+                ended = error
+        raise RetryableError(
+            f"Two worker processes ended while they answered this request: {ended}",
+            type="connection",
+            attempts=2,
+        )
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the workers that run."""
+        return [worker.pid for worker in self._workers if worker.alive]
+
+    def _least_busy(self) -> "_Worker":
+        alive = [worker for worker in self._workers if worker.alive]
+        if not alive:
+            raise ServiceError(
+                f"All {len(self._workers)} worker processes of {self.model!r} ended. Run again, "
+                f"with fewer if memory is short; paid answers are kept. The last words of one: "
+                f"{self._workers[0].last_words!r}"
+            )
+        return min(alive, key=lambda worker: worker.in_flight)
+
+    def close(self) -> None:
+        """End the workers; safe to call again. Requests in flight fail."""
+        atexit.unregister(self.close)
+        for worker in self._workers:
+            worker.leave()
+        for worker in self._workers:
+            worker.close()
+
+    def __enter__(self) -> Self:
+        """Use the sampler for a block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the workers with the block."""
+        self.close()
+
+
+class _Worker:
+    """A child process, as its parent sees it."""
+
+    def __init__(self, state: bytes) -> None:
+        # Lives as long as the child, hence no context manager.
+        self._errors = tempfile.NamedTemporaryFile("w+", prefix="distill-worker-")  # noqa: SIM115
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", _WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=_environment(),
+            # Ctrl-C is the parent's to handle: it waits for what is in flight.
+            start_new_session=True,
+        )
+        self._pending: dict[int, Future[Reply]] = {}
+        self._asked, self._lock = 0, threading.Lock()
+        self.alive = True
+        with suppress(BrokenPipeError):
+            self._send(state)
+        self._reader = threading.Thread(target=self._read, name="worker-replies", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._child.pid
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests wait for an answer."""
+        return len(self._pending)
+
+    @property
+    def last_words(self) -> str:
+        """The end of what the child said on its error stream, while that is kept."""
+        if self._errors.closed:
+            return "it was closed"
+        said = Path(self._errors.name).read_text("utf-8", errors="replace")
+        return said.strip()[-_LAST_WORDS:]
+
+    def ask(self, messages: Sequence[Message], sampling: Sampling) -> "Future[Reply]":
+        """Send a request; the future raises what answering raised, or `WorkerEnded`."""
+        request: Future[Reply] = Future()
+        with self._lock:
+            number = self._asked = self._asked + 1
+            self._pending[number] = request
+            try:
+                self._send(pickle.dumps((number, list(messages), sampling)))
+            except (BrokenPipeError, ValueError):
+                # Gone, or closed; the reader fails those that were sent.
+                self._fail([number])
+        return request
+
+    def _send(self, content: bytes) -> None:
+        assert self._child.stdin is not None
+        write(self._child.stdin, content)
+
+    def _read(self) -> None:
+        assert self._child.stdout is not None
+        try:
+            while (content := read(self._child.stdout)) is not None:
+                self._resolve(*pickle.loads(content))
+        finally:
+            with self._lock:
+                self.alive = False
+                self._fail(list(self._pending))
+
+    def _resolve(self, number: int, reply: Reply | None, error: Portable | None) -> None:
+        # Whoever asked may have been cancelled.
+        with suppress(InvalidStateError):
+            if error is not None:
+                self._pending[number].set_exception(error())
+            elif reply is not None:
+                self._pending[number].set_result(reply)
+        del self._pending[number]
+
+    def _fail(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            if request := self._pending.pop(number, None):
+                with suppress(InvalidStateError):
+                    request.set_exception(WorkerEnded(self.last_words or "it said nothing"))
+
+    def leave(self) -> None:
+        """Ask the child to end."""
+        self.alive = False
+        if self._child.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._child.stdin.close()
+
+    def close(self) -> None:
+        """Wait for its end, for a while."""
+        try:
+            self._child.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        self._reader.join(_CLOSE_SECONDS)
+        if self._child.stdout is not None:
+            self._child.stdout.close()
+        self._errors.close()
+
+
+def _environment() -> dict[str, str]:
+    """The parent's, with this package importable."""
+    here = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}

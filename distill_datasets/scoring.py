@@ -1,0 +1,180 @@
+"""What a model thinks of tokens that are already there: log-probabilities, without sampling."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import tinker
+from numpy.typing import NDArray
+
+from distill_datasets.connection import Connection, ended, explained
+from distill_datasets.errors import DatasetError, ModelError, ServiceError
+
+T = TypeVar("T")
+_GLANCE = 2.0  # seconds between looks at whether a local server still runs
+_READ_ONLY = tinker.SamplingParams(max_tokens=1)  # the one token that it samples is thrown away
+_NO_TOKEN = -9e4  # the SDK writes -99999 where there are fewer than k
+_MISSING = -1  # what stands where no log-probability is asked for
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The likeliest tokens at each place, (N, K), and their natural log-probabilities."""
+
+    ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Natural log-probabilities of a response's tokens, and of the likeliest in their places."""
+
+    logprobs: NDArray[np.float64]
+    ranking: Ranking | None = None
+
+
+class Pending(Generic[T]):
+    """A request on its way; `result` waits for it, and raises what the server refused."""
+
+    def __init__(self, connection: Connection, request: Any, read: Callable[[Any], T]) -> None:
+        """`request` is the SDK's future, `read` what to make of its response."""
+        self._connection, self._request, self._read = connection, request, read
+
+    def result(self) -> T:
+        """Raises `ModelError`, `AccessError` or `ServiceError`."""
+        with refusals_explained(self._connection.reference):
+            return self._read(_wait(self._connection, self._request))
+
+
+class Scorer:
+    """Scores with a connection's model; all requests may be in flight at once.
+
+    A request costs the prompt's tokens, of which a server reads those that it has seen just
+    before from its cache.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        """Open a sampling session; raises `ModelError` where the server refuses the model."""
+        self.connection = connection
+        path = connection.model_path
+        with refusals_explained(connection.reference):
+            self._client = connection.service.create_sampling_client(
+                model_path=path, base_model=None if path else connection.base_model
+            ).result()
+
+    def read(self, context: Sequence[int], response: Sequence[int], k: int = 0) -> Pending[Scored]:
+        """How likely a response is after its context, token by token, and the `k` likeliest."""
+        with refusals_explained(self.connection.reference):
+            request = self._client.sample(
+                prompt=tinker.ModelInput.from_ints([*context, *response]),
+                num_samples=1,
+                sampling_params=_READ_ONLY,
+                include_prompt_logprobs=True,
+                topk_prompt_logprobs=k,
+                prompt_logprobs_last_n=len(response),
+            )
+        return Pending(self.connection, request, lambda reply: self._scored(reply, response, k))
+
+    def following(
+        self, context: Sequence[int], path: Sequence[int], wanted: Sequence[Sequence[int]]
+    ) -> Pending[list[dict[int, float]]]:
+        """The log-probabilities of the tokens that are `wanted` at each place of a path, and
+        after its end: one place more than the path has tokens.
+        """
+        # The server scores tokens of the prompt, so a place needs a token there, whichever.
+        prompt = [*context, *path, wanted[-1][0]]
+        targets = np.full((len(prompt) - 1, max(map(len, wanted))), _MISSING, np.int64)
+        for row, tokens in zip(range(-len(wanted), 0), wanted, strict=True):
+            targets[row, : len(tokens)] = tokens
+
+        def read(scored: Any) -> list[dict[int, float]]:
+            if scored.target_prompt_logprobs is None:
+                raise ModelError(
+                    f"{self.connection.reference!r} gives no log-probabilities of chosen tokens: "
+                    "train with labels='scored', or with another teacher."
+                )
+            found = np.asarray(scored.target_prompt_logprobs.to_numpy()).reshape(targets.shape)
+            rows = zip(wanted, found[-len(wanted) :].tolist(), strict=True)
+            return [dict(zip(tokens, row, strict=False)) for tokens, row in rows]
+
+        with refusals_explained(self.connection.reference):
+            request = self._client.sample(
+                prompt=tinker.ModelInput.from_ints(prompt),
+                num_samples=1,
+                sampling_params=_READ_ONLY,
+                target_prompt_logprobs=tinker.TensorData.from_numpy(targets),
+            )
+        return Pending(self.connection, request, read)
+
+    def _scored(self, reply: Any, response: Sequence[int], k: int) -> Scored:
+        if reply.prompt_logprobs_np is None:
+            raise ModelError(
+                f"{self.connection.reference!r} gives no log-probabilities of a prompt: train "
+                "with the objective 'sft', or with another teacher."
+            )
+        logprobs = np.asarray(reply.prompt_logprobs_np, np.float64)[-len(response) :]
+        if not k:
+            return Scored(logprobs)
+        top = reply.topk_prompt_logprobs_np
+        if top is None or not top.token_ids.shape[-1]:
+            raise ModelError(
+                f"{self.connection.reference!r} gives no top-k log-probabilities of a prompt: "
+                "train with the objective 'sft', or with another teacher."
+            )
+        ids, likely = top.token_ids[-len(response) :], top.logprobs[-len(response) :]
+        return Scored(logprobs, Ranking(ids, np.where(likely < _NO_TOKEN, -np.inf, likely)))
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Names a vocabulary: two tokenizers of one digest give every id the same text."""
+    content = sha256()
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
+        content.update(f"{number}\t{token}\n".encode())
+    return content.hexdigest()
+
+
+def require_same_tokenizer(teacher: Connection, student: Connection) -> None:
+    """Token by token a teacher can only teach a student with the very same tokens."""
+    if teacher.tokenizer_source == student.tokenizer_source:
+        return
+    theirs, ours = tokenizer_digest(teacher.tokenizer), tokenizer_digest(student.tokenizer)
+    if theirs != ours:
+        raise DatasetError(
+            f"The teacher {teacher.reference!r} and the student {student.reference!r} have other "
+            f"tokenizers: expected one vocabulary, found {theirs[:12]} with "
+            f"{len(teacher.tokenizer)} tokens and {ours[:12]} with {len(student.tokenizer)}. Name "
+            "a teacher of the student's family, or train with the objective 'sft'; a recipe with "
+            "`choices` can also be taught by another family, with labels='choices'."
+        )
+
+
+@contextmanager
+def refusals_explained(reference: str) -> Iterator[None]:
+    """Turns the SDK's errors into ours, with what to do."""
+    try:
+        with explained(reference):
+            yield
+    except (tinker.APIConnectionError, tinker.InternalServerError) as error:
+        raise ServiceError(
+            f"{reference!r}: the server is gone ({error}). What was stored is kept: run it again."
+        ) from error
+    except (tinker.RequestFailedError, tinker.APIStatusError) as error:
+        raise ModelError(f"{reference!r}: the server refused to score: {error}") from error
+
+
+def _wait(connection: Connection, request: Any) -> Any:
+    """The SDK tries a dead address again for minutes; a server of this machine that has ended is
+    noticed within seconds.
+    """
+    result = request.future()
+    while True:
+        with suppress(FutureTimeout):
+            return result.result(_GLANCE)
+        if result.done():
+            return result.result()
+        if error := ended(connection):
+            raise error

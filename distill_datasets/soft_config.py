@@ -1,0 +1,159 @@
+"""Soft labels that generation bought: a configuration of a release, beside its ledger.
+
+A row is kept where the student shall say exactly what the teacher's tokens say. A response that
+was written anew from the answer has no probabilities of its own.
+"""
+
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distill_datasets.errors import DatasetError
+from distill_datasets.journal import Journal
+from distill_datasets.ledger import Source, first_requests
+from distill_datasets.recipe import Recipe
+from distill_datasets.sampler import Logprobs
+from distill_datasets.shards import Shards, Size
+from distill_datasets.soft_targets import SoftLabels
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset, Features
+
+SOFT = "soft"
+_ROWS_PER_BATCH = 1_000
+_COLUMNS = ("id", "sample", "tokens", "top_tokens", "top_logprobs")
+
+
+@dataclass(frozen=True)
+class SoftConfig:
+    """What was written: the size by the part's name, and how many rows have no labels and why."""
+
+    sizes: Mapping[str, Size]
+    facts: Mapping[str, int]
+
+
+def soft_features() -> "Features":
+    """A row a released row: its tokens, and the likeliest ones in the place of each."""
+    from datasets import Features, List, Value
+
+    return Features(
+        {
+            "id": Value("string"),
+            "sample": Value("int32"),
+            "tokens": List(Value("int32")),
+            "top_tokens": List(List(Value("int32"))),
+            "top_logprobs": List(List(Value("float16"))),
+        }
+    )
+
+
+def write_soft(
+    folder: Path, sources: Iterable[Source], recipe: Recipe, generation: Mapping[str, Any]
+) -> SoftConfig:
+    """Write the soft labels that the sources' journals hold of their kept rows to `folder/soft`.
+
+    `facts` counts the rows written, those whose response is not the teacher's own text, and those
+    without token ids: text of a token is not enough to train on. The rows must each be a sample
+    of one reply, not chosen among several.
+    """
+    facts = {"rows": 0, "rewritten": 0, "without_ids": 0}
+    shards = None
+    for source in sources:
+        keys = first_requests(source.rows, recipe, generation)
+        with Journal(source.journal) as answers:
+            for batch in _batches(answers, source.rows, keys, facts):
+                shards = shards or Shards(folder / SOFT, SOFT, soft_features().arrow_schema)
+                shards.add(batch)
+    return SoftConfig({SOFT: shards.close()} if shards else {}, facts)
+
+
+def has_soft(release: Path) -> bool:
+    """Whether a release's folder carries soft labels."""
+    return any((release / SOFT).glob("*.parquet"))
+
+
+def read_soft(
+    release: Path, wanted: Container[tuple[str, int]], k: int
+) -> Iterator[tuple[tuple[str, int], SoftLabels]]:
+    """The `k` likeliest of the wanted rows that have labels, by id and sample, a few at a time.
+
+    Raises `DatasetError` where the release holds fewer than `k`.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    for path in sorted((release / SOFT).glob("*.parquet")):
+        for batch in ParquetFile(path).iter_batches(_ROWS_PER_BATCH, columns=list(_COLUMNS)):
+            for row in batch.to_pylist():
+                if (name := (row["id"], row["sample"])) in wanted:
+                    yield name, _labels(row, k, path)
+
+
+def _labels(row: Mapping[str, Any], k: int, path: Path) -> SoftLabels:
+    widest = max(map(len, row["top_tokens"]))
+    if widest < k:
+        raise DatasetError(
+            f"{str(path)!r} holds the {widest} likeliest tokens of a place; found top_k={k}. "
+            f"Train with top_k={widest}, or generate with a larger `sampling.top_logprobs`."
+        )
+    ids = np.zeros((len(row["tokens"]), k), np.int32)
+    logprobs = np.full(ids.shape, -np.inf)
+    for place, tops in enumerate(zip(row["top_tokens"], row["top_logprobs"], strict=True)):
+        tokens, likely = tops[0][:k], tops[1][:k]
+        ids[place, : len(tokens)] = tokens
+        logprobs[place, : len(likely)] = likely
+    return SoftLabels.of(row["tokens"], ids, logprobs)
+
+
+def _batches(
+    journal: Journal, rows: "Dataset", keys: Iterator[str], facts: dict[str, int]
+) -> Iterator["pa.Table"]:
+    import pyarrow as pa
+
+    schema = soft_features().arrow_schema
+    columns = ["id", "sample", "raw", "response"]
+    for batch in rows.select_columns(columns).iter(batch_size=_ROWS_PER_BATCH):
+        asked = zip(*(batch[name] for name in columns), keys, strict=False)
+        found = [
+            soft
+            for id_, sample, raw, response, key in asked
+            if response is not None
+            and (
+                soft := _soft(id_, sample, _logprobs(journal, key, sample), response == raw, facts)
+            )
+        ]
+        if found:
+            yield pa.Table.from_pylist(found, schema=schema)
+
+
+def _logprobs(journal: Journal, key: str, sample: int) -> Logprobs | None:
+    reply = journal.get(key)
+    return reply.samples[sample].logprobs if reply else None
+
+
+def _soft(
+    id_: str, sample: int, logprobs: Logprobs | None, as_said: bool, facts: dict[str, int]
+) -> dict[str, Any] | None:
+    if not as_said:
+        facts["rewritten"] += 1
+        return None
+    if logprobs is None or not _has_ids(logprobs):
+        facts["without_ids"] += 1
+        return None
+    facts["rows"] += 1
+    return {
+        "id": id_,
+        "sample": sample,
+        "tokens": logprobs.tokens,
+        "top_tokens": logprobs.top_tokens,
+        "top_logprobs": [np.asarray(row, np.float16) for row in logprobs.top_logprobs],
+    }
+
+
+def _has_ids(logprobs: Logprobs) -> bool:
+    told = [*logprobs.tokens, *(token for place in logprobs.top_tokens for token in place)]
+    complete = len(logprobs.top_tokens) == len(logprobs.tokens) > 0
+    return complete and all(isinstance(token, int) for token in told)

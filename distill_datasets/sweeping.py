@@ -1,0 +1,207 @@
+"""A grid of trainings on one dataset: which settings are worth their time and size."""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill_datasets.errors import ModelError, OutputError, SettingsError
+
+if TYPE_CHECKING:
+    from distill_datasets.training import Training, TrainSettings
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One cell of the grid.
+
+    `loss` is the best checkpoint's on the validation rows, per response token, and without those
+    the last batch's; `parameters` are the adapter's, None where the server doesn't say. `error`
+    says why a training could not be finished, for example because it diverged.
+    """
+
+    values: Mapping[str, Any]
+    folder: str
+    loss: float | None = None
+    best_step: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    tokens: int | None = None
+    parameters: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All trials, in the grid's order; `path` holds sweep.json, sweep.png and their folders."""
+
+    path: Path
+    trials: Sequence[Trial]
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the lowest loss; raises `ModelError` where none was finished."""
+        finished = [trial for trial in self.trials if trial.loss is not None]
+        if not finished:
+            raise ModelError(
+                f"No training of {str(self.path)!r} was finished; the first failed with: "
+                f"{self.trials[0].error}"
+            )
+        return min(finished, key=lambda trial: trial.loss or 0.0)
+
+    def table(self) -> str:
+        """A line a trial, the best one marked."""
+        best = self.best
+        names = list(best.values)
+        lines = [[*names, "loss", "best step", "seconds", "tokens", "parameters", ""]]
+        for trial in self.trials:
+            mark = "best" if trial is best else trial.error or ""
+            found = (trial.loss, trial.best_step, trial.seconds, trial.tokens, trial.parameters)
+            cells = [
+                f"{trial.values[name]:g}"
+                if _number(trial.values[name])
+                else str(trial.values[name])
+                for name in names
+            ]
+            lines.append([*cells, *map(_cell, found), mark])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+def sweep(
+    dataset: str | Path,
+    *,
+    student: str,
+    out: str | Path,
+    grid: Mapping[str, Sequence[Any]],
+    settings: "TrainSettings | None" = None,
+) -> Sweep:
+    """Train once for every combination of the grid's values, one after another.
+
+    The grid's keys are fields of `TrainSettings`; the other settings are shared. Each training
+    has its folder in `out`, so that a sweep that was stopped goes on where it was, and a larger
+    grid trains only what is new. A training that diverges is a trial with an error. Raises
+    `SettingsError` for a key that is none, before anything is trained, and what `train` raises.
+    """
+    from distill_datasets.training import TrainSettings, train
+
+    shared = settings or TrainSettings()
+    cells = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    planned = [(values, _settings(shared, values)) for values in cells]
+    if not cells or not grid:
+        raise SettingsError("The grid is empty: name values, for example rank=[8, 16, 32].")
+    path = Path(out)
+    trials = []
+    for values, wanted in planned:
+        folder = path / "_".join(f"{name}-{value}" for name, value in values.items())
+        try:
+            trained = train(dataset, student=student, out=folder, settings=wanted)
+        except ModelError as error:
+            if not (folder / "metrics.jsonl").is_file():
+                raise  # nothing was learned yet: the next combination would fail alike
+            trials.append(Trial(values, folder.name, error=str(error)))
+        else:
+            trials.append(_trial(values, trained))
+        _write(path, trials)
+    made = Sweep(path, trials)
+    _draw(made)
+    return made
+
+
+def _settings(shared: "TrainSettings", values: Mapping[str, Any]) -> "TrainSettings":
+    known = [field.name for field in fields(shared)]
+    for name in values:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise SettingsError(f"{name!r} is no training setting.{hint} Known: {known}")
+    return replace(shared, **values)
+
+
+def _trial(values: Mapping[str, Any], trained: "Training") -> Trial:
+    best = trained.best
+    return Trial(
+        values,
+        trained.path.name,
+        loss=trained.final_loss if best.validation_loss is None else best.validation_loss,
+        best_step=best.step,
+        steps=trained.steps,
+        seconds=trained.seconds,
+        tokens=trained.tokens,
+        parameters=_parameters(trained.path),
+    )
+
+
+def _parameters(training: Path) -> int | None:
+    """Counted in a local server's checkpoint; for hosted models the cookbook's table knows."""
+    from safetensors import safe_open
+
+    config = json.loads((training / "config.json").read_text(encoding="utf-8"))
+    saved = sorted((training / "checkpoints").rglob("adapter_model.safetensors"))
+    if saved:
+        with safe_open(str(saved[0]), "numpy") as weights:
+            return sum(_size(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    from tinker_cookbook.exceptions import ConfigurationError
+    from tinker_cookbook.hyperparam_utils import get_lora_param_count
+
+    try:
+        return int(get_lora_param_count(config["base_model"], config["settings"]["rank"]))
+    except ConfigurationError:
+        return None
+
+
+def _size(shape: Sequence[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _write(path: Path, trials: Sequence[Trial]) -> None:
+    text = json.dumps([asdict(trial) for trial in trials], indent=2, ensure_ascii=False)
+    try:
+        (path / "sweep.json").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"Can't write to {str(path)!r}: {error}. Free it and run again: finished trainings "
+            "are kept."
+        ) from error
+
+
+def _draw(made: Sweep) -> None:
+    """Loss against each setting that varies, time and size; logarithmic where it helps."""
+    from matplotlib.figure import Figure
+
+    finished = [trial for trial in made.trials if trial.loss is not None]
+    varied = [name for name in made.best.values if _number(made.best.values[name])]
+    axes: dict[str, list[float | None]] = {
+        name: [trial.values[name] for trial in finished] for name in varied
+    }
+    axes["seconds"] = [trial.seconds for trial in finished]
+    axes["trainable parameters"] = [trial.parameters for trial in finished]
+    shown = {name: values for name, values in axes.items() if None not in values}
+    figure = Figure(figsize=(4 * len(shown), 3.5), layout="constrained")
+    for place, (name, values) in zip(
+        figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown.items(), strict=True
+    ):
+        place.scatter(values, [trial.loss for trial in finished])
+        place.set(xlabel=name.replace("_", " "), ylabel="loss per response token")
+        if min(values, default=0) > 0 and max(values) > 4 * min(values):  # type: ignore[operator, type-var]
+            place.set_xscale("log")
+    figure.savefig(made.path / "sweep.png", dpi=150)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,0 +1,93 @@
+"""What is measured on the validation rows while training, to choose the best checkpoint by."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from distill_datasets.batches import bits_per_byte
+from distill_datasets.sampler import Message, Sampling
+from distill_datasets.selection import VALIDATION_LOSS
+from distill_datasets.student import PendingLoss, PendingSave, Student
+from distill_datasets.trainset import Rendered
+
+_SLACK = 8  # tokens that an answer may be longer than the longest response, to be seen as other
+_AT_ONCE = 256  # requests
+
+
+class PendingScores(Protocol):
+    """Numbers that are being computed."""
+
+    def result(self) -> Mapping[str, float]:
+        """Wait for them, by name; a name that ends in "loss" is better when it is lower."""
+        ...
+
+
+class Validator(Protocol):
+    """Measures the student as the steps submitted so far leave it."""
+
+    def submit(self, student: Student, save: PendingSave) -> PendingScores:
+        """Begin; `save` is of the same weights, for what must sample from them."""
+        ...
+
+
+class LossValidator:
+    """The loss per response token, in nats."""
+
+    def __init__(self, rows: Rendered, batch_size: int) -> None:
+        """Measured in batches of that many rows."""
+        self._batches = list(rows.batches(batch_size))
+        self._bytes = sum(one.bytes for batch in self._batches for one in batch)
+
+    def submit(self, student: Student, save: PendingSave) -> PendingScores:
+        """Queued behind the steps."""
+        return _Loss(student.loss(self._batches), self._bytes)
+
+
+class _Loss:
+    def __init__(self, pending: PendingLoss, size: int) -> None:
+        self._pending, self._bytes = pending, size
+
+    def result(self) -> Mapping[str, float]:
+        rows = self._pending.rows()
+        tokens = sum(row.tokens for row in rows)
+        loss = sum(row.nll for row in rows) / tokens
+        bits = bits_per_byte(loss, tokens, self._bytes)
+        return {VALIDATION_LOSS: loss} | ({"validation_bits_per_byte": bits} if bits else {})
+
+
+class AccuracyValidator:
+    """The share of rows whose greedy answer is the row's response, to the letter."""
+
+    def __init__(self, rows: Rendered) -> None:
+        """Asks for no more tokens than the longest response needs."""
+        places = range(len(rows))
+        self._conversations = rows.conversations(places)
+        longest = max(int((one.targets > 0).sum()) for one in rows.examples(places))
+        self._sampling = Sampling(temperature=0.0, max_tokens=longest + _SLACK)
+
+    def submit(self, student: Student, save: PendingSave) -> PendingScores:
+        """Samples beside the training that goes on."""
+        pool = ThreadPoolExecutor(1, thread_name_prefix="accuracy")
+        try:
+            return pool.submit(self._score, student, save)
+        finally:
+            pool.shutdown(wait=False)
+
+    def _score(self, student: Student, save: PendingSave) -> Mapping[str, float]:
+        path = save.result().sampler
+        if path is None:
+            raise ValueError("expected a save for sampling; found a state only")
+        return {"accuracy": asyncio.run(self._share(student, path))}
+
+    async def _share(self, student: Student, path: str) -> float:
+        sampler, gate = student.sampler(path), asyncio.Semaphore(_AT_ONCE)
+
+        async def right(conversation: Sequence[Message]) -> bool:
+            *asked, response = conversation
+            async with gate:
+                reply = await sampler.sample(asked, self._sampling)
+            return reply.samples[0].text.strip() == response["content"].strip()
+
+        found = await asyncio.gather(*map(right, self._conversations))
+        return sum(found) / len(found)

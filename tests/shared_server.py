@@ -1,0 +1,36 @@
+"""One embedded server for the test files that only add to it: starting one takes seconds."""
+
+from __future__ import annotations
+
+import atexit
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import tinker
+
+from distill_datasets.embedded.process import Server, launch
+from tests.tiny_model import make_tiny_model
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The tiny model under the name `tiny`, its server, and the folder of its checkpoints."""
+
+    model: Path
+    store: Path
+    server: Server
+    service: tinker.ServiceClient
+
+
+@cache
+def shared() -> Shared:
+    """The server of this test process; it ends with it."""
+    folder = tempfile.TemporaryDirectory(prefix="distill-tests-")
+    # In this order at the end: the server is gone before its folder.
+    atexit.register(folder.cleanup)
+    model, store = make_tiny_model(Path(folder.name) / "model"), Path(folder.name) / "store"
+    server = launch(model, name="tiny", store=store)
+    service = tinker.ServiceClient(base_url=server.url, api_key=server.api_key)
+    return Shared(model, store, server, service)

@@ -1,0 +1,236 @@
+"""On-policy distillation, with a tiny random model as its own teacher on the real server."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from distill_datasets import connection as connections
+from distill_datasets.connection import connect
+from distill_datasets.objective_settings import ObjectiveSettings
+from distill_datasets.on_policy import (
+    OnPolicyProducer,
+    Rollout,
+    forward_batch,
+    reverse_batch,
+    reverse_kl,
+)
+from distill_datasets.producers import Lesson
+from distill_datasets.scoring import Ranking, Scorer
+from distill_datasets.student import Adapted, Student
+from distill_datasets.training import TrainSettings, train
+from distill_datasets.training_plan import Step
+from distill_datasets.trainset import locate, open_splits
+from tests.soft_releases import PROMPT, release
+from tests.tiny_model import make_tiny_model
+from tests.training_runs import metrics
+
+# The SDK leaves one connection of its first request open.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+STEP = Step(1, 0, [0, 3], 1e-2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"embedded:{make_tiny_model(tmp_path_factory.mktemp('model'))}"
+
+
+@pytest.fixture(scope="module")
+def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One server for all: each connection would start its own, which takes seconds."""
+    from distill_datasets.embedded.process import launch
+
+    folder = Path(model.removeprefix("embedded:"))
+    with launch(folder, name="tiny", store=tmp_path_factory.mktemp("store")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def tiny_release(model: str, server: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connections, "_server", lambda name, folder, store: server)
+        return release(tmp_path_factory.mktemp("release"), model)
+
+
+@pytest.fixture(autouse=True)
+def _quick(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_server", lambda name, folder, store: server)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def settings(**objective: Any) -> TrainSettings:
+    chosen = ObjectiveSettings(**{"name": "on_policy", "max_tokens": 3, "top_k": 4, **objective})
+    return TrainSettings(
+        objective=chosen,
+        epochs=2,
+        batch_size=4,
+        rank=4,
+        learning_rate=1e-2,
+        evaluate_every=50,
+    )
+
+
+def lesson(dataset: Path, model: str, folder: Path, **objective: Any) -> Lesson:
+    chosen, source, connection = settings(**objective), locate(dataset), connect(model)
+    rows = open_splits(source, chosen)["train"].render(connection, 512)
+    return Lesson(Student.create(connection, Adapted(rank=4)), rows, source, chosen, folder)
+
+
+def rollouts(lesson: Lesson) -> list[Rollout]:
+    """What a new producer learns in the first step."""
+    producer = OnPolicyProducer(lesson)
+    try:
+        return producer._roll(STEP, lesson.student.snapshot())
+    finally:
+        producer.close()
+
+
+def rollout(tokens: list[int], student: list[float], teacher: list[float]) -> Rollout:
+    ranking = Ranking(np.array([[7, 8]] * len(tokens)), np.log([[0.75, 0.25]] * len(tokens)))
+    own, theirs = np.array(student), np.array(teacher)
+    return Rollout([1, 2, 3], tokens, own, theirs, ended=True, ranking=ranking)
+
+
+def test_a_tokens_advantage_is_how_much_likelier_the_teacher_finds_it() -> None:
+    """Two answers, of two tokens and of one: per token, each weighs a third."""
+    answers = [rollout([7, 2], [-1.0, -2.0], [-4.0, -0.5]), rollout([2], [-1.5], [-1.5])]
+    batch = reverse_batch(answers, "token")
+    assert batch.loss == "importance_sampling"
+    first, second = (datum.loss_fn_inputs for datum in batch.datums)
+    assert batch.datums[0].model_input.to_ints() == [1, 2, 3, 7]
+    assert first["target_tokens"].tolist() == [2, 3, 7, 2]
+    assert first["logprobs"].tolist() == [0, 0, -1, -2]
+    assert first["advantages"].tolist() == pytest.approx([0, 0, -1, 0.5])
+    assert second["target_tokens"].tolist() == [2, 3, 2]
+    assert second["advantages"].tolist() == [0, 0, 0]
+    assert reverse_kl(answers) == pytest.approx((3 - 1.5 + 0) / 3)
+
+
+def test_per_example_a_short_answer_weighs_as_much_as_a_long_one() -> None:
+    answers = [rollout([7, 2], [0.0, 0.0], [-1.0, -1.0]), rollout([2], [0.0], [-1.0])]
+    batch = reverse_batch(answers, "example")
+    sums = [sum(datum.loss_fn_inputs["advantages"].tolist()) for datum in batch.datums]
+    assert sums == pytest.approx([-0.5, -0.5])
+
+
+def test_the_forward_kl_teaches_the_teachers_likeliest_at_each_place_reached() -> None:
+    batch = forward_batch([rollout([7, 2], [-1.0, -2.0], [-4.0, -0.5])], "token")
+    weights = batch.datums[0].loss_fn_inputs["weights"].to_numpy()
+    targets = batch.datums[0].loss_fn_inputs["target_tokens"].to_numpy()
+    assert batch.loss == "cross_entropy"
+    assert targets[2:].tolist() == [[7, 7, 8], [2, 7, 8]]
+    assert weights[2].tolist() == pytest.approx([0.375, 0, 0.125], abs=1e-3)
+    assert weights[3].tolist() == pytest.approx([0, 0.375, 0.125], abs=1e-3)
+    assert not weights[:2].any()
+
+
+def test_the_teacher_scores_the_students_own_tokens_under_the_prompt(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    """Student and teacher are one model here: new LoRA weights change nothing."""
+    connection = connect(model)
+    scorer, renderer = Scorer(connection), connection.renderer
+    found = rollouts(lesson(tiny_release, model, tmp_path))
+    for one, query in zip(found, ("the weather 0", "el cielo 3"), strict=True):
+        asked: Any = [{"role": "user", "content": query}]
+        contexts = [asked, [{"role": "system", "content": PROMPT}, *asked]]
+        prompts = [list(renderer.build_generation_prompt(each).to_ints()) for each in contexts]
+        alone, prompted = (scorer.read(each, one.tokens).result().logprobs for each in prompts)
+        assert one.prompt == prompts[0] and 1 <= len(one.tokens) <= 3
+        assert one.student.tolist() == pytest.approx(alone.tolist(), abs=1e-4)
+        assert one.teacher.tolist() == pytest.approx(prompted.tolist(), abs=1e-4)
+        assert abs(alone - prompted).max() > 0.01
+
+
+def test_the_same_weights_step_and_seed_sample_the_same(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    def sampled(seed: int) -> list[list[int]]:
+        seeded = lesson(tiny_release, model, tmp_path, samples=2)
+        seeded = replace(seeded, settings=replace(seeded.settings, seed=seed))
+        return [list(one.tokens) for one in rollouts(seeded)]
+
+    first = sampled(0)
+    assert len(first) == 4  # two answers to each of two queries
+    assert first == sampled(0) != sampled(1)
+
+
+def test_answers_of_one_token_are_learned_too(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    training = train(
+        tiny_release, student=model, out=tmp_path / "out", settings=settings(max_tokens=1)
+    )
+    assert set(metrics(training, "sampled_tokens").values()) == {1.0}
+    assert all(norm > 0 for norm in metrics(training, "gradient_norm").values())
+
+
+@pytest.mark.parametrize(("kl", "stale"), [("reverse", 0), ("forward", 1)])
+def test_a_training_samples_scores_and_learns_each_step(
+    kl: Any, stale: int, tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    chosen = settings(kl=kl, stale=stale)
+    training = train(tiny_release, student=model, out=tmp_path / "out", settings=chosen)
+    assert training.steps == 4
+    for name in ("reverse_kl", "sampled_tokens", "ended"):
+        assert list(metrics(training, name)) == [1, 2, 3, 4]
+    if kl == "reverse":
+        assert metrics(training) == metrics(training, "reverse_kl")
+    assert not (tmp_path / "out" / "journal.sqlite").exists()
+
+
+@pytest.mark.parametrize(
+    ("stale", "order"),
+    [(0, ["snapshot", "learn"] * 2), (1, ["snapshot"] * 2 + ["learn"] * 2)],
+)
+def test_without_staleness_a_step_is_sampled_with_the_weights_it_changes(
+    stale: int, order: list[str], tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    """With it, the second step is sampled before the first is learned."""
+    events: list[str] = []
+
+    class Watched(Student):
+        def snapshot(self) -> Any:
+            events.append("snapshot")
+            return super().snapshot()
+
+        def learn(self, *what: Any) -> Any:
+            events.append("learn")
+            return super().learn(*what)
+
+    taught = lesson(tiny_release, model, tmp_path, stale=stale)
+    student = Watched.create(connect(model), Adapted(rank=4))
+    steps = [STEP, replace(STEP, number=2)]
+    with closing(OnPolicyProducer(replace(taught, student=student))) as producer:
+        producer.prepare(steps[0])
+        for step, coming in zip(steps, [steps[1], None], strict=True):
+            if coming:
+                producer.prepare(coming)
+            producer.submit(step).result()
+    assert events == order
+
+
+def test_a_killed_training_goes_on_to_the_very_same_steps(
+    tiny_release: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save lies between the second and the third step; the fourth is never learned."""
+    chosen = replace(settings(), save_every=2)
+    whole = train(tiny_release, student=model, out=tmp_path / "whole", settings=chosen)
+    submit = OnPolicyProducer.submit
+
+    def killed(producer: OnPolicyProducer, step: Step) -> Any:
+        if step.number == 4:
+            raise RuntimeError("killed")
+        return submit(producer, step)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(OnPolicyProducer, "submit", killed)
+        train(tiny_release, student=model, out=tmp_path / "out", settings=chosen)
+    again = train(tiny_release, student=model, out=tmp_path / "out", settings=chosen)
+    assert metrics(again) == pytest.approx(metrics(whole), abs=1e-5)

@@ -1,0 +1,95 @@
+"""A grid of trainings, against the real embedded server and a tiny random model."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from distill_datasets import connection as connections
+from distill_datasets.errors import DatasetError, ModelError, SettingsError
+from distill_datasets.sweeping import Sweep, Trial, sweep
+from tests.tiny_model import make_tiny_model
+from tests.training_runs import QUICK, ROWS, write
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    from distill_datasets.embedded.process import launch
+
+    folder = make_tiny_model(tmp_path_factory.mktemp("model"))
+    store = tmp_path_factory.mktemp("store")
+    with launch(folder, name="tiny", store=store) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connections, "_server", lambda name, folder, store: server)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield f"embedded:{folder}"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write(tmp_path / "dataset", train=ROWS[:29], validation=ROWS[29:])
+
+
+def swept(dataset: Path, model: str, out: Path, **grid: Any) -> Sweep:
+    return sweep(dataset, student=model, out=out, grid=grid, settings=replace(QUICK, epochs=1))
+
+
+def test_every_combination_is_trained_and_the_best_is_marked(
+    dataset: Path, model: str, tmp_path: Path
+) -> None:
+    made = swept(dataset, model, tmp_path / "out", rank=[2, 4], learning_rate=[1e-2, 1e-6])
+    assert [tuple(trial.values.values()) for trial in made.trials] == [
+        (2, 1e-2),
+        (2, 1e-6),
+        (4, 1e-2),
+        (4, 1e-6),
+    ]
+    losses = [trial.loss for trial in made.trials]
+    assert None not in losses
+    assert made.best.loss == min(losses)  # type: ignore[type-var]
+    assert made.best.values["learning_rate"] == 1e-2
+    (marked,) = (line for line in made.table().splitlines() if line.endswith("best"))
+    assert marked.split()[0] == str(made.best.values["rank"])
+    written = json.loads((tmp_path / "out/sweep.json").read_text())
+    assert [trial["loss"] for trial in written] == losses
+    assert (tmp_path / "out/sweep.png").stat().st_size > 10_000
+
+
+def test_a_larger_grid_trains_only_what_is_new(dataset: Path, model: str, tmp_path: Path) -> None:
+    first = swept(dataset, model, tmp_path / "out", rank=[2])
+    log = tmp_path / "out" / first.trials[0].folder / "metrics.jsonl"
+    written = log.stat().st_mtime_ns
+    more = swept(dataset, model, tmp_path / "out", rank=[2, 4])
+    assert more.trials[0] == first.trials[0] and len(more.trials) == 2
+    assert log.stat().st_mtime_ns == written
+
+
+def test_a_grid_that_cannot_be_trained_is_refused_at_once(
+    dataset: Path, model: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match="'ranks' is no training setting. Did you mean 'rank'"):
+        swept(dataset, model, tmp_path / "out", ranks=[2])
+    with pytest.raises(SettingsError, match="rank must be at least 1"):
+        swept(dataset, model, tmp_path / "out", rank=[4, 0])
+    with pytest.raises(SettingsError, match="The grid is empty"):
+        swept(dataset, model, tmp_path / "out")
+    with pytest.raises(SettingsError, match="The grid is empty"):
+        swept(dataset, model, tmp_path / "out", rank=[])
+    with pytest.raises(DatasetError):
+        swept(tmp_path / "nowhere", model, tmp_path / "out", rank=[4])
+    assert not list((tmp_path / "out").glob("*/metrics.jsonl"))
+
+
+def test_a_training_that_failed_is_shown_and_never_the_best(tmp_path: Path) -> None:
+    failed = Trial({"rank": 2}, "rank-2", error="the loss became nan")
+    finished = Trial({"rank": 4}, "rank-4", loss=0.5, best_step=3, seconds=1.25, tokens=1000)
+    made = Sweep(tmp_path, [failed, finished])
+    assert made.best is finished
+    assert made.table().splitlines()[1].endswith("the loss became nan")
+    with pytest.raises(ModelError, match="the first failed with: the loss became nan"):
+        _ = Sweep(tmp_path, [failed]).best

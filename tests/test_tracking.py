@@ -1,0 +1,43 @@
+"""Trackers, as far as they can be tried without installing any."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill_datasets.errors import SettingsError
+from distill_datasets.tracking import open_tracker, require_tracker
+
+NEEDS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "torch.utils.tensorboard"}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_tracker_that_is_not_installed_says_what_to_install(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, NEEDS[name], None)
+    with pytest.raises(SettingsError, match=f"track='{name}'.*pip install {name}"):
+        open_tracker(name, tmp_path, {})
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SettingsError, match=f"pip install {name}"):
+        require_tracker(name)
+
+
+def test_what_was_not_named_is_not_used(tmp_path: Path) -> None:
+    tracker = open_tracker(None, tmp_path, {})
+    tracker.log(1, {"loss": 1.0})
+    tracker.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_gets_every_number_at_its_step(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="only where TensorBoard is installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = open_tracker("tensorboard", tmp_path, {"rank": 8})
+    tracker.log(1, {"loss": 2.0, "tokens": 10})
+    tracker.log(2, {"loss": 1.0})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(one.step, one.value) for one in events.Scalars("loss")] == [(1, 2.0), (2, 1.0)]

@@ -1,0 +1,49 @@
+"""What tests of training share: a tiny dataset, accidents, and readers of what was logged."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill_datasets import student as students
+from distill_datasets.training import Training, TrainSettings
+
+LANGUAGES = {"en": "the weather", "de": "der Himmel", "fr": "le ciel", "es": "el cielo"}
+ROWS = [
+    {"query": f"{text} {number}", "response": language}
+    for number in range(9)
+    for language, text in LANGUAGES.items()
+]
+Rows = list[dict[str, Any]]
+QUICK = TrainSettings(
+    epochs=3, batch_size=8, rank=4, learning_rate=1e-2, evaluate_every=4, rolling_every=3
+)
+
+
+def write(folder: Path, **splits: Rows) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in splits.items():
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def metrics(training: Training, key: str = "loss") -> dict[int, float]:
+    lines = [json.loads(line) for line in (training.path / "metrics.jsonl").open()]
+    found = [(line["step"], line[key]) for line in lines if key in line]
+    assert len(dict(found)) == len(found), "each step appears once"
+    return dict(found)
+
+
+def at_step(step: int, happens: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something happens while this step of the next training is awaited."""
+    result, waits = students.PendingStep.result, iter(range(1, 1000))
+
+    def watched(pending: Any) -> Any:
+        if next(waits) == step:
+            happens()
+        return result(pending)
+
+    monkeypatch.setattr(students.PendingStep, "result", watched)
