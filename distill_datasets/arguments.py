@@ -4,12 +4,15 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from distill_datasets import dataset_arguments, student_arguments
+
 Verb = Callable[[argparse.Namespace], None]
 
 _EPILOG = """\
 model references:
   pocket                               the small model that ships with this package
   embedded:<folder or Hub id>          any causal LM with a chat template, on this machine
+  openai:<model>                       OpenAI-compatible (OPENAI_API_KEY, OPENAI_BASE_URL)
   tinker:<base model>                  a base model on Tinker (TINKER_API_KEY, TINKER_BASE_URL)
   tinker://<run>/sampler_weights/<n>   a trained checkpoint on Tinker
 """
@@ -24,112 +27,71 @@ def build_parser(verbs: Mapping[str, Verb]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     added = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-
-    run = added.add_parser("run", help="generate, publish, train and measure, in one go")
-    _add_generate(run)
-    _add_train(run)
-    run.add_argument("--version", help="the release's version, x.y.z")
-    run.set_defaults(verb=verbs["run"])
-
-    generate = added.add_parser("generate", help="ask the teacher every query, once")
-    _add_generate(generate)
-    generate.set_defaults(verb=verbs["generate"])
-
-    publish = added.add_parser("publish", help="make a release of a run, and push it, or a student")
-    _add_publish(publish)
-    publish.set_defaults(verb=verbs["publish"])
-
-    train = added.add_parser("train", help="train a student on a release or any dataset")
-    train.add_argument("dataset", help="a folder, or a Hub dataset as name@revision")
-    train.add_argument("--out", type=Path, required=True, help="the folder of the training")
-    _add_train(train)
-    train.set_defaults(verb=verbs["train"])
-
-    measure = added.add_parser("measure", help="compare base, teacher and student on held-out rows")
-    _add_measure(measure)
-    measure.set_defaults(verb=verbs["measure"])
-
-    diff = added.add_parser("diff", help="what changed between two releases")
-    _add_diff(diff)
-    diff.set_defaults(verb=verbs["diff"])
-
-    recipes = added.add_parser("recipes", help="list the recipes that ship")
-    recipes.set_defaults(verb=verbs["recipes"])
-
-    new = added.add_parser("new", help="start a recipe's folder that runs as it is")
-    new.add_argument("name", help="the recipe's name")
-    new.add_argument("--folder", type=Path, help="where (default: ./NAME)")
-    new.set_defaults(verb=verbs["new"])
-
-    serve = added.add_parser("serve", help="serve a local model over Tinker's protocol")
-    serve.add_argument("--model", default="pocket", help="pocket, or embedded:<folder>")
-    serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8000)
-    serve.add_argument("--store", type=Path, help="the folder of the checkpoints")
-    serve.set_defaults(verb=verbs["serve"])
+    for name, (meaning, adders) in _ARGUMENTS.items():
+        verb = added.add_parser(name, help=meaning)
+        for add in adders:
+            add(verb)
+        verb.set_defaults(verb=verbs[name])
     return parser
 
 
-def _add_generate(parser: argparse.ArgumentParser) -> None:
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", help="the release's version, x.y.z")
+
+
+def _add_progress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recipe",
-        help="a shipped recipe's name, a folder, a release, or a Hub dataset as name@revision",
-    )
-    parser.add_argument("--teacher", help="a model reference (default: the recipe's)")
-    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--concurrency", type=int, default=256, help="requests in flight")
-    parser.add_argument("--limit", type=int, help="only the first queries")
-    parser.add_argument(
-        "--no-ledger",
-        dest="ledger",
-        action="store_false",
-        help="buy every answer again, or publish without the raw answers",
+        "--progress",
+        choices=("line", "json"),
+        default="line",
+        help="how long work is shown: for people, or a line of JSON a second on standard error",
     )
 
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--student", default="pocket", help="a model reference (default: pocket)")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--rank", type=int, help="of the LoRA adapter")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--max-steps", type=int)
+def _add_new(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="the recipe's name")
+    parser.add_argument("--folder", type=Path, help="where (default: ./NAME)")
 
 
-def _add_publish(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="a run's folder, or a training's folder to push")
-    parser.add_argument("--out", type=Path, help="the release folder (default: RUN/release)")
-    parser.add_argument("--version", help="x.y.z (default: the next, by what changed)")
-    parser.add_argument(
-        "--no-ledger", dest="ledger", action="store_false", help="leave the raw answers out"
-    )
-    hub = parser.add_argument_group("the Hub")
-    hub.add_argument("--push-to-hub", metavar="REPO", help="a repository, like me/language-id")
-    hub.add_argument("--config", default="default", help="its name among others in the repository")
-    seen = hub.add_mutually_exclusive_group()
-    seen.add_argument("--private", dest="private", action="store_true", default=True)
-    seen.add_argument("--public", dest="private", action="store_false")
-    hub.add_argument("--create-pr", action="store_true", help="as a pull request")
-    hub.add_argument("--yes", action="store_true", help="don't ask before something is sent")
-    hub.add_argument(
-        "--allow", action="append", default=[], metavar="KEY", help="let a finding of the scan pass"
-    )
-    hub.add_argument("--base-model", help="a student's base on the Hub, or base/ to include it")
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="pocket", help="pocket, or embedded:<folder>")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--store", type=Path, help="the folder of the checkpoints")
 
 
-def _add_measure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="a run's folder (or use the options)")
-    parser.add_argument(
-        "--dataset", help="the release, or a Hub dataset as name@revision (default: RUN/release)"
-    )
-    parser.add_argument("--student", help="a training folder (default: RUN/train) or a reference")
-    parser.add_argument("--out", type=Path, help="where the report goes (default: RUN)")
-    parser.add_argument("--split", help="the held-out split (default: test, and any other)")
-
-
-def _add_diff(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("old", help="a release: a folder, or a Hub dataset as name@revision")
-    parser.add_argument("new", help="another")
-    parser.add_argument("--config", help="the configuration, where a repository has several")
-    parser.add_argument("--json", action="store_true", help="print it for programs")
+_Adder = Callable[[argparse.ArgumentParser], None]
+_ARGUMENTS: Mapping[str, tuple[str, tuple[_Adder, ...]]] = {
+    "run": (
+        "generate, publish, train and measure, in one go",
+        (dataset_arguments.add_generate, student_arguments.add_settings, _add_run, _add_progress),
+    ),
+    "generate": (
+        "ask the teachers every query, once",
+        (dataset_arguments.add_generate, dataset_arguments.add_generation_only, _add_progress),
+    ),
+    "synthesize": (
+        "let the teacher write queries for a prompt",
+        (dataset_arguments.add_synthesize, _add_progress),
+    ),
+    "publish": (
+        "make a release of a run, and push it, or a student",
+        (dataset_arguments.add_publish,),
+    ),
+    "train": (
+        "train a student on a release or any dataset",
+        (student_arguments.add_train, _add_progress),
+    ),
+    "sweep": (
+        "train once for every combination of settings",
+        (student_arguments.add_sweep, _add_progress),
+    ),
+    "measure": (
+        "compare base, teacher and student on held-out rows",
+        (student_arguments.add_measure, _add_progress),
+    ),
+    "diff": ("what changed between two releases", (dataset_arguments.add_diff,)),
+    "recipes": ("list the recipes that ship", ()),
+    "new": ("start a recipe's folder that runs as it is", (_add_new,)),
+    "serve": ("serve a local model over Tinker's protocol", (_add_serve,)),
+}

@@ -142,6 +142,24 @@ def _connect_local(reference: str, folder: Path, renderer: str, store: Path | No
     )
 
 
+def adopt_state(path: str, source: Path, store: Path) -> None:
+    """Let the local server of one store load a training state of another's.
+
+    Does nothing for a training on a hosted server, which keeps no store. Raises `ModelError`
+    where the state is gone.
+    """
+    if not source.is_dir():
+        return
+    from distill_datasets.embedded.checkpoints import copy_checkpoint
+
+    try:
+        copy_checkpoint(path, source, store)
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"Can't start from {path!r}: {error}. Train that student again."
+        ) from error
+
+
 def read_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A training folder's configuration, and the line of its best checkpoint.
 

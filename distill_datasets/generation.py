@@ -58,6 +58,7 @@ def generate(  # noqa: PLR0913 (whom to ask what, how fast, and where it goes)
     share: Share | None = None,
     batch: Patience | None = None,
     stream: bool = False,
+    processes: int = 1,
 ) -> Generated:
     """Ask the recipe's teachers every query; continue where an earlier call stopped.
 
@@ -71,7 +72,8 @@ def generate(  # noqa: PLR0913 (whom to ask what, how fast, and where it goes)
     takes the place of all that the recipe names.
     With a `share`, only that of the queries is asked, in a part's own folder in `out`: `publish`
     joins the parts. With `batch`, answers come out of the provider's batches where it has them.
-    With `stream`, every answer that is bought is journaled with the time to its first token.
+    With `stream`, every answer that is bought is journaled with the time to its first token; with
+    `processes`, those of a Tinker teacher are asked for by so many.
     Costs one request a query and teacher asked. Raises `GenerationError` when the first rows all
     fail alike, `BudgetReached`, and whatever `load_recipe` and `open_sampler` raise, before any
     request.
@@ -88,7 +90,7 @@ def generate(  # noqa: PLR0913 (whom to ask what, how fast, and where it goes)
     out = writable_folder(out)
     if source is not None and ledger:
         replay(source, out)
-    teachers = open_teachers(recipe, teacher, stream=stream)
+    teachers = open_teachers(recipe, teacher, stream=stream, processes=processes)
     if meter is not None:
         meter.check(models_of(teachers.recipe))
     limits = Limits(concurrency, requests_per_minute, tokens_per_minute)

@@ -152,17 +152,14 @@ class Teachers:
     facts: Mapping[str, Any]
 
 
-def open_teachers(
-    recipe: Recipe, teacher: Sampler | None = None, *, stream: bool = False
-) -> Teachers:
+def open_teachers(recipe: Recipe, teacher: Sampler | None = None, **opening: Any) -> Teachers:
     """Open every model that a recipe asks, or put one `teacher` in the place of its teachers.
 
-    With `stream`, replies say when their first token came. Raises whatever `open_sampler` raises.
-    Asks nobody.
+    `opening` goes to `open_sampler`, and what that raises comes from here. Asks nobody.
     """
     if teacher is not None:
         recipe = recipe.with_teacher(teacher.model)
-    opened = _Opened(teacher, stream)
+    opened = _Opened(teacher, opening)
     teachers = [opened.named(one) for one in recipe.all_teachers]
     if recipe.teachers:
         recipe = recipe.replace(teachers=tuple(teachers))
@@ -185,8 +182,8 @@ def open_teachers(
 class _Opened:
     """Samplers by reference and renderer, each opened once."""
 
-    def __init__(self, teacher: Sampler | None, stream: bool) -> None:
-        self._teacher, self._stream = teacher, stream
+    def __init__(self, teacher: Sampler | None, opening: Mapping[str, Any]) -> None:
+        self._teacher, self._opening = teacher, opening
         self._samplers: dict[tuple[str, str | None], Sampler] = {}
 
     def sampler(self, asked: Asked) -> Sampler:
@@ -198,7 +195,7 @@ class _Opened:
         key = (asked.model, asked.renderer)
         if key not in self._samplers:
             self._samplers[key] = open_sampler(
-                asked.model, renderer=asked.renderer, stream=self._stream
+                asked.model, renderer=asked.renderer, **self._opening
             )
         return self._samplers[key]
 

@@ -1,9 +1,8 @@
 """Train a student on a dataset: one flat loop that can be stopped and continued anywhere."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from distill_datasets.errors import ModelError, OutputError, SettingsError
 from distill_datasets.progress import Progress
 from distill_datasets.selection import VALIDATION_LOSS
 from distill_datasets.tracking import open_tracker, require_tracker
-from distill_datasets.training_folder import TrainingFolder
+from distill_datasets.training_folder import TrainingFolder, installed_versions
 from distill_datasets.training_plan import (
     Schedule,
     Step,
@@ -25,8 +24,12 @@ from distill_datasets.training_settings import TrainSettings
 from distill_datasets.trainset import Rendered, Source, Split, locate, open_splits
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from distill_datasets.connection import Connection
     from distill_datasets.in_flight import InFlight
+    from distill_datasets.predecessor import Predecessor
     from distill_datasets.producers import Lesson
     from distill_datasets.validators import Validator
 
@@ -46,34 +49,47 @@ class _Run:
     validation: Rendered | None
     steps: Sequence[Step]
 
+    def keys(self, split: Split) -> "NDArray[np.uint64]":
+        """Of the rows that are trained on, in the split that was rendered."""
+        places = choose_rows(len(self.train), self.settings)
+        return split.keys[[self.train.kept[place] for place in places]]
+
     @property
     def schedule(self) -> Schedule:
         """What is due when."""
         return Schedule(len(self.steps), self.settings, self.validation is not None)
 
 
-def train(
+def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     dataset: str | Path,
     *,
     student: str,
     out: str | Path,
     settings: TrainSettings | None = None,
     resume: str | None = None,
+    start: str | Path | None = None,
+    only_new: bool = False,
     validators: "Sequence[Callable[[Lesson, Rendered], Validator]]" = (),
 ) -> Training:
     """Train a student on a release, a folder, a file, or a Hub dataset `name@revision`.
 
     Called again with the same `out`, it continues from the last checkpoint to the same losses,
     and does nothing where the training is finished. `resume` is a server's path of a training
-    state, to continue in a new folder. The best checkpoint is the one with the lowest validation
+    state, to continue in a new folder. `start` is a student whose weights to begin with, a
+    training folder or a server's path of its state; with `only_new`, rows that it was trained on
+    are left out. The best checkpoint is the one with the lowest validation
     loss, or as `settings.select` says, and without a validation split the last; `validators`
     measure more on that split. Raises `DatasetError`, `ModelError`, `AccessError`,
     `ServiceError`, `SettingsError` or `OutputError`, each with what to do.
     """
+    from distill_datasets.predecessor import write_learned
+
     settings = settings or TrainSettings()
     _require_state(str(student), resume)
     require_tracker(settings.track)
     source = locate(dataset, settings.config)
+    before = _predecessor(start, str(student), only_new)
+    settings = before.settled(settings) if before else settings
     if Path(out).resolve().is_relative_to(source.path.resolve()):
         raise OutputError(
             f"{str(out)!r} lies inside the dataset, which it would change: choose another --out."
@@ -84,20 +100,25 @@ def train(
         "settings": asdict(settings),
         "dataset": {"path": source.reference, "revision": source.revision, "files": source.files},
         **({"resumed": resume} if resume else {}),
+        **({"start": {"path": before.path, "only_new": only_new}} if before else {}),
     }
     with folder.locked():
         folder.require_same(request)
         if any(checkpoint.final for checkpoint in folder.checkpoints):
             return read_result(folder, settings)
         splits = open_splits(source, settings)
+        if before and only_new:
+            splits["train"] = splits["train"].without(before.learned)
         connection = _connect(str(student), source, settings, folder)
         with _session(connection):
             run, config = _prepare(splits, connection, source, settings, folder)
             config = {**request, **config, "dataset": {**request["dataset"], **config["dataset"]}}
             folder.require_same(config)
-            start = _start(run, connection, config)
+            if folder.config is None:
+                write_learned(folder.path, run.keys(splits["train"]), before)
+            done = _start(run, connection, config)
             try:
-                _learn(run, _lesson(run, connection), start, validators)
+                _learn(run, _lesson(run, connection, before), done, validators)
             except KeyboardInterrupt as interrupt:
                 interrupt.add_note(f"Train again with out={str(out)!r} to continue.")
                 raise
@@ -142,10 +163,10 @@ def _flight(
 
     config = run.folder.config or {}
     measures = _validators(run, lesson, validators)
-    left = len(run.steps) - (run.folder.checkpoints[-1].step if run.folder.checkpoints else 0)
+    done = run.folder.checkpoints[-1].step if run.folder.checkpoints else 0
     with (
         closing(open_tracker(run.settings.track, run.folder.path, config)) as tracker,
-        Progress("train", left, unit="steps") as progress,
+        Progress("train", len(run.steps), unit="steps", start=done) as progress,
     ):
         progress.advance(0, note=f"the loss weighs {config['normalization']}")
         desk = Desk(
@@ -185,6 +206,16 @@ def _start(run: _Run, connection: "Connection", config: dict[str, Any]) -> int:
     return run.folder.start({**config, "begun": asdict(selection)}, checkpoints)
 
 
+def _predecessor(start: str | Path | None, student: str, only_new: bool) -> "Predecessor | None":
+    from distill_datasets.predecessor import find_predecessor
+
+    if start is not None:
+        return find_predecessor(start, student)
+    if only_new:
+        raise SettingsError("only_new needs a student to start from: name it with start (--from).")
+    return None
+
+
 def _require_state(student: str, resume: str | None) -> None:
     if student.startswith("tinker://"):
         raise ModelError(
@@ -221,8 +252,8 @@ def _session(connection: "Connection") -> Iterator[None]:
     connection.service.close("success").result()
 
 
-def _lesson(run: _Run, connection: "Connection") -> "Lesson":
-    """Opens the student: new, or as the last checkpoint left it."""
+def _lesson(run: _Run, connection: "Connection", before: "Predecessor | None") -> "Lesson":
+    """Opens the student: new, with another's weights, or as the last checkpoint left it."""
     from distill_datasets.keeping import describe
     from distill_datasets.producers import Lesson
     from distill_datasets.student import Adapted, Student
@@ -230,6 +261,9 @@ def _lesson(run: _Run, connection: "Connection") -> "Lesson":
     settings, metadata = run.settings, describe(run.folder.config or {})
     if run.folder.checkpoints:
         student = Student.resume(connection, run.folder.checkpoints[-1].state, metadata)
+    elif before:
+        before.bring(run.folder.store)
+        student = Student.continue_from(connection, before.path, metadata)
     else:
         adapted = Adapted(
             rank=settings.rank,
@@ -277,15 +311,5 @@ def _prepare(
             "rows": rows,
             "skipped": {role: rows.skipped for role, rows in rendered.items()},
         },
-        "versions": _versions(),
+        "versions": installed_versions(),
     }
-
-
-def _versions() -> dict[str, str]:
-    """What decides the losses; a checkout that isn't installed has no version of its own."""
-    names = ("distill-datasets", "tinker", "tinker-cookbook", "datasets", "torch")
-    versions = {}
-    for name in names:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions

@@ -1,6 +1,7 @@
 """The settings of a training on the command line: one flag each."""
 
 import argparse
+from collections.abc import Collection
 from typing import Any
 
 from distill_datasets.objective_settings import ObjectiveSettings
@@ -52,12 +53,19 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
 _ADAPTED = ("attention", "mlp", "unembed")
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """A flag for each setting; what isn't given is not in the way of a preset."""
+def add_training_arguments(
+    parser: argparse.ArgumentParser, *, several: Collection[str] = ()
+) -> None:
+    """A flag for each setting; what isn't given is not in the way of a preset.
+
+    The settings named by `several` take more than one value, for a grid.
+    """
     for title, flags in _GROUPS.items():
         group = parser.add_argument_group(title)
         for name, (kind, text) in flags.items():
-            takes = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            takes: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            if name in several:
+                takes["nargs"] = "+"
             group.add_argument(f"--{name.replace('_', '-')}", help=text, **takes)
         if title == "learning":
             for part in _ADAPTED:

@@ -9,8 +9,9 @@ checkpoints/        the weights, where the server is this machine's
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from distill_datasets.errors import OutputError
 from distill_datasets.selection import Selection
 from distill_datasets.training_settings import TrainSettings, decisive
 
-_SAME = ("student", "identity", "settings", "dataset.revision", "dataset.files", "resumed")
+_SAME = ("student", "identity", "settings", "dataset.revision", "dataset.files", "resumed", "start")
 
 
 @dataclass(frozen=True)
@@ -210,3 +211,13 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= _flat(inner, f"{name}.") if isinstance(inner, Mapping) else {name: inner}
     return flat
+
+
+def installed_versions() -> dict[str, str]:
+    """What decides the losses; a checkout that isn't installed has no version of its own."""
+    names = ("distill-datasets", "tinker", "tinker-cookbook", "datasets", "torch")
+    versions = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from distill_datasets.sampler import Message, digest
 from distill_datasets.schema import conversation_reader
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset, DatasetDict
+    from numpy.typing import NDArray
 
     from distill_datasets.batches import Example
     from distill_datasets.connection import Connection
@@ -106,8 +109,30 @@ class Split:
         """Use `open_splits`."""
         self.name, self.rows = name, rows
         self._where = f"The split {name!r} of {source.reference!r}"
-        self._key = (source.files, config, name)
+        self._key: tuple[str | None, ...] = (source.files, config, name)
         self._read = conversation_reader(rows.column_names, self._where)
+
+    @property
+    def keys(self) -> "NDArray[np.uint64]":
+        """Each row's conversation as 64 bits, in the rows' order."""
+        import numpy as np
+
+        return np.fromiter((_row_key(self._read(row)) for row in self.rows), np.uint64)
+
+    def without(self, learned: "NDArray[np.uint64]") -> "Split":
+        """Only the rows whose key is none of these; raises `DatasetError` where none is left."""
+        import numpy as np
+
+        new = np.flatnonzero(~np.isin(self.keys, learned))
+        if not len(new):
+            raise DatasetError(
+                f"{self._where} has only rows that were learned before, {len(self.rows)} of them. "
+                "Train on a later version of the dataset, or leave out only_new (--only-new)."
+            )
+        fewer = copy(self)
+        fewer.rows = self.rows.select(new)
+        fewer._key = (*self._key, sha256(new.tobytes()).hexdigest())
+        return fewer
 
     def render(self, connection: "Connection", max_length: int) -> Rendered:
         """Tokens and weights of every row, computed once and cached; only responses are learned.
@@ -233,6 +258,11 @@ def _tokens_and_weights(messages: list[Message], renderer: Any, where: str) -> d
         raise DatasetError(f"{where}: the renderer gives its response no token to learn.")
     size = len(str(last["content"]).encode())
     return {"tokens": tokens.to_ints(), "weights": weights.tolist(), "bytes": size}
+
+
+def _row_key(conversation: Sequence[Mapping[str, Any]]) -> int:
+    text = json.dumps(conversation, sort_keys=True, ensure_ascii=False)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _lengths(rendered: "Dataset") -> list[int]:

@@ -56,7 +56,7 @@ class Models:
     opened: list[tuple[str, str | None]] = field(default_factory=list)
 
     def __call__(
-        self, reference: str | Path, *, renderer: str | None = None, stream: bool = False
+        self, reference: str | Path, *, renderer: str | None = None, **how: Any
     ) -> Model:
         self.opened.append((str(reference), renderer))
         if str(reference) not in self.known:

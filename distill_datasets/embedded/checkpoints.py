@@ -71,6 +71,23 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+def copy_checkpoint(path: str, source: Path, target: Path) -> None:
+    """Put one checkpoint of a store, with the record of its run, into another; none is changed.
+
+    Raises `FileNotFoundError` for one that isn't there.
+    """
+    run_id, kind, name = path.removeprefix(SCHEME).split("/")
+    place = Path(run_id) / kind / name
+    if not (source / place / RECORD).is_file():
+        raise FileNotFoundError(f"{str(source)!r} has no checkpoint {path!r}")
+    if (target / place).is_dir():
+        return
+    building = target / run_id / kind / f".{name}.{uuid.uuid4().hex}"
+    shutil.copytree(source / place, building)
+    shutil.copyfile(source / run_id / "run.json", target / run_id / "run.json")
+    building.rename(target / place)
+
+
 class Store:
     """The folder of runs; several servers may read it, one at a time should write to a run."""
 

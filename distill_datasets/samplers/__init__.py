@@ -7,23 +7,35 @@ from distill_datasets.sampler import Sampler
 
 
 def open_sampler(
-    reference: str | Path, *, renderer: str | None = None, stream: bool = False
+    reference: str | Path,
+    *,
+    renderer: str | None = None,
+    stream: bool = False,
+    processes: int = 1,
 ) -> Sampler:
     """Something that answers, by its model reference or a training folder.
 
     Takes seconds for a local model: its server starts here, and ends with this process. With
-    `stream`, replies of an `openai:` model say when their first token came. Raises `ModelError`
-    for a reference that names nothing, `AccessError` for a missing key, `ServiceError` where
-    nobody answers.
+    `stream`, replies of an `openai:` model say when their first token came. With more `processes`
+    than one, a Tinker model's requests are spread over them, since a client keeps one core busy.
+    Raises `ModelError` for a reference that names nothing, `AccessError` for a missing key,
+    `ServiceError` where nobody answers.
     """
     if str(reference).startswith("openai:"):
+        if processes > 1:
+            raise ModelError(f"Only Tinker's models take several processes, not {reference!r}.")
         return _open_openai(str(reference).removeprefix("openai:"), renderer, stream)
     if stream:
         raise ModelError(f"Only 'openai:' models are streamed, not {str(reference)!r}.")
     from distill_datasets.connection import connect
     from distill_datasets.samplers.tinker import TinkerSampler
 
-    return TinkerSampler(connect(reference, renderer=renderer))
+    sampler = TinkerSampler(connect(reference, renderer=renderer))
+    if processes == 1:
+        return sampler
+    from distill_datasets.samplers.processes import ProcessSampler
+
+    return ProcessSampler(sampler, processes)
 
 
 def _open_openai(model: str, renderer: str | None, stream: bool) -> Sampler:

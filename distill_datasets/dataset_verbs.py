@@ -1,0 +1,199 @@
+"""The verbs that make a dataset: generate, synthesize, publish, diff."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill_datasets.errors import DistillError
+
+if TYPE_CHECKING:
+    from distill_datasets.generation import Generated
+    from distill_datasets.money import Meter
+    from distill_datasets.release import Release
+    from distill_datasets.shares import Share
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Ask the teachers, or only say what that would take."""
+    from distill_datasets.shares import Share
+
+    share = Share.parse(options.shard) if options.shard else None
+    if options.dry_run:
+        _rehearse(options, share)
+    elif options.ray:
+        _generate_on_ray(options)
+    else:
+        report_answers(ask_teachers(options, share))
+
+
+def ask_teachers(options: argparse.Namespace, share: "Share | None" = None) -> "Generated":
+    """`generation.generate` as the options say."""
+    from distill_datasets.batching.purchase import Patience
+    from distill_datasets.generation import generate as ask
+
+    batch = Patience(options.poll, options.wait) if getattr(options, "batch", False) else None
+    return ask(
+        options.recipe,
+        teacher=options.teacher,
+        out=options.out,
+        concurrency=options.concurrency,
+        requests_per_minute=options.rpm,
+        tokens_per_minute=options.tpm,
+        meter=_meter(options, share.folder(options.out) if share else options.out),
+        limit=options.limit,
+        ledger=options.ledger,
+        processes=options.processes,
+        batch=batch,
+        stream=getattr(options, "stream", False),
+        share=share,
+    )
+
+
+def report_answers(made: "Generated") -> None:
+    """Say what became of the rows; raises `GenerationError` where some are missing."""
+    rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(made.rejected.items()))
+    print(f"answers: {made.kept} kept" + (f", rejected: {rejected}" if rejected else ""))
+    if made.errors:
+        raise _incomplete(made)
+
+
+def _incomplete(made: "Generated") -> DistillError:
+    from distill_datasets.errors import GenerationError
+    from distill_datasets.schema import failure_text
+
+    first = next(error for error in made.rows["error"] if error)
+    return GenerationError(
+        f"{made.errors} rows failed, the first with: {failure_text(first)}. Run the same command "
+        "again: it asks only for those that may yet succeed."
+    )
+
+
+def _meter(options: argparse.Namespace, folder: Path) -> "Meter | None":
+    from distill_datasets.money import open_meter
+
+    journal = folder / "journal.sqlite"
+    return open_meter(options.prices, budget=options.budget, journal=journal)
+
+
+def _rehearse(options: argparse.Namespace, share: "Share | None") -> None:
+    from distill_datasets.rehearsal import rehearse
+
+    found = rehearse(
+        options.recipe,
+        teacher=options.teacher,
+        out=options.out,
+        prices=options.prices,
+        sample=options.sample,
+        concurrency=options.concurrency,
+        limit=options.limit,
+        ledger=options.ledger,
+        share=share,
+    )
+    print(found.text())
+
+
+def _generate_on_ray(options: argparse.Namespace) -> None:
+    from distill_datasets.ray_generation import generate_on_ray
+
+    made = generate_on_ray(
+        options.recipe,
+        out=options.out,
+        parts=options.ray,
+        teacher=options.teacher,
+        concurrency=options.concurrency,
+    )
+    print(f"answers: {made.rows} rows in {options.ray} parts, {made.errors} failed ({made.path})")
+
+
+def synthesize(options: argparse.Namespace) -> None:
+    """Let the teacher write queries."""
+    from distill_datasets.limits import Limits
+    from distill_datasets.synthesis.writing import synthesize as write
+
+    folder = options.out or Path(options.recipe)
+    made = write(
+        options.recipe,
+        n=options.n,
+        out=options.out,
+        teacher=options.teacher,
+        seed=options.seed,
+        limits=Limits(options.concurrency, options.rpm, options.tpm),
+        meter=_meter(options, folder / "synthesis"),
+    )
+    print(f"{made.sentence()} ({made.path})\n{made.table()}")
+    for rule in made.uncovered_rules:
+        print(f"no query exercises: {rule}")
+
+
+def publish(options: argparse.Namespace) -> None:
+    """Make a release of a run, and push it; or push a training's student."""
+    first = options.run[0]
+    if (first / "checkpoints.jsonl").is_file():
+        _push_student(options, first)
+        return
+    runs = first if len(options.run) == 1 else options.run
+    release = make_release(runs, out=options.out, version=options.version, ledger=options.ledger)
+    if options.push_to_hub is None:
+        return
+    _confirm(options, f"{release.path}")
+    pushed = release.push_to_hub(
+        options.push_to_hub,
+        config=options.config,
+        version=options.version,
+        private=options.private,
+        create_pr=options.create_pr,
+        allow=options.allow,
+    )
+    place = pushed.pull_request or f"{pushed.repo}@{pushed.tag} ({pushed.commit})"
+    done = "pushed" if pushed.changed else "nothing to push: the Hub has"
+    print(f"{done} {pushed.version}: {place}\n  {pushed.why}")
+
+
+def make_release(run: Any, **how: Any) -> "Release":
+    """`release.publish`, and a line about it."""
+    from distill_datasets.release import publish as write
+
+    release = write(run, **how)
+    splits = ", ".join(f"{rows} {split}" for split, rows in release.splits.items())
+    print(f"release {release.version}: {splits}; {release.rejected} rejected ({release.path})")
+    return release
+
+
+def _push_student(options: argparse.Namespace, training: Path) -> None:
+    from distill_datasets.adapter import push_student
+    from distill_datasets.errors import RepositoryError
+
+    if options.push_to_hub is None:
+        raise RepositoryError(
+            f"{str(training)!r} is a training: say where its student shall go with "
+            "--push-to-hub me/student."
+        )
+    _confirm(options, f"the student of {training}")
+    pushed = push_student(
+        training,
+        options.push_to_hub,
+        private=options.private,
+        base_model=options.base_model,
+        allow=options.allow,
+    )
+    done = "pushed the student" if pushed.changed else "nothing to push: the student is there"
+    print(f"{done}: {pushed.repo} ({pushed.commit})")
+
+
+def _confirm(options: argparse.Namespace, what: str) -> None:
+    """Ask a person before anything leaves the machine; a script has decided already."""
+    if options.yes or not sys.stdin.isatty():
+        return
+    seen = "privately" if options.private else "for everybody"
+    if input(f"Push {what} to {options.push_to_hub}, {seen}? [y/N] ").strip().lower() != "y":
+        raise KeyboardInterrupt
+
+
+def diff(options: argparse.Namespace) -> None:
+    """Say what changed between two releases."""
+    from distill_datasets.diffing import diff as compare
+
+    found = compare(options.old, options.new, config=options.config)
+    print(json.dumps(found.data, indent=2, ensure_ascii=False) if options.json else found.text())
