@@ -1,6 +1,6 @@
 """The raw answers that a release carries, so that nobody pays for them a second time."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +86,22 @@ def replay(source: Path | str, out: Path | str, *, config: str | None = None) ->
         return 0
     with Journal(Path(out) / "journal.sqlite") as journal:
         return restore(release.path, journal)
+
+
+def find_replies(release: Path, digests: Collection[str]) -> dict[str, Reply]:
+    """Those of the raw answers in a release's folder that its ledger holds."""
+    found = {}
+    for path, batch in _batches(release):
+        for digest, _, reply in _checked(batch.filter(_within(batch["digest"], digests)), path):
+            found[digest] = Reply.from_json(reply)
+    return found
+
+
+def _within(column: "pa.Array", wanted: Collection[str]) -> "pa.Array":
+    import pyarrow as pa
+    import pyarrow.compute as compute
+
+    return compute.is_in(column, value_set=pa.array(sorted(wanted), pa.string()))
 
 
 def ledger_digests(source: Path | str, *, config: str | None = None) -> set[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_datasets.connection import adopt_state, connect, explained, read_training
-from distill_datasets.errors import DatasetError, ModelError
+from distill_datasets.errors import DatasetError, ModelError, SettingsError
 from distill_datasets.keeping import require_state
 from distill_datasets.training_folder import TrainingFolder
 from distill_datasets.training_settings import TrainSettings
@@ -49,12 +49,21 @@ class Predecessor:
         return keys
 
 
-def find_predecessor(start: str | Path, student: str) -> Predecessor:
+def find_predecessor(
+    start: str | Path | None, student: str, *, only_new: bool = False
+) -> Predecessor | None:
     """A training folder's best checkpoint, or the state at tinker://<run>/weights/<name>.
 
-    Raises `ModelError` for weights of another base model than the student's, and for a path that
-    is no training state.
+    None without a `start`. Raises `ModelError` for weights of another base model than the
+    student's, and for a path that is no training state; `SettingsError` for `only_new` rows of
+    nobody.
     """
+    if start is None:
+        if only_new:
+            raise SettingsError(
+                "only_new needs a student to start from: name it as start (--from)."
+            )
+        return None
     folder = Path(start)
     if (folder / "checkpoints.jsonl").is_file():
         config, checkpoint = read_training(folder)

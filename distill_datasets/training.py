@@ -82,13 +82,13 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     measure more on that split. Raises `DatasetError`, `ModelError`, `AccessError`,
     `ServiceError`, `SettingsError` or `OutputError`, each with what to do.
     """
-    from distill_datasets.predecessor import write_learned
+    from distill_datasets.predecessor import find_predecessor, write_learned
 
     settings = settings or TrainSettings()
     _require_state(str(student), resume)
     require_tracker(settings.track)
     source = locate(dataset, settings.config)
-    before = _predecessor(start, str(student), only_new)
+    before = find_predecessor(start, str(student), only_new=only_new)
     settings = before.settled(settings) if before else settings
     if Path(out).resolve().is_relative_to(source.path.resolve()):
         raise OutputError(
@@ -160,9 +160,10 @@ def _flight(
 ) -> "Iterator[InFlight]":
     from distill_datasets.in_flight import Desk, InFlight
     from distill_datasets.keeping import describe
+    from distill_datasets.validators import open_validators
 
     config = run.folder.config or {}
-    measures = _validators(run, lesson, validators)
+    measures = open_validators(lesson, run.validation, validators)
     done = run.folder.checkpoints[-1].step if run.folder.checkpoints else 0
     with (
         closing(open_tracker(run.settings.track, run.folder.path, config)) as tracker,
@@ -182,19 +183,6 @@ def _flight(
         yield InFlight(desk)
 
 
-def _validators(
-    run: _Run, lesson: "Lesson", more: "Sequence[Callable[[Lesson, Rendered], Validator]]"
-) -> "list[Validator]":
-    from distill_datasets.validators import AccuracyValidator, LossValidator
-
-    if run.validation is None:
-        return []
-    found: list[Validator] = [LossValidator(run.validation, run.settings.batch_size)]
-    if run.settings.select == "accuracy":
-        found.append(AccuracyValidator(run.validation))
-    return [*found, *(make(lesson, run.validation) for make in more)]
-
-
 def _start(run: _Run, connection: "Connection", config: dict[str, Any]) -> int:
     """Write the folder's configuration; the steps that are done already."""
     from distill_datasets.keeping import read_progress
@@ -204,16 +192,6 @@ def _start(run: _Run, connection: "Connection", config: dict[str, Any]) -> int:
         return run.folder.start({**config, **({"begun": begun} if begun else {})})
     selection, checkpoints = read_progress(connection, config["resumed"], config)
     return run.folder.start({**config, "begun": asdict(selection)}, checkpoints)
-
-
-def _predecessor(start: str | Path | None, student: str, only_new: bool) -> "Predecessor | None":
-    from distill_datasets.predecessor import find_predecessor
-
-    if start is not None:
-        return find_predecessor(start, student)
-    if only_new:
-        raise SettingsError("only_new needs a student to start from: name it with start (--from).")
-    return None
 
 
 def _require_state(student: str, resume: str | None) -> None:

@@ -76,6 +76,14 @@ def add_training_arguments(
                     const=False,
                     help="leave it as it is",
                 )
+        if title == "stopping and keeping":
+            group.add_argument(
+                "--no-internalisation",
+                dest="internalisation",
+                action="store_const",
+                const=False,
+                help="don't ask base and teacher how likely they find the validation answers",
+            )
 
 
 def read_settings(
@@ -85,7 +93,7 @@ def read_settings(
     names = [name for flags in _GROUPS.values() for name in flags]
     given = {
         name: getattr(options, name)
-        for name in [*names, *(f"train_{part}" for part in _ADAPTED)]
+        for name in [*names, *(f"train_{part}" for part in _ADAPTED), "internalisation"]
         if getattr(options, name) is not None
     }
     return TrainSettings(**given, objective=objective or ObjectiveSettings())

@@ -37,7 +37,7 @@ _CHOICES = {
 }
 _LEAST_TTL = 3600  # seconds: Tinker takes no less
 # What may change between two runs of one training: no weight depends on it.
-_FREE = ("ahead", "track", "price_per_million", "ttl_seconds", "rolling_every")
+_FREE = ("ahead", "track", "price_per_million", "ttl_seconds", "rolling_every", "internalisation")
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,10 @@ class TrainSettings:
     rows, and without `lora_seed` the first LoRA weights.
 
     Stopping and keeping. Every `evaluate_every` steps (by default ten times a run) the validation
-    rows are measured; `select` names the number that the best checkpoint has, the lowest where it
-    ends in "loss", else the highest. Training stops after `patience` measurements without an
+    rows are measured, with `internalisation` also against base and teacher, where the dataset is a
+    release whose teacher can score; `select` names the number that the best checkpoint has
+    (validation_loss, accuracy, internalisation), the lowest where it ends in "loss", else the
+    highest. Training stops after `patience` measurements without an
     improvement of `min_improvement`. A full checkpoint is kept every `save_every` steps, and
     between those the newest state every `rolling_every`. A server deletes both after
     `ttl_seconds` (0 for never; by default a week on a hosted server, and never on this machine),
@@ -102,6 +104,7 @@ class TrainSettings:
     train_unembed: bool = True
     evaluate_every: int | None = None
     select: str = "validation_loss"
+    internalisation: bool = True
     patience: int | None = None
     min_improvement: float = 0.0
     save_every: int = 100

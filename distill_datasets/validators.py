@@ -1,15 +1,20 @@
 """What is measured on the validation rows while training, to choose the best checkpoint by."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from distill_datasets.batches import bits_per_byte
+from distill_datasets.errors import SettingsError
 from distill_datasets.sampler import Message, Sampling
 from distill_datasets.selection import VALIDATION_LOSS
 from distill_datasets.student import PendingLoss, PendingSave, Student
 from distill_datasets.trainset import Rendered
+
+if TYPE_CHECKING:
+    from distill_datasets.internalisation import Bounds
+    from distill_datasets.producers import Lesson
 
 _SLACK = 8  # tokens that an answer may be longer than the longest response, to be seen as other
 _AT_ONCE = 256  # requests
@@ -34,26 +39,38 @@ class Validator(Protocol):
 class LossValidator:
     """The loss per response token, in nats."""
 
-    def __init__(self, rows: Rendered, batch_size: int) -> None:
-        """Measured in batches of that many rows."""
+    def __init__(self, rows: Rendered, batch_size: int, bounds: "Bounds | None" = None) -> None:
+        """Measured in batches of that many rows; with `bounds`, also as internalisation."""
         self._batches = list(rows.batches(batch_size))
         self._bytes = sum(one.bytes for batch in self._batches for one in batch)
+        self._bounds = bounds
 
     def submit(self, student: Student, save: PendingSave) -> PendingScores:
         """Queued behind the steps."""
-        return _Loss(student.loss(self._batches), self._bytes)
+        return _Loss(student.loss(self._batches), self._bytes, self._bounds)
 
 
 class _Loss:
-    def __init__(self, pending: PendingLoss, size: int) -> None:
-        self._pending, self._bytes = pending, size
+    def __init__(self, pending: PendingLoss, size: int, bounds: "Bounds | None") -> None:
+        self._pending, self._bytes, self._bounds = pending, size, bounds
 
     def result(self) -> Mapping[str, float]:
         rows = self._pending.rows()
         tokens = sum(row.tokens for row in rows)
         loss = sum(row.nll for row in rows) / tokens
         bits = bits_per_byte(loss, tokens, self._bytes)
-        return {VALIDATION_LOSS: loss} | ({"validation_bits_per_byte": bits} if bits else {})
+        found = {VALIDATION_LOSS: loss} | ({"validation_bits_per_byte": bits} if bits else {})
+        return found | _internalised([row.nll for row in rows], self._bounds)
+
+
+def _internalised(nats: Sequence[float], bounds: "Bounds | None") -> dict[str, float]:
+    if bounds is None:
+        return {}
+    from distill_datasets.internalisation import internalisation
+
+    interval = internalisation(nats, bounds).interval()
+    names = {"value": "", "low": "_low", "high": "_high"}
+    return {f"internalisation{names[name]}": one for name, one in interval.items()}
 
 
 class AccuracyValidator:
@@ -91,3 +108,26 @@ class AccuracyValidator:
 
         found = await asyncio.gather(*map(right, self._conversations))
         return sum(found) / len(found)
+
+
+def open_validators(
+    lesson: "Lesson",
+    rows: Rendered | None,
+    more: "Sequence[Callable[[Lesson, Rendered], Validator]]" = (),
+) -> list[Validator]:
+    """Everything that is measured on the validation rows, nothing without any.
+
+    Raises `SettingsError` where the best checkpoint shall be chosen by what can't be measured.
+    """
+    from distill_datasets.validation_bounds import validation_bounds
+
+    if rows is None:
+        return []
+    settings = lesson.settings
+    bounds = validation_bounds(lesson, rows) if settings.internalisation else None
+    if bounds is None and settings.select == "internalisation":
+        raise SettingsError("select can't be internalisation here: there is no such score.")
+    found: list[Validator] = [LossValidator(rows, settings.batch_size, bounds)]
+    if settings.select == "accuracy":
+        found.append(AccuracyValidator(rows))
+    return [*found, *(make(lesson, rows) for make in more)]

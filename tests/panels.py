@@ -55,9 +55,7 @@ class Models:
     known: dict[str, Model]
     opened: list[tuple[str, str | None]] = field(default_factory=list)
 
-    def __call__(
-        self, reference: str | Path, *, renderer: str | None = None, **how: Any
-    ) -> Model:
+    def __call__(self, reference: str | Path, *, renderer: str | None = None, **how: Any) -> Model:
         self.opened.append((str(reference), renderer))
         if str(reference) not in self.known:
             raise ModelError(f"no model {reference!r}")
