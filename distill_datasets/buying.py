@@ -96,6 +96,11 @@ class Buyer:
         self._asked: dict[str, asyncio.Event] = {}
         self._resting: set[asyncio.Future[None]] = set()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing more is asked."""
+        return self._stopped
+
     def stop(self) -> None:
         """Ask nothing more: `buy` raises `InterruptedError` from now on; from any thread.
 
@@ -173,6 +178,7 @@ class Buyer:
             try:
                 self._check()
                 reply = await sampler.sample(messages, sampling)
+                await self.journal.put_together(key, sampler.identity, reply)
             except RequestError as error:
                 if error.status in _REFUSALS:
                     gate.refuse(ticket, getattr(error, "retry_after", None))
@@ -183,7 +189,6 @@ class Buyer:
                 gate.fail(ticket)
                 raise
             gate.accept(ticket, _tokens(reply), reply.allowance)
-            self.journal.put(key, sampler.identity, reply)
             if meter:
                 meter.count(sampler, reply)
         return reply
@@ -219,6 +224,8 @@ class Buyer:
 def _rest(attempt: int, retry_after: float | None) -> float:
     """Seconds between an attempt and the next: what the server asks for, and some jitter."""
     longest = min(_LONGEST_REST, _FIRST_REST * 2 ** (attempt - 1))
+    if retry_after:
+        longest = min(longest, retry_after / 4)
     return (retry_after or 0.0) + random.uniform(0, longest)
 
 

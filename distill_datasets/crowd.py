@@ -6,6 +6,8 @@ _NOTABLE = 0.25  # seconds of waiting that are worth finding out about
 _LESS = 0.75
 _KEPT = 0.9  # of the replies a second, where fewer requests lose nothing
 _FEW = 32  # requests at once that may as well wait in line
+# The number varies where it is the rate that is limited: fewer would hold back the rate too.
+_SPARE = 1.15
 _PATIENCE = (4, 64)  # windows between two trials, at first and at most
 
 
@@ -31,7 +33,7 @@ class Crowd:
 
     def refuse(self, in_flight: int) -> None:
         """So many were in flight when more were refused."""
-        self.size = float(max(1, min(self.size, in_flight)))
+        self.size = max(1.0, min(self.size, in_flight * _SPARE))
         self._before, self._step = None, 1.0
 
     def reply(self, number: int, seconds: float, in_flight: int, newest: int, now: float) -> None:

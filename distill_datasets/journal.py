@@ -1,5 +1,6 @@
 """Pay once: every answer is on disk before anything reads it."""
 
+import asyncio
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -57,6 +58,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         """Open or create the file; raises `OutputError` where it can't be written."""
         self.path = path
+        self._coming: list[tuple[tuple[Any, ...], asyncio.Future[None]]] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # One connection serves the event loop's thread and the caller's, never both at once.
@@ -90,6 +92,41 @@ class Journal:
             self._database.execute(_PUT, (digest, model, reply.to_json(), time.time()))
         except sqlite3.Error as error:
             raise OutputError(_unwritable(self.path, error)) from error
+
+    async def put_together(self, digest: str, model: str, reply: Reply) -> None:
+        """As `put`, in one transaction with all that comes in the same turn of the event loop."""
+        loop = asyncio.get_running_loop()
+        if not self._coming:
+            loop.call_soon(self._put_coming)
+        kept: asyncio.Future[None] = loop.create_future()
+        self._coming.append(((digest, model, reply.to_json(), time.time()), kept))
+        await kept
+
+    def _put_coming(self) -> None:
+        coming, self._coming = self._coming, []
+        problem: OutputError | None = None
+        try:
+            self._transact(_PUT, [row for row, _ in coming])
+        except sqlite3.Error as error:
+            problem = OutputError(_unwritable(self.path, error))
+        for _, kept in coming:
+            if kept.done():
+                continue
+            if problem is None:
+                kept.set_result(None)
+            else:
+                kept.set_exception(problem)
+
+    def _transact(self, statement: str, rows: list[tuple[Any, ...]]) -> int:
+        """All or none; how many rows were changed."""
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            changed = self._database.executemany(statement, rows).rowcount
+            self._database.execute("COMMIT")
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        return changed
 
     def reject(
         self, digest: str, model: str, *, type: str, status: int | None, message: str
@@ -125,16 +162,9 @@ class Journal:
         now = time.time()
         rows = [(*entry, now) for entry in entries]
         try:
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                added = self._database.executemany(_ADD, rows).rowcount
-                self._database.execute("COMMIT")
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
+            return self._transact(_ADD, rows)
         except sqlite3.Error as error:
             raise OutputError(_unwritable(self.path, error)) from error
-        return added
 
     def __len__(self) -> int:
         """How many different requests have been answered."""

@@ -16,6 +16,7 @@ from distill_datasets.sampler import Allowance
 # group took where both sides are slow.
 _GROUPS, _RAMP = (0.25, 0.5, 1.0), 0.06
 _GAPS, _LONGEST_GAP = (0.025, 0.04), 0.15
+_HOLD = 0.05  # a refusal among them holds back the others, which others may follow
 _HELD = 5.0  # seconds for which headers alone hold back what could be asked
 
 
@@ -47,13 +48,14 @@ class Limit:
         self.in_flight = 0
         self.pace, self.crowd = Pace(), Crowd(concurrency)
         self._group, self._group_began = 0, now
+        self._hold_until = now
         self._requests = _minutely(requests_per_minute, now)
         self._tokens = _minutely(tokens_per_minute, now)
         self._ratio = 1.0  # tokens that a request turned out to have, to those reckoned with
         self._size = 1.0  # tokens of a request, as they were counted lately
         self._left: float | None = None  # requests that headers allow, until when they are believed
         self._left_until = 0.0
-        self._refused_at = 0  # in flight beside the latest refusal
+        self._refused_at = 0  # the most in flight beside a refusal, since they strained the pace
         self._started = 0
 
     def wait(self, now: float, tokens: float = 0.0) -> float | None:
@@ -66,6 +68,7 @@ class Limit:
         if self.pace.strained:
             self.pace.strained = False
             self.crowd.refuse(self._refused_at)
+            self._refused_at = 0
         if self._requests is not None:
             seconds = max(seconds, self._requests.wait(1, now))
         if self._tokens is not None:
@@ -112,7 +115,9 @@ class Limit:
     def refuse(self, ticket: Ticket, now: float, retry_after: float | None = None) -> None:
         """The server has too much to do, or too much of us."""
         self.in_flight -= 1
-        self._refused_at = self.in_flight
+        self._refused_at = max(self._refused_at, self.in_flight)
+        if self._group < len(_GROUPS):
+            self._hold_until = now + _HOLD
         self.pace.refuse(ticket.number, now, retry_after)
 
     def fail(self, ticket: Ticket, now: float) -> None:
@@ -125,7 +130,7 @@ class Limit:
             return 0.0
         before = int(_GROUPS[self._group - 1] * self.crowd.cap) if self._group else 0
         offset = (self._started - before) * _RAMP / self.crowd.cap
-        return self._group_began + offset - now
+        return max(self._group_began + offset, self._hold_until) - now
 
     def _look_at_group(self, now: float) -> None:
         """Let the next group begin after a gap when one is complete."""

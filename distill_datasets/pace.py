@@ -9,10 +9,13 @@ _FEWEST = 20  # starts that say something about a rate
 # So many refused of so many consecutive starts are no accident; fewer will do at the start, when
 # every further one may be refused too.
 _TOGETHER, _TOGETHER_EARLY = (8, 16), (6, 8)
+# Early on, requests overtake each other on their way: so many refused, and such a share of all.
+_MANY_EARLY = (20, 0.12)
 _UNHURRIED = 0.005  # a share of refusals that is no reason to change anything
 _NOTABLE = 0.03  # a share of refusals that is worth finding out about
 _BELOW = 0.98  # of the rate that was accepted
-_STEPS = (0.05, 0.01, 0.15)  # raises of the rate: after a pause, after a refusal, the largest
+# Raises of the rate: the first one and the largest, before and after it was found to be too high.
+_STEPS_BEFORE, _STEPS = (0.05, 0.25), (0.01, 0.15)
 _PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds, where the server doesn't say
 
 
@@ -54,10 +57,13 @@ class Pace:
         self.strained = False  # the rate was too high: set here, and taken back by who acts on it
         self._bucket: Bucket | None = None
         self._paused_until: float | None = None
+        self._paused_at = 0.0
+        self._good = 0.0  # the latest rate that was used and not refused
         self._pauses = 0  # in a row, without a good window between them
         self._refused: deque[int] = deque(maxlen=4 * _TOGETHER[1])
         self._usual: deque[float] = deque(maxlen=7)
-        self._step = _STEPS[0]
+        self._steps = _STEPS_BEFORE
+        self._step = self._steps[0]
         self._began: float | None = None
         self._accepted = 0  # starts since then that nobody refused
         self._earlier = (0.0, 0)  # these two, as they were before the last pause
@@ -93,15 +99,22 @@ class Pace:
         self._accepted -= 1
         self._refused.append(number)
         if self._paused_until is not None:
-            # What was under way when the limit was hit is refused too.
-            self._paused_until = max(self._paused_until, now + self._pause(retry_after))
+            # What was under way when the limit was hit is refused too, for the same reason.
+            until = self._paused_at + self._pause(retry_after)
+            self._paused_until = max(self._paused_until, until)
             return
         enough, latest = _TOGETHER if self._usual else _TOGETHER_EARLY
         expected = latest * self._expected()
         together = sum(number - latest < one <= number for one in self._refused)
-        if together >= min(latest, max(enough, expected + 4 * sqrt(expected))):
+        hit = together >= min(latest, max(enough, expected + 4 * sqrt(expected)))
+        if hit or (not self._usual and self._too_many()):
             self._pauses += 1
+            self._paused_at = now
             self._paused_until = now + self._pause(retry_after)
+
+    def _too_many(self) -> bool:
+        fewest, share = _MANY_EARLY
+        return self._refusals >= max(fewest, share * self._starts)
 
     def _expected(self) -> float:
         return median(self._usual) if self._usual else 0.0
@@ -114,17 +127,21 @@ class Pace:
         assert self._began is not None and self._paused_until is not None
         began, accepted = self._began, self._accepted
         if self.rate is not None:
-            self.strained = True
+            self.strained, self._steps = True, _STEPS
             self._usual.append(self._refusals / max(self._starts, 1))
             if accepted < _FEWEST:
                 # The pause was too short to say what the limit is: it is part of a longer one.
                 began, accepted = self._earlier[0], accepted + self._earlier[1]
-        self._set(max(accepted, 1) / max(self._paused_until - began, 1e-3), now)
+        rate = max(accepted, 1) / max(self._paused_until - began, 1e-3)
+        if self._pauses == 1:
+            rate = max(rate, self._good * _BELOW)  # one step too far, or one slow moment
+        self._good = 0.0
+        self._set(rate, now)
         self._earlier = (began, accepted)
         self._began, self._accepted = now, 0
         self._paused_until = None
         self._refused.clear()
-        self._step = _STEPS[0]
+        self._step = self._steps[0]
         self._open_window(now)
 
     def _close_window(self, now: float) -> None:
@@ -142,15 +159,17 @@ class Pace:
         self._usual.append(share)
         if refusals > expected + 3 * sqrt(expected) + _UNHURRIED * starts:
             if self.rate is not None or share > _NOTABLE:
-                self.strained = self.rate is not None
+                if self.rate is not None:
+                    self.strained, self._steps = True, _STEPS
                 accepted = max(starts - refusals, 1) / length
                 self._set(accepted * (_BELOW if self.strained else 1), now)
-                self._step = _STEPS[1]
+                self._step = self._steps[0]
             return
         self._pauses = 0
         if self.rate is not None and self._binding:
+            self._good = self.rate
             self._set(self.rate * (1 + self._step), now)
-            self._step = min(2 * self._step, _STEPS[2])
+            self._step = min(2 * self._step, self._steps[1])
 
     def _open_window(self, now: float) -> None:
         self._window_began = now

@@ -159,7 +159,8 @@ def open_teachers(recipe: Recipe, teacher: Sampler | None = None, **opening: Any
     """
     if teacher is not None:
         recipe = recipe.with_teacher(teacher.model)
-    opened = _Opened(teacher, opening)
+    # Of several, all must be there before one is paid.
+    opened = _Opened(teacher, {**opening, "lazily": len(set(models_of(recipe))) == 1})
     teachers = [opened.named(one) for one in recipe.all_teachers]
     if recipe.teachers:
         recipe = recipe.replace(teachers=tuple(teachers))

@@ -4,7 +4,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -228,4 +228,5 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
 def _file_digest(path: Path) -> str:
     if not path.is_file():
         raise RecipeError(f"The recipe names the file {path.name!r}, which {path.parent} lacks.")
-    return sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()

@@ -1,3 +1,4 @@
+import asyncio
 import sqlite3
 import subprocess
 import sys
@@ -55,6 +56,32 @@ def test_two_processes_buy_into_one_journal_and_lose_nothing(tmp_path: Path) -> 
             assert found is not None and found.samples[0].text == digest
             assert times in (1, 2)
         assert all(journal.rejection(f"no {row}") for row in range(300))
+
+
+def test_answers_that_come_together_are_all_on_disk_before_anyone_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+
+    async def keep(journal: Journal, digest: str) -> int:
+        await journal.put_together(digest, "m", REPLY)
+        with Journal(path) as other:
+            return sum(other.get(one) == REPLY for one in "abc")
+
+    async def work(journal: Journal) -> list[int]:
+        return await asyncio.gather(*(keep(journal, digest) for digest in "abca"))
+
+    with Journal(path) as journal:
+        assert asyncio.run(work(journal)) == [3] * 4
+        assert dict(journal) == {"a": 2, "b": 1, "c": 1}
+
+
+def test_answers_that_cannot_be_kept_are_an_error_for_everyone_who_waits(tmp_path: Path) -> None:
+    async def work(journal: Journal) -> list[object]:
+        both = (journal.put_together(digest, "m", REPLY) for digest in "ab")
+        return await asyncio.gather(*both, return_exceptions=True)
+
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        journal._database.execute("DROP TABLE answers")
+        assert [type(found) for found in asyncio.run(work(journal))] == [OutputError] * 2
 
 
 def test_a_journal_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:

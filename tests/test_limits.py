@@ -2,8 +2,9 @@ import asyncio
 
 import pytest
 
+from distill_datasets.crowd import Crowd
 from distill_datasets.limits import Gate, Limit, Limits, Ticket
-from distill_datasets.pace import Bucket
+from distill_datasets.pace import Bucket, Pace
 from distill_datasets.sampler import Allowance
 from tests.simulation import (
     AtOnce,
@@ -43,6 +44,38 @@ def test_a_limit_of_requests_a_minute_is_learned() -> None:
     run = simulate(Limit(256), PerSecond(500, period=60, retry_after=10.0), 3000)
     assert run.refused <= 0.1 * run.requests
     assert run.seconds <= (3000 - 500) / (500 / 60) / 0.8
+
+
+def test_refusals_of_what_was_under_way_make_no_pause_longer() -> None:
+    pace = Pace()
+    for _ in range(100):
+        pace.start(0.0)
+    for number in range(100):
+        pace.refuse(number, 0.2 + number / 1000, 1.0)
+    assert pace.wait(0.3) == pytest.approx(0.9 + 0.005)
+
+
+def test_refusals_that_overtake_each_other_are_a_limit_too() -> None:
+    pace = Pace()
+    for _ in range(150):
+        pace.start(0.0)
+    for number in range(0, 150, 5):  # never two neighbours
+        pace.refuse(number, 0.1, 1.0)
+    assert pace.wait(0.1) > 0.9
+
+
+def test_the_first_refusals_hold_back_what_would_follow() -> None:
+    limit = Limit(256)
+    tickets = [limit.start(now) for now in (0.0, 0.001, 0.002)]
+    assert limit.wait(0.01) == 0
+    limit.refuse(tickets[0], 0.01)
+    assert limit.wait(0.01) == pytest.approx(0.05)
+
+
+def test_a_varying_number_in_flight_is_no_limit_of_it() -> None:
+    crowd = Crowd(256)
+    crowd.refuse(20)
+    assert crowd.size == pytest.approx(23)
 
 
 def test_random_refusals_do_not_slow_anything_down() -> None:

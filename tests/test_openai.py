@@ -19,7 +19,7 @@ from distill_datasets.errors import (
 )
 from distill_datasets.generation import generate
 from distill_datasets.journal import Journal
-from distill_datasets.sampler import Allowance, Logprobs, Message, Reply, Sampling, Usage
+from distill_datasets.sampler import Allowance, Logprobs, Message, Reply, Sampler, Sampling, Usage
 from distill_datasets.samplers import open_sampler
 from distill_datasets.samplers.openai import OpenAISampler
 from distill_datasets.samplers.openai_errors import read_allowance, read_retry_after
@@ -432,6 +432,27 @@ def test_the_key_is_sent_and_a_refused_one_is_noticed_before_anything_is_asked(
         sampler = open_sampler("openai:echo-small")
         reply = asyncio.run(sampler.sample([{"role": "user", "content": "hi"}], Sampling()))
         assert reply.samples[0].text == "hi"
+
+
+def test_a_sampler_that_is_opened_lazily_needs_a_key_only_to_ask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def ask_twice(sampler: Sampler) -> list[object]:
+        both = (sampler.sample([{"role": "user", "content": "hi"}], Sampling()) for _ in range(2))
+        return await asyncio.gather(*both, return_exceptions=True)
+
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    sampler = open_sampler("openai:m", lazily=True)
+    assert sampler.identity == "openai:m"
+    assert [type(found) for found in asyncio.run(ask_twice(sampler))] == [AccessError] * 2
+    with serving(key="sk-good") as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-good")
+        sampler = open_sampler("openai:echo-small", lazily=True)
+        assert server.keys == []
+        assert all(isinstance(found, Reply) for found in asyncio.run(ask_twice(sampler)))
+        assert len(server.keys) == 3  # one look for both
 
 
 def test_a_key_goes_to_its_own_address_alone(

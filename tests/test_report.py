@@ -375,7 +375,7 @@ class Opener:
         self.opened: list[tuple[str, str | None]] = []
 
     def __call__(
-        self, reference: str | Path, *, renderer: str | None = None, stream: bool = False
+        self, reference: str | Path, *, renderer: str | None = None, **how: bool
     ) -> Lexicon:
         self.opened.append((str(reference), renderer))
         if Path(reference).is_dir():

@@ -179,7 +179,7 @@ def test_what_a_person_changes_or_removes_stays_so(recipe: Path) -> None:
 
 
 KILLED = """
-import os, sys
+import asyncio, os, sys
 from pathlib import Path
 from distill_datasets.synthesis.writing import synthesize
 from tests.synthesis_author import Author
@@ -189,6 +189,8 @@ class Mortal(Author):
         with open(sys.argv[2], "a") as log:
             log.write("x")
         if len(self.asked) == int(sys.argv[3]):
+            for _ in range(20):  # what was answered is kept in the same turn of the loop
+                await asyncio.sleep(0)
             os._exit(9)
         return await super().sample(messages, sampling)
 

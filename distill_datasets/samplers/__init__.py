@@ -12,19 +12,21 @@ def open_sampler(
     renderer: str | None = None,
     stream: bool = False,
     processes: int = 1,
+    lazily: bool = False,
 ) -> Sampler:
     """Something that answers, by its model reference or a training folder.
 
     Takes seconds for a local model: its server starts here, and ends with this process. With
-    `stream`, replies of an `openai:` model say when their first token came. With more `processes`
-    than one, a Tinker model's requests are spread over them, since a client keeps one core busy.
-    Raises `ModelError` for a reference that names nothing, `AccessError` for a missing key,
-    `ServiceError` where nobody answers.
+    `stream`, replies of an `openai:` model say when their first token came; `lazily`, its key and
+    its server are looked for before its first request. With more `processes` than one, a Tinker
+    model's requests are spread over them, since a client keeps one core busy. Raises `ModelError`
+    for a reference that names nothing, `AccessError` for a missing key, `ServiceError` where
+    nobody answers.
     """
     if str(reference).startswith("openai:"):
         if processes > 1:
             raise ModelError(f"Only Tinker's models take several processes, not {reference!r}.")
-        return _open_openai(str(reference).removeprefix("openai:"), renderer, stream)
+        return _open_openai(str(reference).removeprefix("openai:"), renderer, stream, lazily)
     if stream:
         raise ModelError(f"Only 'openai:' models are streamed, not {str(reference)!r}.")
     from distill_datasets.connection import connect
@@ -38,7 +40,7 @@ def open_sampler(
     return ProcessSampler(sampler, processes)
 
 
-def _open_openai(model: str, renderer: str | None, stream: bool) -> Sampler:
+def _open_openai(model: str, renderer: str | None, stream: bool, lazily: bool) -> Sampler:
     from distill_datasets.samplers.openai import OpenAISampler
 
     if not model or renderer is not None:
@@ -47,6 +49,7 @@ def _open_openai(model: str, renderer: str | None, stream: bool) -> Sampler:
             f"{renderer!r}: the server itself renders messages. Name the model, and remove "
             "`renderer:` or --renderer."
         )
-    sampler = OpenAISampler(model, stream=stream)
-    sampler.reach()
+    sampler = OpenAISampler(model, stream=stream, lazily=lazily)
+    if not lazily:
+        sampler.reach()
     return sampler

@@ -50,10 +50,11 @@ class OpenAISampler:
 
     `base_url` and `api_key` default to OPENAI_BASE_URL and OPENAI_API_KEY. `timeout` is in
     seconds, for a whole answer. With `stream` a reply says when its first token came, for about
-    0.01 ms of processor time a token.
+    0.01 ms of processor time a token. One that is opened `lazily` looks for the key and the server
+    before its first request, and not at all where there is none.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (an address, and how to ask there)
         self,
         model: str,
         *,
@@ -61,22 +62,24 @@ class OpenAISampler:
         api_key: str | None = None,
         timeout: float = 600.0,
         stream: bool = False,
+        lazily: bool = False,
     ) -> None:
         """Asks nobody yet; raises `AccessError` without the key that the address needs."""
         self.name, self.stream = model, stream
         self.url = _address(base_url or os.environ.get("OPENAI_BASE_URL") or _OPENAI)
         key = api_key or os.environ.get("OPENAI_API_KEY")
-        if not key and not _is_near(self.url.host or ""):
-            raise AccessError(
-                f"{self.model!r} at {self.url} needs a key: set OPENAI_API_KEY, or OPENAI_BASE_URL "
-                "for a server of your own (one on this machine or network needs no key)."
-            )
+        self._lacks_key = not key and not _is_near(self.url.host or "")
+        self._reached = not lazily
+        self._reaching: dict[asyncio.AbstractEventLoop, asyncio.Task[None]] = {}
+        if not lazily:
+            self._check_key()
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=_PATIENCE)
         self._chat = self.url / "chat/completions"
         # OpenAI's newer models know no other name; elsewhere it is the newer one.
         self._length_key = _NEWER if self._is_openai else "max_tokens"
         self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
+        self._identity = self._identify()
 
     @property
     def model(self) -> str:
@@ -86,6 +89,9 @@ class OpenAISampler:
     @property
     def identity(self) -> str:
         """The reference, and the address unless it is OpenAI's: names mean nothing elsewhere."""
+        return self._identity
+
+    def _identify(self) -> str:
         if self._is_openai:
             return self.model
         path = self.url.path.rstrip("/").removesuffix("/v1")
@@ -116,6 +122,8 @@ class OpenAISampler:
 
     async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Answer once. Tokens of several samples are shared out: only their sum is the server's."""
+        if not self._reached:
+            await self._reach_once()
         key = self._length_key
         answer = await self._post(messages, sampling, key)
         if isinstance(answer, Refusal) and key != _NEWER and answer.wants_completion_tokens:
@@ -142,6 +150,7 @@ class OpenAISampler:
 
         Raises `ServiceError` or `AccessError`. A server that has no list of models is there too.
         """
+        self._check_key()
         asked = Request(str(self.url / "models"))
         for name, value in self._headers.items():
             asked.add_unredirected_header(name, value)  # the key is for this address alone
@@ -158,6 +167,22 @@ class OpenAISampler:
                 f"Can't reach {self.url} for {self.model!r}: {error}. Start the server, or check "
                 "the network and OPENAI_BASE_URL."
             ) from error
+
+    async def _reach_once(self) -> None:
+        """Everyone waits for one look at the server, and hears what came of it."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._reaching:
+            self._reaching[loop] = loop.create_task(asyncio.to_thread(self.reach))
+        await asyncio.shield(self._reaching[loop])
+        self._reached = True
+        self._reaching.pop(loop, None)
+
+    def _check_key(self) -> None:
+        if self._lacks_key:
+            raise AccessError(
+                f"{self.name!r} at {self.url} needs a key: set OPENAI_API_KEY, or OPENAI_BASE_URL "
+                "for a server of your own (one on this machine or network needs no key)."
+            )
 
     async def _post(
         self, messages: Sequence[Message], sampling: Sampling, length_key: str

@@ -60,7 +60,7 @@ def ours(work: Work) -> tuple[float, int]:
     from distill_datasets.garbage import collect_rarely
 
     with collect_rarely():  # as the command line does
-        import datasets  # noqa: F401 - start-up, not work
+        import pyarrow  # noqa: F401 - start-up, not work
 
         from distill_datasets import progress
         from distill_datasets.generation import generate

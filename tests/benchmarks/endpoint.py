@@ -54,6 +54,7 @@ class Endpoint:
         self.hopeless: Counter[bytes] = Counter()
         self.recent: deque[float] = deque()
         self.in_flight = self.most_in_flight = 0
+        self.connections: set[asyncio.Transport] = set()
         self.first = self.last = self.last_other = 0.0
         message = {"role": "assistant", "content": ANSWER}
         self.body = json.dumps(
@@ -74,9 +75,13 @@ class Endpoint:
         self.counts["requests"] += 1
         self.first = self.first or time.monotonic()
         self.in_flight += 1
+        if request.transport is not None:
+            self.connections.add(request.transport)
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            return await self._answer(prompt, key)
+            answer = await self._answer(prompt, key)
+            self.counts["abandoned"] += request.transport is None
+            return answer
         finally:
             self.in_flight -= 1
 
@@ -116,11 +121,13 @@ class Endpoint:
         return True
 
     async def stats(self, request: web.Request) -> web.Response:
-        """The counts so far."""
+        """The counts so far; `abandoned` were answered when their client had gone."""
+        self.connections = {one for one in self.connections if not one.is_closing()}
         return web.json_response(
             {
                 **self.counts,
                 "in_flight": self.in_flight,
+                "connections": len(self.connections),
                 "most_in_flight": self.most_in_flight,
                 "sold_twice": sum(count - 1 for count in self.sold.values()),
                 "hopeless": len(self.hopeless),
