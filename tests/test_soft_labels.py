@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +25,8 @@ from distill_datasets.soft_targets import SoftExample
 from distill_datasets.student import Adapted, Student
 from distill_datasets.training import TrainSettings, train
 from distill_datasets.trainset import locate, open_splits
+from tests.shared_server import shared
 from tests.soft_releases import LANGUAGES, PROMPT, release
-from tests.tiny_model import make_tiny_model
 from tests.training_runs import metrics, write
 
 # The SDK leaves one connection of its first request open.
@@ -37,18 +36,13 @@ SOFT = ObjectiveSettings(name="soft", top_k=4)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"embedded:{make_tiny_model(tmp_path_factory.mktemp('model'))}"
+def model() -> str:
+    return f"embedded:{shared().model}"
 
 
 @pytest.fixture(scope="module")
-def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One server for all: each connection would start its own, which takes seconds."""
-    from distill_datasets.embedded.process import launch
-
-    folder = Path(model.removeprefix("embedded:"))
-    with launch(folder, name="tiny", store=tmp_path_factory.mktemp("store")) as server:
-        yield server
+def server() -> Any:
+    return shared().server
 
 
 @pytest.fixture(scope="module")
