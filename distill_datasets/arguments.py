@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from distill_datasets import dataset_arguments, student_arguments
@@ -18,6 +19,26 @@ model references:
 """
 
 
+_KINDS = {int: "N", float: "X", Path: "PATH"}
+_Adder = Callable[[argparse.ArgumentParser], None]
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Says of what kind a flag's value is, where argparse would repeat the flag's name."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return next((shown for kind, shown in _KINDS.items() if action.type is kind), "NAME")
+
+
+@dataclass(frozen=True)
+class _Verb:
+    """What a verb does, what it takes, and a usage line where all flags would fill a page."""
+
+    meaning: str
+    adders: tuple[_Adder, ...] = ()
+    usage: str | None = None
+
+
 def build_parser(verbs: Mapping[str, Verb]) -> argparse.ArgumentParser:
     """All arguments; each verb's function is in the namespace as `verb`."""
     parser = argparse.ArgumentParser(
@@ -27,16 +48,19 @@ def build_parser(verbs: Mapping[str, Verb]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     added = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for name, (meaning, adders) in _ARGUMENTS.items():
-        verb = added.add_parser(name, help=meaning)
-        for add in adders:
-            add(verb)
-        verb.set_defaults(verb=verbs[name])
+    for name, verb in _ARGUMENTS.items():
+        usage = f"distill-datasets {name} {verb.usage}" if verb.usage else None
+        taking = added.add_parser(
+            name, help=verb.meaning, description=verb.meaning, usage=usage, formatter_class=_Help
+        )
+        for add in verb.adders:
+            add(taking)
+        taking.set_defaults(verb=verbs[name])
     return parser
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--version", help="the release's version, x.y.z")
+    parser.add_argument("--version", metavar="X.Y.Z", help="the release's version")
 
 
 def _add_progress(parser: argparse.ArgumentParser) -> None:
@@ -53,45 +77,62 @@ def _add_new(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, help="where (default: ./NAME)")
 
 
+def _port(text: str) -> int:
+    if not (text.isdecimal() and int(text) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535; found {text!r}")
+    return int(text)
+
+
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="pocket", help="pocket, or embedded:<folder>")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(
+        "--model",
+        default="pocket",
+        metavar="MODEL",
+        help="pocket (the default), or embedded:<folder>",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1)")
+    parser.add_argument("--port", type=_port, default=8000, metavar="N", help="(default: 8000)")
     parser.add_argument("--store", type=Path, help="the folder of the checkpoints")
 
 
-_Adder = Callable[[argparse.ArgumentParser], None]
-_ARGUMENTS: Mapping[str, tuple[str, tuple[_Adder, ...]]] = {
-    "run": (
+_ARGUMENTS: Mapping[str, _Verb] = {
+    "run": _Verb(
         "generate, publish, train and measure, in one go",
         (dataset_arguments.add_generate, student_arguments.add_settings, _add_run, _add_progress),
+        usage="recipe --out PATH [flags]",
     ),
-    "generate": (
+    "generate": _Verb(
         "ask the teachers every query, once",
         (dataset_arguments.add_generate, dataset_arguments.add_generation_only, _add_progress),
+        usage="recipe --out PATH [flags]",
     ),
-    "synthesize": (
+    "synthesize": _Verb(
         "let the teacher write queries for a prompt",
         (dataset_arguments.add_synthesize, _add_progress),
+        usage="recipe --n N [flags]",
     ),
-    "publish": (
+    "publish": _Verb(
         "make a release of a run, and push it, or a student",
         (dataset_arguments.add_publish,),
+        usage="run [run ...] [flags]",
     ),
-    "train": (
+    "train": _Verb(
         "train a student on a release or any dataset",
         (student_arguments.add_train, _add_progress),
+        usage="dataset --out PATH [flags]",
     ),
-    "sweep": (
+    "sweep": _Verb(
         "train once for every combination of settings",
         (student_arguments.add_sweep, _add_progress),
+        usage="dataset --out PATH [flags]",
     ),
-    "measure": (
+    "measure": _Verb(
         "compare base, teacher and student on held-out rows",
         (student_arguments.add_measure, _add_progress),
+        usage="[run] [flags]",
     ),
-    "diff": ("what changed between two releases", (dataset_arguments.add_diff,)),
-    "recipes": ("list the recipes that ship", ()),
-    "new": ("start a recipe's folder that runs as it is", (_add_new,)),
-    "serve": ("serve a local model over Tinker's protocol", (_add_serve,)),
+    "diff": _Verb("what changed between two releases", (dataset_arguments.add_diff,)),
+    "recipes": _Verb("list the recipes that ship"),
+    "new": _Verb("start a recipe's folder that runs as it is", (_add_new,)),
+    "serve": _Verb("serve a local model over Tinker's protocol", (_add_serve,)),
 }

@@ -1,12 +1,13 @@
 """The command line: verbs, and errors as one sentence. No traceback reaches a user unasked."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill_datasets import dataset_verbs, student_verbs
+from distill_datasets import dataset_verbs, student_arguments, student_verbs
 from distill_datasets.arguments import build_parser
 from distill_datasets.errors import DistillError
 from distill_datasets.garbage import collect_rarely
@@ -44,6 +45,8 @@ def _quieten() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TINKER_TELEMETRY", "0")
+    # Its only message repeats, among internals, what our error says.
+    logging.getLogger("tinker.lib.retry_handler").setLevel(logging.CRITICAL)
 
 
 def _choose_progress(options: argparse.Namespace) -> None:
@@ -58,6 +61,7 @@ def _run(options: argparse.Namespace) -> None:
     from distill_datasets.recipe import load_recipe
 
     load_recipe(options.recipe)
+    student_arguments.settings_of(options)  # before anything is paid for
     out = writable_folder(options.out)
     # The student's server keeps its checkpoints with the run, and answers for the teacher too.
     connect(options.student, store=out / "train" / "checkpoints")
@@ -104,8 +108,17 @@ def _new(options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     from distill_datasets.connection import serve
+    from distill_datasets.errors import ServiceError
 
-    serve(options.model, host=options.host, port=options.port, store=options.store)
+    try:
+        serve(options.model, host=options.host, port=options.port, store=options.store)
+    except DistillError:
+        raise
+    except OSError as error:
+        raise ServiceError(
+            f"Can't serve at {options.host}:{options.port}: {error}. Choose another --host or "
+            "--port."
+        ) from error
 
 
 _VERBS = {

@@ -271,6 +271,12 @@ def _server(name: str, folder: Path, store: Path | None) -> "Server":
     return server
 
 
+def disconnect(store: Path) -> None:
+    """End the local servers that keep their checkpoints in this folder, which stays."""
+    for key in [key for key in _SERVERS if key.endswith(f"|{store.resolve()}")]:
+        _SERVERS.pop(key).close()
+
+
 def serve(reference: str, *, host: str, port: int, store: Path | None) -> None:
     """Serve a local model in the foreground, until Ctrl-C."""
     from distill_datasets.embedded.process import serve as serve_folder

@@ -1,7 +1,26 @@
 """What may stand behind the verbs that make a dataset: generate, synthesize, publish, diff."""
 
 import argparse
+import math
 from pathlib import Path
+
+
+def count(text: str) -> int:
+    """What a flag takes that counts something: a whole number from 1."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1; found {text!r}")
+    return int(text)
+
+
+def amount(text: str) -> float:
+    """What a flag takes that measures something: a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0; found {text!r}")
+    return number
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -10,9 +29,11 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "recipe",
         help="a shipped recipe's name, a folder, a release, or a Hub dataset as name@revision",
     )
-    parser.add_argument("--teacher", help="a model reference (default: the recipe's)")
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="a model reference (default: the recipe's)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--limit", type=int, help="only the first queries")
+    parser.add_argument("--limit", type=count, metavar="N", help="only the first queries")
     parser.add_argument(
         "--no-ledger",
         dest="ledger",
@@ -21,15 +42,27 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     )
     add_speed(parser)
     add_money(parser)
-    parser.add_argument("--processes", type=int, default=1, help="for a Tinker teacher's requests")
+    parser.add_argument(
+        "--processes",
+        type=count,
+        metavar="N",
+        default=1,
+        help="so many make a Tinker teacher's requests (default: 1)",
+    )
 
 
 def add_speed(parser: argparse.ArgumentParser) -> None:
     """How fast a teacher may be asked; it is found out within these."""
     speed = parser.add_argument_group("speed")
-    speed.add_argument("--concurrency", type=int, default=256, help="most requests in flight")
-    speed.add_argument("--rpm", type=float, metavar="N", help="most requests a minute")
-    speed.add_argument("--tpm", type=float, metavar="N", help="most tokens a minute")
+    speed.add_argument(
+        "--concurrency",
+        type=count,
+        default=256,
+        metavar="N",
+        help="most requests in flight (default: 256)",
+    )
+    speed.add_argument("--rpm", type=amount, metavar="N", help="most requests a minute")
+    speed.add_argument("--tpm", type=amount, metavar="N", help="most tokens a minute")
 
 
 def add_money(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +77,11 @@ def add_generation_only(parser: argparse.ArgumentParser) -> None:
     ways = parser.add_argument_group("ways")
     ways.add_argument("--dry-run", action="store_true", help="only say what it would take")
     ways.add_argument(
-        "--sample", type=int, default=0, metavar="N", help="with --dry-run, ask N rows for real"
+        "--sample",
+        type=count,
+        default=0,
+        metavar="N",
+        help="with --dry-run, ask so many rows for real",
     )
     ways.add_argument("--batch", action="store_true", help="by the provider's batches, half price")
     ways.add_argument(
@@ -54,10 +91,14 @@ def add_generation_only(parser: argparse.ArgumentParser) -> None:
         help="with --batch, don't stay until it ends",
     )
     ways.add_argument(
-        "--poll", type=float, default=60.0, metavar="SECONDS", help="between two looks at a batch"
+        "--poll",
+        type=amount,
+        default=60.0,
+        metavar="SECONDS",
+        help="with --batch, between two looks (default: 60)",
     )
     ways.add_argument("--shard", metavar="I/N", help="one of N parts, as 3/64; publish joins them")
-    ways.add_argument("--ray", type=int, metavar="N", help="in N parts, on a Ray cluster")
+    ways.add_argument("--ray", type=count, metavar="N", help="in so many parts, on a Ray cluster")
     ways.add_argument("--stream", action="store_true", help="journal the time to the first token")
 
 
@@ -68,8 +109,12 @@ def add_synthesize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="a copy of the recipe (default: the recipe itself)"
     )
-    parser.add_argument("--teacher", help="a model reference (default: the recipe's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the attributes")
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="a model reference (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the order of the attributes (default: 0)"
+    )
     add_speed(parser)
     add_money(parser)
 
@@ -83,22 +128,28 @@ def add_publish(parser: argparse.ArgumentParser) -> None:
         help="a run's folder, the folders of its parts, or a training's folder to push",
     )
     parser.add_argument("--out", type=Path, help="the release folder (default: RUN/release)")
-    parser.add_argument("--version", help="x.y.z (default: the next, by what changed)")
+    parser.add_argument("--version", metavar="X.Y.Z", help="(default: the next, by what changed)")
     parser.add_argument(
         "--no-ledger", dest="ledger", action="store_false", help="leave the raw answers out"
     )
     hub = parser.add_argument_group("the Hub")
     hub.add_argument("--push-to-hub", metavar="REPO", help="a repository, like me/language-id")
-    hub.add_argument("--config", default="default", help="its name among others in the repository")
+    hub.add_argument(
+        "--config", default="default", help="its name in the repository (default: default)"
+    )
     seen = hub.add_mutually_exclusive_group()
-    seen.add_argument("--private", dest="private", action="store_true", default=True)
-    seen.add_argument("--public", dest="private", action="store_false")
+    seen.add_argument(
+        "--private", dest="private", action="store_true", default=True, help="(the default)"
+    )
+    seen.add_argument("--public", dest="private", action="store_false", help="for everybody")
     hub.add_argument("--create-pr", action="store_true", help="as a pull request")
     hub.add_argument("--yes", action="store_true", help="don't ask before something is sent")
     hub.add_argument(
         "--allow", action="append", default=[], metavar="KEY", help="let a finding of the scan pass"
     )
-    hub.add_argument("--base-model", help="a student's base on the Hub, or base/ to include it")
+    hub.add_argument(
+        "--base-model", metavar="MODEL", help="a student's base on the Hub, or base/ to include it"
+    )
 
 
 def add_diff(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DistillError
 
+# What a run in parts on Ray doesn't take, and what stands there when it wasn't asked for.
+_NOT_ON_RAY = {
+    "limit": None,
+    "ledger": True,
+    "rpm": None,
+    "tpm": None,
+    "prices": None,
+    "budget": None,
+    "processes": 1,
+    "batch": False,
+    "shard": None,
+    "stream": False,
+}
+
 if TYPE_CHECKING:
     from distill_datasets.generation import Generated
     from distill_datasets.money import Meter
@@ -19,6 +33,7 @@ def generate(options: argparse.Namespace) -> None:
     """Ask the teachers, or only say what that would take."""
     from distill_datasets.shares import Share
 
+    _require_fitting(options)
     share = Share.parse(options.shard) if options.shard else None
     if options.dry_run:
         _rehearse(options, share)
@@ -26,6 +41,30 @@ def generate(options: argparse.Namespace) -> None:
         _generate_on_ray(options)
     else:
         report_answers(ask_teachers(options, share))
+
+
+def _require_fitting(options: argparse.Namespace) -> None:
+    """Refuse flags that would have no effect beside the others."""
+    from distill_datasets.errors import SettingsError
+
+    if options.sample and not options.dry_run:
+        raise SettingsError(
+            "--sample asks rows for the forecast of a --dry-run: add that, or ask for the first "
+            "rows with --limit."
+        )
+    if options.batch and options.stream:
+        raise SettingsError("A batch has no first token to time: leave out --batch or --stream.")
+    if not options.wait and not options.batch:
+        raise SettingsError("--no-wait is about batches: add --batch, or leave it out.")
+    if options.ray is None or options.dry_run:
+        return
+    found = [name for name, unasked in _NOT_ON_RAY.items() if getattr(options, name) != unasked]
+    if found:
+        flags = ", ".join("--no-ledger" if name == "ledger" else f"--{name}" for name in found)
+        raise SettingsError(
+            f"--ray doesn't go with {flags}: expected only --teacher and --concurrency beside it. "
+            "Leave those out, or start the parts yourself with --shard."
+        )
 
 
 def ask_teachers(options: argparse.Namespace, share: "Share | None" = None) -> "Generated":

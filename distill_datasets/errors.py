@@ -5,7 +5,7 @@
     ├── DatasetError (ValueError)        a dataset lacks what its reader needs
     ├── ModelError (ValueError)          a model reference names nothing that can answer
     │   └── AccessError (PermissionError)   a key is missing, refused or out of credit
-    ├── SettingsError (ValueError)       a training setting is out of its range
+    ├── SettingsError (ValueError)       a setting is out of its range
     ├── VersionError (FileExistsError)   a version is taken by other content
     ├── ScreeningError (ValueError)      a secret or personal data would leave this machine
     ├── OutputError (OSError)            an output folder can't be written
@@ -47,7 +47,7 @@ class AccessError(ModelError, PermissionError):
 
 
 class SettingsError(DistillError, ValueError):
-    """A training setting is out of its range."""
+    """A setting is out of its range."""
 
 
 class VersionError(DistillError, FileExistsError):

@@ -1,5 +1,6 @@
 """How much of the prompt is in the weights: one number from likelihoods, with no judge."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from distill_datasets.sampler import Message
 
 _RESAMPLES = 2_000
+_LEAST = 1e-4  # nats a token between base and teacher: servers round log-probabilities
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,11 @@ def measure_bounds(
 
 def measure_internalisation(
     answers: Sequence[Answered], connections: "Mapping[str, Connection]"
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """The score of `connections` "student" between "base" and "teacher", with its interval.
 
-    Besides, every system's nats a response token; costs three requests an answer.
+    Besides, every system's nats a response token; costs three requests an answer. None where the
+    score is not defined; a line on standard error says why.
     """
     from distill_datasets.likelihood import likelihoods
 
@@ -86,8 +89,13 @@ def measure_internalisation(
     found = likelihoods(connections["student"], learned, title="student's likelihood")
     student = [one.nats for one in found]
     systems = {"base": bounds.base, "teacher": bounds.teacher, "student": student}
+    try:
+        score = internalisation(student, bounds)
+    except DatasetError as error:
+        print(f"measure: {error}", file=sys.stderr)
+        return None
     return {
-        **internalisation(student, bounds).interval(),
+        **score.interval(),
         "rows": len(answers),
         "nats_per_token": {name: per_token(nats, bounds) for name, nats in systems.items()},
     }
@@ -97,22 +105,22 @@ def internalisation(student: Sequence[float], bounds: Bounds) -> Estimate:
     """(NLL_base - NLL_student) / (NLL_base - NLL_teacher), per response token, over all rows.
 
     0 is the base, 1 the teacher with its prompt; nothing is clipped, so that a student that is
-    surer than its teacher is above 1. Raises `DatasetError` where base and teacher find the
-    answers equally likely: there is nothing to internalise.
+    surer than its teacher is above 1. Raises `DatasetError` where the teacher finds the answers no
+    likelier than the base: there is nothing to internalise.
     """
     nats = np.array([bounds.base, student, bounds.teacher], dtype=np.float64)
     tokens = np.asarray(bounds.tokens, dtype=np.float64)
     if not tokens.sum() > 0:
         raise DatasetError("There are no answers to compute the internalisation score on.")
-    whole = np.ones((1, len(tokens)))
-    draws = [_score(weights, nats) for weights in resamples(bounds.groups, _RESAMPLES)]
-    value = float(_score(whole, nats)[0])
-    if not np.isfinite(value):
+    base, _, teacher = nats.sum(axis=1) / tokens.sum()
+    if not base - teacher > _LEAST:
         raise DatasetError(
-            "The internalisation score is not defined: the base finds the teacher's answers as "
-            "likely without the prompt as the teacher does with it. This prompt changes nothing."
+            "The internalisation score is not defined: expected answers that the prompt makes "
+            f"likelier; found {base:.4f} nats a token without it, and {teacher:.4f} with it."
         )
-    return Estimate(value, np.concatenate(draws))
+    draws = [_score(weights, nats) for weights in resamples(bounds.groups, _RESAMPLES)]
+    whole = np.ones((1, len(tokens)))
+    return Estimate(float(_score(whole, nats)[0]), np.concatenate(draws))
 
 
 def per_token(nats: Sequence[float], bounds: Bounds) -> float:

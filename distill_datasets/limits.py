@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from distill_datasets.crowd import Crowd
+from distill_datasets.errors import SettingsError
 from distill_datasets.pace import Bucket, Pace
 from distill_datasets.sampler import Allowance
 
@@ -241,6 +242,13 @@ class Limits:
     tokens_per_minute: float | None = None
     clock: Callable[[], float] = time.monotonic
     gates: dict[str, Gate] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises `SettingsError` for limits under which nothing could ever be asked."""
+        for name in ("concurrency", "requests_per_minute", "tokens_per_minute"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SettingsError(f"{name} must be more than 0; found {value!r}.")
 
     def gate(self, identity: str) -> Gate:
         """The sampler's own."""

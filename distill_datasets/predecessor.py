@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from distill_datasets.connection import adopt_state, connect, explained, read_training
 from distill_datasets.errors import DatasetError, ModelError, SettingsError
 from distill_datasets.keeping import require_state
-from distill_datasets.training_folder import TrainingFolder
 from distill_datasets.training_settings import TrainSettings
 
 LEARNED = "learned.npy"  # in a training's folder: what is recognised as learned by a later one
@@ -34,7 +33,7 @@ class Predecessor:
     def bring(self, store: Path) -> None:
         """Put the weights where the server of another training finds them, if it is a local one."""
         if self.folder is not None:
-            adopt_state(self.path, TrainingFolder(self.folder).store, store)
+            adopt_state(self.path, self.folder / "checkpoints", store)
 
     @property
     def learned(self) -> Keys:

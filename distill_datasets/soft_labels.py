@@ -165,5 +165,9 @@ def require_own_words(prompts: TeacherPrompts, rows: "Dataset") -> None:
             f"teacher says itself, such as {strange[0][:200]!r}: expected responses that the "
             "recipe's `answer` reads and its `response` leaves as they are. Ask for that form in "
             "prompt.md, or set response: '{{ text }}', and publish again; or train with 'sft'"
-            + (" or with labels='choices'." if len(prompts.choices) > 1 else ".")
+            + (
+                " or with the objective 'soft' and labels='choices'."
+                if len(prompts.choices) > 1
+                else "."
+            )
         )

@@ -12,7 +12,7 @@ from distill_datasets.training_settings import TrainSettings
 # What a sweep may vary; every other setting is shared.
 SWEPT = ("rank", "learning_rate", "batch_size", "epochs", "warmup_steps", "weight_decay", "seed")
 _OBJECTIVE: dict[str, tuple[Any, str]] = {
-    "teacher": (str, "who scores (default: the release's teacher)"),
+    "teacher": (str, "the model that scores (default: the release's teacher)"),
     "top_k": (int, "of the teacher's tokens in each place (default: 20)"),
     "temperature": (float, "softens the teacher (default: 1)"),
     "alpha": (float, "the share of the hard labels (default: 0)"),
@@ -52,7 +52,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
 
 def add_measure(parser: argparse.ArgumentParser) -> None:
     """Which student, on what."""
-    parser.add_argument("run", type=Path, help="a run's folder (or use the options)")
+    parser.add_argument("run", type=Path, nargs="?", help="a run's folder, in place of the flags")
     parser.add_argument(
         "--dataset", help="the release, or a Hub dataset as name@revision (default: RUN/release)"
     )
@@ -68,7 +68,9 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
 
 def add_settings(parser: argparse.ArgumentParser, *, several: tuple[str, ...] = ()) -> None:
     """The student and every training setting; `several` of them take more than one value."""
-    parser.add_argument("--student", default="pocket", help="a model reference (default: pocket)")
+    parser.add_argument(
+        "--student", default="pocket", metavar="MODEL", help="a model reference (default: pocket)"
+    )
     objective = parser.add_argument_group("objective")
     objective.add_argument(
         "--objective",
@@ -88,9 +90,24 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
     given["name"] = options.objective
     objective = ObjectiveSettings(**{key: one for key, one in given.items() if one is not None})
     settings = read_settings(options, objective)
-    prices = getattr(options, "prices", None)
-    if prices is None or settings.price_per_million is not None:
-        return settings
+    price = settings.price_per_million
+    return replace(settings, price_per_million=_train_price(options) if price is None else price)
+
+
+def _train_price(options: argparse.Namespace) -> float | None:
+    """Of the student, by the price file; training on this machine may have none."""
+    from distill_datasets.errors import PriceError
     from distill_datasets.money import Prices
 
-    return replace(settings, price_per_million=Prices.load(prices).of(options.student).train)
+    if getattr(options, "prices", None) is None:
+        return None
+    prices, student = Prices.load(options.prices), options.student
+    if student not in prices.models and not student.startswith("tinker:"):
+        return None
+    price = prices.of(student).train
+    if price is None:
+        raise PriceError(
+            f"{str(options.prices)!r} doesn't say what training {student!r} costs: add `train:` "
+            "to its prices, for a million tokens, or give --price-per-million."
+        )
+    return price

@@ -36,9 +36,16 @@ def _say(trained: "Training") -> None:
 
 def sweep(options: argparse.Namespace) -> None:
     """Train once for every combination of the values given."""
+    from distill_datasets.errors import SettingsError
     from distill_datasets.sweeping import sweep as try_all
 
     grid = {name: values for name in SWEPT if (values := getattr(options, name)) is not None}
+    if not grid:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in SWEPT)
+        raise SettingsError(
+            f"A sweep needs values to try: expected one or more of {flags} with several values, "
+            "for example --rank 8 16 32; found none."
+        )
     shared = argparse.Namespace(**{**vars(options), **dict.fromkeys(SWEPT)})
     made = try_all(
         options.dataset,
@@ -52,11 +59,19 @@ def sweep(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Compare base, teacher and student on rows that nobody trained on."""
+    from distill_datasets.errors import SettingsError
     from distill_datasets.report import measure as compare
 
-    dataset = options.dataset or options.run / "release"
-    student = options.student or options.run / "train"
-    out = options.out or options.run
+    given = (options.dataset, options.student, options.out)
+    if options.run is None and None in given:
+        raise SettingsError(
+            "measure needs a run's folder, or all of --dataset, --student and --out; found "
+            f"{sum(one is not None for one in given)} of the three."
+        )
+    run = options.run or Path()
+    dataset = options.dataset or run / "release"
+    student = options.student or run / "train"
+    out = options.out or run
     for split in [options.split] if options.split else _held_out(dataset):
         report = compare(dataset, student=student, out=out, split=split)
         _show(report, split)

@@ -89,6 +89,7 @@ def sweep(
     grid trains only what is new. A training that diverges is a trial with an error. Raises
     `SettingsError` for a key that is none, before anything is trained, and what `train` raises.
     """
+    from distill_datasets.connection import disconnect
     from distill_datasets.training import TrainSettings, train
 
     shared = settings or TrainSettings()
@@ -108,6 +109,8 @@ def sweep(
             trials.append(Trial(values, folder.name, error=str(error)))
         else:
             trials.append(_trial(values, trained))
+        finally:
+            disconnect(folder / "checkpoints")
         _write(path, trials)
     made = Sweep(path, trials)
     _draw(made)

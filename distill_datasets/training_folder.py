@@ -97,9 +97,9 @@ class TrainingFolder:
             return
         there, here = _comparable(config), _comparable(wanted)
         differences = [
-            f"{name} is {there.get(name)!r} there, {here[name]!r} now"
-            for name in here
-            if name.startswith(_SAME) and there.get(name) != here[name]
+            f"{name} is {there.get(name)!r} there, {here.get(name)!r} now"
+            for name in [*here, *(name for name in there if name.startswith("start."))]
+            if name.startswith(_SAME) and there.get(name) != here.get(name)
         ]
         if differences:
             raise OutputError(

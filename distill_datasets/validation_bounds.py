@@ -7,8 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill_datasets.errors import DatasetError, ModelError, OutputError, ServiceError
-from distill_datasets.internalisation import Answered, Bounds, measure_bounds
+from distill_datasets.errors import (
+    DatasetError,
+    HubError,
+    ModelError,
+    OutputError,
+    RecipeError,
+    ServiceError,
+)
+from distill_datasets.internalisation import Answered, Bounds, internalisation, measure_bounds
 from distill_datasets.ledger import LEDGER, find_replies
 from distill_datasets.sampler import request_digest
 from distill_datasets.teacher_prompts import (
@@ -28,8 +35,9 @@ _COLUMNS = ("query", "sample", "response", "group")
 def validation_bounds(lesson: "Lesson", rows: "Rendered") -> Bounds | None:
     """How likely base and teacher find the teacher's answers to the validation rows.
 
-    Its own words come from the release's ledger. None where they can't be had: the dataset is no
-    release, carries no ledger, or its teacher can't score; a line on standard error says why.
+    Its own words come from the release's ledger. None where there is no score: the dataset is no
+    release or lacks what its teacher said, its teacher can't score, or the prompt changes nothing;
+    a line on standard error says why.
     Costs two requests a row, and nothing in a folder where they were made.
     """
     file = lesson.folder / _FILE
@@ -40,7 +48,8 @@ def validation_bounds(lesson: "Lesson", rows: "Rendered") -> Bounds | None:
         answers = _answers(lesson, prompts, rows)
         teacher = connect_teacher(lesson, prompts)
         bounds = measure_bounds(answers, base=lesson.student.connection, teacher=teacher)
-    except (DatasetError, ModelError, ServiceError) as error:
+        internalisation(bounds.base, bounds)  # no score is defined between equal bounds
+    except (DatasetError, RecipeError, ModelError, ServiceError, HubError) as error:
         print(f"train: no internalisation score: {error}", file=sys.stderr)
         return None
     _write(file, bounds)

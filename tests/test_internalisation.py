@@ -1,9 +1,38 @@
+"""How much of the prompt is in the weights: the number, and where it stands in a report."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
 import pytest
 
+from distill_datasets import connection as connections
+from distill_datasets.connection import connect
 from distill_datasets.errors import DatasetError
-from distill_datasets.internalisation import Bounds, internalisation, per_token
+from distill_datasets.internalisation import (
+    Answered,
+    Bounds,
+    internalisation,
+    measure_internalisation,
+    per_token,
+)
+from distill_datasets.student import Adapted, Student
+from tests.shared_server import shared
+from tests.test_report import compare, make_run
+
+# The SDK leaves one connection of its first request open.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 BOUNDS = Bounds(groups=["a", "b", "c"], tokens=[2, 2, 4], base=[8.0, 6.0, 10.0], teacher=[1, 1, 2])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connections, "_server", lambda name, folder, store: shared().server)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield f"embedded:{shared().model}"
 
 
 def test_the_base_scores_nothing_and_the_teacher_everything() -> None:
@@ -30,9 +59,56 @@ def test_rows_of_one_group_are_drawn_together() -> None:
     assert interval["low"] == interval["high"] == pytest.approx(0.75)
 
 
-def test_a_prompt_that_changes_nothing_leaves_nothing_to_internalise() -> None:
-    same = Bounds(BOUNDS.groups, BOUNDS.tokens, BOUNDS.base, BOUNDS.base)
-    with pytest.raises(DatasetError, match="not defined: the base finds"):
-        internalisation([1.0, 1.0, 1.0], same)
+def test_an_answer_that_the_prompt_makes_no_likelier_leaves_nothing_to_internalise() -> None:
+    """Two requests for one probability differ by a rounding, which is no difference."""
+    rounded = [nats - 1e-5 for nats in BOUNDS.base]
+    for teacher in (BOUNDS.base, rounded, [9.0, 7.0, 11.0]):
+        with pytest.raises(DatasetError, match="found 3.0000 nats a token without it, and"):
+            internalisation(
+                [1.0, 1.0, 1.0], Bounds(BOUNDS.groups, BOUNDS.tokens, BOUNDS.base, teacher)
+            )
     with pytest.raises(DatasetError, match="no answers"):
         internalisation([], Bounds([], [], [], []))
+
+
+ANSWERS = [
+    Answered(
+        group=query,
+        asked=[{"role": "system", "content": "One word."}, {"role": "user", "content": query}],
+        said="en",
+        query=[{"role": "user", "content": query}],
+        response="The answer is en and nothing else at all.",
+    )
+    for query in ("the weather", "hello", "one two")
+]
+
+
+def test_the_score_of_three_models_is_made_of_their_likelihoods(model: str) -> None:
+    """The student is the base with new weights, which change nothing: it scores 0."""
+    base = connect(model)
+    path = Student.create(base, Adapted(rank=4)).save("new").result().sampler
+    found = measure_internalisation(
+        ANSWERS, {"base": base, "teacher": base, "student": replace(base, model_path=path)}
+    )
+    assert found is not None
+    assert found["value"] == pytest.approx(0, abs=1e-4)
+    nats = found["nats_per_token"]
+    assert nats["student"] == pytest.approx(nats["base"], abs=1e-4)
+    assert nats["teacher"] < nats["base"]
+    assert found["rows"] == 3
+
+
+def test_what_is_not_defined_is_said_and_left_out(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = [replace(one, asked=one.query, said=one.response) for one in ANSWERS]
+    base = connect(model)
+    assert (
+        measure_internalisation(same, dict.fromkeys(("base", "teacher", "student"), base)) is None
+    )
+    assert "measure: The internalisation score is not defined" in capsys.readouterr().err
+
+
+def test_a_report_has_none_where_a_system_can_not_score(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert compare(run).data["internalisation"] is None

@@ -3,6 +3,7 @@ import asyncio
 import pytest
 
 from distill_datasets.crowd import Crowd
+from distill_datasets.errors import SettingsError
 from distill_datasets.limits import Gate, Limit, Limits, Ticket
 from distill_datasets.pace import Bucket, Pace
 from distill_datasets.sampler import Allowance
@@ -232,3 +233,9 @@ def test_every_sampler_has_a_limit_of_its_own() -> None:
     assert limits.gate("a") is limits.gate("a")
     assert limits.gate("a") is not limits.gate("b")
     assert limits.gate("b").limit.crowd.cap == 3
+
+
+@pytest.mark.parametrize("limit", ["concurrency", "requests_per_minute", "tokens_per_minute"])
+def test_a_limit_under_which_nothing_could_be_asked_is_refused(limit: str) -> None:
+    with pytest.raises(SettingsError, match=f"{limit} must be more than 0; found 0"):
+        Limits(**{limit: 0})

@@ -69,6 +69,36 @@ def test_a_larger_grid_trains_only_what_is_new(dataset: Path, model: str, tmp_pa
     assert log.stat().st_mtime_ns == written
 
 
+class Counted:
+    """Stands where a server would that was started for one store."""
+
+    closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_every_trials_server_ends_with_it_and_no_other(
+    dataset: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, started, shared = Counted(), list[Counted](), connections._server
+    servers: dict[str, Any] = {f"model|{tmp_path / 'elsewhere'}": kept}
+
+    def start(name: str, folder: Path, store: Path | None) -> Any:
+        if store is not None:
+            assert all(one.closed for one in started), "two trials had a server at once"
+            started.append(Counted())
+            servers[f"{folder}|{store.resolve()}"] = started[-1]
+        return shared(name, folder, store)
+
+    monkeypatch.setattr(connections, "_SERVERS", servers)
+    monkeypatch.setattr(connections, "_server", start)
+    settings = replace(QUICK, max_steps=1, internalisation=False)
+    sweep(dataset, student=model, out=tmp_path / "out", grid={"rank": [2, 4]}, settings=settings)
+    assert [one.closed for one in started] == [1, 1]
+    assert list(servers.values()) == [kept] and not kept.closed
+
+
 def test_a_grid_that_cannot_be_trained_is_refused_at_once(
     dataset: Path, model: str, tmp_path: Path
 ) -> None:

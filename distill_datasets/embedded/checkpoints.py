@@ -77,14 +77,15 @@ def copy_checkpoint(path: str, source: Path, target: Path) -> None:
     Raises `FileNotFoundError` for one that isn't there.
     """
     run_id, kind, name = path.removeprefix(SCHEME).split("/")
-    place = Path(run_id) / kind / name
+    run = _folder_name(run_id)
+    place = Path(run) / kind / name
     if not (source / place / RECORD).is_file():
         raise FileNotFoundError(f"{str(source)!r} has no checkpoint {path!r}")
     if (target / place).is_dir():
         return
-    building = target / run_id / kind / f".{name}.{uuid.uuid4().hex}"
+    building = target / run / kind / f".{name}.{uuid.uuid4().hex}"
     shutil.copytree(source / place, building)
-    shutil.copyfile(source / run_id / "run.json", target / run_id / "run.json")
+    shutil.copyfile(source / run / "run.json", target / run / "run.json")
     building.rename(target / place)
 
 
@@ -219,8 +220,13 @@ class Store:
         return self._run_folder(checkpoint.run_id) / checkpoint.kind / checkpoint.name
 
     def _run_folder(self, run_id: str) -> Path:
-        _require_name(run_id.replace(":", "_"))
-        return self.folder / run_id.replace(":", "_")
+        return self.folder / _folder_name(run_id)
+
+
+def _folder_name(run_id: str) -> str:
+    name = run_id.replace(":", "_")
+    _require_name(name)
+    return name
 
 
 def _require_name(name: str) -> None:
