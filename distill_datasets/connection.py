@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tinker
+
+# The SDK's transport imports this from its threads at its first failure, where the import lock of
+# CPython 3.11 can break.
+with suppress(ImportError):
+    import pyqwest._errors  # noqa: F401
 
 from distill_datasets import resources
 from distill_datasets.errors import AccessError, ModelError, ServiceError

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pyqwest._errors  # noqa: F401 - see connection.py
 import pytest
 
 from tests.hub_fixture import hub  # noqa: F401 - a fixture
@@ -14,6 +15,7 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TINKER_TELEMETRY"] = "0"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["OMP_NUM_THREADS"] = "1"  # one worker a core is busy enough
 
 
 @pytest.fixture(autouse=True)

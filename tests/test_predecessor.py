@@ -12,7 +12,7 @@ import pytest
 
 from distill_datasets import connection as connections
 from distill_datasets.batches import Update, supervised_batch
-from distill_datasets.errors import DatasetError, ModelError, SettingsError
+from distill_datasets.errors import DatasetError, ModelError, OutputError, SettingsError
 from distill_datasets.predecessor import LEARNED, find_predecessor
 from distill_datasets.student import Student
 from distill_datasets.training import Training, train
@@ -193,3 +193,5 @@ def test_the_configuration_says_where_it_began(
     train(dataset, student=model, out=tmp_path / "out", settings=settings, start=before.path)
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["start"] == {"path": before.best.state, "only_new": False}
+    with pytest.raises(OutputError, match=r"start.path is 'tinker://.*' there, None now"):
+        train(dataset, student=model, out=tmp_path / "out", settings=settings)

@@ -178,8 +178,15 @@ def test_a_lost_answer_does_not_make_a_second_commit_or_tag(
         assert (pushed["changed"], pushed["why"]) == (True, "the first release")
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("stage", ["create", "preupload", "storage", "verify", "commit/", "tag/"])
+# To be killed before a stage is to be killed after the one before it.
+@pytest.mark.parametrize(
+    ("stage", "moment"),
+    [
+        ("create", "before"),
+        *((stage, "after") for stage in ("create", "preupload", "storage", "verify")),
+        *((stage, "after") for stage in ("commit/", "tag/")),
+    ],
+)
 def test_killed_at_any_stage_and_run_again_ends_in_the_same_state(
     stage: str, moment: str, hub: Hub, tmp_path: Path
 ) -> None:
