@@ -13,7 +13,7 @@ check: .venv/developing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m ""
 
 format: .venv/developing
 	$(BIN)/ruff format .

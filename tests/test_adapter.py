@@ -327,6 +327,7 @@ def test_pushed_again_nothing_changes_and_what_people_wrote_stays(
     assert "notes.txt" in files
 
 
+@pytest.mark.slow
 def test_a_secret_in_the_prompt_stays_here(run: Path, hub: Hub) -> None:
     config = json.loads((run / "train" / "config.json").read_text())
     prompt = f"{PROMPT} Key: {'tml-' + 'aB3' * 12}"

@@ -47,6 +47,7 @@ def test_without_a_token_nothing_is_sent_and_the_exit_code_is_2(hub: Hub, answer
     assert not hub.log(method="POST")
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_gone_is_exit_code_1(hub: Hub, answered: Path) -> None:
     hub.fault(".*", times=10**9, drop="before")
     code, said = verb(hub, ["diff", "me/colours@v1.0.0", "me/colours@v1.1.0"])

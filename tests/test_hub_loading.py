@@ -151,6 +151,7 @@ def test_a_branch_is_read_anew_and_a_training_records_its_commit(hub: Hub) -> No
     assert said(hub, located(pinned), OFFLINE) == expected[1:]
 
 
+@pytest.mark.slow
 def test_of_several_configurations_only_the_one_asked_for_is_downloaded(hub: Hub) -> None:
     put(hub, ["a"])
     more = {"README.md": CARD.encode(), "other/train-0.parquet": parquet(query=["o"])}

@@ -57,6 +57,7 @@ def ask(sampler: ProcessSampler, count: int, **settings: object) -> list[Reply]:
     return asyncio.run(all_of_them())
 
 
+@pytest.mark.slow
 def test_both_processes_answer_as_one_would(two: ProcessSampler, canned: TinkerSampler) -> None:
     (expected,) = asyncio.run(_alone(canned))
     assert ask(two, 20, top_logprobs=2) == [expected] * 20

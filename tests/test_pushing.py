@@ -148,6 +148,7 @@ def test_a_foreign_commit_in_between_stays(path: str, hub: Hub, tmp_path: Path) 
     assert tags(hub)["v1.1.0"] == pushed["commit"]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_busy_once_anywhere_delays_and_no_more(hub: Hub, tmp_path: Path) -> None:
     release = release_of(tmp_path / "one", range(3))
     endpoints = ["create", "refs", "tree", "preupload", "batch", "storage", "verify", "commit"]
@@ -183,7 +184,10 @@ def test_a_lost_answer_does_not_make_a_second_commit_or_tag(
     ("stage", "moment"),
     [
         ("create", "before"),
-        *((stage, "after") for stage in ("create", "preupload", "storage", "verify")),
+        *(
+            pytest.param(stage, "after", marks=pytest.mark.slow)
+            for stage in ("create", "preupload", "storage", "verify")
+        ),
         *((stage, "after") for stage in ("commit/", "tag/")),
     ],
 )
@@ -211,6 +215,7 @@ def test_a_release_left_without_its_tag_gets_it_behind_later_commits(
     assert tags(hub) == {"v1.0.0": commit, "v1.1.0": pushed["commit"]}
 
 
+@pytest.mark.slow
 def test_several_configurations_live_side_by_side(hub: Hub, tmp_path: Path) -> None:
     english = release_of(tmp_path / "en", range(9))
     spanish = release_of(tmp_path / "es", range(4), prompt="En castellano.", languages=("es",))
