@@ -24,6 +24,7 @@ def verb(hub: Hub, arguments: Sequence[str], **environment: str | None) -> tuple
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_published_extended_and_compared(
     hub: Hub, answered: Path, recipe_folder: Path
 ) -> None:

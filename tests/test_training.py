@@ -197,6 +197,7 @@ def test_an_interrupted_training_continues_to_the_same_losses(
     assert metrics(continued, "validation_loss") == metrics(whole, "validation_loss")
 
 
+@pytest.mark.slow
 def test_a_killed_training_and_a_killed_server_change_no_loss(
     dataset: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
