@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +36,24 @@ def stream(rows: "Dataset") -> Iterator["pa.Table"]:
                     yield pa.Table.from_batches([batch.slice(start, _ROWS_PER_BATCH)])
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """The bars of `datasets` count batches and files, and would cut through ours."""
+    from datasets.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
 def finish(rows: "Dataset", folder: Path) -> None:
     """Make a folder that `load_from_disk` reads of the rows, which are in its `ROWS_FILE` already.
 
@@ -47,7 +66,7 @@ def finish(rows: "Dataset", folder: Path) -> None:
         _write_nothing(rows, folder / ROWS_FILE)
     # A dataset can't be saved over its own file: one without rows has the same description.
     empty = type(rows).from_dict({name: [] for name in rows.features}, features=rows.features)
-    with TemporaryDirectory(dir=folder) as description:
+    with without_bars(), TemporaryDirectory(dir=folder) as description:
         empty.save_to_disk(description)
         shutil.move(Path(description, "dataset_info.json"), folder)
         state = json.loads(Path(description, "state.json").read_text(encoding="utf-8"))

@@ -1,9 +1,6 @@
 """From a model reference to a connection: a server, its model, and how to render for it."""
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -12,14 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import tinker
 
-# The SDK's transport imports this from its threads at its first failure, where the import lock of
-# CPython 3.11 can break.
-with suppress(ImportError):
-    import pyqwest._errors  # noqa: F401
-
 from distill_datasets import resources
-from distill_datasets.errors import AccessError, ModelError, ServiceError
+from distill_datasets.errors import ModelError, ServiceError
 from distill_datasets.model_files import digest_weights, find_model
+from distill_datasets.sdk import explained, require_key, require_service, rest_client
 
 if TYPE_CHECKING:
     from tinker_cookbook.renderers import Renderer
@@ -30,10 +23,6 @@ _EXPECTED = (
     "expected 'pocket', 'embedded:<folder or Hub id>', 'tinker:<base model>', "
     "'tinker://<run>/sampler_weights/<name>', 'openai:<model>' (as a teacher or a judge), or a "
     "training folder"
-)
-_NO_KEY = (
-    "{reference!r} needs a key: set TINKER_API_KEY (from the Tinker console), and "
-    "TINKER_BASE_URL for another server. To try everything without a key, use 'pocket'."
 )
 _SERVERS: dict[str, "Server"] = {}
 
@@ -70,8 +59,20 @@ class Connection:
     def rest(self) -> tinker.RestClient:
         """What the server says about runs and checkpoints; no session needed."""
         if self.server is None:
-            return _rest_client()
+            return rest_client()
         return tinker.RestClient(base_url=self.server.url, api_key=self.server.api_key)
+
+    def ended(self) -> ServiceError | None:
+        """What to say when the server that was started for a local model runs no more.
+
+        The SDK would try its address again for minutes.
+        """
+        if self.server is None or self.server.alive:
+            return None
+        return ServiceError(
+            f"The server of {self.reference!r} ended, often for want of memory. What was saved is "
+            f"kept: run it again to continue. Its last words: {self.server.stderr[-500:]!r}"
+        )
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -193,18 +194,18 @@ def _connect_checkpoint(path: str, renderer: str | None) -> Connection:
             f"{path!r} can't be sampled: expected tinker://<run>/sampler_weights/<name>. "
             "A path with /weights/ is a training state."
         )
-    _require_key(path)
+    require_key(path)
     with explained(path):
-        info = _rest_client().get_weights_info_by_tinker_path(path).result()
+        info = rest_client().get_weights_info_by_tinker_path(path).result()
     base = _connect_hosted(f"tinker:{info.base_model}", info.base_model, renderer)
     return replace(base, reference=path, model_path=path)
 
 
 def _connect_hosted(reference: str, base_model: str, renderer: str | None) -> Connection:
-    _require_key(reference)
-    _require_server(reference)
+    require_key(reference)
+    require_service(reference)
     with explained(reference):
-        capabilities = _rest_client().get_server_capabilities().result()
+        capabilities = rest_client().get_server_capabilities().result()
     models = {model.model_name: model for model in capabilities.supported_models}
     model = models.get(base_model)
     if model is None or model.sampleable is False:
@@ -231,31 +232,6 @@ def _recommended_renderer(base_model: str) -> str:
         raise ModelError(
             f"No renderer is known for {base_model!r}: name one in the recipe (`renderer:`) or "
             f"with --renderer, for example {_TEMPLATE!r}."
-        ) from error
-
-
-def _rest_client() -> tinker.RestClient:
-    """Named by address and key: left out, the SDK keeps one client for the whole process."""
-    return tinker.RestClient(
-        base_url=os.environ.get("TINKER_BASE_URL"), api_key=os.environ["TINKER_API_KEY"]
-    )
-
-
-def _require_key(reference: str) -> None:
-    if not os.environ.get("TINKER_API_KEY"):
-        raise AccessError(_NO_KEY.format(reference=reference))
-
-
-def _require_server(reference: str) -> None:
-    """The SDK retries a dead address for minutes; a plain request knows at once."""
-    import httpx
-
-    url = os.environ.get("TINKER_BASE_URL", "https://tinker.thinkingmachines.dev")
-    try:
-        httpx.get(url, timeout=20)
-    except httpx.HTTPError as error:
-        raise ServiceError(
-            f"Can't reach {url} for {reference!r}: {error}. Check the network and TINKER_BASE_URL."
         ) from error
 
 
@@ -294,31 +270,3 @@ def serve(reference: str, *, host: str, port: int, store: Path | None) -> None:
     name = reference.removeprefix("embedded:")
     folder = resources.pocket() if reference == "pocket" else find_model(name)
     serve_folder(folder, name=name, host=host, port=port, store=store)
-
-
-def ended(connection: Connection) -> ServiceError | None:
-    """What to say when the server that was started for a local model runs no more.
-
-    The SDK would try its address again for minutes.
-    """
-    if connection.server is None or connection.server.alive:
-        return None
-    return ServiceError(
-        f"The server of {connection.reference!r} ended, often for want of memory. What was saved "
-        f"is kept: run it again to continue. Its last words: {connection.server.stderr[-500:]!r}"
-    )
-
-
-@contextmanager
-def explained(reference: str) -> Iterator[None]:
-    """Turns the SDK's refusals that no later call can cure into errors that say what to set."""
-    try:
-        yield
-    except (tinker.AuthenticationError, tinker.PermissionDeniedError) as error:
-        raise AccessError(
-            f"{reference!r}: the server refused the key ({error}). Check TINKER_API_KEY."
-        ) from error
-    except tinker.BillingError as error:
-        raise AccessError(f"{reference!r}: the account is out of credit ({error}).") from error
-    except tinker.NotFoundError as error:
-        raise ModelError(f"{reference!r} is unknown to the server: {error}") from error

@@ -7,8 +7,8 @@ this gives it, the last, smaller batch of an epoch included.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import chz
 import tinker
@@ -17,11 +17,7 @@ from tinker_cookbook.supervised.data import conversation_to_datum
 from tinker_cookbook.supervised.types import ChatDatasetBuilder, SupervisedDataset
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.schema import conversation_reader
-from distill_datasets.trainset import Source, locate
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from distill_datasets.trainset import Split, locate, open_split
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,21 +41,14 @@ class DistilledDatasetBuilder(ChatDatasetBuilder):
         """The training rows, and the validation rows where there are any."""
         source = locate(self.dataset, self.config)
         splits = source.load(self.config)
-        if self.train_split not in splits:
-            raise DatasetError(
-                f"{self.dataset!r} has no split {self.train_split!r}; found "
-                f"{sorted(map(str, splits))}. Name one of them as train_split."
-            )
-        train = self._rows(source, splits, self.train_split)
-        if self.validation_split not in splits or not len(splits[self.validation_split]):
+        train = self._rows(open_split(source, self.config, self.train_split, splits))
+        if not splits.get(self.validation_split):
             return train, None
-        return train, self._rows(source, splits, self.validation_split)
+        held_out = open_split(source, self.config, self.validation_split, splits)
+        return train, self._rows(held_out)
 
-    def _rows(self, source: Source, splits: Mapping[str, "Dataset"], name: str) -> "Batches":
-        rows = splits[name]
-        where = f"The split {name!r} of {source.reference!r}"
-        read = conversation_reader(rows.column_names, where)
-        conversations = [read(row) for row in rows]
+    def _rows(self, split: Split) -> "Batches":
+        conversations, where = list(split.conversations), split.where
         renderer, longest = self.renderer, self.common_config.max_length
         kept = [
             one for one in conversations if longest is None or _length(one, renderer) <= longest

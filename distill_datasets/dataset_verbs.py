@@ -74,15 +74,10 @@ def ask_teachers(options: argparse.Namespace, share: "Share | None" = None) -> "
 
     batch = Patience(options.poll, options.wait) if getattr(options, "batch", False) else None
     return ask(
-        options.recipe,
-        teacher=options.teacher,
-        out=options.out,
-        concurrency=options.concurrency,
+        **_asked(options),
         requests_per_minute=options.rpm,
         tokens_per_minute=options.tpm,
         meter=_meter(options, share.folder(options.out) if share else options.out),
-        limit=options.limit,
-        ledger=options.ledger,
         processes=options.processes,
         batch=batch,
         stream=getattr(options, "stream", False),
@@ -90,10 +85,19 @@ def ask_teachers(options: argparse.Namespace, share: "Share | None" = None) -> "
     )
 
 
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """What is asked, of whom and where to, which a run and its rehearsal have alike."""
+    names = ("recipe", "teacher", "out", "concurrency", "limit", "ledger")
+    return {name: getattr(options, name) for name in names}
+
+
 def report_answers(made: "Generated") -> None:
     """Say what became of the rows; raises `GenerationError` where some are missing."""
     rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(made.rejected.items()))
     print(f"answers: {made.kept} kept" + (f", rejected: {rejected}" if rejected else ""))
+    if first := made.first_token:
+        late = f"95 % within {first['p95']:.2f} s"
+        print(f"first token: {first['median']:.2f} s (median of {first['answers']:,}), {late}")
     if made.errors:
         raise _incomplete(made)
 
@@ -119,17 +123,7 @@ def _meter(options: argparse.Namespace, folder: Path) -> "Meter | None":
 def _rehearse(options: argparse.Namespace, share: "Share | None") -> None:
     from distill_datasets.rehearsal import rehearse
 
-    found = rehearse(
-        options.recipe,
-        teacher=options.teacher,
-        out=options.out,
-        prices=options.prices,
-        sample=options.sample,
-        concurrency=options.concurrency,
-        limit=options.limit,
-        ledger=options.ledger,
-        share=share,
-    )
+    found = rehearse(**_asked(options), prices=options.prices, sample=options.sample, share=share)
     print(found.text())
 
 

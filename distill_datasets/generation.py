@@ -1,15 +1,17 @@
 """Queries to answers: a recipe's teacher asked, every answer journaled, the rows saved."""
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill_datasets import __version__
 from distill_datasets.answers import ROWS_FILE, Tally, finish
@@ -23,7 +25,7 @@ from distill_datasets.money import Meter
 from distill_datasets.panel import Teachers, models_of, open_teachers
 from distill_datasets.queries import load_queries
 from distill_datasets.recipe import Recipe, load_recipe
-from distill_datasets.sampler import Sampler
+from distill_datasets.sampler import Sampler, digest
 from distill_datasets.shares import Share
 
 if TYPE_CHECKING:
@@ -31,17 +33,29 @@ if TYPE_CHECKING:
 
 
 _BUILDING = "answers.partial"
+_SUMMARY = "generation.json"
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What `generate` wrote: the run's folder, the rows, and what became of them."""
+    """What `generate` wrote: the run's folder, and what became of the rows.
+
+    `first_token` has the `median` and the `p95` of the seconds to the first token, over all
+    `answers` of the folder's journal that were streamed.
+    """
 
     path: Path
-    rows: "Dataset"
     kept: int
     rejected: Mapping[str, int]
     errors: int
+    first_token: Mapping[str, float] | None = None
+
+    @cached_property
+    def rows(self) -> "Dataset":
+        """All rows, in the queries' order."""
+        from datasets import Dataset
+
+        return Dataset.load_from_disk(str(self.path / "answers"))
 
 
 def generate(  # noqa: PLR0913 (whom to ask what, how fast, and where it goes)
@@ -65,11 +79,11 @@ def generate(  # noqa: PLR0913 (whom to ask what, how fast, and where it goes)
     Writes `out/journal.sqlite` (raw answers, as they arrive) and `out/answers/` (all rows in the
     queries' order, once every row has been asked). A row that fails is a row with an `error`,
     asked again by the next call; answers in the journal are never asked again, nor is what a
-    teacher rejected for good. At most `concurrency` requests are in flight to each teacher, and as
-    many as it takes gladly. With a `meter`, a spent budget ends the run: everything bought is
-    kept, and a later call goes on. `limit` takes the first queries only. A release is a recipe
-    too: the answers in its ledger are not asked for again, unless `ledger` is False. A `teacher`
-    takes the place of all that the recipe names.
+    teacher rejected for good; a finished run is returned as it is. At most `concurrency` requests
+    are in flight to each teacher, and as many as it takes gladly. With a `meter`, a spent budget
+    ends the run: everything bought is kept, and a later call goes on. `limit` takes the first
+    queries only. A release is a recipe too: the answers in its ledger are not asked for again,
+    unless `ledger` is False. A `teacher` takes the place of all that the recipe names.
     With a `share`, only that of the queries is asked, in a part's own folder in `out`: `publish`
     joins the parts. With `batch`, answers come out of the provider's batches where it has them.
     With `stream`, every answer that is bought is journaled with the time to its first token; with
@@ -82,19 +96,18 @@ def generate(  # noqa: PLR0913 (whom to ask what, how fast, and where it goes)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if isinstance(teacher, str):
         recipe, teacher = recipe.with_teacher(teacher), None
-    queries = load_queries(recipe)
-    if limit is not None:
-        queries = queries.select(range(min(limit, len(queries))))
-    if share is not None:
-        queries, out = share.of(queries), share.folder(out)
-    out = writable_folder(out)
-    if source is not None and ledger:
-        replay(source, out)
     teachers = open_teachers(recipe, teacher, stream=stream, processes=processes)
+    run = _Run(teachers, share.folder(out) if share else Path(out), limit, share, meter, stream)
+    if made := run.finished():
+        return made
+    queries = run.queries()
+    folder = writable_folder(run.folder)
+    if source is not None and ledger:
+        replay(source, folder)
     if meter is not None:
         meter.check(models_of(teachers.recipe))
     limits = Limits(concurrency, requests_per_minute, tokens_per_minute)
-    with Journal(out / "journal.sqlite") as journal, _writing(out):
+    with Journal(run.journal) as journal, _writing(folder):
         if batch is not None:
             buy_in_batches(queries, teachers.answering, journal, patience=batch, meter=meter)
         rows = ask(
@@ -104,10 +117,9 @@ def generate(  # noqa: PLR0913 (whom to ask what, how fast, and where it goes)
             title="generate",
             limits=limits,
             meter=meter,
-            file=out / _BUILDING / ROWS_FILE,
+            file=folder / _BUILDING / ROWS_FILE,
         )
-        record = partial(share.record, queries) if share else None
-        return _save(rows, teachers, out, meter, record)
+        return run.save(queries, rows, journal)
 
 
 def writable_folder(path: str | Path) -> Path:
@@ -140,42 +152,92 @@ def _writing(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _save(
-    rows: "Dataset",
-    teachers: Teachers,
-    out: Path,
-    meter: Meter | None,
-    record: Callable[[Path], None] | None,
-) -> Generated:
-    from datasets import Dataset
+@dataclass(frozen=True)
+class _Run:
+    """What is asked of whom, and the folder that says what came of it."""
 
-    recipe = teachers.recipe
-    tally = Tally.of(rows)
-    summary = {
-        "recipe": recipe.name,
-        "recipe_digest": recipe.digest,
-        **teachers.facts,
-        "rows": tally.rows,
-        "kept": tally.kept,
-        "rejected": dict(tally.rejected),
-        "errors": tally.errors,
-        "tokens": dict(tally.tokens),
-        "created": datetime.now(UTC).date().isoformat(),
-        "versions": {"distill-datasets": __version__, "datasets": version("datasets")},
-    }
-    if meter is not None:
-        source = Source(rows, out / "journal.sqlite")
-        with Journal(source.journal) as journal:
-            answers = raw_answers([source], recipe, summary)
-            summary["cost"] = meter.statement(answers, journal)
-    folder, building = out / "answers", out / _BUILDING
-    finish(rows, building)
-    recipe.dump(building / "recipe")
-    text = json.dumps(summary, indent=2, ensure_ascii=False)
-    (building / "generation.json").write_text(text + "\n", encoding="utf-8")
-    if record is not None:
-        record(building)
-    shutil.rmtree(folder, ignore_errors=True)
-    building.rename(folder)
-    rows = Dataset.load_from_disk(str(folder))
-    return Generated(out, rows, tally.kept, tally.rejected, tally.errors)
+    teachers: Teachers
+    folder: Path
+    limit: int | None
+    share: Share | None
+    meter: Meter | None
+    stream: bool
+
+    @property
+    def journal(self) -> Path:
+        """The file of raw answers."""
+        return self.folder / "journal.sqlite"
+
+    def queries(self) -> "Dataset":
+        """Those that are asked here."""
+        queries = load_queries(self.teachers.recipe)
+        if self.limit is not None:
+            queries = queries.select(range(min(self.limit, len(queries))))
+        return self.share.of(queries) if self.share else queries
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Names everything that the folder depends on; None where the queries are not pinned."""
+        recipe = self.teachers.recipe
+        if not recipe.queries.pinned:
+            return None
+        described = recipe.model_dump(mode="json")
+        parts = [recipe.digest, described, *self.teachers.answering.parts]
+        return digest([__version__, self.limit, str(self.share), parts])
+
+    def finished(self) -> Generated | None:
+        """What an equal run made, where no row failed and none is priced: nothing is left to do."""
+        path = self.folder / "answers" / _SUMMARY
+        if self.meter or not self.fingerprint or not (path.is_file() and self.journal.is_file()):
+            return None
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if summary.get("fingerprint") != self.fingerprint:
+            return None
+        if summary["errors"] or "cost" in summary:
+            return None
+        kept, rejected = summary["kept"], summary["rejected"]
+        return Generated(self.folder, kept, rejected, 0, summary["first_token"])
+
+    def save(self, queries: "Dataset", rows: "Dataset", journal: Journal) -> Generated:
+        """Put the folder of answers in its place, all at once."""
+        tally = Tally.of(rows)
+        first = _quantiles(journal.first_tokens()) if self.stream else None
+        summary = {**self._summary(tally), "first_token": first}
+        if self.meter is not None:
+            source = Source(rows, self.journal)
+            answers = raw_answers([source], self.teachers.recipe, summary)
+            summary["cost"] = self.meter.statement(answers, journal)
+        folder, building = self.folder / "answers", self.folder / _BUILDING
+        finish(rows, building)
+        self.teachers.recipe.dump(building / "recipe")
+        text = json.dumps(summary, indent=2, ensure_ascii=False)
+        (building / _SUMMARY).write_text(text + "\n", encoding="utf-8")
+        if self.share:
+            self.share.record(queries, building)
+        shutil.rmtree(folder, ignore_errors=True)
+        building.rename(folder)
+        return Generated(self.folder, tally.kept, tally.rejected, tally.errors, first)
+
+    def _summary(self, tally: Tally) -> dict[str, Any]:
+        recipe = self.teachers.recipe
+        return {
+            "recipe": recipe.name,
+            "recipe_digest": recipe.digest,
+            **self.teachers.facts,
+            "rows": tally.rows,
+            "kept": tally.kept,
+            "rejected": dict(tally.rejected),
+            "errors": tally.errors,
+            "tokens": dict(tally.tokens),
+            "created": datetime.now(UTC).date().isoformat(),
+            "versions": {"distill-datasets": __version__, "datasets": version("datasets")},
+            "fingerprint": self.fingerprint,
+        }
+
+
+def _quantiles(seconds: Sequence[float]) -> dict[str, float] | None:
+    """Of what is sorted already."""
+    if not seconds:
+        return None
+    late = seconds[math.ceil(0.95 * len(seconds)) - 1]
+    return {"answers": len(seconds), "median": statistics.median(seconds), "p95": late}

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from distill_datasets.metrics import Estimate, resamples
 
 if TYPE_CHECKING:
     from distill_datasets.connection import Connection
+    from distill_datasets.recipe import Recipe
     from distill_datasets.sampler import Message
 
 _RESAMPLES = 2_000
@@ -42,6 +43,14 @@ class Answered:
     said: str
     query: "Sequence[Message]"
     response: str
+
+    @classmethod
+    def to(cls, recipe: "Recipe", row: "Mapping[str, Any]", said: str, response: str) -> Self:
+        """What was said to a row's query, and what the student shall say."""
+        query = row["query"]
+        return cls(
+            row["group"], recipe.messages(query), said, recipe.student_messages(query), response
+        )
 
     @property
     def taught(self) -> "list[Message]":

@@ -186,6 +186,14 @@ class Journal:
         )
         yield from ((model, times, reply, bool(batch)) for model, times, reply, batch in rows)
 
+    def first_tokens(self) -> list[float]:
+        """Seconds to the first token of every answer that was streamed here, the least first."""
+        rows = self._database.execute(
+            "SELECT json_extract(reply, '$.first_token_seconds') AS seconds"
+            " FROM answers WHERE times_bought > 0 AND seconds IS NOT NULL ORDER BY seconds"
+        )
+        return [seconds for (seconds,) in rows]
+
     def in_batch(self, digest: str) -> bool:
         """Whether an answer came out of a provider's batch."""
         found = self._database.execute("SELECT 1 FROM batch_answers WHERE digest = ?", (digest,))

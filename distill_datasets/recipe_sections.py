@@ -64,6 +64,12 @@ class Queries(Section):
             raise ValueError("package and member go together")
         return self
 
+    @property
+    def pinned(self) -> bool:
+        """Whether what is said here, and the files in the recipe's folder, fix every row."""
+        commit = self.hub and re.fullmatch(r"[0-9a-f]{40}", self.revision or "")
+        return bool(self.file or commit or (self.package and self.sha256))
+
 
 class AnswerFormat(Section):
     """How to read the teacher's text: a regular expression with a group `answer`, and choices.

@@ -1,6 +1,5 @@
 """Answers become a release: a folder that `datasets` reads and the Hub can hold."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -8,16 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.card import card_metadata, dataset_card
-from distill_datasets.contents import (
-    REJECTED,
-    Survey,
-    answered_contents,
-    fingerprints_of,
-    survey,
-)
+from distill_datasets.contents import REJECTED, answered_contents, fingerprints_of
 from distill_datasets.errors import DatasetError, OutputError, VersionError
 from distill_datasets.fingerprints import FINGERPRINTS, RowChanges
-from distill_datasets.ledger import LEDGER, Source, ledger_features, write_ledger
+from distill_datasets.ledger import LEDGER, ledger_features, write_ledger
 from distill_datasets.manifest import (
     MANIFEST,
     Part,
@@ -26,17 +19,14 @@ from distill_datasets.manifest import (
     manifest_text,
     read_manifest,
 )
-from distill_datasets.recipe import Recipe, load_recipe
 from distill_datasets.replacement import recover, replacing
-from distill_datasets.schema import answer_features, rejected_features, release_features
+from distill_datasets.run_answers import RunAnswers, load_answers
+from distill_datasets.schema import rejected_features, release_features
 from distill_datasets.shards import Shards
-from distill_datasets.shares import Joined, find_parts, join_parts, join_summaries
 from distill_datasets.soft_config import SOFT, SoftConfig, soft_features, write_soft
 from distill_datasets.versions import FIRST, Change, check_version, difference, following, history
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from distill_datasets.pushing import Pushed
 
 
@@ -56,21 +46,6 @@ class Release:
         from distill_datasets.pushing import push_release
 
         return push_release(self.path, repo, **options)
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """What a run has to offer: rows, how they were made, the recipe, and one look at it all."""
-
-    rows: "Dataset | Joined"
-    generation: Mapping[str, Any]
-    recipe: Recipe
-    survey: Survey
-    sources: Sequence[Source]
-
-    @property
-    def digest(self) -> str:
-        return self.survey.digest(self.recipe.digest)
 
 
 def publish(
@@ -99,7 +74,7 @@ def publish(
     published = _published(folder)
     if version is not None:
         check_version(version)
-    answers = _load_answers(find_parts(runs), ledger)
+    answers = load_answers(runs, ledger=ledger)
     old = read_manifest(folder) if published else None
     facts = _facts(answers, old)
     change = difference(old, facts, lambda: _row_changes(folder, answers)) if old else None
@@ -143,47 +118,6 @@ def _release_folder(runs: Sequence[Path], out: Path | str | None) -> Path:
     return Path(out) if out is not None else runs[0] / "release"
 
 
-def _load_answers(parts: Sequence[Path], ledger: bool) -> _Answers:
-    from datasets import load_from_disk
-
-    folder = parts[0] / "answers"
-    recipe = load_recipe(folder)
-    each = [load_from_disk(str(part / "answers")) for part in parts]
-    summaries = [_summary(part / "answers") for part in parts]
-    generation = summaries[0] if len(parts) == 1 else join_summaries(parts, summaries)
-    for part, some, summary in zip(parts, each, summaries, strict=True):
-        _check(some, summary, recipe, part / "answers")
-    rows = each[0] if len(parts) == 1 else join_parts(parts, each)
-    found = survey(answered_contents(rows, recipe))
-    if not found.splits:
-        reasons = dict(found.rejected) | ({"failed": found.errors} if found.errors else {})
-        raise DatasetError(
-            f"{str(folder)!r} has nothing to publish: none of its {len(rows)} rows can be used "
-            f"({reasons}). Look at its `raw` and `error` columns, then mend the recipe."
-        )
-    journals = [(rows, part / "journal.sqlite") for rows, part in zip(each, parts, strict=True)]
-    kept = [Source(*source) for source in journals if ledger and source[1].is_file()]
-    return _Answers(rows, generation, recipe, found, kept)
-
-
-def _summary(answers: Path) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((answers / "generation.json").read_text(encoding="utf-8"))
-    return summary
-
-
-def _check(rows: "Dataset", generation: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
-    if missing := answer_features().keys() - rows.features.keys():
-        raise DatasetError(
-            f"{str(folder)!r} lacks the columns {sorted(missing)}; found {rows.column_names}. "
-            "Run `generate` again."
-        )
-    if generation["recipe_digest"] != recipe.digest:
-        raise DatasetError(
-            f"{folder / 'recipe'} is not the recipe of these answers: expected the digest "
-            f"{generation['recipe_digest']}, found {recipe.digest}. Run `generate` again."
-        )
-
-
 def _published(folder: Path) -> Release | None:
     recover(folder)
     if (folder / "manifest.json").is_file():
@@ -196,7 +130,7 @@ def _published(folder: Path) -> Release | None:
     return None
 
 
-def _row_changes(published: Path, answers: _Answers) -> RowChanges:
+def _row_changes(published: Path, answers: RunAnswers) -> RowChanges:
     return fingerprints_of(published).changes(answers.survey.fingerprints)
 
 
@@ -216,7 +150,7 @@ def _why(old: Mapping[str, Any] | None, change: Change | None) -> str:
 
 def _write(
     building: Path,
-    answers: _Answers,
+    answers: RunAnswers,
     facts: Mapping[str, Any],
     old: Mapping[str, Any] | None,
     written_before: str | None,
@@ -242,7 +176,7 @@ def _write(
 
 
 def _write_rows(
-    building: Path, answers: _Answers
+    building: Path, answers: RunAnswers
 ) -> tuple[dict[str, Part], Mapping[str, int] | None]:
     """The parts by their configurations, and what the soft one counted, where there is one."""
     evidence = answers.recipe.evidence
@@ -268,7 +202,7 @@ def _write_rows(
     return written, soft.facts if soft else None
 
 
-def _write_soft(building: Path, answers: _Answers) -> SoftConfig | None:
+def _write_soft(building: Path, answers: RunAnswers) -> SoftConfig | None:
     recipe = answers.recipe
     asked = any(recipe.sampling_of(teacher).top_logprobs for teacher in recipe.all_teachers)
     if not answers.sources or not asked or recipe.evidence:
@@ -276,7 +210,7 @@ def _write_soft(building: Path, answers: _Answers) -> SoftConfig | None:
     return write_soft(building, answers.sources, recipe, answers.generation)
 
 
-def _facts(answers: _Answers, old: Mapping[str, Any] | None) -> dict[str, Any]:
+def _facts(answers: RunAnswers, old: Mapping[str, Any] | None) -> dict[str, Any]:
     """The manifest, but for what writing the release decides."""
     found, generation, recipe = answers.survey, answers.generation, answers.recipe
     known = old.get("ledger") if old else None

@@ -154,13 +154,7 @@ def _internalisation(
     }
     recipe = held_out.recipe
     answers = [
-        Answered(
-            group=row["group"],
-            asked=recipe.messages(row["query"]),
-            said=row["raw"],
-            query=recipe.student_messages(row["query"]),
-            response=recipe.write_response(row["raw"], row["answer"]),
-        )
+        Answered.to(recipe, row, row["raw"], recipe.write_response(row["raw"], row["answer"]))
         for row in rows
         if row["answer"] is not None
     ]

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets.answers import without_bars
 from distill_datasets.buying import Buyer
 from distill_datasets.errors import FATAL, DistillError, GenerationError, RequestError
 from distill_datasets.progress import Progress
@@ -24,7 +25,7 @@ _ALIKE = 20
 
 
 class RowMap:
-    """A bound coroutine method for `datasets.map`, over the turns of one buyer.
+    """Runs `datasets.map` over the turns of one buyer.
 
     `datasets` starts all batches at once; the turns are what bounds the work, so that a slow row
     never holds back rows of other batches.
@@ -43,32 +44,31 @@ class RowMap:
     def map(self, queries: "Dataset", fingerprint: str, file: Path | None) -> "Dataset":
         """Answer all queries on an event loop of this thread's own, into memory or a file."""
         from datasets import Dataset
-        from datasets.utils import (
-            are_progress_bars_disabled,
-            disable_progress_bars,
-            enable_progress_bars,
-        )
 
         if not len(queries):
             return Dataset.from_dict({n: [] for n in answer_features()}, answer_features())
-        # Its bar counts whole batches in order, and would cut through ours.
-        shown = not are_progress_bars_disabled()
-        disable_progress_bars()
+        size = max(_ROWS_PER_BATCH, -(-len(queries) // _BATCHES))
+        # `datasets` reads every batch before the first is answered: a batch of these is a place.
+        places = Dataset.from_dict({"first": range(0, len(queries), size)})
+
+        async def answer(batch: Mapping[str, list[int]]) -> "pa.Table":
+            (first,) = batch["first"]
+            return await self._answer_rows(lambda: queries[first : first + size])
+
         try:
-            return queries.map(
-                self.answer,
-                batched=True,
-                batch_size=max(_ROWS_PER_BATCH, -(-len(queries) // _BATCHES)),
-                remove_columns=queries.column_names,
-                features=answer_features(),
-                new_fingerprint=fingerprint,
-                load_from_cache_file=False,
-                keep_in_memory=file is None,
-                cache_file_name=str(file) if file else None,
-            )
+            with without_bars():
+                return places.map(
+                    answer,
+                    batched=True,
+                    batch_size=1,
+                    remove_columns=places.column_names,
+                    features=answer_features(),
+                    new_fingerprint=fingerprint,
+                    load_from_cache_file=False,
+                    keep_in_memory=file is None,
+                    cache_file_name=str(file) if file else None,
+                )
         finally:
-            if shown:
-                enable_progress_bars()
             # `datasets` leaves the loop that it made open.
             if self._loop is not None:
                 # A sampler's connections end with their loop.
@@ -80,8 +80,8 @@ class RowMap:
         self.buyer.stop()
         self.fatal = self.fatal or reason
 
-    async def answer(self, batch: Mapping[str, list[Any]]) -> "pa.Table":
-        """All samples of a batch of queries."""
+    async def _answer_rows(self, read: Callable[[], Mapping[str, list[Any]]]) -> "pa.Table":
+        """All samples of some queries."""
         import pyarrow as pa
 
         self._loop = asyncio.get_running_loop()
@@ -89,6 +89,7 @@ class RowMap:
         # Rows start in order, each when it is its turn: ten thousand tasks that wait for it would
         # hold back the first request, and every later one a little.
         async with self._starting:
+            batch = read()
             for row in zip(*batch.values(), strict=True):
                 await self.buyer.turns.acquire()
                 self._started += 1

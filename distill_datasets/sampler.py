@@ -193,19 +193,29 @@ def digest(value: object) -> str:
 
 
 @lru_cache(maxsize=64)
-def _fields(sampling: Sampling) -> dict[str, object]:
+def _asked_how(identity: str, sampling: Sampling) -> str:
     # A field that is not used is no part of the key, so that a new field keeps paid answers.
     later = ("top_logprobs", "json_schema", "extra")
-    return {
+    fields = {
         name: value
         for name, value in asdict(sampling).items()
         if name not in later or value is not None
     }
+    return f'"model":{_CANONICAL.encode(identity)},"sampling":{_CANONICAL.encode(fields)}'
 
 
 def request_digest(identity: str, messages: Sequence[Message], sampling: Sampling) -> str:
-    """The key under which an answer is paid for once."""
-    return digest({"model": identity, "messages": list(messages), "sampling": _fields(sampling)})
+    """The key under which an answer is paid for once: `digest` of all three by their names."""
+    # By hand: the encoder takes several times longer over objects than over their text.
+    said = ",".join(map(_canonical, messages))
+    text = f'{{"messages":[{said}],{_asked_how(identity, sampling)}}}'
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _canonical(message: Message) -> str:
+    encode = _CANONICAL.encode
+    fields = (f"{encode(name)}:{encode(value)}" for name, value in sorted(message.items()))
+    return f"{{{','.join(fields)}}}"
 
 
 @dataclass

@@ -1,8 +1,7 @@
 """What a model thinks of tokens that are already there: log-probabilities, without sampling."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Generic, TypeVar
@@ -11,11 +10,11 @@ import numpy as np
 import tinker
 from numpy.typing import NDArray
 
-from distill_datasets.connection import Connection, ended, explained
-from distill_datasets.errors import DatasetError, ModelError, ServiceError
+from distill_datasets import sdk
+from distill_datasets.connection import Connection
+from distill_datasets.errors import DatasetError, ModelError
 
 T = TypeVar("T")
-_GLANCE = 2.0  # seconds between looks at whether a local server still runs
 _READ_ONLY = tinker.SamplingParams(max_tokens=1)  # the one token that it samples is thrown away
 _NO_TOKEN = -9e4  # the SDK writes -99999 where there are fewer than k
 _MISSING = -1  # what stands where no log-probability is asked for
@@ -46,8 +45,8 @@ class Pending(Generic[T]):
 
     def result(self) -> T:
         """Raises `ModelError`, `AccessError` or `ServiceError`."""
-        with refusals_explained(self._connection.reference):
-            return self._read(_wait(self._connection, self._request))
+        with _explained(self._connection.reference):
+            return self._read(sdk.wait(self._request, self._connection.ended))
 
 
 class Scorer:
@@ -61,14 +60,14 @@ class Scorer:
         """Open a sampling session; raises `ModelError` where the server refuses the model."""
         self.connection = connection
         path = connection.model_path
-        with refusals_explained(connection.reference):
+        with _explained(connection.reference):
             self._client = connection.service.create_sampling_client(
                 model_path=path, base_model=None if path else connection.base_model
             ).result()
 
     def read(self, context: Sequence[int], response: Sequence[int], k: int = 0) -> Pending[Scored]:
         """How likely a response is after its context, token by token, and the `k` likeliest."""
-        with refusals_explained(self.connection.reference):
+        with _explained(self.connection.reference):
             request = self._client.sample(
                 prompt=tinker.ModelInput.from_ints([*context, *response]),
                 num_samples=1,
@@ -101,7 +100,7 @@ class Scorer:
             rows = zip(wanted, found[-len(wanted) :].tolist(), strict=True)
             return [dict(zip(tokens, row, strict=False)) for tokens, row in rows]
 
-        with refusals_explained(self.connection.reference):
+        with _explained(self.connection.reference):
             request = self._client.sample(
                 prompt=tinker.ModelInput.from_ints(prompt),
                 num_samples=1,
@@ -152,29 +151,6 @@ def require_same_tokenizer(teacher: Connection, student: Connection) -> None:
         )
 
 
-@contextmanager
-def refusals_explained(reference: str) -> Iterator[None]:
-    """Turns the SDK's errors into ours, with what to do."""
-    try:
-        with explained(reference):
-            yield
-    except (tinker.APIConnectionError, tinker.InternalServerError) as error:
-        raise ServiceError(
-            f"{reference!r}: the server is gone ({error}). What was stored is kept: run it again."
-        ) from error
-    except (tinker.RequestFailedError, tinker.APIStatusError) as error:
-        raise ModelError(f"{reference!r}: the server refused to score: {error}") from error
-
-
-def _wait(connection: Connection, request: Any) -> Any:
-    """The SDK tries a dead address again for minutes; a server of this machine that has ended is
-    noticed within seconds.
-    """
-    result = request.future()
-    while True:
-        with suppress(FutureTimeout):
-            return result.result(_GLANCE)
-        if result.done():
-            return result.result()
-        if error := ended(connection):
-            raise error
+def _explained(reference: str) -> AbstractContextManager[None]:
+    kept = "What was stored is kept: run it again."
+    return sdk.all_explained(reference, refused="refused to score", kept=kept)

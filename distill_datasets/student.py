@@ -4,20 +4,20 @@ import errno
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import tinker
 
+from distill_datasets import sdk
 from distill_datasets.batches import Batch, Example, Learned, Scored, Update, datums, scored
-from distill_datasets.connection import Connection, ended, explained
-from distill_datasets.errors import ModelError, OutputError, ServiceError
+from distill_datasets.connection import Connection
+from distill_datasets.errors import ModelError, OutputError
 from distill_datasets.samplers.tinker import TinkerSampler
 
 _FULL = os.strerror(errno.ENOSPC)
-_GLANCE = 2.0  # seconds between looks at whether the server still runs
+_KEPT = "What was saved is kept: run it again with the same output folder to continue."
 
 
 @dataclass(frozen=True)
@@ -123,15 +123,14 @@ class Student:
             )
         return cls._opened(
             connection,
-            lambda service: service.create_lora_training_client(
-                base_model=connection.base_model,
-                rank=adapted.rank,
-                seed=adapted.seed,
-                train_mlp=adapted.mlp,
-                train_attn=adapted.attention,
-                train_unembed=adapted.unembed,
-                user_metadata=metadata,
-            ),
+            connection.service.create_lora_training_client,
+            base_model=connection.base_model,
+            rank=adapted.rank,
+            seed=adapted.seed,
+            train_mlp=adapted.mlp,
+            train_attn=adapted.attention,
+            train_unembed=adapted.unembed,
+            user_metadata=metadata,
         )
 
     @classmethod
@@ -139,32 +138,22 @@ class Student:
         cls, connection: Connection, state: str, metadata: dict[str, str] | None = None
     ) -> Self:
         """The weights and the optimizer as `save` left them at the path `state`."""
-        return cls._opened(
-            connection,
-            lambda service: service.create_training_client_from_state_with_optimizer(
-                state, user_metadata=metadata
-            ),
-        )
+        load = connection.service.create_training_client_from_state_with_optimizer
+        return cls._opened(connection, load, path=state, user_metadata=metadata)
 
     @classmethod
     def continue_from(
         cls, connection: Connection, state: str, metadata: dict[str, str] | None = None
     ) -> Self:
         """The weights at the path `state`, with a new optimizer."""
-        return cls._opened(
-            connection,
-            lambda service: service.create_training_client_from_state(
-                state, user_metadata=metadata
-            ),
-        )
+        load = connection.service.create_training_client_from_state
+        return cls._opened(connection, load, path=state, user_metadata=metadata)
 
     @classmethod
-    def _opened(
-        cls, connection: Connection, opening: Callable[[tinker.ServiceClient], Any]
-    ) -> Self:
+    def _opened(cls, connection: Connection, create: Callable[..., Any], **options: Any) -> Self:
         with _explained(connection.reference):
             # `.future()`: only on clients does the SDK log a warning inside a running event loop.
-            return cls(connection, opening(connection.service).future().result())
+            return cls(connection, create(**options).future().result())
 
     def learn(self, batch: Batch, update: Update) -> PendingStep:
         """Learn one batch; returns at once, so that the next can be queued behind it."""
@@ -225,17 +214,8 @@ class Student:
             return client
 
     def wait(self, request: Any) -> Any:
-        """The request's result. The SDK tries a dead address again for five minutes; a server of
-        this machine that has ended is noticed within seconds.
-        """
-        result = request.future()
-        while True:
-            with suppress(FutureTimeout):
-                return result.result(_GLANCE)
-            if result.done():
-                return result.result()
-            if error := ended(self.connection):
-                raise error
+        """The request's result; `ServiceError` where its server ends meanwhile."""
+        return sdk.wait(request, self.connection.ended)
 
     def sampler(self, path: str) -> TinkerSampler:
         """Sample from the `Saved.sampler` of a checkpoint."""
@@ -248,21 +228,14 @@ async def _nothing() -> None:
 
 @contextmanager
 def _explained(reference: str) -> Iterator[None]:
-    """Adds to the sampler's explanations what only training requests run into."""
-    try:
-        with explained(reference):
+    """Adds to the SDK's errors what only training requests run into."""
+    with sdk.all_explained(reference, refused="refused", kept=_KEPT):
+        try:
             yield
-    except tinker.RequestFailedError as error:
-        if _FULL in str(error):
+        except tinker.RequestFailedError as error:
+            if _FULL not in str(error):
+                raise
             raise OutputError(
                 f"{reference!r}: the server's disk is full ({error}). Free some of it, and run "
                 "again: it continues from the last checkpoint."
             ) from error
-        raise ModelError(f"{reference!r}: the server refused: {error}") from error
-    except (tinker.APIConnectionError, tinker.InternalServerError) as error:
-        raise ServiceError(
-            f"{reference!r}: the server is gone ({error}). What was saved is kept: run it again "
-            "with the same output folder to continue."
-        ) from error
-    except tinker.APIStatusError as error:
-        raise ModelError(f"{reference!r}: the server refused: {error}") from error

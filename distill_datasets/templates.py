@@ -1,5 +1,6 @@
 """Jinja in a sandbox, since a recipe may have been written by anybody."""
 
+import re
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipe_problems import nearest
 
+_LONE_FIELD = re.compile(r"\{\{ *(\w+) *\}\}")
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
 # What computing an expression over text may raise.
 _FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
@@ -27,6 +29,9 @@ def fields_of_expression(expression: str) -> set[str]:
 
 def render(template: str, **fields: Any) -> str:
     """A template, filled."""
+    # Most are a field and nothing else, for which Jinja would make a context each time.
+    if (lone := _LONE_FIELD.fullmatch(template)) and lone[1] in fields:
+        return str(fields[lone[1]])
     return _compiled(template).render(fields)
 
 

@@ -2,31 +2,21 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.errors import ModelError, OutputError, SettingsError
+from distill_datasets.errors import ModelError, OutputError
 from distill_datasets.progress import Progress
-from distill_datasets.selection import VALIDATION_LOSS
 from distill_datasets.tracking import open_tracker, require_tracker
-from distill_datasets.training_folder import TrainingFolder, installed_versions
-from distill_datasets.training_plan import (
-    Schedule,
-    Step,
-    choose_rows,
-    default_learning_rate,
-    plan_steps,
-)
+from distill_datasets.training_folder import TrainingFolder
 from distill_datasets.training_result import Training, read_result
+from distill_datasets.training_run import Run, prepare_run
 from distill_datasets.training_settings import TrainSettings
 from distill_datasets.trainset import Rendered, Source, Split, locate, open_splits
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from distill_datasets.connection import Connection
     from distill_datasets.in_flight import InFlight
     from distill_datasets.predecessor import Predecessor
@@ -34,30 +24,6 @@ if TYPE_CHECKING:
     from distill_datasets.validators import Validator
 
 __all__ = ["TrainSettings", "Training", "train"]
-
-_MEANS = {"token": "every response token of a batch alike", "example": "every response alike"}
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the loop needs, all decided before the first step."""
-
-    folder: TrainingFolder
-    settings: TrainSettings
-    source: Source
-    train: Rendered
-    validation: Rendered | None
-    steps: Sequence[Step]
-
-    def keys(self, split: Split) -> "NDArray[np.uint64]":
-        """Of the rows that are trained on, in the split that was rendered."""
-        places = choose_rows(len(self.train), self.settings)
-        return split.keys[[self.train.kept[place] for place in places]]
-
-    @property
-    def schedule(self) -> Schedule:
-        """What is due when."""
-        return Schedule(len(self.steps), self.settings, self.validation is not None)
 
 
 def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
@@ -77,12 +43,12 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     and does nothing where the training is finished. `resume` is a server's path of a training
     state, to continue in a new folder. `start` is a student whose weights to begin with, a
     training folder or a server's path of its state; with `only_new`, rows that it was trained on
-    are left out. The best checkpoint is the one with the lowest validation
-    loss, or as `settings.select` says, and without a validation split the last; `validators`
-    measure more on that split. Raises `DatasetError`, `ModelError`, `AccessError`,
-    `ServiceError`, `SettingsError` or `OutputError`, each with what to do.
+    are left out. The best checkpoint is the one with the lowest validation loss, or as
+    `settings.select` says, and without a validation split the last; `validators` measure more on
+    that split. Raises `DatasetError`, `ModelError`, `AccessError`, `ServiceError`,
+    `SettingsError` or `OutputError`, each with what to do.
     """
-    from distill_datasets.predecessor import find_predecessor, write_learned
+    from distill_datasets.predecessor import find_predecessor
 
     settings = settings or TrainSettings()
     _require_state(str(student), resume)
@@ -90,18 +56,11 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     source = locate(dataset, settings.config)
     before = find_predecessor(start, str(student), only_new=only_new)
     settings = before.settled(settings) if before else settings
-    if Path(out).resolve().is_relative_to(source.path.resolve()):
-        raise OutputError(
-            f"{str(out)!r} lies inside the dataset, which it would change: choose another --out."
-        )
+    _require_outside(Path(out), source)
     folder = TrainingFolder(out)
-    request: dict[str, Any] = {
-        "student": str(student),
-        "settings": asdict(settings),
-        "dataset": {"path": source.reference, "revision": source.revision, "files": source.files},
-        **({"resumed": resume} if resume else {}),
-        **({"start": {"path": before.path, "only_new": only_new}} if before else {}),
-    }
+    request = _request(str(student), source, settings)
+    request |= {"resumed": resume} if resume else {}
+    request |= {"start": {"path": before.path, "only_new": only_new}} if before else {}
     with folder.locked():
         folder.require_same(request)
         if any(checkpoint.final for checkpoint in folder.checkpoints):
@@ -110,24 +69,17 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
         if before and only_new:
             splits["train"] = splits["train"].without(before.learned)
         connection = _connect(str(student), source, settings, folder)
-        with _session(connection):
-            run, config = _prepare(splits, connection, source, settings, folder)
-            config = {**request, **config, "dataset": {**request["dataset"], **config["dataset"]}}
-            folder.require_same(config)
-            if folder.config is None:
-                write_learned(folder.path, run.keys(splits["train"]), before)
-            done = _start(run, connection, config)
-            try:
-                _learn(run, _lesson(run, connection, before), done, validators)
-            except KeyboardInterrupt as interrupt:
-                interrupt.add_note(f"Train again with out={str(out)!r} to continue.")
-                raise
+        with _session(connection), _resumable(out):
+            run, found = prepare_run(splits, connection, source, settings, folder)
+            config = {**request, **found, "dataset": {**request["dataset"], **found["dataset"]}}
+            done = _start(run, connection, config, splits["train"], before)
+            _learn(run, _lesson(run, connection, before), done, validators)
         folder.draw()
         return read_result(folder, settings)
 
 
 def _learn(
-    run: _Run,
+    run: Run,
     lesson: "Lesson",
     start: int,
     validators: "Sequence[Callable[[Lesson, Rendered], Validator]]",
@@ -156,7 +108,7 @@ def _learn(
 
 @contextmanager
 def _flight(
-    run: _Run, lesson: "Lesson", validators: "Sequence[Callable[[Lesson, Rendered], Validator]]"
+    run: Run, lesson: "Lesson", validators: "Sequence[Callable[[Lesson, Rendered], Validator]]"
 ) -> "Iterator[InFlight]":
     from distill_datasets.in_flight import Desk, InFlight
     from distill_datasets.keeping import describe
@@ -183,15 +135,41 @@ def _flight(
         yield InFlight(desk)
 
 
-def _start(run: _Run, connection: "Connection", config: dict[str, Any]) -> int:
-    """Write the folder's configuration; the steps that are done already."""
+def _start(
+    run: Run,
+    connection: "Connection",
+    config: dict[str, Any],
+    split: Split,
+    before: "Predecessor | None",
+) -> int:
+    """Write which rows are learned and the configuration; the steps that are done already."""
     from distill_datasets.keeping import read_progress
+    from distill_datasets.predecessor import write_learned
 
+    run.folder.require_same(config)
+    if run.folder.config is None:
+        write_learned(run.folder.path, run.keys(split), before)
     if "resumed" not in config or run.folder.config is not None:
         begun = (run.folder.config or {}).get("begun")
         return run.folder.start({**config, **({"begun": begun} if begun else {})})
     selection, checkpoints = read_progress(connection, config["resumed"], config)
     return run.folder.start({**config, "begun": asdict(selection)}, checkpoints)
+
+
+def _request(student: str, source: Source, settings: TrainSettings) -> dict[str, Any]:
+    """What is known without asking a server, as the folder's configuration begins."""
+    return {
+        "student": student,
+        "settings": asdict(settings),
+        "dataset": {"path": source.reference, "revision": source.revision, "files": source.files},
+    }
+
+
+def _require_outside(out: Path, source: Source) -> None:
+    if out.resolve().is_relative_to(source.path.resolve()):
+        raise OutputError(
+            f"{str(out)!r} lies inside the dataset, which it would change: choose another --out."
+        )
 
 
 def _require_state(student: str, resume: str | None) -> None:
@@ -230,7 +208,17 @@ def _session(connection: "Connection") -> Iterator[None]:
     connection.service.close("success").result()
 
 
-def _lesson(run: _Run, connection: "Connection", before: "Predecessor | None") -> "Lesson":
+@contextmanager
+def _resumable(out: str | Path) -> Iterator[None]:
+    """Tells who interrupts a training how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(f"Train again with out={str(out)!r} to continue.")
+        raise
+
+
+def _lesson(run: Run, connection: "Connection", before: "Predecessor | None") -> "Lesson":
     """Opens the student: new, with another's weights, or as the last checkpoint left it."""
     from distill_datasets.keeping import describe
     from distill_datasets.producers import Lesson
@@ -252,42 +240,3 @@ def _lesson(run: _Run, connection: "Connection", before: "Predecessor | None") -
         )
         student = Student.create(connection, adapted, metadata)
     return Lesson(student, run.train, run.source, settings, run.folder.path)
-
-
-def _prepare(
-    splits: dict[str, Split],
-    connection: "Connection",
-    source: Source,
-    settings: TrainSettings,
-    folder: TrainingFolder,
-) -> tuple[_Run, dict[str, Any]]:
-    """Render the splits and plan the steps: the run, and what is worth recording of it."""
-    from distill_datasets.capabilities import require_trainable
-
-    if "validation" not in splits and (settings.patience or settings.select != VALIDATION_LOSS):
-        raise SettingsError(
-            f"patience and select need validation rows: {source.reference!r} has no split "
-            f"{settings.validation_split!r}. Name another, or leave both out."
-        )
-    longest = require_trainable(connection, settings)
-    rendered = {role: split.render(connection, longest) for role, split in splits.items()}
-    learning_rate = settings.learning_rate or default_learning_rate(connection)
-    steps = plan_steps(rendered["train"].lengths, settings, learning_rate)
-    rows = {role: len(rows) for role, rows in rendered.items()}
-    rows["train"] = len(choose_rows(rows["train"], settings))
-    run = _Run(folder, settings, source, rendered["train"], rendered.get("validation"), steps)
-    return run, {
-        "base_model": connection.base_model,
-        "renderer": connection.renderer_name,
-        "identity": connection.identity,
-        "learning_rate": learning_rate,
-        "max_length": longest,
-        "steps": len(steps),
-        "normalization": _MEANS[settings.normalization],
-        "dataset": {
-            "splits": {role: split.name for role, split in splits.items()},
-            "rows": rows,
-            "skipped": {role: rows.skipped for role, rows in rendered.items()},
-        },
-        "versions": installed_versions(),
-    }

@@ -106,18 +106,23 @@ class Split:
     """One split that has rows, and columns to learn from; `DatasetError` where it has others."""
 
     def __init__(self, source: Source, config: str | None, name: str, rows: "Dataset") -> None:
-        """Use `open_splits`."""
+        """Use `open_split` or `open_splits`."""
         self.name, self.rows = name, rows
-        self._where = f"The split {name!r} of {source.reference!r}"
+        self.where = f"The split {name!r} of {source.reference!r}"
         self._key: tuple[str | None, ...] = (source.files, config, name)
-        self._read = conversation_reader(rows.column_names, self._where)
+        self._read = conversation_reader(rows.column_names, self.where)
+
+    @property
+    def conversations(self) -> Iterator[list[Message]]:
+        """Each row as messages that end with the response."""
+        return map(self._read, self.rows)
 
     @property
     def keys(self) -> "NDArray[np.uint64]":
         """Each row's conversation as 64 bits, in the rows' order."""
         import numpy as np
 
-        return np.fromiter((_row_key(self._read(row)) for row in self.rows), np.uint64)
+        return np.fromiter(map(_row_key, self.conversations), np.uint64)
 
     def without(self, learned: "NDArray[np.uint64]") -> "Split":
         """Only the rows whose key is none of these; raises `DatasetError` where none is left."""
@@ -126,7 +131,7 @@ class Split:
         new = np.flatnonzero(~np.isin(self.keys, learned))
         if not len(new):
             raise DatasetError(
-                f"{self._where} has only rows that were learned before, {len(self.rows)} of them. "
+                f"{self.where} has only rows that were learned before, {len(self.rows)} of them. "
                 "Train on a later version of the dataset, or leave out only_new (--only-new)."
             )
         fewer = copy(self)
@@ -142,7 +147,7 @@ class Split:
         """
         from datasets import Features, List, Value
 
-        read, where, renderer = self._read, self._where, connection.renderer
+        read, where, renderer = self._read, self.where, connection.renderer
 
         def tokens_and_weights(row: Mapping[str, Any], place: int) -> dict[str, Any]:
             return _tokens_and_weights(read(row), renderer, f"{where}, row {place}")
@@ -161,7 +166,7 @@ class Split:
                 }
             ),
             new_fingerprint=fingerprint,
-            cache_file_name=str(_cache() / f"{fingerprint}.arrow"),
+            cache_file_name=str(cache_folder() / f"{fingerprint}.arrow"),
             desc="render",
         )
         lengths = _lengths(rendered)
@@ -227,19 +232,25 @@ def open_splits(source: Source, settings: "TrainSettings") -> dict[str, Split]:
     asked = settings.validation_split
     if asked in splits or asked != type(settings).validation_split:
         names["validation"] = asked
-    for name in names.values():
-        if name not in splits:
-            raise DatasetError(
-                f"{source.reference!r} has no split {name!r}; found {sorted(map(str, splits))}. "
-                "Name one of them."
-            )
-        if not len(splits[name]):
-            raise DatasetError(
-                f"The split {name!r} of {source.reference!r} is empty: expected at least one row."
-            )
-    return {
-        role: Split(source, settings.config, name, splits[name]) for role, name in names.items()
-    }
+    return {role: open_split(source, settings.config, name, splits) for role, name in names.items()}
+
+
+def open_split(
+    source: Source, config: str | None, name: str, splits: "Mapping[str, Dataset]"
+) -> Split:
+    """The one of a configuration's `splits` that has this name; raises `DatasetError` where none
+    has, or where it has no row.
+    """
+    if name not in splits:
+        raise DatasetError(
+            f"{source.reference!r} has no split {name!r}; found {sorted(map(str, splits))}. "
+            "Name one of them."
+        )
+    if not len(splits[name]):
+        raise DatasetError(
+            f"The split {name!r} of {source.reference!r} is empty: expected at least one row."
+        )
+    return Split(source, config, name, splits[name])
 
 
 def _tokens_and_weights(messages: list[Message], renderer: Any, where: str) -> dict[str, Any]:
@@ -271,7 +282,7 @@ def _lengths(rendered: "Dataset") -> list[int]:
     return list(compute.list_value_length(rendered.data.column("tokens")).to_pylist())
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     """Beside what `datasets` caches; its own choice can be the user's dataset folder."""
     from datasets import config
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import atexit
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import tinker
+import pytest
 
-from distill_datasets.embedded.process import Server, launch
-from tests.tiny_model import make_tiny_model
+if TYPE_CHECKING:
+    import tinker
+
+    from distill_datasets.embedded.process import Server
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,11 @@ class Shared:
 @cache
 def shared() -> Shared:
     """The server of this test process; it ends with it."""
+    import tinker
+
+    from distill_datasets.embedded.process import launch
+    from tests.tiny_model import make_tiny_model
+
     folder = tempfile.TemporaryDirectory(prefix="distill-tests-")
     # In this order at the end: the server is gone before its folder.
     atexit.register(folder.cleanup)
@@ -34,3 +43,16 @@ def shared() -> Shared:
     server = launch(model, name="tiny", store=store)
     service = tinker.ServiceClient(base_url=server.url, api_key=server.api_key)
     return Shared(model, store, server, service)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A reference to the tiny model: while a test file uses it, local models are served here."""
+    import datasets
+
+    from distill_datasets import connection
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection, "_server", lambda name, folder, store: shared().server)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield f"embedded:{shared().model}"

@@ -5,13 +5,18 @@ from typing import Any
 
 from distill_datasets.connection import Connection, connect
 from distill_datasets.journal import Journal
+from distill_datasets.producers import Lesson
 from distill_datasets.recipe import Recipe
 from distill_datasets.release import publish
 from distill_datasets.sampler import Logprobs, Reply, Sample, Usage, request_digest
+from distill_datasets.student import Adapted, Student
+from distill_datasets.training import TrainSettings
+from distill_datasets.trainset import locate, open_splits
 from tests.test_release import answer, write_run
+from tests.training_runs import LANGUAGES
 
-LANGUAGES = {"en": "the weather", "de": "der Himmel", "fr": "le ciel", "es": "el cielo"}
 PROMPT = "Reply with the code of the language and nothing else: en, de, fr or es."
+SMALL = TrainSettings(epochs=3, batch_size=4, rank=4, learning_rate=1e-2, evaluate_every=50)
 
 
 def languages(folder: Path, model: str, **changes: Any) -> Recipe:
@@ -61,3 +66,10 @@ def said(connection: Connection, recipe: Recipe, text: str) -> Reply:
         likely = ((-0.5, -1.25),) * len(tokens)
         logprobs = Logprobs(tuple(tokens), (-0.5,) * len(tokens), tops, likely)
     return Reply((Sample(text, "stop", len(tokens), logprobs=logprobs),), Usage(20, 0))
+
+
+def lesson(dataset: Path, model: str, folder: Path, settings: TrainSettings) -> Lesson:
+    """What a producer of lessons begins with: a new student, and the rows to train on."""
+    source, connection = locate(dataset), connect(model)
+    rows = open_splits(source, settings)["train"].render(connection, 512)
+    return Lesson(Student.create(connection, Adapted(rank=4)), rows, source, settings, folder)

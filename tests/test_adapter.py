@@ -18,12 +18,8 @@ from distill_datasets.training import TrainSettings, train
 from tests.hub_fixture import Hub
 from tests.tiny_model import make_tiny_model
 
-pytestmark = [
-    # The SDK leaves one connection of its first request open.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    # PEFT warns that an adapter beside tied embeddings can't be merged, which nobody does here.
-    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*"),
-]
+# PEFT warns that an adapter beside tied embeddings can't be merged, which nobody does here.
+pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*")
 
 QUERIES = ["the sky is blue", "what language is this", "one two three", "Le ciel est bleu"]
 PROMPT = "You are a helpful assistant. Reply with the code of the language and nothing else."

@@ -1,21 +1,16 @@
 """The verbs against a small OpenAI-compatible server that echoes, and a tiny local student."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
 import pytest
 
-from distill_datasets import connection as connections
 from distill_datasets import progress
 from distill_datasets.cli import main
 from tests.openai_server import OpenAIServer, serving
-from tests.shared_server import shared
 from tests.training_runs import ROWS, write
-
-# The SDK leaves one connection of its first request open.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 PRICES = """\
 date: 2026-11-01
@@ -63,6 +58,16 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     found = capsys.readouterr().err
     assert code == 2 and "Traceback" not in found
     return found
+
+
+def test_a_streamed_run_says_when_first_tokens_came(
+    server: OpenAIServer, recipe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # the second finds a finished run
+        assert generate(recipe_folder, tmp_path / "run", "--stream") == 0
+        said = capsys.readouterr().out
+        assert re.search(r"first token: \d\.\d\d s \(median of 6\), 95 % within", said)
+    assert len(server.bodies) == 6
 
 
 def test_a_dry_run_asks_nobody_and_writes_nothing(
@@ -159,12 +164,10 @@ def test_a_run_checks_its_training_settings_before_it_asks_anybody(
 
 
 def test_a_sweep_shows_a_table_with_the_best_marked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(connections, "_server", lambda name, folder, store: shared().server)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     dataset = write(tmp_path / "dataset", train=ROWS[:9], validation=ROWS[29:])
-    sweep = ["sweep", dataset, "--out", tmp_path / "out", "--student", f"embedded:{shared().model}"]
+    sweep = ["sweep", dataset, "--out", tmp_path / "out", "--student", model]
     assert "for example --rank 8 16 32; found none" in refusal(capsys, *sweep)
     flags = ["--rank", "2", "4", "--max-steps", "1", "--no-internalisation"]
     assert main([str(one) for one in (*sweep, *flags)]) == 0

@@ -11,9 +11,6 @@ from distill_datasets.sampler import Message, Sampling
 from distill_datasets.samplers import open_sampler
 from tests.tiny_model import make_tiny_model
 
-# The SDK leaves its first connection open, which Python reports when it is collected.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 QUESTION: list[Message] = [{"role": "user", "content": "What language is this?"}]
 
 

@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tinker_cookbook.renderers import TrainOnWhat
 from tinker_cookbook.supervised import train
-from tinker_cookbook.supervised.types import ChatDatasetBuilderCommonConfig
+from tinker_cookbook.supervised.data import FromConversationFileBuilder
+from tinker_cookbook.supervised.types import ChatDatasetBuilder, ChatDatasetBuilderCommonConfig
 
 from distill_datasets.cookbook import DistilledDatasetBuilder
-from distill_datasets.embedded.process import launch
 from distill_datasets.errors import DatasetError
-from tests.tiny_model import make_tiny_model
-
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+from tests.shared_server import shared
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
+def model() -> Path:
+    return shared().model
 
 
 def rows(folder: Path, **splits: int) -> Path:
@@ -33,14 +32,19 @@ def rows(folder: Path, **splits: int) -> Path:
     return folder
 
 
-def builder(model: Path, dataset: Path, **options: Any) -> DistilledDatasetBuilder:
-    common = ChatDatasetBuilderCommonConfig(
+def common(model: Path, max_length: int = 128, **how: Any) -> ChatDatasetBuilderCommonConfig:
+    return ChatDatasetBuilderCommonConfig(
         model_name_for_tokenizer=str(model),
         renderer_name="qwen3_instruct",
-        max_length=options.pop("max_length", 128),
+        max_length=max_length,
         batch_size=4,
+        **how,
     )
-    return DistilledDatasetBuilder(common_config=common, dataset=str(dataset), **options)
+
+
+def builder(model: Path, dataset: Path, **options: Any) -> DistilledDatasetBuilder:
+    shared_config = common(model, options.pop("max_length", 128))
+    return DistilledDatasetBuilder(common_config=shared_config, dataset=str(dataset), **options)
 
 
 def test_every_row_of_an_epoch_is_in_exactly_one_batch(model: Path, tmp_path: Path) -> None:
@@ -89,29 +93,48 @@ def test_a_split_that_is_not_there_is_named(model: Path, tmp_path: Path) -> None
         builder(model, rows(tmp_path / "data", train=2), train_split="test")()
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_the_cookbooks_loop_trains_on_it(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = rows(tmp_path / "data", train=10, validation=2)
-    with launch(model, name=str(model), store=tmp_path / "store") as server:
-        monkeypatch.setenv("TINKER_API_KEY", server.api_key)
-        config = train.Config(
-            log_path=str(tmp_path / "log"),
-            model_name=str(model),
-            recipe_name="test",
-            renderer_name="qwen3_instruct",
-            dataset_builder=builder(model, dataset),
-            learning_rate=5e-3,
-            num_epochs=3,
-            lora_rank=8,
-            base_url=server.url,
-            save_every=0,
-            eval_every=0,
-            infrequent_eval_every=0,
-        )
+def losses_of(log: Path, learned: ChatDatasetBuilder, **settings: Any) -> list[float]:
+    """Of each step of the cookbook's own loop."""
+    config = train.Config(
+        log_path=str(log),
+        model_name=str(shared().model),
+        recipe_name="test",
+        renderer_name="qwen3_instruct",
+        dataset_builder=learned,
+        learning_rate=5e-3,
+        lora_rank=8,
+        base_url=shared().server.url,
+        eval_every=0,
+        infrequent_eval_every=0,
+        **settings,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINKER_API_KEY", shared().server.api_key)
         asyncio.run(train.main(config))
-    metrics = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").open()]
-    losses = [line["train_mean_nll"] for line in metrics if "train_mean_nll" in line]
+    metrics = [json.loads(line) for line in (log / "metrics.jsonl").open()]
+    return [line["train_mean_nll"] for line in metrics if "train_mean_nll" in line]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_cookbooks_loop_trains_on_it(model: Path, tmp_path: Path) -> None:
+    learned = builder(model, rows(tmp_path / "data", train=10, validation=2))
+    losses = losses_of(tmp_path / "log", learned, num_epochs=3, save_every=0)
     assert len(losses) == 9
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_cookbooks_own_training_runs_unchanged(model: Path, tmp_path: Path) -> None:
+    """On rows that it reads itself, and with checkpoints."""
+    turns = [{"role": "user", "content": "What language is this?"}]
+    answer = {"role": "assistant", "content": "Final Answer: en"}
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join([json.dumps({"messages": [*turns, answer]})] * 8))
+    learned = FromConversationFileBuilder(
+        common_config=common(model, train_on_what=TrainOnWhat.LAST_ASSISTANT_MESSAGE),
+        file_path=str(data),
+    )
+    losses = losses_of(tmp_path / "log", learned, num_epochs=4, save_every=4)
+    assert losses[-1] < losses[0] / 2
+    saved = [json.loads(line) for line in (tmp_path / "log/checkpoints.jsonl").open()]
+    assert saved[-1]["sampler_path"].startswith("tinker://")

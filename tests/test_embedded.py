@@ -24,9 +24,6 @@ from distill_datasets.embedded.worker import Call, Worker
 from distill_datasets.errors import ModelError
 from tests.tiny_model import make_tiny_model
 
-# The SDK leaves its first connection to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 PROMPT = [70, 71, 72, 73, 74, 75]
 ROOT = str(Path(__file__).parents[1])
 # Two threads of a test wait for each other while other tests hold the cores.

@@ -13,11 +13,7 @@ from tinker import types
 
 from tests.shared_server import shared
 
-# The SDK leaves its first connection to the garbage collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 
 # Two threads of a test wait for each other while other tests hold the cores.
 torch.set_num_threads(1)

@@ -10,9 +10,6 @@ from tinker import types
 
 from tests.shared_server import shared
 
-# The SDK leaves its first connection to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 # Two threads of a test wait for each other while other tests hold the cores.
 torch.set_num_threads(1)
 PROMPT = [70, 71, 72, 73, 74, 75]

@@ -20,9 +20,6 @@ from distill_datasets.embedded.process import Server
 from tests.server_log import read_log, trained_batches
 from tests.shared_server import shared
 
-# The SDK leaves its first connection to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 HOUR, DAY = 3600, 86_400
 ADAM = types.AdamParams(learning_rate=1e-3)
 

@@ -16,9 +16,6 @@ from distill_datasets.embedded.engine import MOST_SNAPSHOTS
 from distill_datasets.embedded.process import Server, launch
 from tests.tiny_model import make_tiny_model
 
-# The SDK leaves its first connection to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 # Two threads of a test wait for each other while other tests hold the cores.
 torch.set_num_threads(1)
 ADAM = types.AdamParams(learning_rate=3e-3, beta1=0.9, beta2=0.98, eps=1e-8, weight_decay=0.1)
@@ -118,13 +115,20 @@ def adapter_of(store: Path, path: str) -> Path:
     return store / run.replace(":", "_") / kind / name
 
 
+def both(
+    service: tinker.ServiceClient, model: Path, store: Path
+) -> tuple[tinker.TrainingClient, Reference]:
+    """A new trainee of the server's, and a reference with the same weights."""
+    client = trainee(service)
+    start = client.save_weights_for_sampler("start").result(60)
+    return client, Reference(model, adapter_of(store, start.path))
+
+
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 def test_three_steps_equal_peft_and_adamw(
     service: tinker.ServiceClient, model: Path, store: Path
 ) -> None:
-    client = trainee(service)
-    start = client.save_weights_for_sampler("start").result(60)
-    reference = Reference(model, adapter_of(store, start.path))
+    client, reference = both(service, model, store)
     losses = [learn(client, batch(seed)) for seed in range(3)]
     np.testing.assert_allclose(losses, [reference.learn(batch(seed)) for seed in range(3)], 1e-5)
     after = client.forward(batch(9), "cross_entropy").result(60)
@@ -137,9 +141,7 @@ def test_three_steps_equal_peft_and_adamw(
 def test_gradients_add_up_and_are_clipped(
     service: tinker.ServiceClient, model: Path, store: Path
 ) -> None:
-    client = trainee(service)
-    start = client.save_weights_for_sampler("start").result(60)
-    reference = Reference(model, adapter_of(store, start.path))
+    client, reference = both(service, model, store)
     for seed in (0, 1):
         client.forward_backward(batch(seed), "cross_entropy")
     step = client.optim_step(ADAM.model_copy(update={"grad_clip_norm": 0.5})).result(60)

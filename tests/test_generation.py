@@ -106,6 +106,57 @@ def test_a_second_run_asks_nothing(recipe: Recipe, tmp_path: Path) -> None:
     assert second.rows.to_dict() == first.rows.to_dict()
 
 
+_AGAIN = """
+import sys
+from pathlib import Path
+from distill_datasets.generation import generate
+from distill_datasets.sampler import Echo
+
+made = generate(Path(sys.argv[1]), teacher=Echo(), out=Path(sys.argv[2]))
+print(made.kept, dict(made.rejected), made.errors, "datasets" in sys.modules)
+"""
+
+
+def test_a_finished_run_is_known_by_its_summary_alone(recipe_folder: Path, tmp_path: Path) -> None:
+    made = generate(recipe_folder, teacher=Echo(), out=tmp_path / "run")
+    command = [sys.executable, "-c", _AGAIN, recipe_folder, tmp_path / "run"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert said.strip() == f"{made.kept} {dict(made.rejected)} 0 False"
+
+
+def test_what_was_edited_in_the_recipe_is_in_the_answers_folder_without_asking(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    generate(recipe_folder, teacher=Echo(), out=tmp_path / "run")
+    edit(recipe_folder, "recipe.yaml", "apache-2.0", "cc0-1.0")
+    teacher = Echo()
+    generate(recipe_folder, teacher=teacher, out=tmp_path / "run")
+    assert load_recipe(tmp_path / "run/answers/recipe").license == "cc0-1.0"
+    assert teacher.calls == 0
+
+
+def test_queries_that_the_recipe_does_not_pin_are_read_again(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    rows = [json.dumps({"query": f"thing {number}, colour red"}) for number in range(4)]
+    (elsewhere / "rows.jsonl").write_text("\n".join(rows[:3]))
+    spec = {"path": str(elsewhere), "query": "query"}
+    recipe = load_recipe(recipe_folder).replace(queries=spec)
+    assert generate(recipe, teacher=Echo(), out=tmp_path / "run").kept == 3
+    (elsewhere / "rows.jsonl").write_text("\n".join(rows))
+    assert generate(recipe, teacher=Echo(), out=tmp_path / "run").kept == 4
+
+
+def test_without_its_journal_a_finished_run_is_asked_anew(recipe: Recipe, tmp_path: Path) -> None:
+    generate(recipe, teacher=Echo(), out=tmp_path / "run")
+    (tmp_path / "run/journal.sqlite").unlink()
+    teacher = Echo()
+    generate(recipe, teacher=teacher, out=tmp_path / "run")
+    assert teacher.calls == 6
+
+
 def test_only_failed_rows_are_asked_again(recipe: Recipe, tmp_path: Path) -> None:
     generate(recipe, teacher=Scripted({"a thought": OSError("reset")}), out=tmp_path / "run")
     teacher = Scripted()

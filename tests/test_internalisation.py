@@ -1,13 +1,10 @@
 """How much of the prompt is in the weights: the number, and where it stands in a report."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import pytest
 
-from distill_datasets import connection as connections
 from distill_datasets.connection import connect
 from distill_datasets.errors import DatasetError
 from distill_datasets.internalisation import (
@@ -18,21 +15,9 @@ from distill_datasets.internalisation import (
     per_token,
 )
 from distill_datasets.student import Adapted, Student
-from tests.shared_server import shared
 from tests.test_report import compare, make_run
 
-# The SDK leaves one connection of its first request open.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 BOUNDS = Bounds(groups=["a", "b", "c"], tokens=[2, 2, 4], base=[8.0, 6.0, 10.0], teacher=[1, 1, 2])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connections, "_server", lambda name, folder, store: shared().server)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield f"embedded:{shared().model}"
 
 
 def test_the_base_scores_nothing_and_the_teacher_everything() -> None:

@@ -2,13 +2,22 @@ import asyncio
 import sqlite3
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from distill_datasets.errors import OutputError
 from distill_datasets.journal import Journal
-from distill_datasets.sampler import Reply, Sample, Usage
+from distill_datasets.sampler import (
+    Message,
+    Reply,
+    Sample,
+    Sampling,
+    Usage,
+    digest,
+    request_digest,
+)
 
 REPLY = Reply((Sample('réponse "x"\n', "stop", 3),), Usage(7, 2))
 
@@ -30,9 +39,18 @@ def test_a_second_purchase_keeps_the_first_answer_and_is_counted(tmp_path: Path)
 
 _BUYING = """
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from distill_datasets.journal import Journal
-from distill_datasets.sampler import Reply, Sample, Usage
+from distill_datasets.sampler import (
+    Message,
+    Reply,
+    Sample,
+    Sampling,
+    Usage,
+    digest,
+    request_digest,
+)
 
 name = sys.argv[2]
 with Journal(Path(sys.argv[1])) as journal:
@@ -127,3 +145,24 @@ def test_a_journal_of_an_earlier_version_gets_room_for_rejections(tmp_path: Path
     with Journal(path) as journal:
         journal.reject("b", "m", type="bad request", status=400, message="no")
         assert journal.get("a") == REPLY and journal.rejection("b") is not None
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(0.0, stop=("\n", "é"), seed=3),
+        Sampling(json_schema='{"a": 1}', extra='{"x": "ü"}', top_logprobs=0),
+    ],
+)
+def test_a_request_is_kept_under_the_digest_of_all_it_says(sampling: Sampling) -> None:
+    unset = {name for name in ("top_logprobs", "json_schema", "extra")} - {
+        name for name, value in asdict(sampling).items() if value is not None
+    }
+    said = {name: value for name, value in asdict(sampling).items() if name not in unset}
+    messages: list[Message] = [
+        {"role": "system", "content": 'Say "é",\n\tthen \u2028 😀 \x01.'},
+        {"content": "", "role": "user"},
+    ]
+    whole = digest({"model": "a/“b”", "messages": messages, "sampling": said})
+    assert request_digest("a/“b”", messages, sampling) == whole

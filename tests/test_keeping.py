@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from tinker_cookbook.tokenizer_utils import register_tokenizer
 
@@ -23,22 +22,12 @@ from tests.server_log import trained_batches
 from tests.shared_server import shared
 from tests.training_runs import QUICK, ROWS, at_step, metrics, write
 
-# The SDK leaves one connection of its first request open.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 LONGER = replace(QUICK, epochs=5, evaluate_every=4, save_every=8, rolling_every=3, ttl_seconds=7200)
 
 
-@pytest.fixture(scope="module")
-def model() -> str:
-    return f"embedded:{shared().model}"
-
-
 @pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _quick(model: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connections, "_server", lambda name, folder, store: shared().server)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         patch.setattr(TrainingFolder, "draw", lambda folder: None)
         yield
 

@@ -5,11 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 
-from distill_datasets import connection as connections
 from distill_datasets.connection import connect
 from distill_datasets.objective_settings import ObjectiveSettings
 from distill_datasets.on_policy import (
@@ -24,56 +22,20 @@ from distill_datasets.scoring import Ranking, Scorer
 from distill_datasets.student import Adapted, Student
 from distill_datasets.training import TrainSettings, train
 from distill_datasets.training_plan import Step
-from distill_datasets.trainset import locate, open_splits
-from tests.shared_server import shared
-from tests.soft_releases import PROMPT, release
+from tests.soft_releases import PROMPT, SMALL, lesson, release
 from tests.training_runs import metrics
-
-# The SDK leaves one connection of its first request open.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 STEP = Step(1, 0, [0, 3], 1e-2)
 
 
 @pytest.fixture(scope="module")
-def model() -> str:
-    return f"embedded:{shared().model}"
-
-
-@pytest.fixture(scope="module")
-def server() -> Any:
-    return shared().server
-
-
-@pytest.fixture(scope="module")
-def tiny_release(model: str, server: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connections, "_server", lambda name, folder, store: server)
-        return release(tmp_path_factory.mktemp("release"), model)
-
-
-@pytest.fixture(autouse=True)
-def _quick(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "_server", lambda name, folder, store: server)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def tiny_release(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return release(tmp_path_factory.mktemp("release"), model)
 
 
 def settings(**objective: Any) -> TrainSettings:
     chosen = ObjectiveSettings(**{"name": "on_policy", "max_tokens": 3, "top_k": 4, **objective})
-    return TrainSettings(
-        objective=chosen,
-        epochs=2,
-        batch_size=4,
-        rank=4,
-        learning_rate=1e-2,
-        evaluate_every=50,
-    )
-
-
-def lesson(dataset: Path, model: str, folder: Path, **objective: Any) -> Lesson:
-    chosen, source, connection = settings(**objective), locate(dataset), connect(model)
-    rows = open_splits(source, chosen)["train"].render(connection, 512)
-    return Lesson(Student.create(connection, Adapted(rank=4)), rows, source, chosen, folder)
+    return replace(SMALL, epochs=2, objective=chosen)
 
 
 def rollouts(lesson: Lesson) -> list[Rollout]:
@@ -130,7 +92,7 @@ def test_the_teacher_scores_the_students_own_tokens_under_the_prompt(
     """Student and teacher are one model here: new LoRA weights change nothing."""
     connection = connect(model)
     scorer, renderer = Scorer(connection), connection.renderer
-    found = rollouts(lesson(tiny_release, model, tmp_path))
+    found = rollouts(lesson(tiny_release, model, tmp_path, settings()))
     for one, query in zip(found, ("the weather 0", "el cielo 3"), strict=True):
         asked: Any = [{"role": "user", "content": query}]
         contexts = [asked, [{"role": "system", "content": PROMPT}, *asked]]
@@ -146,8 +108,8 @@ def test_the_same_weights_step_and_seed_sample_the_same(
     tiny_release: Path, model: str, tmp_path: Path
 ) -> None:
     def sampled(seed: int) -> list[list[int]]:
-        seeded = lesson(tiny_release, model, tmp_path, samples=2)
-        seeded = replace(seeded, settings=replace(seeded.settings, seed=seed))
+        chosen = replace(settings(samples=2), seed=seed)
+        seeded = lesson(tiny_release, model, tmp_path, chosen)
         return [list(one.tokens) for one in rollouts(seeded)]
 
     first = sampled(0)
@@ -198,7 +160,7 @@ def test_without_staleness_a_step_is_sampled_with_the_weights_it_changes(
             events.append("learn")
             return super().learn(*what)
 
-    taught = lesson(tiny_release, model, tmp_path, stale=stale)
+    taught = lesson(tiny_release, model, tmp_path, settings(stale=stale))
     student = Watched.create(connect(model), Adapted(rank=4))
     steps = [STEP, replace(STEP, number=2)]
     with closing(OnPolicyProducer(replace(taught, student=student))) as producer:

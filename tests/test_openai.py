@@ -557,6 +557,16 @@ def test_a_streamed_run_journals_the_time_to_each_first_token_and_has_the_same_r
         with Journal(run.path / "journal.sqlite") as journal:
             replies = [journal.get(digest) for digest, _ in journal]
         assert [reply.first_token_seconds is not None for reply in replies] == [stream] * 6
+    assert runs[0].first_token is None
+    seconds = sorted(reply.first_token_seconds for reply in replies)
+    assert runs[1].first_token == {
+        "answers": 6,
+        "median": (seconds[2] + seconds[3]) / 2,
+        "p95": seconds[5],
+    }
+    assert (
+        generate(recipe_folder, teacher="openai:echo-small", out=tmp_path / "streamed") == runs[1]
+    )
 
 
 def test_generating_leaves_no_connection_open(

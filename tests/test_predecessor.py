@@ -4,9 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 
@@ -21,23 +19,7 @@ from tests.server_log import trained_batches
 from tests.shared_server import shared
 from tests.training_runs import QUICK, ROWS, metrics, write
 
-# The SDK leaves one connection of its first request open.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 SETTINGS = replace(QUICK, epochs=1, evaluate_every=50, internalisation=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connections, "_server", lambda name, folder, store: shared().server)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
-
-
-@pytest.fixture(scope="module")
-def model() -> str:
-    return f"embedded:{shared().model}"
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,6 @@ from distill_datasets.samplers.processes import ProcessSampler
 from distill_datasets.samplers.tinker import TinkerSampler
 from tests import tinker_endpoint
 
-# The SDK leaves its first connection to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 ROOT = Path(__file__).parents[1]
 ASKED: list[Message] = [{"role": "user", "content": "Und?"}]
 

@@ -136,3 +136,20 @@ def test_replacing_a_field_validates_it(recipe_folder: Path) -> None:
     recipe = load_recipe(recipe_folder)
     assert recipe.replace(teacher="tinker:x").teacher == "tinker:x"
     assert isinstance(recipe.replace(teacher="tinker:x"), Recipe)
+
+
+_ALONE = ["{{ answer }}", "{{answer}}", "{{ answer}}\n", "{{- answer }}"]
+
+
+@pytest.mark.parametrize("template", _ALONE)
+def test_a_response_that_is_the_answer_keeps_it_as_it_is(
+    template: str, recipe_folder: Path
+) -> None:
+    said = " {{ text }} <é>\n"
+    recipe = load_recipe(recipe_folder).replace(response=template)
+    assert recipe.write_response("text", said) == said
+
+
+def test_a_response_of_a_literal_is_that_literal(recipe_folder: Path) -> None:
+    recipe = load_recipe(recipe_folder).replace(response="{{ 1 }}")
+    assert recipe.write_response("text", "answer") == "1"

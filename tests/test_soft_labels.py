@@ -11,7 +11,6 @@ import datasets
 import numpy as np
 import pytest
 
-from distill_datasets import connection as connections
 from distill_datasets import soft_labels
 from distill_datasets.connection import connect
 from distill_datasets.errors import DatasetError, ModelError
@@ -22,55 +21,18 @@ from distill_datasets.scoring import Scorer, require_same_tokenizer
 from distill_datasets.soft_labels import get_soft_labels
 from distill_datasets.soft_rows import chosen_rows
 from distill_datasets.soft_targets import SoftExample
-from distill_datasets.student import Adapted, Student
 from distill_datasets.training import TrainSettings, train
-from distill_datasets.trainset import locate, open_splits
-from tests.shared_server import shared
-from tests.soft_releases import LANGUAGES, PROMPT, release
-from tests.training_runs import metrics, write
-
-# The SDK leaves one connection of its first request open.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-SOFT = ObjectiveSettings(name="soft", top_k=4)
+from tests.soft_releases import PROMPT, SMALL, lesson, release
+from tests.training_runs import LANGUAGES, metrics, write
 
 
 @pytest.fixture(scope="module")
-def model() -> str:
-    return f"embedded:{shared().model}"
+def tiny_release(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return release(tmp_path_factory.mktemp("release"), model)
 
 
-@pytest.fixture(scope="module")
-def server() -> Any:
-    return shared().server
-
-
-@pytest.fixture(scope="module")
-def tiny_release(model: str, server: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connections, "_server", lambda name, folder, store: server)
-        return release(tmp_path_factory.mktemp("release"), model)
-
-
-@pytest.fixture(autouse=True)
-def _quick(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "_server", lambda name, folder, store: server)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def settings(objective: ObjectiveSettings = SOFT, **changes: Any) -> TrainSettings:
-    quick = {"epochs": 3, "batch_size": 4, "rank": 4, "learning_rate": 1e-2, "evaluate_every": 50}
-    fields = {**quick, **changes}
-    return TrainSettings(objective=objective, **fields)
-
-
-def lesson(dataset: Path, model: str, folder: Path, **objective: Any) -> Lesson:
-    chosen = settings(ObjectiveSettings(**{"name": "soft", "top_k": 4, **objective}))
-    source = locate(dataset)
-    connection = connect(model)
-    rows = open_splits(source, chosen)["train"].render(connection, 512)
-    student = Student.create(connection, Adapted(rank=4))
-    return Lesson(student, rows, source, chosen, folder)
+def settings(**objective: Any) -> TrainSettings:
+    return replace(SMALL, objective=ObjectiveSettings(**{"name": "soft", "top_k": 4, **objective}))
 
 
 def soft_examples(lesson: Lesson) -> dict[int, SoftExample]:
@@ -105,7 +67,7 @@ def responses(examples: dict[int, SoftExample], model: str) -> list[str]:
 def test_a_response_is_scored_under_the_prompt_that_the_student_never_sees(
     tiny_release: Path, model: str, tmp_path: Path
 ) -> None:
-    examples = soft_examples(lesson(tiny_release, model, tmp_path, labels="scored"))
+    examples = soft_examples(lesson(tiny_release, model, tmp_path, settings(labels="scored")))
     assert len(examples) == 8
     tokenizer = connect(model).tokenizer
     for number in (0, 5):
@@ -124,7 +86,7 @@ def test_the_probability_of_a_choice_is_that_of_all_its_tokens(
     tiny_release: Path, model: str, tmp_path: Path
 ) -> None:
     """The first differing place of "Final Answer: xx" against the same by transformers."""
-    examples = soft_examples(lesson(tiny_release, model, tmp_path))
+    examples = soft_examples(lesson(tiny_release, model, tmp_path, settings()))
     tokenizer = connect(model).tokenizer
     labels = examples[0].labels
     context = prompted(model, "the weather 0")
@@ -159,11 +121,11 @@ def test_what_is_scored_once_is_never_asked_again(
     tiny_release: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for source in ("scored", "choices"):
-        first = soft_examples(lesson(tiny_release, model, tmp_path, labels=source))
+        first = soft_examples(lesson(tiny_release, model, tmp_path, settings(labels=source)))
         with monkeypatch.context() as patch:
             patch.delattr(Scorer, "read")
             patch.delattr(Scorer, "following")
-            again = soft_examples(lesson(tiny_release, model, tmp_path, labels=source))
+            again = soft_examples(lesson(tiny_release, model, tmp_path, settings(labels=source)))
         for place, example in first.items():
             assert np.array_equal(example.labels.logprobs, again[place].labels.logprobs)
             assert np.array_equal(example.labels.ids, again[place].labels.ids)
@@ -172,7 +134,7 @@ def test_what_is_scored_once_is_never_asked_again(
 def test_only_the_rows_that_are_trained_on_are_scored(
     tiny_release: Path, model: str, tmp_path: Path
 ) -> None:
-    whole = lesson(tiny_release, model, tmp_path, labels="scored")
+    whole = lesson(tiny_release, model, tmp_path, settings(labels="scored"))
     few = replace(whole, settings=replace(whole.settings, max_rows=3))
     assert len(soft_examples(few)) == 3
 
@@ -180,7 +142,7 @@ def test_only_the_rows_that_are_trained_on_are_scored(
 def test_soft_training_brings_the_student_near_the_teachers_distribution(
     tiny_release: Path, model: str, tmp_path: Path
 ) -> None:
-    chosen = settings(ObjectiveSettings(name="soft", top_k=4, labels="scored"), epochs=6)
+    chosen = replace(settings(labels="scored"), epochs=6)
     training = train(tiny_release, student=model, out=tmp_path / "out", settings=chosen)
     apart = metrics(training, "kl")
     assert apart[12] < apart[1] / 2
@@ -190,11 +152,9 @@ def test_soft_training_brings_the_student_near_the_teachers_distribution(
 def test_alpha_1_is_the_loss_of_the_hard_labels(
     tiny_release: Path, model: str, tmp_path: Path
 ) -> None:
-    hard = settings(ObjectiveSettings(name="soft", alpha=1.0, labels="choices"))
+    hard = settings(top_k=20, alpha=1.0, labels="choices")
     soft = train(tiny_release, student=model, out=tmp_path / "soft", settings=hard)
-    sft = train(
-        tiny_release, student=model, out=tmp_path / "sft", settings=settings(ObjectiveSettings())
-    )
+    sft = train(tiny_release, student=model, out=tmp_path / "sft", settings=SMALL)
     for step, loss in metrics(sft).items():
         assert metrics(soft)[step] == pytest.approx(loss, abs=2e-4)
         assert metrics(soft, "kl")[step] == pytest.approx(loss, abs=2e-4)
@@ -213,7 +173,7 @@ def test_labels_that_generation_bought_are_released_and_learned_without_asking(
     assert len(rows) == 12 and rows[0]["tokens"][-1] == connect(model).tokenizer.eos_token_id
     assert rows.features["top_logprobs"].feature.feature.dtype == "float16"
     monkeypatch.delattr(Scorer, "read")
-    examples = soft_examples(lesson(path, model, tmp_path, labels="stored", top_k=2))
+    examples = soft_examples(lesson(path, model, tmp_path, settings(labels="stored", top_k=2)))
     assert responses(examples, model)[1] == "Final Answer: de"
     labels = examples[1].labels
     assert labels.ids.tolist() == [[token, (token + 1) % 500] for token in labels.tokens]
@@ -233,18 +193,18 @@ def test_responses_that_were_written_anew_have_no_stored_labels(model: str, tmp_
     path = release(tmp_path / "made", model, sampling={"top_logprobs": 2}, response="{{ answer }}")
     assert not (path / "soft").exists()
     with pytest.raises(DatasetError, match="0 of 8 rows.*labels='scored'"):
-        soft_examples(lesson(path, model, tmp_path, labels="stored", top_k=2))
+        soft_examples(lesson(path, model, tmp_path, settings(labels="stored", top_k=2)))
 
 
 def test_more_tokens_than_are_stored_can_not_be_learned(model: str, tmp_path: Path) -> None:
     path = release(tmp_path / "made", model, sampling={"top_logprobs": 2})
     with pytest.raises(DatasetError, match="top_k=2"):
-        soft_examples(lesson(path, model, tmp_path, labels="stored"))
+        soft_examples(lesson(path, model, tmp_path, settings(labels="stored")))
 
 
 def test_choices_teach_a_student_that_answers_in_another_form(model: str, tmp_path: Path) -> None:
     path = release(tmp_path / "made", model, response="It is {{ answer }}.")
-    examples = soft_examples(lesson(path, model, tmp_path))
+    examples = soft_examples(lesson(path, model, tmp_path, settings()))
     assert responses(examples, model)[:2] == ["It is en.", "It is de."]
     first = examples[0].labels
     parting = next(place for place, ids in enumerate(first.ids.tolist()) if any(ids[1:]))
@@ -257,12 +217,7 @@ def test_a_response_that_the_teacher_would_not_say_is_not_scored(
     path = release(tmp_path / "made", model, response="It is {{ answer }}.")
     for objective in ({"labels": "scored"}, {"name": "on_policy"}):
         with pytest.raises(DatasetError, match="8 of 8 responses.*'It is en.'"):
-            train(
-                path,
-                student=model,
-                out=tmp_path / "out",
-                settings=settings(ObjectiveSettings(**{"name": "soft", **objective})),  # type: ignore[arg-type]
-            )
+            train(path, student=model, out=tmp_path / "out", settings=settings(**objective))
         shutil.rmtree(tmp_path / "out")
 
 
@@ -275,7 +230,7 @@ def test_a_response_outside_the_choices_is_named(
     recipe.write_text(recipe.read_text().replace("  - es\n", ""))
     assert "- es" not in recipe.read_text()
     with pytest.raises(DatasetError, match="none of the recipe's choices.*'Final Answer: es'"):
-        soft_examples(lesson(path, model, tmp_path))
+        soft_examples(lesson(path, model, tmp_path, settings()))
 
 
 @pytest.mark.parametrize("name", ["soft", "on_policy"])
@@ -285,18 +240,13 @@ def test_a_dataset_without_a_recipe_is_refused_before_anything_is_scored(
     rows = [{"id": "a", "sample": 0, "query": "le ciel", "response": "fr"}]
     folder = write(tmp_path / "dataset", train=rows)
     with pytest.raises(DatasetError, match="how its teacher is asked.*'sft'"):
-        train(
-            folder,
-            student=model,
-            out=tmp_path / "out",
-            settings=settings(ObjectiveSettings(name=name)),
-        )
+        train(folder, student=model, out=tmp_path / "out", settings=settings(name=name))
 
 
 def test_a_dataset_without_a_releases_columns_is_refused(model: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "dataset", train=[{"query": "le ciel", "response": "fr"}])
     with pytest.raises(DatasetError, match=r"lacks \['id', 'sample'\]"):
-        soft_examples(lesson(folder, model, tmp_path))
+        soft_examples(lesson(folder, model, tmp_path, settings()))
 
 
 def test_a_teacher_of_another_tokenizer_is_refused_with_both_named(model: str) -> None:
@@ -310,11 +260,11 @@ def test_a_teacher_that_gives_no_probabilities_is_refused(
     tiny_release: Path, model: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match="'openai:gpt' of .* can't be asked for probabilities"):
-        soft_examples(lesson(tiny_release, model, tmp_path, teacher="openai:gpt"))
+        soft_examples(lesson(tiny_release, model, tmp_path, settings(teacher="openai:gpt")))
 
 
 def test_scores_are_in_the_trainings_own_folder(
     tiny_release: Path, model: str, tmp_path: Path
 ) -> None:
-    soft_examples(lesson(tiny_release, model, tmp_path, labels="scored"))
+    soft_examples(lesson(tiny_release, model, tmp_path, settings(labels="scored")))
     assert (tmp_path / soft_labels.SCORES).is_file()

@@ -7,16 +7,11 @@ import pytest
 import tinker
 from tinker.types import RequestErrorCategory
 
-from distill_datasets import connection as connections
 from distill_datasets.batches import Example, Update, datums, supervised_batch
-from distill_datasets.connection import Connection
+from distill_datasets.connection import Connection, connect
 from distill_datasets.errors import ModelError, OutputError
 from distill_datasets.sampler import Message, Sampling
 from distill_datasets.student import Adapted, PendingStep, Student, _explained
-from tests.shared_server import shared
-
-# The SDK leaves one connection of its first request open.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 EXAMPLES = [
     Example([5, 17, 40, 41, 42, 2], [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]),
@@ -25,10 +20,8 @@ EXAMPLES = [
 
 
 @pytest.fixture(scope="module")
-def connection() -> Iterator[Connection]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connections, "_server", lambda *_: shared().server)
-        connection = connections.connect(f"embedded:{shared().model}")
+def connection(model: str) -> Iterator[Connection]:
+    connection = connect(model)
     with connection.service:
         yield connection
 

@@ -1,33 +1,19 @@
 """A grid of trainings, against the real embedded server and a tiny random model."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 
 from distill_datasets import connection as connections
+from distill_datasets import validation_bounds as bounds
 from distill_datasets.errors import DatasetError, ModelError, SettingsError
 from distill_datasets.sweeping import Sweep, Trial, sweep
-from tests.tiny_model import make_tiny_model
+from tests.soft_releases import release
 from tests.training_runs import QUICK, ROWS, write
-
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    from distill_datasets.embedded.process import launch
-
-    folder = make_tiny_model(tmp_path_factory.mktemp("model"))
-    store = tmp_path_factory.mktemp("store")
-    with launch(folder, name="tiny", store=store) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connections, "_server", lambda name, folder, store: server)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield f"embedded:{folder}"
 
 
 @pytest.fixture
@@ -67,6 +53,29 @@ def test_a_larger_grid_trains_only_what_is_new(dataset: Path, model: str, tmp_pa
     more = swept(dataset, model, tmp_path / "out", rank=[2, 4])
     assert more.trials[0] == first.trials[0] and len(more.trials) == 2
     assert log.stat().st_mtime_ns == written
+
+
+def test_base_and_teacher_are_asked_once_for_all_trials_on_the_same_answers(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, asked = bounds.measure_bounds, list[int]()
+
+    def counted(answers: Sequence[Any], **models: Any) -> Any:
+        asked.append(len(answers))
+        return measure(answers, **models)
+
+    monkeypatch.setattr(bounds, "measure_bounds", counted)
+    said = "The answer is {{ answer }} and nothing else at all."
+    labels = release(tmp_path / "labels", model, response=said)
+    swept(labels, model, tmp_path / "out", rank=[2, 4])
+    assert asked == [4]
+    first, second = (file.read_text() for file in (tmp_path / "out").glob("*/bounds.json"))
+    assert first == second
+    others = release(tmp_path / "others", model, response=said, prompt="Name the language.")
+    swept(others, model, tmp_path / "more", rank=[2])
+    assert asked == [4, 4]
+    (third,) = (file.read_text() for file in (tmp_path / "more").glob("*/bounds.json"))
+    assert third != first
 
 
 class Counted:

@@ -13,7 +13,7 @@ import tinker
 from tinker_cookbook.renderers import get_renderer
 from transformers import AutoTokenizer
 
-from distill_datasets import resources, samplers
+from distill_datasets import resources, samplers, sdk
 from distill_datasets.connection import Connection
 from distill_datasets.errors import (
     AccessError,
@@ -28,9 +28,6 @@ from distill_datasets.sampler import Logprobs, Message, Reply, Sampling
 from distill_datasets.samplers.prompts import Prompts
 from distill_datasets.samplers.tinker import TinkerSampler, classified
 from tests import tinker_endpoint
-
-# The SDK leaves its first connection to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 RENDERERS = ["qwen3_instruct", "qwen3", "role_colon", "distill_datasets/chat_template"]
 PROMPT = "Say which language the sentence is in.\n\nLabels:\n- en: English\n- de: German\n\n" * 3
@@ -224,7 +221,7 @@ class Ended:
 def test_a_local_server_that_ended_is_noticed_while_the_sdk_still_tries(
     canned: TinkerSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(samplers.tinker, "_GLANCE", 0.0)
+    monkeypatch.setattr(sdk, "GLANCE", 0.0)
     never: Future[object] = Future()
     local = replace(canned.connection, server=Ended())  # type: ignore[arg-type]
     with pytest.raises(ServiceError, match="ended, .*last words: 'Killed'"):

@@ -14,6 +14,7 @@ import datasets
 import pytest
 
 from distill_datasets import connection as connections
+from distill_datasets import sdk
 from distill_datasets import student as students
 from distill_datasets.errors import (
     DatasetError,
@@ -31,19 +32,8 @@ from tests.server_log import trained_batches
 from tests.shared_server import shared
 from tests.training_runs import QUICK, ROWS, Rows, at_step, metrics, write
 
-# The SDK leaves one connection of its first request open.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(scope="module")
-def model() -> str:
-    return f"embedded:{shared().model}"
-
-
-@pytest.fixture(autouse=True)
-def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "_server", lambda name, folder, store: shared().server)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+# As it is before `model` has every connection served by the tests' own.
+_START_SERVER = connections._server
 
 
 @pytest.fixture
@@ -222,10 +212,9 @@ def test_a_killed_training_and_a_killed_server_change_no_loss(
     assert child.wait() == -signal.SIGKILL
     killed_at = TrainingFolder(out).checkpoints[-1].step
     assert 0 < killed_at < 30
-    monkeypatch.undo()
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(connections, "_server", _START_SERVER)
     with monkeypatch.context() as patch:
-        patch.setattr(students, "_GLANCE", 0.1)
+        patch.setattr(sdk, "GLANCE", 0.1)
         at_step(8, kill_own_server, patch)
         with pytest.raises(ServiceError, match="run it again to continue"):
             train(dataset, student=model, out=out, settings=eval(settings))

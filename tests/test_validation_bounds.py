@@ -2,49 +2,26 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 
-from distill_datasets import connection as connections
 from distill_datasets.connection import connect
 from distill_datasets.errors import SettingsError
 from distill_datasets.objective_settings import ObjectiveSettings
 from distill_datasets.producers import Lesson
 from distill_datasets.scoring import Scorer
-from distill_datasets.student import Adapted, Student
 from distill_datasets.training import TrainSettings, train
-from distill_datasets.trainset import Rendered, locate, open_splits
+from distill_datasets.trainset import Rendered, open_splits
 from distill_datasets.validation_bounds import validation_bounds
-from tests.shared_server import shared
-from tests.soft_releases import PROMPT, release
+from tests.soft_releases import PROMPT, SMALL, lesson, release
 from tests.training_runs import at_step, metrics, write
 
-# The SDK leaves one connection of its first request open.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-SETTINGS = TrainSettings(
-    epochs=3, batch_size=4, rank=4, learning_rate=1e-2, evaluate_every=2, rolling_every=2
-)
+SETTINGS = replace(SMALL, evaluate_every=2, rolling_every=2)
 WHY_NOT = "train: no internalisation score: "
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connections, "_server", lambda name, folder, store: shared().server)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
-
-
-@pytest.fixture(scope="module")
-def model() -> str:
-    return f"embedded:{shared().model}"
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +34,19 @@ def labels(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return release(tmp_path_factory.mktemp("labels"), model, response=said)
 
 
-def lesson(
+def validated(
     dataset: Path, model: str, folder: Path, settings: TrainSettings = SETTINGS
 ) -> tuple[Lesson, Rendered]:
-    source, connection = locate(dataset), connect(model)
-    splits = open_splits(source, settings)
-    train, validation = (splits[name].render(connection, 512) for name in ("train", "validation"))
-    student = Student.create(connection, Adapted(rank=4))
-    return Lesson(student, train, source, settings, folder), validation
+    """What is taught, and the rows it is validated with."""
+    taught = lesson(dataset, model, folder, settings)
+    return taught, open_splits(taught.source, settings)["validation"].render(connect(model), 512)
 
 
 def test_base_and_teacher_are_asked_about_what_each_would_say(
     labels: Path, model: str, tmp_path: Path
 ) -> None:
     """A new student is the base; the teacher's own words follow its prompt and the query."""
-    taught, rows = lesson(labels, model, tmp_path)
+    taught, rows = validated(labels, model, tmp_path)
     bounds = validation_bounds(taught, rows)
     assert bounds is not None
     losses = taught.student.loss(list(rows.batches(4))).rows()
@@ -141,7 +116,7 @@ def refused(
 ) -> str:
     """Why there is no score: one line, and nothing is written."""
     capsys.readouterr()
-    assert validation_bounds(*lesson(dataset, model, folder, settings)) is None
+    assert validation_bounds(*validated(dataset, model, folder, settings)) is None
     assert not (folder / "bounds.json").exists()
     (why,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(WHY_NOT)]
     return why

@@ -16,7 +16,6 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, cast
 
 from distill_datasets.errors import RetryableError, ServiceError, SettingsError
@@ -105,12 +104,7 @@ class ProcessSampler:
         """Use the sampler for a block."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """End the workers with the block."""
         self.close()
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import tinker
 
-from distill_datasets.connection import Connection, ended, explained
+from distill_datasets import sdk
+from distill_datasets.connection import Connection
 from distill_datasets.errors import ModelError, RejectedError, RetryableError, ServiceError
 from distill_datasets.sampler import Logprobs, Message, Reply, Sample, Sampling, Usage
 from distill_datasets.samplers.prompts import Prompts
-
-_GLANCE = 2.0  # seconds between looks at whether a local server still runs
 
 
 class TinkerSampler:
@@ -25,7 +24,7 @@ class TinkerSampler:
         """
         self.connection = connection
         path = connection.model_path
-        with explained(connection.reference):
+        with sdk.explained(connection.reference):
             self.client = (
                 client
                 or connection.service.create_sampling_client(
@@ -59,7 +58,7 @@ class TinkerSampler:
                 f"`sampling.extra`, found {sampling.extra}."
             )
         tokens = self._prompts.tokens(messages)
-        with explained(self.model), classified():
+        with sdk.explained(self.model), classified():
             request = self.client.sample(
                 _model_input(tokens),
                 sampling.n,
@@ -133,13 +132,13 @@ async def answered(request: Any, connection: Connection) -> Any:
 
     def glance() -> None:
         nonlocal timer, gone
-        if (gone := ended(connection)) is None:
-            timer = loop.call_later(_GLANCE, glance)
+        if (gone := connection.ended()) is None:
+            timer = loop.call_later(sdk.GLANCE, glance)
         else:
             waiting.cancel()
 
     if connection.server is not None:
-        timer = loop.call_later(_GLANCE, glance)
+        timer = loop.call_later(sdk.GLANCE, glance)
     try:
         return await waiting
     except asyncio.CancelledError:

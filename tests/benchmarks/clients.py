@@ -59,8 +59,10 @@ def ours(work: Work) -> tuple[float, int]:
     """`generate`, with its journal, its limits and its answers folder."""
     from distill_datasets.garbage import collect_rarely
 
+    run = work.folder / "run"
     with collect_rarely():  # as the command line does
-        import pyarrow  # noqa: F401 - start-up, not work
+        if not run.is_dir():  # a finished run needs none of it
+            import datasets  # noqa: F401 - start-up, not work
 
         from distill_datasets import progress
         from distill_datasets.generation import generate
@@ -70,7 +72,7 @@ def ours(work: Work) -> tuple[float, int]:
     teacher = OpenAISampler("bench", base_url=work.url, timeout=work.timeout)
     recipe = write_recipe(work.folder / "recipe", work.rows)
     began = time.perf_counter()
-    made = generate(recipe, teacher=teacher, out=work.folder / "run", concurrency=work.concurrency)
+    made = generate(recipe, teacher=teacher, out=run, concurrency=work.concurrency)
     return time.perf_counter() - began, made.kept
 
 
