@@ -12,15 +12,6 @@ from distill_datasets.sdk import explained
 from distill_datasets.training_settings import TrainSettings
 
 _LONGEST = 4096  # tokens a row: what a local machine holds; more must be asked for
-# What each objective trains with; the first is what all servers have.
-_LOSSES = {
-    ("sft", "reverse"): "cross_entropy",
-    ("sft", "forward"): "cross_entropy",
-    ("soft", "reverse"): "cross_entropy",
-    ("soft", "forward"): "cross_entropy",
-    ("on_policy", "reverse"): "importance_sampling",
-    ("on_policy", "forward"): "cross_entropy",
-}
 
 
 def require_trainable(connection: Connection, settings: TrainSettings) -> int:
@@ -47,7 +38,7 @@ def require_stated(
             f"rank must be at most {most} for {connection.base_model!r}; found {settings.rank}."
         )
     losses = stated.get("loss_fns")
-    loss = _LOSSES[settings.objective.name, settings.objective.kl]
+    loss = "importance_sampling" if settings.objective.policy_gradient else "cross_entropy"
     if losses is not None and loss not in losses:
         raise ModelError(
             f"The objective {settings.objective.name!r} needs the loss {loss!r}, which the server "

@@ -29,10 +29,11 @@ class ObjectiveSettings:
     answer set, "stored" those that generation kept, "scored" the teacher reads each response under
     its prompt; "auto" takes the first of these that the release allows.
 
-    For "on_policy": `kl` "reverse" corrects each token that the student chose, "forward" teaches
-    the teacher's `top_k` there. `samples` answers of at most `max_tokens` (the recipe's, when
-    None) are sampled for each query, with weights that are at most `stale` steps old (0 or 1):
-    with 1 the next batch is sampled while this one is learned.
+    For "on_policy": `kl` "reverse" corrects the student's `top_k` probabilities at each place that
+    it reaches, or with 0 the sampled token alone; "forward" teaches the teacher's `top_k` there.
+    `samples` answers of at most `max_tokens` (the recipe's, when None) are sampled for each query,
+    with weights that are at most `stale` steps old (0 or 1): with 1 the next batch is sampled while
+    this one is learned.
     """
 
     name: Literal["sft", "soft", "on_policy"] = "sft"
@@ -52,13 +53,27 @@ class ObjectiveSettings:
             if getattr(self, field) not in known:
                 found = getattr(self, field)
                 raise SettingsError(f"objective.{field} must be one of {known}; found {found!r}.")
-        for field in ("top_k", "samples", "max_tokens"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise SettingsError(f"objective.{field} must be at least 1; found {value!r}.")
-        if not 0 < self.temperature < math.inf:
-            raise SettingsError(f"temperature must be above 0; found {self.temperature!r}.")
-        if not 0 <= self.alpha <= 1:
-            raise SettingsError(f"alpha must be from 0 to 1; found {self.alpha!r}.")
-        if self.stale not in (0, 1):
-            raise SettingsError(f"objective.stale must be 0 or 1; found {self.stale!r}.")
+        shifts = self.name == "on_policy" and self.kl == "reverse"
+        wanted = {
+            "top_k": (
+                self.policy_gradient or self.top_k > shifts,
+                "at least 2, between which the reverse KL shifts probability, or 0 for the sampled "
+                "token alone"
+                if shifts
+                else "at least 1",
+            ),
+            "samples": (self.samples >= 1, "at least 1"),
+            "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
+            "temperature": (0 < self.temperature < math.inf, "above 0"),
+            "alpha": (0 <= self.alpha <= 1, "from 0 to 1"),
+            "stale": (self.stale in (0, 1), "0 or 1"),
+        }
+        for field, (holds, said) in wanted.items():
+            if not holds:
+                found = getattr(self, field)
+                raise SettingsError(f"objective.{field} must be {said}; found {found!r}.")
+
+    @property
+    def policy_gradient(self) -> bool:
+        """Whether the sampled tokens alone are corrected, which has a loss of its own."""
+        return (self.name, self.kl, self.top_k) == ("on_policy", "reverse", 0)

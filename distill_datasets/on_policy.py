@@ -1,13 +1,15 @@
 """On-policy distillation: the student answers without the prompt, the teacher judges with it.
 
-Every sampled token counts, the stop token too, however short the answer. With the reverse KL a
-token's advantage is the teacher's log-probability of it less the student's own when it sampled it
-(a one-sample estimate of the divergence at that place; later places are not credited to earlier
-tokens); importance sampling corrects for the steps learned since. With the forward KL the
-teacher's likeliest tokens at the places that the student reached are targets.
+Every sampled token counts, the stop token too, however short the answer; later places are not
+credited to earlier tokens. With the reverse KL the student learns, at each place that it reached,
+the gradient of the divergence over its own likeliest tokens; or, over the sampled token alone, a
+one-sample estimate by policy gradients, where a token's advantage is the teacher's log-probability
+of it less the student's own, and importance sampling corrects for the steps learned since. That
+takes less of a server and more luck: a student that has stopped to vary gets no gradient. With the
+forward KL the teacher's likeliest tokens at these places are targets.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,12 +20,19 @@ import tinker
 from numpy.typing import NDArray
 
 from distill_datasets.batches import Batch, Learned, Normalization, shares
+from distill_datasets.errors import ModelError
 from distill_datasets.producers import Lesson
 from distill_datasets.sampler import digest
-from distill_datasets.scoring import Pending, Ranking, Scored, Scorer, require_same_tokenizer
+from distill_datasets.scoring import Pending, Ranking, Scorer, require_same_tokenizer
 from distill_datasets.soft_labels import prompt_tokens, require_own_words
 from distill_datasets.soft_rows import SoftRow, chosen_rows, soft_rows
-from distill_datasets.soft_targets import SoftExample, SoftLabels, soft_targets
+from distill_datasets.soft_targets import (
+    SoftExample,
+    SoftLabels,
+    reverse_kl,
+    reverse_targets,
+    soft_targets,
+)
 from distill_datasets.soft_training import soft_batch
 from distill_datasets.student import PendingStep
 from distill_datasets.teacher_prompts import connect_teacher, read_teacher_prompts
@@ -34,7 +43,8 @@ from distill_datasets.training_plan import Step
 class Rollout:
     """One sampled answer: the student's log-probabilities of its tokens, and the teacher's.
 
-    `ranking` is what else the teacher would have said, where the forward KL asks for it.
+    `ranking` is what else there was to say: to the teacher, where the forward KL asks for it, and
+    for the reverse KL to the student; `judged` is what the teacher thinks of that.
     """
 
     prompt: Sequence[int]
@@ -43,6 +53,7 @@ class Rollout:
     teacher: NDArray[np.float64]
     ended: bool
     ranking: Ranking | None = None
+    judged: NDArray[np.float64] | None = None
 
 
 class OnPolicyProducer:
@@ -62,6 +73,7 @@ class OnPolicyProducer:
         require_same_tokenizer(teacher, lesson.student.connection)
         self._scorer = Scorer(teacher)
         self._stop = lesson.student.connection.renderer.get_stop_sequences()
+        self._likeliest = self._objective.top_k if self._objective.kl == "reverse" else 0
         self._longest = self._objective.max_tokens or prompts.recipe.sampling.max_tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._started: dict[int, Future[list[Rollout]]] = {}
@@ -82,6 +94,8 @@ class OnPolicyProducer:
         settings = self._lesson.settings
         if self._objective.kl == "forward":
             batch = forward_batch(rollouts, settings.normalization)
+        elif self._objective.policy_gradient:
+            batch = sampled_batch(rollouts, settings.normalization)
         else:
             batch = reverse_batch(rollouts, settings.normalization)
         return self._lesson.student.learn(batch, self._lesson.update(step))
@@ -97,20 +111,19 @@ class OnPolicyProducer:
     def _roll(self, step: Step, client: tinker.SamplingClient) -> list[Rollout]:
         rows = soft_rows(self._lesson, step.places)
         sampling = [self._sample(step, row, client) for row in rows]
-        k = self._objective.top_k if self._objective.kl == "forward" else 0
-        scoring = []
-        for row, pending in zip(rows, sampling, strict=True):
-            context = self._context(row.query)
-            for sequence in pending.result():
-                scores = self._scorer.read(context, sequence.tokens, k)
-                scoring.append((row, sequence, scores))
-        return [self._rollout(row, sequence, scores) for row, sequence, scores in scoring]
+        judging = [
+            self._judge(row, sequence)
+            for row, pending in zip(rows, sampling, strict=True)
+            for sequence in pending.result()
+        ]
+        return [judged() for judged in judging]
 
     def _sample(self, step: Step, row: SoftRow, client: tinker.SamplingClient) -> Pending[Any]:
         named = [self._lesson.settings.seed, step.number, row.id, row.sample]
         request = client.sample(
             prompt=tinker.ModelInput.from_ints(list(row.prompt)),
             num_samples=self._objective.samples,
+            topk_sample_logprobs=self._likeliest,
             sampling_params=tinker.SamplingParams(
                 max_tokens=self._longest,
                 temperature=1.0,
@@ -120,14 +133,55 @@ class OnPolicyProducer:
         )
         return Pending(self._lesson.student.connection, request, lambda reply: reply.sequences)
 
-    @staticmethod
-    def _rollout(row: SoftRow, sequence: Any, scores: Pending[Scored]) -> Rollout:
+    def _judge(self, row: SoftRow, sequence: Any) -> Callable[[], Rollout]:
+        """Ask the teacher about one answer; what is returned waits for it."""
+        context, tokens = self._context(row.query), sequence.tokens
         own, ended = np.asarray(sequence.logprobs, np.float64), sequence.stop_reason == "stop"
-        scored = scores.result()
-        return Rollout(row.prompt, sequence.tokens, own, scored.logprobs, ended, scored.ranking)
+        if not self._likeliest:
+            k = self._objective.top_k if self._objective.kl == "forward" else 0
+            pending = self._scorer.read(context, tokens, k)
+
+            def scored() -> Rollout:
+                found = pending.result()
+                return Rollout(row.prompt, tokens, own, found.logprobs, ended, found.ranking)
+
+            return scored
+        top = sequence.topk_logprobs_np
+        if top is None or not top.token_ids.shape[-1]:
+            raise ModelError(
+                f"{self._lesson.student.connection.reference!r} gives no top-k log-probabilities "
+                "of what it samples: train with top_k=0 or kl='forward'."
+            )
+        ranking = Ranking.read(top, len(tokens))
+        # The first column is the sampled token; a place with fewer likely ones has it again.
+        said = np.asarray(tokens)[:, None]
+        ids = np.where(np.isfinite(ranking.logprobs), ranking.ids, said)
+        chosen = self._scorer.chosen(context, tokens, np.concatenate([said, ids], axis=1))
+
+        def judged() -> Rollout:
+            found = chosen.result()
+            theirs, likely = found[:, 0], found[:, 1:]
+            return Rollout(row.prompt, tokens, own, theirs, ended, ranking, likely)
+
+        return judged
 
 
 def reverse_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> Batch:
+    """The gradient of the reverse KL over the student's likeliest tokens at each place."""
+    examples, targets = [], []
+    for rollout in rollouts:
+        assert rollout.ranking is not None and rollout.judged is not None
+        examples.append(SoftExample(rollout.prompt, _labels(rollout)))
+        targets.append(
+            reverse_targets(
+                rollout.tokens, rollout.ranking.ids, rollout.ranking.logprobs, rollout.judged
+            )
+        )
+    datums = soft_batch(examples, targets, normalization).datums
+    return Batch(datums, lambda _: _learned(rollouts, divergence(rollouts)))
+
+
+def sampled_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> Batch:
     """Policy gradients: each token's advantage is by how much the teacher finds it likelier."""
     masks = [np.ones(len(rollout.tokens), np.float32) for rollout in rollouts]
     datums = [
@@ -136,7 +190,7 @@ def reverse_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> 
     ]
 
     def read(_: Sequence[Mapping[str, Any]]) -> Learned:
-        return _learned(rollouts, reverse_kl(rollouts))
+        return _learned(rollouts, divergence(rollouts))
 
     return Batch(datums, read, "importance_sampling")
 
@@ -154,10 +208,17 @@ def forward_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> 
     return Batch(soft.datums, read)
 
 
-def reverse_kl(rollouts: Sequence[Rollout]) -> float:
-    """Nats per sampled token by which the student leaves the teacher, an estimate."""
-    apart = sum(float((rollout.student - rollout.teacher).sum()) for rollout in rollouts)
-    return apart / sum(len(rollout.tokens) for rollout in rollouts)
+def divergence(rollouts: Sequence[Rollout]) -> float:
+    """Nats per sampled token by which the student leaves the teacher: over its likeliest tokens,
+    or an estimate by the sampled ones.
+    """
+    apart = 0.0
+    for one in rollouts:
+        if one.ranking is not None and one.judged is not None:
+            apart += float(reverse_kl(one.ranking.logprobs, one.judged).sum())
+        else:
+            apart += float((one.student - one.teacher).sum())
+    return apart / sum(len(one.tokens) for one in rollouts)
 
 
 def _labels(rollout: Rollout) -> SoftLabels:
@@ -194,7 +255,7 @@ def _learned(
         tokens=count + sum(len(rollout.prompt) for rollout in rollouts),
         extra={
             **(extra or {}),
-            "reverse_kl": reverse_kl(rollouts),
+            "reverse_kl": divergence(rollouts),
             "sampled_tokens": count / len(rollouts),
             "ended": sum(rollout.ended for rollout in rollouts) / len(rollouts),
         },

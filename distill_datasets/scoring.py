@@ -27,6 +27,12 @@ class Ranking:
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
 
+    @classmethod
+    def read(cls, top: Any, places: int) -> "Ranking":
+        """The last so many places of what the SDK gives."""
+        likely = top.logprobs[-places:]
+        return cls(top.token_ids[-places:], np.where(likely < _NO_TOKEN, -np.inf, likely))
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -84,21 +90,43 @@ class Scorer:
         """The log-probabilities of the tokens that are `wanted` at each place of a path, and
         after its end: one place more than the path has tokens.
         """
-        # The server scores tokens of the prompt, so a place needs a token there, whichever.
-        prompt = [*context, *path, wanted[-1][0]]
-        targets = np.full((len(prompt) - 1, max(map(len, wanted))), _MISSING, np.int64)
-        for row, tokens in zip(range(-len(wanted), 0), wanted, strict=True):
-            targets[row, : len(tokens)] = tokens
+        ids = np.full((len(wanted), max(map(len, wanted))), _MISSING, np.int64)
+        for row, tokens in enumerate(wanted):
+            ids[row, : len(tokens)] = tokens
 
-        def read(scored: Any) -> list[dict[int, float]]:
+        def read(found: NDArray[np.float64]) -> list[dict[int, float]]:
+            rows = zip(wanted, found.tolist(), strict=True)
+            return [dict(zip(tokens, row, strict=False)) for tokens, row in rows]
+
+        # The server scores tokens of the prompt, so a place needs a token there, whichever.
+        return self._chosen(context, [*path, wanted[-1][0]], ids, read)
+
+    def chosen(
+        self, context: Sequence[int], response: Sequence[int], ids: NDArray[np.integer]
+    ) -> Pending[NDArray[np.float64]]:
+        """The log-probabilities (N, K) of the tokens `ids` (N, K) at the response's N places."""
+        return self._chosen(context, response, ids, lambda found: found)
+
+    def _chosen(
+        self,
+        context: Sequence[int],
+        response: Sequence[int],
+        ids: NDArray[np.integer],
+        read: Callable[[NDArray[np.float64]], T],
+    ) -> Pending[T]:
+        prompt = [*context, *response]
+        targets = np.full((len(prompt) - 1, ids.shape[1]), _MISSING, np.int64)
+        targets[-len(ids) :] = ids
+
+        def rows(scored: Any) -> T:
             if scored.target_prompt_logprobs is None:
                 raise ModelError(
                     f"{self.connection.reference!r} gives no log-probabilities of chosen tokens: "
-                    "train with labels='scored', or with another teacher."
+                    "train soft labels with labels='scored' and on-policy with top_k=0, or with "
+                    "another teacher."
                 )
-            found = np.asarray(scored.target_prompt_logprobs.to_numpy()).reshape(targets.shape)
-            rows = zip(wanted, found[-len(wanted) :].tolist(), strict=True)
-            return [dict(zip(tokens, row, strict=False)) for tokens, row in rows]
+            found = np.asarray(scored.target_prompt_logprobs.to_numpy(), np.float64)
+            return read(found.reshape(targets.shape)[-len(ids) :])
 
         with _explained(self.connection.reference):
             request = self._client.sample(
@@ -107,7 +135,7 @@ class Scorer:
                 sampling_params=_READ_ONLY,
                 target_prompt_logprobs=tinker.TensorData.from_numpy(targets),
             )
-        return Pending(self.connection, request, read)
+        return Pending(self.connection, request, rows)
 
     def _scored(self, reply: Any, response: Sequence[int], k: int) -> Scored:
         if reply.prompt_logprobs_np is None:
@@ -124,8 +152,7 @@ class Scorer:
                 f"{self.connection.reference!r} gives no top-k log-probabilities of a prompt: "
                 "train with the objective 'sft', or with another teacher."
             )
-        ids, likely = top.token_ids[-len(response) :], top.logprobs[-len(response) :]
-        return Scored(logprobs, Ranking(ids, np.where(likely < _NO_TOKEN, -np.inf, likely)))
+        return Scored(logprobs, Ranking.read(top, len(response)))
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

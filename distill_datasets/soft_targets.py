@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+_LEAST = float(np.log(np.finfo(np.float32).tiny))  # no server's probability is smaller, but for 0
+
 
 @dataclass(frozen=True)
 class SoftLabels:
@@ -89,6 +91,40 @@ def soft_targets(labels: SoftLabels, *, temperature: float, alpha: float) -> Tar
         np.concatenate([own, np.where(elsewhere, labels.ids, own)], axis=1).astype(np.int64),
         np.concatenate([first, np.where(elsewhere, soft, 0)], axis=1).astype(np.float32),
     )
+
+
+def reverse_targets(
+    tokens: Sequence[int],
+    ids: NDArray[np.integer],
+    student: NDArray[np.floating],
+    teacher: NDArray[np.floating],
+) -> Targets:
+    """Targets whose cross-entropy has the gradient of the reverse KL over the tokens `ids` (N, K).
+
+    `student` and `teacher` (N, K) are log-probabilities, the student's those of now. A token weighs
+    p (a - Σ p a / Σ p), where p is how likely the student finds it and a by how much likelier the
+    teacher does: the weights of a place add up to 0. The first column is the response's own token,
+    which weighs nothing.
+    """
+    p, gain = np.exp(np.asarray(student, np.float64)), _gain(student, teacher)
+    mean = (p * gain).sum(axis=1, keepdims=True) / p.sum(axis=1, keepdims=True)
+    own = np.asarray(tokens, np.int64)[:, None]
+    weights = np.concatenate([np.zeros_like(p[:, :1]), p * (gain - mean)], axis=1)
+    others = np.where(np.isfinite(student), ids, own)
+    return Targets(np.concatenate([own, others], axis=1), weights.astype(np.float32))
+
+
+def reverse_kl(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Nats at each of N places by which the student leaves the teacher, over the tokens (N, K)."""
+    p = np.exp(np.asarray(student, np.float64))
+    return np.asarray(-(p * _gain(student, teacher)).sum(axis=1) / p.sum(axis=1), np.float64)
+
+
+def _gain(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Places with fewer tokens than others end with minus infinity on the student's side."""
+    likely = np.isfinite(student)
+    ours = np.where(likely, student, 0.0).astype(np.float64)
+    return np.where(likely, np.maximum(teacher, _LEAST) - ours, 0.0)
 
 
 def placed(targets: Targets, prompt: int, width: int) -> Targets:

@@ -13,7 +13,7 @@ from distill_datasets.training_settings import TrainSettings
 SWEPT = ("rank", "learning_rate", "batch_size", "epochs", "warmup_steps", "weight_decay", "seed")
 _OBJECTIVE: dict[str, tuple[Any, str]] = {
     "teacher": (str, "the model that scores (default: the release's teacher)"),
-    "top_k": (int, "of the teacher's tokens in each place (default: 20)"),
+    "top_k": (int, "likely tokens in each place (default: 20; 0: the sampled one)"),
     "temperature": (float, "softens the teacher (default: 1)"),
     "alpha": (float, "the share of the hard labels (default: 0)"),
     "labels": (("auto", "choices", "stored", "scored"), "where soft labels come from"),

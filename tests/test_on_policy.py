@@ -13,9 +13,10 @@ from distill_datasets.objective_settings import ObjectiveSettings
 from distill_datasets.on_policy import (
     OnPolicyProducer,
     Rollout,
+    divergence,
     forward_batch,
     reverse_batch,
-    reverse_kl,
+    sampled_batch,
 )
 from distill_datasets.producers import Lesson
 from distill_datasets.scoring import Ranking, Scorer
@@ -56,7 +57,7 @@ def rollout(tokens: list[int], student: list[float], teacher: list[float]) -> Ro
 def test_a_tokens_advantage_is_how_much_likelier_the_teacher_finds_it() -> None:
     """Two answers, of two tokens and of one: per token, each weighs a third."""
     answers = [rollout([7, 2], [-1.0, -2.0], [-4.0, -0.5]), rollout([2], [-1.5], [-1.5])]
-    batch = reverse_batch(answers, "token")
+    batch = sampled_batch(answers, "token")
     assert batch.loss == "importance_sampling"
     first, second = (datum.loss_fn_inputs for datum in batch.datums)
     assert batch.datums[0].model_input.to_ints() == [1, 2, 3, 7]
@@ -65,14 +66,29 @@ def test_a_tokens_advantage_is_how_much_likelier_the_teacher_finds_it() -> None:
     assert first["advantages"].tolist() == pytest.approx([0, 0, -1, 0.5])
     assert second["target_tokens"].tolist() == [2, 3, 2]
     assert second["advantages"].tolist() == [0, 0, 0]
-    assert reverse_kl(answers) == pytest.approx((3 - 1.5 + 0) / 3)
+    assert divergence(answers) == pytest.approx((3 - 1.5 + 0) / 3)
 
 
 def test_per_example_a_short_answer_weighs_as_much_as_a_long_one() -> None:
     answers = [rollout([7, 2], [0.0, 0.0], [-1.0, -1.0]), rollout([2], [0.0], [-1.0])]
-    batch = reverse_batch(answers, "example")
+    batch = sampled_batch(answers, "example")
     sums = [sum(datum.loss_fn_inputs["advantages"].tolist()) for datum in batch.datums]
     assert sums == pytest.approx([-0.5, -0.5])
+
+
+def test_the_reverse_kl_moves_probability_among_what_the_student_would_say() -> None:
+    """The student finds 7 and 8 likely; the teacher prefers 8, by two nats, and doesn't know 2."""
+    answer = rollout([7, 2], [-1.0, -2.0], [-4.0, -0.5])
+    judged = np.log([[0.75, 0.25]] * 2) + np.array([0.0, 2.0])
+    batch = reverse_batch([replace(answer, judged=judged)], "token")
+    assert batch.loss == "cross_entropy"
+    fields = batch.datums[0].loss_fn_inputs
+    weights, targets = fields["weights"].to_numpy(), fields["target_tokens"].to_numpy()
+    assert targets[2:].tolist() == [[7, 7, 8], [2, 7, 8]]
+    # p (a - mean of a): 0.75 (0 - 0.5) and 0.25 (2 - 0.5), of two tokens each.
+    assert weights[2:] == pytest.approx(np.array([[0, -0.1875, 0.1875]] * 2))
+    assert not weights[:2].any()
+    assert divergence([replace(answer, judged=judged)]) == pytest.approx(-0.5)
 
 
 def test_the_forward_kl_teaches_the_teachers_likeliest_at_each_place_reached() -> None:
@@ -102,6 +118,12 @@ def test_the_teacher_scores_the_students_own_tokens_under_the_prompt(
         assert one.student.tolist() == pytest.approx(alone.tolist(), abs=1e-4)
         assert one.teacher.tolist() == pytest.approx(prompted.tolist(), abs=1e-4)
         assert abs(alone - prompted).max() > 0.01
+        likely = scorer.read(prompts[0], one.tokens, 4).result().ranking
+        assert one.ranking is not None and likely is not None
+        assert one.ranking.ids.tolist() == likely.ids.tolist()
+        assert one.ranking.logprobs == pytest.approx(likely.logprobs, abs=1e-4)
+        judged = scorer.chosen(prompts[1], one.tokens, likely.ids).result()
+        assert one.judged == pytest.approx(judged, abs=1e-4)
 
 
 def test_the_same_weights_step_and_seed_sample_the_same(
@@ -127,11 +149,13 @@ def test_answers_of_one_token_are_learned_too(
     assert all(norm > 0 for norm in metrics(training, "gradient_norm").values())
 
 
-@pytest.mark.parametrize(("kl", "stale"), [("reverse", 0), ("forward", 1)])
+@pytest.mark.parametrize(
+    ("kl", "stale", "top_k"), [("reverse", 0, 4), ("forward", 1, 4), ("reverse", 1, 0)]
+)
 def test_a_training_samples_scores_and_learns_each_step(
-    kl: Any, stale: int, tiny_release: Path, model: str, tmp_path: Path
+    kl: Any, stale: int, top_k: int, tiny_release: Path, model: str, tmp_path: Path
 ) -> None:
-    chosen = settings(kl=kl, stale=stale)
+    chosen = settings(kl=kl, stale=stale, top_k=top_k)
     training = train(tiny_release, student=model, out=tmp_path / "out", settings=chosen)
     assert training.steps == 4
     for name in ("reverse_kl", "sampled_tokens", "ended"):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from distill_datasets.errors import SettingsError
 from distill_datasets.label_tree import (
@@ -15,7 +16,14 @@ from distill_datasets.label_tree import (
 )
 from distill_datasets.objective_settings import ObjectiveSettings
 from distill_datasets.score_store import ScoreStore
-from distill_datasets.soft_targets import SoftLabels, placed, soft_targets, soften
+from distill_datasets.soft_targets import (
+    SoftLabels,
+    placed,
+    reverse_kl,
+    reverse_targets,
+    soft_targets,
+    soften,
+)
 
 HALF_QUARTERS = np.log([[0.5, 0.25, 0.25]])
 
@@ -143,6 +151,42 @@ def test_what_was_scored_is_read_back_to_the_bit_by_another_process(tmp_path: Pa
         assert np.array_equal(getattr(read, name), getattr(labels, name))
         assert getattr(read, name).dtype == getattr(labels, name).dtype
     again.close()
+
+
+def test_reverse_targets_have_the_gradient_of_the_divergence() -> None:
+    """Over all tokens there are, three places of six."""
+    made = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 6, generator=made, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(3, 6, generator=made, dtype=torch.float64).log_softmax(1)
+    student = logits.log_softmax(1)
+    divergence = (student.exp() * (student - teacher)).sum(1)
+    (wanted,) = torch.autograd.grad(divergence.sum(), logits, retain_graph=True)
+    said, ids = [5, 0, 2], np.tile(np.arange(6), (3, 1))
+    found = reverse_targets(said, ids, student.detach().numpy(), teacher.numpy())
+    assert found.tokens[:, 0].tolist() == said
+    learned = student.gather(1, torch.from_numpy(found.tokens))
+    loss = -(learned * torch.from_numpy(found.weights)).sum()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.numpy() == pytest.approx(wanted.numpy(), abs=1e-6)
+    apart = reverse_kl(student.detach().numpy(), teacher.numpy())
+    assert apart == pytest.approx(divergence.detach().numpy())
+
+
+def test_a_place_with_fewer_likely_tokens_has_its_own_again_and_stays_finite() -> None:
+    student = np.array([[np.log(0.5), np.log(0.25), -np.inf]])
+    teacher = np.array([[-np.inf, np.log(0.5), 0.0]])
+    found = reverse_targets([7], np.array([[1, 2, 0]]), student, teacher)
+    assert found.tokens.tolist() == [[7, 1, 2, 7]]
+    assert np.isfinite(found.weights).all()
+    assert found.weights[0, 1] < 0 < found.weights[0, 2]
+    assert (found.weights[0, 0], found.weights[0, 3]) == (0, 0)
+
+
+@pytest.mark.parametrize("top_k", [-1, 1])
+def test_a_reverse_kl_over_no_choice_is_refused(top_k: int) -> None:
+    with pytest.raises(SettingsError, match="top_k"):
+        ObjectiveSettings(name="on_policy", top_k=top_k)
+    assert ObjectiveSettings(name="on_policy", top_k=0).policy_gradient
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ OBJECTIVES = {
     "sft": ObjectiveSettings(),
     "soft": ObjectiveSettings(name="soft"),
     "on_policy, reverse KL": ObjectiveSettings(name="on_policy", max_tokens=LONGEST),
+    "on_policy, sampled tokens": ObjectiveSettings(name="on_policy", top_k=0, max_tokens=LONGEST),
     "on_policy, forward KL": ObjectiveSettings(name="on_policy", kl="forward", max_tokens=LONGEST),
 }
 COLUMNS = ("accuracy", "agreement", "internalisation", "forgetting", "seconds", "tokens", "scored")
