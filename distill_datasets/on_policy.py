@@ -11,7 +11,7 @@ forward KL the teacher's likeliest tokens at these places are targets.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -137,33 +137,36 @@ class OnPolicyProducer:
         """Ask the teacher about one answer; what is returned waits for it."""
         context, tokens = self._context(row.query), sequence.tokens
         own, ended = np.asarray(sequence.logprobs, np.float64), sequence.stop_reason == "stop"
-        if not self._likeliest:
-            k = self._objective.top_k if self._objective.kl == "forward" else 0
-            pending = self._scorer.read(context, tokens, k)
+        if self._likeliest:
+            ranking = self._ranking(sequence)
+            ids = np.concatenate([np.asarray(tokens)[:, None], ranking.ids], axis=1)
+            chosen = self._scorer.chosen(context, tokens, ids)
 
-            def scored() -> Rollout:
-                found = pending.result()
-                return Rollout(row.prompt, tokens, own, found.logprobs, ended, found.ranking)
+            def judged() -> Rollout:
+                theirs, *likely = chosen.result().T
+                return Rollout(row.prompt, tokens, own, theirs, ended, ranking, np.array(likely).T)
 
-            return scored
+            return judged
+        k = self._objective.top_k if self._objective.kl == "forward" else 0
+        pending = self._scorer.read(context, tokens, k)
+
+        def scored() -> Rollout:
+            found = pending.result()
+            return Rollout(row.prompt, tokens, own, found.logprobs, ended, found.ranking)
+
+        return scored
+
+    def _ranking(self, sequence: Any) -> Ranking:
+        """What the student would likely have said; places with less have the said token again."""
         top = sequence.topk_logprobs_np
         if top is None or not top.token_ids.shape[-1]:
             raise ModelError(
                 f"{self._lesson.student.connection.reference!r} gives no top-k log-probabilities "
                 "of what it samples: train with top_k=0 or kl='forward'."
             )
-        ranking = Ranking.read(top, len(tokens))
-        # The first column is the sampled token; a place with fewer likely ones has it again.
-        said = np.asarray(tokens)[:, None]
-        ids = np.where(np.isfinite(ranking.logprobs), ranking.ids, said)
-        chosen = self._scorer.chosen(context, tokens, np.concatenate([said, ids], axis=1))
-
-        def judged() -> Rollout:
-            found = chosen.result()
-            theirs, likely = found[:, 0], found[:, 1:]
-            return Rollout(row.prompt, tokens, own, theirs, ended, ranking, likely)
-
-        return judged
+        found = Ranking.read(top, len(sequence.tokens))
+        said = np.asarray(sequence.tokens)[:, None]
+        return replace(found, ids=np.where(np.isfinite(found.logprobs), found.ids, said))
 
 
 def reverse_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> Batch:
