@@ -165,7 +165,8 @@ def test_a_budget_is_refused_where_it_could_not_be_kept(bought: Any) -> None:
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background parent leaves it ignored
 from distill_datasets.batching.purchase import Patience
 from distill_datasets.generation import generate
 from distill_datasets.samplers.openai import OpenAISampler
