@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from distill_datasets.errors import OutputError
@@ -49,8 +50,8 @@ class TrainingFolder:
         self.path = Path(path)
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            self._write(".writable", "")
-            (self.path / ".writable").unlink()
+            # Nameless, so that a look at a training that runs takes nothing from it.
+            TemporaryFile(dir=self.path).close()
 
     @property
     def store(self) -> Path:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -304,3 +305,9 @@ def test_every_line_of_the_log_says_what_a_step_took(
     bits = second["nll"] * second["response_tokens"] / math.log(2) / (8 * 2)
     assert second["bits_per_byte"] == pytest.approx(bits)
     assert measured["validation_bits_per_byte"] > 0
+
+
+def test_a_folder_can_be_opened_by_many_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        folders = list(threads.map(TrainingFolder, [tmp_path / "out"] * 400))
+    assert len(folders) == 400 and not list((tmp_path / "out").iterdir())
