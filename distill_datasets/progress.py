@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TextIO
 
 if TYPE_CHECKING:
@@ -86,12 +85,7 @@ class Progress:
         self._show("started")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         """Leave the last state standing."""
         self._show("stopped" if kind else "finished")
         if self._bar is not None:

@@ -39,18 +39,9 @@ def test_a_second_purchase_keeps_the_first_answer_and_is_counted(tmp_path: Path)
 
 _BUYING = """
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from distill_datasets.journal import Journal
-from distill_datasets.sampler import (
-    Message,
-    Reply,
-    Sample,
-    Sampling,
-    Usage,
-    digest,
-    request_digest,
-)
+from distill_datasets.sampler import Reply, Sample, Usage
 
 name = sys.argv[2]
 with Journal(Path(sys.argv[1])) as journal:
