@@ -48,7 +48,7 @@ async def _serve(url: str, seconds: float) -> tuple[web.AppRunner, str]:
         await session.close()
 
     app.on_cleanup.append(close)
-    runner = web.AppRunner(app, shutdown_timeout=1.0, auto_decompress=False)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, auto_decompress=False)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
