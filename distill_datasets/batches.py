@@ -10,7 +10,7 @@ import tinker
 from numpy.typing import NDArray
 
 Normalization = Literal["token", "example"]
-LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
+LossName = Literal["cross_entropy", "importance_sampling"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ class Batch:
     datums: Sequence[tinker.Datum]
     read: Callable[[Sequence[Mapping[str, Any]]], Learned]
     loss: LossName = "cross_entropy"
-    loss_config: Mapping[str, float | str] | None = None
 
 
 def supervised_batch(examples: Sequence[Example], normalization: Normalization) -> Batch:

@@ -23,6 +23,8 @@
 `except DistillError` catches all of them; each also refines the standard exception in brackets.
 """
 
+from difflib import get_close_matches
+
 
 class DistillError(Exception):
     """Base of the errors that this package raises; the message says what to do."""
@@ -132,3 +134,9 @@ class RejectedError(RequestError, ValueError):
 
 # What no later request of the same run would escape.
 FATAL = (AccessError, BudgetReached, ModelError, OutputError, PriceError, ServiceError)
+
+
+def nearest(found: str, valid: list[str]) -> str:
+    """A question that names the closest valid word, where one is close."""
+    close = get_close_matches(found, valid, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -97,29 +97,10 @@ def generate(  # noqa: PLR0913 (whom to ask what, how fast, and where it goes)
     if isinstance(teacher, str):
         recipe, teacher = recipe.with_teacher(teacher), None
     teachers = open_teachers(recipe, teacher, stream=stream, processes=processes)
-    run = _Run(teachers, share.folder(out) if share else Path(out), limit, share, meter, stream)
-    if made := run.finished():
-        return made
-    queries = run.queries()
-    folder = writable_folder(run.folder)
-    if source is not None and ledger:
-        replay(source, folder)
-    if meter is not None:
-        meter.check(models_of(teachers.recipe))
+    folder = share.folder(out) if share else Path(out)
+    run = _Run(teachers, folder, limit, share, meter, stream)
     limits = Limits(concurrency, requests_per_minute, tokens_per_minute)
-    with Journal(run.journal) as journal, _writing(folder):
-        if batch is not None:
-            buy_in_batches(queries, teachers.answering, journal, patience=batch, meter=meter)
-        rows = ask(
-            queries,
-            teachers.answering,
-            journal=journal,
-            title="generate",
-            limits=limits,
-            meter=meter,
-            file=folder / _BUILDING / ROWS_FILE,
-        )
-        return run.save(queries, rows, journal)
+    return run.finished() or run.go_on(source if ledger else None, limits, batch)
 
 
 def writable_folder(path: str | Path) -> Path:
@@ -197,6 +178,30 @@ class _Run:
             return None
         kept, rejected = summary["kept"], summary["rejected"]
         return Generated(self.folder, kept, rejected, 0, summary["first_token"])
+
+    def go_on(
+        self, release: str | Path | None, limits: Limits, batch: Patience | None
+    ) -> Generated:
+        """Ask whatever neither the journal nor the ledger of a `release` holds."""
+        queries, answering = self.queries(), self.teachers.answering
+        folder = writable_folder(self.folder)
+        if release is not None:
+            replay(release, folder)
+        if self.meter is not None:
+            self.meter.check(models_of(self.teachers.recipe))
+        with Journal(self.journal) as journal, _writing(folder):
+            if batch is not None:
+                buy_in_batches(queries, answering, journal, patience=batch, meter=self.meter)
+            rows = ask(
+                queries,
+                answering,
+                journal=journal,
+                title="generate",
+                limits=limits,
+                meter=self.meter,
+                file=folder / _BUILDING / ROWS_FILE,
+            )
+            return self.save(queries, rows, journal)
 
     def save(self, queries: "Dataset", rows: "Dataset", journal: Journal) -> Generated:
         """Put the folder of answers in its place, all at once."""

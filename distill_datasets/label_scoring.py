@@ -18,9 +18,9 @@ from distill_datasets.label_tree import (
 from distill_datasets.ledger import restore
 from distill_datasets.producers import Lesson
 from distill_datasets.scoring import Scorer
-from distill_datasets.soft_rows import Scoring, SoftRow, response_span, score_key
+from distill_datasets.soft_rows import Scoring, SoftRow, score_key, split_conversation
 from distill_datasets.soft_targets import SoftLabels
-from distill_datasets.teacher_prompts import TeacherPrompts
+from distill_datasets.teacher_prompts import TeacherPrompts, prompt_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,8 +55,7 @@ class LabelScorer:
             known = [wording.student for wording in wordings]
             raise _outside(row.query, row.response, known, self._prompts.where)
         spoken = [self._said(wording.teacher) for wording in wordings]
-        messages = self._prompts.messages(row.query)
-        prompt = self._teacher.renderer.build_generation_prompt(messages).to_ints()  # type: ignore[arg-type]
+        prompt = prompt_tokens(self._teacher, self._prompts, row.query)
         key = score_key("choices", self._teacher.identity, prompt, spoken, row.tokens, responses)
 
         def start() -> Callable[[], SoftLabels]:
@@ -86,17 +85,9 @@ class LabelScorer:
 
 def spoken_tokens(connection: "Connection", text: str) -> Tokens:
     """A response as a model says it, the end of its turn included."""
-    from tinker_cookbook.renderers import TrainOnWhat
-
-    messages: list[Any] = [
-        {"role": "user", "content": ""},
-        {"role": "assistant", "content": text},
-    ]
-    tokens, weights = connection.renderer.build_supervised_example(
-        messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE
-    )
-    start, end = response_span(weights.tolist())
-    return tuple(tokens.to_ints()[start:end])
+    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": text}]
+    _, spoken = split_conversation(connection, turns)
+    return tuple(spoken)
 
 
 def teacher_texts(

@@ -32,33 +32,17 @@ def likelihoods(
     `ModelError`, `AccessError` or `ServiceError`.
     """
     from distill_datasets.scoring import Scorer
+    from distill_datasets.soft_rows import split_conversation
 
     scorer = Scorer(connection)
     found: list[Likelihood] = []
     with Progress(title, len(conversations)) as progress:
         for first in range(0, len(conversations), _IN_FLIGHT):
             part = conversations[first : first + _IN_FLIGHT]
-            spans = [_split(connection, conversation) for conversation in part]
+            spans = [split_conversation(connection, conversation) for conversation in part]
             pending = [scorer.read(context, answer) for context, answer in spans]
             for (context, answer), request in zip(spans, pending, strict=True):
                 nats = -float(request.result().logprobs.sum())
                 found.append(Likelihood(nats, len(answer)))
                 progress.advance(1, tokens=len(context) + len(answer))
     return found
-
-
-def _split(
-    connection: "Connection", conversation: Sequence[Mapping[str, Any]]
-) -> tuple[list[int], list[int]]:
-    """The tokens before the answer, and the answer's own."""
-    from tinker_cookbook.renderers import TrainOnWhat
-
-    from distill_datasets.soft_rows import response_span
-
-    messages: list[Any] = [dict(message) for message in conversation]
-    rendered, weights = connection.renderer.build_supervised_example(
-        messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE
-    )
-    tokens = [int(token) for token in rendered.to_ints()]
-    start, end = response_span(weights.tolist())
-    return tokens[:start], tokens[start:end]

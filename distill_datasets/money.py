@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from distill_datasets.errors import BudgetReached, PriceError
+from distill_datasets.errors import BudgetReached, PriceError, nearest
 from distill_datasets.journal import Journal
 from distill_datasets.sampler import Message, Reply, Sampler, Sampling
 
@@ -264,8 +264,7 @@ def _explain(error: Exception, path: Path | str) -> str:
             lines.append(f"  the key {where!r} is missing.")
         elif problem["type"] == "extra_forbidden":
             valid = list(Prices.model_fields if len(place) == 1 else Price.model_fields)
-            near = get_close_matches(place[-1], valid, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = nearest(place[-1], valid)
             lines.append(f"  unknown key {where!r}.{hint} Valid keys: {', '.join(valid)}.")
         else:
             found = json.dumps(problem["input"], default=str)

@@ -24,7 +24,6 @@ from distill_datasets.errors import ModelError
 from distill_datasets.producers import Lesson
 from distill_datasets.sampler import digest
 from distill_datasets.scoring import Pending, Ranking, Scorer, require_same_tokenizer
-from distill_datasets.soft_labels import prompt_tokens, require_own_words
 from distill_datasets.soft_rows import SoftRow, chosen_rows, soft_rows
 from distill_datasets.soft_targets import (
     SoftExample,
@@ -35,7 +34,12 @@ from distill_datasets.soft_targets import (
 )
 from distill_datasets.soft_training import soft_batch
 from distill_datasets.student import PendingStep
-from distill_datasets.teacher_prompts import connect_teacher, read_teacher_prompts
+from distill_datasets.teacher_prompts import (
+    connect_teacher,
+    prompt_tokens,
+    read_teacher_prompts,
+    require_own_words,
+)
 from distill_datasets.training_plan import Step
 
 

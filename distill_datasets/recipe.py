@@ -13,10 +13,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from distill_datasets import resources
 from distill_datasets.choices import UNUSED, Teaching
-from distill_datasets.errors import RecipeError
+from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.parsing import Reader
 from distill_datasets.pinned import find_release
-from distill_datasets.recipe_problems import explain, nearest
+from distill_datasets.recipe_problems import explain
 from distill_datasets.recipe_sections import AnswerFormat, Queries, Split, Synthesis, Teacher
 from distill_datasets.sampler import Message, Sampling, digest
 from distill_datasets.templates import check_template, fields_of, render

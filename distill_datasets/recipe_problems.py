@@ -1,11 +1,12 @@
 """What is wrong with a recipe, in sentences."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+
+from distill_datasets.errors import nearest
 
 Location = Sequence[str | int]
 
@@ -26,12 +27,6 @@ def explain(error: ValidationError, folder: Path, recipe: type[BaseModel]) -> st
             found = f" (found {problem['input']!r:.300})" if problem["loc"] else ""
             lines.append(f"  {where}: {message}{found}.")
     return "\n".join(lines)
-
-
-def nearest(found: str, valid: list[str]) -> str:
-    """A question that names the closest valid word, where one is close."""
-    close = get_close_matches(found, valid, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _keys_at(recipe: type[BaseModel], location: Location) -> list[str]:

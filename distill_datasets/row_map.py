@@ -53,7 +53,7 @@ class RowMap:
 
         async def answer(batch: Mapping[str, list[int]]) -> "pa.Table":
             (first,) = batch["first"]
-            return await self._answer_rows(lambda: queries[first : first + size])
+            return await self._answer_rows(queries, slice(first, first + size))
 
         try:
             with without_bars():
@@ -80,8 +80,8 @@ class RowMap:
         self.buyer.stop()
         self.fatal = self.fatal or reason
 
-    async def _answer_rows(self, read: Callable[[], Mapping[str, list[Any]]]) -> "pa.Table":
-        """All samples of some queries."""
+    async def _answer_rows(self, queries: "Dataset", part: slice) -> "pa.Table":
+        """All samples of some queries, which are read when it is their turn."""
         import pyarrow as pa
 
         self._loop = asyncio.get_running_loop()
@@ -89,7 +89,7 @@ class RowMap:
         # Rows start in order, each when it is its turn: ten thousand tasks that wait for it would
         # hold back the first request, and every later one a little.
         async with self._starting:
-            batch = read()
+            batch = queries[part]
             for row in zip(*batch.values(), strict=True):
                 await self.buyer.turns.acquire()
                 self._started += 1

@@ -22,7 +22,9 @@ from distill_datasets.soft_targets import SoftExample, SoftLabels
 from distill_datasets.teacher_prompts import (
     TeacherPrompts,
     connect_teacher,
+    prompt_tokens,
     read_teacher_prompts,
+    require_own_words,
 )
 
 if TYPE_CHECKING:
@@ -144,30 +146,3 @@ def _of_responses(
         return Scoring(score_key("scored", teacher.identity, k, context, row.tokens), start)
 
     return scoring
-
-
-def prompt_tokens(teacher: "Connection", prompts: TeacherPrompts, query: str) -> list[int]:
-    """What the teacher has read when it begins to answer."""
-    messages = [dict(message) for message in prompts.messages(query)]
-    rendered = teacher.renderer.build_generation_prompt(messages)  # type: ignore[arg-type]
-    return [int(token) for token in rendered.to_ints()]
-
-
-def require_own_words(prompts: TeacherPrompts, rows: "Dataset") -> None:
-    """Refuse responses that the teacher, under its prompt, would not say itself.
-
-    It would find their first word all but impossible, and teach its own instead.
-    """
-    strange = [response for response in rows["response"] if not prompts.says(response)]
-    if strange:
-        raise DatasetError(
-            f"{len(strange)} of {len(rows)} responses in {prompts.where!r} are not what its "
-            f"teacher says itself, such as {strange[0][:200]!r}: expected responses that the "
-            "recipe's `answer` reads and its `response` leaves as they are. Ask for that form in "
-            "prompt.md, or set response: '{{ text }}', and publish again; or train with 'sft'"
-            + (
-                " or with the objective 'soft' and labels='choices'."
-                if len(prompts.choices) > 1
-                else "."
-            )
-        )

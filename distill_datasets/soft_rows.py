@@ -1,6 +1,6 @@
 """The rows that soft labels are for, and the loop that scores them once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from distill_datasets.training_plan import choose_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from distill_datasets.connection import Connection
 
 _COLUMNS = ("id", "sample", "query", "response")
 _VERSION = 1  # of what is stored: raise it when scores come out differently
@@ -71,6 +73,21 @@ def split_response(example: Example) -> tuple[list[int], list[int]]:
     """The tokens before a response, and its own."""
     start, end = response_span(example.weights)
     tokens = list(example.tokens)
+    return tokens[:start], tokens[start:end]
+
+
+def split_conversation(
+    connection: "Connection", conversation: Sequence[Mapping[str, Any]]
+) -> tuple[list[int], list[int]]:
+    """The tokens before its last message, and that message's own."""
+    from tinker_cookbook.renderers import TrainOnWhat
+
+    messages: list[Any] = [dict(message) for message in conversation]
+    rendered, weights = connection.renderer.build_supervised_example(
+        messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE
+    )
+    tokens = [int(token) for token in rendered.to_ints()]
+    start, end = response_span(weights.tolist())
     return tokens[:start], tokens[start:end]
 
 

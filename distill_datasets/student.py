@@ -158,9 +158,7 @@ class Student:
     def learn(self, batch: Batch, update: Update) -> PendingStep:
         """Learn one batch; returns at once, so that the next can be queued behind it."""
         with _explained(self.connection.reference):
-            gradient = self._client.forward_backward(
-                list(batch.datums), batch.loss, batch.loss_config
-            )
+            gradient = self._client.forward_backward(list(batch.datums), batch.loss)
             updating = self._client.optim_step(
                 tinker.AdamParams(
                     learning_rate=update.learning_rate,

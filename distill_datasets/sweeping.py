@@ -2,13 +2,13 @@
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.errors import ModelError, OutputError, SettingsError
+from distill_datasets.errors import ModelError, OutputError, SettingsError, nearest
 
 if TYPE_CHECKING:
     from distill_datasets.training import Training, TrainSettings
@@ -121,8 +121,7 @@ def _settings(shared: "TrainSettings", values: Mapping[str, Any]) -> "TrainSetti
     known = [field.name for field in fields(shared)]
     for name in values:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = nearest(name, known)
             raise SettingsError(f"{name!r} is no training setting.{hint} Known: {known}")
     return replace(shared, **values)
 
@@ -149,7 +148,8 @@ def _parameters(training: Path) -> int | None:
     saved = sorted((training / "checkpoints").rglob("adapter_model.safetensors"))
     if saved:
         with safe_open(str(saved[0]), "numpy") as weights:
-            return sum(_size(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+            shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+            return sum(map(math.prod, shapes))
     from tinker_cookbook.exceptions import ConfigurationError
     from tinker_cookbook.hyperparam_utils import get_lora_param_count
 
@@ -157,13 +157,6 @@ def _parameters(training: Path) -> int | None:
         return int(get_lora_param_count(config["base_model"], config["settings"]["rank"]))
     except ConfigurationError:
         return None
-
-
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 def _write(path: Path, trials: Sequence[Trial]) -> None:

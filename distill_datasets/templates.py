@@ -8,8 +8,7 @@ from jinja2 import StrictUndefined, Template, TemplateError, meta
 from jinja2.environment import TemplateExpression
 from jinja2.sandbox import SandboxedEnvironment
 
-from distill_datasets.errors import RecipeError
-from distill_datasets.recipe_problems import nearest
+from distill_datasets.errors import RecipeError, nearest
 
 _LONE_FIELD = re.compile(r"\{\{ *(\w+) *\}\}")
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)

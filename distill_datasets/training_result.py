@@ -58,7 +58,7 @@ def read_result(folder: TrainingFolder, settings: TrainSettings) -> Training:
         skipped=config["dataset"]["skipped"]["train"],
         tokens=sum(line["tokens"] for line in steps),
         seconds=round(sum(line["seconds"] for line in steps), 2),
-        # Before this was recorded, it was a setting only.
+        # A folder without the words has the setting.
         normalization=config.get("normalization", config["settings"]["normalization"]),
         why=why_it_ended(selection, settings, final.step, config.get("steps", final.step)),
     )

@@ -72,11 +72,11 @@ class TrainSettings:
     rows are measured, with `internalisation` also against base and teacher, where the dataset is a
     release whose teacher can score; `select` names the number that the best checkpoint has
     (validation_loss, accuracy, internalisation), the lowest where it ends in "loss", else the
-    highest. Training stops after `patience` measurements without an
-    improvement of `min_improvement`. A full checkpoint is kept every `save_every` steps, and
-    between those the newest state every `rolling_every`. A server deletes both after
-    `ttl_seconds` (0 for never; by default a week on a hosted server, and never on this machine),
-    the best and the final one it keeps.
+    highest. Training stops after `patience` measurements without an improvement of
+    `min_improvement`. A full checkpoint is kept every `save_every` steps, and between those the
+    newest state every `rolling_every`. A server deletes both after `ttl_seconds` (0 for never; by
+    default a week on a hosted server, and never on this machine), the best and the final one it
+    keeps.
 
     `ahead` batches are queued behind the one that is being learned; 0 waits for each.
     `price_per_million` training tokens is in your currency. `config` is a configuration of the
@@ -160,7 +160,7 @@ class TrainSettings:
 
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that decide the weights and the choice among them; earlier versions had fewer."""
+    """Those that decide the weights and the choice among them; a missing one has its default."""
     return {
         name: settings.get(name, value)
         for name, value in asdict(TrainSettings()).items()
