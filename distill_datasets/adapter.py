@@ -92,8 +92,8 @@ def push_student(
     does, the other arguments are those of `export_adapter`. Raises `ScreeningError`,
     `RepositoryError` or `HubError` besides what that raises.
     """
-    from distill_datasets import hub
-    from distill_datasets.screening import require_clean, screen
+    from distill_datasets.hub import client as hub
+    from distill_datasets.hub.screening import require_clean, screen
 
     if not private:
         _require_license(read_training(train))
@@ -196,7 +196,7 @@ def push_folder(folder: Path, repo: str) -> PushedStudent:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
-    from distill_datasets import hub
+    from distill_datasets.hub import client as hub
 
     api = HfApi()
     first, tries = "", 0
@@ -230,7 +230,7 @@ def _kept_card(api: "HfApi", repo: str, head: str, card: str) -> str:
     """The new card around what people wrote into the one that is there."""
     from huggingface_hub.errors import EntryNotFoundError
 
-    from distill_datasets import hub
+    from distill_datasets.hub import client as hub
     from distill_datasets.kept_card import keep, read_card
 
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.pinned import Pinned, find_release
+from distill_datasets.hub.references import Pinned, find_release
 from distill_datasets.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:

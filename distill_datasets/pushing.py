@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import HubError, RepositoryError, VersionError
-from distill_datasets.hub import ensure_repository, patiently, require_token, wait_after
+from distill_datasets.hub.client import ensure_repository, patiently, require_token, wait_after
 from distill_datasets.outgoing import Outgoing, load_outgoing
-from distill_datasets.pinned import folder_of
+from distill_datasets.hub.references import folder_of
 from distill_datasets.pulls import open_pull
-from distill_datasets.refusals import explained
+from distill_datasets.hub.refusals import explained
 from distill_datasets.repository import (
     README,
     Head,
@@ -19,7 +19,7 @@ from distill_datasets.repository import (
     tag,
     tagged_manifest,
 )
-from distill_datasets.screening import require_clean, screen
+from distill_datasets.hub.screening import require_clean, screen
 from distill_datasets.versions import Change, check_version, difference, following, history, order
 
 if TYPE_CHECKING:

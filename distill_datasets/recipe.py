@@ -15,7 +15,7 @@ from distill_datasets import resources
 from distill_datasets.choices import UNUSED, Teaching
 from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.parsing import Reader
-from distill_datasets.pinned import find_release
+from distill_datasets.hub.references import find_release
 from distill_datasets.recipe_problems import explain
 from distill_datasets.recipe_sections import AnswerFormat, Queries, Split, Synthesis, Teacher
 from distill_datasets.sampler import Message, Sampling, digest

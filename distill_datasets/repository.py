@@ -9,10 +9,10 @@ from typing import Any
 from distill_datasets.contents import fingerprints_of
 from distill_datasets.errors import DatasetError, RepositoryError, VersionError
 from distill_datasets.fingerprints import FINGERPRINTS, Fingerprints
-from distill_datasets.hub import HubDataset, patiently, read_text, snapshot
+from distill_datasets.hub.client import HubDataset, patiently, read_text, snapshot
 from distill_datasets.manifest import MANIFEST, parse_manifest
-from distill_datasets.pinned import folder_of
-from distill_datasets.refusals import explained
+from distill_datasets.hub.references import folder_of
+from distill_datasets.hub.refusals import explained
 from distill_datasets.versions import version_of
 
 README = "README.md"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_datasets.errors import DatasetError, ModelError
-from distill_datasets.pinned import find_release
+from distill_datasets.hub.references import find_release
 from distill_datasets.recipe import Recipe, load_recipe
 from distill_datasets.sampler import Message
 

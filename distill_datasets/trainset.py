@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError, OutputError
-from distill_datasets.pinned import Pinned, fetch_dataset, folder_of, is_reference
+from distill_datasets.hub.references import Pinned, fetch_dataset, folder_of, is_reference
 from distill_datasets.sampler import Message, digest
 from distill_datasets.schema import conversation_reader
 

@@ -5,15 +5,15 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import HubError, OutputError, RepositoryError
-from distill_datasets.hub import resolve
-from distill_datasets.refusals import explained
+from distill_datasets.hub.client import resolve
+from distill_datasets.hub.refusals import explained
 from tests.hub_fixture import Hub
 
 REPO = "me/data"
 USE = """
 import json, sys
 from distill_datasets.errors import DistillError
-from distill_datasets.hub import resolve, snapshot
+from distill_datasets.hub.client import resolve, snapshot
 for reference in sys.argv[1:]:
     try:
         dataset = resolve(reference)

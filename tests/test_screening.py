@@ -7,11 +7,11 @@ import pyarrow as pa
 import pytest
 from pyarrow.parquet import ParquetWriter, write_table
 
-from distill_datasets import screening
-from distill_datasets.credentials import matched
+from distill_datasets.hub import screening
+from distill_datasets.hub.credentials import matched
 from distill_datasets.errors import ScreeningError
-from distill_datasets.personal import personal_data
-from distill_datasets.screening import Finding, require_clean, screen
+from distill_datasets.hub.personal_data import personal_data
+from distill_datasets.hub.screening import Finding, require_clean, screen
 
 
 def invented(prefix: str, length: int, signs: str = string.ascii_letters + string.digits) -> str:

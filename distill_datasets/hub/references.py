@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.errors import HubError
 
 if TYPE_CHECKING:
-    from distill_datasets.hub import HubDataset
+    from distill_datasets.hub.client import HubDataset
 
 _REFERENCE = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[^@\s]+)?")
 # Besides a configuration's own files: what says how to read them.
@@ -58,7 +58,7 @@ def fetch_dataset(reference: str, config: str | None) -> Pinned:
     Other configurations stay where they are, when the card says which files are whose. Offline
     it is the commit that the revision named when it was last downloaded, or an error.
     """
-    from distill_datasets import hub
+    from distill_datasets.hub import client as hub
 
     dataset = _resolve(reference)
     path = hub.snapshot(dataset, ["README.md"])
@@ -73,7 +73,7 @@ def _is_release(folder: Path) -> bool:
 
 
 def _resolve(reference: str) -> "HubDataset":
-    from distill_datasets.hub import resolve
+    from distill_datasets.hub.client import resolve
 
     try:
         return resolve(reference)
@@ -85,7 +85,7 @@ def _resolve(reference: str) -> "HubDataset":
 
 
 def _fetch(reference: str, patterns: Sequence[str]) -> Pinned:
-    from distill_datasets import hub
+    from distill_datasets.hub import client as hub
 
     dataset = _resolve(reference)
     return Pinned(hub.snapshot(dataset, list(patterns)), dataset.commit)

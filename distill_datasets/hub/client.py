@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from distill_datasets.errors import HubError, RepositoryError
-from distill_datasets.refusals import BUSY, endpoint, no_token
-from distill_datasets.refusals import explained as explained
+from distill_datasets.hub.refusals import BUSY, endpoint, no_token
+from distill_datasets.hub.refusals import explained as explained
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
