@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from distill_datasets.recipe import load_recipe as load_recipe
     from distill_datasets.release import publish as publish
     from distill_datasets.report import measure as measure
-    from distill_datasets.sampler import Echo as Echo
-    from distill_datasets.sampler import Sampler as Sampler
-    from distill_datasets.sampler import Sampling as Sampling
-    from distill_datasets.samplers import open_sampler as open_sampler
+    from distill_datasets.models.sampler import Echo as Echo
+    from distill_datasets.models.sampler import Sampler as Sampler
+    from distill_datasets.models.sampler import Sampling as Sampling
+    from distill_datasets.models.references import open_sampler as open_sampler
     from distill_datasets.training import TrainSettings as TrainSettings
     from distill_datasets.training import train as train
 

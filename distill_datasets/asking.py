@@ -13,7 +13,7 @@ from distill_datasets.limits import Limits
 from distill_datasets.parsing import Parsed, Reader
 from distill_datasets.progress import Progress
 from distill_datasets.row_map import RowMap
-from distill_datasets.sampler import Message, Reply, Sample, Sampler, Sampling, digest
+from distill_datasets.models.sampler import Message, Reply, Sample, Sampler, Sampling, digest
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -12,7 +12,7 @@ from distill_datasets.errors import RejectedError, RequestError, RetryableError
 from distill_datasets.journal import Journal
 from distill_datasets.limits import Limits
 from distill_datasets.progress import Progress, Purse
-from distill_datasets.sampler import Message, Reply, Sampler, Sampling, request_digest
+from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling, request_digest
 
 T = TypeVar("T")
 

@@ -56,7 +56,7 @@ def _choose_progress(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from distill_datasets.connection import connect
+    from distill_datasets.models.connection import connect
     from distill_datasets.generation import writable_folder
     from distill_datasets.recipe import load_recipe
 
@@ -107,7 +107,7 @@ def _new(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from distill_datasets.connection import serve
+    from distill_datasets.models.connection import serve
     from distill_datasets.errors import ServiceError
 
     try:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 
 from distill_datasets.money import Prices
-from distill_datasets.sampler import Message, Reply, Sampler, Sampling
+from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling
 
 # A token of UTF-8 text has about four bytes; from code and rare scripts to English prose it has
 # between two and six, in today's tokenizers of large models.

@@ -25,7 +25,7 @@ from distill_datasets.money import Meter
 from distill_datasets.panel import Teachers, models_of, open_teachers
 from distill_datasets.queries import load_queries
 from distill_datasets.recipe import Recipe, load_recipe
-from distill_datasets.sampler import Sampler, digest
+from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.shares import Share
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from distill_datasets.errors import DatasetError
 from distill_datasets.metrics import Estimate, resamples
 
 if TYPE_CHECKING:
-    from distill_datasets.connection import Connection
+    from distill_datasets.models.connection import Connection
     from distill_datasets.recipe import Recipe
-    from distill_datasets.sampler import Message
+    from distill_datasets.models.sampler import Message
 
 _RESAMPLES = 2_000
 _LEAST = 1e-4  # nats a token between base and teacher: servers round log-probabilities
@@ -71,7 +71,7 @@ def measure_bounds(
     Where a recipe rewrites what the teacher says, the teacher is asked about its own words: it
     gives the answer at least that likelihood.
     """
-    from distill_datasets.likelihood import likelihoods
+    from distill_datasets.models.likelihood import likelihoods
 
     without = likelihoods(base, [one.learned for one in answers], title="base's likelihood")
     taught = likelihoods(teacher, [one.taught for one in answers], title="teacher's likelihood")
@@ -91,7 +91,7 @@ def measure_internalisation(
     Besides, every system's nats a response token; costs three requests an answer. None where the
     score is not defined; a line on standard error says why.
     """
-    from distill_datasets.likelihood import likelihoods
+    from distill_datasets.models.likelihood import likelihoods
 
     bounds = measure_bounds(answers, base=connections["base"], teacher=connections["teacher"])
     learned = [one.learned for one in answers]

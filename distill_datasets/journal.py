@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from distill_datasets.errors import OutputError, RejectedError
-from distill_datasets.sampler import Reply
+from distill_datasets.models.sampler import Reply
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS answers (

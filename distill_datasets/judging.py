@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from distill_datasets.sampler import Message, Sample, Sampler, Sampling
+from distill_datasets.models.sampler import Message, Sample, Sampler, Sampling
 from distill_datasets.templates import render
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import tinker
 
-from distill_datasets.connection import Connection
+from distill_datasets.models.connection import Connection
 from distill_datasets.errors import ModelError
-from distill_datasets.sampler import digest
-from distill_datasets.sdk import explained
+from distill_datasets.models.sampler import digest
+from distill_datasets.models.tinker_sdk import explained
 from distill_datasets.selection import Selection
 from distill_datasets.training_folder import Checkpoint
 from distill_datasets.training_settings import decisive, unlike_default

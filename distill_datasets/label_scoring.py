@@ -17,7 +17,7 @@ from distill_datasets.label_tree import (
 )
 from distill_datasets.ledger import restore
 from distill_datasets.producers import Lesson
-from distill_datasets.scoring import Scorer
+from distill_datasets.models.scoring import Scorer
 from distill_datasets.soft_rows import Scoring, SoftRow, score_key, split_conversation
 from distill_datasets.soft_targets import SoftLabels
 from distill_datasets.teacher_prompts import TeacherPrompts, prompt_tokens
@@ -25,7 +25,7 @@ from distill_datasets.teacher_prompts import TeacherPrompts, prompt_tokens
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from distill_datasets.connection import Connection
+    from distill_datasets.models.connection import Connection
 
 
 class LabelScorer:
@@ -98,7 +98,7 @@ def teacher_texts(
     Elsewhere it is asked again, once: the answers are journaled in the training's folder. Raises
     `DatasetError` where it answers otherwise now.
     """
-    from distill_datasets.samplers.tinker import TinkerSampler
+    from distill_datasets.models.tinker import TinkerSampler
 
     recipe = prompts.recipe
     asking = Asking(

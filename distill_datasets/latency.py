@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from distill_datasets.errors import DistillError, GenerationError
 from distill_datasets.progress import Progress
-from distill_datasets.sampler import Message, Reply, Sampler, Sampling
+from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from functools import partial
 from distill_datasets.crowd import Crowd
 from distill_datasets.errors import SettingsError
 from distill_datasets.pace import Bucket, Pace
-from distill_datasets.sampler import Allowance
+from distill_datasets.models.sampler import Allowance
 
 # The first requests start in groups, each up to this share of all, so fast that all of them would
 # take so many seconds; refusals come back in a gap after each, which lasts twice as long as the

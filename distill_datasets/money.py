@@ -15,7 +15,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from distill_datasets.errors import BudgetReached, PriceError, nearest
 from distill_datasets.journal import Journal
-from distill_datasets.sampler import Message, Reply, Sampler, Sampling
+from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from distill_datasets.batches import Batch, Learned, Normalization, shares
 from distill_datasets.errors import ModelError
 from distill_datasets.producers import Lesson
-from distill_datasets.sampler import digest
-from distill_datasets.scoring import Pending, Ranking, Scorer, require_same_tokenizer
+from distill_datasets.models.sampler import digest
+from distill_datasets.models.scoring import Pending, Ranking, Scorer, require_same_tokenizer
 from distill_datasets.soft_rows import SoftRow, chosen_rows, soft_rows
 from distill_datasets.soft_targets import (
     SoftExample,

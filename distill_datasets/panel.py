@@ -12,7 +12,7 @@ from distill_datasets.buying import Buyer
 from distill_datasets.judging import Judging
 from distill_datasets.recipe import Recipe
 from distill_datasets.recipe_sections import Asked, SamplingSection, Teacher
-from distill_datasets.sampler import Reply, Sample, Sampler, digest, request_digest
+from distill_datasets.models.sampler import Reply, Sample, Sampler, digest, request_digest
 from distill_datasets.verdicts import (
     Best,
     Buys,
@@ -189,7 +189,7 @@ class _Opened:
 
     def sampler(self, asked: Asked) -> Sampler:
         """The given one for a teacher, else one that its reference names."""
-        from distill_datasets.samplers import open_sampler
+        from distill_datasets.models.references import open_sampler
 
         if self._teacher is not None and isinstance(asked, Teacher):
             return self._teacher

@@ -11,7 +11,7 @@ from distill_datasets.errors import DistillError, GenerationError, SettingsError
 from distill_datasets.generation import generate, writable_folder
 from distill_datasets.progress import Progress
 from distill_datasets.recipe import Recipe, load_recipe
-from distill_datasets.sampler import Sampler
+from distill_datasets.models.sampler import Sampler
 from distill_datasets.shares import Share
 
 if TYPE_CHECKING:

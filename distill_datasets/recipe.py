@@ -18,7 +18,7 @@ from distill_datasets.parsing import Reader
 from distill_datasets.hub.references import find_release
 from distill_datasets.recipe_problems import explain
 from distill_datasets.recipe_sections import AnswerFormat, Queries, Split, Synthesis, Teacher
-from distill_datasets.sampler import Message, Sampling, digest
+from distill_datasets.models.sampler import Message, Sampling, digest
 from distill_datasets.templates import check_template, fields_of, render
 
 _METRICS = ("accuracy", "macro_f1", "answered", "agreement")

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from distill_datasets.parsing import check_schema
-from distill_datasets.sampler import Sampling
+from distill_datasets.models.sampler import Sampling
 
 Choice = Literal["route", "majority", "best"]
 Word = Annotated[str, Field(min_length=1)]
@@ -130,7 +130,7 @@ class Split(Section):
 
 
 class SamplingSection(Section):
-    """The teacher's sampling; see `distill_datasets.sampler.Sampling`."""
+    """The teacher's sampling; see `distill_datasets.models.sampler.Sampling`."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.0
     max_tokens: Annotated[int, Field(ge=1)] = 512

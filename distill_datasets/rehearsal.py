@@ -29,7 +29,7 @@ from distill_datasets.progress import Progress
 from distill_datasets.queries import load_queries
 from distill_datasets.recipe import Recipe, load_recipe
 from distill_datasets.rehearsal_text import rehearsal_text
-from distill_datasets.sampler import Sampler
+from distill_datasets.models.sampler import Sampler
 from distill_datasets.shares import Share
 from distill_datasets.trial import Sampled, ask_some, request_key
 

@@ -13,7 +13,7 @@ from distill_datasets.generation import writable_folder
 from distill_datasets.heldout import HeldOut, read_held_out
 from distill_datasets.journal import Journal
 from distill_datasets.limits import Limits
-from distill_datasets.sampler import Sampler, digest
+from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.schema import failure_text
 from distill_datasets.systems import (
     UNCACHED,

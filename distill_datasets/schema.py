@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.sampler import Message
+from distill_datasets.models.sampler import Message
 
 if TYPE_CHECKING:
     from datasets import Features

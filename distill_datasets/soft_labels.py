@@ -8,7 +8,7 @@ from distill_datasets.label_scoring import LabelScorer, require_choices, teacher
 from distill_datasets.ledger import LEDGER
 from distill_datasets.producers import Lesson
 from distill_datasets.score_store import ScoreStore
-from distill_datasets.scoring import Scorer, require_same_tokenizer
+from distill_datasets.models.scoring import Scorer, require_same_tokenizer
 from distill_datasets.soft_config import SOFT, has_soft, read_soft
 from distill_datasets.soft_rows import (
     Scoring,
@@ -30,7 +30,7 @@ from distill_datasets.teacher_prompts import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from distill_datasets.connection import Connection
+    from distill_datasets.models.connection import Connection
 
 SCORES = "scores.sqlite"  # in the training's folder: what a rerun does not pay again
 

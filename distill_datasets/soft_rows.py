@@ -18,7 +18,7 @@ from distill_datasets.training_plan import choose_rows
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from distill_datasets.connection import Connection
+    from distill_datasets.models.connection import Connection
 
 _COLUMNS = ("id", "sample", "query", "response")
 _VERSION = 1  # of what is stored: raise it when scores come out differently

@@ -46,7 +46,7 @@ class Base:
 
 def read_training(train: Path | str) -> Trained:
     """A training folder, or that of a run's folder; raises `ModelError` where none is finished."""
-    from distill_datasets import connection
+    from distill_datasets.models import connection
 
     for folder in (Path(train), Path(train) / "train"):
         if (folder / "checkpoints.jsonl").is_file():
@@ -153,7 +153,7 @@ def _template(trained: Trained, base: Base) -> dict[str, Any] | None:
     from tinker_cookbook.renderers import get_renderer
     from tinker_cookbook.tokenizer_utils import get_tokenizer
 
-    import distill_datasets.chat_template  # noqa: F401 (registers our renderer)
+    import distill_datasets.models.renderers  # noqa: F401 (registers our renderer)
 
     tokenizer: Any = get_tokenizer(str(base.folder or base.hub))
     conversation: Any = [{"role": "user", "content": _EXAMPLE_QUERY}]

@@ -89,7 +89,7 @@ def sweep(
     grid trains only what is new. A training that diverges is a trial with an error. Raises
     `SettingsError` for a key that is none, before anything is trained, and what `train` raises.
     """
-    from distill_datasets.connection import disconnect
+    from distill_datasets.models.connection import disconnect
     from distill_datasets.training import TrainSettings, train
 
     shared = settings or TrainSettings()

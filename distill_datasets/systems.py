@@ -12,7 +12,7 @@ from distill_datasets.heldout import HeldOut
 from distill_datasets.latency import Timed, Unkept, measure_latency, uncacheable
 from distill_datasets.panel import Panel, Route, asked_of, open_teachers
 from distill_datasets.recipe import Recipe
-from distill_datasets.sampler import Sampler, Sampling
+from distill_datasets.models.sampler import Sampler, Sampling
 
 _TIMED_ROWS = 20
 UNCACHED = "teacher, uncached"
@@ -31,7 +31,7 @@ def find_training(student: Sampler | str | Path) -> Training | None:
     """A training folder's facts; None for anything else, which is opened as it is."""
     if not isinstance(student, str | Path):
         return None
-    from distill_datasets.connection import read_training
+    from distill_datasets.models.connection import read_training
 
     for folder in (Path(student), Path(student) / "train"):
         if (folder / "checkpoints.jsonl").is_file():
@@ -165,7 +165,7 @@ def _timed(system: Answering, queries: Sequence[str]) -> Timed:
 def _open(given: Sampler | str | Path, renderer: str | None = None) -> Sampler:
     if not isinstance(given, str | Path):
         return given
-    from distill_datasets.samplers import open_sampler
+    from distill_datasets.models.references import open_sampler
 
     return open_sampler(given, renderer=renderer)
 

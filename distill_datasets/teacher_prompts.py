@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.hub.references import find_release
 from distill_datasets.recipe import Recipe, load_recipe
-from distill_datasets.sampler import Message
+from distill_datasets.models.sampler import Message
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from distill_datasets.connection import Connection
+    from distill_datasets.models.connection import Connection
     from distill_datasets.producers import Lesson
 
 
@@ -103,7 +103,7 @@ def connect_teacher(
     names. A teacher that is the student's base shares its server. Raises `ModelError` for one
     that gives no probabilities.
     """
-    from distill_datasets.connection import connect
+    from distill_datasets.models.connection import connect
 
     student, manifest = lesson.student.connection, lesson.source.manifest
     released = str(manifest.get("teacher", prompts.recipe.teacher))

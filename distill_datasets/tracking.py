@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.sampler import digest
+from distill_datasets.models.sampler import digest
 
 _PROJECT = "distill-datasets"
 _INSTALL = "track={name!r} needs a package that isn't installed: pip install {name}."

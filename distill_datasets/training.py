@@ -17,7 +17,7 @@ from distill_datasets.training_settings import TrainSettings
 from distill_datasets.trainset import Rendered, Source, Split, locate, open_splits
 
 if TYPE_CHECKING:
-    from distill_datasets.connection import Connection
+    from distill_datasets.models.connection import Connection
     from distill_datasets.in_flight import InFlight
     from distill_datasets.predecessor import Predecessor
     from distill_datasets.producers import Lesson
@@ -189,7 +189,7 @@ def _connect(
     student: str, source: Source, settings: TrainSettings, folder: TrainingFolder
 ) -> "Connection":
     """A release names the renderer that its teacher was read with; the same model keeps it."""
-    from distill_datasets.connection import connect
+    from distill_datasets.models.connection import connect
 
     renderer = settings.renderer
     if renderer is None and source.manifest.get("teacher") == student:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from distill_datasets.training_settings import TrainSettings as TrainSettings
 
 if TYPE_CHECKING:
-    from distill_datasets.connection import Connection
+    from distill_datasets.models.connection import Connection
 
 
 _LEAST_STEPS = 60

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from distill_datasets.connection import Connection
+    from distill_datasets.models.connection import Connection
 
 _MEANS = {"token": "every response token of a batch alike", "example": "every response alike"}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError, OutputError
 from distill_datasets.hub.references import Pinned, fetch_dataset, folder_of, is_reference
-from distill_datasets.sampler import Message, digest
+from distill_datasets.models.sampler import Message, digest
 from distill_datasets.schema import conversation_reader
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from distill_datasets.batches import Example
-    from distill_datasets.connection import Connection
+    from distill_datasets.models.connection import Connection
     from distill_datasets.training_settings import TrainSettings
 
 _VERSION = 2  # of the rendered columns: raise it when they come out differently

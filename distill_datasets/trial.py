@@ -17,7 +17,7 @@ from distill_datasets.journal import Journal
 from distill_datasets.limits import Limits
 from distill_datasets.panel import asked_of
 from distill_datasets.progress import Progress
-from distill_datasets.sampler import Message, Reply, Sampler, Sampling, request_digest
+from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling, request_digest
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from distill_datasets.errors import (
 )
 from distill_datasets.internalisation import Answered, Bounds, internalisation, measure_bounds
 from distill_datasets.ledger import LEDGER, find_replies
-from distill_datasets.sampler import digest, request_digest
+from distill_datasets.models.sampler import digest, request_digest
 from distill_datasets.teacher_prompts import (
     TeacherPrompts,
     connect_teacher,
@@ -27,7 +27,7 @@ from distill_datasets.teacher_prompts import (
 from distill_datasets.trainset import cache_folder
 
 if TYPE_CHECKING:
-    from distill_datasets.connection import Connection
+    from distill_datasets.models.connection import Connection
     from distill_datasets.producers import Lesson
     from distill_datasets.trainset import Rendered
 

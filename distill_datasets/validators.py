@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from distill_datasets.batches import bits_per_byte
 from distill_datasets.errors import SettingsError
-from distill_datasets.sampler import Message, Sampling
+from distill_datasets.models.sampler import Message, Sampling
 from distill_datasets.selection import VALIDATION_LOSS
 from distill_datasets.student import PendingLoss, PendingSave, Student
 from distill_datasets.trainset import Rendered

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 from distill_datasets.asking import Asking
 from distill_datasets.errors import FATAL
 from distill_datasets.judging import Judging
-from distill_datasets.sampler import Message, Reply, Sample, Sampler, Sampling, request_digest
+from distill_datasets.models.sampler import Message, Reply, Sample, Sampler, Sampling, request_digest
 from distill_datasets.templates import holds
 
 NONE_PARSED = "no sample parsed"

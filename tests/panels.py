@@ -11,7 +11,7 @@ import yaml
 
 from distill_datasets.errors import ModelError
 from distill_datasets.generation import Generated, generate
-from distill_datasets.sampler import Message, Reply, Sample, Sampling, Usage
+from distill_datasets.models.sampler import Message, Reply, Sample, Sampling, Usage
 
 QUERIES = {"rose": "red", "sky": "blue", "sea": "blue", "plum": None}
 Speech = Callable[[str, int], str]
@@ -78,7 +78,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Models:
         "mute": lambda query, number: "I would rather not say",
     }
     opener = Models({name: Model(name, speech) for name, speech in known.items()})
-    monkeypatch.setattr("distill_datasets.samplers.open_sampler", opener)
+    monkeypatch.setattr("distill_datasets.models.references.open_sampler", opener)
     return opener
 
 

@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A reference to the tiny model: while a test file uses it, local models are served here."""
     import datasets
 
-    from distill_datasets import connection
+    from distill_datasets.models import connection
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(connection, "_server", lambda name, folder, store: shared().server)

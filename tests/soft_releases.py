@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from distill_datasets.connection import Connection, connect
+from distill_datasets.models.connection import Connection, connect
 from distill_datasets.journal import Journal
 from distill_datasets.producers import Lesson
 from distill_datasets.recipe import Recipe
 from distill_datasets.release import publish
-from distill_datasets.sampler import Logprobs, Reply, Sample, Usage, request_digest
+from distill_datasets.models.sampler import Logprobs, Reply, Sample, Usage, request_digest
 from distill_datasets.student import Adapted, Student
 from distill_datasets.training import TrainSettings
 from distill_datasets.trainset import locate, open_splits

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from distill_datasets.sampler import Message, Reply, Sample, Sampling, Usage, digest
+from distill_datasets.models.sampler import Message, Reply, Sample, Sampling, Usage, digest
 
 TOPICS = ["flowers", "weather", "cars", "clothes", "food"]
 RULES = [

@@ -12,7 +12,7 @@ import tinker
 import yaml
 
 from distill_datasets.adapter import export_adapter, push_student
-from distill_datasets.connection import connect
+from distill_datasets.models.connection import connect
 from distill_datasets.errors import AccessError, ModelError, OutputError, RepositoryError
 from distill_datasets.training import TrainSettings, train
 from tests.hub_fixture import Hub

@@ -22,9 +22,9 @@ from distill_datasets.errors import (
 from distill_datasets.generation import Generated, generate
 from distill_datasets.journal import Journal
 from distill_datasets.money import Meter, Prices
-from distill_datasets.sampler import Echo
-from distill_datasets.samplers.openai import OpenAISampler
-from distill_datasets.samplers.openai_batches import OpenAIBatches
+from distill_datasets.models.sampler import Echo
+from distill_datasets.models.openai.client import OpenAISampler
+from distill_datasets.models.openai.batches import OpenAIBatches
 from tests.conftest import edit
 from tests.openai_batches import End, Lost
 from tests.openai_server import Answer, Fault, OpenAIServer, serving
@@ -169,7 +169,7 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background parent leaves it ignored
 from distill_datasets.batching.purchase import Patience
 from distill_datasets.generation import generate
-from distill_datasets.samplers.openai import OpenAISampler
+from distill_datasets.models.openai.client import OpenAISampler
 recipe, out, url = sys.argv[1:]
 teacher = OpenAISampler("echo-small", base_url=url)
 generate(recipe, teacher=teacher, out=out, batch=Patience(poll_seconds=0))

@@ -20,7 +20,7 @@ from distill_datasets.errors import (
 from distill_datasets.journal import Journal
 from distill_datasets.limits import Limits
 from distill_datasets.progress import Progress
-from distill_datasets.sampler import Message, Reply, Sample, Sampler, Sampling, Usage
+from distill_datasets.models.sampler import Message, Reply, Sample, Sampler, Sampling, Usage
 
 SAMPLING = Sampling()
 

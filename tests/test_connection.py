@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from distill_datasets.connection import connect
+from distill_datasets.models.connection import connect
 from distill_datasets.embedded.process import Server, launch
 from distill_datasets.errors import AccessError, ModelError, ServiceError
-from distill_datasets.sampler import Message, Sampling
-from distill_datasets.samplers import open_sampler
+from distill_datasets.models.sampler import Message, Sampling
+from distill_datasets.models.references import open_sampler
 from tests.tiny_model import make_tiny_model
 
 QUESTION: list[Message] = [{"role": "user", "content": "What language is this?"}]

@@ -11,7 +11,7 @@ from distill_datasets.diffing import Difference, diff
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation import generate
 from distill_datasets.release import publish
-from distill_datasets.sampler import Echo, Message, Reply, Sample, Sampling, Usage
+from distill_datasets.models.sampler import Echo, Message, Reply, Sample, Sampling, Usage
 from tests.conftest import edit
 
 LABELS = "answer: {pattern: 'colour (?P<answer>\\w+)', choices: [red, blue]}\n"

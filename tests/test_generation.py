@@ -24,7 +24,7 @@ from distill_datasets.generation import Generated, generate
 from distill_datasets.journal import Journal
 from distill_datasets.money import Meter, Prices
 from distill_datasets.recipe import Recipe, load_recipe
-from distill_datasets.sampler import Echo, Message, Reply, Sample, Sampling, Usage
+from distill_datasets.models.sampler import Echo, Message, Reply, Sample, Sampling, Usage
 from tests.conftest import edit
 
 
@@ -110,7 +110,7 @@ _AGAIN = """
 import sys
 from pathlib import Path
 from distill_datasets.generation import generate
-from distill_datasets.sampler import Echo
+from distill_datasets.models.sampler import Echo
 
 made = generate(Path(sys.argv[1]), teacher=Echo(), out=Path(sys.argv[2]))
 print(made.kept, dict(made.rejected), made.errors, "datasets" in sys.modules)
@@ -334,7 +334,7 @@ _KILLED = """
 import asyncio, sys
 from pathlib import Path
 from distill_datasets.generation import generate
-from distill_datasets.sampler import Echo
+from distill_datasets.models.sampler import Echo
 
 class Slow(Echo):
     async def sample(self, messages, sampling):
@@ -371,7 +371,7 @@ _INTERRUPTED = """
 import asyncio, signal, sys
 from pathlib import Path
 from distill_datasets.generation import generate
-from distill_datasets.sampler import Echo
+from distill_datasets.models.sampler import Echo
 
 class Held(Echo):
     said = False

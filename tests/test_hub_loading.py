@@ -12,7 +12,7 @@ from pyarrow.parquet import write_table
 
 from distill_datasets.generation import generate
 from distill_datasets.release import publish
-from distill_datasets.sampler import Echo
+from distill_datasets.models.sampler import Echo
 from tests.conftest import edit
 from tests.hub_fixture import Hub
 
@@ -198,7 +198,7 @@ def test_running_a_release_from_the_hub_asks_the_teacher_nothing(
         "from distill_datasets.generation import generate\n"
         "from distill_datasets.ledger import replay\n"
         "from distill_datasets.release import load_release, publish\n"
-        "from distill_datasets.sampler import Echo\n"
+        "from distill_datasets.models.sampler import Echo\n"
         f"added, teacher = replay({release!r}, 'mine'), Echo()\n"
         f"generate({release!r}, teacher=teacher, out='mine')\n"
         "print(json.dumps([added, teacher.calls, publish('mine').digest]))"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from distill_datasets.connection import connect
+from distill_datasets.models.connection import connect
 from distill_datasets.errors import DatasetError
 from distill_datasets.internalisation import (
     Answered,

@@ -9,7 +9,7 @@ import pytest
 
 from distill_datasets.errors import OutputError
 from distill_datasets.journal import Journal
-from distill_datasets.sampler import (
+from distill_datasets.models.sampler import (
     Message,
     Reply,
     Sample,
@@ -41,7 +41,7 @@ _BUYING = """
 import sys
 from pathlib import Path
 from distill_datasets.journal import Journal
-from distill_datasets.sampler import Reply, Sample, Usage
+from distill_datasets.models.sampler import Reply, Sample, Usage
 
 name = sys.argv[2]
 with Journal(Path(sys.argv[1])) as journal:

@@ -5,7 +5,7 @@ import pytest
 
 from distill_datasets.judging import Judging
 from distill_datasets.recipe_sections import Judge
-from distill_datasets.sampler import Message, Reply, Sample, Sampling, Usage
+from distill_datasets.models.sampler import Message, Reply, Sample, Sampling, Usage
 from tests.panels import RED, Model, Models, columns, judged, run, scores
 
 

@@ -10,7 +10,7 @@ from distill_datasets.generation import generate
 from distill_datasets.journal import Journal
 from distill_datasets.ledger import replay, restore
 from distill_datasets.release import Release, publish
-from distill_datasets.sampler import Echo, Reply
+from distill_datasets.models.sampler import Echo, Reply
 from tests.conftest import edit
 
 

@@ -6,7 +6,7 @@ from distill_datasets.crowd import Crowd
 from distill_datasets.errors import SettingsError
 from distill_datasets.limits import Gate, Limit, Limits, Ticket
 from distill_datasets.pace import Bucket, Pace
-from distill_datasets.sampler import Allowance
+from distill_datasets.models.sampler import Allowance
 from tests.simulation import (
     AtOnce,
     HeavyTailed,

@@ -11,7 +11,7 @@ from distill_datasets.generation import Generated, generate
 from distill_datasets.journal import Journal
 from distill_datasets.money import Meter, Price, Prices, open_meter
 from distill_datasets.release import publish
-from distill_datasets.sampler import Echo, Message, Reply, Sample, Sampling, Usage
+from distill_datasets.models.sampler import Echo, Message, Reply, Sample, Sampling, Usage
 from tests.conftest import edit
 
 ASKED = Sampling(max_tokens=8_000)

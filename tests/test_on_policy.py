@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill_datasets.connection import connect
+from distill_datasets.models.connection import connect
 from distill_datasets.objective_settings import ObjectiveSettings
 from distill_datasets.on_policy import (
     OnPolicyProducer,
@@ -19,7 +19,7 @@ from distill_datasets.on_policy import (
     sampled_batch,
 )
 from distill_datasets.producers import Lesson
-from distill_datasets.scoring import Ranking, Scorer
+from distill_datasets.models.scoring import Ranking, Scorer
 from distill_datasets.student import Adapted, Student
 from distill_datasets.training import TrainSettings, train
 from distill_datasets.training_plan import Step

@@ -19,10 +19,10 @@ from distill_datasets.errors import (
 )
 from distill_datasets.generation import generate
 from distill_datasets.journal import Journal
-from distill_datasets.sampler import Allowance, Logprobs, Message, Reply, Sampler, Sampling, Usage
-from distill_datasets.samplers import open_sampler
-from distill_datasets.samplers.openai import OpenAISampler
-from distill_datasets.samplers.openai_errors import read_allowance, read_retry_after
+from distill_datasets.models.sampler import Allowance, Logprobs, Message, Reply, Sampler, Sampling, Usage
+from distill_datasets.models.references import open_sampler
+from distill_datasets.models.openai.client import OpenAISampler
+from distill_datasets.models.openai.errors import read_allowance, read_retry_after
 from tests.openai_server import Answer, Fault, OpenAIServer, serving
 
 ASKED: list[Message] = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": ""}]
@@ -489,8 +489,8 @@ def test_one_sampler_serves_many_event_loops_and_leaves_nothing_open(
 ) -> None:
     script = f"""
 import asyncio
-from distill_datasets.sampler import Sampling
-from distill_datasets.samplers.openai import OpenAISampler
+from distill_datasets.models.sampler import Sampling
+from distill_datasets.models.openai.client import OpenAISampler
 sampler = OpenAISampler("echo-small", base_url={server.url!r})
 async def ask():
     for query in "ab":

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill_datasets import connection as connections
+from distill_datasets.models import connection as connections
 from distill_datasets.batches import Update, supervised_batch
 from distill_datasets.errors import DatasetError, ModelError, OutputError, SettingsError
 from distill_datasets.predecessor import LEARNED, find_predecessor

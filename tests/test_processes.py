@@ -11,11 +11,11 @@ import tinker
 from transformers import AutoTokenizer
 
 from distill_datasets import resources
-from distill_datasets.connection import Connection
+from distill_datasets.models.connection import Connection
 from distill_datasets.errors import RejectedError, RetryableError, ServiceError, SettingsError
-from distill_datasets.sampler import Message, Reply, Sampling
-from distill_datasets.samplers.processes import ProcessSampler
-from distill_datasets.samplers.tinker import TinkerSampler
+from distill_datasets.models.sampler import Message, Reply, Sampling
+from distill_datasets.models.processes import ProcessSampler
+from distill_datasets.models.tinker import TinkerSampler
 from tests import tinker_endpoint
 
 ROOT = Path(__file__).parents[1]

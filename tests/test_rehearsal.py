@@ -14,7 +14,7 @@ from distill_datasets.money import Prices
 from distill_datasets.recipe import Recipe, load_recipe
 from distill_datasets.rehearsal import Rehearsal, rehearse
 from distill_datasets.release import publish
-from distill_datasets.sampler import Echo, Message, Reply, Sample, Sampling, Usage
+from distill_datasets.models.sampler import Echo, Message, Reply, Sample, Sampling, Usage
 from distill_datasets.shares import Share
 from distill_datasets.trial import Sampled
 from tests.conftest import edit
@@ -252,7 +252,7 @@ def test_every_teacher_has_a_line_of_its_own_and_the_judge_one_once_it_was_asked
     recipe_folder: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = {name: Wordy(model=name) for name in ("openai:a", "openai:b", "openai:j")}
-    monkeypatch.setattr("distill_datasets.samplers.open_sampler", lambda name, **_: models[name])
+    monkeypatch.setattr("distill_datasets.models.references.open_sampler", lambda name, **_: models[name])
     (recipe_folder / "judge.md").write_text("How good is {{ text }}?")
     edit(
         recipe_folder,

@@ -12,7 +12,7 @@ from distill_datasets.generation import generate
 from distill_datasets.latency import uncacheable
 from distill_datasets.release import publish
 from distill_datasets.report import Report, measure
-from distill_datasets.sampler import Message, Reply, Sample, Sampling, Usage
+from distill_datasets.models.sampler import Message, Reply, Sample, Sampling, Usage
 
 TEST = {  # query: what is right, what the teacher says, and the student
     "rose": ("red", "red", "red"),
@@ -405,7 +405,7 @@ def test_a_training_folder_says_what_to_open_and_the_student_comes_first(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opener = Opener()
-    monkeypatch.setattr("distill_datasets.samplers.open_sampler", opener)
+    monkeypatch.setattr("distill_datasets.models.references.open_sampler", opener)
     report = measure(trained, student=trained, out=trained)
     assert opener.opened == [
         (str(trained / "train"), None),
@@ -418,7 +418,7 @@ def test_a_training_folder_says_what_to_open_and_the_student_comes_first(
 def test_a_training_folder_gets_a_model_card_with_its_best_checkpoint(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill_datasets.samplers.open_sampler", Opener())
+    monkeypatch.setattr("distill_datasets.models.references.open_sampler", Opener())
     measure(trained, student=trained / "train", out=trained)
     card = (trained / "model_card.md").read_text()
     assert "tinker://1/sampler_weights/2" in card
@@ -428,7 +428,7 @@ def test_a_training_folder_gets_a_model_card_with_its_best_checkpoint(
 def test_a_later_checkpoint_makes_a_new_report(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill_datasets.samplers.open_sampler", Opener())
+    monkeypatch.setattr("distill_datasets.models.references.open_sampler", Opener())
     measure(trained, student=trained, out=trained)
     file = trained / "train" / "checkpoints.jsonl"
     file.write_text(

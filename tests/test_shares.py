@@ -14,7 +14,7 @@ from distill_datasets.queries import load_queries
 from distill_datasets.recipe import Recipe, load_recipe
 from distill_datasets.recipe_sections import Split
 from distill_datasets.release import Release, publish
-from distill_datasets.sampler import Echo
+from distill_datasets.models.sampler import Echo
 from distill_datasets.shares import Share
 from tests.conftest import edit
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from distill_datasets import soft_labels
-from distill_datasets.connection import connect
+from distill_datasets.models.connection import connect
 from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.objective_settings import ObjectiveSettings
 from distill_datasets.producers import Lesson
 from distill_datasets.release import load_release, publish
-from distill_datasets.scoring import Scorer, require_same_tokenizer
+from distill_datasets.models.scoring import Scorer, require_same_tokenizer
 from distill_datasets.soft_labels import get_soft_labels
 from distill_datasets.soft_rows import chosen_rows
 from distill_datasets.soft_targets import SoftExample

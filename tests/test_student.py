@@ -8,9 +8,9 @@ import tinker
 from tinker.types import RequestErrorCategory
 
 from distill_datasets.batches import Example, Update, datums, supervised_batch
-from distill_datasets.connection import Connection, connect
+from distill_datasets.models.connection import Connection, connect
 from distill_datasets.errors import ModelError, OutputError
-from distill_datasets.sampler import Message, Sampling
+from distill_datasets.models.sampler import Message, Sampling
 from distill_datasets.student import Adapted, PendingStep, Student, _explained
 
 EXAMPLES = [

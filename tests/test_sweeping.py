@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distill_datasets import connection as connections
+from distill_datasets.models import connection as connections
 from distill_datasets import validation_bounds as bounds
 from distill_datasets.errors import DatasetError, ModelError, SettingsError
 from distill_datasets.sweeping import Sweep, Trial, sweep

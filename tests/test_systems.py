@@ -3,7 +3,7 @@ from typing import Any
 
 from distill_datasets.release import publish
 from distill_datasets.report import Report, measure
-from distill_datasets.sampler import Sampling
+from distill_datasets.models.sampler import Sampling
 from tests.panels import QUERIES, RIGHT, Model, Models, run
 
 

@@ -13,8 +13,10 @@ import tinker
 from tinker_cookbook.renderers import get_renderer
 from transformers import AutoTokenizer
 
-from distill_datasets import resources, samplers, sdk
-from distill_datasets.connection import Connection
+from distill_datasets import resources
+from distill_datasets.models import references as samplers
+from distill_datasets.models import tinker_sdk as sdk
+from distill_datasets.models.connection import Connection
 from distill_datasets.errors import (
     AccessError,
     DistillError,
@@ -24,9 +26,9 @@ from distill_datasets.errors import (
     RetryableError,
     ServiceError,
 )
-from distill_datasets.sampler import Logprobs, Message, Reply, Sampling
-from distill_datasets.samplers.prompts import Prompts
-from distill_datasets.samplers.tinker import TinkerSampler, classified
+from distill_datasets.models.sampler import Logprobs, Message, Reply, Sampling
+from distill_datasets.models.prompts import Prompts
+from distill_datasets.models.tinker import TinkerSampler, classified
 from tests import tinker_endpoint
 
 RENDERERS = ["qwen3_instruct", "qwen3", "role_colon", "distill_datasets/chat_template"]
@@ -51,7 +53,7 @@ class Counted:
 
 
 def renderer(name: str, tokenizer: Any) -> Counted:
-    import distill_datasets.chat_template  # noqa: F401 (registers our renderer)
+    import distill_datasets.models.renderers  # noqa: F401 (registers our renderer)
 
     return Counted(get_renderer(name, tokenizer))
 

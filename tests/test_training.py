@@ -13,8 +13,8 @@ from typing import Any
 import datasets
 import pytest
 
-from distill_datasets import connection as connections
-from distill_datasets import sdk
+from distill_datasets.models import connection as connections
+from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets import student as students
 from distill_datasets.errors import (
     DatasetError,

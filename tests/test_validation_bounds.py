@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill_datasets.connection import connect
+from distill_datasets.models.connection import connect
 from distill_datasets.errors import SettingsError
 from distill_datasets.objective_settings import ObjectiveSettings
 from distill_datasets.producers import Lesson
-from distill_datasets.scoring import Scorer
+from distill_datasets.models.scoring import Scorer
 from distill_datasets.training import TrainSettings, train
 from distill_datasets.trainset import Rendered, open_splits
 from distill_datasets.validation_bounds import validation_bounds

@@ -16,7 +16,7 @@ from distill_datasets.errors import (
     ServiceError,
 )
 from distill_datasets.recipe import Recipe
-from distill_datasets.sampler import Message, Sampler, Sampling
+from distill_datasets.models.sampler import Message, Sampler, Sampling
 from distill_datasets.synthesis.replies import Form, numbers, texts
 from distill_datasets.templates import render
 

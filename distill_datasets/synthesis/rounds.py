@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any, TypeVar
 
 from distill_datasets.errors import GenerationError
-from distill_datasets.sampler import digest
+from distill_datasets.models.sampler import digest
 from distill_datasets.synthesis.coverage import Coverage, Exercised
 from distill_datasets.synthesis.duplicates import NearDuplicates
 from distill_datasets.synthesis.interview import Heard, Interview, Question, explained

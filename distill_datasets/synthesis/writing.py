@@ -13,7 +13,7 @@ from distill_datasets.journal import Journal
 from distill_datasets.limits import Limits
 from distill_datasets.progress import Progress
 from distill_datasets.recipe import Recipe, load_recipe
-from distill_datasets.sampler import Sampler, digest
+from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.synthesis.attributes import axes_of, balance, combinations, size_of
 from distill_datasets.synthesis.coverage import Coverage
 from distill_datasets.synthesis.duplicates import NearDuplicates
@@ -65,7 +65,7 @@ def synthesize(  # noqa: PLR0913 (whom to ask for how much, how fast, and where 
 
 
 def _open(recipe: Recipe) -> Sampler:
-    from distill_datasets.samplers import open_sampler
+    from distill_datasets.models.references import open_sampler
 
     first = recipe.all_teachers[0]
     return open_sampler(first.model, renderer=first.renderer)

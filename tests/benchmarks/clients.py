@@ -66,7 +66,7 @@ def ours(work: Work) -> tuple[float, int]:
 
         from distill_datasets import progress
         from distill_datasets.generation import generate
-        from distill_datasets.samplers.openai import OpenAISampler
+        from distill_datasets.models.openai.client import OpenAISampler
 
     progress.use("json")
     teacher = OpenAISampler("bench", base_url=work.url, timeout=work.timeout)

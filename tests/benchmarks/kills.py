@@ -20,9 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distill_datasets import connection as connections
-from distill_datasets.sampler import Sampling
-from distill_datasets.samplers.tinker import TinkerSampler
+from distill_datasets.models import connection as connections
+from distill_datasets.models.sampler import Sampling
+from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.training_folder import TrainingFolder
 from tests.server_log import trained_batches
 from tests.tiny_model import make_tiny_model

@@ -25,15 +25,16 @@ from typing import Any
 
 from datasets import load_dataset
 
-from distill_datasets import TrainSettings, connection, generate, load_recipe, publish, train
-from distill_datasets.connection import Connection, connect
+from distill_datasets import TrainSettings, generate, load_recipe, publish, train
+from distill_datasets.models import connection
+from distill_datasets.models.connection import Connection, connect
 from distill_datasets.internalisation import Bounds, internalisation
-from distill_datasets.likelihood import likelihoods
+from distill_datasets.models.likelihood import likelihoods
 from distill_datasets.objective_settings import ObjectiveSettings
 from distill_datasets.recipe import Recipe
-from distill_datasets.sampler import Message, Sampling
-from distill_datasets.samplers.tinker import TinkerSampler
-from distill_datasets.scoring import Scorer
+from distill_datasets.models.sampler import Message, Sampling
+from distill_datasets.models.tinker import TinkerSampler
+from distill_datasets.models.scoring import Scorer
 
 STEPS = 60
 LONGEST = 12  # sampled tokens: an answer has five

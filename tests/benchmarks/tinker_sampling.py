@@ -19,10 +19,10 @@ import tinker
 from tinker import types
 
 from distill_datasets import resources
-from distill_datasets.connection import Connection
-from distill_datasets.sampler import Message, Sampling
-from distill_datasets.samplers.processes import ProcessSampler
-from distill_datasets.samplers.tinker import TinkerSampler
+from distill_datasets.models.connection import Connection
+from distill_datasets.models.sampler import Message, Sampling
+from distill_datasets.models.processes import ProcessSampler
+from distill_datasets.models.tinker import TinkerSampler
 from tests import tinker_endpoint
 
 RULES = "\n".join(

@@ -29,7 +29,7 @@ from tinker_cookbook.supervised.data import conversation_to_datum
 from tinker_cookbook.supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 from tinker_cookbook.tokenizer_utils import register_tokenizer
 
-from distill_datasets import connection as connections
+from distill_datasets.models import connection as connections
 from distill_datasets import resources
 from distill_datasets.embedded.process import Server, launch
 from distill_datasets.training import TrainSettings, train

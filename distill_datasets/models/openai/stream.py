@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 
-from distill_datasets.samplers.openai_wire import bad_answer
+from distill_datasets.models.openai.wire import bad_answer
 
 _TEXTS = ("content", "reasoning_content", "reasoning", "refusal")
 

@@ -10,8 +10,8 @@ import numpy as np
 import tinker
 from numpy.typing import NDArray
 
-from distill_datasets import sdk
-from distill_datasets.connection import Connection
+from distill_datasets.models import tinker_sdk as sdk
+from distill_datasets.models.connection import Connection
 from distill_datasets.errors import DatasetError, ModelError
 
 T = TypeVar("T")

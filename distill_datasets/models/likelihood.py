@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.progress import Progress
 
 if TYPE_CHECKING:
-    from distill_datasets.connection import Connection
+    from distill_datasets.models.connection import Connection
 
 _IN_FLIGHT = 256
 
@@ -31,7 +31,7 @@ def likelihoods(
     Costs a request a conversation, whose prompt is read and from which nothing is sampled. Raises
     `ModelError`, `AccessError` or `ServiceError`.
     """
-    from distill_datasets.scoring import Scorer
+    from distill_datasets.models.scoring import Scorer
     from distill_datasets.soft_rows import split_conversation
 
     scorer = Scorer(connection)

@@ -16,7 +16,7 @@ from distill_datasets.errors import (
     RetryableError,
     ServiceError,
 )
-from distill_datasets.sampler import Allowance
+from distill_datasets.models.sampler import Allowance
 
 _NO_CREDIT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _PARAMETER = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}

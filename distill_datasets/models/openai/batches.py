@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from distill_datasets.batching.batches import BatchState
+from distill_datasets.models.batches import BatchState
 from distill_datasets.errors import (
     AccessError,
     DistillError,
@@ -16,12 +16,12 @@ from distill_datasets.errors import (
     RetryableError,
     ServiceError,
 )
-from distill_datasets.sampler import Message, Reply, Sampling
-from distill_datasets.samplers.openai_errors import explain, read_refusal
-from distill_datasets.samplers.openai_wire import bad_answer, parse, read_reply
+from distill_datasets.models.sampler import Message, Reply, Sampling
+from distill_datasets.models.openai.errors import explain, read_refusal
+from distill_datasets.models.openai.wire import bad_answer, parse, read_reply
 
 if TYPE_CHECKING:
-    from distill_datasets.samplers.openai import OpenAISampler
+    from distill_datasets.models.openai.client import OpenAISampler
 
 _OVER = {"completed", "expired", "cancelled", "failed"}
 _KEY = "distill_datasets"  # of the metadata in which our own name of a batch travels

@@ -7,7 +7,7 @@ from typing import Protocol
 from uuid import uuid4
 
 from distill_datasets.errors import DistillError
-from distill_datasets.sampler import Message, Reply, Sampling
+from distill_datasets.models.sampler import Message, Reply, Sampling
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from distill_datasets.errors import RetryableError, ServiceError, SettingsError
-from distill_datasets.sampler import Message, Reply, Sampling
-from distill_datasets.samplers.pipes import Portable, read, write
-from distill_datasets.samplers.tinker import TinkerSampler, answered
+from distill_datasets.models.sampler import Message, Reply, Sampling
+from distill_datasets.models.pipes import Portable, read, write
+from distill_datasets.models.tinker import TinkerSampler, answered
 
 _CLOSE_SECONDS = 5.0
 _LAST_WORDS = 500
-_WORKER = "distill_datasets.samplers.worker"
+_WORKER = "distill_datasets.models.worker"
 
 
 class WorkerEnded(Exception):  # noqa: N818 (what happened, not what is wrong)

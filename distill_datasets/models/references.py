@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from distill_datasets.errors import ModelError
-from distill_datasets.sampler import Sampler
+from distill_datasets.models.sampler import Sampler
 
 
 def open_sampler(
@@ -29,19 +29,19 @@ def open_sampler(
         return _open_openai(str(reference).removeprefix("openai:"), renderer, stream, lazily)
     if stream:
         raise ModelError(f"Only 'openai:' models are streamed, not {str(reference)!r}.")
-    from distill_datasets.connection import connect
-    from distill_datasets.samplers.tinker import TinkerSampler
+    from distill_datasets.models.connection import connect
+    from distill_datasets.models.tinker import TinkerSampler
 
     sampler = TinkerSampler(connect(reference, renderer=renderer))
     if processes == 1:
         return sampler
-    from distill_datasets.samplers.processes import ProcessSampler
+    from distill_datasets.models.processes import ProcessSampler
 
     return ProcessSampler(sampler, processes)
 
 
 def _open_openai(model: str, renderer: str | None, stream: bool, lazily: bool) -> Sampler:
-    from distill_datasets.samplers.openai import OpenAISampler
+    from distill_datasets.models.openai.client import OpenAISampler
 
     if not model or renderer is not None:
         raise ModelError(

@@ -10,10 +10,10 @@ import sys
 import threading
 from typing import IO, cast
 
-from distill_datasets.connection import Connection
-from distill_datasets.sampler import Message, Sampling
-from distill_datasets.samplers.pipes import Portable, read, write
-from distill_datasets.samplers.tinker import TinkerSampler
+from distill_datasets.models.connection import Connection
+from distill_datasets.models.sampler import Message, Sampling
+from distill_datasets.models.pipes import Portable, read, write
+from distill_datasets.models.tinker import TinkerSampler
 
 
 class _Answering:

@@ -24,18 +24,18 @@ from distill_datasets.errors import (
     RetryableError,
     ServiceError,
 )
-from distill_datasets.sampler import Message, Reply, Sampling
-from distill_datasets.samplers.openai_errors import (
+from distill_datasets.models.sampler import Message, Reply, Sampling
+from distill_datasets.models.openai.errors import (
     Refusal,
     explain,
     read_allowance,
     read_refusal,
 )
-from distill_datasets.samplers.openai_stream import read_stream
-from distill_datasets.samplers.openai_wire import parse, read_reply, write_body
+from distill_datasets.models.openai.stream import read_stream
+from distill_datasets.models.openai.wire import parse, read_reply, write_body
 
 if TYPE_CHECKING:
-    from distill_datasets.samplers.openai_batches import OpenAIBatches
+    from distill_datasets.models.openai.batches import OpenAIBatches
 
 _OPENAI = "https://api.openai.com/v1"
 _JSON = {"Content-Type": "application/json"}
@@ -104,7 +104,7 @@ class OpenAISampler:
     @property
     def batches(self) -> "OpenAIBatches":
         """The batches of this endpoint, if it has any."""
-        from distill_datasets.samplers.openai_batches import OpenAIBatches
+        from distill_datasets.models.openai.batches import OpenAIBatches
 
         return OpenAIBatches(self)
 

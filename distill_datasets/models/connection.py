@@ -11,8 +11,8 @@ import tinker
 
 from distill_datasets import resources
 from distill_datasets.errors import ModelError, ServiceError
-from distill_datasets.model_files import digest_weights, find_model
-from distill_datasets.sdk import explained, require_key, require_service, rest_client
+from distill_datasets.models.model_files import digest_weights, find_model
+from distill_datasets.models.tinker_sdk import explained, require_key, require_service, rest_client
 
 if TYPE_CHECKING:
     from tinker_cookbook.renderers import Renderer
@@ -93,7 +93,7 @@ class Connection:
         from tinker_cookbook.exceptions import TinkerCookbookError
         from tinker_cookbook.renderers import get_renderer
 
-        import distill_datasets.chat_template  # noqa: F401 (registers our renderer)
+        import distill_datasets.models.renderers  # noqa: F401 (registers our renderer)
 
         try:
             return get_renderer(self.renderer_name, self.tokenizer)

@@ -1,0 +1,1 @@
+"""Every server that speaks OpenAI's chat protocol."""
