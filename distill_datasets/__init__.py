@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distill_datasets.errors import DistillError as DistillError
     from distill_datasets.generation import generate as generate
-    from distill_datasets.recipe import Recipe as Recipe
-    from distill_datasets.recipe import load_recipe as load_recipe
+    from distill_datasets.recipes.recipe import Recipe as Recipe
+    from distill_datasets.recipes.recipe import load_recipe as load_recipe
     from distill_datasets.release import publish as publish
     from distill_datasets.report import measure as measure
     from distill_datasets.models.sampler import Echo as Echo

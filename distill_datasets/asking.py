@@ -10,7 +10,7 @@ from distill_datasets.buying import Buyer, Meter
 from distill_datasets.garbage import collect_rarely
 from distill_datasets.journal import Journal
 from distill_datasets.limits import Limits
-from distill_datasets.parsing import Parsed, Reader
+from distill_datasets.recipes.parsing import Parsed, Reader
 from distill_datasets.progress import Progress
 from distill_datasets.row_map import RowMap
 from distill_datasets.models.sampler import Message, Reply, Sample, Sampler, Sampling, digest

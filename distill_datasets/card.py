@@ -9,7 +9,7 @@ from distill_datasets import resources
 from distill_datasets.kept_card import keep, markers, side_config, size_category, written_card
 from distill_datasets.model_metadata import model_metadata
 from distill_datasets.progress import amount_text
-from distill_datasets.recipe import Recipe
+from distill_datasets.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -58,7 +58,7 @@ def _choose_progress(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     from distill_datasets.models.connection import connect
     from distill_datasets.generation import writable_folder
-    from distill_datasets.recipe import load_recipe
+    from distill_datasets.recipes.recipe import load_recipe
 
     load_recipe(options.recipe)
     student_arguments.settings_of(options)  # before anything is paid for
@@ -92,14 +92,14 @@ def _list_files(out: Path) -> None:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    from distill_datasets.recipe import shipped_recipes
+    from distill_datasets.recipes.recipe import shipped_recipes
 
     for recipe in shipped_recipes():
         print(f"{recipe.name:<24}{recipe.description}")
 
 
 def _new(options: argparse.Namespace) -> None:
-    from distill_datasets.scaffold import new_recipe
+    from distill_datasets.recipes.scaffold import new_recipe
 
     folder = new_recipe(options.name, options.folder)
     print(f"made {folder}/: edit prompt.md, queries.jsonl and recipe.yaml, then")

@@ -10,7 +10,7 @@ from typing import Any
 from distill_datasets.errors import DatasetError
 from distill_datasets.manifest import read_manifest
 from distill_datasets.hub.references import Pinned, find_release
-from distill_datasets.recipe import Recipe, load_recipe
+from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.release import load_release
 from distill_datasets.row_pairs import NEW, OLD, RowPairs
 

@@ -23,8 +23,8 @@ from distill_datasets.ledger import Source, raw_answers, replay
 from distill_datasets.limits import Limits
 from distill_datasets.money import Meter
 from distill_datasets.panel import Teachers, models_of, open_teachers
-from distill_datasets.queries import load_queries
-from distill_datasets.recipe import Recipe, load_recipe
+from distill_datasets.recipes.queries import load_queries
+from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.shares import Share
 

@@ -12,7 +12,7 @@ from distill_datasets.metrics import Estimate, resamples
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
-    from distill_datasets.recipe import Recipe
+    from distill_datasets.recipes.recipe import Recipe
     from distill_datasets.models.sampler import Message
 
 _RESAMPLES = 2_000

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from distill_datasets.models.sampler import Message, Sample, Sampler, Sampling
-from distill_datasets.templates import render
+from distill_datasets.recipes.prompt import render
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from distill_datasets.fingerprints import Fingerprints
 from distill_datasets.kept_card import keep, markers, read_card, side_config, written_card
 from distill_datasets.manifest import MANIFEST, manifest_text, read_manifest
 from distill_datasets.hub.references import folder_of
-from distill_datasets.recipe import Recipe, load_recipe
+from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.repository import README
 
 _FOLDERS = ("data", "rejected", "ledger", "soft", "recipe")

@@ -10,8 +10,8 @@ from typing import Any
 from distill_datasets.asking import Answering, Asking
 from distill_datasets.buying import Buyer
 from distill_datasets.judging import Judging
-from distill_datasets.recipe import Recipe
-from distill_datasets.recipe_sections import Asked, SamplingSection, Teacher
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.sections import Asked, SamplingSection, Teacher
 from distill_datasets.models.sampler import Reply, Sample, Sampler, digest, request_digest
 from distill_datasets.verdicts import (
     Best,

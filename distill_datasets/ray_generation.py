@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.errors import DistillError, GenerationError, SettingsError
 from distill_datasets.generation import generate, writable_folder
 from distill_datasets.progress import Progress
-from distill_datasets.recipe import Recipe, load_recipe
+from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.models.sampler import Sampler
 from distill_datasets.shares import Share
 

@@ -26,8 +26,8 @@ from distill_datasets.limits import Limits
 from distill_datasets.money import Meter, Prices
 from distill_datasets.panel import asked_of, models_of, open_teachers
 from distill_datasets.progress import Progress
-from distill_datasets.queries import load_queries
-from distill_datasets.recipe import Recipe, load_recipe
+from distill_datasets.recipes.queries import load_queries
+from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.rehearsal_text import rehearsal_text
 from distill_datasets.models.sampler import Sampler
 from distill_datasets.shares import Share

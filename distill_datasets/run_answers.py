@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.contents import Survey, answered_contents, survey
 from distill_datasets.errors import DatasetError
 from distill_datasets.ledger import Source
-from distill_datasets.recipe import Recipe, load_recipe
+from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.schema import answer_features
 from distill_datasets.shares import Joined, find_parts, join_parts, join_summaries
 

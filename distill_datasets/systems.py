@@ -11,7 +11,7 @@ from distill_datasets.errors import ModelError
 from distill_datasets.heldout import HeldOut
 from distill_datasets.latency import Timed, Unkept, measure_latency, uncacheable
 from distill_datasets.panel import Panel, Route, asked_of, open_teachers
-from distill_datasets.recipe import Recipe
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.models.sampler import Sampler, Sampling
 
 _TIMED_ROWS = 20

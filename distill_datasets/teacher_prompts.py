@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.hub.references import find_release
-from distill_datasets.recipe import Recipe, load_recipe
+from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.models.sampler import Message
 
 if TYPE_CHECKING:

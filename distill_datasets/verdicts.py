@@ -10,7 +10,7 @@ from distill_datasets.asking import Asking
 from distill_datasets.errors import FATAL
 from distill_datasets.judging import Judging
 from distill_datasets.models.sampler import Message, Reply, Sample, Sampler, Sampling, request_digest
-from distill_datasets.templates import holds
+from distill_datasets.recipes.prompt import holds
 
 NONE_PARSED = "no sample parsed"
 NO_MAJORITY = "no majority"

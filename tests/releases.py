@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from distill_datasets.recipe import Recipe
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.release import Release, publish
 from tests.hub_fixture import Hub
 from tests.test_release import PROMPT, answer, write_run

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import DatasetCard, ModelCard
 
 from distill_datasets.card import dataset_card, model_card, report_markdown
-from distill_datasets.recipe import Recipe
+from distill_datasets.recipes.recipe import Recipe
 
 GOLDEN = Path(__file__).parent / "golden" / "dataset_card.md"
 BEGIN, END = "<!-- distill-datasets:begin -->", "<!-- distill-datasets:end -->"

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import RecipeError
-from distill_datasets.recipe import Recipe, load_recipe
+from distill_datasets.recipes.recipe import Recipe, load_recipe
 from tests.panels import JUDGE, KEYS, recipe_of
 
 

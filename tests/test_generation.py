@@ -23,7 +23,7 @@ from distill_datasets.errors import (
 from distill_datasets.generation import Generated, generate
 from distill_datasets.journal import Journal
 from distill_datasets.money import Meter, Prices
-from distill_datasets.recipe import Recipe, load_recipe
+from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.models.sampler import Echo, Message, Reply, Sample, Sampling, Usage
 from tests.conftest import edit
 

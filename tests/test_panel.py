@@ -11,7 +11,7 @@ from distill_datasets.generation import generate
 from distill_datasets.journal import Journal
 from distill_datasets.ledger import replay
 from distill_datasets.panel import Route, open_teachers
-from distill_datasets.recipe import load_recipe
+from distill_datasets.recipes.recipe import load_recipe
 from distill_datasets.release import publish
 from distill_datasets.models.sampler import Sampling
 from tests.panels import (

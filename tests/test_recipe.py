@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from distill_datasets.errors import RecipeError
-from distill_datasets.recipe import Recipe, Split, load_recipe, shipped_recipes
+from distill_datasets.recipes.recipe import Recipe, Split, load_recipe, shipped_recipes
 from tests.conftest import edit
 
 

@@ -11,7 +11,7 @@ from distill_datasets.forecast import Span, scaled, total
 from distill_datasets.generation import generate
 from distill_datasets.journal import Journal
 from distill_datasets.money import Prices
-from distill_datasets.recipe import Recipe, load_recipe
+from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.rehearsal import Rehearsal, rehearse
 from distill_datasets.release import publish
 from distill_datasets.models.sampler import Echo, Message, Reply, Sample, Sampling, Usage

@@ -10,9 +10,9 @@ from pyarrow.parquet import read_table
 from distill_datasets.errors import DatasetError, OutputError, RecipeError
 from distill_datasets.generation import generate
 from distill_datasets.money import Meter, Prices
-from distill_datasets.queries import load_queries
-from distill_datasets.recipe import Recipe, load_recipe
-from distill_datasets.recipe_sections import Split
+from distill_datasets.recipes.queries import load_queries
+from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.sections import Split
 from distill_datasets.release import Release, publish
 from distill_datasets.models.sampler import Echo
 from distill_datasets.shares import Share

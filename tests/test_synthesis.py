@@ -22,8 +22,8 @@ from distill_datasets.errors import (
     RejectedError,
 )
 from distill_datasets.generation import generate
-from distill_datasets.queries import load_queries
-from distill_datasets.recipe import load_recipe
+from distill_datasets.recipes.queries import load_queries
+from distill_datasets.recipes.recipe import load_recipe
 from distill_datasets.models.sampler import Echo, Message, Reply, Sampler, Sampling
 from distill_datasets.synthesis.rounds import _all
 from distill_datasets.synthesis.writing import synthesize

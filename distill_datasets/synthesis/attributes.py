@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
 
-from distill_datasets.recipe import Recipe
+from distill_datasets.recipes.recipe import Recipe
 
 AXES = ("topic", "style", "length", "language", "difficulty")
 

@@ -15,10 +15,10 @@ from distill_datasets.errors import (
     OutputError,
     ServiceError,
 )
-from distill_datasets.recipe import Recipe
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.models.sampler import Message, Sampler, Sampling
 from distill_datasets.synthesis.replies import Form, numbers, texts
-from distill_datasets.templates import render
+from distill_datasets.recipes.prompt import render
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from distill_datasets.generation import writable_folder
 from distill_datasets.journal import Journal
 from distill_datasets.limits import Limits
 from distill_datasets.progress import Progress
-from distill_datasets.recipe import Recipe, load_recipe
+from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.synthesis.attributes import axes_of, balance, combinations, size_of
 from distill_datasets.synthesis.coverage import Coverage

@@ -31,7 +31,7 @@ from distill_datasets.models.connection import Connection, connect
 from distill_datasets.internalisation import Bounds, internalisation
 from distill_datasets.models.likelihood import likelihoods
 from distill_datasets.objective_settings import ObjectiveSettings
-from distill_datasets.recipe import Recipe
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.models.sampler import Message, Sampling
 from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.models.scoring import Scorer

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from distill_datasets.errors import RecipeError
-from distill_datasets.recipe_sections import Split
+from distill_datasets.recipes.sections import Split
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from distill_datasets.parsing import check_schema
+from distill_datasets.recipes.parsing import check_schema
 from distill_datasets.models.sampler import Sampling
 
 Choice = Literal["route", "majority", "best"]

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from distill_datasets.recipe_sections import Choice, Judge, SamplingSection, Section, Teacher
-from distill_datasets.templates import (
+from distill_datasets.recipes.sections import Choice, Judge, SamplingSection, Section, Teacher
+from distill_datasets.recipes.prompt import (
     check_expression,
     check_template,
     fields_of,
