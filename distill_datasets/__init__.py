@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill_datasets.errors import DistillError as DistillError
-    from distill_datasets.generation import generate as generate
+    from distill_datasets.generation.run import generate as generate
     from distill_datasets.recipes.recipe import Recipe as Recipe
     from distill_datasets.recipes.recipe import load_recipe as load_recipe
     from distill_datasets.release import publish as publish

@@ -10,7 +10,7 @@ from pathlib import Path
 from distill_datasets import dataset_verbs, student_arguments, student_verbs
 from distill_datasets.arguments import build_parser
 from distill_datasets.errors import DistillError
-from distill_datasets.garbage import collect_rarely
+from distill_datasets.generation.garbage import collect_rarely
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def _choose_progress(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from distill_datasets.models.connection import connect
-    from distill_datasets.generation import writable_folder
+    from distill_datasets.generation.run import writable_folder
     from distill_datasets.recipes.recipe import load_recipe
 
     load_recipe(options.recipe)

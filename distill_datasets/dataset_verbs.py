@@ -23,15 +23,15 @@ _NOT_ON_RAY = {
 }
 
 if TYPE_CHECKING:
-    from distill_datasets.generation import Generated
-    from distill_datasets.money import Meter
+    from distill_datasets.generation.run import Generated
+    from distill_datasets.generation.pricing import Meter
     from distill_datasets.release import Release
-    from distill_datasets.shares import Share
+    from distill_datasets.generation.shards import Share
 
 
 def generate(options: argparse.Namespace) -> None:
     """Ask the teachers, or only say what that would take."""
-    from distill_datasets.shares import Share
+    from distill_datasets.generation.shards import Share
 
     _require_fitting(options)
     share = Share.parse(options.shard) if options.shard else None
@@ -69,8 +69,8 @@ def _require_fitting(options: argparse.Namespace) -> None:
 
 def ask_teachers(options: argparse.Namespace, share: "Share | None" = None) -> "Generated":
     """`generation.generate` as the options say."""
-    from distill_datasets.batching.purchase import Patience
-    from distill_datasets.generation import generate as ask
+    from distill_datasets.generation.batch_api import Patience
+    from distill_datasets.generation.run import generate as ask
 
     batch = Patience(options.poll, options.wait) if getattr(options, "batch", False) else None
     return ask(
@@ -114,21 +114,21 @@ def _incomplete(made: "Generated") -> DistillError:
 
 
 def _meter(options: argparse.Namespace, folder: Path) -> "Meter | None":
-    from distill_datasets.money import open_meter
+    from distill_datasets.generation.pricing import open_meter
 
     journal = folder / "journal.sqlite"
     return open_meter(options.prices, budget=options.budget, journal=journal)
 
 
 def _rehearse(options: argparse.Namespace, share: "Share | None") -> None:
-    from distill_datasets.rehearsal import rehearse
+    from distill_datasets.generation.dry_run import rehearse
 
     found = rehearse(**_asked(options), prices=options.prices, sample=options.sample, share=share)
     print(found.text())
 
 
 def _generate_on_ray(options: argparse.Namespace) -> None:
-    from distill_datasets.ray_generation import generate_on_ray
+    from distill_datasets.generation.ray import generate_on_ray
 
     made = generate_on_ray(
         options.recipe,
@@ -142,7 +142,7 @@ def _generate_on_ray(options: argparse.Namespace) -> None:
 
 def synthesize(options: argparse.Namespace) -> None:
     """Let the teacher write queries."""
-    from distill_datasets.limits import Limits
+    from distill_datasets.generation.rate_limit import Limits
     from distill_datasets.synthesis.writing import synthesize as write
 
     folder = options.out or Path(options.recipe)

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.asking import Asking, ask
+from distill_datasets.generation.rows import Asking, ask
 from distill_datasets.errors import DatasetError, GenerationError
-from distill_datasets.journal import Journal
+from distill_datasets.generation.cache import Journal
 from distill_datasets.label_tree import (
     Tokens,
     children,
@@ -15,7 +15,7 @@ from distill_datasets.label_tree import (
     label_targets,
     paths,
 )
-from distill_datasets.ledger import restore
+from distill_datasets.generation.ledger import restore
 from distill_datasets.producers import Lesson
 from distill_datasets.models.scoring import Scorer
 from distill_datasets.soft_rows import Scoring, SoftRow, score_key, split_conversation

@@ -10,7 +10,7 @@ from distill_datasets.card import card_metadata, dataset_card
 from distill_datasets.contents import REJECTED, answered_contents, fingerprints_of
 from distill_datasets.errors import DatasetError, OutputError, VersionError
 from distill_datasets.fingerprints import FINGERPRINTS, RowChanges
-from distill_datasets.ledger import LEDGER, ledger_features, write_ledger
+from distill_datasets.generation.ledger import LEDGER, ledger_features, write_ledger
 from distill_datasets.manifest import (
     MANIFEST,
     Part,

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets import report_text
-from distill_datasets.asking import Answering, Asking, ask
+from distill_datasets.generation.rows import Answering, Asking, ask
 from distill_datasets.errors import GenerationError, OutputError
-from distill_datasets.generation import writable_folder
+from distill_datasets.generation.run import writable_folder
 from distill_datasets.heldout import HeldOut, read_held_out
-from distill_datasets.journal import Journal
-from distill_datasets.limits import Limits
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.schema import failure_text
 from distill_datasets.systems import (

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.contents import Survey, answered_contents, survey
 from distill_datasets.errors import DatasetError
-from distill_datasets.ledger import Source
+from distill_datasets.generation.ledger import Source
 from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.schema import answer_features
-from distill_datasets.shares import Joined, find_parts, join_parts, join_summaries
+from distill_datasets.generation.shards import Joined, find_parts, join_parts, join_summaries
 
 if TYPE_CHECKING:
     from datasets import Dataset

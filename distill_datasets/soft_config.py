@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.journal import Journal
-from distill_datasets.ledger import Source, first_requests
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.ledger import Source, first_requests
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.models.sampler import Logprobs
 from distill_datasets.shards import Shards, Size

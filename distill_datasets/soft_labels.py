@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.label_scoring import LabelScorer, require_choices, teacher_texts
-from distill_datasets.ledger import LEDGER
+from distill_datasets.generation.ledger import LEDGER
 from distill_datasets.producers import Lesson
 from distill_datasets.score_store import ScoreStore
 from distill_datasets.models.scoring import Scorer, require_same_tokenizer

@@ -97,7 +97,7 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
 def _train_price(options: argparse.Namespace) -> float | None:
     """Of the student, by the price file; training on this machine may have none."""
     from distill_datasets.errors import PriceError
-    from distill_datasets.money import Prices
+    from distill_datasets.generation.pricing import Prices
 
     if getattr(options, "prices", None) is None:
         return None

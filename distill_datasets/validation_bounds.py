@@ -17,7 +17,7 @@ from distill_datasets.errors import (
     ServiceError,
 )
 from distill_datasets.internalisation import Answered, Bounds, internalisation, measure_bounds
-from distill_datasets.ledger import LEDGER, find_replies
+from distill_datasets.generation.ledger import LEDGER, find_replies
 from distill_datasets.models.sampler import digest, request_digest
 from distill_datasets.teacher_prompts import (
     TeacherPrompts,

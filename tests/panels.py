@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from distill_datasets.errors import ModelError
-from distill_datasets.generation import Generated, generate
+from distill_datasets.generation.run import Generated, generate
 from distill_datasets.models.sampler import Message, Reply, Sample, Sampling, Usage
 
 QUERIES = {"rose": "red", "sky": "blue", "sea": "blue", "plum": None}

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import count
 from typing import Protocol
 
-from distill_datasets.limits import Limit, Ticket
+from distill_datasets.generation.rate_limit import Limit, Ticket
 
 
 @dataclass(frozen=True)

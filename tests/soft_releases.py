@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_datasets.models.connection import Connection, connect
-from distill_datasets.journal import Journal
+from distill_datasets.generation.cache import Journal
 from distill_datasets.producers import Lesson
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.release import publish

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from distill_datasets.batching.book import BatchBook, alone
-from distill_datasets.batching.purchase import Patience
+from distill_datasets.generation.batch_book import BatchBook, alone
+from distill_datasets.generation.batch_api import Patience
 from distill_datasets.errors import (
     AccessError,
     ModelError,
@@ -19,9 +19,9 @@ from distill_datasets.errors import (
     PriceError,
     ServiceError,
 )
-from distill_datasets.generation import Generated, generate
-from distill_datasets.journal import Journal
-from distill_datasets.money import Meter, Prices
+from distill_datasets.generation.run import Generated, generate
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.models.sampler import Echo
 from distill_datasets.models.openai.client import OpenAISampler
 from distill_datasets.models.openai.batches import OpenAIBatches
@@ -167,8 +167,8 @@ def test_a_budget_is_refused_where_it_could_not_be_kept(bought: Any) -> None:
 SCRIPT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background parent leaves it ignored
-from distill_datasets.batching.purchase import Patience
-from distill_datasets.generation import generate
+from distill_datasets.generation.batch_api import Patience
+from distill_datasets.generation.run import generate
 from distill_datasets.models.openai.client import OpenAISampler
 recipe, out, url = sys.argv[1:]
 teacher = OpenAISampler("echo-small", base_url=url)

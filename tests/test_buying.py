@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from distill_datasets import buying
-from distill_datasets.buying import Buyer, run_apart
+from distill_datasets.generation import client as buying
+from distill_datasets.generation.client import Buyer, run_apart
 from distill_datasets.errors import (
     AccessError,
     BudgetReached,
@@ -17,8 +17,8 @@ from distill_datasets.errors import (
     RequestError,
     RetryableError,
 )
-from distill_datasets.journal import Journal
-from distill_datasets.limits import Limits
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.progress import Progress
 from distill_datasets.models.sampler import Message, Reply, Sample, Sampler, Sampling, Usage
 

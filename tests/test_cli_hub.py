@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distill_datasets.generation import generate
+from distill_datasets.generation.run import generate
 from distill_datasets.models.sampler import Echo
 from tests.conftest import edit
 from tests.hub_fixture import Hub

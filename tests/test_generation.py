@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from datasets import config, load_from_disk
 
-from distill_datasets import row_map
+from distill_datasets.generation import row_map
 from distill_datasets.errors import (
     AccessError,
     BudgetReached,
@@ -20,9 +20,9 @@ from distill_datasets.errors import (
     RejectedError,
     RetryableError,
 )
-from distill_datasets.generation import Generated, generate
-from distill_datasets.journal import Journal
-from distill_datasets.money import Meter, Prices
+from distill_datasets.generation.run import Generated, generate
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.models.sampler import Echo, Message, Reply, Sample, Sampling, Usage
 from tests.conftest import edit
@@ -109,7 +109,7 @@ def test_a_second_run_asks_nothing(recipe: Recipe, tmp_path: Path) -> None:
 _AGAIN = """
 import sys
 from pathlib import Path
-from distill_datasets.generation import generate
+from distill_datasets.generation.run import generate
 from distill_datasets.models.sampler import Echo
 
 made = generate(Path(sys.argv[1]), teacher=Echo(), out=Path(sys.argv[2]))
@@ -333,7 +333,7 @@ def test_an_output_folder_that_cannot_be_written_costs_nothing(
 _KILLED = """
 import asyncio, sys
 from pathlib import Path
-from distill_datasets.generation import generate
+from distill_datasets.generation.run import generate
 from distill_datasets.models.sampler import Echo
 
 class Slow(Echo):
@@ -370,7 +370,7 @@ def test_after_kill_9_only_the_requests_in_flight_are_asked_again(
 _INTERRUPTED = """
 import asyncio, signal, sys
 from pathlib import Path
-from distill_datasets.generation import generate
+from distill_datasets.generation.run import generate
 from distill_datasets.models.sampler import Echo
 
 class Held(Echo):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow.parquet import write_table
 
-from distill_datasets.generation import generate
+from distill_datasets.generation.run import generate
 from distill_datasets.release import publish
 from distill_datasets.models.sampler import Echo
 from tests.conftest import edit
@@ -195,8 +195,8 @@ def test_running_a_release_from_the_hub_asks_the_teacher_nothing(
     hub: Hub, release: str, tmp_path: Path
 ) -> None:
     code = (
-        "from distill_datasets.generation import generate\n"
-        "from distill_datasets.ledger import replay\n"
+        "from distill_datasets.generation.run import generate\n"
+        "from distill_datasets.generation.ledger import replay\n"
         "from distill_datasets.release import load_release, publish\n"
         "from distill_datasets.models.sampler import Echo\n"
         f"added, teacher = replay({release!r}, 'mine'), Echo()\n"
@@ -246,7 +246,7 @@ def test_a_release_among_others_in_one_repository_is_found_by_its_configuration(
     publish(tmp_path / "said")
     code = f"""
 from distill_datasets.diffing import diff
-from distill_datasets.ledger import replay
+from distill_datasets.generation.ledger import replay
 from distill_datasets.pushing import push_release
 from distill_datasets.recipes.recipe import load_recipe
 from distill_datasets.trainset import locate

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distill_datasets.errors import OutputError
-from distill_datasets.journal import Journal
+from distill_datasets.generation.cache import Journal
 from distill_datasets.models.sampler import (
     Message,
     Reply,
@@ -40,7 +40,7 @@ def test_a_second_purchase_keeps_the_first_answer_and_is_counted(tmp_path: Path)
 _BUYING = """
 import sys
 from pathlib import Path
-from distill_datasets.journal import Journal
+from distill_datasets.generation.cache import Journal
 from distill_datasets.models.sampler import Reply, Sample, Usage
 
 name = sys.argv[2]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from distill_datasets.judging import Judging
+from distill_datasets.generation.judging import Judging
 from distill_datasets.recipes.sections import Judge
 from distill_datasets.models.sampler import Message, Reply, Sample, Sampling, Usage
 from tests.panels import RED, Model, Models, columns, judged, run, scores

@@ -6,9 +6,9 @@ from datasets import load_dataset
 from pyarrow.parquet import read_table
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.generation import generate
-from distill_datasets.journal import Journal
-from distill_datasets.ledger import replay, restore
+from distill_datasets.generation.run import generate
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.ledger import replay, restore
 from distill_datasets.release import Release, publish
 from distill_datasets.models.sampler import Echo, Reply
 from tests.conftest import edit

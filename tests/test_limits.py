@@ -2,10 +2,10 @@ import asyncio
 
 import pytest
 
-from distill_datasets.crowd import Crowd
+from distill_datasets.generation.crowd import Crowd
 from distill_datasets.errors import SettingsError
-from distill_datasets.limits import Gate, Limit, Limits, Ticket
-from distill_datasets.pace import Bucket, Pace
+from distill_datasets.generation.rate_limit import Gate, Limit, Limits, Ticket
+from distill_datasets.generation.pace import Bucket, Pace
 from distill_datasets.models.sampler import Allowance
 from tests.simulation import (
     AtOnce,

@@ -17,8 +17,8 @@ from distill_datasets.errors import (
     RetryableError,
     ServiceError,
 )
-from distill_datasets.generation import generate
-from distill_datasets.journal import Journal
+from distill_datasets.generation.run import generate
+from distill_datasets.generation.cache import Journal
 from distill_datasets.models.sampler import Allowance, Logprobs, Message, Reply, Sampler, Sampling, Usage
 from distill_datasets.models.references import open_sampler
 from distill_datasets.models.openai.client import OpenAISampler

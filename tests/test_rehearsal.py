@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from distill_datasets.errors import AccessError, PriceError
-from distill_datasets.forecast import Span, scaled, total
-from distill_datasets.generation import generate
-from distill_datasets.journal import Journal
-from distill_datasets.money import Prices
+from distill_datasets.generation.estimate import Span, scaled, total
+from distill_datasets.generation.run import generate
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.pricing import Prices
 from distill_datasets.recipes.recipe import Recipe, load_recipe
-from distill_datasets.rehearsal import Rehearsal, rehearse
+from distill_datasets.generation.dry_run import Rehearsal, rehearse
 from distill_datasets.release import publish
 from distill_datasets.models.sampler import Echo, Message, Reply, Sample, Sampling, Usage
-from distill_datasets.shares import Share
-from distill_datasets.trial import Sampled
+from distill_datasets.generation.shards import Share
+from distill_datasets.generation.trial import Sampled
 from tests.conftest import edit
 from tests.test_release import snapshot
 

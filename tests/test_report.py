@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import DatasetError, GenerationError, ModelError
-from distill_datasets.generation import generate
+from distill_datasets.generation.run import generate
 from distill_datasets.latency import uncacheable
 from distill_datasets.release import publish
 from distill_datasets.report import Report, measure

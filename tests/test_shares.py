@@ -8,14 +8,14 @@ from datasets import load_dataset
 from pyarrow.parquet import read_table
 
 from distill_datasets.errors import DatasetError, OutputError, RecipeError
-from distill_datasets.generation import generate
-from distill_datasets.money import Meter, Prices
+from distill_datasets.generation.run import generate
+from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.recipes.sections import Split
 from distill_datasets.release import Release, publish
 from distill_datasets.models.sampler import Echo
-from distill_datasets.shares import Share
+from distill_datasets.generation.shards import Share
 from tests.conftest import edit
 
 

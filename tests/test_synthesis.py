@@ -21,7 +21,7 @@ from distill_datasets.errors import (
     RecipeError,
     RejectedError,
 )
-from distill_datasets.generation import generate
+from distill_datasets.generation.run import generate
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import load_recipe
 from distill_datasets.models.sampler import Echo, Message, Reply, Sampler, Sampling

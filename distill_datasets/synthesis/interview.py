@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from distill_datasets import resources
-from distill_datasets.buying import Buyer
+from distill_datasets.generation.client import Buyer
 from distill_datasets.errors import (
     AccessError,
     BudgetReached,

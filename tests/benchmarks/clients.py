@@ -57,7 +57,7 @@ def write_recipe(folder: Path, rows: int) -> Path:
 
 def ours(work: Work) -> tuple[float, int]:
     """`generate`, with its journal, its limits and its answers folder."""
-    from distill_datasets.garbage import collect_rarely
+    from distill_datasets.generation.garbage import collect_rarely
 
     run = work.folder / "run"
     with collect_rarely():  # as the command line does
@@ -65,7 +65,7 @@ def ours(work: Work) -> tuple[float, int]:
             import datasets  # noqa: F401 - start-up, not work
 
         from distill_datasets import progress
-        from distill_datasets.generation import generate
+        from distill_datasets.generation.run import generate
         from distill_datasets.models.openai.client import OpenAISampler
 
     progress.use("json")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill_datasets.generation import generate
+from distill_datasets.generation.run import generate
 from distill_datasets.recipes.recipe import load_recipe
 from distill_datasets.models.sampler import Message, Reply, Sample, Sampling, Usage
 from tests.benchmarks.clients import write_recipe

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
-from distill_datasets.money import Prices
+from distill_datasets.generation.pricing import Prices
 from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling
 
 # A token of UTF-8 text has about four bytes; from code and rare scripts to English prose it has

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_datasets.asking import Answering, Asking
-from distill_datasets.buying import Buyer, Meter, run_apart
+from distill_datasets.generation.rows import Answering, Asking
+from distill_datasets.generation.client import Buyer, Meter, run_apart
 from distill_datasets.errors import DistillError, RequestError
-from distill_datasets.forecast import Heard, size_of
-from distill_datasets.journal import Journal
-from distill_datasets.limits import Limits
-from distill_datasets.panel import asked_of
+from distill_datasets.generation.estimate import Heard, size_of
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.rate_limit import Limits
+from distill_datasets.generation.teachers import asked_of
 from distill_datasets.progress import Progress
 from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling, request_digest
 

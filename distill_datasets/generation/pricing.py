@@ -14,7 +14,7 @@ import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from distill_datasets.errors import BudgetReached, PriceError, nearest
-from distill_datasets.journal import Journal
+from distill_datasets.generation.cache import Journal
 from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling
 
 if TYPE_CHECKING:

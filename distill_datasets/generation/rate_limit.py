@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from distill_datasets.crowd import Crowd
+from distill_datasets.generation.crowd import Crowd
 from distill_datasets.errors import SettingsError
-from distill_datasets.pace import Bucket, Pace
+from distill_datasets.generation.pace import Bucket, Pace
 from distill_datasets.models.sampler import Allowance
 
 # The first requests start in groups, each up to this share of all, so fast that all of them would

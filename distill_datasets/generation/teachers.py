@@ -7,13 +7,13 @@ from fractions import Fraction
 from hashlib import sha256
 from typing import Any
 
-from distill_datasets.asking import Answering, Asking
-from distill_datasets.buying import Buyer
-from distill_datasets.judging import Judging
+from distill_datasets.generation.rows import Answering, Asking
+from distill_datasets.generation.client import Buyer
+from distill_datasets.generation.judging import Judging
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Asked, SamplingSection, Teacher
 from distill_datasets.models.sampler import Reply, Sample, Sampler, digest, request_digest
-from distill_datasets.verdicts import (
+from distill_datasets.generation.voting import (
     Best,
     Buys,
     Candidate,

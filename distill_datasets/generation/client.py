@@ -9,8 +9,8 @@ from itertools import count
 from typing import Any, Protocol, TypeVar
 
 from distill_datasets.errors import RejectedError, RequestError, RetryableError
-from distill_datasets.journal import Journal
-from distill_datasets.limits import Limits
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.progress import Progress, Purse
 from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling, request_digest
 

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from distill_datasets.answers import stream
+from distill_datasets.generation.answers import stream
 from distill_datasets.errors import DatasetError, RecipeError
 
 if TYPE_CHECKING:

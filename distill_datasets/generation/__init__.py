@@ -1,0 +1,1 @@
+"""Queries become answered rows: teachers asked, every answer paid for once."""
