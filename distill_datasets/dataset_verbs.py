@@ -143,7 +143,7 @@ def _generate_on_ray(options: argparse.Namespace) -> None:
 def synthesize(options: argparse.Namespace) -> None:
     """Let the teacher write queries."""
     from distill_datasets.generation.rate_limit import Limits
-    from distill_datasets.synthesis.writing import synthesize as write
+    from distill_datasets.synthesis.run import synthesize as write
 
     folder = options.out or Path(options.recipe)
     made = write(

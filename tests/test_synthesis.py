@@ -26,7 +26,7 @@ from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import load_recipe
 from distill_datasets.models.sampler import Echo, Message, Reply, Sampler, Sampling
 from distill_datasets.synthesis.rounds import _all
-from distill_datasets.synthesis.writing import synthesize
+from distill_datasets.synthesis.run import synthesize
 from tests.conftest import edit
 from tests.openai_server import OpenAIServer
 from tests.synthesis_author import RULES, TOPICS, Author, kind_of
@@ -181,7 +181,7 @@ def test_what_a_person_changes_or_removes_stays_so(recipe: Path) -> None:
 KILLED = """
 import asyncio, os, sys
 from pathlib import Path
-from distill_datasets.synthesis.writing import synthesize
+from distill_datasets.synthesis.run import synthesize
 from tests.synthesis_author import Author
 
 class Mortal(Author):
