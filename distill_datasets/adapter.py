@@ -231,7 +231,7 @@ def _kept_card(api: "HfApi", repo: str, head: str, card: str) -> str:
     from huggingface_hub.errors import EntryNotFoundError
 
     from distill_datasets.hub import client as hub
-    from distill_datasets.kept_card import keep, read_card
+    from distill_datasets.releases.card_merge import keep, read_card
 
     try:
         path = hub.patiently(api.hf_hub_download, repo, "README.md", revision=head)

@@ -25,7 +25,7 @@ _NOT_ON_RAY = {
 if TYPE_CHECKING:
     from distill_datasets.generation.run import Generated
     from distill_datasets.generation.pricing import Meter
-    from distill_datasets.release import Release
+    from distill_datasets.releases.release import Release
     from distill_datasets.generation.shards import Share
 
 
@@ -186,7 +186,7 @@ def publish(options: argparse.Namespace) -> None:
 
 def make_release(run: Any, **how: Any) -> "Release":
     """`release.publish`, and a line about it."""
-    from distill_datasets.release import publish as write
+    from distill_datasets.releases.release import publish as write
 
     release = write(run, **how)
     splits = ", ".join(f"{rows} {split}" for split, rows in release.splits.items())
@@ -226,7 +226,7 @@ def _confirm(options: argparse.Namespace, what: str) -> None:
 
 def diff(options: argparse.Namespace) -> None:
     """Say what changed between two releases."""
-    from distill_datasets.diffing import diff as compare
+    from distill_datasets.releases.diff import diff as compare
 
     found = compare(options.old, options.new, config=options.config)
     print(json.dumps(found.data, indent=2, ensure_ascii=False) if options.json else found.text())

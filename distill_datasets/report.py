@@ -209,7 +209,7 @@ def _known(path: Path, key: str) -> dict[str, Any] | None:
 
 def _write(report: Report, held_out: HeldOut, training: Training | None) -> None:
     """The report's file comes last and at once: where it stands, the others do."""
-    from distill_datasets import card
+    from distill_datasets.releases import cards as card
 
     files = {report.path.with_suffix(".md"): report_text.markdown(report.data)}
     if training and held_out.split == "test":

@@ -21,7 +21,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The comparison that the model card shows too, how to read it, then labels and rows."""
-    from distill_datasets.card import report_markdown
+    from distill_datasets.releases.cards import report_markdown
 
     title = f"# {report['recipe']}: base, teacher and student"
     notes = "\n".join(f"- {note}" for note in report["notes"])

@@ -9,7 +9,7 @@ from distill_datasets.generation.ledger import LEDGER
 from distill_datasets.producers import Lesson
 from distill_datasets.score_store import ScoreStore
 from distill_datasets.models.scoring import Scorer, require_same_tokenizer
-from distill_datasets.soft_config import SOFT, has_soft, read_soft
+from distill_datasets.releases.soft_labels import SOFT, has_soft, read_soft
 from distill_datasets.soft_rows import (
     Scoring,
     SoftRow,

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_datasets.card import model_card
+from distill_datasets.releases.cards import model_card
 from distill_datasets.errors import ModelError, RecipeError
-from distill_datasets.model_metadata import dataset_on_hub
+from distill_datasets.releases.model_metadata import dataset_on_hub
 from distill_datasets.recipes.recipe import Recipe, load_recipe
 
 _EXAMPLE_QUERY = "Hello, how are you?"

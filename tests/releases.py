@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.release import Release, publish
+from distill_datasets.releases.release import Release, publish
 from tests.hub_fixture import Hub
 from tests.test_release import PROMPT, answer, write_run
 
@@ -14,7 +14,7 @@ PUSH = """
 import json, sys
 from pathlib import Path
 from distill_datasets.errors import DistillError
-from distill_datasets.pushing import push_release
+from distill_datasets.releases.push import push_release
 for release, repo, settings in json.loads(sys.argv[1]):
     try:
         pushed = push_release(Path(release), repo, **settings)

@@ -7,7 +7,7 @@ from distill_datasets.models.connection import Connection, connect
 from distill_datasets.generation.cache import Journal
 from distill_datasets.producers import Lesson
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.release import publish
+from distill_datasets.releases.release import publish
 from distill_datasets.models.sampler import Logprobs, Reply, Sample, Usage, request_digest
 from distill_datasets.student import Adapted, Student
 from distill_datasets.training import TrainSettings

@@ -197,7 +197,7 @@ def test_a_dataset_of_the_hub_is_linked_at_its_commit(run: Path, tmp_path: Path)
     config["dataset"] |= {"path": "me/codes@v1.0.0", "revision": "0123456789" * 4}
     (run / "train" / "config.json").write_text(json.dumps(config))
     (run / "report.json").write_text(json.dumps(report(run)))
-    from distill_datasets.card import model_card
+    from distill_datasets.releases.cards import model_card
 
     text = model_card(report(run), config, None)
     found = yaml.safe_load(text.split("---\n")[1])

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import DatasetCard, ModelCard
 
-from distill_datasets.card import dataset_card, model_card, report_markdown
+from distill_datasets.releases.cards import dataset_card, model_card, report_markdown
 from distill_datasets.recipes.recipe import Recipe
 
 GOLDEN = Path(__file__).parent / "golden" / "dataset_card.md"

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from pyarrow.parquet import read_table, write_table
 
-from distill_datasets.diffing import Difference, diff
+from distill_datasets.releases.diff import Difference, diff
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.run import generate
-from distill_datasets.release import publish
+from distill_datasets.releases.release import publish
 from distill_datasets.models.sampler import Echo, Message, Reply, Sample, Sampling, Usage
 from tests.conftest import edit
 

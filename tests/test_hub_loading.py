@@ -11,7 +11,7 @@ import pytest
 from pyarrow.parquet import write_table
 
 from distill_datasets.generation.run import generate
-from distill_datasets.release import publish
+from distill_datasets.releases.release import publish
 from distill_datasets.models.sampler import Echo
 from tests.conftest import edit
 from tests.hub_fixture import Hub
@@ -197,7 +197,7 @@ def test_running_a_release_from_the_hub_asks_the_teacher_nothing(
     code = (
         "from distill_datasets.generation.run import generate\n"
         "from distill_datasets.generation.ledger import replay\n"
-        "from distill_datasets.release import load_release, publish\n"
+        "from distill_datasets.releases.release import load_release, publish\n"
         "from distill_datasets.models.sampler import Echo\n"
         f"added, teacher = replay({release!r}, 'mine'), Echo()\n"
         f"generate({release!r}, teacher=teacher, out='mine')\n"
@@ -210,7 +210,7 @@ def test_running_a_release_from_the_hub_asks_the_teacher_nothing(
 
 def test_two_releases_on_the_hub_are_compared(hub: Hub, release: str, tmp_path: Path) -> None:
     code = (
-        "from distill_datasets.diffing import diff\n"
+        "from distill_datasets.releases.diff import diff\n"
         f"print(json.dumps(diff({str(tmp_path / 'run')!r}, {release!r}).data))"
     )
     found = said(hub, code)
@@ -234,7 +234,7 @@ def test_a_dataset_that_is_no_release_has_no_recipe_and_no_difference(hub: Hub) 
     put(hub, ["a"])
     load = f"from distill_datasets.recipes.recipe import load_recipe\nload_recipe({NAME!r})"
     assert f"RecipeError: No recipe {NAME!r}: expected" in refused(hub, load)
-    compare = f"from distill_datasets.diffing import diff\ndiff({NAME!r}, {NAME!r})"
+    compare = f"from distill_datasets.releases.diff import diff\ndiff({NAME!r}, {NAME!r})"
     assert f"DatasetError: {NAME!r} is no release" in refused(hub, compare)
 
 
@@ -245,9 +245,9 @@ def test_a_release_among_others_in_one_repository_is_found_by_its_configuration(
     generate(recipe_folder, teacher=Echo(), out=tmp_path / "said")
     publish(tmp_path / "said")
     code = f"""
-from distill_datasets.diffing import diff
+from distill_datasets.releases.diff import diff
 from distill_datasets.generation.ledger import replay
-from distill_datasets.pushing import push_release
+from distill_datasets.releases.push import push_release
 from distill_datasets.recipes.recipe import load_recipe
 from distill_datasets.trainset import locate
 

@@ -9,7 +9,7 @@ from distill_datasets.errors import DatasetError
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.ledger import replay, restore
-from distill_datasets.release import Release, publish
+from distill_datasets.releases.release import Release, publish
 from distill_datasets.models.sampler import Echo, Reply
 from tests.conftest import edit
 

@@ -10,7 +10,7 @@ from distill_datasets.errors import BudgetReached, PriceError
 from distill_datasets.generation.run import Generated, generate
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.pricing import Meter, Price, Prices, open_meter
-from distill_datasets.release import publish
+from distill_datasets.releases.release import publish
 from distill_datasets.models.sampler import Echo, Message, Reply, Sample, Sampling, Usage
 from tests.conftest import edit
 

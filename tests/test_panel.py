@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 from datasets import load_dataset
 
-from distill_datasets.diffing import diff
+from distill_datasets.releases.diff import diff
 from distill_datasets.errors import AccessError, ModelError
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.ledger import replay
 from distill_datasets.generation.teachers import Route, open_teachers
 from distill_datasets.recipes.recipe import load_recipe
-from distill_datasets.release import publish
+from distill_datasets.releases.release import publish
 from distill_datasets.models.sampler import Sampling
 from tests.panels import (
     KEYS,

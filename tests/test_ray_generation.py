@@ -13,7 +13,7 @@ from distill_datasets.errors import GenerationError, ModelError, SettingsError
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.ray import generate_on_ray
 from distill_datasets.recipes.recipe import Recipe, load_recipe
-from distill_datasets.release import publish
+from distill_datasets.releases.release import publish
 from distill_datasets.models.sampler import Echo, Message, Reply, Sampling
 from distill_datasets.generation.shards import Share
 from tests.conftest import edit

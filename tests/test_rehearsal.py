@@ -13,7 +13,7 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.generation.dry_run import Rehearsal, rehearse
-from distill_datasets.release import publish
+from distill_datasets.releases.release import publish
 from distill_datasets.models.sampler import Echo, Message, Reply, Sample, Sampling, Usage
 from distill_datasets.generation.shards import Share
 from distill_datasets.generation.trial import Sampled

@@ -13,11 +13,11 @@ from datasets import Dataset, Value, load_dataset
 from huggingface_hub import DatasetCard
 from pyarrow.parquet import ParquetFile, read_table
 
-from distill_datasets import shards
-from distill_datasets.contents import answered_contents, published_contents, survey
+from distill_datasets.releases import parquet as shards
+from distill_datasets.releases.contents import answered_contents, published_contents, survey
 from distill_datasets.errors import DatasetError, OutputError, VersionError
 from distill_datasets.recipes.recipe import Recipe, load_recipe
-from distill_datasets.release import load_release, publish
+from distill_datasets.releases.release import load_release, publish
 from distill_datasets.schema import answer_features, rejected_features, release_features
 
 PROMPT = "You sort greetings by language. Answer with one word, always, in `lower case`."

@@ -13,7 +13,7 @@ from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.recipes.sections import Split
-from distill_datasets.release import Release, publish
+from distill_datasets.releases.release import Release, publish
 from distill_datasets.models.sampler import Echo
 from distill_datasets.generation.shards import Share
 from tests.conftest import edit

@@ -16,7 +16,7 @@ from distill_datasets.models.connection import connect
 from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.objective_settings import ObjectiveSettings
 from distill_datasets.producers import Lesson
-from distill_datasets.release import load_release, publish
+from distill_datasets.releases.release import load_release, publish
 from distill_datasets.models.scoring import Scorer, require_same_tokenizer
 from distill_datasets.soft_labels import get_soft_labels
 from distill_datasets.soft_rows import chosen_rows

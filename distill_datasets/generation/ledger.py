@@ -10,7 +10,7 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.hub.references import find_release
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.models.sampler import Reply, Sampling, request_digest
-from distill_datasets.shards import Shards, Size
+from distill_datasets.releases.parquet import Shards, Size
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -57,11 +57,11 @@ print(json.dumps([round(time.time() - start, 1), *(kb // 1024 for kb in peak)]))
 """
 PUBLISH = WATCHED.replace(
     "{work}",
-    "from distill_datasets.release import publish\nsizes = publish(sys.argv[1]).splits",
+    "from distill_datasets.releases.release import publish\nsizes = publish(sys.argv[1]).splits",
 )
 PUSH = WATCHED.replace(
     "{work}",
-    "from distill_datasets.pushing import push_release\n"
+    "from distill_datasets.releases.push import push_release\n"
     "push_release(Path(sys.argv[1]) / 'release', 'me/large')",
 )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.generation.answers import stream
 from distill_datasets.errors import DatasetError
-from distill_datasets.fingerprints import FINGERPRINTS, Fingerprints, read_fingerprints
+from distill_datasets.releases.fingerprints import FINGERPRINTS, Fingerprints, read_fingerprints
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.models.sampler import digest
 from distill_datasets.schema import failure_content, rejected_features, release_features

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.manifest import read_manifest
+from distill_datasets.releases.manifest import read_manifest
 from distill_datasets.hub.references import Pinned, find_release
 from distill_datasets.recipes.recipe import Recipe, load_recipe
-from distill_datasets.release import load_release
-from distill_datasets.row_pairs import NEW, OLD, RowPairs
+from distill_datasets.releases.release import load_release
+from distill_datasets.releases.row_pairs import NEW, OLD, RowPairs
 
 _LENGTHS = ("prompt_tokens", "response_tokens", "response_characters")
 _PARTS = ("data", "rejected")

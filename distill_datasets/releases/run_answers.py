@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.contents import Survey, answered_contents, survey
+from distill_datasets.releases.contents import Survey, answered_contents, survey
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.ledger import Source
 from distill_datasets.recipes.recipe import Recipe, load_recipe

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.shards import Size
+from distill_datasets.releases.parquet import Size
 
 if TYPE_CHECKING:
     from datasets import DatasetInfo, Features

@@ -6,12 +6,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.card import card_metadata, dataset_card
-from distill_datasets.contents import REJECTED, answered_contents, fingerprints_of
+from distill_datasets.releases.cards import card_metadata, dataset_card
+from distill_datasets.releases.contents import REJECTED, answered_contents, fingerprints_of
 from distill_datasets.errors import DatasetError, OutputError, VersionError
-from distill_datasets.fingerprints import FINGERPRINTS, RowChanges
+from distill_datasets.releases.fingerprints import FINGERPRINTS, RowChanges
 from distill_datasets.generation.ledger import LEDGER, ledger_features, write_ledger
-from distill_datasets.manifest import (
+from distill_datasets.releases.manifest import (
     MANIFEST,
     Part,
     columns,
@@ -20,14 +20,14 @@ from distill_datasets.manifest import (
     read_manifest,
 )
 from distill_datasets.replacement import recover, replacing
-from distill_datasets.run_answers import RunAnswers, load_answers
+from distill_datasets.releases.run_answers import RunAnswers, load_answers
 from distill_datasets.schema import rejected_features, release_features
-from distill_datasets.shards import Shards
-from distill_datasets.soft_config import SOFT, SoftConfig, soft_features, write_soft
-from distill_datasets.versions import FIRST, Change, check_version, difference, following, history
+from distill_datasets.releases.parquet import Shards
+from distill_datasets.releases.soft_labels import SOFT, SoftConfig, soft_features, write_soft
+from distill_datasets.releases.versions import FIRST, Change, check_version, difference, following, history
 
 if TYPE_CHECKING:
-    from distill_datasets.pushing import Pushed
+    from distill_datasets.releases.push import Pushed
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Release:
 
     def push_to_hub(self, repo: str, **options: Any) -> "Pushed":
         """Push to a dataset repository: one commit, then a tag; see `pushing.push_release`."""
-        from distill_datasets.pushing import push_release
+        from distill_datasets.releases.push import push_release
 
         return push_release(self.path, repo, **options)
 

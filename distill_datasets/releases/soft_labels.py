@@ -16,7 +16,7 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.ledger import Source, first_requests
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.models.sampler import Logprobs
-from distill_datasets.shards import Shards, Size
+from distill_datasets.releases.parquet import Shards, Size
 from distill_datasets.soft_targets import SoftLabels
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.fingerprints import RowChanges
+from distill_datasets.releases.fingerprints import RowChanges
 
 FIRST = "1.0.0"
 Level = Literal["major", "minor", "patch"]
