@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from distill_datasets.models.sampler import Sampler as Sampler
     from distill_datasets.models.sampler import Sampling as Sampling
     from distill_datasets.models.references import open_sampler as open_sampler
-    from distill_datasets.training import TrainSettings as TrainSettings
-    from distill_datasets.training import train as train
+    from distill_datasets.training.trainer import TrainSettings as TrainSettings
+    from distill_datasets.training.trainer import train as train
 
 __version__ = "0.1.0"
 

@@ -195,7 +195,7 @@ def make_release(run: Any, **how: Any) -> "Release":
 
 
 def _push_student(options: argparse.Namespace, training: Path) -> None:
-    from distill_datasets.adapter import push_student
+    from distill_datasets.training.export import push_student
     from distill_datasets.errors import RepositoryError
 
     if options.push_to_hub is None:

@@ -145,7 +145,7 @@ def _internalisation(
     held_out: HeldOut, systems: Mapping[str, Answering], rows: "Dataset"
 ) -> dict[str, Any] | None:
     """The score over the teacher's usable answers; None where a system can't score given text."""
-    from distill_datasets.internalisation import Answered, measure_internalisation
+    from distill_datasets.training.internalisation import Answered, measure_internalisation
 
     connections = {
         name: system.sampler.connection

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distill_datasets.objective_settings import ObjectiveSettings
+from distill_datasets.training.objective_settings import ObjectiveSettings
 from distill_datasets.training_arguments import add_training_arguments, read_settings
-from distill_datasets.training_settings import TrainSettings
+from distill_datasets.training.settings import TrainSettings
 
 # What a sweep may vary; every other setting is shared.
 SWEPT = ("rank", "learning_rate", "batch_size", "epochs", "warmup_steps", "weight_decay", "seed")

@@ -8,12 +8,12 @@ from distill_datasets.student_arguments import SWEPT, settings_of
 
 if TYPE_CHECKING:
     from distill_datasets.report import Report
-    from distill_datasets.training import Training
+    from distill_datasets.training.trainer import Training
 
 
 def train(options: argparse.Namespace) -> None:
     """Train a student on a dataset."""
-    from distill_datasets.training import train as learn
+    from distill_datasets.training.trainer import train as learn
 
     trained = learn(
         options.dataset,
@@ -37,7 +37,7 @@ def _say(trained: "Training") -> None:
 def sweep(options: argparse.Namespace) -> None:
     """Train once for every combination of the values given."""
     from distill_datasets.errors import SettingsError
-    from distill_datasets.sweeping import sweep as try_all
+    from distill_datasets.training.sweeps import sweep as try_all
 
     grid = {name: values for name in SWEPT if (values := getattr(options, name)) is not None}
     if not grid:

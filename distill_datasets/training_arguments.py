@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Collection
 from typing import Any
 
-from distill_datasets.objective_settings import ObjectiveSettings
-from distill_datasets.training_settings import TrainSettings
+from distill_datasets.training.objective_settings import ObjectiveSettings
+from distill_datasets.training.settings import TrainSettings
 
 # What a flag takes and says, by the setting's name; a tuple is the choices.
 _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {

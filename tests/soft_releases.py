@@ -5,13 +5,13 @@ from typing import Any
 
 from distill_datasets.models.connection import Connection, connect
 from distill_datasets.generation.cache import Journal
-from distill_datasets.producers import Lesson
+from distill_datasets.training.objectives.producers import Lesson
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.release import publish
 from distill_datasets.models.sampler import Logprobs, Reply, Sample, Usage, request_digest
-from distill_datasets.student import Adapted, Student
-from distill_datasets.training import TrainSettings
-from distill_datasets.trainset import locate, open_splits
+from distill_datasets.training.student import Adapted, Student
+from distill_datasets.training.trainer import TrainSettings
+from distill_datasets.training.data import locate, open_splits
 from tests.test_release import answer, write_run
 from tests.training_runs import LANGUAGES
 

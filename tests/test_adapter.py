@@ -11,10 +11,10 @@ import pytest
 import tinker
 import yaml
 
-from distill_datasets.adapter import export_adapter, push_student
+from distill_datasets.training.export import export_adapter, push_student
 from distill_datasets.models.connection import connect
 from distill_datasets.errors import AccessError, ModelError, OutputError, RepositoryError
-from distill_datasets.training import TrainSettings, train
+from distill_datasets.training.trainer import TrainSettings, train
 from tests.hub_fixture import Hub
 from tests.tiny_model import make_tiny_model
 
@@ -254,7 +254,7 @@ def python(hub: Hub, call: str) -> str:
     """What a call of this module returns in a process that knows the Hub, or its refusal."""
     code = (
         "from pathlib import Path\n"
-        "from distill_datasets.adapter import push_folder, push_student\n"
+        "from distill_datasets.training.export import push_folder, push_student\n"
         "from distill_datasets.errors import DistillError\n"
         f"try: done = {call}\n"
         "except DistillError as error: print(type(error).__name__, error)\n"

@@ -11,7 +11,7 @@ from tinker_cookbook.supervised import train
 from tinker_cookbook.supervised.data import FromConversationFileBuilder
 from tinker_cookbook.supervised.types import ChatDatasetBuilder, ChatDatasetBuilderCommonConfig
 
-from distill_datasets.cookbook import DistilledDatasetBuilder
+from distill_datasets.training.cookbook import DistilledDatasetBuilder
 from distill_datasets.errors import DatasetError
 from tests.shared_server import shared
 

@@ -91,7 +91,7 @@ print(json.dumps(found))
 def located(*references: str, config: str | None = None) -> str:
     """A program that prints what a training reads, and from where."""
     return f"""
-from distill_datasets.trainset import locate
+from distill_datasets.training.data import locate
 
 found = []
 for reference in {references}:
@@ -249,7 +249,7 @@ from distill_datasets.releases.diff import diff
 from distill_datasets.generation.ledger import replay
 from distill_datasets.releases.push import push_release
 from distill_datasets.recipes.recipe import load_recipe
-from distill_datasets.trainset import locate
+from distill_datasets.training.data import locate
 
 push_release({str(tmp_path / "said" / "release")!r}, {NAME!r}, config="said", private=False)
 source = locate({NAME!r}, "said")

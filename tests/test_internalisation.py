@@ -7,14 +7,14 @@ import pytest
 
 from distill_datasets.models.connection import connect
 from distill_datasets.errors import DatasetError
-from distill_datasets.internalisation import (
+from distill_datasets.training.internalisation import (
     Answered,
     Bounds,
     internalisation,
     measure_internalisation,
     per_token,
 )
-from distill_datasets.student import Adapted, Student
+from distill_datasets.training.student import Adapted, Student
 from tests.test_report import compare, make_run
 
 BOUNDS = Bounds(groups=["a", "b", "c"], tokens=[2, 2, 4], base=[8.0, 6.0, 10.0], teacher=[1, 1, 2])

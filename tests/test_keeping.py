@@ -12,13 +12,13 @@ import pytest
 from tinker_cookbook.tokenizer_utils import register_tokenizer
 
 from distill_datasets.models import connection as connections
-from distill_datasets.capabilities import require_stated
+from distill_datasets.training.capabilities import require_stated
 from distill_datasets.errors import ModelError, OutputError, SettingsError
-from distill_datasets.keeping import Shelf
+from distill_datasets.training.checkpoints import Shelf
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.tinker import TinkerSampler
-from distill_datasets.training import Training, TrainSettings, train
-from distill_datasets.training_folder import TrainingFolder
+from distill_datasets.training.trainer import Training, TrainSettings, train
+from distill_datasets.training.folder import TrainingFolder
 from tests.server_log import trained_batches
 from tests.shared_server import shared
 from tests.training_runs import QUICK, ROWS, at_step, metrics, write

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from distill_datasets.models.connection import connect
-from distill_datasets.objective_settings import ObjectiveSettings
-from distill_datasets.on_policy import (
+from distill_datasets.training.objective_settings import ObjectiveSettings
+from distill_datasets.training.objectives.on_policy import (
     OnPolicyProducer,
     Rollout,
     divergence,
@@ -18,11 +18,11 @@ from distill_datasets.on_policy import (
     reverse_batch,
     sampled_batch,
 )
-from distill_datasets.producers import Lesson
+from distill_datasets.training.objectives.producers import Lesson
 from distill_datasets.models.scoring import Ranking, Scorer
-from distill_datasets.student import Adapted, Student
-from distill_datasets.training import TrainSettings, train
-from distill_datasets.training_plan import Step
+from distill_datasets.training.student import Adapted, Student
+from distill_datasets.training.trainer import TrainSettings, train
+from distill_datasets.training.schedule import Step
 from tests.soft_releases import PROMPT, SMALL, lesson, release
 from tests.training_runs import metrics
 

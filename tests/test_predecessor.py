@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from distill_datasets.models import connection as connections
-from distill_datasets.batches import Update, supervised_batch
+from distill_datasets.training.batches import Update, supervised_batch
 from distill_datasets.errors import DatasetError, ModelError, OutputError, SettingsError
-from distill_datasets.predecessor import LEARNED, find_predecessor
-from distill_datasets.student import Student
-from distill_datasets.training import Training, train
-from distill_datasets.trainset import Rendered, locate, open_splits
+from distill_datasets.training.predecessor import LEARNED, find_predecessor
+from distill_datasets.training.student import Student
+from distill_datasets.training.trainer import Training, train
+from distill_datasets.training.data import Rendered, locate, open_splits
 from tests.server_log import trained_batches
 from tests.shared_server import shared
 from tests.training_runs import QUICK, ROWS, metrics, write

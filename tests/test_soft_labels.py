@@ -11,17 +11,17 @@ import datasets
 import numpy as np
 import pytest
 
-from distill_datasets import soft_labels
+from distill_datasets.training.objectives import soft_labels
 from distill_datasets.models.connection import connect
 from distill_datasets.errors import DatasetError, ModelError
-from distill_datasets.objective_settings import ObjectiveSettings
-from distill_datasets.producers import Lesson
+from distill_datasets.training.objective_settings import ObjectiveSettings
+from distill_datasets.training.objectives.producers import Lesson
 from distill_datasets.releases.release import load_release, publish
 from distill_datasets.models.scoring import Scorer, require_same_tokenizer
-from distill_datasets.soft_labels import get_soft_labels
-from distill_datasets.soft_rows import chosen_rows
-from distill_datasets.soft_targets import SoftExample
-from distill_datasets.training import TrainSettings, train
+from distill_datasets.training.objectives.soft_labels import get_soft_labels
+from distill_datasets.training.objectives.soft_rows import chosen_rows
+from distill_datasets.training.objectives.soft_targets import SoftExample
+from distill_datasets.training.trainer import TrainSettings, train
 from tests.soft_releases import PROMPT, SMALL, lesson, release
 from tests.training_runs import LANGUAGES, metrics, write
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.label_tree import (
+from distill_datasets.training.objectives.label_tree import (
     children,
     diverging,
     label_logprobs,
     label_targets,
     paths,
 )
-from distill_datasets.objective_settings import ObjectiveSettings
-from distill_datasets.score_store import ScoreStore
-from distill_datasets.soft_targets import (
+from distill_datasets.training.objective_settings import ObjectiveSettings
+from distill_datasets.training.objectives.score_store import ScoreStore
+from distill_datasets.training.objectives.soft_targets import (
     SoftLabels,
     placed,
     reverse_kl,

@@ -7,11 +7,11 @@ import pytest
 import tinker
 from tinker.types import RequestErrorCategory
 
-from distill_datasets.batches import Example, Update, datums, supervised_batch
+from distill_datasets.training.batches import Example, Update, datums, supervised_batch
 from distill_datasets.models.connection import Connection, connect
 from distill_datasets.errors import ModelError, OutputError
 from distill_datasets.models.sampler import Message, Sampling
-from distill_datasets.student import Adapted, PendingStep, Student, _explained
+from distill_datasets.training.student import Adapted, PendingStep, Student, _explained
 
 EXAMPLES = [
     Example([5, 17, 40, 41, 42, 2], [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]),

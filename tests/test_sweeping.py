@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from distill_datasets.models import connection as connections
-from distill_datasets import validation_bounds as bounds
+from distill_datasets.training import validation_bounds as bounds
 from distill_datasets.errors import DatasetError, ModelError, SettingsError
-from distill_datasets.sweeping import Sweep, Trial, sweep
+from distill_datasets.training.sweeps import Sweep, Trial, sweep
 from tests.soft_releases import release
 from tests.training_runs import QUICK, ROWS, write
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.tracking import open_tracker, require_tracker
+from distill_datasets.training.tracking import open_tracker, require_tracker
 
 NEEDS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "torch.utils.tensorboard"}
 

@@ -15,7 +15,7 @@ import pytest
 
 from distill_datasets.models import connection as connections
 from distill_datasets.models import tinker_sdk as sdk
-from distill_datasets import student as students
+from distill_datasets.training import student as students
 from distill_datasets.errors import (
     DatasetError,
     DistillError,
@@ -24,10 +24,10 @@ from distill_datasets.errors import (
     OutputError,
     ServiceError,
 )
-from distill_datasets.training import Training, TrainSettings, train
-from distill_datasets.training_folder import TrainingFolder
-from distill_datasets.training_plan import plan_steps
-from distill_datasets.trainset import Rendered, locate, open_splits
+from distill_datasets.training.trainer import Training, TrainSettings, train
+from distill_datasets.training.folder import TrainingFolder
+from distill_datasets.training.schedule import plan_steps
+from distill_datasets.training.data import Rendered, locate, open_splits
 from tests.server_log import trained_batches
 from tests.shared_server import shared
 from tests.training_runs import QUICK, ROWS, Rows, at_step, metrics, write
@@ -198,7 +198,7 @@ def test_a_killed_training_and_a_killed_server_change_no_loss(
     )
     out = tmp_path / "out"
     code = (
-        "from distill_datasets.training import TrainSettings, train\n"
+        "from distill_datasets.training.trainer import TrainSettings, train\n"
         f"train({str(dataset)!r}, student={model!r}, out={str(out)!r}, settings={settings})"
     )
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "child")}

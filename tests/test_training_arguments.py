@@ -3,9 +3,9 @@
 import argparse
 from dataclasses import fields
 
-from distill_datasets.objective_settings import ObjectiveSettings
+from distill_datasets.training.objective_settings import ObjectiveSettings
 from distill_datasets.training_arguments import add_training_arguments, read_settings
-from distill_datasets.training_settings import TrainSettings
+from distill_datasets.training.settings import TrainSettings
 
 
 def read(*words: str) -> TrainSettings:

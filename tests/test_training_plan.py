@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.selection import Selection, why_it_ended
-from distill_datasets.sparkline import sparkline
-from distill_datasets.training_plan import Schedule, TrainSettings, choose_rows, plan_steps
-from distill_datasets.training_settings import decisive, unlike_default
+from distill_datasets.training.selection import Selection, why_it_ended
+from distill_datasets.training.sparkline import sparkline
+from distill_datasets.training.schedule import Schedule, TrainSettings, choose_rows, plan_steps
+from distill_datasets.training.settings import decisive, unlike_default
 
 LENGTHS = [5 + 7 * place % 60 for place in range(230)]
 

@@ -11,12 +11,12 @@ import pytest
 
 from distill_datasets.models.connection import connect
 from distill_datasets.errors import SettingsError
-from distill_datasets.objective_settings import ObjectiveSettings
-from distill_datasets.producers import Lesson
+from distill_datasets.training.objective_settings import ObjectiveSettings
+from distill_datasets.training.objectives.producers import Lesson
 from distill_datasets.models.scoring import Scorer
-from distill_datasets.training import TrainSettings, train
-from distill_datasets.trainset import Rendered, open_splits
-from distill_datasets.validation_bounds import validation_bounds
+from distill_datasets.training.trainer import TrainSettings, train
+from distill_datasets.training.data import Rendered, open_splits
+from distill_datasets.training.validation_bounds import validation_bounds
 from tests.soft_releases import PROMPT, SMALL, lesson, release
 from tests.training_runs import at_step, metrics, write
 

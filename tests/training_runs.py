@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from distill_datasets import student as students
-from distill_datasets.training import Training, TrainSettings
+from distill_datasets.training import student as students
+from distill_datasets.training.trainer import Training, TrainSettings
 
 LANGUAGES = {"en": "the weather", "de": "der Himmel", "fr": "le ciel", "es": "el cielo"}
 ROWS = [

@@ -32,7 +32,7 @@ def likelihoods(
     `ModelError`, `AccessError` or `ServiceError`.
     """
     from distill_datasets.models.scoring import Scorer
-    from distill_datasets.soft_rows import split_conversation
+    from distill_datasets.training.objectives.soft_rows import split_conversation
 
     scorer = Scorer(connection)
     found: list[Likelihood] = []

@@ -17,7 +17,7 @@ from distill_datasets.generation.ledger import Source, first_requests
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.models.sampler import Logprobs
 from distill_datasets.releases.parquet import Shards, Size
-from distill_datasets.soft_targets import SoftLabels
+from distill_datasets.training.objectives.soft_targets import SoftLabels
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -23,7 +23,7 @@ from typing import Any
 from distill_datasets.models import connection as connections
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.tinker import TinkerSampler
-from distill_datasets.training_folder import TrainingFolder
+from distill_datasets.training.folder import TrainingFolder
 from tests.server_log import trained_batches
 from tests.tiny_model import make_tiny_model
 from tests.training_runs import ROWS, write
@@ -34,7 +34,7 @@ TIMED = ("seconds", "tokens_per_second")
 def start(dataset: Path, model: str, out: Path, steps: int) -> "subprocess.Popen[str]":
     """Train in a process of its own."""
     code = (
-        "from distill_datasets.training import TrainSettings, train\n"
+        "from distill_datasets.training.trainer import TrainSettings, train\n"
         f"settings = TrainSettings(epochs={steps}, max_steps={steps}, batch_size=8, rank=4, "
         "learning_rate=5e-3, evaluate_every=15, save_every=50, rolling_every=7, patience=1000)\n"
         f"train({str(dataset)!r}, student={model!r}, out={str(out)!r}, settings=settings)"

@@ -32,9 +32,9 @@ from tinker_cookbook.tokenizer_utils import register_tokenizer
 from distill_datasets.models import connection as connections
 from distill_datasets import resources
 from distill_datasets.embedded.process import Server, launch
-from distill_datasets.training import TrainSettings, train
-from distill_datasets.training_plan import plan_steps
-from distill_datasets.trainset import locate, open_splits
+from distill_datasets.training.trainer import TrainSettings, train
+from distill_datasets.training.schedule import plan_steps
+from distill_datasets.training.data import locate, open_splits
 from tests.benchmarks.latency_proxy import far_away
 
 RENDERER, RATE = "qwen3_instruct", 1e-3

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.selection import VALIDATION_LOSS
-from distill_datasets.training_folder import TrainingFolder, installed_versions
-from distill_datasets.training_plan import (
+from distill_datasets.training.selection import VALIDATION_LOSS
+from distill_datasets.training.folder import TrainingFolder, installed_versions
+from distill_datasets.training.schedule import (
     Schedule,
     Step,
     choose_rows,
     default_learning_rate,
     plan_steps,
 )
-from distill_datasets.training_settings import TrainSettings
-from distill_datasets.trainset import Rendered, Source, Split
+from distill_datasets.training.settings import TrainSettings
+from distill_datasets.training.data import Rendered, Source, Split
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +56,7 @@ def prepare_run(
     folder: TrainingFolder,
 ) -> tuple[Run, dict[str, Any]]:
     """Render the splits and plan the steps: the run, and what is worth recording of it."""
-    from distill_datasets.capabilities import require_trainable
+    from distill_datasets.training.capabilities import require_trainable
 
     if "validation" not in splits and (settings.patience or settings.select != VALIDATION_LOSS):
         raise SettingsError(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distill_datasets.training_settings import TrainSettings as TrainSettings
+from distill_datasets.training.settings import TrainSettings as TrainSettings
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.objective_settings import ObjectiveSettings
+from distill_datasets.training.objective_settings import ObjectiveSettings
 
 _AT_LEAST_ONE = (
     "epochs",

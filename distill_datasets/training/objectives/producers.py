@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from distill_datasets.batches import Update, supervised_batch
-from distill_datasets.student import PendingStep, Student
-from distill_datasets.training_plan import Step, TrainSettings
-from distill_datasets.trainset import Rendered, Source
+from distill_datasets.training.batches import Update, supervised_batch
+from distill_datasets.training.student import PendingStep, Student
+from distill_datasets.training.schedule import Step, TrainSettings
+from distill_datasets.training.data import Rendered, Source
 
 
 class Producer(Protocol):

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import ModelError, OutputError
 from distill_datasets.progress import Progress
-from distill_datasets.tracking import open_tracker, require_tracker
-from distill_datasets.training_folder import TrainingFolder
-from distill_datasets.training_result import Training, read_result
-from distill_datasets.training_run import Run, prepare_run
-from distill_datasets.training_settings import TrainSettings
-from distill_datasets.trainset import Rendered, Source, Split, locate, open_splits
+from distill_datasets.training.tracking import open_tracker, require_tracker
+from distill_datasets.training.folder import TrainingFolder
+from distill_datasets.training.training_result import Training, read_result
+from distill_datasets.training.training_run import Run, prepare_run
+from distill_datasets.training.settings import TrainSettings
+from distill_datasets.training.data import Rendered, Source, Split, locate, open_splits
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
-    from distill_datasets.in_flight import InFlight
-    from distill_datasets.predecessor import Predecessor
-    from distill_datasets.producers import Lesson
-    from distill_datasets.validators import Validator
+    from distill_datasets.training.in_flight import InFlight
+    from distill_datasets.training.predecessor import Predecessor
+    from distill_datasets.training.objectives.producers import Lesson
+    from distill_datasets.training.validation import Validator
 
 __all__ = ["TrainSettings", "Training", "train"]
 
@@ -48,7 +48,7 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     that split. Raises `DatasetError`, `ModelError`, `AccessError`, `ServiceError`,
     `SettingsError` or `OutputError`, each with what to do.
     """
-    from distill_datasets.predecessor import find_predecessor
+    from distill_datasets.training.predecessor import find_predecessor
 
     settings = settings or TrainSettings()
     _require_state(str(student), resume)
@@ -85,7 +85,7 @@ def _learn(
     validators: "Sequence[Callable[[Lesson, Rendered], Validator]]",
 ) -> None:
     """The loop. Batches are always queued behind the one that is being learned."""
-    from distill_datasets.objectives import producer_for
+    from distill_datasets.training.objectives.choice import producer_for
 
     steps = run.steps[start:]
     with closing(producer_for(lesson)) as producer, _flight(run, lesson, validators) as flight:
@@ -110,9 +110,9 @@ def _learn(
 def _flight(
     run: Run, lesson: "Lesson", validators: "Sequence[Callable[[Lesson, Rendered], Validator]]"
 ) -> "Iterator[InFlight]":
-    from distill_datasets.in_flight import Desk, InFlight
-    from distill_datasets.keeping import describe
-    from distill_datasets.validators import open_validators
+    from distill_datasets.training.in_flight import Desk, InFlight
+    from distill_datasets.training.checkpoints import describe
+    from distill_datasets.training.validation import open_validators
 
     config = run.folder.config or {}
     measures = open_validators(lesson, run.validation, validators)
@@ -143,8 +143,8 @@ def _start(
     before: "Predecessor | None",
 ) -> int:
     """Write which rows are learned and the configuration; the steps that are done already."""
-    from distill_datasets.keeping import read_progress
-    from distill_datasets.predecessor import write_learned
+    from distill_datasets.training.checkpoints import read_progress
+    from distill_datasets.training.predecessor import write_learned
 
     run.folder.require_same(config)
     if run.folder.config is None:
@@ -180,7 +180,7 @@ def _require_state(student: str, resume: str | None) -> None:
             "the path of its state, tinker://<run>/weights/<name>, to --resume."
         )
     if resume is not None:
-        from distill_datasets.keeping import require_state
+        from distill_datasets.training.checkpoints import require_state
 
         require_state(resume)
 
@@ -220,9 +220,9 @@ def _resumable(out: str | Path) -> Iterator[None]:
 
 def _lesson(run: Run, connection: "Connection", before: "Predecessor | None") -> "Lesson":
     """Opens the student: new, with another's weights, or as the last checkpoint left it."""
-    from distill_datasets.keeping import describe
-    from distill_datasets.producers import Lesson
-    from distill_datasets.student import Adapted, Student
+    from distill_datasets.training.checkpoints import describe
+    from distill_datasets.training.objectives.producers import Lesson
+    from distill_datasets.training.student import Adapted, Student
 
     settings, metadata = run.settings, describe(run.folder.config or {})
     if run.folder.checkpoints:

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from distill_datasets.models.connection import adopt_state, connect, read_training
 from distill_datasets.errors import DatasetError, ModelError, SettingsError
-from distill_datasets.keeping import require_state
+from distill_datasets.training.checkpoints import require_state
 from distill_datasets.models.tinker_sdk import explained
-from distill_datasets.training_settings import TrainSettings
+from distill_datasets.training.settings import TrainSettings
 
 LEARNED = "learned.npy"  # in a training's folder: what is recognised as learned by a later one
 _ADAPTED = ("rank", "train_attention", "train_mlp", "train_unembed")

@@ -17,8 +17,8 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from distill_datasets.errors import OutputError
-from distill_datasets.selection import Selection
-from distill_datasets.training_settings import TrainSettings, decisive
+from distill_datasets.training.selection import Selection
+from distill_datasets.training.settings import TrainSettings, decisive
 
 _SAME = ("student", "identity", "settings", "dataset.revision", "dataset.files", "resumed", "start")
 
@@ -162,7 +162,7 @@ class TrainingFolder:
 
     def draw(self) -> None:
         """Draw loss.png."""
-        from distill_datasets.training_curves import draw_curves
+        from distill_datasets.training.plots import draw_curves
 
         with self._writing():
             draw_curves(self.metrics, self.path / "loss.png")

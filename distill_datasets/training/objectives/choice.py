@@ -1,6 +1,6 @@
 """From the settings' objective to the producer of its batches."""
 
-from distill_datasets.producers import Lesson, Producer, SupervisedProducer
+from distill_datasets.training.objectives.producers import Lesson, Producer, SupervisedProducer
 
 
 def producer_for(lesson: Lesson) -> Producer:
@@ -10,11 +10,11 @@ def producer_for(lesson: Lesson) -> Producer:
     `DatasetError` or `ModelError` where that can't be.
     """
     if lesson.settings.objective.name == "soft":
-        from distill_datasets.soft_training import SoftProducer
+        from distill_datasets.training.objectives.soft import SoftProducer
 
         return SoftProducer(lesson)
     if lesson.settings.objective.name == "on_policy":
-        from distill_datasets.on_policy import OnPolicyProducer
+        from distill_datasets.training.objectives.on_policy import OnPolicyProducer
 
         return OnPolicyProducer(lesson)
     return SupervisedProducer(lesson)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from numpy.typing import NDArray
 
-    from distill_datasets.batches import Example
+    from distill_datasets.training.batches import Example
     from distill_datasets.models.connection import Connection
-    from distill_datasets.training_settings import TrainSettings
+    from distill_datasets.training.settings import TrainSettings
 
 _VERSION = 2  # of the rendered columns: raise it when they come out differently
 _NO_ROWS = (IndexError, StopIteration)  # what `datasets` raises for a file without any
@@ -86,7 +86,7 @@ class Rendered:
 
     def examples(self, places: Sequence[int]) -> "list[Example]":
         """The kept rows at these places."""
-        from distill_datasets.batches import Example
+        from distill_datasets.training.batches import Example
 
         read = self.rows[[self.kept[place] for place in places]]
         columns = (read[name] for name in ("tokens", "weights", "bytes"))

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill_datasets.batches import Example
+from distill_datasets.training.batches import Example
 from distill_datasets.errors import DatasetError
-from distill_datasets.producers import Lesson
+from distill_datasets.training.objectives.producers import Lesson
 from distill_datasets.progress import Progress
-from distill_datasets.score_store import ScoreStore
-from distill_datasets.soft_targets import SoftLabels
-from distill_datasets.training_plan import choose_rows
+from distill_datasets.training.objectives.score_store import ScoreStore
+from distill_datasets.training.objectives.soft_targets import SoftLabels
+from distill_datasets.training.schedule import choose_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset

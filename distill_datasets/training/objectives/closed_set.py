@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.generation.rows import Asking, ask
 from distill_datasets.errors import DatasetError, GenerationError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.label_tree import (
+from distill_datasets.training.objectives.label_tree import (
     Tokens,
     children,
     diverging,
@@ -16,11 +16,11 @@ from distill_datasets.label_tree import (
     paths,
 )
 from distill_datasets.generation.ledger import restore
-from distill_datasets.producers import Lesson
+from distill_datasets.training.objectives.producers import Lesson
 from distill_datasets.models.scoring import Scorer
-from distill_datasets.soft_rows import Scoring, SoftRow, score_key, split_conversation
-from distill_datasets.soft_targets import SoftLabels
-from distill_datasets.teacher_prompts import TeacherPrompts, prompt_tokens
+from distill_datasets.training.objectives.soft_rows import Scoring, SoftRow, score_key, split_conversation
+from distill_datasets.training.objectives.soft_targets import SoftLabels
+from distill_datasets.training.objectives.teacher import TeacherPrompts, prompt_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset

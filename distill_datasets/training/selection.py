@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distill_datasets.training_settings import TrainSettings
+from distill_datasets.training.settings import TrainSettings
 
 VALIDATION_LOSS = "validation_loss"
 

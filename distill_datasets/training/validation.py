@@ -5,16 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
-from distill_datasets.batches import bits_per_byte
+from distill_datasets.training.batches import bits_per_byte
 from distill_datasets.errors import SettingsError
 from distill_datasets.models.sampler import Message, Sampling
-from distill_datasets.selection import VALIDATION_LOSS
-from distill_datasets.student import PendingLoss, PendingSave, Student
-from distill_datasets.trainset import Rendered
+from distill_datasets.training.selection import VALIDATION_LOSS
+from distill_datasets.training.student import PendingLoss, PendingSave, Student
+from distill_datasets.training.data import Rendered
 
 if TYPE_CHECKING:
-    from distill_datasets.internalisation import Bounds
-    from distill_datasets.producers import Lesson
+    from distill_datasets.training.internalisation import Bounds
+    from distill_datasets.training.objectives.producers import Lesson
 
 _SLACK = 8  # tokens that an answer may be longer than the longest response, to be seen as other
 _AT_ONCE = 256  # requests
@@ -66,7 +66,7 @@ class _Loss:
 def _internalised(nats: Sequence[float], bounds: "Bounds | None") -> dict[str, float]:
     if bounds is None:
         return {}
-    from distill_datasets.internalisation import internalisation
+    from distill_datasets.training.internalisation import internalisation
 
     interval = internalisation(nats, bounds).interval()
     names = {"value": "", "low": "_low", "high": "_high"}
@@ -119,7 +119,7 @@ def open_validators(
 
     Raises `SettingsError` where the best checkpoint shall be chosen by what can't be measured.
     """
-    from distill_datasets.validation_bounds import validation_bounds
+    from distill_datasets.training.validation_bounds import validation_bounds
 
     if rows is None:
         return []

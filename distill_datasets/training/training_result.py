@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill_datasets.selection import why_it_ended
-from distill_datasets.training_folder import Checkpoint, TrainingFolder
-from distill_datasets.training_settings import TrainSettings
+from distill_datasets.training.selection import why_it_ended
+from distill_datasets.training.folder import Checkpoint, TrainingFolder
+from distill_datasets.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)

@@ -19,28 +19,28 @@ import numpy as np
 import tinker
 from numpy.typing import NDArray
 
-from distill_datasets.batches import Batch, Learned, Normalization, shares
+from distill_datasets.training.batches import Batch, Learned, Normalization, shares
 from distill_datasets.errors import ModelError
-from distill_datasets.producers import Lesson
+from distill_datasets.training.objectives.producers import Lesson
 from distill_datasets.models.sampler import digest
 from distill_datasets.models.scoring import Pending, Ranking, Scorer, require_same_tokenizer
-from distill_datasets.soft_rows import SoftRow, chosen_rows, soft_rows
-from distill_datasets.soft_targets import (
+from distill_datasets.training.objectives.soft_rows import SoftRow, chosen_rows, soft_rows
+from distill_datasets.training.objectives.soft_targets import (
     SoftExample,
     SoftLabels,
     reverse_kl,
     reverse_targets,
     soft_targets,
 )
-from distill_datasets.soft_training import soft_batch
-from distill_datasets.student import PendingStep
-from distill_datasets.teacher_prompts import (
+from distill_datasets.training.objectives.soft import soft_batch
+from distill_datasets.training.student import PendingStep
+from distill_datasets.training.objectives.teacher import (
     connect_teacher,
     prompt_tokens,
     read_teacher_prompts,
     require_own_words,
 )
-from distill_datasets.training_plan import Step
+from distill_datasets.training.schedule import Step
 
 
 @dataclass(frozen=True)

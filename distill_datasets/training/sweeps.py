@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.errors import ModelError, OutputError, SettingsError, nearest
 
 if TYPE_CHECKING:
-    from distill_datasets.training import Training, TrainSettings
+    from distill_datasets.training.trainer import Training, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def sweep(
     `SettingsError` for a key that is none, before anything is trained, and what `train` raises.
     """
     from distill_datasets.models.connection import disconnect
-    from distill_datasets.training import TrainSettings, train
+    from distill_datasets.training.trainer import TrainSettings, train
 
     shared = settings or TrainSettings()
     cells = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

@@ -17,7 +17,7 @@ from tinker_cookbook.supervised.data import conversation_to_datum
 from tinker_cookbook.supervised.types import ChatDatasetBuilder, SupervisedDataset
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.trainset import Split, locate, open_split
+from distill_datasets.training.data import Split, locate, open_split
 
 _LOG = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import httpx
 from distill_datasets.models.connection import Connection
 from distill_datasets.errors import ModelError, SettingsError
 from distill_datasets.models.tinker_sdk import explained
-from distill_datasets.training_settings import TrainSettings
+from distill_datasets.training.settings import TrainSettings
 
 _LONGEST = 4096  # tokens a row: what a local machine holds; more must be asked for
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from distill_datasets.models.connection import Connection
-    from distill_datasets.producers import Lesson
+    from distill_datasets.training.objectives.producers import Lesson
 
 
 @dataclass(frozen=True)

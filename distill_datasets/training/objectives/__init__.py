@@ -1,0 +1,1 @@
+"""What a step learns: responses, the teacher's probabilities, or its corrections."""
