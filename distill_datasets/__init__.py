@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from distill_datasets.recipes.recipe import Recipe as Recipe
     from distill_datasets.recipes.recipe import load_recipe as load_recipe
     from distill_datasets.releases.release import publish as publish
-    from distill_datasets.report import measure as measure
+    from distill_datasets.evaluation.report import measure as measure
     from distill_datasets.models.sampler import Echo as Echo
     from distill_datasets.models.sampler import Sampler as Sampler
     from distill_datasets.models.sampler import Sampling as Sampling

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from distill_datasets.student_arguments import SWEPT, settings_of
 
 if TYPE_CHECKING:
-    from distill_datasets.report import Report
+    from distill_datasets.evaluation.report import Report
     from distill_datasets.training.trainer import Training
 
 
@@ -60,7 +60,7 @@ def sweep(options: argparse.Namespace) -> None:
 def measure(options: argparse.Namespace) -> None:
     """Compare base, teacher and student on rows that nobody trained on."""
     from distill_datasets.errors import SettingsError
-    from distill_datasets.report import measure as compare
+    from distill_datasets.evaluation.report import measure as compare
 
     given = (options.dataset, options.student, options.out)
     if options.run is None and None in given:
@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace) -> None:
 
 def _held_out(dataset: str | Path) -> list[str]:
     """Everything that was kept out of training, the test split last, where it is read first."""
-    from distill_datasets.heldout import splits_of
+    from distill_datasets.evaluation.heldout import splits_of
 
     return sorted(set(splits_of(dataset)) - {"train", "validation", "test"}) + ["test"]
 

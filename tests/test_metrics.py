@@ -6,7 +6,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from distill_datasets.errors import DatasetError, RecipeError
-from distill_datasets.metrics import Estimate, estimate, load_metric, resamples
+from distill_datasets.evaluation.metrics import Estimate, estimate, load_metric, resamples
 
 EXPECTED = ["a", "a", "a", "a", "b", "b", "b", "b"]
 FOUND = ["a", "a", "a", "b", "b", "b", "b", None]
@@ -123,7 +123,7 @@ def test_the_same_rows_give_the_same_interval_again() -> None:
 def test_weights_in_several_chunks_still_draw_as_many_groups_as_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("distill_datasets.metrics._CELLS", 20)
+    monkeypatch.setattr("distill_datasets.evaluation.metrics._CELLS", 20)
     chunks = list(resamples(["a", "b", "c", "d"], 12))
     assert [len(chunk) for chunk in chunks] == [5, 5, 2]
     assert all((chunk.sum(axis=1) == 4).all() for chunk in chunks)
@@ -177,7 +177,7 @@ def own_metric(folder: Path, result: str) -> Path:
 def test_a_metric_of_the_users_own_gets_an_interval_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill_datasets.metrics._RESAMPLES_OF_OTHERS", 30)
+    monkeypatch.setattr("distill_datasets.evaluation.metrics._RESAMPLES_OF_OTHERS", 30)
     path = own_metric(tmp_path, '{"length": sum(map(len, predictions)) / len(predictions)}')
     found: list[str | None] = ["a", "aaa", None, "aa"]
     [(name, number)] = estimate(load_metric(str(path)), found, ["b"] * 4, list("wxyz")).items()
@@ -188,7 +188,7 @@ def test_a_metric_of_the_users_own_gets_an_interval_too(
 def test_a_metric_with_several_numbers_gives_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill_datasets.metrics._RESAMPLES_OF_OTHERS", 5)
+    monkeypatch.setattr("distill_datasets.evaluation.metrics._RESAMPLES_OF_OTHERS", 5)
     path = own_metric(tmp_path, '{"short": 1.0, "long": 2, "texts": predictions}')
     numbers = estimate(load_metric(str(path)), ["a"], ["b"], ["x"])
     assert {name: number.value for name, number in numbers.items()} == {"short": 1.0, "long": 2.0}

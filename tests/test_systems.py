@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_datasets.releases.release import publish
-from distill_datasets.report import Report, measure
+from distill_datasets.evaluation.report import Report, measure
 from distill_datasets.models.sampler import Sampling
 from tests.panels import QUERIES, RIGHT, Model, Models, run
 

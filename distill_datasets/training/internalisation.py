@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.metrics import Estimate, resamples
+from distill_datasets.evaluation.metrics import Estimate, resamples
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets import report_text
+from distill_datasets.evaluation import report_text
 from distill_datasets.generation.rows import Answering, Asking, ask
 from distill_datasets.errors import GenerationError, OutputError
 from distill_datasets.generation.run import writable_folder
-from distill_datasets.heldout import HeldOut, read_held_out
+from distill_datasets.evaluation.heldout import HeldOut, read_held_out
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.schema import failure_text
-from distill_datasets.systems import (
+from distill_datasets.evaluation.systems import (
     UNCACHED,
     Training,
     explained,
@@ -29,7 +29,7 @@ from distill_datasets.systems import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from distill_datasets.comparison import Comparison
+    from distill_datasets.evaluation.comparison import Comparison
 
 _VERSION = 2  # goes into every report's digest: raise it when reports come out differently
 
@@ -66,7 +66,7 @@ def measure(  # noqa: PLR0913 (three systems, and where, on what and how fast to
     `out/journal.sqlite`: another call asks only for timings, and for nothing where its report
     exists. Raises `GenerationError` when a row failed: no report leaves rows out.
     """
-    from distill_datasets.comparison import Comparison, load_metrics
+    from distill_datasets.evaluation.comparison import Comparison, load_metrics
 
     held_out = read_held_out(dataset, split=split, limit=limit)
     metrics = load_metrics(held_out.recipe.metrics)

@@ -8,8 +8,8 @@ from typing import Any
 
 from distill_datasets.generation.rows import Answering, Asking
 from distill_datasets.errors import ModelError
-from distill_datasets.heldout import HeldOut
-from distill_datasets.latency import Timed, Unkept, measure_latency, uncacheable
+from distill_datasets.evaluation.heldout import HeldOut
+from distill_datasets.evaluation.latency import Timed, Unkept, measure_latency, uncacheable
 from distill_datasets.generation.teachers import Panel, Route, asked_of, open_teachers
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.models.sampler import Sampler, Sampling

@@ -1,0 +1,1 @@
+"""Base, teacher and student on the same rows."""
