@@ -2,6 +2,6 @@
 
 import sys
 
-from distill_datasets.cli import main
+from distill_datasets.cli.main import main
 
 sys.exit(main())

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from distill_datasets.cli import main
+from distill_datasets.cli.main import main
 from tests.conftest import edit
 
 

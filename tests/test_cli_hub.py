@@ -84,7 +84,7 @@ def test_a_release_in_the_hands_of_another_asks_the_teacher_nothing(
 
 
 def test_a_training_needs_a_place_to_go(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from distill_datasets.cli import main
+    from distill_datasets.cli.main import main
 
     (tmp_path / "checkpoints.jsonl").touch()
     assert main(["publish", str(tmp_path)]) == 2

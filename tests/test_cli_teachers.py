@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distill_datasets import progress
-from distill_datasets.cli import main
+from distill_datasets.cli.main import main
 from tests.openai_server import OpenAIServer, serving
 from tests.training_runs import ROWS, write
 

@@ -79,7 +79,7 @@ def test_starting_up_imports_nothing_heavy() -> None:
     script = (
         "import sys, contextlib, io\n"
         "import distill_datasets\n"
-        "from distill_datasets.cli import main\n"
+        "from distill_datasets.cli.main import main\n"
         "with contextlib.redirect_stdout(io.StringIO()):\n"
         "    try: main(['--help'])\n"
         "    except SystemExit as end: assert end.code == 0\n"

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import fields
 
 from distill_datasets.training.objective_settings import ObjectiveSettings
-from distill_datasets.training_arguments import add_training_arguments, read_settings
+from distill_datasets.cli.training_arguments import add_training_arguments, read_settings
 from distill_datasets.training.settings import TrainSettings
 
 

@@ -19,7 +19,7 @@ from distill_datasets.releases.manifest import (
     manifest_text,
     read_manifest,
 )
-from distill_datasets.replacement import recover, replacing
+from distill_datasets.files import recover, replacing
 from distill_datasets.releases.run_answers import RunAnswers, load_answers
 from distill_datasets.schema import rejected_features, release_features
 from distill_datasets.releases.parquet import Shards

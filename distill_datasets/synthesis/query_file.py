@@ -14,7 +14,7 @@ from distill_datasets.recipes.json_lines import read_lines
 from distill_datasets.recipes.queries import load_queries, read_columns
 from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.recipes.sections import Queries
-from distill_datasets.replacement import replacing
+from distill_datasets.files import replacing
 from distill_datasets.synthesis.attributes import AXES
 from distill_datasets.synthesis.recipe_edit import set_keys
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from distill_datasets import resources
 from distill_datasets.errors import AccessError, ModelError, OutputError, RepositoryError
-from distill_datasets.replacement import replacing
+from distill_datasets.files import replacing
 from distill_datasets.training.student_card import (
     Base,
     Trained,

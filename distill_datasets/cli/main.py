@@ -7,8 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill_datasets import dataset_verbs, student_arguments, student_verbs
-from distill_datasets.arguments import build_parser
+from distill_datasets.cli import dataset_verbs
+from distill_datasets.cli import student_arguments
+from distill_datasets.cli import student_verbs
+from distill_datasets.cli.arguments import build_parser
 from distill_datasets.errors import DistillError
 from distill_datasets.generation.garbage import collect_rarely
 

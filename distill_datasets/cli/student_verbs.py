@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill_datasets.student_arguments import SWEPT, settings_of
+from distill_datasets.cli.student_arguments import SWEPT, settings_of
 
 if TYPE_CHECKING:
     from distill_datasets.evaluation.report import Report
