@@ -18,7 +18,7 @@ import torch
 from tinker import types
 
 from distill_datasets.embedded.futures import Outcome
-from distill_datasets.embedded.prefixes import Prefix, Prefixes
+from distill_datasets.embedded.prefix_cache import Prefix, Prefixes
 from distill_datasets.embedded.process import Server, launch
 from distill_datasets.embedded.worker import Call, Worker
 from distill_datasets.errors import ModelError

@@ -13,7 +13,7 @@ import pytest
 import tinker
 from tinker import types
 
-from distill_datasets.embedded.checkpoints import Checkpoint, Store
+from distill_datasets.embedded.store import Checkpoint, Store
 from distill_datasets.embedded.executed import Log
 from distill_datasets.embedded.failures import MissingError, RequestError
 from distill_datasets.embedded.process import Server

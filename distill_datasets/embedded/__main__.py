@@ -8,10 +8,10 @@ import os
 import sys
 from pathlib import Path
 
-from .base import ModelCard
+from .model import ModelCard
 from .failures import RequestError
 from .process import HOST
-from .server import running
+from .app import running
 
 
 def main() -> int:

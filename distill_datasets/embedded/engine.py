@@ -11,8 +11,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import Base, ModelCard, load_base
-from .checkpoints import Checkpoint, Kind, Run, Store
+from .model import Base, ModelCard, load_base
+from .store import Checkpoint, Kind, Run, Store
 from .executed import Log
 from .failures import MissingError, RequestError
 from .futures import Outcome
@@ -22,7 +22,7 @@ from .worker import Sampling
 
 if TYPE_CHECKING:
     from .lora import Adapters, LoraSpec
-    from .prefixes import Prefixes
+    from .prefix_cache import Prefixes
     from .trainer import Trainee
 
 # The key of the base model's own weights.
@@ -84,7 +84,7 @@ class Engine:
 
     def run_batch(self, samplings: Sequence[Sampling]) -> Sequence[Sampling]:
         """Sample for the first request and those that fit beside it; returns who was served."""
-        from .batching import plan
+        from .scheduler import plan
         from .decoding import check_context, compute_prefix, decode
 
         base, weights = self._require_base(), samplings[0].weights
@@ -268,7 +268,7 @@ class Engine:
     @property
     def _prefixes(self) -> Prefixes:
         if self._prefixes_made is None:
-            from .prefixes import Prefixes
+            from .prefix_cache import Prefixes
 
             self._prefixes_made = Prefixes()
         return self._prefixes_made

@@ -6,9 +6,9 @@ import asyncio
 import signal
 from pathlib import Path
 
-from .base import ModelCard
+from .model import ModelCard
 from .process import new_api_key
-from .server import running
+from .app import running
 
 
 def run(

@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from .checkpoints import SCHEME, Checkpoint, Run
+from .store import SCHEME, Checkpoint, Run
 from .failures import RequestError
 from .sampling_api import SERVICE
 from .service import Service

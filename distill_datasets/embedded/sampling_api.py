@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
-from .base import MOST_RANK
+from .model import MOST_RANK
 from .failures import RequestError
 from .sample_wire import read_sample_request
 from .service import Sampler, Service, Session

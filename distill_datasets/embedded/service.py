@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .base import ModelCard
-from .checkpoints import Store
+from .model import ModelCard
+from .store import Store
 from .engine import Engine
 from .failures import RequestError
 from .futures import Outcome, Promise, Promises, failure

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .base import Base
+from .model import Base
 from .decoding import require_tokens
 from .failures import RequestError
 from .lora import Adapters, LoraSpec, save_tensors

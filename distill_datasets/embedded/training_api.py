@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from .checkpoints import Run
+from .store import Run
 from .engine import SaveOrder
 from .failures import RequestError
 from .futures import Promise

@@ -156,7 +156,7 @@ def adopt_state(path: str, source: Path, store: Path) -> None:
     """
     if not source.is_dir():
         return
-    from distill_datasets.embedded.checkpoints import copy_checkpoint
+    from distill_datasets.embedded.store import copy_checkpoint
 
     try:
         copy_checkpoint(path, source, store)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .attention import KeyValues
+from .prefix_attention import KeyValues
 from .wire import Ints
 
 # Below this length a prefix costs more to keep apart than to compute again.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .prefixes import SHORTEST, Prefix, Prefixes, head
+from .prefix_cache import SHORTEST, Prefix, Prefixes, head
 from .sample_wire import SampleRequest
 from .wire import Ints
 

@@ -12,8 +12,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from . import listings, sampling_api, training_api
-from .base import ModelCard
-from .checkpoints import Store
+from .model import ModelCard
+from .store import Store
 from .failures import MissingError, RequestError
 from .sampling_api import SERVICE
 from .service import Service

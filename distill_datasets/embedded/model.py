@@ -95,7 +95,7 @@ def load_base(card: ModelCard) -> Base:
     utilities.is_sklearn_available = lambda: False
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from . import attention
+    from . import prefix_attention as attention
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = AutoModelForCausalLM.from_pretrained(
