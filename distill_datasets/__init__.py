@@ -5,33 +5,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill_datasets.errors import DistillError as DistillError
-    from distill_datasets.generation.run import generate as generate
-    from distill_datasets.recipes.recipe import Recipe as Recipe
-    from distill_datasets.recipes.recipe import load_recipe as load_recipe
-    from distill_datasets.releases.release import publish as publish
     from distill_datasets.evaluation.report import measure as measure
+    from distill_datasets.generation.run import generate as generate
+    from distill_datasets.models.references import open_sampler as open_sampler
     from distill_datasets.models.sampler import Echo as Echo
     from distill_datasets.models.sampler import Sampler as Sampler
     from distill_datasets.models.sampler import Sampling as Sampling
-    from distill_datasets.models.references import open_sampler as open_sampler
-    from distill_datasets.training.trainer import TrainSettings as TrainSettings
+    from distill_datasets.recipes.recipe import Recipe as Recipe
+    from distill_datasets.recipes.recipe import load_recipe as load_recipe
+    from distill_datasets.releases.release import publish as publish
+    from distill_datasets.training.settings import TrainSettings as TrainSettings
     from distill_datasets.training.trainer import train as train
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "DistillError": "errors",
-    "Echo": "sampler",
-    "Recipe": "recipe",
-    "Sampler": "sampler",
-    "Sampling": "sampler",
-    "TrainSettings": "training",
-    "generate": "generation",
-    "load_recipe": "recipe",
-    "measure": "report",
-    "open_sampler": "samplers",
-    "publish": "release",
-    "train": "training",
+    "Echo": "models.sampler",
+    "Recipe": "recipes.recipe",
+    "Sampler": "models.sampler",
+    "Sampling": "models.sampler",
+    "TrainSettings": "training.settings",
+    "generate": "generation.run",
+    "load_recipe": "recipes.recipe",
+    "measure": "evaluation.report",
+    "open_sampler": "models.references",
+    "publish": "releases.release",
+    "train": "training.trainer",
 }
 __all__ = sorted(_HOMES)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pyqwest._errors  # noqa: F401 - see sdk.py
 import pytest
 
-from tests.hub_fixture import hub  # noqa: F401 - a fixture
-from tests.panels import models  # noqa: F401 - a fixture
-from tests.shared_server import model  # noqa: F401 - a fixture
+from tests.support.hub_fixture import hub  # noqa: F401 - a fixture
+from tests.support.panels import models  # noqa: F401 - a fixture
+from tests.support.shared_server import model  # noqa: F401 - a fixture
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

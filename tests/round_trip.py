@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.hub_fixture import Hub
+from tests.support.hub_fixture import Hub
 
 REPO, STUDENT = "me/languages", "me/languages-student"
 NOTE = "\n## Notes\n\nA person wrote this on the website.\n"

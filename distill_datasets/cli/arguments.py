@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill_datasets.cli import dataset_arguments
-from distill_datasets.cli import student_arguments
+from distill_datasets.cli import dataset_arguments, student_arguments
 
 Verb = Callable[[argparse.Namespace], None]
 

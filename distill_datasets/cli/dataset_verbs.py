@@ -23,10 +23,10 @@ _NOT_ON_RAY = {
 }
 
 if TYPE_CHECKING:
-    from distill_datasets.generation.run import Generated
     from distill_datasets.generation.pricing import Meter
-    from distill_datasets.releases.release import Release
+    from distill_datasets.generation.run import Generated
     from distill_datasets.generation.shards import Share
+    from distill_datasets.releases.release import Release
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -195,8 +195,8 @@ def make_release(run: Any, **how: Any) -> "Release":
 
 
 def _push_student(options: argparse.Namespace, training: Path) -> None:
-    from distill_datasets.training.export import push_student
     from distill_datasets.errors import RepositoryError
+    from distill_datasets.training.export import push_student
 
     if options.push_to_hub is None:
         raise RepositoryError(

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill_datasets.cli import dataset_verbs
-from distill_datasets.cli import student_arguments
-from distill_datasets.cli import student_verbs
+from distill_datasets.cli import dataset_verbs, student_arguments, student_verbs
 from distill_datasets.cli.arguments import build_parser
 from distill_datasets.errors import DistillError
 from distill_datasets.generation.garbage import collect_rarely
@@ -58,8 +56,8 @@ def _choose_progress(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from distill_datasets.models.connection import connect
     from distill_datasets.generation.run import writable_folder
+    from distill_datasets.models.connection import connect
     from distill_datasets.recipes.recipe import load_recipe
 
     load_recipe(options.recipe)
@@ -109,8 +107,8 @@ def _new(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from distill_datasets.models.connection import serve
     from distill_datasets.errors import ServiceError
+    from distill_datasets.models.connection import serve
 
     try:
         serve(options.model, host=options.host, port=options.port, store=options.store)

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distill_datasets.training.objective_settings import ObjectiveSettings
 from distill_datasets.cli.training_arguments import add_training_arguments, read_settings
+from distill_datasets.training.objective_settings import ObjectiveSettings
 from distill_datasets.training.settings import TrainSettings
 
 # What a sweep may vary; every other setting is shared.

@@ -8,10 +8,10 @@ import os
 import sys
 from pathlib import Path
 
-from .model import ModelCard
-from .failures import RequestError
-from .process import HOST
 from .app import running
+from .failures import RequestError
+from .model import ModelCard
+from .process import HOST
 
 
 def main() -> int:

@@ -12,11 +12,11 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from . import listings, sampling_api, training_api
-from .model import ModelCard
-from .store import Store
 from .failures import MissingError, RequestError
+from .model import ModelCard
 from .sampling_api import SERVICE
 from .service import Service
+from .store import Store
 
 LARGEST_BODY = 256 << 20
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .prefix_attention import KeyValues, Plan
-from .model import Base
 from .choosing import Choosers, choose, uniforms
 from .failures import RequestError
+from .logprobs import score
+from .model import Base
+from .prefix_attention import KeyValues, Plan
 from .prefix_cache import Prefix
 from .sample_wire import Drawn, SampleRequest, SampleResult
-from .logprobs import score
 from .wire import Ints
 
 Finish = Callable[[int, SampleResult], None]

@@ -11,12 +11,12 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .model import Base, ModelCard, load_base
-from .store import Checkpoint, Kind, Run, Store
 from .executed import Log
 from .failures import MissingError, RequestError
 from .futures import Outcome
+from .model import Base, ModelCard, load_base
 from .sample_wire import SampleResult, write_sample_result
+from .store import Checkpoint, Kind, Run, Store
 from .train_wire import TrainRequest, write_train_result
 from .worker import Sampling
 
@@ -84,8 +84,8 @@ class Engine:
 
     def run_batch(self, samplings: Sequence[Sampling]) -> Sequence[Sampling]:
         """Sample for the first request and those that fit beside it; returns who was served."""
-        from .scheduler import plan
         from .decoding import check_context, compute_prefix, decode
+        from .scheduler import plan
 
         base, weights = self._require_base(), samplings[0].weights
         check_context(samplings[0].request, base)

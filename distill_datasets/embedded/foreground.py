@@ -6,9 +6,9 @@ import asyncio
 import signal
 from pathlib import Path
 
+from .app import running
 from .model import ModelCard
 from .process import new_api_key
-from .app import running
 
 
 def run(

@@ -7,10 +7,10 @@ from typing import Any
 
 from aiohttp import web
 
-from .store import SCHEME, Checkpoint, Run
 from .failures import RequestError
 from .sampling_api import SERVICE
 from .service import Service
+from .store import SCHEME, Checkpoint, Run
 
 routes = web.RouteTableDef()
 OWNER = "local"

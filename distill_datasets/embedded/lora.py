@@ -15,8 +15,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .model import MOST_RANK, Base
 from .failures import RequestError
+from .model import MOST_RANK, Base
 
 # Tinker's documented choice: the update is scaled by ALPHA / rank whatever the rank.
 ALPHA = 32

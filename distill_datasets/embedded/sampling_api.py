@@ -9,8 +9,8 @@ from typing import Any
 
 from aiohttp import web
 
-from .model import MOST_RANK
 from .failures import RequestError
+from .model import MOST_RANK
 from .sample_wire import read_sample_request
 from .service import Sampler, Service, Session
 from .train_wire import LOSSES

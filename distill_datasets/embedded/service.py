@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .model import ModelCard
-from .store import Store
 from .engine import Engine
 from .failures import RequestError
 from .futures import Outcome, Promise, Promises, failure
+from .model import ModelCard
+from .store import Store
 from .worker import Call, Sampling, Work, Worker
 
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .model import Base
 from .decoding import require_tokens
 from .failures import RequestError
 from .lora import Adapters, LoraSpec, save_tensors
 from .losses import OBJECTIVES
+from .model import Base
 from .train_wire import LOSSES, Datum, TrainRequest, TrainResult
 from .wire import Array, Floats
 

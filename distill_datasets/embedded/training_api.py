@@ -6,12 +6,12 @@ from typing import Any
 
 from aiohttp import web
 
-from .store import Run
 from .engine import SaveOrder
 from .failures import RequestError
 from .futures import Promise
 from .sampling_api import SERVICE
 from .service import Sampler, Service
+from .store import Run
 from .train_wire import read_train_message, read_train_request
 
 routes = web.RouteTableDef()

@@ -6,15 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.evaluation import report_text
-from distill_datasets.generation.rows import Answering, Asking, ask
 from distill_datasets.errors import GenerationError, OutputError
-from distill_datasets.generation.run import writable_folder
+from distill_datasets.evaluation import report_text
 from distill_datasets.evaluation.heldout import HeldOut, read_held_out
-from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.models.sampler import Sampler, digest
-from distill_datasets.schema import failure_text
 from distill_datasets.evaluation.systems import (
     UNCACHED,
     Training,
@@ -25,6 +19,12 @@ from distill_datasets.evaluation.systems import (
     open_systems,
     time_systems,
 )
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.rate_limit import Limits
+from distill_datasets.generation.rows import Answering, Asking, ask
+from distill_datasets.generation.run import writable_folder
+from distill_datasets.models.sampler import Sampler, digest
+from distill_datasets.schema import failure_text
 
 if TYPE_CHECKING:
     from datasets import Dataset

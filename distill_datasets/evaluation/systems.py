@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distill_datasets.generation.rows import Answering, Asking
 from distill_datasets.errors import ModelError
 from distill_datasets.evaluation.heldout import HeldOut
 from distill_datasets.evaluation.latency import Timed, Unkept, measure_latency, uncacheable
+from distill_datasets.generation.rows import Answering, Asking
 from distill_datasets.generation.teachers import Panel, Route, asked_of, open_teachers
-from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.models.sampler import Sampler, Sampling
+from distill_datasets.recipes.recipe import Recipe
 
 _TIMED_ROWS = 20
 UNCACHED = "teacher, uncached"

@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from distill_datasets.errors import ModelError, PendingError, PriceError, ServiceError
+from distill_datasets.generation.batch_book import BatchBook, alone
+from distill_datasets.generation.batch_files import BatchFiles, provider_of
+from distill_datasets.generation.batch_jobs import Desk, Outcome
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.client import Meter, run_apart
 from distill_datasets.generation.rows import Answering
 from distill_datasets.models.batches import Batch, BatchState
-from distill_datasets.generation.batch_book import BatchBook, alone
-from distill_datasets.generation.batch_jobs import Desk, Outcome
-from distill_datasets.generation.batch_files import BatchFiles, provider_of
-from distill_datasets.generation.client import Meter, run_apart
-from distill_datasets.errors import ModelError, PendingError, PriceError, ServiceError
-from distill_datasets.generation.cache import Journal
-from distill_datasets.progress import Progress
 from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling
+from distill_datasets.progress import Progress
 
 if TYPE_CHECKING:
     from datasets import Dataset

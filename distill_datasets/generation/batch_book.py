@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
-from distill_datasets.models.batches import Batch
 from distill_datasets.errors import OutputError
+from distill_datasets.models.batches import Batch
 from distill_datasets.models.sampler import Sampling
 
 _TABLES = (

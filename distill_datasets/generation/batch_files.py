@@ -5,14 +5,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill_datasets.errors import OutputError, RequestError
+from distill_datasets.generation.batch_book import BatchBook
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.client import Buyer
 from distill_datasets.generation.rows import Answering
 from distill_datasets.models.batches import BatchProvider, new_key
-from distill_datasets.generation.batch_book import BatchBook
-from distill_datasets.generation.client import Buyer
-from distill_datasets.errors import OutputError, RequestError
-from distill_datasets.generation.cache import Journal
-from distill_datasets.progress import Progress
 from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling, request_digest
+from distill_datasets.progress import Progress
 
 if TYPE_CHECKING:
     from datasets import Dataset

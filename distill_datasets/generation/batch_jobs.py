@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from distill_datasets.models.batches import Batch, BatchProvider, BatchState
-from distill_datasets.generation.batch_book import BatchBook
 from distill_datasets.errors import DistillError, RejectedError, RetryableError, ServiceError
+from distill_datasets.generation.batch_book import BatchBook
 from distill_datasets.generation.cache import Journal
+from distill_datasets.models.batches import Batch, BatchProvider, BatchState
 from distill_datasets.models.sampler import Reply
 
 T = TypeVar("T")

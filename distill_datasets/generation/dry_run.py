@@ -8,7 +8,7 @@ from heapq import nsmallest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.generation.rows import Answering
+from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.estimate import (
     Heard,
     Load,
@@ -20,18 +20,18 @@ from distill_datasets.generation.estimate import (
     token_counter,
     total,
 )
-from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.ledger import ledger_digests
-from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.pricing import Meter, Prices
+from distill_datasets.generation.rate_limit import Limits
+from distill_datasets.generation.rehearsal_text import rehearsal_text
+from distill_datasets.generation.rows import Answering
+from distill_datasets.generation.shards import Share
 from distill_datasets.generation.teachers import asked_of, models_of, open_teachers
+from distill_datasets.generation.trial import Sampled, ask_some, request_key
+from distill_datasets.models.sampler import Sampler
 from distill_datasets.progress import Progress
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe, load_recipe
-from distill_datasets.generation.rehearsal_text import rehearsal_text
-from distill_datasets.models.sampler import Sampler
-from distill_datasets.generation.shards import Share
-from distill_datasets.generation.trial import Sampled, ask_some, request_key
 
 if TYPE_CHECKING:
     from datasets import Dataset

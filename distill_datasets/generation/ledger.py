@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.cache import Journal
 from distill_datasets.hub.references import find_release
-from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.models.sampler import Reply, Sampling, request_digest
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.parquet import Shards, Size
 
 if TYPE_CHECKING:

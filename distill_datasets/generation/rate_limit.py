@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from distill_datasets.generation.crowd import Crowd
 from distill_datasets.errors import SettingsError
+from distill_datasets.generation.crowd import Crowd
 from distill_datasets.generation.pace import Bucket, Pace
 from distill_datasets.models.sampler import Allowance
 

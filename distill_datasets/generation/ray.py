@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DistillError, GenerationError, SettingsError
 from distill_datasets.generation.run import generate, writable_folder
+from distill_datasets.generation.shards import Share
+from distill_datasets.models.sampler import Sampler
 from distill_datasets.progress import Progress
 from distill_datasets.recipes.recipe import Recipe, load_recipe
-from distill_datasets.models.sampler import Sampler
-from distill_datasets.generation.shards import Share
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets.errors import FATAL, DistillError, GenerationError, RequestError
 from distill_datasets.generation.answers import without_bars
 from distill_datasets.generation.client import Buyer
-from distill_datasets.errors import FATAL, DistillError, GenerationError, RequestError
 from distill_datasets.progress import Progress
 from distill_datasets.schema import answer_features, failure_text
 

@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import Buyer, Meter
 from distill_datasets.generation.garbage import collect_rarely
-from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.recipes.parsing import Parsed, Reader
-from distill_datasets.progress import Progress
 from distill_datasets.generation.row_map import RowMap
 from distill_datasets.models.sampler import Message, Reply, Sample, Sampler, Sampling, digest
+from distill_datasets.progress import Progress
+from distill_datasets.recipes.parsing import Parsed, Reader
 
 if TYPE_CHECKING:
     from datasets import Dataset

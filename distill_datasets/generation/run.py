@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets import __version__
-from distill_datasets.generation.answers import ROWS_FILE, Tally, finish
-from distill_datasets.generation.rows import ask
-from distill_datasets.generation.batch_api import Patience, buy_in_batches
 from distill_datasets.errors import DistillError, OutputError
+from distill_datasets.generation.answers import ROWS_FILE, Tally, finish
+from distill_datasets.generation.batch_api import Patience, buy_in_batches
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.ledger import Source, raw_answers, replay
-from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.pricing import Meter
+from distill_datasets.generation.rate_limit import Limits
+from distill_datasets.generation.rows import ask
+from distill_datasets.generation.shards import Share
 from distill_datasets.generation.teachers import Teachers, models_of, open_teachers
+from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe, load_recipe
-from distill_datasets.models.sampler import Sampler, digest
-from distill_datasets.generation.shards import Share
 
 if TYPE_CHECKING:
     from datasets import Dataset

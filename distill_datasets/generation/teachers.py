@@ -7,12 +7,9 @@ from fractions import Fraction
 from hashlib import sha256
 from typing import Any
 
-from distill_datasets.generation.rows import Answering, Asking
 from distill_datasets.generation.client import Buyer
 from distill_datasets.generation.judging import Judging
-from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.recipes.sections import Asked, SamplingSection, Teacher
-from distill_datasets.models.sampler import Reply, Sample, Sampler, digest, request_digest
+from distill_datasets.generation.rows import Answering, Asking
 from distill_datasets.generation.voting import (
     Best,
     Buys,
@@ -24,6 +21,9 @@ from distill_datasets.generation.voting import (
     Verdict,
     all_of,
 )
+from distill_datasets.models.sampler import Reply, Sample, Sampler, digest, request_digest
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.sections import Asked, SamplingSection, Teacher
 
 
 @dataclass(frozen=True)

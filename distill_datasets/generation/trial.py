@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_datasets.generation.rows import Answering, Asking
-from distill_datasets.generation.client import Buyer, Meter, run_apart
 from distill_datasets.errors import DistillError, RequestError
-from distill_datasets.generation.estimate import Heard, size_of
 from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.client import Buyer, Meter, run_apart
+from distill_datasets.generation.estimate import Heard, size_of
 from distill_datasets.generation.rate_limit import Limits
+from distill_datasets.generation.rows import Answering, Asking
 from distill_datasets.generation.teachers import asked_of
-from distill_datasets.progress import Progress
 from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling, request_digest
+from distill_datasets.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,17 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol, TypeVar
 
-from distill_datasets.generation.rows import Asking
 from distill_datasets.errors import FATAL
 from distill_datasets.generation.judging import Judging
-from distill_datasets.models.sampler import Message, Reply, Sample, Sampler, Sampling, request_digest
+from distill_datasets.generation.rows import Asking
+from distill_datasets.models.sampler import (
+    Message,
+    Reply,
+    Sample,
+    Sampler,
+    Sampling,
+    request_digest,
+)
 from distill_datasets.recipes.prompt import holds
 
 NONE_PARSED = "no sample parsed"

@@ -13,9 +13,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill_datasets.errors import ScreeningError
 from distill_datasets.hub import credentials
 from distill_datasets.hub import personal_data as personal
-from distill_datasets.errors import ScreeningError
 
 if TYPE_CHECKING:
     import pyarrow as pa

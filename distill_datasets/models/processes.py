@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from distill_datasets.errors import RetryableError, ServiceError, SettingsError
-from distill_datasets.models.sampler import Message, Reply, Sampling
 from distill_datasets.models.pipes import Portable, read, write
+from distill_datasets.models.sampler import Message, Reply, Sampling
 from distill_datasets.models.tinker import TinkerSampler, answered
 
 _CLOSE_SECONDS = 5.0

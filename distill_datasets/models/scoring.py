@@ -10,9 +10,9 @@ import numpy as np
 import tinker
 from numpy.typing import NDArray
 
+from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.models.connection import Connection
-from distill_datasets.errors import DatasetError, ModelError
 
 T = TypeVar("T")
 _READ_ONLY = tinker.SamplingParams(max_tokens=1)  # the one token that it samples is thrown away

@@ -8,11 +8,11 @@ from typing import Any
 
 import tinker
 
+from distill_datasets.errors import ModelError, RejectedError, RetryableError, ServiceError
 from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.models.connection import Connection
-from distill_datasets.errors import ModelError, RejectedError, RetryableError, ServiceError
-from distill_datasets.models.sampler import Logprobs, Message, Reply, Sample, Sampling, Usage
 from distill_datasets.models.prompts import Prompts
+from distill_datasets.models.sampler import Logprobs, Message, Reply, Sample, Sampling, Usage
 
 
 class TinkerSampler:

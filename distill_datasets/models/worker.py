@@ -11,8 +11,8 @@ import threading
 from typing import IO, cast
 
 from distill_datasets.models.connection import Connection
-from distill_datasets.models.sampler import Message, Sampling
 from distill_datasets.models.pipes import Portable, read, write
+from distill_datasets.models.sampler import Message, Sampling
 from distill_datasets.models.tinker import TinkerSampler
 
 

@@ -6,13 +6,13 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from distill_datasets.recipes.sections import Choice, Judge, SamplingSection, Section, Teacher
 from distill_datasets.recipes.prompt import (
     check_expression,
     check_template,
     fields_of,
     fields_of_expression,
 )
+from distill_datasets.recipes.sections import Choice, Judge, SamplingSection, Section, Teacher
 
 UNUSED: dict[str, Any] = {
     **{"teachers": [], "choose": "route"},

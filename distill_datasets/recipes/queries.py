@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import RecipeError
-from distill_datasets.recipes.json_lines import ROWS, read_lines, read_names
 from distill_datasets.hub.references import fetch_dataset
+from distill_datasets.recipes.json_lines import ROWS, read_lines, read_names
 from distill_datasets.recipes.query_table import Columns, tabulate
 from distill_datasets.recipes.recipe import Recipe
 

@@ -15,8 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from distill_datasets.recipes.parsing import check_schema
 from distill_datasets.models.sampler import Sampling
+from distill_datasets.recipes.parsing import check_schema
 
 Choice = Literal["route", "majority", "best"]
 Word = Annotated[str, Field(min_length=1)]

@@ -6,10 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets import resources
-from distill_datasets.releases.card_merge import keep, markers, side_config, size_category, written_card
-from distill_datasets.releases.model_metadata import model_metadata
 from distill_datasets.progress import amount_text
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.releases.card_merge import (
+    keep,
+    markers,
+    side_config,
+    size_category,
+    written_card,
+)
+from distill_datasets.releases.model_metadata import model_metadata
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -13,13 +13,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.generation.answers import stream
 from distill_datasets.errors import DatasetError
-from distill_datasets.releases.fingerprints import FINGERPRINTS, Fingerprints, read_fingerprints
-from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.models.sampler import digest
-from distill_datasets.schema import failure_content, rejected_features, release_features
+from distill_datasets.generation.answers import stream
 from distill_datasets.generation.shards import Joined
+from distill_datasets.models.sampler import digest
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.releases.fingerprints import FINGERPRINTS, Fingerprints, read_fingerprints
+from distill_datasets.schema import failure_content, rejected_features, release_features
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,14 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distill_datasets.releases.cards import dataset_card
-from distill_datasets.releases.contents import fingerprints_of
 from distill_datasets.errors import DatasetError
-from distill_datasets.releases.fingerprints import Fingerprints
-from distill_datasets.releases.card_merge import keep, markers, read_card, side_config, written_card
-from distill_datasets.releases.manifest import MANIFEST, manifest_text, read_manifest
 from distill_datasets.hub.references import folder_of
 from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.releases.card_merge import keep, markers, read_card, side_config, written_card
+from distill_datasets.releases.cards import dataset_card
+from distill_datasets.releases.contents import fingerprints_of
+from distill_datasets.releases.fingerprints import Fingerprints
+from distill_datasets.releases.manifest import MANIFEST, manifest_text, read_manifest
 from distill_datasets.releases.repository import README
 
 _FOLDERS = ("data", "rejected", "ledger", "soft", "recipe")

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from distill_datasets.hub.client import HubDataset, patiently
-from distill_datasets.releases.outgoing import Outgoing
 from distill_datasets.hub.refusals import explained
+from distill_datasets.releases.outgoing import Outgoing
 from distill_datasets.releases.repository import manifest_at
 
 _NEWEST = 10  # pull requests that are looked at

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import HubError, RepositoryError, VersionError
 from distill_datasets.hub.client import ensure_repository, patiently, require_token, wait_after
-from distill_datasets.releases.outgoing import Outgoing, load_outgoing
 from distill_datasets.hub.references import folder_of
-from distill_datasets.releases.pulls import open_pull
 from distill_datasets.hub.refusals import explained
+from distill_datasets.hub.screening import require_clean, screen
+from distill_datasets.releases.outgoing import Outgoing, load_outgoing
+from distill_datasets.releases.pulls import open_pull
 from distill_datasets.releases.repository import (
     README,
     Head,
@@ -19,8 +20,14 @@ from distill_datasets.releases.repository import (
     tag,
     tagged_manifest,
 )
-from distill_datasets.hub.screening import require_clean, screen
-from distill_datasets.releases.versions import Change, check_version, difference, following, history, order
+from distill_datasets.releases.versions import (
+    Change,
+    check_version,
+    difference,
+    following,
+    history,
+    order,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd

@@ -6,11 +6,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets.errors import DatasetError, OutputError, VersionError
+from distill_datasets.files import recover, replacing
+from distill_datasets.generation.ledger import LEDGER, ledger_features, write_ledger
 from distill_datasets.releases.cards import card_metadata, dataset_card
 from distill_datasets.releases.contents import REJECTED, answered_contents, fingerprints_of
-from distill_datasets.errors import DatasetError, OutputError, VersionError
 from distill_datasets.releases.fingerprints import FINGERPRINTS, RowChanges
-from distill_datasets.generation.ledger import LEDGER, ledger_features, write_ledger
 from distill_datasets.releases.manifest import (
     MANIFEST,
     Part,
@@ -19,12 +20,18 @@ from distill_datasets.releases.manifest import (
     manifest_text,
     read_manifest,
 )
-from distill_datasets.files import recover, replacing
-from distill_datasets.releases.run_answers import RunAnswers, load_answers
-from distill_datasets.schema import rejected_features, release_features
 from distill_datasets.releases.parquet import Shards
+from distill_datasets.releases.run_answers import RunAnswers, load_answers
 from distill_datasets.releases.soft_labels import SOFT, SoftConfig, soft_features, write_soft
-from distill_datasets.releases.versions import FIRST, Change, check_version, difference, following, history
+from distill_datasets.releases.versions import (
+    FIRST,
+    Change,
+    check_version,
+    difference,
+    following,
+    history,
+)
+from distill_datasets.schema import rejected_features, release_features
 
 if TYPE_CHECKING:
     from distill_datasets.releases.push import Pushed

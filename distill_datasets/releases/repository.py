@@ -6,13 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distill_datasets.releases.contents import fingerprints_of
 from distill_datasets.errors import DatasetError, RepositoryError, VersionError
-from distill_datasets.releases.fingerprints import FINGERPRINTS, Fingerprints
 from distill_datasets.hub.client import HubDataset, patiently, read_text, snapshot
-from distill_datasets.releases.manifest import MANIFEST, parse_manifest
 from distill_datasets.hub.references import folder_of
 from distill_datasets.hub.refusals import explained
+from distill_datasets.releases.contents import fingerprints_of
+from distill_datasets.releases.fingerprints import FINGERPRINTS, Fingerprints
+from distill_datasets.releases.manifest import MANIFEST, parse_manifest
 from distill_datasets.releases.versions import version_of
 
 README = "README.md"

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from distill_datasets.releases.contents import REJECTED, published_contents
 from distill_datasets.errors import DatasetError, OutputError
+from distill_datasets.releases.contents import REJECTED, published_contents
 from distill_datasets.schema import failure_content
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.releases.contents import Survey, answered_contents, survey
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.ledger import Source
-from distill_datasets.recipes.recipe import Recipe, load_recipe
-from distill_datasets.schema import answer_features
 from distill_datasets.generation.shards import Joined, find_parts, join_parts, join_summaries
+from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.releases.contents import Survey, answered_contents, survey
+from distill_datasets.schema import answer_features
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,8 +14,8 @@ import numpy as np
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.ledger import Source, first_requests
-from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.models.sampler import Logprobs
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.parquet import Shards, Size
 from distill_datasets.training.objectives.soft_targets import SoftLabels
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from distill_datasets import resources
-from distill_datasets.generation.client import Buyer
 from distill_datasets.errors import (
     AccessError,
     BudgetReached,
@@ -15,10 +14,11 @@ from distill_datasets.errors import (
     OutputError,
     ServiceError,
 )
-from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.generation.client import Buyer
 from distill_datasets.models.sampler import Message, Sampler, Sampling
-from distill_datasets.synthesis.replies import Form, numbers, texts
 from distill_datasets.recipes.prompt import render
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.synthesis.replies import Form, numbers, texts
 
 T = TypeVar("T")
 

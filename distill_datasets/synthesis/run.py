@@ -6,14 +6,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from distill_datasets.generation.client import Buyer, Meter, run_apart
 from distill_datasets.errors import RecipeError
-from distill_datasets.generation.run import writable_folder
 from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.client import Buyer, Meter, run_apart
 from distill_datasets.generation.rate_limit import Limits
+from distill_datasets.generation.run import writable_folder
+from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.progress import Progress
 from distill_datasets.recipes.recipe import Recipe, load_recipe
-from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.synthesis.attributes import axes_of, balance, combinations, size_of
 from distill_datasets.synthesis.coverage import Coverage
 from distill_datasets.synthesis.duplicates import NearDuplicates

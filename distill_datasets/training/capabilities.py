@@ -6,8 +6,8 @@ from typing import Any
 
 import httpx
 
-from distill_datasets.models.connection import Connection
 from distill_datasets.errors import ModelError, SettingsError
+from distill_datasets.models.connection import Connection
 from distill_datasets.models.tinker_sdk import explained
 from distill_datasets.training.settings import TrainSettings
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import tinker
 
-from distill_datasets.models.connection import Connection
 from distill_datasets.errors import ModelError
+from distill_datasets.models.connection import Connection
 from distill_datasets.models.sampler import digest
 from distill_datasets.models.tinker_sdk import explained
-from distill_datasets.training.selection import Selection
 from distill_datasets.training.folder import Checkpoint
+from distill_datasets.training.selection import Selection
 from distill_datasets.training.settings import decisive, unlike_default
 
 # The cookbook's name for it: its tools find the renderer of our checkpoints by that.

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from numpy.typing import NDArray
 
-    from distill_datasets.training.batches import Example
     from distill_datasets.models.connection import Connection
+    from distill_datasets.training.batches import Example
     from distill_datasets.training.settings import TrainSettings
 
 _VERSION = 2  # of the rendered columns: raise it when they come out differently

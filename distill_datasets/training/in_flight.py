@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.training.batches import Learned
 from distill_datasets.errors import SettingsError
-from distill_datasets.training.checkpoints import Shelf, describe_progress, superseded
 from distill_datasets.progress import Progress
+from distill_datasets.training.batches import Learned
+from distill_datasets.training.checkpoints import Shelf, describe_progress, superseded
+from distill_datasets.training.folder import Checkpoint, TrainingFolder
+from distill_datasets.training.schedule import Schedule, Step
 from distill_datasets.training.selection import VALIDATION_LOSS
+from distill_datasets.training.settings import TrainSettings
 from distill_datasets.training.sparkline import sparkline
 from distill_datasets.training.student import PendingSave, PendingStep, Student
 from distill_datasets.training.tracking import Tracker
-from distill_datasets.training.folder import Checkpoint, TrainingFolder
-from distill_datasets.training.schedule import Schedule, Step
-from distill_datasets.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from distill_datasets.training.validation import PendingScores, Validator

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_datasets.models.connection import adopt_state, connect, read_training
 from distill_datasets.errors import DatasetError, ModelError, SettingsError
-from distill_datasets.training.checkpoints import require_state
+from distill_datasets.models.connection import adopt_state, connect, read_training
 from distill_datasets.models.tinker_sdk import explained
+from distill_datasets.training.checkpoints import require_state
 from distill_datasets.training.settings import TrainSettings
 
 LEARNED = "learned.npy"  # in a training's folder: what is recognised as learned by a later one

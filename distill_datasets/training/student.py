@@ -10,11 +10,19 @@ from typing import Any, Self
 
 import tinker
 
-from distill_datasets.models import tinker_sdk as sdk
-from distill_datasets.training.batches import Batch, Example, Learned, Scored, Update, datums, scored
-from distill_datasets.models.connection import Connection
 from distill_datasets.errors import ModelError, OutputError
+from distill_datasets.models import tinker_sdk as sdk
+from distill_datasets.models.connection import Connection
 from distill_datasets.models.tinker import TinkerSampler
+from distill_datasets.training.batches import (
+    Batch,
+    Example,
+    Learned,
+    Scored,
+    Update,
+    datums,
+    scored,
+)
 
 _FULL = os.strerror(errno.ENOSPC)
 _KEPT = "What was saved is kept: run it again with the same output folder to continue."

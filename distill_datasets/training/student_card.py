@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_datasets.releases.cards import model_card
 from distill_datasets.errors import ModelError, RecipeError
-from distill_datasets.releases.model_metadata import dataset_on_hub
 from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.releases.cards import model_card
+from distill_datasets.releases.model_metadata import dataset_on_hub
 
 _EXAMPLE_QUERY = "Hello, how are you?"
 _MAX_TOKENS = 256

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import ModelError, OutputError
 from distill_datasets.progress import Progress
-from distill_datasets.training.tracking import open_tracker, require_tracker
+from distill_datasets.training.data import Rendered, Source, Split, locate, open_splits
 from distill_datasets.training.folder import TrainingFolder
+from distill_datasets.training.settings import TrainSettings
+from distill_datasets.training.tracking import open_tracker, require_tracker
 from distill_datasets.training.training_result import Training, read_result
 from distill_datasets.training.training_run import Run, prepare_run
-from distill_datasets.training.settings import TrainSettings
-from distill_datasets.training.data import Rendered, Source, Split, locate, open_splits
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
     from distill_datasets.training.in_flight import InFlight
-    from distill_datasets.training.predecessor import Predecessor
     from distill_datasets.training.objectives.producers import Lesson
+    from distill_datasets.training.predecessor import Predecessor
     from distill_datasets.training.validation import Validator
 
 __all__ = ["TrainSettings", "Training", "train"]
@@ -110,8 +110,8 @@ def _learn(
 def _flight(
     run: Run, lesson: "Lesson", validators: "Sequence[Callable[[Lesson, Rendered], Validator]]"
 ) -> "Iterator[InFlight]":
-    from distill_datasets.training.in_flight import Desk, InFlight
     from distill_datasets.training.checkpoints import describe
+    from distill_datasets.training.in_flight import Desk, InFlight
     from distill_datasets.training.validation import open_validators
 
     config = run.folder.config or {}

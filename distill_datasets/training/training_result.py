@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill_datasets.training.selection import why_it_ended
 from distill_datasets.training.folder import Checkpoint, TrainingFolder
+from distill_datasets.training.selection import why_it_ended
 from distill_datasets.training.settings import TrainSettings
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.training.selection import VALIDATION_LOSS
+from distill_datasets.training.data import Rendered, Source, Split
 from distill_datasets.training.folder import TrainingFolder, installed_versions
 from distill_datasets.training.schedule import (
     Schedule,
@@ -14,8 +14,8 @@ from distill_datasets.training.schedule import (
     default_learning_rate,
     plan_steps,
 )
+from distill_datasets.training.selection import VALIDATION_LOSS
 from distill_datasets.training.settings import TrainSettings
-from distill_datasets.training.data import Rendered, Source, Split
 
 if TYPE_CHECKING:
     import numpy as np

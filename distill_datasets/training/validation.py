@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
-from distill_datasets.training.batches import bits_per_byte
 from distill_datasets.errors import SettingsError
 from distill_datasets.models.sampler import Message, Sampling
+from distill_datasets.training.batches import bits_per_byte
+from distill_datasets.training.data import Rendered
 from distill_datasets.training.selection import VALIDATION_LOSS
 from distill_datasets.training.student import PendingLoss, PendingSave, Student
-from distill_datasets.training.data import Rendered
 
 if TYPE_CHECKING:
     from distill_datasets.training.internalisation import Bounds

@@ -16,20 +16,25 @@ from distill_datasets.errors import (
     RecipeError,
     ServiceError,
 )
-from distill_datasets.training.internalisation import Answered, Bounds, internalisation, measure_bounds
 from distill_datasets.generation.ledger import LEDGER, find_replies
 from distill_datasets.models.sampler import digest, request_digest
+from distill_datasets.training.data import cache_folder
+from distill_datasets.training.internalisation import (
+    Answered,
+    Bounds,
+    internalisation,
+    measure_bounds,
+)
 from distill_datasets.training.objectives.teacher import (
     TeacherPrompts,
     connect_teacher,
     read_teacher_prompts,
 )
-from distill_datasets.training.data import cache_folder
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
-    from distill_datasets.training.objectives.producers import Lesson
     from distill_datasets.training.data import Rendered
+    from distill_datasets.training.objectives.producers import Lesson
 
 _FILE = "bounds.json"  # in the training's folder, so that a rerun asks nobody
 _VERSION = 1  # of what is cached: raise it when the bounds come out differently

@@ -29,7 +29,7 @@ def make_model(folder: Path) -> Path:
     """Write a random model of the pocket model's size with the tests' tokenizer."""
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    from tests.tiny_model import make_tiny_model
+    from tests.support.tiny_model import make_tiny_model
 
     AutoTokenizer.from_pretrained(make_tiny_model(folder / "tiny")).save_pretrained(folder)
     config = Qwen3Config(

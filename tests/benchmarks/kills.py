@@ -24,9 +24,9 @@ from distill_datasets.models import connection as connections
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.training.folder import TrainingFolder
-from tests.server_log import trained_batches
-from tests.tiny_model import make_tiny_model
-from tests.training_runs import ROWS, write
+from tests.support.server_log import trained_batches
+from tests.support.tiny_model import make_tiny_model
+from tests.support.training_runs import ROWS, write
 
 TIMED = ("seconds", "tokens_per_second")
 

@@ -28,13 +28,13 @@ from datasets import load_dataset
 from distill_datasets import TrainSettings, generate, load_recipe, publish, train
 from distill_datasets.models import connection
 from distill_datasets.models.connection import Connection, connect
-from distill_datasets.training.internalisation import Bounds, internalisation
 from distill_datasets.models.likelihood import likelihoods
-from distill_datasets.training.objective_settings import ObjectiveSettings
-from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.models.sampler import Message, Sampling
-from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.models.scoring import Scorer
+from distill_datasets.models.tinker import TinkerSampler
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.training.internalisation import Bounds, internalisation
+from distill_datasets.training.objective_settings import ObjectiveSettings
 
 STEPS = 60
 LONGEST = 12  # sampled tokens: an answer has five

@@ -13,14 +13,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.hub_fixture import Hub
+from tests.support.hub_fixture import Hub
 
 ROWS = 1_000_000
 MAKE = """
 import json, random, sys
 from datasets import Dataset
 from distill_datasets.schema import answer_features
-from tests.releases import greetings
+from tests.support.releases import greetings
 from pathlib import Path
 run, rows = Path(sys.argv[1]), int(sys.argv[2])
 recipe = greetings(run / "recipe", response="{{ text }}")

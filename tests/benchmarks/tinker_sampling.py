@@ -20,10 +20,10 @@ from tinker import types
 
 from distill_datasets import resources
 from distill_datasets.models.connection import Connection
-from distill_datasets.models.sampler import Message, Sampling
 from distill_datasets.models.processes import ProcessSampler
+from distill_datasets.models.sampler import Message, Sampling
 from distill_datasets.models.tinker import TinkerSampler
-from tests import tinker_endpoint
+from tests.support import tinker_endpoint
 
 RULES = "\n".join(
     f"- Rule {n}: of two labels that fit a sentence, take the one above." for n in range(45)

@@ -29,12 +29,12 @@ from tinker_cookbook.supervised.data import conversation_to_datum
 from tinker_cookbook.supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 from tinker_cookbook.tokenizer_utils import register_tokenizer
 
-from distill_datasets.models import connection as connections
 from distill_datasets import resources
 from distill_datasets.embedded.process import Server, launch
-from distill_datasets.training.trainer import TrainSettings, train
-from distill_datasets.training.schedule import plan_steps
+from distill_datasets.models import connection as connections
 from distill_datasets.training.data import locate, open_splits
+from distill_datasets.training.schedule import plan_steps
+from distill_datasets.training.trainer import TrainSettings, train
 from tests.benchmarks.latency_proxy import far_away
 
 RENDERER, RATE = "qwen3_instruct", 1e-3

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from distill_datasets.models.batches import BatchState
 from distill_datasets.errors import (
     AccessError,
     DistillError,
@@ -16,9 +15,10 @@ from distill_datasets.errors import (
     RetryableError,
     ServiceError,
 )
-from distill_datasets.models.sampler import Message, Reply, Sampling
+from distill_datasets.models.batches import BatchState
 from distill_datasets.models.openai.errors import explain, read_refusal
 from distill_datasets.models.openai.wire import bad_answer, parse, read_reply
+from distill_datasets.models.sampler import Message, Reply, Sampling
 
 if TYPE_CHECKING:
     from distill_datasets.models.openai.client import OpenAISampler

@@ -24,7 +24,6 @@ from distill_datasets.errors import (
     RetryableError,
     ServiceError,
 )
-from distill_datasets.models.sampler import Message, Reply, Sampling
 from distill_datasets.models.openai.errors import (
     Refusal,
     explain,
@@ -33,6 +32,7 @@ from distill_datasets.models.openai.errors import (
 )
 from distill_datasets.models.openai.stream import read_stream
 from distill_datasets.models.openai.wire import parse, read_reply, write_body
+from distill_datasets.models.sampler import Message, Reply, Sampling
 
 if TYPE_CHECKING:
     from distill_datasets.models.openai.batches import OpenAIBatches

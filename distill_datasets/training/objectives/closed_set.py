@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.generation.rows import Asking, ask
 from distill_datasets.errors import DatasetError, GenerationError
 from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.ledger import restore
+from distill_datasets.generation.rows import Asking, ask
+from distill_datasets.models.scoring import Scorer
 from distill_datasets.training.objectives.label_tree import (
     Tokens,
     children,
@@ -15,10 +17,13 @@ from distill_datasets.training.objectives.label_tree import (
     label_targets,
     paths,
 )
-from distill_datasets.generation.ledger import restore
 from distill_datasets.training.objectives.producers import Lesson
-from distill_datasets.models.scoring import Scorer
-from distill_datasets.training.objectives.soft_rows import Scoring, SoftRow, score_key, split_conversation
+from distill_datasets.training.objectives.soft_rows import (
+    Scoring,
+    SoftRow,
+    score_key,
+    split_conversation,
+)
 from distill_datasets.training.objectives.soft_targets import SoftLabels
 from distill_datasets.training.objectives.teacher import TeacherPrompts, prompt_tokens
 

@@ -19,11 +19,12 @@ import numpy as np
 import tinker
 from numpy.typing import NDArray
 
-from distill_datasets.training.batches import Batch, Learned, Normalization, shares
 from distill_datasets.errors import ModelError
-from distill_datasets.training.objectives.producers import Lesson
 from distill_datasets.models.sampler import digest
 from distill_datasets.models.scoring import Pending, Ranking, Scorer, require_same_tokenizer
+from distill_datasets.training.batches import Batch, Learned, Normalization, shares
+from distill_datasets.training.objectives.producers import Lesson
+from distill_datasets.training.objectives.soft import soft_batch
 from distill_datasets.training.objectives.soft_rows import SoftRow, chosen_rows, soft_rows
 from distill_datasets.training.objectives.soft_targets import (
     SoftExample,
@@ -32,8 +33,6 @@ from distill_datasets.training.objectives.soft_targets import (
     reverse_targets,
     soft_targets,
 )
-from distill_datasets.training.objectives.soft import soft_batch
-from distill_datasets.training.student import PendingStep
 from distill_datasets.training.objectives.teacher import (
     connect_teacher,
     prompt_tokens,
@@ -41,6 +40,7 @@ from distill_datasets.training.objectives.teacher import (
     require_own_words,
 )
 from distill_datasets.training.schedule import Step
+from distill_datasets.training.student import PendingStep
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Protocol
 
 from distill_datasets.training.batches import Update, supervised_batch
-from distill_datasets.training.student import PendingStep, Student
-from distill_datasets.training.schedule import Step, TrainSettings
 from distill_datasets.training.data import Rendered, Source
+from distill_datasets.training.schedule import Step, TrainSettings
+from distill_datasets.training.student import PendingStep, Student
 
 
 class Producer(Protocol):

@@ -9,9 +9,14 @@ import tinker
 from distill_datasets.training.batches import Batch, Learned, Normalization, shares
 from distill_datasets.training.objectives.producers import Lesson
 from distill_datasets.training.objectives.soft_labels import get_soft_labels
-from distill_datasets.training.objectives.soft_targets import SoftExample, Targets, placed, soft_targets
-from distill_datasets.training.student import PendingStep
+from distill_datasets.training.objectives.soft_targets import (
+    SoftExample,
+    Targets,
+    placed,
+    soft_targets,
+)
 from distill_datasets.training.schedule import Step
+from distill_datasets.training.student import PendingStep
 
 
 class SoftProducer:

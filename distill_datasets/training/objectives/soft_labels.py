@@ -4,12 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.training.objectives.closed_set import LabelScorer, require_choices, teacher_texts
 from distill_datasets.generation.ledger import LEDGER
-from distill_datasets.training.objectives.producers import Lesson
-from distill_datasets.training.objectives.score_store import ScoreStore
 from distill_datasets.models.scoring import Scorer, require_same_tokenizer
 from distill_datasets.releases.soft_labels import SOFT, has_soft, read_soft
+from distill_datasets.training.objectives.closed_set import (
+    LabelScorer,
+    require_choices,
+    teacher_texts,
+)
+from distill_datasets.training.objectives.producers import Lesson
+from distill_datasets.training.objectives.score_store import ScoreStore
 from distill_datasets.training.objectives.soft_rows import (
     Scoring,
     SoftRow,

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill_datasets.training.batches import Example
 from distill_datasets.errors import DatasetError
-from distill_datasets.training.objectives.producers import Lesson
 from distill_datasets.progress import Progress
+from distill_datasets.training.batches import Example
+from distill_datasets.training.objectives.producers import Lesson
 from distill_datasets.training.objectives.score_store import ScoreStore
 from distill_datasets.training.objectives.soft_targets import SoftLabels
 from distill_datasets.training.schedule import choose_rows

@@ -1,1 +1,0 @@
-"""Answers out of a provider's batches: cheaper, and within a day."""

@@ -1,0 +1,91 @@
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from distill_datasets.generation.run import generate
+from distill_datasets.models.sampler import Echo
+from tests.conftest import edit
+from tests.support.hub_fixture import Hub
+
+
+@pytest.fixture
+def answered(recipe_folder: Path, tmp_path: Path) -> Path:
+    """A run with answers, and no release yet."""
+    generate(recipe_folder, teacher=Echo(), out=tmp_path / "run")
+    return tmp_path / "run"
+
+
+def verb(hub: Hub, arguments: Sequence[str], **environment: str | None) -> tuple[int, str]:
+    done = hub.run(["-m", "distill_datasets", *arguments], environment)
+    assert "Traceback" not in done.stderr
+    assert hub.token not in done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_is_published_extended_and_compared(
+    hub: Hub, answered: Path, recipe_folder: Path
+) -> None:
+    code, said = verb(hub, ["publish", str(answered), "--push-to-hub", "me/colours"])
+    assert (code, "me/colours@v1.0.0" in said) == (0, True)
+    code, said = verb(hub, ["publish", str(answered), "--push-to-hub", "me/colours"])
+    assert (code, "nothing to push" in said) == (0, True)
+
+    edit(recipe_folder, "queries.jsonl", "a thought", "lava, colour red")
+    generate(recipe_folder, teacher=Echo(), out=answered)
+    code, said = verb(hub, ["publish", str(answered), "--push-to-hub", "me/colours"])
+    assert (code, "me/colours@v1.1.0" in said) == (0, True)
+    code, said = verb(hub, ["diff", "me/colours@v1.0.0", "me/colours@v1.1.0"])
+    assert (code, "1 added" in said) == (0, True)
+
+
+def test_without_a_token_nothing_is_sent_and_the_exit_code_is_2(hub: Hub, answered: Path) -> None:
+    arguments = ["publish", str(answered), "--push-to-hub", "me/colours"]
+    code, said = verb(hub, arguments, HF_TOKEN=None)
+    assert (code, "hf auth login" in said) == (2, True)
+    assert not hub.log(method="POST")
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_gone_is_exit_code_1(hub: Hub, answered: Path) -> None:
+    hub.fault(".*", times=10**9, drop="before")
+    code, said = verb(hub, ["diff", "me/colours@v1.0.0", "me/colours@v1.1.0"])
+    assert (code, "run the same again" in said) == (1, True)
+
+
+def test_a_secret_in_the_prompt_stops_the_push(
+    hub: Hub, recipe_folder: Path, tmp_path: Path
+) -> None:
+    key = "ghp_" + "x8Kq2LmZ7RtY4WvB9NsD3FhJ6PcA1GeU5TiO"
+    edit(recipe_folder, "prompt.md", "Name the", f"Use the token {key}. Name the")
+    generate(recipe_folder, teacher=Echo(), out=tmp_path / "run")
+    code, said = verb(hub, ["publish", str(tmp_path / "run"), "--push-to-hub", "me/colours"])
+    assert code == 2
+    assert "--allow" in said and key not in said
+    assert not hub.log("/commit/")
+
+
+def test_a_release_in_the_hands_of_another_asks_the_teacher_nothing(
+    hub: Hub, answered: Path, tmp_path: Path
+) -> None:
+    verb(hub, ["publish", str(answered), "--push-to-hub", "me/colours"])
+    again = (
+        "from distill_datasets import Echo, generate\n"
+        "teacher = Echo()\n"
+        "generate('me/colours@v1.0.0', teacher=teacher, out='again')\n"
+        "generate('me/colours@v1.0.0', teacher=teacher, out='anew', ledger=False)\n"
+        "print(teacher.calls)"
+    )
+    assert hub.run(again).stdout.split()[-1] == "6"
+    with sqlite3.connect(tmp_path / "again/journal.sqlite") as database:
+        assert database.execute("SELECT total(times_bought) FROM answers").fetchone() == (0,)
+
+
+def test_a_training_needs_a_place_to_go(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from distill_datasets.cli.main import main
+
+    (tmp_path / "checkpoints.jsonl").touch()
+    assert main(["publish", str(tmp_path)]) == 2
+    assert "--push-to-hub" in capsys.readouterr().err

@@ -1,0 +1,247 @@
+"""What the embedded server keeps: checkpoints with their end, and the log of what it executed."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import tinker
+from tinker import types
+
+from distill_datasets.embedded.executed import Log
+from distill_datasets.embedded.failures import MissingError, RequestError
+from distill_datasets.embedded.process import Server
+from distill_datasets.embedded.store import Checkpoint, Store
+from tests.support.server_log import read_log, trained_batches
+from tests.support.shared_server import shared
+
+HOUR, DAY = 3600, 86_400
+ADAM = types.AdamParams(learning_rate=1e-3)
+
+
+class Clock:
+    """A time that tests set."""
+
+    def __init__(self) -> None:
+        self.now = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+
+def save(store: Store, name: str, ttl_seconds: int | None = None) -> str:
+    checkpoint = Checkpoint(
+        "run", "weights", name, store.now(), expires_at=store.expiry(ttl_seconds)
+    )
+    store.write(checkpoint, lambda folder: (folder / "x").write_bytes(b"12345"), overwrite=False)
+    return checkpoint.path
+
+
+def names(store: Store) -> list[str]:
+    return sorted(one.name for one in store.checkpoints())
+
+
+def folders(store: Store) -> list[str]:
+    return sorted(path.name for path in store.folder.glob("*/*/*"))
+
+
+def test_a_checkpoint_is_gone_when_its_time_is_over(tmp_path: Path) -> None:
+    clock = Clock()
+    store = Store(tmp_path, clock)
+    path, kept = save(store, "hour", HOUR), save(store, "kept")
+    clock.advance(HOUR - 1)
+    assert store.find(path)[0].size_bytes == 5
+    assert names(store) == ["hour", "kept"]
+    clock.advance(1)
+    with pytest.raises(MissingError, match=r"expired at 2026-01-01T01:00:00.*longer ttl_seconds"):
+        store.find(path)
+    assert folders(store) == ["kept"]
+    clock.advance(100 * 365 * DAY)
+    assert store.find(kept)
+
+
+def test_a_listing_deletes_what_is_over_and_so_does_the_next_start(tmp_path: Path) -> None:
+    clock = Clock()
+    store = Store(tmp_path, clock)
+    for name, ttl in (("hour", HOUR), ("day", DAY), ("kept", None)):
+        save(store, name, ttl)
+    clock.advance(HOUR)
+    assert names(store) == ["day", "kept"]
+    assert folders(store) == ["day", "kept"]
+    clock.advance(DAY)
+    assert folders(Store(tmp_path, clock)) == ["kept"]
+
+
+def test_an_end_can_be_moved_and_removed(tmp_path: Path) -> None:
+    clock = Clock()
+    store = Store(tmp_path, clock)
+    first, second = save(store, "first", HOUR), save(store, "second", HOUR)
+    store.set_expiry(first, DAY)
+    store.set_expiry(second, None)
+    clock.advance(DAY - 1)
+    assert names(store) == ["first", "second"]
+    clock.advance(1)
+    assert names(store) == ["second"]
+
+
+@pytest.mark.parametrize("seconds", [0, HOUR - 1, 11 * 365 * DAY])
+def test_a_time_that_tinker_refuses_is_refused(tmp_path: Path, seconds: int) -> None:
+    with pytest.raises(RequestError, match=r"in 3600\.\.315360000, .*none to keep it"):
+        Store(tmp_path).expiry(seconds)
+
+
+def test_what_a_killed_server_left_half_written_is_removed(tmp_path: Path) -> None:
+    save(Store(tmp_path), "kept")
+    old, new = tmp_path / "run/weights/.old", tmp_path / "run/weights/.new"
+    for draft in (old, new):
+        draft.mkdir()
+    os.utime(old, (0, 0))
+    assert folders(Store(tmp_path)) == [".new", "kept"]
+
+
+def test_a_log_that_cannot_be_written_says_so_and_fails_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Log(tmp_path / "missing", Clock()).add("run", 1, "optim_step")
+    assert "lacks {'at': '2026-01-01" in capsys.readouterr().err
+
+
+@pytest.fixture
+def store() -> Path:
+    return shared().store
+
+
+@pytest.fixture
+def server() -> Server:
+    return shared().server
+
+
+@pytest.fixture
+def service() -> tinker.ServiceClient:
+    return shared().service
+
+
+@pytest.fixture
+def rest(server: Server) -> tinker.RestClient:
+    return tinker.RestClient(base_url=server.url, api_key=server.api_key)
+
+
+def trainee(service: tinker.ServiceClient, **options: object) -> tinker.TrainingClient:
+    return service.create_lora_training_client("tiny", rank=4, seed=1, **options).result(60)
+
+
+def rows(seed: int) -> list[types.Datum]:
+    tokens = np.random.default_rng(seed).integers(5, 500, 9).tolist()
+    inputs = {"target_tokens": tokens[1:], "weights": [1.0] * 8}
+    return [types.Datum(types.ModelInput.from_ints(tokens[:-1]), inputs)]
+
+
+def learn(client: tinker.TrainingClient, *seeds: int) -> None:
+    for seed in seeds:
+        client.forward_backward(rows(seed), "cross_entropy")
+        client.optim_step(ADAM).result(60)
+
+
+def expire(store: Path, path: str) -> None:
+    """Let the time of a checkpoint be over."""
+    run, kind, name = path.removeprefix("tinker://").split("/")
+    record = store / run.replace(":", "_") / kind / name / "checkpoint.json"
+    record.write_text(
+        json.dumps({**json.loads(record.read_text()), "expires_at": "2026-01-01T00:00:00+00:00"})
+    )
+
+
+def test_an_expired_checkpoint_is_unknown_to_every_request(
+    service: tinker.ServiceClient, rest: tinker.RestClient, store: Path
+) -> None:
+    client = trainee(service)
+    states = [client.save_state(f"s{n}", ttl_seconds=DAY).result(60).path for n in range(3)]
+    sampler = client.save_weights_for_sampler("sampler", ttl_seconds=DAY).result(60).path
+    for path in (*states, sampler):
+        expire(store, path)
+    with pytest.raises(tinker.NotFoundError, match=r"expired at 2026.*and was deleted"):
+        service.create_training_client_from_state(states[0]).result(60)
+    with pytest.raises(tinker.NotFoundError, match="expired"):
+        rest.get_weights_info_by_tinker_path(states[1]).result(60)
+    with pytest.raises(tinker.NotFoundError, match="expired"):
+        service.create_sampling_client(model_path=sampler).result(60)
+    run = rest.get_training_run_by_tinker_path(states[2]).result(60)
+    assert run.last_checkpoint is None
+    assert rest.list_checkpoints(run.training_run_id).result(60).checkpoints == []
+    with pytest.raises(tinker.NotFoundError, match="found no checkpoint"):
+        rest.delete_checkpoint_from_tinker_path(states[2]).result(60)
+
+
+def test_a_state_tells_what_it_was_saved_as_by_its_path_alone(
+    service: tinker.ServiceClient, rest: tinker.RestClient
+) -> None:
+    client = trainee(service, user_metadata={"dataset": "me/colours@v1"})
+    said = {"step": "20", "config": "abc"}
+    path = client.save_state("at-20", user_metadata=said).result(60).path
+    client.save_weights_for_sampler("at-20", user_metadata=said).result(60)
+    client.save_state("at-30", user_metadata={"step": "30"}).result(60)
+    run = rest.get_training_run_by_tinker_path(path).result(60)
+    assert run.user_metadata == {"dataset": "me/colours@v1"}
+    listed = rest.list_checkpoints(run.training_run_id).result(60).checkpoints
+    found = {one.checkpoint_id: one.user_metadata for one in listed}
+    assert found == {
+        "weights/at-20": said,
+        "sampler_weights/at-20": said,
+        "weights/at-30": {"step": "30"},
+    }
+    again = client.save_state("at-20", overwrite=True).result(60).path
+    listed = rest.list_checkpoints(run.training_run_id).result(60).checkpoints
+    assert next(one for one in listed if one.tinker_path == again).user_metadata is None
+
+
+def test_the_log_tells_which_batches_are_in_which_weights(
+    service: tinker.ServiceClient, store: Path
+) -> None:
+    client = trainee(service)
+    learn(client, 0, 1)
+    client.forward(rows(7), "cross_entropy").result(60)
+    first = client.save_state("rolling").result(60).path
+    learn(client, 2, 3)
+    lost = client.save_weights_for_sampler("lost").result(60).path
+    resumed = service.create_training_client_from_state_with_optimizer(first).result(60)
+    learn(resumed, 2)
+    client.save_state("rolling", overwrite=True).result(60)
+    resumed.forward_backward(rows(9), "cross_entropy").result(60)
+    last = resumed.save_state("last").result(60).path
+    other = trainee(service)
+    learn(other, 0, 1, 2)
+    same = other.save_state("same").result(60).path
+    assert len(set(trained_batches(store, lost))) == 4
+    assert trained_batches(store, last) == trained_batches(store, lost)[:3]
+    assert trained_batches(store, same) == trained_batches(store, last)
+    assert trained_batches(store, first) == trained_batches(store, lost)
+    run = last.removeprefix("tinker://").split("/")[0]
+    did = [(one["seq"], one["did"]) for one in read_log(store) if one["run"] == run]
+    assert did == [
+        (0, "create_model"),
+        (0, "load_weights"),
+        (1, "forward_backward"),
+        (2, "optim_step"),
+        (3, "forward_backward"),
+        (4, "save_weights"),
+    ]
+
+
+def test_the_server_states_what_it_trains(server: Server, service: tinker.ServiceClient) -> None:
+    answer = httpx.get(
+        f"{server.url}/api/v1/get_server_capabilities", headers={"X-API-Key": server.api_key}
+    )
+    (model,) = answer.json()["supported_models"]
+    assert (model["trainable"], model["sampleable"]) == (True, True)
+    assert {"cross_entropy", "importance_sampling"} <= set(model["loss_fns"])
+    most = model["max_lora_rank"]
+    with pytest.raises(tinker.RequestFailedError, match=rf"rank in 1\.\.{most}; found {most + 1}"):
+        service.create_lora_training_client("tiny", rank=most + 1).result(60)

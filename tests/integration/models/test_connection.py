@@ -1,0 +1,115 @@
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distill_datasets.embedded.process import Server, launch
+from distill_datasets.errors import AccessError, ModelError, ServiceError
+from distill_datasets.models.connection import connect
+from distill_datasets.models.references import open_sampler
+from distill_datasets.models.sampler import Message, Sampling
+from tests.support.tiny_model import make_tiny_model
+
+QUESTION: list[Message] = [{"role": "user", "content": "What language is this?"}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[Server]:
+    with launch(model, name=str(model)) as running:
+        yield running
+
+
+@pytest.fixture
+def hosted(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """The embedded server in the place of Tinker's."""
+    monkeypatch.setenv("TINKER_BASE_URL", server.url)
+    monkeypatch.setenv("TINKER_API_KEY", server.api_key)
+    return server
+
+
+def test_a_model_on_a_tinker_server_answers(hosted: Server, model: Path) -> None:
+    sampler = open_sampler(f"tinker:{model}", renderer="qwen3_instruct")
+    reply = asyncio.run(sampler.sample(QUESTION, Sampling(temperature=0.0, max_tokens=5, n=2)))
+    assert [sample.text for sample in reply.samples] == [reply.samples[0].text] * 2
+    assert reply.samples[0].tokens == 5
+    assert reply.samples[0].stop_reason == "length"
+    assert reply.usage.prompt_tokens == len(
+        connect(f"tinker:{model}", renderer="qwen3_instruct").tokenizer.apply_chat_template(
+            QUESTION, add_generation_prompt=True, return_dict=False
+        )
+    )
+
+
+def test_an_unknown_model_names_near_ones_before_any_row(hosted: Server, model: Path) -> None:
+    with pytest.raises(ModelError, match=r"is unknown to the server\. Near names: .*tiny"):
+        connect(f"tinker:{model}y", renderer="qwen3_instruct")
+
+
+def test_a_model_without_a_known_renderer_says_how_to_name_one(hosted: Server, model: Path) -> None:
+    with pytest.raises(ModelError, match="No renderer is known"):
+        connect(f"tinker:{model}")
+
+
+def test_an_unknown_renderer_is_named(hosted: Server, model: Path) -> None:
+    with pytest.raises(ModelError, match="Unknown renderer 'qwen9'"):
+        _ = connect(f"tinker:{model}", renderer="qwen9").renderer
+
+
+def test_a_refused_key_says_what_to_check(
+    hosted: Server, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINKER_API_KEY", "tml-wrong")
+    with pytest.raises(AccessError, match="Check TINKER_API_KEY"):
+        connect(f"tinker:{model}", renderer="qwen3_instruct")
+
+
+def test_a_server_that_is_not_there_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINKER_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("TINKER_API_KEY", "tml-any")
+    with pytest.raises(ServiceError, match=r"Can't reach http://127\.0\.0\.1:9"):
+        connect("tinker:Qwen/Qwen3-8B")
+
+
+def test_a_training_state_is_told_from_a_checkpoint() -> None:
+    with pytest.raises(ModelError, match="a training state"):
+        connect("tinker://run/weights/final")
+
+
+def test_a_local_model_renders_with_its_own_template(model: Path) -> None:
+    connection = connect(f"embedded:{model}")
+    assert connection.renderer_name == "distill_datasets/chat_template"
+    prompt = connection.renderer.build_generation_prompt([dict(QUESTION[0])])  # type: ignore[list-item]
+    assert prompt.to_ints() == connection.tokenizer.apply_chat_template(
+        QUESTION, add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_its_examples_end_with_the_response_and_train_nothing_else(model: Path) -> None:
+    renderer = connect(f"embedded:{model}").renderer
+    conversation = [*QUESTION, {"role": "assistant", "content": "Final Answer: en"}]
+    tokens, weights = renderer.build_supervised_example(conversation)  # type: ignore[arg-type]
+    trained = [token for token, weight in zip(tokens.to_ints(), weights, strict=True) if weight]
+    message, termination = renderer.parse_response(trained)
+    assert message["content"] == "Final Answer: en"
+    assert termination.is_clean
+
+
+def test_one_local_model_has_one_server(model: Path, tmp_path: Path) -> None:
+    first = connect(f"embedded:{model}", store=tmp_path / "store")
+    again = connect(f"embedded:{model}")
+    assert again.service.holder._client_config  # both are connected
+    assert first.base_model == again.base_model
+    assert first.identity == again.identity
+
+
+def test_other_weights_are_another_identity(model: Path, tmp_path: Path) -> None:
+    other = make_tiny_model(tmp_path / "tiny")
+    before = connect(f"embedded:{other}").identity
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    assert connect(f"embedded:{other}").identity != before

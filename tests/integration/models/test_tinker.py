@@ -1,0 +1,236 @@
+"""The Tinker sampler: prompts token for token, failures by kind, logprobs."""
+
+import asyncio
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import httpx
+import pytest
+import tinker
+from tinker_cookbook.renderers import get_renderer
+from transformers import AutoTokenizer
+
+from distill_datasets import resources
+from distill_datasets.errors import (
+    AccessError,
+    DistillError,
+    ModelError,
+    RejectedError,
+    RequestError,
+    RetryableError,
+    ServiceError,
+)
+from distill_datasets.models import references as samplers
+from distill_datasets.models import tinker_sdk as sdk
+from distill_datasets.models.connection import Connection
+from distill_datasets.models.prompts import Prompts
+from distill_datasets.models.sampler import Logprobs, Message, Reply, Sampling
+from distill_datasets.models.tinker import TinkerSampler, classified
+from tests.support import tinker_endpoint
+
+RENDERERS = ["qwen3_instruct", "qwen3", "role_colon", "distill_datasets/chat_template"]
+PROMPT = "Say which language the sentence is in.\n\nLabels:\n- en: English\n- de: German\n\n" * 3
+TEXTS = ["I am here", "Ich bin da", "a\nb\n\nc", "  blanks ", "", "\n", "的 中文", "1 2", "it's"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(resources.pocket())
+
+
+class Counted:
+    """A renderer that counts how often it renders."""
+
+    def __init__(self, renderer: Any) -> None:
+        self.renderer, self.tokenizer, self.calls = renderer, renderer.tokenizer, 0
+
+    def build_generation_prompt(self, messages: Sequence[Any]) -> tinker.ModelInput:
+        self.calls += 1
+        return self.renderer.build_generation_prompt(messages)
+
+
+def renderer(name: str, tokenizer: Any) -> Counted:
+    import distill_datasets.models.renderers  # noqa: F401 (registers our renderer)
+
+    return Counted(get_renderer(name, tokenizer))
+
+
+def expected(counted: Counted, messages: list[Message]) -> list[int]:
+    return list(counted.renderer.build_generation_prompt(messages).to_ints())
+
+
+def system(query: str) -> list[Message]:
+    return [{"role": "system", "content": PROMPT}, {"role": "user", "content": query}]
+
+
+def behind(query: str) -> list[Message]:
+    return [{"role": "user", "content": f"{PROMPT}Sentence: {query}\nAnswer with the label."}]
+
+
+def on_its_own_line(query: str) -> list[Message]:
+    return [{"role": "user", "content": f"{PROMPT}{query}"}]
+
+
+@pytest.mark.parametrize("name", RENDERERS)
+@pytest.mark.parametrize("messages", [system, behind, on_its_own_line])
+def test_prompts_are_the_renderers_own_token_for_token(
+    tokenizer: Any, name: str, messages: Any
+) -> None:
+    counted = renderer(name, tokenizer)
+    prompts, draw = Prompts(counted), random.Random(0)
+    queries = [f"sentence {n}" for n in range(20)]
+    queries += [f"{draw.choice(TEXTS)}{draw.choice(TEXTS)}" for _ in range(60)]
+    queries += ["<|im_end|>", "a<|im_start|>b", "<think>", "</think> x", "e\u0301", "\u0301x"]
+    for query in queries:
+        assert prompts.tokens(messages(query)) == expected(counted, messages(query)), query
+
+
+@pytest.mark.parametrize("messages", [system, behind])
+@pytest.mark.parametrize("name", ["qwen3_instruct", "distill_datasets/chat_template"])
+def test_a_common_prompt_is_tokenized_once(tokenizer: Any, name: str, messages: Any) -> None:
+    counted = renderer(name, tokenizer)
+    prompts = Prompts(counted)
+    for n in range(50):
+        prompts.tokens(messages(f"sentence {n}"))
+    assert counted.calls < 15
+
+
+def test_a_renderer_that_looks_at_the_text_is_asked_every_time(tokenizer: Any) -> None:
+    class Shouting(Counted):
+        def build_generation_prompt(self, messages: Sequence[Any]) -> tinker.ModelInput:
+            loud = "5" in messages[-1]["content"]
+            said = [{**one, "content": one["content"].upper()} for one in messages]
+            return super().build_generation_prompt(said if loud else messages)
+
+    counted = Shouting(get_renderer("qwen3_instruct", tokenizer))
+    prompts = Prompts(counted)
+    found = [prompts.tokens(system(f"sentence {n}")) for n in range(20)]
+    assert counted.calls == 20
+    assert tokenizer.decode(found[15]).endswith("SENTENCE 15<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_tokenizer_without_rust_is_used_as_it_is(tokenizer: Any) -> None:
+    class Slow:
+        encode, decode = tokenizer.encode, tokenizer.decode
+
+    counted = renderer("qwen3_instruct", tokenizer)
+    counted.tokenizer = Slow()
+    prompts = Prompts(counted)
+    for n in range(12):
+        assert prompts.tokens(system(f"{n}")) == expected(counted, system(f"{n}"))
+    assert counted.calls == 12
+
+
+ASKED: list[Message] = [{"role": "user", "content": "Und?"}]
+
+
+@pytest.fixture(scope="module")
+def answer(tokenizer: Any) -> list[int]:
+    return list(tokenizer.encode("<think>hm</think>ja<|im_end|>", add_special_tokens=False))
+
+
+@pytest.fixture(scope="module")
+def canned(answer: list[int]) -> Iterator[TinkerSampler]:
+    with tinker_endpoint.running(answer) as url:
+        service = tinker.ServiceClient(base_url=url, api_key=tinker_endpoint.KEY)
+        tokenizer = str(resources.pocket())
+        connection = Connection("tinker:canned", service, "canned", tokenizer, "qwen3_instruct")
+        yield TinkerSampler(connection)
+
+
+def ask(sampler: TinkerSampler, **settings: Any) -> Reply:
+    return asyncio.run(sampler.sample(ASKED, Sampling(**settings)))
+
+
+def test_logprobs_are_kept_by_token_id_where_they_are_asked_for(
+    canned: TinkerSampler, answer: list[int]
+) -> None:
+    (sample,) = ask(canned, top_logprobs=2).samples
+    assert (sample.text, sample.reasoning, sample.stop_reason) == ("ja", "hm", "stop")
+    expected = [(token,) for token in answer]
+    halves = (-0.5,) * len(answer)
+    assert sample.logprobs == Logprobs(
+        tuple(answer), halves, tuple(expected), tuple((half,) for half in halves)
+    )
+    assert ask(canned).samples[0].logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("most", "kind", "type", "status"),
+    [
+        (1000, RejectedError, "bad request", None),
+        (1001, RetryableError, "server error", None),
+        (400, RejectedError, "bad request", 400),
+        (422, RejectedError, "bad request", 422),
+    ],
+)
+def test_a_failure_says_whether_asking_again_may_help(
+    canned: TinkerSampler, most: int, kind: type[RequestError], type: str, status: int | None
+) -> None:
+    with pytest.raises(kind, match="canned") as caught:
+        ask(canned, max_tokens=most)
+    assert (caught.value.type, caught.value.status) == (type, status)
+
+
+@pytest.mark.parametrize(("most", "kind"), [(401, AccessError), (404, ModelError)])
+def test_what_no_request_survives_is_no_requests_failure(
+    canned: TinkerSampler, most: int, kind: type[DistillError]
+) -> None:
+    with pytest.raises(kind) as caught:
+        ask(canned, max_tokens=most)
+    assert not isinstance(caught.value, RequestError)
+
+
+def status_error(kind: type[tinker.APIStatusError], status: int) -> tinker.APIStatusError:
+    request = httpx.Request("POST", "http://canned")
+    response = httpx.Response(status, request=request, headers={"retry-after": "3"})
+    return kind("said so", response=response, body=None)
+
+
+GIVEN_UP = [
+    (status_error(tinker.RateLimitError, 429), "rate limit", 429),
+    (status_error(tinker.InternalServerError, 503), "server error", 503),
+    (tinker.APITimeoutError(httpx.Request("POST", "http://canned")), "time-out", None),
+    (
+        tinker.APIConnectionError(message="no route", request=httpx.Request("GET", "http://x")),
+        "connection",
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "type", "status"), GIVEN_UP, ids=[one[1] for one in GIVEN_UP])
+def test_what_the_sdk_gave_up_on_may_be_asked_again(
+    error: Exception, type: str, status: int | None
+) -> None:
+    with pytest.raises(RetryableError) as caught, classified():
+        raise error
+    assert (caught.value.type, caught.value.status) == (type, status)
+    assert caught.value.retry_after == (None if status is None else 3.0)
+
+
+@dataclass
+class Ended:
+    """A server of this machine that was killed."""
+
+    alive: bool = False
+    stderr: str = "Killed"
+
+
+def test_a_local_server_that_ended_is_noticed_while_the_sdk_still_tries(
+    canned: TinkerSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdk, "GLANCE", 0.0)
+    never: Future[object] = Future()
+    local = replace(canned.connection, server=Ended())  # type: ignore[arg-type]
+    with pytest.raises(ServiceError, match="ended, .*last words: 'Killed'"):
+        asyncio.run(samplers.tinker.answered(never, local))
+    assert never.cancelled()
+
+
+def test_settings_that_the_protocol_lacks_are_refused(canned: TinkerSampler) -> None:
+    with pytest.raises(ModelError, match="without `sampling.extra`, found"):
+        ask(canned, extra='{"top_a": 1}')

@@ -1,0 +1,270 @@
+"""Soft labels, with a tiny random model as its own teacher on the real server."""
+
+import json
+import shutil
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from distill_datasets.errors import DatasetError, ModelError
+from distill_datasets.models.connection import connect
+from distill_datasets.models.scoring import Scorer, require_same_tokenizer
+from distill_datasets.releases.release import load_release, publish
+from distill_datasets.training.objective_settings import ObjectiveSettings
+from distill_datasets.training.objectives import soft_labels
+from distill_datasets.training.objectives.producers import Lesson
+from distill_datasets.training.objectives.soft_labels import get_soft_labels
+from distill_datasets.training.objectives.soft_rows import chosen_rows
+from distill_datasets.training.objectives.soft_targets import SoftExample
+from distill_datasets.training.trainer import TrainSettings, train
+from tests.support.soft_releases import PROMPT, SMALL, lesson, release
+from tests.support.training_runs import LANGUAGES, metrics, write
+
+
+@pytest.fixture(scope="module")
+def tiny_release(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return release(tmp_path_factory.mktemp("release"), model)
+
+
+def settings(**objective: Any) -> TrainSettings:
+    return replace(SMALL, objective=ObjectiveSettings(**{"name": "soft", "top_k": 4, **objective}))
+
+
+def soft_examples(lesson: Lesson) -> dict[int, SoftExample]:
+    """Of all rows that are trained on, by their places."""
+    places, _ = chosen_rows(lesson)
+    with closing(get_soft_labels(lesson)) as labelled:
+        return dict(zip(places, labelled.examples(places), strict=True))
+
+
+def teacher_logprobs(model: str, context: list[int], response: list[int]) -> Any:
+    """By transformers: the logarithms of the whole vocabulary at each place of a response."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model.removeprefix("embedded:"))
+    with torch.no_grad():
+        logits = loaded(torch.tensor([[*context, *response]])).logits[0].float()
+    found = torch.log_softmax(logits, dim=-1).numpy()
+    return found[len(context) - 1 : len(context) + len(response) - 1]
+
+
+def prompted(model: str, query: str) -> list[int]:
+    messages: Any = [{"role": "system", "content": PROMPT}, {"role": "user", "content": query}]
+    return list(connect(model).renderer.build_generation_prompt(messages).to_ints())
+
+
+def responses(examples: dict[int, SoftExample], model: str) -> list[str]:
+    tokenizer = connect(model).tokenizer
+    return [tokenizer.decode(example.labels.tokens[:-1]) for example in examples.values()]
+
+
+def test_a_response_is_scored_under_the_prompt_that_the_student_never_sees(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    examples = soft_examples(lesson(tiny_release, model, tmp_path, settings(labels="scored")))
+    assert len(examples) == 8
+    tokenizer = connect(model).tokenizer
+    for number in (0, 5):
+        example, query = examples[number], f"{list(LANGUAGES.values())[number % 4]} {number}"
+        assert "code of the language" not in tokenizer.decode(example.prompt)
+        response = example.labels.tokens.tolist()
+        exact = teacher_logprobs(model, prompted(model, query), response)
+        best = np.argsort(-exact, axis=1)[:, :4]
+        assert example.labels.ids.tolist() == best.tolist()
+        found = np.take_along_axis(exact, best, axis=1)
+        assert np.allclose(example.labels.logprobs, found, rtol=2**-11, atol=1e-4)
+        assert example.labels.kept == pytest.approx(np.exp(found).sum(axis=1).mean(), abs=1e-4)
+
+
+def test_the_probability_of_a_choice_is_that_of_all_its_tokens(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    """The first differing place of "Final Answer: xx" against the same by transformers."""
+    examples = soft_examples(lesson(tiny_release, model, tmp_path, settings()))
+    tokenizer = connect(model).tokenizer
+    labels = examples[0].labels
+    context = prompted(model, "the weather 0")
+    totals = {}
+    for choice in LANGUAGES:
+        said = [*tokenizer.encode(f"Final Answer: {choice}"), tokenizer.eos_token_id]
+        places = teacher_logprobs(model, context, said)
+        end = len(said) - 1  # what all end with is no part of a choice
+        totals[choice] = sum(places[place, said[place]] for place in range(end))
+    chances = np.exp(np.array(list(totals.values())) - max(totals.values()))
+    wanted = dict(zip(totals, chances / chances.sum(), strict=True))
+    spelled = {choice: tokenizer.encode(f"Final Answer: {choice}") for choice in LANGUAGES}
+    for choice, ids in spelled.items():
+        found = 1.0
+        for place, token in enumerate(ids):
+            if ids[:place] != labels.tokens[:place].tolist():
+                break
+            at = labels.ids[place].tolist().index(token)
+            found *= float(np.exp(np.float64(labels.logprobs[place, at])))
+            if token != labels.tokens[place]:
+                alike = [
+                    c for c, other in spelled.items() if other[: place + 1] == ids[: place + 1]
+                ]
+                assert found == pytest.approx(sum(wanted[c] for c in alike), rel=2e-3)
+                break
+        else:
+            assert found == pytest.approx(wanted[choice], rel=2e-3)
+    assert labels.kept < 1
+
+
+def test_what_is_scored_once_is_never_asked_again(
+    tiny_release: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for source in ("scored", "choices"):
+        first = soft_examples(lesson(tiny_release, model, tmp_path, settings(labels=source)))
+        with monkeypatch.context() as patch:
+            patch.delattr(Scorer, "read")
+            patch.delattr(Scorer, "following")
+            again = soft_examples(lesson(tiny_release, model, tmp_path, settings(labels=source)))
+        for place, example in first.items():
+            assert np.array_equal(example.labels.logprobs, again[place].labels.logprobs)
+            assert np.array_equal(example.labels.ids, again[place].labels.ids)
+
+
+def test_only_the_rows_that_are_trained_on_are_scored(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    whole = lesson(tiny_release, model, tmp_path, settings(labels="scored"))
+    few = replace(whole, settings=replace(whole.settings, max_rows=3))
+    assert len(soft_examples(few)) == 3
+
+
+def test_soft_training_brings_the_student_near_the_teachers_distribution(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    chosen = replace(settings(labels="scored"), epochs=6)
+    training = train(tiny_release, student=model, out=tmp_path / "out", settings=chosen)
+    apart = metrics(training, "kl")
+    assert apart[12] < apart[1] / 2
+    assert all(0 < kept <= 1 for kept in metrics(training, "kept").values())
+
+
+def test_alpha_1_is_the_loss_of_the_hard_labels(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    hard = settings(top_k=20, alpha=1.0, labels="choices")
+    soft = train(tiny_release, student=model, out=tmp_path / "soft", settings=hard)
+    sft = train(tiny_release, student=model, out=tmp_path / "sft", settings=SMALL)
+    for step, loss in metrics(sft).items():
+        assert metrics(soft)[step] == pytest.approx(loss, abs=2e-4)
+        assert metrics(soft, "kl")[step] == pytest.approx(loss, abs=2e-4)
+
+
+def test_labels_that_generation_bought_are_released_and_learned_without_asking(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = release(tmp_path / "made", model, sampling={"top_logprobs": 2})
+    assert json.loads((path / "manifest.json").read_text())["soft"] == {
+        "rows": 12,
+        "rewritten": 0,
+        "without_ids": 0,
+    }
+    rows = datasets.load_dataset(str(path), "soft", split="soft")
+    assert len(rows) == 12 and rows[0]["tokens"][-1] == connect(model).tokenizer.eos_token_id
+    assert rows.features["top_logprobs"].feature.feature.dtype == "float16"
+    monkeypatch.delattr(Scorer, "read")
+    examples = soft_examples(lesson(path, model, tmp_path, settings(labels="stored", top_k=2)))
+    assert responses(examples, model)[1] == "Final Answer: de"
+    labels = examples[1].labels
+    assert labels.ids.tolist() == [[token, (token + 1) % 500] for token in labels.tokens]
+    assert np.array_equal(labels.logprobs, np.full((len(labels.tokens), 2), (-0.5, -1.25)))
+
+
+def test_a_release_is_the_same_when_it_is_published_again_with_its_soft_labels(
+    model: str, tmp_path: Path
+) -> None:
+    path = release(tmp_path, model, sampling={"top_logprobs": 2})
+    before = (path / "manifest.json").stat().st_mtime_ns
+    assert publish(tmp_path / "run") == load_release(path)
+    assert (path / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_responses_that_were_written_anew_have_no_stored_labels(model: str, tmp_path: Path) -> None:
+    path = release(tmp_path / "made", model, sampling={"top_logprobs": 2}, response="{{ answer }}")
+    assert not (path / "soft").exists()
+    with pytest.raises(DatasetError, match="0 of 8 rows.*labels='scored'"):
+        soft_examples(lesson(path, model, tmp_path, settings(labels="stored", top_k=2)))
+
+
+def test_more_tokens_than_are_stored_can_not_be_learned(model: str, tmp_path: Path) -> None:
+    path = release(tmp_path / "made", model, sampling={"top_logprobs": 2})
+    with pytest.raises(DatasetError, match="top_k=2"):
+        soft_examples(lesson(path, model, tmp_path, settings(labels="stored")))
+
+
+def test_choices_teach_a_student_that_answers_in_another_form(model: str, tmp_path: Path) -> None:
+    path = release(tmp_path / "made", model, response="It is {{ answer }}.")
+    examples = soft_examples(lesson(path, model, tmp_path, settings()))
+    assert responses(examples, model)[:2] == ["It is en.", "It is de."]
+    first = examples[0].labels
+    parting = next(place for place, ids in enumerate(first.ids.tolist()) if any(ids[1:]))
+    assert parting > 0  # "It is" is certain
+
+
+def test_a_response_that_the_teacher_would_not_say_is_not_scored(
+    model: str, tmp_path: Path
+) -> None:
+    path = release(tmp_path / "made", model, response="It is {{ answer }}.")
+    for objective in ({"labels": "scored"}, {"name": "on_policy"}):
+        with pytest.raises(DatasetError, match="8 of 8 responses.*'It is en.'"):
+            train(path, student=model, out=tmp_path / "out", settings=settings(**objective))
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_response_outside_the_choices_is_named(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    """The recipe in the release knows one language less than its rows."""
+    path = shutil.copytree(tiny_release, tmp_path / "copy")
+    recipe = path / "recipe" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("  - es\n", ""))
+    assert "- es" not in recipe.read_text()
+    with pytest.raises(DatasetError, match="none of the recipe's choices.*'Final Answer: es'"):
+        soft_examples(lesson(path, model, tmp_path, settings()))
+
+
+@pytest.mark.parametrize("name", ["soft", "on_policy"])
+def test_a_dataset_without_a_recipe_is_refused_before_anything_is_scored(
+    name: Any, model: str, tmp_path: Path
+) -> None:
+    rows = [{"id": "a", "sample": 0, "query": "le ciel", "response": "fr"}]
+    folder = write(tmp_path / "dataset", train=rows)
+    with pytest.raises(DatasetError, match="how its teacher is asked.*'sft'"):
+        train(folder, student=model, out=tmp_path / "out", settings=settings(name=name))
+
+
+def test_a_dataset_without_a_releases_columns_is_refused(model: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "dataset", train=[{"query": "le ciel", "response": "fr"}])
+    with pytest.raises(DatasetError, match=r"lacks \['id', 'sample'\]"):
+        soft_examples(lesson(folder, model, tmp_path, settings()))
+
+
+def test_a_teacher_of_another_tokenizer_is_refused_with_both_named(model: str) -> None:
+    teacher, student = connect("pocket"), connect(model)
+    with pytest.raises(DatasetError, match="other tokenizers: .* 4096 tokens and .* 406"):
+        require_same_tokenizer(teacher, student)
+    require_same_tokenizer(student, connect(model))
+
+
+def test_a_teacher_that_gives_no_probabilities_is_refused(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="'openai:gpt' of .* can't be asked for probabilities"):
+        soft_examples(lesson(tiny_release, model, tmp_path, settings(teacher="openai:gpt")))
+
+
+def test_scores_are_in_the_trainings_own_folder(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    soft_examples(lesson(tiny_release, model, tmp_path, settings(labels="scored")))
+    assert (tmp_path / soft_labels.SCORES).is_file()

@@ -1,0 +1,200 @@
+"""Soft labels as arithmetic: softened, mixed, placed, and of labels that share tokens."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distill_datasets.errors import SettingsError
+from distill_datasets.training.objective_settings import ObjectiveSettings
+from distill_datasets.training.objectives.label_tree import (
+    children,
+    diverging,
+    label_logprobs,
+    label_targets,
+    paths,
+)
+from distill_datasets.training.objectives.score_store import ScoreStore
+from distill_datasets.training.objectives.soft_targets import (
+    SoftLabels,
+    placed,
+    reverse_kl,
+    reverse_targets,
+    soft_targets,
+    soften,
+)
+
+HALF_QUARTERS = np.log([[0.5, 0.25, 0.25]])
+
+
+def test_at_temperature_1_the_probabilities_are_the_teachers() -> None:
+    assert soften(HALF_QUARTERS, 1.0).tolist() == [pytest.approx([0.5, 0.25, 0.25])]
+
+
+def test_a_temperature_of_2_takes_square_roots() -> None:
+    roots = np.sqrt([0.5, 0.25, 0.25])
+    assert soften(HALF_QUARTERS, 2.0).tolist() == [pytest.approx(roots / roots.sum())]
+
+
+def test_what_the_top_k_leave_out_is_shared_among_them_and_told() -> None:
+    logprobs = np.log([[0.6, 0.2], [0.5, 0.5]])
+    labels = SoftLabels.of([4, 5], np.array([[4, 7], [5, 8]]), logprobs)
+    assert labels.kept == pytest.approx((0.8 + 1.0) / 2)
+    assert soften(labels.logprobs, 1.0)[0].tolist() == pytest.approx([0.75, 0.25], abs=1e-3)
+
+
+def test_the_hard_labels_get_their_share_and_every_place_adds_up_to_1() -> None:
+    """The response says 9, which the teacher likes second: 0.2 + 0.8 * 0.25 of 9."""
+    labels = SoftLabels.of([9], np.array([[3, 9, 4]]), HALF_QUARTERS)
+    targets = soft_targets(labels, temperature=1.0, alpha=0.2)
+    assert targets.tokens.tolist() == [[9, 3, 9, 4]]
+    assert targets.weights.tolist() == [pytest.approx([0.4, 0.4, 0.0, 0.2], abs=1e-3)]
+
+
+def test_without_hard_labels_a_response_the_teacher_would_not_say_weighs_nothing() -> None:
+    labels = SoftLabels.of([1], np.array([[3, 9, 4]]), HALF_QUARTERS)
+    targets = soft_targets(labels, temperature=1.0, alpha=0.0)
+    assert targets.tokens.tolist() == [[1, 3, 9, 4]]
+    assert targets.weights.tolist() == [pytest.approx([0, 0.5, 0.25, 0.25], abs=1e-3)]
+
+
+def test_a_place_with_fewer_tokens_than_k_learns_no_made_up_ones() -> None:
+    labels = SoftLabels.of([6], np.array([[6, 0]]), np.array([[0.0, -np.inf]]))
+    targets = soft_targets(labels, temperature=4.0, alpha=0.0)
+    assert targets.tokens.tolist() == [[6, 6, 6]]
+    assert targets.weights.tolist() == [[1, 0, 0]]
+
+
+def test_the_first_token_of_a_response_is_learned_where_the_prompt_ends() -> None:
+    """Four tokens of prompt, two of response: inputs 0..4 predict tokens 1..5."""
+    labels = SoftLabels.of([8, 2], np.array([[8], [2]]), np.zeros((2, 1)))
+    targets = placed(soft_targets(labels, temperature=1.0, alpha=1.0), 4, 3)
+    assert targets.tokens[:, 0].tolist() == [0, 0, 0, 8, 2]
+    assert targets.weights.tolist() == [[0, 0, 0]] * 3 + [[1, 0, 0]] * 2
+
+
+def test_a_one_token_response_to_a_one_token_prompt_is_learned() -> None:
+    labels = SoftLabels.of([8], np.array([[8]]), np.zeros((1, 1)))
+    assert placed(soft_targets(labels, temperature=1.0, alpha=0.0), 1, 2).weights.sum() == 1
+
+
+def test_float16_moves_a_distribution_by_less_than_its_entropy_over_2048() -> None:
+    """Half a unit in the last place is at most 2**-11 of a logarithm."""
+    random = np.random.default_rng(0)
+    for sharpness in (0.1, 1.0, 5.0, 20.0):
+        logits = random.normal(size=(200, 20)) * sharpness
+        exact = soften(logits, 1.0)
+        logprobs = np.log(np.maximum(exact, 1e-30))
+        labels = SoftLabels.of(np.zeros(200), np.tile(np.arange(20), (200, 1)), logprobs)
+        moved = np.abs(soften(labels.logprobs, 1.0) - exact).sum(axis=1) / 2
+        entropy = -(exact * logprobs).sum(axis=1)
+        assert np.all(moved <= entropy / 2048 + 1e-9)
+        assert moved.max() > 0
+
+
+def test_labels_are_compared_from_where_they_part_to_where_they_meet() -> None:
+    assert diverging([(1, 2, 7, 9), (1, 2, 8, 9)]) == ((1, 2), [(7,), (8,)])
+
+
+def test_a_label_that_begins_another_keeps_the_end_that_tells_them_apart() -> None:
+    """ "en" and "english" as (5) and (5, 6), both ended by 9."""
+    assert diverging([(1, 5, 9), (1, 5, 6, 9)]) == ((1, 5), [(9,), (6, 9)])
+
+
+def test_one_reading_passes_every_place_of_labels_of_one_token() -> None:
+    labels = [(3,), (4,), (5,)]
+    assert paths(labels) == [()]
+    assert children(labels) == {(): [3, 4, 5]}
+
+
+def test_labels_that_share_a_beginning_share_its_reading() -> None:
+    labels = [(3, 6), (3, 7), (4,)]
+    assert paths(labels) == [(3,)]
+    assert children(labels) == {(): [3, 4], (3,): [6, 7]}
+
+
+def test_a_labels_probability_is_the_product_along_its_tokens() -> None:
+    places = {(): {3: np.log(0.5), 4: np.log(0.3)}, (3,): {6: np.log(0.9), 7: np.log(0.1)}}
+    found = np.exp(label_logprobs([(3, 6), (3, 7), (4,)], places))
+    assert found.tolist() == pytest.approx([0.45, 0.05, 0.3])
+
+
+def test_a_student_learns_each_token_among_the_labels_still_possible() -> None:
+    """Labels (3, 6, 9), (3, 7, 9), (4, 9) of 0.45, 0.05, 0.3, of which the row says the first."""
+    written = [(3, 6, 9), (3, 7, 9), (4, 9)]
+    labels = label_targets((3, 6, 9), written, np.log([0.45, 0.05, 0.3]))
+    chances = np.exp(labels.logprobs.astype(np.float64))
+    assert labels.ids.tolist() == [[3, 4], [6, 7], [9, 0]]
+    assert chances[0].tolist() == pytest.approx([0.5 / 0.8, 0.3 / 0.8], abs=1e-3)
+    assert chances[1].tolist() == pytest.approx([0.9, 0.1], abs=1e-3)
+    assert chances[2].tolist() == [1, 0]
+    assert labels.kept == pytest.approx(0.8)
+
+
+def test_a_label_that_the_teacher_all_but_rules_out_still_has_a_next_token() -> None:
+    labels = label_targets((3, 9), [(3, 9), (4, 9)], np.array([-2000.0, -0.1]))
+    assert labels.ids[1, 0] == 9
+    assert labels.logprobs[1, 0] == 0
+
+
+def test_what_was_scored_is_read_back_to_the_bit_by_another_process(tmp_path: Path) -> None:
+    labels = SoftLabels.of([4, 5], np.array([[4, 7], [5, 8]]), np.log([[0.6, 0.2], [0.9, 0.1]]))
+    first = ScoreStore(tmp_path / "scores.sqlite")
+    first.put([("a", labels)])
+    first.close()
+    again = ScoreStore(tmp_path / "scores.sqlite")
+    read = again.get("a")
+    assert "a" in again and "b" not in again
+    assert read.kept == labels.kept
+    for name in ("tokens", "ids", "logprobs"):
+        assert np.array_equal(getattr(read, name), getattr(labels, name))
+        assert getattr(read, name).dtype == getattr(labels, name).dtype
+    again.close()
+
+
+def test_reverse_targets_have_the_gradient_of_the_divergence() -> None:
+    """Over all tokens there are, three places of six."""
+    made = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 6, generator=made, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(3, 6, generator=made, dtype=torch.float64).log_softmax(1)
+    student = logits.log_softmax(1)
+    divergence = (student.exp() * (student - teacher)).sum(1)
+    (wanted,) = torch.autograd.grad(divergence.sum(), logits, retain_graph=True)
+    said, ids = [5, 0, 2], np.tile(np.arange(6), (3, 1))
+    found = reverse_targets(said, ids, student.detach().numpy(), teacher.numpy())
+    assert found.tokens[:, 0].tolist() == said
+    learned = student.gather(1, torch.from_numpy(found.tokens))
+    loss = -(learned * torch.from_numpy(found.weights)).sum()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.numpy() == pytest.approx(wanted.numpy(), abs=1e-6)
+    apart = reverse_kl(student.detach().numpy(), teacher.numpy())
+    assert apart == pytest.approx(divergence.detach().numpy())
+
+
+def test_a_place_with_fewer_likely_tokens_has_its_own_again_and_stays_finite() -> None:
+    student = np.array([[np.log(0.5), np.log(0.25), -np.inf]])
+    teacher = np.array([[-np.inf, np.log(0.5), 0.0]])
+    found = reverse_targets([7], np.array([[1, 2, 0]]), student, teacher)
+    assert found.tokens.tolist() == [[7, 1, 2, 7]]
+    assert np.isfinite(found.weights).all()
+    assert found.weights[0, 1] < 0 < found.weights[0, 2]
+    assert (found.weights[0, 0], found.weights[0, 3]) == (0, 0)
+
+
+@pytest.mark.parametrize("top_k", [-1, 1])
+def test_a_reverse_kl_over_no_choice_is_refused(top_k: int) -> None:
+    with pytest.raises(SettingsError, match="top_k"):
+        ObjectiveSettings(name="on_policy", top_k=top_k)
+    assert ObjectiveSettings(name="on_policy", top_k=0).policy_gradient
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("name", "dpo"), ("top_k", 0), ("temperature", 0.0), ("alpha", 1.5), ("stale", 2)],
+)
+def test_an_objective_that_cant_be_trained_is_refused_by_its_name(
+    field: str, value: object
+) -> None:
+    with pytest.raises(SettingsError, match=field):
+        ObjectiveSettings(**{field: value})  # type: ignore[arg-type]

@@ -1,0 +1,444 @@
+import asyncio
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill_datasets.errors import DatasetError, GenerationError, ModelError
+from distill_datasets.evaluation.latency import uncacheable
+from distill_datasets.evaluation.report import Report, measure
+from distill_datasets.generation.run import generate
+from distill_datasets.models.sampler import Message, Reply, Sample, Sampling, Usage
+from distill_datasets.releases.release import publish
+
+TEST = {  # query: what is right, what the teacher says, and the student
+    "rose": ("red", "red", "red"),
+    "poppy": ("red", "red", "red"),
+    "blood": ("red", "red", "red"),
+    "rust": ("red", "blue", "red"),
+    "sky": ("blue", "blue", "blue"),
+    "sea": ("blue", "blue", "blue"),
+    "ink": ("blue", "blue", "blue"),
+    "plum": ("blue", "no idea", "red"),
+}
+EDGE = {"red sky": ("red", "red", "blue")}
+TRAIN = {"brick": ("red", "red", "red"), "lake": ("blue", "blue", "blue")}
+ALL = {**TEST, **EDGE, **TRAIN}
+
+
+class Lexicon:
+    """Answers a query from a table, and anything else with nonsense. Tokens are words."""
+
+    def __init__(self, model: str, answers: Mapping[str, str]) -> None:
+        self.model, self.answers = model, answers
+        self.asked: list[tuple[Sequence[Message], Sampling]] = []
+        self.failing: set[str] = set()
+
+    @property
+    def identity(self) -> str:
+        return self.model
+
+    async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
+        self.asked.append((messages, sampling))
+        query = messages[-1]["content"]
+        if query in self.failing:
+            raise RuntimeError("busy")
+        text = self.answers.get(query, "As a language model I like colours")
+        words = sum(len(message["content"].split()) for message in messages)
+        return Reply((Sample(text, "stop", len(text.split()) + 1),), Usage(words, 0))
+
+
+def teacher() -> Lexicon:
+    return Lexicon("teacher", {query: f"colour: {row[1]}" for query, row in ALL.items()})
+
+
+def student() -> Lexicon:
+    return Lexicon("student", {query: f"It is {row[2]}." for query, row in ALL.items()})
+
+
+def base() -> Lexicon:
+    return Lexicon("base", {})
+
+
+RECIPE = """\
+name: colours
+description: Which colour is it?
+teacher: pocket
+queries: {file: queries.jsonl, group: family, reference: colour, forced_split: split}
+answer: {pattern: 'colour: (?P<answer>\\w+)$', choices: [red, blue]}
+response: 'It is {{ answer }}.'
+sampling: {max_tokens: 7, stop: [END]}
+"""
+
+
+def make_run(
+    folder: Path, *, references: bool = True, forced: bool = True, changes: str = ""
+) -> Path:
+    """A run's folder with answers and a release."""
+    recipe = folder / "colours"
+    recipe.mkdir()
+    text = RECIPE if forced else RECIPE.replace(", forced_split: split", "")
+    (recipe / "recipe.yaml").write_text(text + changes)
+    (recipe / "prompt.md").write_text("Name the colour of the thing. Say: colour: NAME.\n")
+    lines = [
+        {
+            "query": query,
+            "family": None,
+            "colour": row[0] if references else None,
+            "split": "test" if query in TEST else "edge" if query in EDGE else "train",
+        }
+        for query, row in ALL.items()
+    ]
+    (recipe / "queries.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    generate(recipe, teacher=teacher(), out=folder / "run")
+    publish(folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "run")
+
+
+def compare(run: Path, **options: Any) -> Report:
+    given = {"student": student(), "teacher": teacher(), "base": base(), "out": run, **options}
+    return measure(run / "release", **given)
+
+
+def values(report: Report, system: str) -> dict[str, float]:
+    metrics = report.data["systems"][system]["metrics"]
+    return {name: number["value"] for name, number in metrics.items()}
+
+
+def test_every_number_equals_the_one_computed_by_hand(run: Path) -> None:
+    report = compare(run)
+    assert values(report, "teacher") == pytest.approx(
+        {
+            "accuracy": 6 / 8,
+            "macro_f1": (2 * 3 / (4 + 3) + 2 * 3 / (4 + 4)) / 2,
+            "answered": 7 / 8,
+            "agreement": 7 / 8,
+        }
+    )
+    assert values(report, "student") == pytest.approx(
+        {
+            "accuracy": 7 / 8,
+            "macro_f1": (2 * 4 / (4 + 5) + 2 * 3 / (4 + 3)) / 2,
+            "answered": 1.0,
+            "agreement": 6 / 8,
+        }
+    )
+    assert set(values(report, "base").values()) == {0.0}
+
+
+def test_queries_that_the_teacher_could_not_answer_are_measured_too(run: Path) -> None:
+    report = compare(run)
+    assert report.data["n"] == len(TEST)
+    assert {row["query"]: row["teacher"] for row in report.data["rows"]}["plum"] is None
+
+
+def test_the_file_holds_what_the_report_says(run: Path) -> None:
+    report = compare(run)
+    assert report.path == run / "report.json"
+    data = json.loads(report.path.read_text())
+    assert data == report.data
+    manifest = json.loads((run / "release" / "manifest.json").read_text())
+    assert data["dataset"] == {
+        "path": str(run / "release"),
+        "version": "1.0.0",
+        "revision": manifest["content_digest"],
+        "rows": 10,
+    }
+    for system in data["systems"].values():
+        for number in system["metrics"].values():
+            assert number["low"] <= number["value"] <= number["high"]
+        assert 0 < system["latency_ms"]["p50"] <= system["latency_ms"]["p95"]
+
+
+def test_only_the_teacher_sees_the_prompt(run: Path) -> None:
+    systems = {"student": student(), "teacher": teacher(), "base": base()}
+    report = compare(run, **systems)
+    assert {name: system["prompt"] for name, system in report.data["systems"].items()} == {
+        "base": False,
+        "teacher": True,
+        "student": False,
+    }
+    for name in ("student", "base"):
+        assert {len(messages) for messages, _ in systems[name].asked} == {1}
+    assert {messages[0]["role"] for messages, _ in systems["teacher"].asked} == {"system"}
+
+
+def test_everyone_is_asked_at_temperature_zero_with_the_recipes_token_limit(run: Path) -> None:
+    systems = {"student": student(), "teacher": teacher(), "base": base()}
+    compare(run, **systems)
+    greedy = Sampling(temperature=0.0, max_tokens=7, seed=0)
+    assert {sampling for _, sampling in systems["student"].asked} == {greedy}
+    assert {sampling for _, sampling in systems["base"].asked} == {greedy}
+    [asked] = {sampling for _, sampling in systems["teacher"].asked}
+    assert (asked.temperature, asked.seed, asked.stop) == (0.0, 0, ("END",))
+
+
+def test_tokens_that_the_student_saves_are_counted(run: Path) -> None:
+    data = compare(run).data
+    prompt = 9
+    assert data["systems"]["teacher"]["tokens"]["prompt_mean"] == prompt + 1
+    assert data["systems"]["student"]["tokens"] == {"prompt_mean": 1.0, "response_mean": 4.0}
+    assert data["prompt_tokens_saved"] == {"per_query": prompt, "ratio": prompt + 1}
+
+
+def test_differences_are_of_the_student_to_each_other_system(run: Path) -> None:
+    differences = compare(run).data["differences"]
+    assert set(differences["student-base"]) == {"accuracy", "macro_f1", "answered", "agreement"}
+    assert set(differences["student-teacher"]) == {"accuracy", "macro_f1", "answered"}
+    accuracy = differences["student-teacher"]["accuracy"]
+    assert accuracy["value"] == pytest.approx(1 / 8)
+    assert accuracy["low"] <= 1 / 8 <= accuracy["high"]
+
+
+def test_recall_is_given_for_each_label(run: Path) -> None:
+    assert compare(run).data["labels"] == {
+        "blue": {"n": 4, "base": 0.0, "teacher": 0.75, "student": 0.75},
+        "red": {"n": 4, "base": 0.0, "teacher": 0.75, "student": 1.0},
+    }
+
+
+def test_a_second_measure_asks_nothing(run: Path) -> None:
+    first = compare(run)
+    again = {"student": student(), "teacher": teacher(), "base": base()}
+    second = compare(run, **again)
+    assert second.data == first.data
+    assert [len(system.asked) for system in again.values()] == [0, 0, 0]
+
+
+def test_without_its_report_a_second_measure_only_times(run: Path) -> None:
+    first = compare(run)
+    first.path.unlink()
+    again = {"student": student(), "teacher": teacher(), "base": base()}
+    second = compare(run, **again)
+    timed = len(TEST) + 1
+    assert [len(system.asked) for system in again.values()] == [timed, 2 * timed, timed]
+    assert values(second, "student") == values(first, "student")
+
+
+def test_another_student_is_measured_anew(run: Path) -> None:
+    compare(run)
+    other = Lexicon("other", {query: f"It is {row[0]}." for query, row in ALL.items()})
+    assert values(compare(run, student=other), "student")["accuracy"] == 1.0
+
+
+def test_no_two_uncached_prompts_begin_alike(run: Path) -> None:
+    asked = teacher()
+    compare(run, teacher=asked)
+    timed = asked.asked[-2 * (len(TEST) + 1) :]
+    uncached = timed[1::2]  # asked in turns with the prompt as it is
+    begins = [messages[0]["content"].splitlines()[0] for messages, _ in uncached]
+    assert len(set(begins)) == len(begins)
+    assert all(messages[0]["content"].endswith("NAME.") for messages, _ in uncached)
+
+
+def test_a_prompt_with_the_query_in_it_can_be_made_uncacheable_too() -> None:
+    messages: list[Message] = [{"role": "user", "content": "Which colour is a rose?"}]
+    [changed] = uncacheable(messages)
+    assert changed["role"] == "user"
+    assert changed["content"].split("\n")[1] == "Which colour is a rose?"
+    assert messages[0]["content"] == "Which colour is a rose?"
+
+
+def test_a_failed_row_leaves_no_report_and_is_asked_again(run: Path) -> None:
+    failing = student()
+    failing.failing = {"sea"}
+    with pytest.raises(GenerationError, match="1 of 8 rows of the student failed.*busy"):
+        compare(run, student=failing)
+    assert not (run / "report.json").exists()
+    mended = student()
+    report = compare(run, student=mended)
+    assert report.data["n"] == 8
+    asked = [messages[-1]["content"] for messages, _ in mended.asked]
+    assert asked[0] == "sea"
+    assert len(asked) == 1 + len(TEST) + 1
+
+
+def test_a_request_that_fails_while_timing_says_so(run: Path) -> None:
+    compare(run).path.unlink()
+    failing = base()
+    failing.failing = {"rose"}
+    with pytest.raises(GenerationError, match="failed while timing 'base': busy"):
+        compare(run, base=failing)
+
+
+def test_without_references_accuracy_is_left_out_and_the_report_says_so(tmp_path: Path) -> None:
+    report = compare(make_run(tmp_path, references=False))
+    assert values(report, "student") == {"answered": 1.0, "agreement": 6 / 8}
+    assert report.data["labels"] == {}
+    text = report.path.with_suffix(".md").read_text()
+    assert "No row has a reference label, so accuracy, macro_f1 are left out." in text
+
+
+def test_a_limit_takes_the_first_rows(run: Path) -> None:
+    assert compare(run, limit=3).data["n"] == 3
+
+
+def test_another_split_has_files_of_its_own(run: Path) -> None:
+    compare(run)
+    edge = compare(run, split="edge")
+    assert edge.path == run / "report-edge.json"
+    assert (edge.data["split"], edge.data["n"]) == ("edge", 1)
+    assert json.loads((run / "report.json").read_text())["split"] == "test"
+    assert (run / "report-edge.md").is_file()
+
+
+def test_an_unknown_split_lists_those_found(run: Path) -> None:
+    with pytest.raises(DatasetError, match=r"'tset'; found \['edge', 'test', 'train'\]"):
+        compare(run, split="tset")
+
+
+def test_a_release_without_its_recipe_is_refused(run: Path) -> None:
+    shutil.rmtree(run / "release" / "recipe")
+    with pytest.raises(DatasetError, match="no recipe: expected recipe/recipe.yaml"):
+        compare(run)
+
+
+def test_a_folder_that_is_no_release_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no release: expected a folder with manifest.json"):
+        measure(tmp_path, student=student(), out=tmp_path)
+
+
+def test_an_unknown_metric_is_refused_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluate.config.HF_EVALUATE_OFFLINE", True)
+    run = make_run(tmp_path, changes="metrics: [acuracy]\n")
+    asked = teacher()
+    with pytest.raises(ValueError, match="Did you mean 'accuracy'"):
+        compare(run, teacher=asked)
+    assert asked.asked == []
+
+
+def test_a_runs_folder_stands_for_its_release(run: Path) -> None:
+    report = measure(run, student=student(), teacher=teacher(), base=base(), out=run)
+    assert report.data["dataset"]["path"] == str(run / "release")
+
+
+def test_a_tutorials_rejected_rows_are_measured_though_they_only_say_train(tmp_path: Path) -> None:
+    run = make_run(tmp_path, forced=False, changes="split: {same_rows: true}\n")
+    report = compare(run)
+    assert sorted(row["query"] for row in report.data["rows"]) == sorted(ALL)
+
+
+def test_markdown_shows_the_comparison_costs_labels_and_rows(run: Path) -> None:
+    text = compare(run).path.with_suffix(".md").read_text()
+    for part in (
+        "| teacher | `teacher` | yes | 0.750 [",
+        "Prompt tokens a query: teacher 10.0 - student 1.0 = 9.0 saved",
+        "one request at a time",
+        "    blue   4     0.000  0.750    0.750",
+        "    blue      -        -     red      plum",
+    ):
+        assert text.count(part) == 1
+
+
+def test_a_student_that_does_not_say_its_base_needs_one(run: Path) -> None:
+    with pytest.raises(ModelError, match="Name the untrained model with `base`"):
+        compare(run, base=None)
+
+
+def test_the_table_shows_systems_differences_and_every_row(run: Path) -> None:
+    lines = compare(run).table().splitlines()
+    assert lines[0].split()[:6] == [
+        "system", "prompt", "accuracy", "macro_f1", "answered", "agreement",
+    ]  # fmt: skip
+    assert lines[3].startswith("student  no      0.875 [0.")
+    assert "teacher 10.0 - student 1.0 = 9.0 saved, 10.0 times fewer." in "\n".join(lines)
+    assert any(line.startswith("student - teacher: accuracy +0.125 [+0.000") for line in lines)
+    assert "blue      -        -     red      plum" in lines
+
+
+def test_measuring_works_inside_a_running_event_loop(run: Path) -> None:
+    async def main() -> Report:
+        return compare(run)
+
+    assert asyncio.run(main()).data["n"] == len(TEST)
+
+
+class Opener:
+    """Stands in for `open_sampler`."""
+
+    def __init__(self) -> None:
+        self.opened: list[tuple[str, str | None]] = []
+
+    def __call__(
+        self, reference: str | Path, *, renderer: str | None = None, **how: bool
+    ) -> Lexicon:
+        self.opened.append((str(reference), renderer))
+        if Path(reference).is_dir():
+            return student()
+        return teacher() if reference == "teacher" else base()
+
+
+@pytest.fixture
+def trained(run: Path) -> Path:
+    """A run's folder with the traces of a training."""
+    folder = run / "train"
+    folder.mkdir()
+    config = {"student": "untrained", "renderer": "plain", "dataset": {"revision": "abc"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = [
+        {"name": "step-1", "step": 1, "sampler": "tinker://1/sampler_weights/1", "best": True},
+        {"name": "step-2", "step": 2, "sampler": "tinker://1/sampler_weights/2", "best": True},
+        {"name": "final", "step": 3, "sampler": "tinker://1/sampler_weights/3", "best": False},
+    ]
+    checkpoint = {"state": "tinker://1/weights/1", "validation_loss": 0.5, "final": False}
+    text = "".join(json.dumps({**checkpoint, **line}) + "\n" for line in lines)
+    (folder / "checkpoints.jsonl").write_text(text)
+    return run
+
+
+def test_a_training_folder_says_what_to_open_and_the_student_comes_first(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opener = Opener()
+    monkeypatch.setattr("distill_datasets.models.references.open_sampler", opener)
+    report = measure(trained, student=trained, out=trained)
+    assert opener.opened == [
+        (str(trained / "train"), None),
+        ("teacher", None),
+        ("untrained", "plain"),
+    ]
+    assert report.data["systems"]["student"]["model"] == "tinker://1/sampler_weights/2"
+
+
+def test_a_training_folder_gets_a_model_card_with_its_best_checkpoint(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill_datasets.models.references.open_sampler", Opener())
+    measure(trained, student=trained / "train", out=trained)
+    card = (trained / "model_card.md").read_text()
+    assert "tinker://1/sampler_weights/2" in card
+    assert "0.875 [0." in card
+
+
+def test_a_later_checkpoint_makes_a_new_report(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill_datasets.models.references.open_sampler", Opener())
+    measure(trained, student=trained, out=trained)
+    file = trained / "train" / "checkpoints.jsonl"
+    file.write_text(
+        file.read_text().replace("false}", "true}").replace('"best": false', '"best": true')
+    )
+    report = measure(trained, student=trained, out=trained)
+    assert report.data["systems"]["student"]["model"] == "tinker://1/sampler_weights/3"
+
+
+def test_an_unfinished_training_is_refused(trained: Path) -> None:
+    (trained / "train" / "checkpoints.jsonl").write_text("")
+    with pytest.raises(ModelError, match="no finished checkpoint"):
+        measure(trained, student=trained, out=trained)

@@ -1,0 +1,165 @@
+"""The internalisation score while training, with a tiny random model as its own teacher."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distill_datasets.errors import SettingsError
+from distill_datasets.models.connection import connect
+from distill_datasets.models.scoring import Scorer
+from distill_datasets.training.data import Rendered, open_splits
+from distill_datasets.training.objective_settings import ObjectiveSettings
+from distill_datasets.training.objectives.producers import Lesson
+from distill_datasets.training.trainer import TrainSettings, train
+from distill_datasets.training.validation_bounds import validation_bounds
+from tests.support.soft_releases import PROMPT, SMALL, lesson, release
+from tests.support.training_runs import at_step, metrics, write
+
+SETTINGS = replace(SMALL, evaluate_every=2, rolling_every=2)
+WHY_NOT = "train: no internalisation score: "
+
+
+@pytest.fixture(scope="module")
+def labels(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release where the teacher says "Final Answer: en" and the student more than that.
+
+    A random model finds a longer text less likely, as one without the prompt would an answer.
+    """
+    said = "The answer is {{ answer }} and nothing else at all."
+    return release(tmp_path_factory.mktemp("labels"), model, response=said)
+
+
+def validated(
+    dataset: Path, model: str, folder: Path, settings: TrainSettings = SETTINGS
+) -> tuple[Lesson, Rendered]:
+    """What is taught, and the rows it is validated with."""
+    taught = lesson(dataset, model, folder, settings)
+    return taught, open_splits(taught.source, settings)["validation"].render(connect(model), 512)
+
+
+def test_base_and_teacher_are_asked_about_what_each_would_say(
+    labels: Path, model: str, tmp_path: Path
+) -> None:
+    """A new student is the base; the teacher's own words follow its prompt and the query."""
+    taught, rows = validated(labels, model, tmp_path)
+    bounds = validation_bounds(taught, rows)
+    assert bounds is not None
+    losses = taught.student.loss(list(rows.batches(4))).rows()
+    assert bounds.base == pytest.approx([row.nll for row in losses], abs=1e-3)
+    assert list(bounds.tokens) == [row.tokens for row in losses]
+    connection, scorer = connect(model), Scorer(connect(model))
+    for query, nats in zip(("the weather 8", "der Himmel 9"), bounds.teacher, strict=False):
+        asked = [{"role": "system", "content": PROMPT}, {"role": "user", "content": query}]
+        prompt = connection.renderer.build_generation_prompt(asked).to_ints()
+        answer = f"Final Answer: {'en' if 'weather' in query else 'de'}<|im_end|>"
+        tokens = connection.tokenizer.encode(answer)
+        assert -scorer.read(prompt, tokens).result().logprobs.sum() == pytest.approx(nats, abs=1e-3)
+
+
+def test_every_validation_has_the_score_that_its_loss_makes_by_hand(
+    labels: Path, model: str, tmp_path: Path
+) -> None:
+    """And the best checkpoint is the one with the highest."""
+    settings = replace(SETTINGS, select="internalisation")
+    training = train(labels, student=model, out=tmp_path / "out", settings=settings)
+    bounds = json.loads((training.path / "bounds.json").read_text())
+    base, teacher = sum(bounds["base"]), sum(bounds["teacher"])
+    losses = metrics(training, "validation_loss")
+    student = {step: loss * sum(bounds["tokens"]) for step, loss in losses.items()}
+    scores = metrics(training, "internalisation")
+    assert scores == pytest.approx(
+        {step: (base - nats) / (base - teacher) for step, nats in student.items()}, rel=1e-4
+    )
+    assert list(scores) == [2, 4, 6]
+    assert training.best.scores["internalisation"] == max(scores.values())
+    low, high = (metrics(training, f"internalisation_{end}") for end in ("low", "high"))
+    assert all(low[step] <= score <= high[step] for step, score in scores.items())
+
+
+def test_a_training_that_goes_on_measures_with_the_bounds_that_it_found(
+    labels: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base twice as far off, written in between, can only come from the file."""
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    def go_on() -> Any:
+        return train(labels, student=model, out=tmp_path / "out", settings=SETTINGS)
+
+    with monkeypatch.context() as patch:
+        at_step(5, stop, patch)
+        with pytest.raises(KeyboardInterrupt):
+            go_on()
+    file = tmp_path / "out/bounds.json"
+    bounds = json.loads(file.read_text())
+    file.write_text(json.dumps({**bounds, "base": [2 * nats for nats in bounds["base"]]}))
+    training = go_on()
+    scores, losses = metrics(training, "internalisation"), metrics(training, "validation_loss")
+    base, teacher = 2 * sum(bounds["base"]), sum(bounds["teacher"])
+    nats = losses[6] * sum(bounds["tokens"])
+    assert scores[6] == pytest.approx((base - nats) / (base - teacher), rel=1e-4)
+    assert scores[2] != pytest.approx((base - losses[2] * sum(bounds["tokens"])) / (base - teacher))
+
+
+def refused(
+    dataset: Path,
+    model: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: TrainSettings = SETTINGS,
+) -> str:
+    """Why there is no score: one line, and nothing is written."""
+    capsys.readouterr()
+    assert validation_bounds(*validated(dataset, model, folder, settings)) is None
+    assert not (folder / "bounds.json").exists()
+    (why,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(WHY_NOT)]
+    return why
+
+
+def test_a_dataset_that_is_no_release_has_none_and_says_why(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"query": f"hello {number}", "response": "en"} for number in range(6)]
+    dataset = write(tmp_path / "dataset", train=rows[:4], validation=rows[4:])
+    why = refused(dataset, model, tmp_path, capsys)
+    assert "doesn't say how its teacher is asked" in why
+    settings = replace(SETTINGS, select="internalisation")
+    with pytest.raises(SettingsError, match="there is no such score"):
+        train(dataset, student=model, out=tmp_path / "out", settings=settings)
+
+
+def test_without_the_teachers_own_words_there_is_none(
+    labels: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = shutil.copytree(labels, tmp_path / "bare")
+    shutil.rmtree(bare / "ledger")
+    assert "doesn't hold what its teacher said" in refused(bare, model, tmp_path, capsys)
+
+
+def test_a_teacher_that_can_not_score_is_named(
+    labels: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = replace(SETTINGS, objective=ObjectiveSettings(teacher="openai:gpt"))
+    assert "'openai:gpt'" in refused(labels, model, tmp_path, capsys, settings)
+
+
+def test_a_prompt_that_changes_nothing_has_no_score_and_ends_no_training(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The teacher sees the query alone and says what the student shall say."""
+    unprompted = release(tmp_path / "none", model, response="{{ text }}", prompt="{{ query }}")
+    assert "score is not defined" in refused(unprompted, model, tmp_path, capsys)
+
+
+def test_the_score_can_be_left_out(labels: Path, model: str, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, internalisation=False, max_steps=1)
+    training = train(labels, student=model, out=tmp_path / "out", settings=settings)
+    assert not (training.path / "bounds.json").exists()
+    assert not metrics(training, "internalisation") and metrics(training, "validation_loss")
+    assert np.isfinite(training.final_loss)
