@@ -1,11 +1,37 @@
-"""A folder that changes all at once, or not at all."""
+"""Files and folders that change all at once or not at all, and one writer a folder.
 
+What is written here is on disk before it takes its place, so that a power loss leaves the old
+content or the new, never half of one.
+"""
+
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from distill_datasets.errors import OutputError
+
+_LOCK = ".lock"
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Put content in a file's place all at once; raises `OutputError` where it can't be written.
+
+    Each process has a draft of its own, so that two never write into one.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with draft.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+            sync_folder(path.parent)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -22,9 +48,11 @@ def replacing(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(leftover, ignore_errors=True)
             building.mkdir()
             yield building
+            _sync_tree(building)
             if folder.exists():
                 folder.rename(old)
             building.rename(folder)
+            sync_folder(building.parent)
         finally:
             _put_back(folder, old)
             shutil.rmtree(building, ignore_errors=True)
@@ -35,6 +63,61 @@ def recover(folder: Path) -> None:
     """Put back what a crash has left between the two renames of `replacing`."""
     with _writing(folder):
         _put_back(folder, _sibling(folder, "old"))
+
+
+def writable_folder(path: str | Path) -> Path:
+    """The folder, made if need be; raises `OutputError` where nothing can be written."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"Can't write to {str(folder)!r}: {error}. Choose another --out, or free it."
+        ) from error
+    return folder
+
+
+@contextmanager
+def one_writer(folder: Path, work: str) -> Iterator[None]:
+    """Hold a folder, made if need be, against every other process that would write there.
+
+    `work` names what is done there, in the message for the others. Raises `OutputError` at once
+    where another holds it; the system lets go of it when a process dies, however it does.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(writable_folder(folder) / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputError(
+            f"Another process is at work in {str(folder)!r}: wait until it is done, or choose "
+            f"another --out for this {work}."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder outlast a power loss."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(folder: Path) -> None:
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with (Path(place) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(place))
 
 
 def _put_back(folder: Path, old: Path) -> None:
@@ -48,11 +131,13 @@ def _sibling(folder: Path, role: str) -> Path:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _writing(place: Path) -> Iterator[None]:
     try:
         yield
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(
-            f"Can't write {str(folder)!r}: {error}. Free some space or choose another folder; "
+            f"Can't write {str(place)!r}: {error}. Free some space or choose another folder; "
             "what lay there before is still there."
         ) from error

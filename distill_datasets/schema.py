@@ -1,13 +1,20 @@
 """The columns of answers and releases, and what else can be trained on."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.models.sampler import Message
 
 if TYPE_CHECKING:
     from datasets import Features
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
 
 # One row a sample. Where these are read: a row with an `error` was not answered, a row with a
 # `rejection` was answered and paid for but can't be used, every other row is kept.

@@ -56,7 +56,7 @@ def _choose_progress(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from distill_datasets.generation.run import writable_folder
+    from distill_datasets.files import writable_folder
     from distill_datasets.models.connection import connect
     from distill_datasets.recipes.recipe import load_recipe
 

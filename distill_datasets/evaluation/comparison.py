@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill_datasets.evaluation.metrics import Estimate, estimate, load_metric
+from distill_datasets.evaluation.metrics import estimate, load_metric
+from distill_datasets.statistics import Estimate
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,8 +9,9 @@ from typing import Any
 from uuid import uuid4
 
 from distill_datasets.errors import DistillError, GenerationError
-from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling
+from distill_datasets.models.sampler import Reply, Sampler, Sampling
 from distill_datasets.progress import Progress
+from distill_datasets.schema import Message
 
 
 @dataclass(frozen=True)

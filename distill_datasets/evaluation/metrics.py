@@ -1,7 +1,6 @@
 """`evaluate` metrics that need no download, and their intervals by bootstrap."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 
 import datasets
@@ -10,15 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_datasets.errors import DatasetError, RecipeError
+from distill_datasets.statistics import Estimate, Floats, resamples
 
-Floats = NDArray[np.float64]
 Answers = Sequence[str | None]
 # From weights (resamples x rows) to one value a resample: a row drawn twice weighs 2.
 Statistic = Callable[[Floats], Floats]
 
 _RESAMPLES = 2_000
 _RESAMPLES_OF_OTHERS = 200  # each is one `compute` of a metric that isn't ours
-_CELLS = 4_000_000  # weights in memory at once: 32 MB
 
 
 class _Metric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
@@ -133,27 +131,6 @@ def load_metric(name: str) -> evaluate.Metric:
         ) from error
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its bootstrap draws.
-
-    Estimates over the same groups share their resamples, so that subtracting one from another is
-    the paired bootstrap of the difference.
-    """
-
-    value: float
-    draws: Floats
-
-    def __sub__(self, other: "Estimate") -> "Estimate":
-        """The difference, resample by resample."""
-        return Estimate(self.value - other.value, self.draws - other.draws)
-
-    def interval(self) -> dict[str, float]:
-        """The value with its 95 % percentile interval."""
-        low, high = np.percentile(self.draws, [2.5, 97.5])
-        return {"value": float(self.value), "low": float(low), "high": float(high)}
-
-
 def estimate(
     metric: evaluate.Metric,
     predictions: Answers,
@@ -178,19 +155,6 @@ def estimate(
     return _recomputed(
         metric, predictions, references, resamples(groups, _RESAMPLES_OF_OTHERS, seed)
     )
-
-
-def resamples(groups: Sequence[str], count: int, seed: int = 0) -> Iterator[Floats]:
-    """Weights of the rows in `count` resamples of whole groups, a chunk of resamples at a time."""
-    names, members = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    size = len(names)
-    chunk = max(1, _CELLS // len(members))
-    generator = np.random.default_rng(seed)
-    for start in range(0, count, chunk):
-        rows = min(chunk, count - start)
-        drawn = generator.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
-        yield times[:, members].astype(np.float64)
 
 
 def _share(holds: Sequence[bool]) -> Statistic:

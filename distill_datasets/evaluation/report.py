@@ -19,10 +19,10 @@ from distill_datasets.evaluation.systems import (
     open_systems,
     time_systems,
 )
+from distill_datasets.files import writable_folder
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.rows import Answering, Asking, ask
-from distill_datasets.generation.run import writable_folder
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.schema import failure_text
 

@@ -15,8 +15,9 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import Meter, run_apart
 from distill_datasets.generation.rows import Answering
 from distill_datasets.models.batches import Batch, BatchState
-from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling
+from distill_datasets.models.sampler import Reply, Sampler, Sampling
 from distill_datasets.progress import Progress
+from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
     from datasets import Dataset

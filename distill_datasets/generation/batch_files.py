@@ -11,8 +11,9 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import Buyer
 from distill_datasets.generation.rows import Answering
 from distill_datasets.models.batches import BatchProvider, new_key
-from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling, request_digest
+from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
 from distill_datasets.progress import Progress
+from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,8 +11,9 @@ from typing import Any, Protocol, TypeVar
 from distill_datasets.errors import RejectedError, RequestError, RetryableError
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling, request_digest
+from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
 from distill_datasets.progress import Progress, Purse
+from distill_datasets.schema import Message
 
 T = TypeVar("T")
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from math import sqrt
 
 from distill_datasets.generation.pricing import Prices
-from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling
+from distill_datasets.models.sampler import Reply, Sampler, Sampling
+from distill_datasets.schema import Message
 
 # A token of UTF-8 text has about four bytes; from code and rare scripts to English prose it has
 # between two and six, in today's tokenizers of large models.

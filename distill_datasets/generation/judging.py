@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from distill_datasets.models.sampler import Message, Sample, Sampler, Sampling
+from distill_datasets.models.sampler import Sample, Sampler, Sampling
 from distill_datasets.recipes.prompt import render
+from distill_datasets.schema import Message
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from distill_datasets.errors import BudgetReached, PriceError, nearest
 from distill_datasets.generation.cache import Journal
-from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling
+from distill_datasets.models.sampler import Reply, Sampler, Sampling
+from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
     import pyarrow as pa

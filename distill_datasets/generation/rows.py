@@ -11,9 +11,10 @@ from distill_datasets.generation.client import Buyer, Meter
 from distill_datasets.generation.garbage import collect_rarely
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.row_map import RowMap
-from distill_datasets.models.sampler import Message, Reply, Sample, Sampler, Sampling, digest
+from distill_datasets.models.sampler import Reply, Sample, Sampler, Sampling, digest
 from distill_datasets.progress import Progress
 from distill_datasets.recipes.parsing import Parsed, Reader
+from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets import __version__
 from distill_datasets.errors import DistillError, OutputError
+from distill_datasets.files import writable_folder
 from distill_datasets.generation.answers import ROWS_FILE, Tally, finish
 from distill_datasets.generation.batch_api import Patience, buy_in_batches
 from distill_datasets.generation.cache import Journal
@@ -101,21 +102,6 @@ def generate(  # noqa: PLR0913 (whom to ask what, how fast, and where it goes)
     run = _Run(teachers, folder, limit, share, meter, stream)
     limits = Limits(concurrency, requests_per_minute, tokens_per_minute)
     return run.finished() or run.go_on(source if ledger else None, limits, batch)
-
-
-def writable_folder(path: str | Path) -> Path:
-    """The folder, made if need be; raises `OutputError` where nothing can be written."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"Can't write to {str(folder)!r}: {error}. Choose another --out, or free it."
-        ) from error
-    return folder
 
 
 @contextmanager

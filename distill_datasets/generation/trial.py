@@ -16,8 +16,9 @@ from distill_datasets.generation.estimate import Heard, size_of
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.rows import Answering, Asking
 from distill_datasets.generation.teachers import asked_of
-from distill_datasets.models.sampler import Message, Reply, Sampler, Sampling, request_digest
+from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
 from distill_datasets.progress import Progress
+from distill_datasets.schema import Message
 
 
 @dataclass(frozen=True)

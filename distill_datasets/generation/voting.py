@@ -9,15 +9,9 @@ from typing import Any, Protocol, TypeVar
 from distill_datasets.errors import FATAL
 from distill_datasets.generation.judging import Judging
 from distill_datasets.generation.rows import Asking
-from distill_datasets.models.sampler import (
-    Message,
-    Reply,
-    Sample,
-    Sampler,
-    Sampling,
-    request_digest,
-)
+from distill_datasets.models.sampler import Reply, Sample, Sampler, Sampling, request_digest
 from distill_datasets.recipes.prompt import holds
+from distill_datasets.schema import Message
 
 NONE_PARSED = "no sample parsed"
 NO_MAJORITY = "no majority"

@@ -7,7 +7,8 @@ from typing import Protocol
 from uuid import uuid4
 
 from distill_datasets.errors import DistillError
-from distill_datasets.models.sampler import Message, Reply, Sampling
+from distill_datasets.models.sampler import Reply, Sampling
+from distill_datasets.schema import Message
 
 
 @dataclass(frozen=True)

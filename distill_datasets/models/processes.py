@@ -20,8 +20,9 @@ from typing import Any, Self, cast
 
 from distill_datasets.errors import RetryableError, ServiceError, SettingsError
 from distill_datasets.models.pipes import Portable, read, write
-from distill_datasets.models.sampler import Message, Reply, Sampling
+from distill_datasets.models.sampler import Reply, Sampling
 from distill_datasets.models.tinker import TinkerSampler, answered
+from distill_datasets.schema import Message
 
 _CLOSE_SECONDS = 5.0
 _LAST_WORDS = 500

@@ -6,7 +6,7 @@ from itertools import product
 from os.path import commonprefix
 from typing import Any
 
-from distill_datasets.models.sampler import Message
+from distill_datasets.schema import Message
 
 # Rows that are rendered both ways before a frame is trusted.
 _VERIFIED = 8

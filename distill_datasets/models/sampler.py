@@ -6,14 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Literal, Protocol
 
-
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
+from distill_datasets.schema import Message
 
 
 @dataclass(frozen=True, slots=True)

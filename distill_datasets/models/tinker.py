@@ -12,7 +12,8 @@ from distill_datasets.errors import ModelError, RejectedError, RetryableError, S
 from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.models.connection import Connection
 from distill_datasets.models.prompts import Prompts
-from distill_datasets.models.sampler import Logprobs, Message, Reply, Sample, Sampling, Usage
+from distill_datasets.models.sampler import Logprobs, Reply, Sample, Sampling, Usage
+from distill_datasets.schema import Message
 
 
 class TinkerSampler:

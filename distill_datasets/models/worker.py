@@ -12,8 +12,9 @@ from typing import IO, cast
 
 from distill_datasets.models.connection import Connection
 from distill_datasets.models.pipes import Portable, read, write
-from distill_datasets.models.sampler import Message, Sampling
+from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.tinker import TinkerSampler
+from distill_datasets.schema import Message
 
 
 class _Answering:

@@ -14,12 +14,13 @@ from pydantic import Field, ValidationError, model_validator
 from distill_datasets import resources
 from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.hub.references import find_release
-from distill_datasets.models.sampler import Message, Sampling, digest
+from distill_datasets.models.sampler import Sampling, digest
 from distill_datasets.recipes.choices import UNUSED, Teaching
 from distill_datasets.recipes.parsing import Reader
 from distill_datasets.recipes.prompt import check_template, fields_of, render
 from distill_datasets.recipes.recipe_problems import explain
 from distill_datasets.recipes.sections import AnswerFormat, Queries, Split, Synthesis, Teacher
+from distill_datasets.schema import Message
 
 _METRICS = ("accuracy", "macro_f1", "answered", "agreement")
 

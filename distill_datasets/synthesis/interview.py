@@ -15,9 +15,10 @@ from distill_datasets.errors import (
     ServiceError,
 )
 from distill_datasets.generation.client import Buyer
-from distill_datasets.models.sampler import Message, Sampler, Sampling
+from distill_datasets.models.sampler import Sampler, Sampling
 from distill_datasets.recipes.prompt import render
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.schema import Message
 from distill_datasets.synthesis.replies import Form, numbers, texts
 
 T = TypeVar("T")

@@ -7,10 +7,10 @@ from random import Random
 from typing import Any
 
 from distill_datasets.errors import RecipeError
+from distill_datasets.files import writable_folder
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import Buyer, Meter, run_apart
 from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.generation.run import writable_folder
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.progress import Progress
 from distill_datasets.recipes.recipe import Recipe, load_recipe

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError, OutputError
 from distill_datasets.hub.references import Pinned, fetch_dataset, folder_of, is_reference
-from distill_datasets.models.sampler import Message, digest
-from distill_datasets.schema import conversation_reader
+from distill_datasets.models.sampler import digest
+from distill_datasets.schema import Message, conversation_reader
 
 if TYPE_CHECKING:
     import numpy as np

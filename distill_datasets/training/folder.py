@@ -17,6 +17,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from distill_datasets.errors import OutputError
+from distill_datasets.files import one_writer
 from distill_datasets.training.selection import Selection
 from distill_datasets.training.settings import TrainSettings, decisive
 
@@ -75,21 +76,8 @@ class TrainingFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second process out; a killed one leaves no lock behind."""
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.path / ".lock", timeout=0)
-        with self._writing():
-            try:
-                lock.acquire()
-            except Timeout:
-                raise OutputError(
-                    f"Another training writes to {str(self.path)!r}: wait for it, or choose "
-                    "another --out."
-                ) from None
-        try:
+        with one_writer(self.path, "training"):
             yield
-        finally:
-            lock.release()
 
     def require_same(self, wanted: Mapping[str, Any]) -> None:
         """Refuse to continue what was begun otherwise; the message names each difference."""

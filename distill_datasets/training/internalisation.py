@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.evaluation.metrics import Estimate, resamples
+from distill_datasets.statistics import Estimate, resamples
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
-    from distill_datasets.models.sampler import Message
     from distill_datasets.recipes.recipe import Recipe
+    from distill_datasets.schema import Message
 
 _RESAMPLES = 2_000
 _LEAST = 1e-4  # nats a token between base and teacher: servers round log-probabilities

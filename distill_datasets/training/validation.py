@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.models.sampler import Message, Sampling
+from distill_datasets.models.sampler import Sampling
+from distill_datasets.schema import Message
 from distill_datasets.training.batches import bits_per_byte
 from distill_datasets.training.data import Rendered
 from distill_datasets.training.selection import VALIDATION_LOSS

@@ -29,10 +29,11 @@ from distill_datasets import TrainSettings, generate, load_recipe, publish, trai
 from distill_datasets.models import connection
 from distill_datasets.models.connection import Connection, connect
 from distill_datasets.models.likelihood import likelihoods
-from distill_datasets.models.sampler import Message, Sampling
+from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.scoring import Scorer
 from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.schema import Message
 from distill_datasets.training.internalisation import Bounds, internalisation
 from distill_datasets.training.objective_settings import ObjectiveSettings
 

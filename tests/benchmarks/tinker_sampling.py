@@ -21,8 +21,9 @@ from tinker import types
 from distill_datasets import resources
 from distill_datasets.models.connection import Connection
 from distill_datasets.models.processes import ProcessSampler
-from distill_datasets.models.sampler import Message, Sampling
+from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.tinker import TinkerSampler
+from distill_datasets.schema import Message
 from tests.support import tinker_endpoint
 
 RULES = "\n".join(

@@ -11,7 +11,8 @@ import yaml
 
 from distill_datasets.errors import ModelError
 from distill_datasets.generation.run import Generated, generate
-from distill_datasets.models.sampler import Message, Reply, Sample, Sampling, Usage
+from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
+from distill_datasets.schema import Message
 
 QUERIES = {"rose": "red", "sky": "blue", "sea": "blue", "plum": None}
 Speech = Callable[[str, int], str]

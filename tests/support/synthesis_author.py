@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from distill_datasets.models.sampler import Message, Reply, Sample, Sampling, Usage, digest
+from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage, digest
+from distill_datasets.schema import Message
 
 TOPICS = ["flowers", "weather", "cars", "clothes", "food"]
 RULES = [

@@ -18,7 +18,8 @@ from distill_datasets.errors import (
 from distill_datasets.models.batches import BatchState
 from distill_datasets.models.openai.errors import explain, read_refusal
 from distill_datasets.models.openai.wire import bad_answer, parse, read_reply
-from distill_datasets.models.sampler import Message, Reply, Sampling
+from distill_datasets.models.sampler import Reply, Sampling
+from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
     from distill_datasets.models.openai.client import OpenAISampler

@@ -32,7 +32,8 @@ from distill_datasets.models.openai.errors import (
 )
 from distill_datasets.models.openai.stream import read_stream
 from distill_datasets.models.openai.wire import parse, read_reply, write_body
-from distill_datasets.models.sampler import Message, Reply, Sampling
+from distill_datasets.models.sampler import Reply, Sampling
+from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
     from distill_datasets.models.openai.batches import OpenAIBatches

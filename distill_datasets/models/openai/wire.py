@@ -7,7 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 from distill_datasets.errors import ModelError, RejectedError, RetryableError, ServiceError
-from distill_datasets.models.sampler import Logprobs, Message, Reply, Sample, Sampling, Usage
+from distill_datasets.models.sampler import Logprobs, Reply, Sample, Sampling, Usage
+from distill_datasets.schema import Message
 
 OURS = frozenset({"messages", "model", "n", "stream", "stream_options"})
 _TOKEN_ID = re.compile(r"token_id:(\d+)")

@@ -8,7 +8,8 @@ from distill_datasets.embedded.process import Server, launch
 from distill_datasets.errors import AccessError, ModelError, ServiceError
 from distill_datasets.models.connection import connect
 from distill_datasets.models.references import open_sampler
-from distill_datasets.models.sampler import Message, Sampling
+from distill_datasets.models.sampler import Sampling
+from distill_datasets.schema import Message
 from tests.support.tiny_model import make_tiny_model
 
 QUESTION: list[Message] = [{"role": "user", "content": "What language is this?"}]

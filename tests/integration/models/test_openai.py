@@ -22,15 +22,8 @@ from distill_datasets.generation.run import generate
 from distill_datasets.models.openai.client import OpenAISampler
 from distill_datasets.models.openai.errors import read_allowance, read_retry_after
 from distill_datasets.models.references import open_sampler
-from distill_datasets.models.sampler import (
-    Allowance,
-    Logprobs,
-    Message,
-    Reply,
-    Sampler,
-    Sampling,
-    Usage,
-)
+from distill_datasets.models.sampler import Allowance, Logprobs, Reply, Sampler, Sampling, Usage
+from distill_datasets.schema import Message
 from tests.support.openai_server import Answer, Fault, OpenAIServer, serving
 
 ASKED: list[Message] = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": ""}]

@@ -14,8 +14,9 @@ from distill_datasets import resources
 from distill_datasets.errors import RejectedError, RetryableError, ServiceError, SettingsError
 from distill_datasets.models.connection import Connection
 from distill_datasets.models.processes import ProcessSampler
-from distill_datasets.models.sampler import Message, Reply, Sampling
+from distill_datasets.models.sampler import Reply, Sampling
 from distill_datasets.models.tinker import TinkerSampler
+from distill_datasets.schema import Message
 from tests.support import tinker_endpoint
 
 ROOT = Path(__file__).parents[3]

@@ -27,8 +27,9 @@ from distill_datasets.models import references as samplers
 from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.models.connection import Connection
 from distill_datasets.models.prompts import Prompts
-from distill_datasets.models.sampler import Logprobs, Message, Reply, Sampling
+from distill_datasets.models.sampler import Logprobs, Reply, Sampling
 from distill_datasets.models.tinker import TinkerSampler, classified
+from distill_datasets.schema import Message
 from tests.support import tinker_endpoint
 
 RENDERERS = ["qwen3_instruct", "qwen3", "role_colon", "distill_datasets/chat_template"]

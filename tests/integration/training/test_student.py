@@ -9,7 +9,8 @@ from tinker.types import RequestErrorCategory
 
 from distill_datasets.errors import ModelError, OutputError
 from distill_datasets.models.connection import Connection, connect
-from distill_datasets.models.sampler import Message, Sampling
+from distill_datasets.models.sampler import Sampling
+from distill_datasets.schema import Message
 from distill_datasets.training.batches import Example, Update, datums, supervised_batch
 from distill_datasets.training.student import Adapted, PendingStep, Student, _explained
 

@@ -317,7 +317,7 @@ def test_a_folder_that_can_not_be_written_is_refused(
 def test_two_trainings_never_share_a_folder(dataset: Path, model: str, tmp_path: Path) -> None:
     with (
         TrainingFolder(tmp_path / "out").locked(),
-        pytest.raises(OutputError, match="Another training"),
+        pytest.raises(OutputError, match="Another process"),
     ):
         train(dataset, student=model, out=tmp_path / "out")
 

@@ -6,7 +6,8 @@ import pytest
 from sklearn.metrics import f1_score
 
 from distill_datasets.errors import DatasetError, RecipeError
-from distill_datasets.evaluation.metrics import Estimate, estimate, load_metric, resamples
+from distill_datasets.evaluation.metrics import estimate, load_metric
+from distill_datasets.statistics import Estimate, resamples
 
 EXPECTED = ["a", "a", "a", "a", "b", "b", "b", "b"]
 FOUND = ["a", "a", "a", "b", "b", "b", "b", None]
@@ -123,7 +124,7 @@ def test_the_same_rows_give_the_same_interval_again() -> None:
 def test_weights_in_several_chunks_still_draw_as_many_groups_as_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("distill_datasets.evaluation.metrics._CELLS", 20)
+    monkeypatch.setattr("distill_datasets.statistics._CELLS", 20)
     chunks = list(resamples(["a", "b", "c", "d"], 12))
     assert [len(chunk) for chunk in chunks] == [5, 5, 2]
     assert all((chunk.sum(axis=1) == 4).all() for chunk in chunks)

@@ -11,8 +11,9 @@ from distill_datasets.errors import DatasetError, GenerationError, ModelError
 from distill_datasets.evaluation.latency import uncacheable
 from distill_datasets.evaluation.report import Report, measure
 from distill_datasets.generation.run import generate
-from distill_datasets.models.sampler import Message, Reply, Sample, Sampling, Usage
+from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
 from distill_datasets.releases.release import publish
+from distill_datasets.schema import Message
 
 TEST = {  # query: what is right, what the teacher says, and the student
     "rose": ("red", "red", "red"),

@@ -9,15 +9,8 @@ import pytest
 
 from distill_datasets.errors import OutputError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.models.sampler import (
-    Message,
-    Reply,
-    Sample,
-    Sampling,
-    Usage,
-    digest,
-    request_digest,
-)
+from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage, digest, request_digest
+from distill_datasets.schema import Message
 
 REPLY = Reply((Sample('réponse "x"\n', "stop", 3),), Usage(7, 2))
 

@@ -19,8 +19,9 @@ from distill_datasets.generation import client as buying
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import Buyer, run_apart
 from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.models.sampler import Message, Reply, Sample, Sampler, Sampling, Usage
+from distill_datasets.models.sampler import Reply, Sample, Sampler, Sampling, Usage
 from distill_datasets.progress import Progress
+from distill_datasets.schema import Message
 
 SAMPLING = Sampling()
 

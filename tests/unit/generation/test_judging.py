@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from distill_datasets.generation.judging import Judging
-from distill_datasets.models.sampler import Message, Reply, Sample, Sampling, Usage
+from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
 from distill_datasets.recipes.sections import Judge
+from distill_datasets.schema import Message
 from tests.support.panels import RED, Model, Models, columns, judged, run, scores
 
 

@@ -10,8 +10,9 @@ from distill_datasets.errors import BudgetReached, PriceError
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.pricing import Meter, Price, Prices, open_meter
 from distill_datasets.generation.run import Generated, generate
-from distill_datasets.models.sampler import Echo, Message, Reply, Sample, Sampling, Usage
+from distill_datasets.models.sampler import Echo, Reply, Sample, Sampling, Usage
 from distill_datasets.releases.release import publish
+from distill_datasets.schema import Message
 from tests.conftest import edit
 
 ASKED = Sampling(max_tokens=8_000)

@@ -9,9 +9,10 @@ from pyarrow.parquet import read_table, write_table
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.run import generate
-from distill_datasets.models.sampler import Echo, Message, Reply, Sample, Sampling, Usage
+from distill_datasets.models.sampler import Echo, Reply, Sample, Sampling, Usage
 from distill_datasets.releases.diff import Difference, diff
 from distill_datasets.releases.release import publish
+from distill_datasets.schema import Message
 from tests.conftest import edit
 
 LABELS = "answer: {pattern: 'colour (?P<answer>\\w+)', choices: [red, blue]}\n"

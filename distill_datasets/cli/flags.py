@@ -1,0 +1,76 @@
+"""Command-line flags out of settings: one flag a field, with its help, default and choices."""
+
+import argparse
+from collections.abc import Collection, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from distill_datasets.settings import Setting, described
+
+T = TypeVar("T")
+
+METAVARS = {int: "N", float: "X", Path: "PATH"}
+
+
+def add_settings(
+    parser: argparse.ArgumentParser,
+    settings: type,
+    *,
+    several: Collection[str] = (),
+    skip: Collection[str] = (),
+) -> None:
+    """A flag for each field that has one, in the groups that the fields name.
+
+    The fields named by `several` take more than one value, for a grid; those in `skip` get none.
+    What isn't given stays out of the namespace's way as None, so that `read_settings` leaves it to
+    the class.
+    """
+    groups: dict[str, Any] = {"": parser}
+    for name, known, kind, choices, default in _flagged(settings):
+        if name in skip:
+            continue
+        if known.group not in groups:
+            groups[known.group] = parser.add_argument_group(known.group)
+        takes: dict[str, Any] = {"dest": name, "help": _help(known, default), "default": None}
+        if kind is bool:
+            takes |= {"action": "store_const", "const": not default}
+        elif choices:
+            takes["choices"] = choices
+        else:
+            takes |= {"type": kind, "metavar": METAVARS.get(kind, "NAME")}
+        if name in several:
+            takes["nargs"] = "+"
+        groups[known.group].add_argument(flag_of(name, known, default), **takes)
+
+
+def read_settings(options: argparse.Namespace, settings: type[T], **others: Any) -> T:
+    """The settings that were given, and `others`; the class's defaults stand for the rest."""
+    given = {
+        name: getattr(options, name)
+        for name, *_ in _flagged(settings)
+        if getattr(options, name, None) is not None
+    }
+    return settings(**{**given, **others})
+
+
+def flag_of(name: str, known: Setting, default: Any) -> str:
+    """A field's flag: `--no-x` turns off what is on by default."""
+    word = known.flag or name.replace("_", "-")
+    return f"--no-{word}" if default is True else f"--{word}"
+
+
+def _help(known: Setting, default: Any) -> str:
+    if isinstance(default, bool):
+        return known.help
+    if default is None:
+        return f"{known.help} (default: {known.unset})" if known.unset else known.help
+    return f"{known.help} (default: {default})"
+
+
+def _flagged(settings: type) -> Iterator[tuple[str, Setting, type, tuple[Any, ...], Any]]:
+    order = [one.name for one in fields(settings)]
+    found = described(settings)
+    for name in sorted(found, key=order.index):
+        if found[name][0].flag is not False:
+            yield name, *found[name]
