@@ -40,7 +40,7 @@ def run(hub: Hub, *arguments: str) -> str:
 def push(hub: Hub, *arguments: str) -> None:
     """Push, and count the requests besides those that carry files."""
     hub.forget()
-    run(hub, "publish", *arguments)
+    run(hub, *arguments)
     calls = [seen for seen in hub.log() if "/lfs/" not in seen.path and seen.name == "127.0.0.1"]
     print(f"  {len(calls)} API calls besides uploads\n")
 
@@ -65,12 +65,12 @@ def main() -> None:
         hub = Hub(folder)
         run(hub, "new", "languages")
         run(hub, "generate", "languages", "--out", "run")
-        push(hub, "run", "--push-to-hub", REPO)
+        push(hub, "publish", "run", "--push-to-hub", REPO)
         card = hub.files(REPO)["README.md"]
         hub.change(REPO, {"README.md": card + NOTE.encode()})
         add_queries(folder / "languages")
         run(hub, "generate", "languages", "--out", "run")
-        push(hub, "run", "--push-to-hub", REPO)
+        push(hub, "publish", "run", "--push-to-hub", REPO)
         assert NOTE.strip().encode() in hub.files(REPO)["README.md"], "the note was lost"
         print(hub.run(LOAD).stdout)
         run(hub, "diff", f"{REPO}@v1.0.0", f"{REPO}@v1.1.0")
@@ -78,7 +78,7 @@ def main() -> None:
         print(f"  {bought(folder / 'again/journal.sqlite')} answers bought\n")
         run(hub, "train", f"{REPO}@v1.1.0", "--student", "pocket", "--out", "run/train")
         run(hub, "measure", "run", "--dataset", f"{REPO}@v1.1.0", "--split", "test")
-        push(hub, "run/train", "--push-to-hub", STUDENT)
+        push(hub, "push", "run/train", STUDENT)
         print(STUDENT, *sorted(hub.files(STUDENT, kind="models")))
         astray = [seen for seen in hub.log() if seen.elsewhere or seen.leak]
         print(f"requests to other hosts, or with a token to one: {len(astray)}")

@@ -1,7 +1,8 @@
 """Command-line flags out of settings: one flag a field, with its help, default and choices."""
 
 import argparse
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from distill_datasets.settings import Setting, described
 
 T = TypeVar("T")
 
-METAVARS = {int: "N", float: "X", Path: "PATH"}
+METAVARS: Mapping[Any, str] = {int: "N", float: "X", Path: "PATH"}
 
 
 def add_settings(
@@ -58,6 +59,24 @@ def flag_of(name: str, known: Setting, default: Any) -> str:
     """A field's flag: `--no-x` turns off what is on by default."""
     word = known.flag or name.replace("_", "-")
     return f"--no-{word}" if default is True else f"--{word}"
+
+
+def count(text: str) -> int:
+    """What a flag takes that counts something: a whole number from 1."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1; found {text!r}")
+    return int(text)
+
+
+def amount(text: str) -> float:
+    """What a flag takes that measures something: a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0; found {text!r}")
+    return number
 
 
 def _help(known: Setting, default: Any) -> str:

@@ -1,26 +1,58 @@
-"""The command line: verbs, and errors as one sentence. No traceback reaches a user unasked."""
+"""The command line: its verbs, its help, and errors as one sentence with an exit code."""
 
 import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from distill_datasets.cli import dataset_verbs, student_arguments, student_verbs
-from distill_datasets.cli.arguments import build_parser
+from distill_datasets import __version__
+from distill_datasets.cli import dataset, recipe, student
+from distill_datasets.cli.flags import METAVARS
 from distill_datasets.errors import DistillError
-from distill_datasets.generation.garbage import collect_rarely
+
+_EPILOG = """\
+model references:
+  pocket                               the small model that ships with this package
+  embedded:<folder or Hub id>          any causal LM with a chat template, on this machine
+  openai:<model>                       OpenAI-compatible (OPENAI_API_KEY, OPENAI_BASE_URL)
+  tinker:<base model>                  a base model on Tinker (TINKER_API_KEY, TINKER_BASE_URL)
+  tinker://<run>/sampler_weights/<n>   a trained checkpoint on Tinker
+  a training folder                    its best checkpoint
+
+exit codes:
+  0    done
+  1    a service, the Hub or rows failed, or the budget is spent: what was paid for is kept
+  2    the input is wrong: the message says what was expected, what was found, and what to do
+  75   a provider's batches take their time: run the same command again later
+  130  interrupted: run the same command to continue
+
+examples:
+  distill-datasets run language_id --teacher pocket --student pocket --out runs/demo
+  distill-datasets help train
+"""
+
+
+@dataclass(frozen=True)
+class _Verb:
+    """A verb's meaning, its work, the functions that add its flags, and two examples."""
+
+    meaning: str
+    work: Callable[[argparse.Namespace], None]
+    flags: tuple[Callable[[argparse.ArgumentParser], None], ...]
+    examples: tuple[str, str]
+    usage: str | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 when it is done, 1 when a service failed, 2 when the input is wrong."""
-    options = build_parser(_VERBS).parse_args(arguments)
-    _quieten()
+    """Run one verb; the exit codes are those that `--help` lists."""
+    options = build_parser().parse_args(arguments)
+    _quieten_libraries()
     _choose_progress(options)
     try:
-        with collect_rarely():
-            options.verb(options)
+        options.work(options)
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -39,7 +71,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _quieten() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs with their flags; a verb's function is in the namespace as `work`."""
+    parser = argparse.ArgumentParser(
+        prog="distill-datasets",
+        description="Turn a long prompt into a dataset, and the dataset into a model without it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"distill-datasets {__version__}")
+    added = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name, verb in _VERBS.items():
+        taking = added.add_parser(
+            name,
+            help=verb.meaning,
+            description=f"{verb.meaning[0].upper()}{verb.meaning[1:]}.",
+            usage=f"distill-datasets {name} {verb.usage}" if verb.usage else None,
+            epilog="examples:\n" + "\n".join(f"  distill-datasets {one}" for one in verb.examples),
+            formatter_class=_HelpFormatter,
+        )
+        for add in verb.flags:
+            add(taking)
+        taking.set_defaults(work=verb.work)
+    asked = added.add_parser("help", help="show the flags of a verb")
+    asked.add_argument("topic", nargs="?", metavar="VERB", choices=list(_VERBS), help="any verb")
+    asked.set_defaults(work=lambda options: _help(parser, options.topic))
+    return parser
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Says of what kind a flag's value is, where argparse would repeat the flag's name."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return next((shown for kind, shown in METAVARS.items() if action.type is kind), "NAME")
+
+
+def _help(parser: argparse.ArgumentParser, verb: str | None) -> None:
+    parser.parse_args([verb, "--help"] if verb else ["--help"])
+
+
+def _quieten_libraries() -> None:
     """Libraries' own progress bars and start-up notes would break our one line."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -55,24 +126,40 @@ def _choose_progress(options: argparse.Namespace) -> None:
     use("json" if getattr(options, "progress", None) == "json" else "line")
 
 
+def _add_progress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--progress",
+        choices=("line", "json"),
+        default="line",
+        help="how progress is shown: a line for people, or a line of JSON a second on standard "
+        "error (default: line)",
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--version",
+        metavar="X.Y.Z",
+        help="the release's version (default: the next, by what changed)",
+    )
+
+
 def _run(options: argparse.Namespace) -> None:
     from distill_datasets.files import writable_folder
     from distill_datasets.models.connection import connect
     from distill_datasets.recipes.recipe import load_recipe
 
     load_recipe(options.recipe)
-    student_arguments.settings_of(options)  # before anything is paid for
+    student.settings_of(options)  # before anything is paid for
     out = writable_folder(options.out)
     # The student's server keeps its checkpoints with the run, and answers for the teacher too.
     connect(options.student, store=out / "train" / "checkpoints")
-    dataset_verbs.report_answers(dataset_verbs.ask_teachers(options))
-    dataset_verbs.make_release(out, version=options.version, ledger=options.ledger)
+    dataset.report_answers(dataset.ask_teachers(options))
+    dataset.make_release(out, version=options.version, ledger=options.ledger)
     options.dataset = out / "release"
     options.out = out / "train"
-    student_verbs.train(options)
-    student_verbs.measure(
-        argparse.Namespace(run=out, dataset=None, student=None, out=None, split=None)
-    )
+    student.train(options)
+    student.measure(argparse.Namespace(run=out, dataset=None, student=None, out=None, split=None))
     _list_files(out)
 
 
@@ -91,48 +178,105 @@ def _list_files(out: Path) -> None:
             print(f"  {out / name}")
 
 
-def _recipes(options: argparse.Namespace) -> None:
-    from distill_datasets.recipes.recipe import shipped_recipes
-
-    for recipe in shipped_recipes():
-        print(f"{recipe.name:<24}{recipe.description}")
-
-
-def _new(options: argparse.Namespace) -> None:
-    from distill_datasets.recipes.scaffold import new_recipe
-
-    folder = new_recipe(options.name, options.folder)
-    print(f"made {folder}/: edit prompt.md, queries.jsonl and recipe.yaml, then")
-    print(f"  distill-datasets run {folder} --out runs/{folder.name}")
-
-
-def _serve(options: argparse.Namespace) -> None:
-    from distill_datasets.errors import ServiceError
-    from distill_datasets.models.connection import serve
-
-    try:
-        serve(options.model, host=options.host, port=options.port, store=options.store)
-    except DistillError:
-        raise
-    except OSError as error:
-        raise ServiceError(
-            f"Can't serve at {options.host}:{options.port}: {error}. Choose another --host or "
-            "--port."
-        ) from error
-
-
 _VERBS = {
-    "run": _run,
-    "generate": dataset_verbs.generate,
-    "synthesize": dataset_verbs.synthesize,
-    "publish": dataset_verbs.publish,
-    "train": student_verbs.train,
-    "sweep": student_verbs.sweep,
-    "measure": student_verbs.measure,
-    "diff": dataset_verbs.diff,
-    "recipes": _recipes,
-    "new": _new,
-    "serve": _serve,
+    "run": _Verb(
+        "generate, publish, train and measure, in one go",
+        _run,
+        (dataset.add_generate, student.add_settings, _add_run, _add_progress),
+        (
+            "run language_id --teacher pocket --student pocket --out runs/demo",
+            "run support --teacher openai:gpt-5 --student tinker:Qwen/Qwen3-8B --out runs/support",
+        ),
+        usage="recipe --out PATH [flags]",
+    ),
+    "generate": _Verb(
+        "ask the teachers every query, once",
+        dataset.generate,
+        (dataset.add_generate, dataset.add_generation_only, _add_progress),
+        (
+            "generate support --out runs/support --prices prices.yaml --budget 5.00",
+            "generate support --out runs/support --dry-run --sample 5",
+        ),
+        usage="recipe --out PATH [flags]",
+    ),
+    "synthesize": _Verb(
+        "let the teacher write queries for a prompt",
+        dataset.synthesize,
+        (dataset.add_synthesize, _add_progress),
+        ("synthesize support --n 2000", "synthesize language_id --n 100 --out mine"),
+        usage="recipe --n N [flags]",
+    ),
+    "publish": _Verb(
+        "make a release of a run, and push it to the Hub",
+        dataset.publish,
+        (dataset.add_publish,),
+        ("publish runs/support", "publish runs/support --push-to-hub me/support"),
+        usage="run [run ...] [flags]",
+    ),
+    "train": _Verb(
+        "train a student on a release or any dataset",
+        student.train,
+        (student.add_train, _add_progress),
+        (
+            "train runs/support/release --student tinker:Qwen/Qwen3-8B --out runs/qwen",
+            "train me/support@v1.1.0 --from runs/qwen --only-new --out runs/qwen-2",
+        ),
+        usage="dataset --out PATH [flags]",
+    ),
+    "sweep": _Verb(
+        "train once for every combination of settings",
+        student.sweep,
+        (student.add_sweep, _add_progress),
+        (
+            "sweep runs/support/release --rank 8 16 32 --out runs/sweep",
+            "sweep me/support@v1.0.0 --learning-rate 1e-4 5e-4 --seed 0 1 --out runs/sweep",
+        ),
+        usage="dataset --out PATH [flags]",
+    ),
+    "measure": _Verb(
+        "compare base, teacher and student on held-out rows",
+        student.measure,
+        (student.add_measure, _add_progress),
+        (
+            "measure runs/support",
+            "measure --dataset me/support@v1.0.0 --student runs/qwen --out runs/report",
+        ),
+        usage="[run] [flags]",
+    ),
+    "push": _Verb(
+        "push a trained student to the Hub, with its card",
+        student.push,
+        (student.add_push,),
+        ("push runs/qwen me/student", "push runs/qwen me/student --public --yes"),
+        usage="training repo [flags]",
+    ),
+    "diff": _Verb(
+        "say what changed between two releases",
+        dataset.diff,
+        (dataset.add_diff,),
+        (
+            "diff runs/support/release runs/support-2/release",
+            "diff me/support@v1.0.0 me/support@v1.1.0 --json",
+        ),
+    ),
+    "recipes": _Verb(
+        "list the recipes that ship",
+        recipe.list_recipes,
+        (),
+        ("recipes", "run language_id --out runs/demo"),
+    ),
+    "new": _Verb(
+        "start a recipe's folder that runs as it is",
+        recipe.new,
+        (recipe.add_new,),
+        ("new support", "new support --folder recipes/support"),
+    ),
+    "serve": _Verb(
+        "serve a local model over Tinker's protocol",
+        student.serve,
+        (student.add_serve,),
+        ("serve", "serve --model embedded:models/smol --port 9000 --store runs/store"),
+    ),
 }
 
 

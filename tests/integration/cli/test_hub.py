@@ -83,9 +83,11 @@ def test_a_release_in_the_hands_of_another_asks_the_teacher_nothing(
         assert database.execute("SELECT total(times_bought) FROM answers").fetchone() == (0,)
 
 
-def test_a_training_needs_a_place_to_go(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_publishing_a_training_names_the_verb_that_pushes_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     from distill_datasets.cli.main import main
 
     (tmp_path / "checkpoints.jsonl").touch()
     assert main(["publish", str(tmp_path)]) == 2
-    assert "--push-to-hub" in capsys.readouterr().err
+    assert f"distill-datasets push {tmp_path}" in capsys.readouterr().err

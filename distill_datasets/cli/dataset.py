@@ -1,4 +1,4 @@
-"""The verbs that make a dataset: generate, synthesize, publish, diff."""
+"""The verbs that make a dataset, with their flags: generate, synthesize, publish, diff."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets.cli.flags import amount, count
 from distill_datasets.errors import DistillError
 
 # What a run in parts on Ray doesn't take, and what stands there when it wasn't asked for.
@@ -161,16 +162,20 @@ def synthesize(options: argparse.Namespace) -> None:
 
 
 def publish(options: argparse.Namespace) -> None:
-    """Make a release of a run, and push it; or push a training's student."""
-    first = options.run[0]
-    if (first / "checkpoints.jsonl").is_file():
-        _push_student(options, first)
-        return
-    runs = first if len(options.run) == 1 else options.run
+    """Make a release of a run, and push it where a repository is named."""
+    from distill_datasets.errors import SettingsError
+
+    for run in options.run:
+        if (run / "checkpoints.jsonl").is_file():
+            raise SettingsError(
+                f"{str(run)!r} is a training, not a run: push its student with "
+                f"`distill-datasets push {run} me/student`."
+            )
+    runs = options.run[0] if len(options.run) == 1 else options.run
     release = make_release(runs, out=options.out, version=options.version, ledger=options.ledger)
     if options.push_to_hub is None:
         return
-    _confirm(options, f"{release.path}")
+    confirm_push(str(release.path), options.push_to_hub, options)
     pushed = release.push_to_hub(
         options.push_to_hub,
         config=options.config,
@@ -194,33 +199,12 @@ def make_release(run: Any, **how: Any) -> "Release":
     return release
 
 
-def _push_student(options: argparse.Namespace, training: Path) -> None:
-    from distill_datasets.errors import RepositoryError
-    from distill_datasets.training.export import push_student
-
-    if options.push_to_hub is None:
-        raise RepositoryError(
-            f"{str(training)!r} is a training: say where its student shall go with "
-            "--push-to-hub me/student."
-        )
-    _confirm(options, f"the student of {training}")
-    pushed = push_student(
-        training,
-        options.push_to_hub,
-        private=options.private,
-        base_model=options.base_model,
-        allow=options.allow,
-    )
-    done = "pushed the student" if pushed.changed else "nothing to push: the student is there"
-    print(f"{done}: {pushed.repo} ({pushed.commit})")
-
-
-def _confirm(options: argparse.Namespace, what: str) -> None:
+def confirm_push(what: str, repo: str, options: argparse.Namespace) -> None:
     """Ask a person before anything leaves the machine; a script has decided already."""
     if options.yes or not sys.stdin.isatty():
         return
     seen = "privately" if options.private else "for everybody"
-    if input(f"Push {what} to {options.push_to_hub}, {seen}? [y/N] ").strip().lower() != "y":
+    if input(f"Push {what} to {repo}, {seen}? [y/N] ").strip().lower() != "y":
         raise KeyboardInterrupt
 
 
@@ -230,3 +214,157 @@ def diff(options: argparse.Namespace) -> None:
 
     found = compare(options.old, options.new, config=options.config)
     print(json.dumps(found.data, indent=2, ensure_ascii=False) if options.json else found.text())
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    """What decides what is asked, of whom, how fast, and for how much."""
+    parser.add_argument(
+        "recipe",
+        help="a shipped recipe's name, a folder, a release, or a Hub dataset as name@revision",
+    )
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="a model reference (default: the recipe's)"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--limit", type=count, metavar="N", help="only the first queries")
+    parser.add_argument(
+        "--no-ledger",
+        dest="ledger",
+        action="store_false",
+        help="buy every answer again, or publish without the raw answers",
+    )
+    add_speed(parser)
+    add_money(parser)
+    parser.add_argument(
+        "--processes",
+        type=count,
+        metavar="N",
+        default=1,
+        help="so many make a Tinker teacher's requests (default: 1)",
+    )
+
+
+def add_speed(parser: argparse.ArgumentParser) -> None:
+    """How fast a teacher may be asked; it is found out within these."""
+    speed = parser.add_argument_group("speed")
+    speed.add_argument(
+        "--concurrency",
+        type=count,
+        default=256,
+        metavar="N",
+        help="most requests in flight (default: 256)",
+    )
+    speed.add_argument("--rpm", type=amount, metavar="N", help="most requests a minute")
+    speed.add_argument("--tpm", type=amount, metavar="N", help="most tokens a minute")
+
+
+def add_money(parser: argparse.ArgumentParser) -> None:
+    """What it costs, and how much it may."""
+    money = parser.add_argument_group("money")
+    money.add_argument("--prices", type=Path, help="a file with a date and prices of models")
+    money.add_argument("--budget", type=float, help="stop cleanly before more is spent")
+
+
+def add_generation_only(parser: argparse.ArgumentParser) -> None:
+    """Other ways to generate than asking for everything, here and now."""
+    ways = parser.add_argument_group("ways")
+    ways.add_argument("--dry-run", action="store_true", help="only say what it would take")
+    ways.add_argument(
+        "--sample",
+        type=count,
+        default=0,
+        metavar="N",
+        help="with --dry-run, ask so many rows for real",
+    )
+    ways.add_argument("--batch", action="store_true", help="by the provider's batches, half price")
+    ways.add_argument(
+        "--no-wait",
+        dest="wait",
+        action="store_false",
+        help="with --batch, don't stay until it ends",
+    )
+    ways.add_argument(
+        "--poll",
+        type=amount,
+        default=60.0,
+        metavar="SECONDS",
+        help="with --batch, between two looks (default: 60)",
+    )
+    ways.add_argument("--shard", metavar="I/N", help="one of N parts, as 3/64; publish joins them")
+    ways.add_argument("--ray", type=count, metavar="N", help="in so many parts, on a Ray cluster")
+    ways.add_argument("--stream", action="store_true", help="journal the time to the first token")
+
+
+def add_synthesize(parser: argparse.ArgumentParser) -> None:
+    """How many queries, and where they go."""
+    parser.add_argument("recipe", help="a recipe's folder, or a shipped one's name with --out")
+    parser.add_argument("--n", type=int, required=True, help="queries; 0 only takes the coverage")
+    parser.add_argument(
+        "--out", type=Path, help="a copy of the recipe (default: the recipe itself)"
+    )
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="a model reference (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the order of the attributes (default: 0)"
+    )
+    add_speed(parser)
+    add_money(parser)
+
+
+def add_publish(parser: argparse.ArgumentParser) -> None:
+    """The flags of `publish`."""
+    parser.add_argument(
+        "run", type=Path, nargs="+", help="a run's folder, or the folders of its parts"
+    )
+    parser.add_argument("--out", type=Path, help="the release folder (default: RUN/release)")
+    parser.add_argument(
+        "--version",
+        metavar="X.Y.Z",
+        help="the release's version (default: the next, by what changed)",
+    )
+    parser.add_argument(
+        "--no-ledger", dest="ledger", action="store_false", help="leave the raw answers out"
+    )
+    hub = parser.add_argument_group("the Hub")
+    hub.add_argument(
+        "--push-to-hub", metavar="REPO", help="push the release to a repository, like me/support"
+    )
+    hub.add_argument(
+        "--config",
+        default="default",
+        help="the configuration's name in the repository (default: default)",
+    )
+    hub.add_argument("--create-pr", action="store_true", help="push as a pull request")
+    add_push_flags(hub)
+
+
+def add_push_flags(parser: Any) -> None:
+    """The flags that everything pushed to the Hub has."""
+    seen = parser.add_mutually_exclusive_group()
+    seen.add_argument(
+        "--private",
+        dest="private",
+        action="store_true",
+        default=True,
+        help="make a new repository private (the default)",
+    )
+    seen.add_argument(
+        "--public", dest="private", action="store_false", help="make a new repository public"
+    )
+    parser.add_argument("--yes", action="store_true", help="don't ask before something is sent")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="let a finding of the scan for secrets pass, by its key in the message; repeatable",
+    )
+
+
+def add_diff(parser: argparse.ArgumentParser) -> None:
+    """Which two releases."""
+    parser.add_argument("old", help="a release: a folder, or a Hub dataset as name@revision")
+    parser.add_argument("new", help="another")
+    parser.add_argument("--config", help="the configuration, where a repository has several")
+    parser.add_argument("--json", action="store_true", help="print it for programs")

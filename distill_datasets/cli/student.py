@@ -1,0 +1,267 @@
+"""The verbs that make a student, with their flags: train, sweep, push, measure."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill_datasets.cli.dataset import add_push_flags, confirm_push
+from distill_datasets.cli.training_arguments import add_training_arguments, read_settings
+from distill_datasets.training.objective_settings import ObjectiveSettings
+from distill_datasets.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from distill_datasets.evaluation.report import Report
+    from distill_datasets.training.trainer import Training
+
+# What a sweep may vary; every other setting is shared.
+SWEPT = ("rank", "learning_rate", "batch_size", "epochs", "warmup_steps", "weight_decay", "seed")
+_OBJECTIVE: dict[str, tuple[Any, str]] = {
+    "teacher": (str, "the model that scores (default: the release's teacher)"),
+    "top_k": (int, "likely tokens in each place (default: 20; 0: the sampled one)"),
+    "temperature": (float, "softens the teacher (default: 1)"),
+    "alpha": (float, "the share of the hard labels (default: 0)"),
+    "labels": (("auto", "choices", "stored", "scored"), "where soft labels come from"),
+    "kl": (("reverse", "forward"), "on policy (default: reverse)"),
+    "samples": (int, "a query, on policy (default: 1)"),
+    "max_tokens": (int, "of a sample, on policy (default: the recipe's)"),
+    "stale": (int, "steps that the sampling weights may be old: 0 or 1 (default: 1)"),
+}
+_FLAGS = {"teacher": "scorer"}  # `run` has a --teacher of another kind
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    """A dataset, where its student goes, and what it starts from."""
+    _add_dataset(parser)
+    parser.add_argument(
+        "--resume", metavar="PATH", help="a server's state, tinker://<run>/weights/<name>"
+    )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="STUDENT",
+        help="start with a student's weights: a training folder, or tinker://<run>/weights/<name>",
+    )
+    parser.add_argument(
+        "--only-new", action="store_true", help="with --from, only rows that it has not seen"
+    )
+    parser.add_argument("--prices", type=Path, help="a file with a date and prices of models")
+    add_settings(parser)
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    """The grid; every other setting is shared."""
+    _add_dataset(parser)
+    add_settings(parser, several=SWEPT)
+
+
+def add_measure(parser: argparse.ArgumentParser) -> None:
+    """Which student, on what."""
+    parser.add_argument("run", type=Path, nargs="?", help="a run's folder, in place of the flags")
+    parser.add_argument(
+        "--dataset", help="the release, or a Hub dataset as name@revision (default: RUN/release)"
+    )
+    parser.add_argument("--student", help="a training folder (default: RUN/train) or a reference")
+    parser.add_argument("--out", type=Path, help="where the report goes (default: RUN)")
+    parser.add_argument("--split", help="the held-out split (default: test, and any other)")
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", help="a folder, or a Hub dataset as name@revision")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for what it makes")
+
+
+def add_settings(parser: argparse.ArgumentParser, *, several: tuple[str, ...] = ()) -> None:
+    """The student and every training setting; `several` of them take more than one value."""
+    parser.add_argument(
+        "--student", default="pocket", metavar="MODEL", help="a model reference (default: pocket)"
+    )
+    objective = parser.add_argument_group("objective")
+    objective.add_argument(
+        "--objective",
+        choices=("sft", "soft", "on_policy"),
+        help="learn responses, the teacher's probabilities, or its corrections (default: sft)",
+    )
+    for name, (kind, text) in _OBJECTIVE.items():
+        flag = f"--{_FLAGS.get(name, name).replace('_', '-')}"
+        takes: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        objective.add_argument(flag, dest=f"objective_{name}", help=text, **takes)
+    add_training_arguments(parser, several=several)
+
+
+def settings_of(options: argparse.Namespace) -> TrainSettings:
+    """The settings that were given, and the defaults of the others."""
+    given = {name: getattr(options, f"objective_{name}") for name in _OBJECTIVE}
+    given["name"] = options.objective
+    objective = ObjectiveSettings(**{key: one for key, one in given.items() if one is not None})
+    settings = read_settings(options, objective)
+    price = settings.price_per_million
+    return replace(settings, price_per_million=_train_price(options) if price is None else price)
+
+
+def _train_price(options: argparse.Namespace) -> float | None:
+    """Of the student, by the price file; training on this machine may have none."""
+    from distill_datasets.errors import PriceError
+    from distill_datasets.generation.pricing import Prices
+
+    if getattr(options, "prices", None) is None:
+        return None
+    prices, student = Prices.load(options.prices), options.student
+    if student not in prices.models and not student.startswith("tinker:"):
+        return None
+    price = prices.of(student).train
+    if price is None:
+        raise PriceError(
+            f"{str(options.prices)!r} doesn't say what training {student!r} costs: add `train:` "
+            "to its prices, for a million tokens, or give --price-per-million."
+        )
+    return price
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train a student on a dataset."""
+    from distill_datasets.training.trainer import train as learn
+
+    trained = learn(
+        options.dataset,
+        student=options.student,
+        out=options.out,
+        settings=settings_of(options),
+        resume=getattr(options, "resume", None),
+        start=getattr(options, "start", None),
+        only_new=getattr(options, "only_new", False),
+    )
+    _say(trained)
+
+
+def _say(trained: "Training") -> None:
+    print(
+        f"trained {trained.steps} steps on {trained.rows} rows, loss {trained.final_loss:.4f}: "
+        f"{trained.why}\n  {trained.verdict} ({trained.path})"
+    )
+
+
+def sweep(options: argparse.Namespace) -> None:
+    """Train once for every combination of the values given."""
+    from distill_datasets.errors import SettingsError
+    from distill_datasets.training.sweeps import sweep as try_all
+
+    grid = {name: values for name in SWEPT if (values := getattr(options, name)) is not None}
+    if not grid:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in SWEPT)
+        raise SettingsError(
+            f"A sweep needs values to try: expected one or more of {flags} with several values, "
+            "for example --rank 8 16 32; found none."
+        )
+    shared = argparse.Namespace(**{**vars(options), **dict.fromkeys(SWEPT)})
+    made = try_all(
+        options.dataset,
+        student=options.student,
+        out=options.out,
+        grid=grid,
+        settings=settings_of(shared),
+    )
+    print(f"{made.table()}\nbest: {made.path / made.best.folder}; plots: {made.path / 'sweep.png'}")
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Compare base, teacher and student on rows that nobody trained on."""
+    from distill_datasets.errors import SettingsError
+    from distill_datasets.evaluation.report import measure as compare
+
+    given = (options.dataset, options.student, options.out)
+    if options.run is None and None in given:
+        raise SettingsError(
+            "measure needs a run's folder, or all of --dataset, --student and --out; found "
+            f"{sum(one is not None for one in given)} of the three."
+        )
+    run = options.run or Path()
+    dataset = options.dataset or run / "release"
+    student = options.student or run / "train"
+    out = options.out or run
+    for split in [options.split] if options.split else _held_out(dataset):
+        report = compare(dataset, student=student, out=out, split=split)
+        _show(report, split)
+
+
+def _held_out(dataset: str | Path) -> list[str]:
+    """Everything that was kept out of training, the test split last, where it is read first."""
+    from distill_datasets.evaluation.heldout import splits_of
+
+    return sorted(set(splits_of(dataset)) - {"train", "validation", "test"}) + ["test"]
+
+
+def _show(report: "Report", split: str) -> None:
+    print(f"\n{split}:\n{report.table()}")
+
+
+def add_push(parser: argparse.ArgumentParser) -> None:
+    """The flags of `push`."""
+    parser.add_argument("training", type=Path, help="a training's folder")
+    parser.add_argument("repo", help="a model repository on the Hub, like me/student")
+    parser.add_argument(
+        "--base-model",
+        metavar="MODEL",
+        help="the base model's name on the Hub, or base/ to push the base along "
+        "(default: the name that the training knows)",
+    )
+    add_push_flags(parser)
+
+
+def push(options: argparse.Namespace) -> None:
+    """Push a training's student as a PEFT adapter with its card."""
+    from distill_datasets.training.export import push_student
+
+    confirm_push(f"the student of {options.training}", options.repo, options)
+    pushed = push_student(
+        options.training,
+        options.repo,
+        private=options.private,
+        base_model=options.base_model,
+        allow=options.allow,
+    )
+    done = "pushed the student" if pushed.changed else "nothing to push: the student is there"
+    print(f"{done}: {pushed.repo} ({pushed.commit})")
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and int(text) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535; found {text!r}")
+    return int(text)
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    """The flags of `serve`."""
+    parser.add_argument(
+        "--model",
+        default="pocket",
+        metavar="MODEL",
+        help="a local model: pocket or embedded:<folder> (default: pocket)",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen at (default: 127.0.0.1)"
+    )
+    parser.add_argument(
+        "--port", type=_port, default=8000, metavar="N", help="the port (default: 8000)"
+    )
+    parser.add_argument(
+        "--store",
+        type=Path,
+        help="the folder of the checkpoints (default: one that ends with the server)",
+    )
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve a local model until Ctrl-C."""
+    from distill_datasets.errors import DistillError, ServiceError
+    from distill_datasets.models.connection import serve as serve_model
+
+    try:
+        serve_model(options.model, host=options.host, port=options.port, store=options.store)
+    except DistillError:
+        raise
+    except OSError as error:
+        raise ServiceError(
+            f"Can't serve at {options.host}:{options.port}: {error}. Choose another --host or "
+            "--port."
+        ) from error
