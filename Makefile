@@ -1,10 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo unit test check latest format clean
 
 demo: .venv/installed
 	$(BIN)/distill-datasets run language_id --teacher pocket --student pocket --out runs/demo
+
+unit: .venv/developing
+	$(BIN)/python -m pytest tests/unit
 
 test: .venv/developing
 	$(BIN)/python -m pytest
@@ -15,6 +18,10 @@ check: .venv/developing
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m ""
 
+# The newest release of everything that pyproject.toml admits, in an environment of its own.
+latest: .venv-latest/developing
+	.venv-latest/bin/python -m pytest tests/unit
+
 format: .venv/developing
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -22,6 +29,7 @@ format: .venv/developing
 # torch is named with its version on the command line so that pip takes the build that the
 # constraints pin, and never the newest one with its GPU libraries.
 .venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("distill-datasets needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch --editable .
 	touch $@
@@ -30,5 +38,10 @@ format: .venv/developing
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+.venv-latest/developing: pyproject.toml
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --quiet '$(shell grep ^torch== constraints.txt)' --editable '.[dev]'
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-latest runs

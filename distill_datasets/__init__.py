@@ -1,7 +1,13 @@
 """Prompt distillation: a long prompt becomes a dataset, the dataset a model without the prompt."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+if sys.version_info < (3, 11):  # noqa: UP036 (a clone on the path needs no installer)
+    raise ImportError(
+        f"distill-datasets needs Python 3.11 or newer; found {sys.version.split()[0]}"
+    )
 
 if TYPE_CHECKING:
     from distill_datasets.errors import DistillError as DistillError
