@@ -10,7 +10,6 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.hub.references import find_release
 from distill_datasets.models.sampler import Reply, Sampling, request_digest
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.parquet import Shards, Size
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,7 +21,7 @@ _ROWS_PER_BATCH = 1_000
 
 
 @dataclass(frozen=True)
-class Source:
+class JournaledRows:
     """Answer rows, and the journal that holds what they were read from."""
 
     rows: "Dataset"
@@ -39,26 +38,8 @@ def ledger_features() -> "Features":
     return Features({name: Value("string") for name in _COLUMNS})
 
 
-def write_ledger(
-    folder: Path, sources: Iterable[Source], recipe: Recipe, generation: Mapping[str, Any]
-) -> dict[str, Size]:
-    """Write what each source's journal holds of its rows to `folder/ledger`, in their order.
-
-    `generation` says who was asked. Returns the size by the part's name, or nothing where the
-    journals have none of the answers.
-    """
-    entries = raw_answers(sources, recipe, generation)
-    if (first := next(entries, None)) is None:
-        return {}
-    shards = Shards(folder / LEDGER, LEDGER, ledger_features().arrow_schema)
-    shards.add(first)
-    for more in entries:
-        shards.add(more)
-    return {LEDGER: shards.close()}
-
-
 def raw_answers(
-    sources: Iterable[Source], recipe: Recipe, generation: Mapping[str, Any]
+    sources: Iterable[JournaledRows], recipe: Recipe, generation: Mapping[str, Any]
 ) -> Iterator["pa.Table"]:
     """What the sources' journals hold of their rows, each answer once; see `ledger_features`."""
     seen: set[bytes] = set()

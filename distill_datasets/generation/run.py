@@ -19,7 +19,7 @@ from distill_datasets.files import writable_folder
 from distill_datasets.generation.answers import ROWS_FILE, Tally, finish
 from distill_datasets.generation.batch_api import Patience, buy_in_batches
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.ledger import Source, raw_answers, replay
+from distill_datasets.generation.ledger import JournaledRows, raw_answers, replay
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.rows import ask
@@ -195,8 +195,8 @@ class _Run:
         first = _quantiles(journal.first_tokens()) if self.stream else None
         summary = {**self._summary(tally), "first_token": first}
         if self.meter is not None:
-            source = Source(rows, self.journal)
-            answers = raw_answers([source], self.teachers.recipe, summary)
+            answered = [JournaledRows(rows, self.journal)]
+            answers = raw_answers(answered, self.teachers.recipe, summary)
             summary["cost"] = self.meter.statement(answers, journal)
         folder, building = self.folder / "answers", self.folder / _BUILDING
         finish(rows, building)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError, OutputError, VersionError
 from distill_datasets.files import recover, replacing
-from distill_datasets.generation.ledger import LEDGER, ledger_features, write_ledger
+from distill_datasets.generation.ledger import LEDGER, ledger_features, raw_answers
 from distill_datasets.releases.cards import card_metadata, dataset_card
 from distill_datasets.releases.contents import REJECTED, answered_contents, fingerprints_of
 from distill_datasets.releases.fingerprints import FINGERPRINTS, RowChanges
@@ -200,13 +200,23 @@ def _write_rows(
     if REJECTED in sizes:
         written[REJECTED] = Part(REJECTED, rejected, {REJECTED: sizes[REJECTED]})
     if answers.sources:
-        found = write_ledger(building, answers.sources, answers.recipe, answers.generation)
-        if found:
-            written[LEDGER] = Part(LEDGER, ledger_features(), found)
+        written |= _write_ledger(building, answers)
     soft = _write_soft(building, answers)
     if soft and soft.sizes:
         written[SOFT] = Part(SOFT, soft_features(), soft.sizes)
     return written, soft.facts if soft else None
+
+
+def _write_ledger(building: Path, answers: RunAnswers) -> dict[str, Part]:
+    """Write what the journals hold of the rows, in their order; nothing where they hold none."""
+    entries = raw_answers(answers.sources, answers.recipe, answers.generation)
+    if (first := next(entries, None)) is None:
+        return {}
+    shards = Shards(building / LEDGER, LEDGER, ledger_features().arrow_schema)
+    shards.add(first)
+    for more in entries:
+        shards.add(more)
+    return {LEDGER: Part(LEDGER, ledger_features(), {LEDGER: shards.close()})}
 
 
 def _write_soft(building: Path, answers: RunAnswers) -> SoftConfig | None:

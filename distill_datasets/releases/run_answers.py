@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.generation.ledger import Source
+from distill_datasets.generation.ledger import JournaledRows
 from distill_datasets.generation.shards import Joined, find_parts, join_parts, join_summaries
 from distill_datasets.recipes.recipe import Recipe, load_recipe
 from distill_datasets.releases.contents import Survey, answered_contents, survey
@@ -25,7 +25,7 @@ class RunAnswers:
     generation: Mapping[str, Any]
     recipe: Recipe
     survey: Survey
-    sources: Sequence[Source]
+    sources: Sequence[JournaledRows]
 
     @property
     def digest(self) -> str:
@@ -57,7 +57,7 @@ def load_answers(runs: Sequence[Path], *, ledger: bool) -> RunAnswers:
             f"({reasons}). Look at its `raw` and `error` columns, then mend the recipe."
         )
     journals = [(rows, part / "journal.sqlite") for rows, part in zip(each, parts, strict=True)]
-    kept = [Source(*source) for source in journals if ledger and source[1].is_file()]
+    kept = [JournaledRows(*source) for source in journals if ledger and source[1].is_file()]
     return RunAnswers(rows, generation, recipe, found, kept)
 
 

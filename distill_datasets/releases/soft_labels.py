@@ -13,7 +13,7 @@ import numpy as np
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.ledger import Source, first_requests
+from distill_datasets.generation.ledger import JournaledRows, first_requests
 from distill_datasets.models.sampler import Logprobs
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.parquet import Shards, Size
@@ -52,7 +52,7 @@ def soft_features() -> "Features":
 
 
 def write_soft(
-    folder: Path, sources: Iterable[Source], recipe: Recipe, generation: Mapping[str, Any]
+    folder: Path, sources: Iterable[JournaledRows], recipe: Recipe, generation: Mapping[str, Any]
 ) -> SoftConfig:
     """Write the soft labels that the sources' journals hold of their kept rows to `folder/soft`.
 
