@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from distill_datasets.models.sampler import Echo as Echo
     from distill_datasets.models.sampler import Sampler as Sampler
     from distill_datasets.models.sampler import Sampling as Sampling
+    from distill_datasets.recipes.loading import load_recipe as load_recipe
     from distill_datasets.recipes.recipe import Recipe as Recipe
-    from distill_datasets.recipes.recipe import load_recipe as load_recipe
     from distill_datasets.releases.release import publish as publish
     from distill_datasets.training.settings import TrainSettings as TrainSettings
     from distill_datasets.training.trainer import train as train
@@ -33,7 +33,7 @@ _HOMES = {
     "Sampling": "models.sampler",
     "TrainSettings": "training.settings",
     "generate": "generation.run",
-    "load_recipe": "recipes.recipe",
+    "load_recipe": "recipes.loading",
     "measure": "evaluation.report",
     "open_sampler": "models.references",
     "publish": "releases.release",

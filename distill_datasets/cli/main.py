@@ -147,7 +147,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     from distill_datasets.files import writable_folder
     from distill_datasets.models.connection import connect
-    from distill_datasets.recipes.recipe import load_recipe
+    from distill_datasets.recipes.loading import load_recipe
 
     load_recipe(options.recipe)
     student.settings_of(options)  # before anything is paid for

@@ -6,7 +6,7 @@ from pathlib import Path
 
 def list_recipes(options: argparse.Namespace) -> None:
     """Name the recipes that ship, and what each is about."""
-    from distill_datasets.recipes.recipe import shipped_recipes
+    from distill_datasets.recipes.loading import shipped_recipes
 
     for recipe in shipped_recipes():
         print(f"{recipe.name:<24}{recipe.description}")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.hub.references import Pinned, find_release
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -30,8 +30,9 @@ from distill_datasets.generation.teachers import asked_of, models_of, open_teach
 from distill_datasets.generation.trial import Sampled, ask_some, request_key
 from distill_datasets.models.sampler import Sampler
 from distill_datasets.progress import Progress
+from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,7 +13,8 @@ from distill_datasets.generation.run import generate
 from distill_datasets.generation.shards import Share
 from distill_datasets.models.sampler import Sampler
 from distill_datasets.progress import Progress
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -26,8 +26,9 @@ from distill_datasets.generation.rows import ask
 from distill_datasets.generation.shards import Share
 from distill_datasets.generation.teachers import Teachers, models_of, open_teachers
 from distill_datasets.models.sampler import Sampler, digest
+from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset

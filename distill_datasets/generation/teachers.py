@@ -23,7 +23,7 @@ from distill_datasets.generation.voting import (
 )
 from distill_datasets.models.sampler import Reply, Sample, Sampler, digest, request_digest
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.recipes.sections import Asked, SamplingSection, Teacher
+from distill_datasets.recipes.sections import AskedModel, SamplingSection, Teacher
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class _Opened:
         self._teacher, self._opening = teacher, opening
         self._samplers: dict[tuple[str, str | None], Sampler] = {}
 
-    def sampler(self, asked: Asked) -> Sampler:
+    def sampler(self, asked: AskedModel) -> Sampler:
         """The given one for a teacher, else one that its reference names."""
         from distill_datasets.models.references import open_sampler
 

@@ -1,20 +1,28 @@
-"""Reads a recipe's queries, wherever they are, into one table."""
+"""Reads a recipe's queries, wherever they are, into one table of text."""
 
 import importlib.resources
-from collections.abc import Iterator, Mapping, Sequence
-from hashlib import file_digest
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import file_digest, sha256
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import RecipeError
 from distill_datasets.hub.references import fetch_dataset
-from distill_datasets.recipes.json_lines import ROWS, read_lines, read_names
-from distill_datasets.recipes.query_table import Columns, tabulate
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.sections import SplitShares
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
+Columns = Mapping[str, list[str | None]]
+_NAMES = ("id", "query", "group", "reference", "split")
+_IN_MEMORY = 64 << 20  # bytes; tables that are larger are on disk, and mapped
+_ROWS = 1_000  # that are read at a time
 _READERS = {
     ".txt": "text",
     ".jsonl": "json",
@@ -32,7 +40,7 @@ def load_queries(recipe: Recipe) -> "Dataset":
     disk, and mapped. Raises `RecipeError` that lists the columns found when one is missing, and
     for a source that is absent, empty or not the pinned content.
     """
-    return tabulate(_read(recipe), recipe.split)
+    return _tabulate(_read(recipe), recipe.split)
 
 
 def read_columns(recipe: Recipe) -> dict[str, list[str | None]]:
@@ -66,7 +74,7 @@ def _pieces(recipe: Recipe) -> Iterator[Sequence[Mapping[str, Any]]]:
         _check_file(path, recipe.queries.sha256)
         yield from read_lines(path)
         return
-    for piece in _selected(recipe).iter(batch_size=ROWS):
+    for piece in _selected(recipe).iter(batch_size=_ROWS):
         yield [dict(zip(piece, row, strict=True)) for row in zip(*piece.values(), strict=True)]
 
 
@@ -178,7 +186,7 @@ def _check_columns(recipe: Recipe, names: Mapping[str, str | None], row: Mapping
     """Lines of JSON may have more columns than their first."""
     if {*names.values()} - {*row, None}:
         lines = _lines(recipe)
-        columns = read_names(lines) if lines else list(row)
+        columns = _line_columns(lines) if lines else list(row)
         for role, name in names.items():
             if name is not None and name not in columns:
                 key = "forced_split" if role == "split" else role
@@ -193,3 +201,128 @@ def _values(rows: Sequence[Mapping[str, Any]], name: str | None) -> list[str | N
         return [None] * len(rows)
     values = (row.get(name) for row in rows)
     return [None if value is None or value == "" else str(value) for value in values]
+
+
+def read_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """Some rows, again and again; a row may leave columns out.
+
+    Raises `RecipeError` with the line that is no object.
+    """
+    objects = _objects(path)
+    while rows := list(islice(objects, _ROWS)):
+        yield rows
+
+
+def _line_columns(path: Path) -> list[str]:
+    """The columns of all rows; costs as much as reading them."""
+    return list(dict.fromkeys(name for row in _objects(path) for name in row))
+
+
+def _objects(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                found = json.loads(line)
+            except ValueError as error:
+                raise _unreadable(path, number, str(error)) from error
+            if not isinstance(found, dict):
+                raise _unreadable(path, number, f"found {line.strip()[:80]!r}")
+            yield found
+
+
+def _unreadable(path: Path, number: int, found: str) -> RecipeError:
+    return RecipeError(
+        f"Line {number} of {str(path)!r} can't be read: expected a JSON object, {found}. Mend the "
+        "line, or name a file of another kind."
+    )
+
+
+def _tabulate(some: Iterable[Columns], split: SplitShares) -> "Dataset":
+    """All rows of `query`, `group`, `reference` and `split`, which come a few at a time.
+
+    Raises `RecipeError` for an empty query.
+    """
+    from datasets import Dataset, Features, Value
+
+    features = Features(dict.fromkeys(_NAMES, Value("string")))
+    rows = _RowMaker(split, features.arrow_schema)
+    table = _gather(map(rows.complete, some), features.arrow_schema)
+    # `datasets` would hash the whole table for want of a name.
+    return Dataset(table, fingerprint=rows.content.hexdigest()[:32])
+
+
+class _RowMaker:
+    """Gives rows their id, group and split; equal queries are told apart by a number."""
+
+    def __init__(self, split: SplitShares, schema: "pa.Schema") -> None:
+        self.split, self.schema = split, schema
+        self.content = sha256()
+        self._count = 0
+        self._seen: set[int] = set()
+        self._again: Counter[int] = Counter()
+
+    def complete(self, columns: Columns) -> "pa.RecordBatch":
+        """The rows that follow those so far."""
+        import pyarrow as pa
+
+        queries = [self._checked(text) for text in columns["query"]]
+        own = [sha256(query.encode()).hexdigest()[:16] for query in queries]
+        groups = [group or name for group, name in zip(columns["group"], own, strict=True)]
+        splits = [
+            forced or self._split(group)
+            for forced, group in zip(columns["split"], groups, strict=True)
+        ]
+        ids = [self._id(name) for name in own]
+        found = [ids, queries, groups, columns["reference"], splits]
+        for row in zip(ids, groups, columns["reference"], splits, strict=True):
+            self.content.update(repr(row).encode())
+        return pa.RecordBatch.from_arrays(
+            [pa.array(column, pa.string()) for column in found], schema=self.schema
+        )
+
+    def _checked(self, text: str | None) -> str:
+        self._count += 1
+        if text is None or not text.strip():
+            raise RecipeError(f"Query {self._count} is empty: remove the row or fill it.")
+        return text
+
+    def _split(self, group: str) -> str:
+        return "train" if self.split.same_rows else self.split.of(group)
+
+    def _id(self, name: str) -> str:
+        number = int(name, 16)  # a third of the text's memory
+        if number not in self._seen:
+            self._seen.add(number)
+            return name
+        self._again[number] += 1
+        return f"{name}-{self._again[number] + 1}"
+
+
+def _gather(batches: Iterator["pa.RecordBatch"], schema: "pa.Schema") -> "pa.Table":
+    import pyarrow as pa
+
+    held, size = [], 0
+    for batch in batches:
+        held.append(batch)
+        size += batch.nbytes
+        if size > _IN_MEMORY:
+            return _mapped(held, batches, schema)
+    return pa.Table.from_batches(held, schema)
+
+
+def _mapped(
+    held: list["pa.RecordBatch"], others: Iterator["pa.RecordBatch"], schema: "pa.Schema"
+) -> "pa.Table":
+    """A table over a file that nobody else finds, and that goes when the table does."""
+    import pyarrow as pa
+
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        path = str(Path(folder) / "queries.arrow")
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            while held:
+                writer.write_batch(held.pop(0))
+            for batch in others:
+                writer.write_batch(batch)
+        return pa.ipc.open_stream(pa.memory_map(path)).read_all()

@@ -2,31 +2,59 @@
 
 import re
 import shutil
-from collections.abc import Mapping
 from functools import cached_property
 from hashlib import file_digest
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from distill_datasets import resources
-from distill_datasets.errors import RecipeError, nearest
-from distill_datasets.hub.references import find_release
+from distill_datasets.errors import RecipeError
 from distill_datasets.models.sampler import Sampling, digest
-from distill_datasets.recipes.choices import UNUSED, Teaching
 from distill_datasets.recipes.parsing import Reader
-from distill_datasets.recipes.prompt import check_template, fields_of, render
-from distill_datasets.recipes.recipe_problems import explain
-from distill_datasets.recipes.sections import AnswerFormat, Queries, Split, Synthesis, Teacher
+from distill_datasets.recipes.prompt import (
+    check_expression,
+    check_template,
+    fields_of,
+    fields_of_expression,
+    render,
+)
+from distill_datasets.recipes.sections import (
+    AnswerFormat,
+    Choice,
+    Judge,
+    Queries,
+    SamplingSection,
+    Section,
+    SplitShares,
+    SynthesisSection,
+    Teacher,
+)
 from distill_datasets.schema import Message
 
 _METRICS = ("accuracy", "macro_f1", "answered", "agreement")
+_VERIFIED = {"query", "text", "answer", "reference"}
+_JUDGED = {*_VERIFIED, "prompt"}
+_NEEDED = {"agreement": "majority", "verifier": "best", "judge": "best"}
+
+# What the digest is of. A key that is not used is no part of it, so that a new key keeps releases.
+_DIGESTED = ("name", "teacher", "queries", "answer", "response", "sampling", "split", "renderer")
+_UNUSED: dict[str, Any] = {
+    **{"teachers": [], "choose": "route"},
+    **dict.fromkeys(("agreement", "verifier", "judge")),
+}
+_UNUSED_IN = {"answer": ("json_schema", "field"), "sampling": ("top_logprobs", "extra")}
 
 
-class Recipe(Teaching):
+class Recipe(Section):
     """What `recipe.yaml` and `prompt.md` say, validated.
+
+    Exactly one of `teacher` and `teachers` says who answers. With `choose` each query goes to one
+    teacher by weight (`route`), or all are asked, and the answers that parse are voted on by
+    weight (`majority`, of which `agreement` is the least share) or the `best` is taken: the first
+    that `verifier` holds for, an expression over `query`, `text`, `answer` and `reference`, or of
+    those the one that the `judge` scores highest.
 
     `response` is the Jinja template of what the student shall say, over `answer` (as read) and
     `text` (as sampled). `teacher_terms` are those under which the teacher's answers may be used.
@@ -35,17 +63,62 @@ class Recipe(Teaching):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: str
+    teacher: str | None = None
+    teachers: tuple[Teacher, ...] = ()
+    choose: Choice = "route"
+    agreement: Annotated[float, Field(gt=0, le=1)] | None = None
+    verifier: str | None = None
+    judge: Judge | None = None
+    sampling: SamplingSection = SamplingSection()
+    renderer: str | None = None
     queries: Queries
     answer: AnswerFormat = AnswerFormat()
     response: str = "{{ answer }}"
-    split: Split = Split()
-    synthesis: Synthesis = Synthesis()
+    split: SplitShares = SplitShares()
+    synthesis: SynthesisSection = SynthesisSection()
     license: str | None = None
     attribution: str | None = None
     teacher_terms: str | None = None
     languages: tuple[str, ...] = ()
     metrics: tuple[str, ...] = _METRICS
+    folder: Path = Field(default=Path(), exclude=True)
     prompt: str = Field(default="", exclude=True)
+
+    @model_validator(mode="after")
+    def _teachers_differ(self) -> Self:
+        if (self.teacher is None) == (not self.teachers):
+            found = "neither" if self.teacher is None else "both"
+            raise ValueError(f"name exactly one of teacher and teachers; found {found}")
+        if self.teachers and self.renderer:
+            raise ValueError("each of several teachers has its own renderer: move it there")
+        places: dict[str, int] = {}
+        for place, teacher in enumerate(self.teachers, 1):
+            sampling = teacher.sampling_over(self.sampling).model_dump_json()
+            first = places.setdefault(f"{teacher.model} {teacher.renderer} {sampling}", place)
+            if first != place:
+                raise ValueError(
+                    f"teachers {first} and {place} are the same and would answer alike: keep one "
+                    "with the sum of their weights, or let them sample differently"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _choice_is_possible(self) -> Self:
+        for key, choice in _NEEDED.items():
+            if getattr(self, key) is not None and self.choose != choice:
+                raise ValueError(f"{key} needs 'choose: {choice}'; found 'choose: {self.choose}'")
+        answers = sum(one.sampling_over(self.sampling).n for one in self.all_teachers)
+        if self.choose != "route" and answers == 1 and not self._sifts:
+            raise ValueError(
+                f"'choose: {self.choose}' needs several answers to choose from, and there is one "
+                "a query: name more teachers or raise sampling.n"
+                + (", or add a verifier or a judge" if self.choose == "best" else "")
+            )
+        if self.verifier is not None:
+            check_expression(self.verifier, _VERIFIED, "verifier")
+        if self.judge:
+            check_template(self.judge_prompt, _JUDGED, self.judge.prompt)
+        return self
 
     @model_validator(mode="after")
     def _templates(self) -> Self:
@@ -55,14 +128,54 @@ class Recipe(Teaching):
             raise ValueError("prompt.md is empty")
         return self
 
+    @property
+    def _sifts(self) -> bool:
+        return self.verifier is not None or self.judge is not None
+
+    @property
+    def all_teachers(self) -> tuple[Teacher, ...]:
+        """Those of `teachers`, or the one teacher."""
+        return self.teachers or (Teacher(model=self.teacher or "", renderer=self.renderer),)
+
+    @property
+    def teacher_name(self) -> str:
+        """Every teacher's model reference in one text."""
+        return " + ".join(teacher.model for teacher in self.all_teachers)
+
     def with_teacher(self, model: str) -> "Recipe":
         """The recipe with one teacher in place of whatever it names.
 
         `choose` goes where that teacher leaves nothing to choose from.
         """
-        sifted = self.verifier is not None or self.judge is not None
-        choice = {} if self.sampling.n > 1 or sifted else {"choose": "route", "agreement": None}
+        several = self.sampling.n > 1 or self._sifts
+        choice = {} if several else {"choose": "route", "agreement": None}
         return self.replace(teacher=model, teachers=(), **choice)
+
+    @cached_property
+    def judge_prompt(self) -> str:
+        """The template of what the judge is asked."""
+        assert self.judge
+        path = self.folder / self.judge.prompt
+        if not path.is_file():
+            raise ValueError(f"judge.prompt names {self.judge.prompt!r}, which {path.parent} lacks")
+        text = path.read_text(encoding="utf-8").strip()
+        if not text:
+            raise ValueError(f"{self.judge.prompt} is empty; write the judge's prompt")
+        return text
+
+    @property
+    def reads_references(self) -> bool:
+        """Whether the verifier or the judge is told what is right."""
+        seen = fields_of_expression(self.verifier) if self.verifier is not None else set()
+        return "reference" in seen | (fields_of(self.judge_prompt) if self.judge else set())
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        """The columns that say how an answer was chosen among several."""
+        if self.choose == "majority":
+            return ("candidates", "agreement")
+        scores = ("score",) if self.judge else ()
+        return ("candidates", *scores) if self.choose == "best" else ()
 
     @cached_property
     def asks_in_one_message(self) -> bool:
@@ -119,14 +232,14 @@ class Recipe(Teaching):
     @cached_property
     def digest(self) -> str:
         """Changes with whatever changes a row; not with descriptions, licences or folders."""
-        fields = self.model_dump(mode="json", include=set(_DIGESTED))
-        for section, name in _LATER:
-            # A key that is not used is no part of the digest, so that a new key keeps releases.
-            if fields[section][name] is None:
-                del fields[section][name]
+        fields = self.model_dump(mode="json", include={*_DIGESTED, *_UNUSED})
+        for section, names in _UNUSED_IN.items():
+            for name in names:
+                if fields[section][name] is None:
+                    del fields[section][name]
         if form := self.answer.schema_text:
             fields["answer"]["json_schema"] = form  # with the order of its keys
-        for name, unused in UNUSED.items():
+        for name, unused in _UNUSED.items():
             if fields[name] == unused:
                 del fields[name]
         files = {name: _file_digest(self.folder / name) for name in self.attachments}
@@ -142,7 +255,6 @@ class Recipe(Teaching):
         """Write the recipe so that `load_recipe(folder)` reads it back with the same digest."""
         folder.mkdir(parents=True, exist_ok=True)
         fields = self.model_dump(mode="json", exclude_defaults=True)
-        fields = {"name": self.name, "description": self.description, **fields}
         text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
         (folder / "prompt.md").write_text(self.prompt + "\n", encoding="utf-8")
@@ -155,75 +267,6 @@ class Recipe(Teaching):
         """The recipe with some fields changed, validated again."""
         fields = {name: getattr(self, name) for name in type(self).model_fields}
         return Recipe(**{**fields, **changes})
-
-
-_LATER = (
-    ("answer", "json_schema"),
-    ("answer", "field"),
-    ("sampling", "top_logprobs"),
-    ("sampling", "extra"),
-)
-_DIGESTED = (
-    *("name", "teacher", "queries", "answer", "response", "sampling", "split", "renderer"),
-    *UNUSED,
-)
-
-
-def load_recipe(source: str | Path, *, config: str | None = None) -> Recipe:
-    """A recipe by its name (of those that ship), its folder, or a release that carries it.
-
-    A release is a folder or a Hub dataset such as `me/name@v1.0.0`, of which only the recipe and
-    the manifest are downloaded; `config` names one of several in one repository. Raises
-    `RecipeError` that names the wrong key and the closest valid one.
-    """
-    folder = _find(source, config)
-    fields = _read_yaml(folder / "recipe.yaml")
-    prompt = folder / "prompt.md"
-    if not prompt.is_file():
-        raise RecipeError(f"Recipe {str(folder)!r} has no prompt.md; write the teacher's prompt.")
-    try:
-        text = prompt.read_text(encoding="utf-8").strip()
-        return Recipe(**{**fields, "prompt": text, "folder": folder})
-    except ValidationError as error:
-        raise RecipeError(explain(error, folder, Recipe)) from error
-
-
-def shipped_recipes() -> list[Recipe]:
-    """Every recipe that comes with the package, by name."""
-    folders = sorted(path.parent for path in resources.builders().glob("[!_]*/recipe.yaml"))
-    return [load_recipe(folder) for folder in folders]
-
-
-def _find(source: str | Path, config: str | None) -> Path:
-    given = Path(source)
-    candidates = (resources.builders() / str(source), given, given / "recipe")
-    if isinstance(source, Path) or given.is_dir() or len(given.parts) > 1:
-        candidates = (given, given / "recipe", given / "release" / "recipe")
-    for folder in candidates if config is None else ():
-        if (folder / "recipe.yaml").is_file():
-            return folder
-    release = find_release(source, (), config)
-    if release and (release.path / "recipe" / "recipe.yaml").is_file():
-        return release.path / "recipe"
-    names = [path.parent.name for path in sorted(resources.builders().glob("[!_]*/recipe.yaml"))]
-    found_in = f" as its configuration {config!r}" if config else ""
-    raise RecipeError(
-        f"No recipe {str(source)!r}: expected one of {names}, a folder with recipe.yaml and "
-        f"prompt.md, or a release that carries one{found_in}.{nearest(str(source), names)}"
-    )
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    if not isinstance(fields, Mapping):
-        raise RecipeError(f"{path}: expected keys and values, found {type(fields).__name__}.")
-    for reserved in ("prompt", "folder"):
-        if reserved in fields:
-            raise RecipeError(f"{path}: {reserved!r} is not a key; the prompt is in prompt.md.")
-    return fields
 
 
 def _file_digest(path: Path) -> str:

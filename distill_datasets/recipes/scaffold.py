@@ -4,7 +4,7 @@ from pathlib import Path
 
 from distill_datasets import resources
 from distill_datasets.errors import OutputError, RecipeError
-from distill_datasets.recipes.recipe import load_recipe
+from distill_datasets.recipes.loading import load_recipe
 
 
 def new_recipe(name: str, folder: Path | None = None) -> Path:

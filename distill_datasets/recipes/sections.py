@@ -103,7 +103,7 @@ class AnswerFormat(Section):
         return None if self.json_schema is None else json.dumps(self.json_schema)
 
 
-class Split(Section):
+class SplitShares(Section):
     """Shares of train, validation and test; rows of one group never straddle two of them.
 
     `same_rows` puts every row into both train and test: for tutorials, never for a result.
@@ -151,7 +151,7 @@ class SamplingSection(Section):
         return Sampling(**fields, json_schema=json_schema, extra=extra)
 
 
-class Asked(Section):
+class AskedModel(Section):
     """A model to ask, by its reference alone or with how to ask it.
 
     What `sampling` leaves out is as for everybody else.
@@ -177,13 +177,13 @@ class Asked(Section):
         return common.model_copy(update=own)
 
 
-class Teacher(Asked):
+class Teacher(AskedModel):
     """One of several teachers; `weight` is its share of the queries, or of the votes."""
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
 
-class Judge(Asked):
+class Judge(AskedModel):
     """Who scores the answers to choose from.
 
     `prompt` is a file in the recipe's folder, a Jinja template over `query`, `prompt` (the
@@ -217,7 +217,7 @@ class Judge(Asked):
         return self
 
 
-class Synthesis(Section):
+class SynthesisSection(Section):
     """How the teacher writes queries: what they differ in, and how it is asked.
 
     Every list is one attribute, and all are crossed. `topics` and `rules` that are not given are

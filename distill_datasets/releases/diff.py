@@ -9,7 +9,8 @@ from typing import Any
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.hub.references import Pinned, find_release
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.manifest import read_manifest
 from distill_datasets.releases.release import load_release
 from distill_datasets.releases.row_pairs import NEW, OLD, RowPairs

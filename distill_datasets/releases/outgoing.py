@@ -10,7 +10,8 @@ from typing import Any
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.hub.references import folder_of
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.card_merge import keep, markers, read_card, side_config, written_card
 from distill_datasets.releases.cards import dataset_card
 from distill_datasets.releases.contents import fingerprints_of

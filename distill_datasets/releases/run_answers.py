@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.ledger import JournaledRows
 from distill_datasets.generation.shards import Joined, find_parts, join_parts, join_summaries
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.contents import Survey, answered_contents, survey
 from distill_datasets.schema import answer_features
 

@@ -11,9 +11,9 @@ from typing import Any
 from distill_datasets import resources
 from distill_datasets.errors import OutputError, RecipeError
 from distill_datasets.files import replacing
-from distill_datasets.recipes.json_lines import read_lines
-from distill_datasets.recipes.queries import load_queries, read_columns
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.queries import load_queries, read_columns, read_lines
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Queries
 from distill_datasets.synthesis.attributes import AXES
 from distill_datasets.synthesis.recipe_edit import set_keys

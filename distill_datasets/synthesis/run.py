@@ -13,7 +13,8 @@ from distill_datasets.generation.client import Buyer, Meter, run_apart
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.progress import Progress
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.synthesis.attributes import axes_of, balance, combinations, size_of
 from distill_datasets.synthesis.coverage import Coverage
 from distill_datasets.synthesis.duplicates import NearDuplicates

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from distill_datasets.errors import ModelError, RecipeError
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.cards import model_card
 from distill_datasets.releases.model_metadata import dataset_on_hub
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from distill_datasets.generation.run import generate
 from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
-from distill_datasets.recipes.recipe import load_recipe
+from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.schema import Message
 from tests.benchmarks.clients import write_recipe
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.hub.references import find_release
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
 
 if TYPE_CHECKING:

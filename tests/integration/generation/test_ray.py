@@ -14,7 +14,8 @@ from distill_datasets.generation.ray import generate_on_ray
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.shards import Share
 from distill_datasets.models.sampler import Echo, Reply, Sampling
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.release import publish
 from distill_datasets.schema import Message
 from tests.conftest import edit

@@ -76,7 +76,7 @@ def queries_of(tmp_path: Path, *revisions: str, split: str = "train") -> str:
     return f"""
 from distill_datasets.errors import DistillError
 from distill_datasets.recipes.queries import load_queries
-from distill_datasets.recipes.recipe import load_recipe
+from distill_datasets.recipes.loading import load_recipe
 
 found = []
 for folder in {folders}:
@@ -182,7 +182,7 @@ def release(hub: Hub, tmp_path: Path, recipe_folder: Path) -> str:
 
 def test_a_recipe_is_loaded_from_a_release_without_its_rows(hub: Hub, release: str) -> None:
     code = (
-        "from distill_datasets.recipes.recipe import load_recipe\n"
+        "from distill_datasets.recipes.loading import load_recipe\n"
         f"recipe = load_recipe({release!r})\n"
         "print(json.dumps([recipe.name, recipe.prompt]))"
     )
@@ -232,7 +232,7 @@ def test_the_rows_to_measure_on_come_from_one_commit(hub: Hub, release: str) -> 
 
 def test_a_dataset_that_is_no_release_has_no_recipe_and_no_difference(hub: Hub) -> None:
     put(hub, ["a"])
-    load = f"from distill_datasets.recipes.recipe import load_recipe\nload_recipe({NAME!r})"
+    load = f"from distill_datasets.recipes.loading import load_recipe\nload_recipe({NAME!r})"
     assert f"RecipeError: No recipe {NAME!r}: expected" in refused(hub, load)
     compare = f"from distill_datasets.releases.diff import diff\ndiff({NAME!r}, {NAME!r})"
     assert f"DatasetError: {NAME!r} is no release" in refused(hub, compare)
@@ -248,7 +248,7 @@ def test_a_release_among_others_in_one_repository_is_found_by_its_configuration(
 from distill_datasets.releases.diff import diff
 from distill_datasets.generation.ledger import replay
 from distill_datasets.releases.push import push_release
-from distill_datasets.recipes.recipe import load_recipe
+from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.training.data import locate
 
 push_release({str(tmp_path / "said" / "release")!r}, {NAME!r}, config="said", private=False)

@@ -15,7 +15,8 @@ from distill_datasets.generation.run import generate
 from distill_datasets.generation.shards import Share
 from distill_datasets.generation.trial import Sampled
 from distill_datasets.models.sampler import Echo, Reply, Sample, Sampling, Usage
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.release import publish
 from distill_datasets.schema import Message
 from tests.conftest import edit

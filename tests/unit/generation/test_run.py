@@ -24,7 +24,8 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.run import Generated, generate
 from distill_datasets.models.sampler import Echo, Reply, Sample, Sampling, Usage
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
 from tests.conftest import edit
 

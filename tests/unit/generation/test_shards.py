@@ -12,9 +12,10 @@ from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.shards import Share
 from distill_datasets.models.sampler import Echo
+from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries
-from distill_datasets.recipes.recipe import Recipe, load_recipe
-from distill_datasets.recipes.sections import Split
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.sections import SplitShares
 from distill_datasets.releases.release import Release, publish
 from tests.conftest import edit
 
@@ -174,7 +175,7 @@ def test_every_group_is_in_one_share_and_no_share_knows_the_split() -> None:
     assert sorted(sum(held, [])) == sorted(groups)
     for groups_of_share in held:
         assert 900 < len(groups_of_share) < 1_100
-        trained = sum(Split().of(group) == "train" for group in groups_of_share)
+        trained = sum(SplitShares().of(group) == "train" for group in groups_of_share)
         assert 0.65 < trained / len(groups_of_share) < 0.75
 
 

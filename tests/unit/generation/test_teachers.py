@@ -11,7 +11,7 @@ from distill_datasets.generation.ledger import replay
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.teachers import Route, open_teachers
 from distill_datasets.models.sampler import Sampling
-from distill_datasets.recipes.recipe import load_recipe
+from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.releases.diff import diff
 from distill_datasets.releases.release import publish
 from tests.support.panels import (

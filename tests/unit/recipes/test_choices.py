@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import RecipeError
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
 from tests.support.panels import JUDGE, KEYS, recipe_of
 
 

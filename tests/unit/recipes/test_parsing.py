@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import RecipeError
+from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.parsing import Reader
-from distill_datasets.recipes.recipe import load_recipe
 
 READER = Reader(r"Final Answer:\s*(?P<answer>\w+)\s*$", ("de", "en"))
 FORM = {

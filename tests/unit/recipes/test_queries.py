@@ -5,8 +5,8 @@ import pytest
 from datasets import Dataset
 
 from distill_datasets.errors import RecipeError
+from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries
-from distill_datasets.recipes.recipe import load_recipe
 from tests.conftest import edit
 
 
@@ -139,7 +139,7 @@ def test_many_queries_are_on_disk_and_the_same(
     (recipe_folder / "queries.jsonl").write_text(lines)
     edit(recipe_folder, "recipe.yaml", ", reference: colour", "")
     held = load_queries(load_recipe(recipe_folder))
-    monkeypatch.setattr("distill_datasets.recipes.query_table._IN_MEMORY", 1_000)
+    monkeypatch.setattr("distill_datasets.recipes.queries._IN_MEMORY", 1_000)
     mapped = load_queries(load_recipe(recipe_folder))
     assert mapped.to_dict() == held.to_dict()
     assert mapped._fingerprint == held._fingerprint

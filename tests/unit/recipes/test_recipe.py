@@ -3,7 +3,9 @@ from pathlib import Path
 import pytest
 
 from distill_datasets.errors import RecipeError
-from distill_datasets.recipes.recipe import Recipe, Split, load_recipe, shipped_recipes
+from distill_datasets.recipes.loading import load_recipe, shipped_recipes
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.sections import SplitShares
 from tests.conftest import edit
 
 
@@ -126,7 +128,7 @@ def test_a_recipe_without_a_prompt_says_so(recipe_folder: Path) -> None:
 
 
 def test_the_shares_of_many_groups_come_out_as_asked() -> None:
-    split = Split(train=0.6, validation=0.1, test=0.3)
+    split = SplitShares(train=0.6, validation=0.1, test=0.3)
     found = [split.of(f"group {number}") for number in range(5000)]
     assert abs(found.count("train") / 5000 - 0.6) < 0.03
     assert abs(found.count("test") / 5000 - 0.3) < 0.03

@@ -14,7 +14,8 @@ from huggingface_hub import DatasetCard
 from pyarrow.parquet import ParquetFile, read_table
 
 from distill_datasets.errors import DatasetError, OutputError, VersionError
-from distill_datasets.recipes.recipe import Recipe, load_recipe
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases import parquet as shards
 from distill_datasets.releases.contents import answered_contents, published_contents, survey
 from distill_datasets.releases.release import load_release, publish
