@@ -1,35 +1,39 @@
 """Asks a teacher about its prompt: topics, rules, queries, and which rules a query exercises."""
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from distill_datasets import resources
-from distill_datasets.errors import (
-    AccessError,
-    BudgetReached,
-    GenerationError,
-    ModelError,
-    OutputError,
-    ServiceError,
-)
+from distill_datasets.errors import FATAL, GenerationError
 from distill_datasets.generation.client import Buyer
 from distill_datasets.models.sampler import Sampler, Sampling
 from distill_datasets.recipes.prompt import render
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
-from distill_datasets.synthesis.replies import Form, numbers, texts
 
 T = TypeVar("T")
 
 TOPICS = 40
-_FATAL = (AccessError, BudgetReached, InterruptedError, ModelError, OutputError, ServiceError)
 _SHOWN = 300  # characters of what a teacher said, in an error
+_FENCE = re.compile(r"^[ \t]*```[\w-]*[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_NUMBERED = re.compile(r"[ \t]*(\d{1,3})[.):][ \t]+(\S.*?)[ \t]*")
+_HALF = re.compile("[\ud800-\udfff]")  # half of a character, which no file can hold
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True)
-class Heard(Generic[T]):
+class ReplyForm(Generic[T]):
+    """What a text should hold: in words, and as a function that gives None for anything else."""
+
+    words: str
+    read: Callable[[str], T | None]
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedReply(Generic[T]):
     """What a question brought: the value, or else what the teacher said, or what went wrong."""
 
     value: T | None
@@ -39,7 +43,7 @@ class Heard(Generic[T]):
 
 @dataclass(frozen=True)
 class Question:
-    """Queries to be written: of which attributes, for which rule, the how manieth time."""
+    """Asks for queries of some attributes, or for a rule; `again` counts requests of one kind."""
 
     attributes: Mapping[str, str]
     examples: Sequence[str] = ()
@@ -68,13 +72,13 @@ class Interview:
 
     async def topics(self) -> list[str]:
         """What inputs are about, as the teacher sees it."""
-        heard = await self._ask(self._request("topics", count=TOPICS), self._listing, texts())
-        return _needed(heard, "topics", "synthesis.topics")
+        reply = await self._ask(self._request("topics", count=TOPICS), self._listing, texts())
+        return _needed(reply, "topics", "synthesis.topics")
 
     async def rules(self) -> list[str]:
         """What the prompt demands, in its order."""
-        heard = await self._ask(self._request("rules"), self._listing, texts())
-        return _needed(heard, "the prompt's rules", "synthesis.rules", empty=True)
+        reply = await self._ask(self._request("rules"), self._listing, texts())
+        return _needed(reply, "the prompt's rules", "synthesis.rules", empty=True)
 
     def request(self, question: Question) -> str:
         """What the teacher is told for one question."""
@@ -87,13 +91,13 @@ class Interview:
             again=question.again,
         )
 
-    async def queries(self, question: Question) -> Heard[list[str]]:
+    async def queries(self, question: Question) -> ParsedReply[list[str]]:
         """The queries that a question brings."""
         return await self._ask(self.request(question), self._writing, texts())
 
     async def exercised(
         self, rules: Sequence[str], queries: Sequence[str]
-    ) -> Heard[list[tuple[int, ...] | None]]:
+    ) -> ParsedReply[list[tuple[int, ...] | None]]:
         """The numbers of the rules that each query exercises; None for what is no query."""
         text = self._request("coverage", rules=_numbered(rules), queries=_numbered(queries))
         return await self._ask(text, self._listing, numbers(len(queries), len(rules)))
@@ -101,41 +105,42 @@ class Interview:
     def _request(self, template: str, **fields: Any) -> str:
         return render(_template(template), **self._shared, **fields)
 
-    async def _ask(self, text: str, sampling: Sampling, form: Form[T]) -> Heard[T]:
+    async def _ask(self, text: str, sampling: Sampling, form: ReplyForm[T]) -> ParsedReply[T]:
         messages: list[Message] = [{"role": "user", "content": text}]
-        heard, problem = await self._read(messages, sampling, form)
-        if heard.value is not None or heard.error is not None or not heard.said:
-            return heard
+        reply, problem = await self._read(messages, sampling, form)
+        if reply.value is not None or reply.error is not None or not reply.said:
+            return reply
         told = render(_template("again"), problem=problem, form=form.words)
-        messages.append({"role": "assistant", "content": heard.said})
+        messages.append({"role": "assistant", "content": reply.said})
         messages.append({"role": "user", "content": told})
         again, _ = await self._read(messages, sampling, form)
-        return again if again.error is None else heard
+        return again if again.error is None else reply
 
     async def _read(
-        self, messages: Sequence[Message], sampling: Sampling, form: Form[T]
-    ) -> tuple[Heard[T], str]:
+        self, messages: Sequence[Message], sampling: Sampling, form: ReplyForm[T]
+    ) -> tuple[ParsedReply[T], str]:
         """What a reply holds, and what is wrong with one that can't be read."""
         try:
             async with self._buyer.turns:
                 reply = await self._buyer.buy(self.sampler, messages, sampling)
-        except _FATAL:
+        except (*FATAL, InterruptedError):
             self._buyer.stop()
             raise
         except Exception as error:
-            # A request's failure is a value: raised, it would throw away those beside it.
-            return Heard(None, error=f"{type(error).__name__}: {error}"), ""
+            # Whatever else a sampler raises is this request's failure, and a value: raised, it
+            # would throw away those beside it.
+            return ParsedReply(None, error=f"{type(error).__name__}: {error}"), ""
         sample = reply.samples[0]
         if sample.stop_reason == "length":
-            return Heard(None, sample.text), "it was cut off, and must be shorter"
-        return Heard(form.read(sample.text), sample.text), f"it is not {form.words}"
+            return ParsedReply(None, sample.text), "it was cut off, and must be shorter"
+        return ParsedReply(form.read(sample.text), sample.text), f"it is not {form.words}"
 
 
-def explained(heard: Heard[Any]) -> str:
+def explained(reply: ParsedReply[Any]) -> str:
     """What came in the place of a list, and what to do about it."""
-    if heard.error is not None:
-        return f"the request failed: {heard.error}. Mend the cause and run again"
-    shown = heard.said if len(heard.said) <= _SHOWN else heard.said[:_SHOWN] + "…"
+    if reply.error is not None:
+        return f"the request failed: {reply.error}. Mend the cause and run again"
+    shown = reply.said if len(reply.said) <= _SHOWN else reply.said[:_SHOWN] + "…"
     return (
         f"expected a JSON list of strings, it said {shown!r}. Take a larger teacher (--teacher): "
         "a model as small as the pocket model can't do this. Where the reply was cut off, raise "
@@ -143,11 +148,13 @@ def explained(heard: Heard[Any]) -> str:
     )
 
 
-def _needed(heard: Heard[list[str]], what: str, key: str, *, empty: bool = False) -> list[str]:
-    found = None if heard.value is None else [text for text in heard.value if text]
+def _needed(
+    reply: ParsedReply[list[str]], what: str, key: str, *, empty: bool = False
+) -> list[str]:
+    found = None if reply.value is None else [text for text in reply.value if text]
     if found is None or not (found or empty):
         raise GenerationError(
-            f"The teacher was asked for {what}: {explained(heard)}. What is written into the "
+            f"The teacher was asked for {what}: {explained(reply)}. What is written into the "
             f"recipe as {key} is not asked for."
         )
     return list(dict.fromkeys(found))
@@ -164,3 +171,91 @@ def _numbered(texts: Sequence[str]) -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def texts() -> ReplyForm[list[str]]:
+    """A JSON list of strings, bare, fenced or in an object of its own; or numbered lines.
+
+    An item may also be an object with one string in it.
+    """
+
+    def read(text: str) -> list[str] | None:
+        found = _only(text, _strings)
+        return _lines(text) if found is None else found
+
+    return ReplyForm("a JSON list of strings", read)
+
+
+def numbers(rows: int, highest: int) -> ReplyForm[list[tuple[int, ...] | None]]:
+    """A JSON object that has, for each of 1 to `rows`, a list of numbers from 1 to `highest`.
+
+    None stands for a null.
+    """
+
+    def fitting(value: Any) -> list[tuple[int, ...] | None] | None:
+        if not isinstance(value, dict) or set(value) != {str(row) for row in range(1, rows + 1)}:
+            return None
+        found = [value[str(row)] for row in range(1, rows + 1)]
+        if not all(one is None or _are_numbers(one, highest) for one in found):
+            return None
+        return [None if one is None else tuple(sorted(set(one))) for one in found]
+
+    words = f"a JSON object with the keys 1 to {rows} and lists of numbers from 1 to {highest}"
+    return ReplyForm(words, lambda text: _only(text, fitting))
+
+
+def _only(text: str, fitting: Callable[[Any], T | None]) -> T | None:
+    """The one value in a text that fits; two that differ would leave the choice to chance."""
+    for part in (text, *reversed(_FENCE.findall(text))):
+        try:
+            value = json.loads(part)
+        except ValueError:
+            continue
+        if (whole := fitting(value)) is not None:
+            return whole
+    found = [fit for value in _values(text) if (fit := fitting(value)) is not None]
+    return found[0] if found and all(fit == found[0] for fit in found) else None
+
+
+def _values(text: str) -> Iterator[Any]:
+    """Every outermost JSON list and object in a text."""
+    place = 0
+    while match := re.compile(r"[\[{]").search(text, place):
+        try:
+            value, place = _DECODER.raw_decode(text, match.start())
+            yield value
+        except (ValueError, RecursionError):
+            place = match.end()
+
+
+def _strings(value: Any) -> list[str] | None:
+    if isinstance(value, dict) and len(value) == 1:
+        value = next(iter(value.values()))
+    if not isinstance(value, list):
+        return None
+    found = [_string(item) for item in value]
+    return None if None in found else [item for item in found if item is not None]
+
+
+def _string(item: Any) -> str | None:
+    if isinstance(item, dict) and len(item) == 1:
+        item = next(iter(item.values()))
+    return item.strip() if isinstance(item, str) and not _HALF.search(item) else None
+
+
+def _lines(text: str) -> list[str] | None:
+    """Lines numbered from 1 without a gap; what stands between them makes them ambiguous."""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    matches = [_NUMBERED.fullmatch(line) for line in lines]
+    first = next((place for place, match in enumerate(matches) if match), len(lines))
+    numbered = [match for match in matches[first:] if match]
+    right = [str(place) for place in range(1, len(numbered) + 1)]
+    if first > 1 or not numbered or len(numbered) < len(lines) - first:
+        return None
+    return [match[2] for match in numbered] if [m[1] for m in numbered] == right else None
+
+
+def _are_numbers(value: Any, highest: int) -> bool:
+    return isinstance(value, list) and all(
+        type(number) is int and 1 <= number <= highest for number in value
+    )

@@ -8,15 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from distill_datasets import resources
 from distill_datasets.errors import OutputError, RecipeError
-from distill_datasets.files import replacing
+from distill_datasets.files import replacing, write_file
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries, read_columns, read_lines
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Queries
-from distill_datasets.synthesis.attributes import AXES
-from distill_datasets.synthesis.recipe_edit import set_keys
+from distill_datasets.synthesis.coverage import AXES
 
 ORIGIN = "synthesis"
 _OWN = (*AXES, "rules", "origin")
@@ -96,28 +97,25 @@ class QueryFile:
         changes = {"group": self.columns["group"]}
         if self.columns["query"] != "query":
             changes["query"] = self.columns["query"]
-        text = set_keys(manifest.read_text(encoding="utf-8"), "queries", changes)
-        try:
-            if lines:
-                self._replace(before + "".join(lines), changes)
+        old = manifest.read_text(encoding="utf-8")
+        new = set_keys(old, "queries", changes)
+        if lines:
+            text = before + "".join(lines)
+            self._check(text, changes)
+            write_file(self.path, text)
+        if new != old:
             # Behind the queries: a column that is named and not there would be an error.
-            _replace_text(manifest, text)
-        except OSError as error:
-            raise OutputError(
-                f"Can't write {str(self.path)!r}: {error}. What the teacher wrote is in the "
-                "journal beside it; free some space and run again: nothing is asked twice."
-            ) from error
+            write_file(manifest, new)
         return load_recipe(self.recipe.folder)
 
-    def _replace(self, text: str, changes: Mapping[str, str]) -> None:
-        building = self.path.with_name(f".{self.path.stem}.building.jsonl")
+    def _check(self, text: str, changes: Mapping[str, str]) -> None:
+        draft = self.path.with_name(f".{self.path.stem}.draft.jsonl")
         try:
-            building.write_text(text, encoding="utf-8")
-            fields = {**self.recipe.queries.model_dump(), **changes, "file": building.name}
+            write_file(draft, text)
+            fields = {**self.recipe.queries.model_dump(), **changes, "file": draft.name}
             load_queries(self.recipe.replace(queries=Queries.model_validate(fields)))
-            building.replace(self.path)
         finally:
-            building.unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
 
 
 def open_query_file(recipe: Recipe, out: str | Path | None) -> QueryFile:
@@ -189,8 +187,43 @@ def _lines(columns: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
     )
 
 
-def _replace_text(path: Path, text: str) -> None:
-    if text != path.read_text(encoding="utf-8"):
-        building = path.with_name(f".{path.name}.building")
-        building.write_text(text, encoding="utf-8")
-        building.replace(path)
+def set_keys(text: str, section: str, changes: Mapping[str, str]) -> str:
+    """The text of `recipe.yaml` with some keys of a section set; the same where they are so.
+
+    Raises `RecipeError` for a text that can't be changed in place.
+    """
+    before = yaml.safe_load(text)
+    wanted = {**before, section: {**before[section], **changes}}
+    for key, value in changes.items():
+        if before[section].get(key) != value:
+            text = _set(text, section, key, value)
+    if _parsed(text) != wanted:
+        lines = ", ".join(f"{key}: {value}" for key, value in changes.items())
+        raise RecipeError(
+            f"recipe.yaml can't be changed in place: write {lines} under {section!r}."
+        )
+    return text
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+
+
+def _set(text: str, section: str, key: str, value: str) -> str:
+    node = _child(yaml.compose(text), section)
+    written = yaml.safe_dump(value, allow_unicode=True).removesuffix("...\n").strip()
+    if known := _child(node, key):
+        begin, end = int(known.start_mark.index), int(known.end_mark.index)
+        return text[:begin] + " " * (begin == end) + written + text[end:]
+    assert isinstance(node, yaml.MappingNode)
+    first = node.value[0][0].start_mark
+    between = ", " if node.flow_style else "\n" + " " * first.column
+    return f"{text[: first.index]}{key}: {written}{between}{text[first.index :]}"
+
+
+def _child(node: Any, name: str) -> Any:
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return next((value for key, value in pairs if key.value == name), None)

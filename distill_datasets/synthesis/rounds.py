@@ -11,7 +11,7 @@ from distill_datasets.errors import GenerationError
 from distill_datasets.models.sampler import digest
 from distill_datasets.synthesis.coverage import Coverage, Exercised
 from distill_datasets.synthesis.duplicates import NearDuplicates
-from distill_datasets.synthesis.interview import Heard, Interview, Question, explained
+from distill_datasets.synthesis.interview import Interview, ParsedReply, Question, explained
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ _JUDGED = 20  # queries by hand that are judged in one request
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class NewQuery:
     """A query with what was asked for; those of one question are a group."""
 
     query: str
@@ -36,7 +36,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
+class DroppedQuery:
     """A query that is not kept, why, and for a near-duplicate of which one."""
 
     query: str
@@ -47,7 +47,7 @@ class Dropped:
 
 
 @dataclass
-class Rounds:
+class QueryRounds:
     """What a teacher wrote so far: `kept` in the order of the questions, and `dropped`.
 
     The order of the replies decides nothing, so that the same journal brings the same queries.
@@ -62,8 +62,8 @@ class Rounds:
 
     def __post_init__(self) -> None:
         """Nothing is asked yet."""
-        self.kept: list[Written] = []
-        self.dropped: list[Dropped] = []
+        self.kept: list[NewQuery] = []
+        self.dropped: list[DroppedQuery] = []
         self.asked = self.unreadable = self.failed = 0
         self.stopped: str | None = None
         self._read = self._new = 0
@@ -71,8 +71,8 @@ class Rounds:
     async def judge(self, queries: Sequence[str]) -> None:
         """Count which rules are exercised by queries that lie in the file already."""
         parts = [queries[place : place + _JUDGED] for place in range(0, len(queries), _JUDGED)]
-        heard = await _all(self._exercised(part) for part in parts)
-        for part, found in zip(parts, heard, strict=True):
+        replies = await _all(self._exercised(part) for part in parts)
+        for part, found in zip(parts, replies, strict=True):
             for rules in found or [None] * len(part):
                 self.coverage.add(rules if found is None else rules or ())
 
@@ -80,7 +80,7 @@ class Rounds:
         """Ask until `n` are kept, or too few are new; returns how many questions are used up."""
         used = dry = 0
         while len(self.kept) < n:
-            read, new, unheard = self._read, self._new, self.unreadable + self.failed
+            read, new, unread = self._read, self._new, self.unreadable + self.failed
             asked = list(islice(questions, self._size(n - len(self.kept))))
             found = await self._round(asked, needed=True)
             for rows in found:
@@ -90,7 +90,7 @@ class Rounds:
                     return used
                 used += 1
             read, new = self._read - read, self._new - new
-            poor = new < _YIELD * read if read else self.unreadable + self.failed > unheard
+            poor = new < _YIELD * read if read else self.unreadable + self.failed > unread
             dry = dry + 1 if poor else 0
             if dry == _DRY:
                 self.stopped = f"under {_YIELD:.0%} of the queries were new in {_DRY} rounds"
@@ -117,30 +117,30 @@ class Rounds:
 
     async def _round(
         self, questions: Sequence[Question], *, needed: bool = False
-    ) -> list[list[Written]]:
+    ) -> list[list[NewQuery]]:
         """New queries of each question; where they are `needed`, raises if the teacher can't."""
-        heard = await _all(self.interview.queries(question) for question in questions)
-        unheard = [one for one in heard if one.value is None]
-        failed = sum(one.error is not None for one in unheard)
-        if needed and len(unheard) == len(heard) and (failed == len(heard) or not self.asked):
-            raise _nothing(unheard)
+        replies = await _all(self.interview.queries(question) for question in questions)
+        unread = [one for one in replies if one.value is None]
+        failed = sum(one.error is not None for one in unread)
+        if needed and len(unread) == len(replies) and (failed == len(replies) or not self.asked):
+            raise _nothing(unread)
         self.asked += len(questions)
         self.failed += failed
-        self.unreadable += len(unheard) - failed
-        fresh = [self._fresh(*pair) for pair in zip(questions, heard, strict=True)]
+        self.unreadable += len(unread) - failed
+        fresh = [self._fresh(*pair) for pair in zip(questions, replies, strict=True)]
         found = await _all(self._judged(rows) for rows in fresh)
         self._new += sum(map(len, found))
         return found
 
-    def _fresh(self, question: Question, heard: Heard[list[str]]) -> list[Written]:
+    def _fresh(self, question: Question, reply: ParsedReply[list[str]]) -> list[NewQuery]:
         """What a question brought that was not there."""
         group = f"synthesis-{digest(self.interview.request(question))[:12]}"
         known = self.known.get(group, set())
-        queries = [query for query in heard.value or () if query not in known]
+        queries = [query for query in reply.value or () if query not in known]
         self._read += len(queries)
         rows = []
         for query in queries:
-            row = Written(query, group, question.attributes, question.rule is not None)
+            row = NewQuery(query, group, question.attributes, question.rule is not None)
             if not query:
                 self._drop(row, EMPTY)
             elif match := self.duplicates.add(query):
@@ -150,7 +150,7 @@ class Rounds:
                 rows.append(row)
         return rows
 
-    async def _judged(self, rows: Sequence[Written]) -> list[Written]:
+    async def _judged(self, rows: Sequence[NewQuery]) -> list[NewQuery]:
         """Those that are meant for the prompt, with the rules that they exercise."""
         found = await self._exercised([row.query for row in rows])
         if found is None:
@@ -167,7 +167,7 @@ class Rounds:
             return None
         return (await self.interview.exercised(self.coverage.rules, queries)).value
 
-    def _take(self, rows: Sequence[Written], number: int, n: int, share: int) -> None:
+    def _take(self, rows: Sequence[NewQuery], number: int, n: int, share: int) -> None:
         """Keep what exercises a rule, in the place of queries that no rule needs."""
         taken = 0
         for row in rows:
@@ -194,14 +194,14 @@ class Rounds:
                 return True
         return False
 
-    def _keep(self, rows: Sequence[Written]) -> None:
+    def _keep(self, rows: Sequence[NewQuery]) -> None:
         self.kept += rows
         for row in rows:
             self.coverage.add(row.rules)
         self.note(len(rows))
 
-    def _drop(self, row: Written, reason: str, **why: Any) -> None:
-        self.dropped.append(Dropped(row.query, row.group, reason, **why))
+    def _drop(self, row: NewQuery, reason: str, **why: Any) -> None:
+        self.dropped.append(DroppedQuery(row.query, row.group, reason, **why))
 
 
 async def _all(tasks: Iterable[Awaitable[T]]) -> list[T]:
@@ -213,8 +213,8 @@ async def _all(tasks: Iterable[Awaitable[T]]) -> list[T]:
     return [one for one in found if not isinstance(one, BaseException)]
 
 
-def _nothing(heard: Sequence[Heard[Any]]) -> GenerationError:
+def _nothing(replies: Sequence[ParsedReply[Any]]) -> GenerationError:
     return GenerationError(
-        f"The teacher was asked for queries {len(heard)} times, and no reply was of use. The "
-        f"first: {explained(heard[0])}. Paid replies are kept."
+        f"The teacher was asked for queries {len(replies)} times, and no reply was of use. The "
+        f"first: {explained(replies[0])}. Paid replies are kept."
     )

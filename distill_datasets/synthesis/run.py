@@ -1,13 +1,16 @@
 """Queries from a prompt: the teacher writes them, varied, distinct, and for every rule."""
 
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from distill_datasets.errors import RecipeError
-from distill_datasets.files import writable_folder
+from distill_datasets.files import writable_folder, write_file
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import Buyer, Meter, run_apart
 from distill_datasets.generation.rate_limit import Limits
@@ -15,15 +18,70 @@ from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.progress import Progress
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.synthesis.attributes import axes_of, balance, combinations, size_of
-from distill_datasets.synthesis.coverage import Coverage
+from distill_datasets.synthesis.coverage import (
+    Coverage,
+    axes_of,
+    balance,
+    combinations,
+    size_of,
+)
 from distill_datasets.synthesis.duplicates import NearDuplicates
 from distill_datasets.synthesis.interview import Interview, Question
 from distill_datasets.synthesis.query_file import ORIGIN, QueryFile, open_query_file
-from distill_datasets.synthesis.rounds import Rounds, Written
-from distill_datasets.synthesis.summary import Synthesized, read_summary, save_summary
+from distill_datasets.synthesis.rounds import NEAR_DUPLICATE, OFF_TOPIC, NewQuery, QueryRounds
 
+_SUMMARY, _DROPPED = "synthesis.json", Path("synthesis") / "dropped.jsonl"
 _EXAMPLES, _EXAMPLE_LENGTH = 3, 2000  # queries by hand that a request shows; their characters
+
+
+@dataclass(frozen=True)
+class Synthesized:
+    """What `synthesize` left: the recipe's folder, and what became of the teacher's queries.
+
+    `kept` are in the file now, `new` of them by this call, which `dropped` others, by reason.
+    `stopped` says why there are fewer than were wanted. `summary` is what `synthesis.json` holds.
+    """
+
+    path: Path
+    kept: int
+    new: int
+    dropped: Mapping[str, int]
+    uncovered_rules: tuple[str, ...]
+    stopped: str | None
+    summary: Mapping[str, Any]
+
+    @property
+    def duplicates(self) -> int:
+        """How many repeated an earlier one, nearly or wholly."""
+        return self.dropped.get(NEAR_DUPLICATE, 0)
+
+    @property
+    def off_topic(self) -> int:
+        """How many were nothing that the prompt is for."""
+        return self.dropped.get(OFF_TOPIC, 0)
+
+    def sentence(self) -> str:
+        """What became of the teacher's queries, in one line."""
+        counts = {**self.dropped, "unreadable": self.summary["unreadable"]}
+        counts["failed requests"] = self.summary["failed"]
+        lost = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        short = (
+            f"; stopped short of {self.summary['wanted']}: {self.stopped}" if self.stopped else ""
+        )
+        return (
+            f"{self.kept} queries by the teacher, {self.new} of them new, behind "
+            f"{self.summary['by_hand']} by hand" + (f"; dropped: {lost}" if lost else "") + short
+        )
+
+    def table(self) -> str:
+        """How many queries exercise each rule and have each attribute, as text."""
+        rules = self.summary["rules"]
+        lines = ["queries  rule"] if rules else []
+        lines += [f"{row['queries']:>7}  {row['number']}. {row['rule']}" for row in rules]
+        for name, counts in self.summary["balance"].items():
+            least, most = min(counts.values()), max(counts.values())
+            lines.append(f"{name}: {len(counts)} values, {least} to {most} queries each")
+        return "\n".join(lines)
 
 
 def synthesize(  # noqa: PLR0913 (whom to ask for how much, how fast, and where it goes)
@@ -60,7 +118,7 @@ def synthesize(  # noqa: PLR0913 (whom to ask for how much, how fast, and where 
         Progress("synthesize", n, unit="queries", start=before, meter=meter) as progress,
     ):
         buyer = Buyer(journal, progress, limits=limits, meter=meter)
-        synthesis = _Synthesis(file, Interview(buyer, sampler, asked), seed)
+        synthesis = _SynthesisRun(file, Interview(buyer, sampler, asked), seed)
         rounds = run_apart(lambda: synthesis.run(n, progress), stop=buyer.stop)
     return synthesis.save(rounds, n)
 
@@ -72,23 +130,23 @@ def _open(recipe: Recipe) -> Sampler:
     return open_sampler(first.model, renderer=first.renderer)
 
 
-class _Synthesis:
+class _SynthesisRun:
     """One call: what is in the file, what is asked, what is written."""
 
     def __init__(self, file: QueryFile, interview: Interview, seed: int) -> None:
         self.file, self.interview, self.seed = file, interview, seed
         self.recipe = file.recipe
-        self._before = read_summary(self.recipe.folder)
+        self._before = _read_summary(self.recipe.folder)
         self._place = 0
         self._order: str | None = None
 
-    async def run(self, n: int, progress: Progress) -> Rounds:
+    async def run(self, n: int, progress: Progress) -> QueryRounds:
         """Everything that is asked."""
         rules = list(self.recipe.synthesis.rules) or await self.interview.rules()
         duplicates = NearDuplicates(self.recipe.synthesis.similarity)
         for row in self.file.rows:
             duplicates.add(self.file.query(row))
-        rounds = Rounds(
+        rounds = QueryRounds(
             self.interview, duplicates, Coverage(rules), self._known(), progress.advance
         )
         await self._judge(rounds, rules)
@@ -98,7 +156,7 @@ class _Synthesis:
             await self._write(rounds, axes_of(self.recipe, topics), missing)
         return rounds
 
-    async def _judge(self, rounds: Rounds, rules: Sequence[str]) -> None:
+    async def _judge(self, rounds: QueryRounds, rules: Sequence[str]) -> None:
         """What is known of the rows is in them, while the rules are the same."""
         same = rules == [row["rule"] for row in self._before.get("rules", [])]
         unknown = []
@@ -110,7 +168,9 @@ class _Synthesis:
                 rounds.coverage.add(known)
         await rounds.judge(unknown)
 
-    async def _write(self, rounds: Rounds, axes: Mapping[str, Sequence[str]], missing: int) -> None:
+    async def _write(
+        self, rounds: QueryRounds, axes: Mapping[str, Sequence[str]], missing: int
+    ) -> None:
         self._order = digest([self.seed, {name: list(axes[name]) for name in axes}])[:12]
         if self._order == self._before.get("order"):
             self._place = self._before["questions"]
@@ -144,7 +204,7 @@ class _Synthesis:
             known.setdefault(group, set()).add(self.file.query(row))
         return known
 
-    def save(self, rounds: Rounds, n: int) -> Synthesized:
+    def save(self, rounds: QueryRounds, n: int) -> Synthesized:
         """The rows, and then what is to be said of them."""
         rows = [_fields(row) for row in rounds.kept]
         if rows or self.file.written:
@@ -163,10 +223,10 @@ class _Synthesis:
             "order": self._order or self._before.get("order"),
             "questions": self._place if self._order else self._before.get("questions", 0),
         }
-        return save_summary(self.recipe.folder, facts, rounds)
+        return _save_summary(self.recipe.folder, facts, rounds)
 
 
-def _fields(row: Written) -> dict[str, Any]:
+def _fields(row: NewQuery) -> dict[str, Any]:
     rules = None if row.rules is None else list(row.rules)
     return {
         "query": row.query,
@@ -175,3 +235,51 @@ def _fields(row: Written) -> dict[str, Any]:
         "rules": rules,
         "origin": ORIGIN,
     }
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
+    """What an earlier call said; empty where there was none."""
+    path = folder / _SUMMARY
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} can't be read: {error}. Remove it and run again.") from error
+    return found
+
+
+def _save_summary(folder: Path, facts: Mapping[str, Any], rounds: QueryRounds) -> Synthesized:
+    """Write `synthesis.json`, and to `synthesis/dropped.jsonl` what was dropped."""
+    coverage = rounds.coverage
+    summary = {
+        **facts,
+        "dropped": _save_dropped(folder, rounds),
+        "unreadable": rounds.unreadable,
+        "failed": rounds.failed,
+        "unjudged": coverage.unjudged,
+        "stopped": rounds.stopped,
+        "rules": coverage.table(),
+        "uncovered": coverage.uncovered,
+    }
+    write_file(folder / _SUMMARY, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
+    return Synthesized(
+        path=folder,
+        kept=facts["kept"],
+        new=facts["new"],
+        dropped=Counter(row.reason for row in rounds.dropped),
+        uncovered_rules=tuple(coverage.rules[number - 1] for number in coverage.uncovered),
+        stopped=rounds.stopped,
+        summary=summary,
+    )
+
+
+def _save_dropped(folder: Path, rounds: QueryRounds) -> dict[str, int]:
+    """All that was ever dropped, counted by reason."""
+    path = folder / _DROPPED
+    before = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    now = [json.dumps(asdict(row), ensure_ascii=False) for row in rounds.dropped]
+    lines = [line for line in dict.fromkeys([*before, *now]) if line]
+    if now:
+        write_file(path, "".join(f"{line}\n" for line in lines))
+    return dict(Counter(json.loads(line)["reason"] for line in lines))

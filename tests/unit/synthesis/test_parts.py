@@ -7,11 +7,10 @@ import pytest
 import yaml
 
 from distill_datasets.errors import RecipeError
-from distill_datasets.synthesis.attributes import combinations, size_of
-from distill_datasets.synthesis.coverage import Coverage
+from distill_datasets.synthesis.coverage import Coverage, combinations, size_of
 from distill_datasets.synthesis.duplicates import NearDuplicates, _plain, _shingles
-from distill_datasets.synthesis.recipe_edit import set_keys
-from distill_datasets.synthesis.replies import numbers, texts
+from distill_datasets.synthesis.interview import numbers, texts
+from distill_datasets.synthesis.query_file import set_keys
 
 AXES = {"topic": list("abcdefg"), "style": ["x", "y"], "length": ["1", "2", "3", "4"]}
 
