@@ -123,9 +123,15 @@ class RequestError(DistillError, RuntimeError):
 
 
 class RetryableError(RequestError, TimeoutError):
-    """The same request may succeed later; `retry_after` is in seconds, as the server asked."""
+    """The same request may succeed later.
+
+    `retry_after` is in seconds, as the server asked. `most_attempts` is how often a request may be
+    asked in all where the server answers like this, None where nothing limits it: an answer that
+    can't be read is paid each time, and mostly comes again.
+    """
 
     retry_after: float | None = None
+    most_attempts: int | None = None
 
 
 class RejectedError(RequestError, ValueError):

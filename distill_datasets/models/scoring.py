@@ -1,21 +1,22 @@
-"""What a model thinks of tokens that are already there: log-probabilities, without sampling."""
+"""Log-probabilities that a model gives to tokens which are already there, without sampling."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
-import tinker
 from numpy.typing import NDArray
 
 from distill_datasets.errors import DatasetError, ModelError
-from distill_datasets.models import tinker_sdk as sdk
-from distill_datasets.models.connection import Connection
+from distill_datasets.progress import Progress
+
+if TYPE_CHECKING:
+    from distill_datasets.models.connection import Connection
 
 T = TypeVar("T")
-_READ_ONLY = tinker.SamplingParams(max_tokens=1)  # the one token that it samples is thrown away
+_AT_ONCE = 256  # conversations whose likelihoods are asked for together
 _NO_TOKEN = -9e4  # the SDK writes -99999 where there are fewer than k
 _MISSING = -1  # what stands where no log-probability is asked for
 
@@ -35,6 +36,37 @@ class Ranking:
 
 
 @dataclass(frozen=True)
+class SoftLabels:
+    """A teacher's distribution at each of the N places of a response, the stop token's included.
+
+    `tokens` (N) is the response itself, `ids` and `logprobs` (N, K) the likeliest tokens in its
+    places; a place with fewer ends with logarithms of minus infinity. Log-probabilities are kept
+    as float16, which moves a distribution by less than its entropy / 2048. `kept` is how much of
+    the teacher's probability the K tokens had, the mean over the places.
+    """
+
+    tokens: NDArray[np.int32]
+    ids: NDArray[np.int32]
+    logprobs: NDArray[np.float16]
+    kept: float
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Sequence[int] | NDArray[np.int32],
+        ids: NDArray[np.integer],
+        logprobs: NDArray[np.floating],
+    ) -> "SoftLabels":
+        """From arrays of any precision."""
+        return cls(
+            np.asarray(tokens, np.int32),
+            np.asarray(ids, np.int32),
+            np.asarray(logprobs, np.float16),
+            float(np.exp(np.asarray(logprobs, np.float64)).sum(axis=1).mean()),
+        )
+
+
+@dataclass(frozen=True)
 class Scored:
     """Natural log-probabilities of a response's tokens, and of the likeliest in their places."""
 
@@ -45,12 +77,14 @@ class Scored:
 class Pending(Generic[T]):
     """A request on its way; `result` waits for it, and raises what the server refused."""
 
-    def __init__(self, connection: Connection, request: Any, read: Callable[[Any], T]) -> None:
+    def __init__(self, connection: "Connection", request: Any, read: Callable[[Any], T]) -> None:
         """`request` is the SDK's future, `read` what to make of its response."""
         self._connection, self._request, self._read = connection, request, read
 
     def result(self) -> T:
         """Raises `ModelError`, `AccessError` or `ServiceError`."""
+        from distill_datasets.models import tinker_sdk as sdk
+
         with _explained(self._connection.reference):
             return self._read(sdk.wait(self._request, self._connection.ended))
 
@@ -62,7 +96,7 @@ class Scorer:
     before from its cache.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: "Connection") -> None:
         """Open a sampling session; raises `ModelError` where the server refuses the model."""
         self.connection = connection
         path = connection.model_path
@@ -73,15 +107,12 @@ class Scorer:
 
     def read(self, context: Sequence[int], response: Sequence[int], k: int = 0) -> Pending[Scored]:
         """How likely a response is after its context, token by token, and the `k` likeliest."""
-        with _explained(self.connection.reference):
-            request = self._client.sample(
-                prompt=tinker.ModelInput.from_ints([*context, *response]),
-                num_samples=1,
-                sampling_params=_READ_ONLY,
-                include_prompt_logprobs=True,
-                topk_prompt_logprobs=k,
-                prompt_logprobs_last_n=len(response),
-            )
+        request = self._ask(
+            [*context, *response],
+            include_prompt_logprobs=True,
+            topk_prompt_logprobs=k,
+            prompt_logprobs_last_n=len(response),
+        )
         return Pending(self.connection, request, lambda reply: self._scored(reply, response, k))
 
     def following(
@@ -114,6 +145,8 @@ class Scorer:
         ids: NDArray[np.integer],
         read: Callable[[NDArray[np.float64]], T],
     ) -> Pending[T]:
+        import tinker
+
         prompt = [*context, *response]
         targets = np.full((len(prompt) - 1, ids.shape[1]), _MISSING, np.int64)
         targets[-len(ids) :] = ids
@@ -128,14 +161,20 @@ class Scorer:
             found = np.asarray(scored.target_prompt_logprobs.to_numpy(), np.float64)
             return read(found.reshape(targets.shape)[-len(ids) :])
 
-        with _explained(self.connection.reference):
-            request = self._client.sample(
-                prompt=tinker.ModelInput.from_ints(prompt),
-                num_samples=1,
-                sampling_params=_READ_ONLY,
-                target_prompt_logprobs=tinker.TensorData.from_numpy(targets),
-            )
+        request = self._ask(prompt, target_prompt_logprobs=tinker.TensorData.from_numpy(targets))
         return Pending(self.connection, request, rows)
+
+    def _ask(self, prompt: Sequence[int], **wanted: Any) -> Any:
+        import tinker
+
+        with _explained(self.connection.reference):
+            return self._client.sample(
+                prompt=tinker.ModelInput.from_ints(list(prompt)),
+                num_samples=1,
+                # The one token that it samples is thrown away.
+                sampling_params=tinker.SamplingParams(max_tokens=1),
+                **wanted,
+            )
 
     def _scored(self, reply: Any, response: Sequence[int], k: int) -> Scored:
         if reply.prompt_logprobs_np is None:
@@ -155,6 +194,66 @@ class Scorer:
         return Scored(logprobs, Ranking.read(top, len(response)))
 
 
+def split_conversation(
+    connection: "Connection", conversation: Sequence[Mapping[str, Any]]
+) -> tuple[list[int], list[int]]:
+    """The tokens before its last message, and that message's own."""
+    from tinker_cookbook.renderers import TrainOnWhat
+
+    messages: list[Any] = [dict(message) for message in conversation]
+    rendered, weights = connection.renderer.build_supervised_example(
+        messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE
+    )
+    tokens = [int(token) for token in rendered.to_ints()]
+    start, end = response_span(weights.tolist())
+    return tokens[:start], tokens[start:end]
+
+
+def response_span(weights: Sequence[float]) -> tuple[int, int]:
+    """Where the learned tokens (weight above 0) of a rendered conversation begin and end."""
+    learned = np.flatnonzero(np.asarray(weights))
+    start, end = int(learned[0]), int(learned[-1]) + 1
+    if len(learned) != end - start:
+        raise DatasetError(
+            "A response is not one run of tokens in the student's chat format: soft labels can't "
+            "be placed. Train with the objective 'sft'."
+        )
+    return start, end
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """An answer's negative log-likelihood in nats, summed over its tokens, and how many those are.
+
+    The token that ends the answer counts.
+    """
+
+    nats: float
+    tokens: int
+
+
+def likelihoods(
+    connection: "Connection", conversations: Sequence[Sequence[Mapping[str, Any]]], *, title: str
+) -> list[Likelihood]:
+    """Of the last message of each conversation, after all before it.
+
+    Costs a request a conversation, whose prompt is read and from which nothing is sampled. Raises
+    `ModelError`, `AccessError` or `ServiceError`.
+    """
+    scorer = Scorer(connection)
+    found: list[Likelihood] = []
+    with Progress(title, len(conversations)) as progress:
+        for first in range(0, len(conversations), _AT_ONCE):
+            part = conversations[first : first + _AT_ONCE]
+            spans = [split_conversation(connection, conversation) for conversation in part]
+            pending = [scorer.read(context, answer) for context, answer in spans]
+            for (context, answer), request in zip(spans, pending, strict=True):
+                nats = -float(request.result().logprobs.sum())
+                found.append(Likelihood(nats, len(answer)))
+                progress.advance(1, tokens=len(context) + len(answer))
+    return found
+
+
 def tokenizer_digest(tokenizer: Any) -> str:
     """Names a vocabulary: two tokenizers of one digest give every id the same text."""
     content = sha256()
@@ -163,7 +262,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return content.hexdigest()
 
 
-def require_same_tokenizer(teacher: Connection, student: Connection) -> None:
+def require_same_tokenizer(teacher: "Connection", student: "Connection") -> None:
     """Token by token a teacher can only teach a student with the very same tokens."""
     if teacher.tokenizer_source == student.tokenizer_source:
         return
@@ -179,5 +278,7 @@ def require_same_tokenizer(teacher: Connection, student: Connection) -> None:
 
 
 def _explained(reference: str) -> AbstractContextManager[None]:
+    from distill_datasets.models import tinker_sdk as sdk
+
     kept = "What was stored is kept: run it again."
     return sdk.all_explained(reference, refused="refused to score", kept=kept)

@@ -15,9 +15,9 @@ from distill_datasets.errors import DatasetError
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.ledger import JournaledRows, first_requests
 from distill_datasets.models.sampler import Logprobs
+from distill_datasets.models.scoring import SoftLabels
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.parquet import Shards, Size
-from distill_datasets.training.objectives.soft_targets import SoftLabels
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -71,7 +71,7 @@ def measure_bounds(
     Where a recipe rewrites what the teacher says, the teacher is asked about its own words: it
     gives the answer at least that likelihood.
     """
-    from distill_datasets.models.likelihood import likelihoods
+    from distill_datasets.models.scoring import likelihoods
 
     without = likelihoods(base, [one.learned for one in answers], title="base's likelihood")
     taught = likelihoods(teacher, [one.taught for one in answers], title="teacher's likelihood")
@@ -91,7 +91,7 @@ def measure_internalisation(
     Besides, every system's nats a response token; costs three requests an answer. None where the
     score is not defined; a line on standard error says why.
     """
-    from distill_datasets.models.likelihood import likelihoods
+    from distill_datasets.models.scoring import likelihoods
 
     bounds = measure_bounds(answers, base=connections["base"], teacher=connections["teacher"])
     learned = [one.learned for one in answers]

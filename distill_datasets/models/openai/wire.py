@@ -127,8 +127,10 @@ def read_reply(
 
 
 def bad_answer(found: str) -> RetryableError:
-    """An answer that doesn't have the protocol's form."""
-    return RetryableError(f"Expected a chat completion, found: {found}", type="bad answer")
+    """An answer that doesn't have the protocol's form; it is asked for twice more."""
+    error = RetryableError(f"Expected a chat completion, found: {found}", type="bad answer")
+    error.most_attempts = 3
+    return error
 
 
 def _stop_reason(choice: Mapping[str, Any]) -> Any:

@@ -8,7 +8,7 @@ from distill_datasets.errors import DatasetError, GenerationError
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.ledger import restore
 from distill_datasets.generation.rows import Asking, ask
-from distill_datasets.models.scoring import Scorer
+from distill_datasets.models.scoring import Scorer, SoftLabels, split_conversation
 from distill_datasets.training.objectives.label_tree import (
     Tokens,
     children,
@@ -22,9 +22,7 @@ from distill_datasets.training.objectives.soft_rows import (
     Scoring,
     SoftRow,
     score_key,
-    split_conversation,
 )
-from distill_datasets.training.objectives.soft_targets import SoftLabels
 from distill_datasets.training.objectives.teacher import TeacherPrompts, prompt_tokens
 
 if TYPE_CHECKING:

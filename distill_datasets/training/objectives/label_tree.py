@@ -12,7 +12,7 @@ from itertools import takewhile
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_datasets.training.objectives.soft_targets import SoftLabels
+from distill_datasets.models.scoring import SoftLabels
 
 Tokens = tuple[int, ...]
 

@@ -21,14 +21,19 @@ from numpy.typing import NDArray
 
 from distill_datasets.errors import ModelError
 from distill_datasets.models.sampler import digest
-from distill_datasets.models.scoring import Pending, Ranking, Scorer, require_same_tokenizer
+from distill_datasets.models.scoring import (
+    Pending,
+    Ranking,
+    Scorer,
+    SoftLabels,
+    require_same_tokenizer,
+)
 from distill_datasets.training.batches import Batch, Learned, Normalization, shares
 from distill_datasets.training.objectives.producers import Lesson
 from distill_datasets.training.objectives.soft import soft_batch
 from distill_datasets.training.objectives.soft_rows import SoftRow, chosen_rows, soft_rows
 from distill_datasets.training.objectives.soft_targets import (
     SoftExample,
-    SoftLabels,
     reverse_kl,
     reverse_targets,
     soft_targets,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from distill_datasets.errors import OutputError
-from distill_datasets.training.objectives.soft_targets import SoftLabels
+from distill_datasets.models.scoring import SoftLabels
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS scores (

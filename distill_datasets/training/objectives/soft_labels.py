@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.ledger import LEDGER
-from distill_datasets.models.scoring import Scorer, require_same_tokenizer
+from distill_datasets.models.scoring import Scorer, SoftLabels, require_same_tokenizer
 from distill_datasets.releases.soft_labels import SOFT, has_soft, read_soft
 from distill_datasets.training.objectives.closed_set import (
     LabelScorer,
@@ -22,7 +22,7 @@ from distill_datasets.training.objectives.soft_rows import (
     score_rows,
     split_response,
 )
-from distill_datasets.training.objectives.soft_targets import SoftExample, SoftLabels
+from distill_datasets.training.objectives.soft_targets import SoftExample
 from distill_datasets.training.objectives.teacher import (
     TeacherPrompts,
     connect_teacher,

@@ -1,24 +1,20 @@
 """The rows that soft labels are for, and the loop that scores them once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from distill_datasets.errors import DatasetError
+from distill_datasets.models.scoring import SoftLabels, response_span
 from distill_datasets.progress import Progress
 from distill_datasets.training.batches import Example
 from distill_datasets.training.objectives.producers import Lesson
 from distill_datasets.training.objectives.score_store import ScoreStore
-from distill_datasets.training.objectives.soft_targets import SoftLabels
 from distill_datasets.training.schedule import choose_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from distill_datasets.models.connection import Connection
 
 _COLUMNS = ("id", "sample", "query", "response")
 _VERSION = 1  # of what is stored: raise it when scores come out differently
@@ -76,36 +72,9 @@ def split_response(example: Example) -> tuple[list[int], list[int]]:
     return tokens[:start], tokens[start:end]
 
 
-def split_conversation(
-    connection: "Connection", conversation: Sequence[Mapping[str, Any]]
-) -> tuple[list[int], list[int]]:
-    """The tokens before its last message, and that message's own."""
-    from tinker_cookbook.renderers import TrainOnWhat
-
-    messages: list[Any] = [dict(message) for message in conversation]
-    rendered, weights = connection.renderer.build_supervised_example(
-        messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE
-    )
-    tokens = [int(token) for token in rendered.to_ints()]
-    start, end = response_span(weights.tolist())
-    return tokens[:start], tokens[start:end]
-
-
 def _released(lesson: Lesson, places: Sequence[int]) -> "Dataset":
     kept = [lesson.rows.kept[place] for place in places]
     return lesson.rows.plain.select_columns(list(_COLUMNS)).select(kept)
-
-
-def response_span(weights: Sequence[float]) -> tuple[int, int]:
-    """Where the learned tokens of a rendered conversation begin and end."""
-    learned = np.flatnonzero(np.asarray(weights))
-    start, end = int(learned[0]), int(learned[-1]) + 1
-    if len(learned) != end - start:
-        raise DatasetError(
-            "A response is not one run of tokens in the student's chat format: soft labels can't "
-            "be placed. Train with the objective 'sft'."
-        )
-    return start, end
 
 
 def score_rows(

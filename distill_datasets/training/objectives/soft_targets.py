@@ -11,38 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from distill_datasets.models.scoring import SoftLabels
+
 _LEAST = float(np.log(np.finfo(np.float32).tiny))  # no server's probability is smaller, but for 0
-
-
-@dataclass(frozen=True)
-class SoftLabels:
-    """What a teacher thinks at each of the N places of a response, the stop token's included.
-
-    `tokens` (N) is the response itself, `ids` and `logprobs` (N, K) the likeliest tokens in its
-    places; a place with fewer ends with logarithms of minus infinity. Log-probabilities are kept
-    as float16, which moves a distribution by less than its entropy / 2048. `kept` is how much of
-    the teacher's probability the K tokens had, the mean over the places.
-    """
-
-    tokens: NDArray[np.int32]
-    ids: NDArray[np.int32]
-    logprobs: NDArray[np.float16]
-    kept: float
-
-    @classmethod
-    def of(
-        cls,
-        tokens: Sequence[int] | NDArray[np.int32],
-        ids: NDArray[np.integer],
-        logprobs: NDArray[np.floating],
-    ) -> "SoftLabels":
-        """From arrays of any precision."""
-        return cls(
-            np.asarray(tokens, np.int32),
-            np.asarray(ids, np.int32),
-            np.asarray(logprobs, np.float16),
-            float(np.exp(np.asarray(logprobs, np.float64)).sum(axis=1).mean()),
-        )
 
 
 @dataclass(frozen=True)

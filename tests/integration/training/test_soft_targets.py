@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from distill_datasets.errors import SettingsError
+from distill_datasets.models.scoring import SoftLabels
 from distill_datasets.training.objective_settings import ObjectiveSettings
 from distill_datasets.training.objectives.label_tree import (
     children,
@@ -17,7 +18,6 @@ from distill_datasets.training.objectives.label_tree import (
 )
 from distill_datasets.training.objectives.score_store import ScoreStore
 from distill_datasets.training.objectives.soft_targets import (
-    SoftLabels,
     placed,
     reverse_kl,
     reverse_targets,
