@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from distill_datasets.progress import amount_text
+from distill_datasets.tables import aligned
 
 _SHOWN = 120  # characters of a sampled text
 
@@ -20,7 +21,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         f"{found['known']:,} of them answered already or asked twice, {left:,} to ask"
     )
     yield ""
-    yield from _table(_rows(found))
+    yield aligned(_rows(found))
     yield ""
     yield f"time      {_time(found)}"
     yield f"disk      {_span(found['disk'], _bytes)}"
@@ -46,14 +47,6 @@ def _rows(found: Mapping[str, Any]) -> Iterator[Sequence[str]]:
         yield ["all", "", "", "", "", _span(found["cost"], amount_text)]
     if found["priced_at"]:
         yield ["", "", "", "", "", f"at the prices of {found['priced_at']}"]
-
-
-def _table(rows: Iterator[Sequence[str]]) -> Iterator[str]:
-    cells = list(rows)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        yield "  ".join(padded).rstrip()
 
 
 def _span(span: Mapping[str, Any], write: Any) -> str:

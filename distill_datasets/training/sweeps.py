@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.errors import ModelError, OutputError, SettingsError, nearest
 
 if TYPE_CHECKING:
-    from distill_datasets.training.trainer import Training, TrainSettings
+    from distill_datasets.tables import aligned
+from distill_datasets.training.trainer import Training, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,7 @@ class Sweep:
                 for name in names
             ]
             lines.append([*cells, *map(_cell, found), mark])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        return aligned(lines, right=True)
 
 
 def sweep(
