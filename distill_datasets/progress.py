@@ -19,7 +19,7 @@ def use(style: Style) -> None:
     _STYLE[0] = style
 
 
-class Purse(Protocol):
+class Spending(Protocol):
     """What knows how much money is spent."""
 
     @property
@@ -48,7 +48,7 @@ class Progress:
         *,
         unit: str = "rows",
         start: int = 0,
-        meter: Purse | None = None,
+        meter: Spending | None = None,
         stream: TextIO | None = None,
     ) -> None:
         """Nothing is shown before `__enter__`; `stream` defaults to standard error.

@@ -22,7 +22,8 @@ from distill_datasets.evaluation.systems import (
 from distill_datasets.files import writable_folder
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.generation.rows import Answering, Asking, ask
+from distill_datasets.generation.rows import ask
+from distill_datasets.generation.teachers import Answerer, PromptedModel
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.schema import failure_text
 
@@ -103,7 +104,7 @@ def _complete(rows: "Dataset", system: str) -> "Dataset":
 
 
 def _data(
-    held_out: HeldOut, systems: Mapping[str, Answering], comparison: "Comparison"
+    held_out: HeldOut, systems: Mapping[str, Answerer], comparison: "Comparison"
 ) -> dict[str, Any]:
     manifest, sampling = held_out.manifest, greedy(held_out.recipe)
     latency = time_systems(held_out, systems)
@@ -142,7 +143,7 @@ def _data(
 
 
 def _internalisation(
-    held_out: HeldOut, systems: Mapping[str, Answering], rows: "Dataset"
+    held_out: HeldOut, systems: Mapping[str, Answerer], rows: "Dataset"
 ) -> dict[str, Any] | None:
     """The score over the teacher's usable answers; None where a system can't score given text."""
     from distill_datasets.training.internalisation import Answered, measure_internalisation
@@ -150,7 +151,7 @@ def _internalisation(
     connections = {
         name: system.sampler.connection
         for name, system in systems.items()
-        if isinstance(system, Asking) and hasattr(system.sampler, "connection")
+        if isinstance(system, PromptedModel) and hasattr(system.sampler, "connection")
     }
     recipe = held_out.recipe
     answers = [
@@ -184,7 +185,7 @@ def _savings(systems: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _key(held_out: HeldOut, systems: Mapping[str, Answering], training: Training | None) -> str:
+def _key(held_out: HeldOut, systems: Mapping[str, Answerer], training: Training | None) -> str:
     """Names everything that a report depends on but time."""
     return digest(
         {

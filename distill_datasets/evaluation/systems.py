@@ -9,8 +9,12 @@ from typing import Any
 from distill_datasets.errors import ModelError
 from distill_datasets.evaluation.heldout import HeldOut
 from distill_datasets.evaluation.latency import Timed, Unkept, measure_latency, uncacheable
-from distill_datasets.generation.rows import Answering, Asking
-from distill_datasets.generation.teachers import Panel, Route, asked_of, open_teachers
+from distill_datasets.generation.teachers import (
+    Answerer,
+    PromptedModel,
+    Teachers,
+    open_teachers,
+)
 from distill_datasets.models.sampler import Sampler, Sampling
 from distill_datasets.recipes.recipe import Recipe
 
@@ -46,7 +50,7 @@ def open_systems(
     training: Training | None,
     teacher: Sampler | str | None,
     base: Sampler | str | None,
-) -> dict[str, Answering]:
+) -> dict[str, Answerer]:
     """All three; the student is open first, since its server holds its checkpoints too."""
     recipe = held_out.recipe
     opened = _open(training.folder if training else student)
@@ -67,12 +71,13 @@ def greedy(recipe: Recipe) -> Sampling:
     return Sampling(temperature=0.0, max_tokens=recipe.sampling.max_tokens, seed=0)
 
 
-def explained(systems: Mapping[str, Answering], recipe: Recipe) -> list[str]:
+def explained(systems: Mapping[str, Answerer], recipe: Recipe) -> list[str]:
     """What a reader must know about a teacher that is several."""
-    if not isinstance(systems["teacher"], Panel):
+    teacher = systems["teacher"]
+    if not (isinstance(teacher, Teachers) and teacher.choice):
         return []
     notes = [
-        f"The teacher is {systems['teacher'].model}, sampled as the recipe says, and one answer "
+        f"The teacher is {teacher.model}, sampled as the recipe says, and one answer "
         f"is chosen ({recipe.choose}). Its tokens are those of everybody asked for a query."
     ]
     if recipe.reads_references:
@@ -83,9 +88,7 @@ def explained(systems: Mapping[str, Answering], recipe: Recipe) -> list[str]:
     return notes
 
 
-def time_systems(
-    held_out: HeldOut, systems: Mapping[str, Answering]
-) -> dict[str, dict[str, float]]:
+def time_systems(held_out: HeldOut, systems: Mapping[str, Answerer]) -> dict[str, dict[str, float]]:
     """Latency of every system, and of the teacher with its prompt read anew each time."""
     rows = held_out.rows[:_TIMED_ROWS]["query"]
     queries = [rows[-1], *rows]
@@ -103,31 +106,31 @@ def latency_note(rows: int) -> str:
     )
 
 
-def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answering:
+def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answerer:
     recipe, manifest = held_out.recipe, held_out.manifest
     if teacher is not None and teacher != manifest["teacher"]:
         sampler = _open(teacher)
     elif "panel" in manifest:
-        answering = open_teachers(recipe).answering
-        return answering if isinstance(answering, Panel) else _changed(answering, _greedy)
+        teachers = open_teachers(recipe)
+        return teachers if teachers.choice else _changed(teachers, _greedy)
     else:
         sampler = _open(manifest["teacher"], manifest["renderer"])
     sampling, reader = recipe.sampling_parameters, recipe.teacher_reader
-    return _greedy(Asking(sampler, sampling, recipe.messages, reader, _as_said))
+    return _greedy(PromptedModel(sampler, sampling, recipe.messages, reader, _as_said))
 
 
-def _unprompted(sampler: Sampler, recipe: Recipe) -> Asking:
+def _unprompted(sampler: Sampler, recipe: Recipe) -> PromptedModel:
     reader = recipe.student_reader
-    return Asking(sampler, greedy(recipe), recipe.student_messages, reader, _as_said)
+    return PromptedModel(sampler, greedy(recipe), recipe.student_messages, reader, _as_said)
 
 
 def _as_said(text: str, answer: str) -> str:
     return text
 
 
-def _greedy(asking: Asking) -> Asking:
+def _greedy(asked: PromptedModel) -> PromptedModel:
     # Where the recipe stops the teacher, and the form it asks for, decide what can be read.
-    own = asking.sampling
+    own = asked.sampling
     sampling = Sampling(
         temperature=0.0,
         seed=0,
@@ -136,26 +139,24 @@ def _greedy(asking: Asking) -> Asking:
         json_schema=own.json_schema,
         extra=own.extra,
     )
-    return replace(asking, sampling=sampling)
+    return replace(asked, sampling=sampling)
 
 
-def _uncached(asking: Asking) -> Asking:
-    messages = asking.messages
-    return replace(asking, messages=lambda query: uncacheable(messages(query)))
+def _uncached(asked: PromptedModel) -> PromptedModel:
+    messages = asked.messages
+    return replace(asked, messages=lambda query: uncacheable(messages(query)))
 
 
-def _changed(system: Answering, change: Callable[[Asking], Asking]) -> Answering:
-    if isinstance(system, Asking):
+def _changed(system: Answerer, change: Callable[[PromptedModel], PromptedModel]) -> Answerer:
+    if isinstance(system, PromptedModel):
         return change(system)
-    assert isinstance(system, Route | Panel)
-    voices = tuple(replace(voice, asking=change(voice.asking)) for voice in system.voices)
-    return replace(system, voices=voices)
+    return replace(system, members=tuple(map(change, system.members)))
 
 
-def _timed(system: Answering, queries: Sequence[str]) -> Timed:
-    if isinstance(system, Panel):
+def _timed(system: Answerer, queries: Sequence[str]) -> Timed:
+    if isinstance(system, Teachers) and system.choice:
         return Timed(system.model, [partial(system.answer, query, Unkept()) for query in queries])
-    asked = [(query, one) for query in queries for one in asked_of(system, query)]
+    asked = [(query, one) for query in queries for one in system.asked(query)]
     requests = [
         partial(one.sampler.sample, one.messages(query), one.sampling) for query, one in asked
     ]

@@ -12,8 +12,9 @@ from distill_datasets.generation.batch_book import BatchBook, alone
 from distill_datasets.generation.batch_files import BatchFiles, provider_of
 from distill_datasets.generation.batch_jobs import Desk, Outcome
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import Meter, run_apart
-from distill_datasets.generation.rows import Answering
+from distill_datasets.generation.client import run_apart
+from distill_datasets.generation.pricing import Meter
+from distill_datasets.generation.teachers import Answerer
 from distill_datasets.models.batches import Batch, BatchState
 from distill_datasets.models.sampler import Reply, Sampler, Sampling
 from distill_datasets.progress import Progress
@@ -36,7 +37,7 @@ class Patience:
 
 def buy_in_batches(
     queries: "Dataset",
-    answering: Answering,
+    answering: Answerer,
     journal: Journal,
     *,
     patience: Patience,
@@ -89,7 +90,7 @@ class _Rounds:
         self._most = _MOST
         self._fruitless = 0
 
-    async def run(self, queries: "Dataset", answering: Answering) -> None:
+    async def run(self, queries: "Dataset", answering: Answerer) -> None:
         """Until everything that a batch can answer is in the journal."""
         for file in self.book.folder.glob("*.jsonl"):
             file.unlink()  # of a process that ended before it sent them

@@ -9,7 +9,7 @@ from distill_datasets.errors import OutputError, RequestError
 from distill_datasets.generation.batch_book import BatchBook
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import Buyer
-from distill_datasets.generation.rows import Answering
+from distill_datasets.generation.teachers import Answerer
 from distill_datasets.models.batches import BatchProvider, new_key
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
 from distill_datasets.progress import Progress
@@ -63,7 +63,7 @@ class BatchFiles(Buyer):
                 self._add(key, line, (sampler.identity, sampling), provider)
         raise InterruptedError("waits for its batch")
 
-    async def fill(self, queries: "Dataset", answering: Answering) -> None:
+    async def fill(self, queries: "Dataset", answering: Answerer) -> None:
         """Write whatever answering these queries needs, as far as it can be known now."""
         columns = queries.select_columns(["query", "reference"])
         for batch in columns.iter(batch_size=_ROWS_PER_BATCH):

@@ -4,15 +4,16 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import count
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from distill_datasets.errors import RejectedError, RequestError, RetryableError
 from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
-from distill_datasets.progress import Progress, Purse
+from distill_datasets.progress import Progress
 from distill_datasets.schema import Message
 
 T = TypeVar("T")
@@ -50,25 +51,6 @@ def run_apart(make: Callable[[], Awaitable[T]], *, stop: Callable[[], None] | No
                 loop, task = began.result()
                 loop.call_soon_threadsafe(stop or task.cancel)
             raise
-
-
-class Meter(Purse, Protocol):
-    """Counts what is spent, and says when no more may be."""
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether no other request may be paid for."""
-        ...
-
-    def room(
-        self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
-    ) -> AbstractAsyncContextManager[None]:
-        """Holds a place for one request while it is asked; raises `BudgetReached`."""
-        ...
-
-    def count(self, sampler: Sampler, reply: Reply) -> None:
-        """Add a reply that was just bought."""
-        ...
 
 
 class Buyer:

@@ -24,10 +24,9 @@ from distill_datasets.generation.ledger import ledger_digests
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.rehearsal_text import rehearsal_text
-from distill_datasets.generation.rows import Answering
 from distill_datasets.generation.shards import Share
-from distill_datasets.generation.teachers import asked_of, models_of, open_teachers
-from distill_datasets.generation.trial import Sampled, ask_some, request_key
+from distill_datasets.generation.teachers import Answerer, open_teachers
+from distill_datasets.generation.trial import Sampled, ask_some
 from distill_datasets.models.sampler import Sampler
 from distill_datasets.progress import Progress
 from distill_datasets.recipes.loading import load_recipe
@@ -103,8 +102,6 @@ def rehearse(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
     """
     source = None if isinstance(recipe, Recipe) else recipe
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if isinstance(teacher, str):
-        recipe, teacher = recipe.with_teacher(teacher), None
     known = Prices.load(prices) if isinstance(prices, str | Path) else prices
     queries = load_queries(recipe)
     queries = queries if limit is None else queries.select(range(min(limit, len(queries))))
@@ -113,8 +110,8 @@ def rehearse(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
     teachers = open_teachers(recipe, teacher)
     meter = Meter(known) if known else None
     if meter:
-        meter.check(models_of(teachers.recipe))
-    stage = _Stage(teachers.answering, queries, _journal_of(out), meter)
+        meter.check(teachers.models)
+    stage = _Stage(teachers, queries, _journal_of(out), meter)
     if source is not None and ledger:
         stage.answered |= ledger_digests(source)
     stage.ask(sample, Limits(concurrency))
@@ -130,7 +127,7 @@ def _journal_of(out: str | Path | None) -> Path | None:
 class _Stage:
     """What is found out on the way: requests by model, rows asked, and what is answered."""
 
-    answering: Answering
+    answering: Answerer
     queries: "Dataset"
     journal: Path | None
     meter: Meter | None
@@ -168,8 +165,8 @@ class _Stage:
     def _plan_row(self, query: str, journal: Journal | None, every: int) -> bool:
         """Whether something is left to ask for the row; one prompt in `every` is counted."""
         left = False
-        for asking in asked_of(self.answering, query):
-            key = request_key(asking, query)
+        for asking in self.answering.asked(query):
+            key = asking.request_key(query)
             self.requests += 1
             if key in self.answered or (journal and _is_answered(journal, key)):
                 self.known += 1

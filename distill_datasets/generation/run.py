@@ -24,7 +24,7 @@ from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.rows import ask
 from distill_datasets.generation.shards import Share
-from distill_datasets.generation.teachers import Teachers, models_of, open_teachers
+from distill_datasets.generation.teachers import Teachers, open_teachers
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries
@@ -96,8 +96,6 @@ def generate(  # noqa: PLR0913 (whom to ask what, how fast, and where it goes)
     """
     source = None if isinstance(recipe, Recipe) else recipe
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if isinstance(teacher, str):
-        recipe, teacher = recipe.with_teacher(teacher), None
     teachers = open_teachers(recipe, teacher, stream=stream, processes=processes)
     folder = share.folder(out) if share else Path(out)
     run = _Run(teachers, folder, limit, share, meter, stream)
@@ -150,7 +148,7 @@ class _Run:
         if not recipe.queries.pinned:
             return None
         described = recipe.model_dump(mode="json")
-        parts = [recipe.digest, described, *self.teachers.answering.parts]
+        parts = [recipe.digest, described, *self.teachers.parts]
         return digest([__version__, self.limit, str(self.share), parts])
 
     def finished(self) -> Generated | None:
@@ -170,18 +168,18 @@ class _Run:
         self, release: str | Path | None, limits: Limits, batch: Patience | None
     ) -> Generated:
         """Ask whatever neither the journal nor the ledger of a `release` holds."""
-        queries, answering = self.queries(), self.teachers.answering
+        queries = self.queries()
         folder = writable_folder(self.folder)
         if release is not None:
             replay(release, folder)
         if self.meter is not None:
-            self.meter.check(models_of(self.teachers.recipe))
+            self.meter.check(self.teachers.models)
         with Journal(self.journal) as journal, _writing(folder):
             if batch is not None:
-                buy_in_batches(queries, answering, journal, patience=batch, meter=self.meter)
+                buy_in_batches(queries, self.teachers, journal, patience=batch, meter=self.meter)
             rows = ask(
                 queries,
-                answering,
+                self.teachers,
                 journal=journal,
                 title="generate",
                 limits=limits,

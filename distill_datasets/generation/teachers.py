@@ -1,137 +1,221 @@
-"""Several teachers as one: a query goes to one of them, or to all, and one answer is kept."""
+"""Who answers a recipe's queries: one teacher, one of several, or all and one answer is kept."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
-from distill_datasets.generation.client import Buyer
-from distill_datasets.generation.judging import Judging
-from distill_datasets.generation.rows import Answering, Asking
 from distill_datasets.generation.voting import (
     Best,
     Buys,
-    Candidate,
     Case,
-    Choosing,
     Majority,
-    Receipts,
+    RowRequests,
+    ScoringModel,
+    TeacherSample,
     Verdict,
     all_of,
 )
-from distill_datasets.models.sampler import Reply, Sample, Sampler, digest, request_digest
+from distill_datasets.models.sampler import (
+    Reply,
+    Sample,
+    Sampler,
+    Sampling,
+    digest,
+    request_digest,
+)
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.parsing import Reader
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import AskedModel, SamplingSection, Teacher
+from distill_datasets.schema import Message
 
 
 @dataclass(frozen=True)
-class Voice:
-    """One of several teachers; `key` names it to the queries that it is asked."""
+class PromptedModel:
+    """A model with its prompt: the messages it gets, how it samples, how its text is read.
 
-    asking: Asking
-    weight: float
-    key: str
+    `weight` is its share of the queries or of the votes, where it is one of several teachers, and
+    `key` names it to the queries.
+    """
 
-    def pull(self, query: str) -> float:
-        """How strongly a query is drawn here, of all voices to the strongest.
-
-        By weighted rendezvous hashing: a voice more, or another weight, moves no query between
-        the others.
-        """
-        place = int(sha256(f"{self.key}\n{query}".encode()).hexdigest()[:13], 16)
-        return -self.weight / math.log((place + 0.5) / 16**13)
-
-
-@dataclass(frozen=True)
-class _Several:
-    voices: tuple[Voice, ...]
+    sampler: Sampler
+    sampling: Sampling
+    messages: Callable[[str], list[Message]]
+    reader: Reader
+    write: Callable[[str, str], str]
+    weight: float = 1.0
+    key: str = ""
 
     @property
     def parts(self) -> Sequence[Any]:
-        """Every teacher's, with its weight."""
-        return [[*voice.asking.parts, voice.weight, voice.key] for voice in self.voices]
+        """JSON values that name everything its rows depend on but the queries."""
+        return [self.sampler.identity, asdict(self.sampling), *self.reader.parts]
 
     @property
     def model(self) -> str:
-        """All models in one text."""
-        return " + ".join(voice.asking.model for voice in self.voices)
+        """The sampler's."""
+        return self.sampler.model
 
     @property
     def identity(self) -> str:
-        """All identities in one text."""
-        return " + ".join(voice.asking.identity for voice in self.voices)
+        """The sampler's."""
+        return self.sampler.identity
 
+    def request_key(self, query: str) -> str:
+        """The digest under which the journal has its reply to a query."""
+        return request_digest(self.sampler.identity, self.messages(query), self.sampling)
 
-@dataclass(frozen=True)
-class Route(_Several):
-    """Each query goes to one teacher, whatever other queries there are."""
-
-    def asked(self, query: str) -> Sequence[Asking]:
-        """Who is asked a query: one."""
-        return [max(self.voices, key=lambda voice: voice.pull(query)).asking]
-
-    async def answer(
-        self, query: str, buyer: Buyer, reference: str | None = None
-    ) -> list[dict[str, Any]]:
-        """A row a sample."""
-        (asking,) = self.asked(query)
-        first, *others = await asking.answer(query, buyer, reference)
-        key = request_digest(asking.identity, asking.messages(query), asking.sampling)
-        return [{**first, "requests": [key]}, *others]
-
-
-@dataclass(frozen=True)
-class Panel(_Several):
-    """All teachers are asked every query, at once, and one answer is kept.
-
-    When one of them fails the row fails, since the others alone might choose otherwise: what
-    they said is kept, and the next run asks only for what is missing. A row's token columns
-    count everything that was asked for it, the judge's requests too.
-    """
-
-    choosing: Choosing
-
-    @property
-    def parts(self) -> Sequence[Any]:
-        """Those of the teachers, and of the choice."""
-        return [*super().parts, list(self.choosing.parts)]
-
-    def asked(self, query: str) -> Sequence[Asking]:
-        """Who is asked a query before anybody judges: all."""
-        return [voice.asking for voice in self.voices]
+    def asked(self, query: str) -> "Sequence[PromptedModel]":
+        """Itself."""
+        return [self]
 
     async def answer(
         self, query: str, buyer: Buys, reference: str | None = None
     ) -> list[dict[str, Any]]:
-        """One row."""
-        receipts = Receipts(buyer)
+        """A row a sample; raises what `buy` raises."""
+        reply = await buyer.buy(self.sampler, self.messages(query), self.sampling)
+        return [self.row(sample, reply, index) for index, sample in enumerate(reply.samples)]
+
+    def row(self, sample: Sample, reply: Reply, index: int) -> dict[str, Any]:
+        """The columns that one sample decides."""
+        parsed = self.reader.read(sample.text, sample.stop_reason)
+        response = None if parsed.answer is None else self.write(sample.text, parsed.answer)
+        return {
+            "teacher": self.sampler.model,
+            "sample": index,
+            "raw": sample.text,
+            "stop_reason": sample.stop_reason,
+            "teacher_prompt_tokens": reply.usage.prompt_tokens,
+            "teacher_cached_tokens": reply.usage.cached_tokens,
+            "teacher_response_tokens": sample.tokens,
+            "answer": parsed.answer,
+            "response": response,
+            "rejection": parsed.rejection,
+        }
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Whoever answers a recipe's queries, which names them as they name themselves.
+
+    Without a `choice` a query goes to one of the `members`, whatever other queries there are.
+    With one, all are asked every query, at once, and one answer is kept. When one of them fails
+    the row fails, since the others alone might choose otherwise: what they said is kept, and the
+    next run asks only for what is missing. Such a row's token columns count everything that was
+    asked for it, the judge's requests too.
+    """
+
+    recipe: Recipe
+    members: tuple[PromptedModel, ...]
+    choice: Majority | Best | None = None
+
+    @property
+    def several(self) -> bool:
+        """Whether rows must say which requests they come from."""
+        return bool(self.recipe.teachers) or self.choice is not None
+
+    @property
+    def parts(self) -> Sequence[Any]:
+        """JSON values that name everything the rows depend on but the queries."""
+        if not self.several:
+            return self.members[0].parts
+        parts: list[Any] = [[*one.parts, one.weight, one.key] for one in self.members]
+        return [*parts, list(self.choice.parts)] if self.choice else parts
+
+    @property
+    def model(self) -> str:
+        """Whom a row names that nobody answered: all models in one text."""
+        return " + ".join(one.model for one in self.members)
+
+    @property
+    def identity(self) -> str:
+        """All identities in one text, stable across processes."""
+        return " + ".join(one.identity for one in self.members)
+
+    @property
+    def models(self) -> list[str]:
+        """Every model that is asked, by its reference: the teachers, and the judge."""
+        return _models_of(self.recipe)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `generation.json` says of them."""
+        facts = {
+            "teacher": self.model,
+            "identity": self.identity,
+            "renderer": None if self.recipe.teachers else _renderer(self.members[0].sampler),
+            "sampling": asdict(self.recipe.sampling_parameters),
+        }
+        if not self.several:
+            return facts
+        teachers = [
+            {"model": one.model, "weight": one.weight, **_asked_facts(one)} for one in self.members
+        ]
+        judge = self.choice.judge if isinstance(self.choice, Best) else None
+        judging = {"model": judge.sampler.model, **_asked_facts(judge)} if judge else None
+        panel = {"choose": self.recipe.choose, "teachers": teachers, "judge": judging}
+        return {**facts, "panel": panel}
+
+    def asked(self, query: str) -> Sequence[PromptedModel]:
+        """Every teacher that a query goes to, before anybody judges.
+
+        One of several is drawn by weighted rendezvous hashing: a teacher more, or another weight,
+        moves no query between the others.
+        """
+        if self.choice or len(self.members) == 1:
+            return self.members
+        return [max(self.members, key=lambda one: _pull(one, query))]
+
+    async def answer(
+        self, query: str, buyer: Buys, reference: str | None = None
+    ) -> list[dict[str, Any]]:
+        """The columns of every row of a query that asking decides; raises what `buy` raises.
+
+        `reference` is the answer known beforehand, for those who check answers against it.
+        """
+        if self.choice:
+            return [await self._chosen(self.choice, query, buyer, reference)]
+        (teacher,) = self.asked(query)
+        first, *others = await teacher.answer(query, buyer, reference)
+        if self.several:
+            first = {**first, "requests": [teacher.request_key(query)]}
+        return [first, *others]
+
+    async def _chosen(
+        self, choice: Majority | Best, query: str, buyer: Buys, reference: str | None
+    ) -> dict[str, Any]:
+        requests = RowRequests(buyer)
         replies = await all_of(
-            receipts.buy(asking.sampler, asking.messages(query), asking.sampling)
-            for asking in self.asked(query)
+            requests.buy(one.sampler, one.messages(query), one.sampling) for one in self.members
         )
-        candidates = [
-            _candidate(voice, reply, sample)
-            for voice, reply in zip(self.voices, replies, strict=True)
+        samples = [
+            TeacherSample(
+                one, sample, reply, one.reader.read(sample.text, sample.stop_reason).answer
+            )
+            for one, reply in zip(self.members, replies, strict=True)
             for sample in reply.samples
         ]
-        prompt = self.voices[0].asking.messages(query)[0]["content"]
-        case = Case(query, prompt, reference, candidates)
-        verdict = await self.choosing.choose(case, receipts)
-        evidence = {
-            "candidates": len(candidates),
+        prompt = self.members[0].messages(query)[0]["content"]
+        case = Case(query, prompt, reference, samples)
+        verdict = await choice.choose(case, requests)
+        return {
+            **self._decided(case, verdict),
+            **requests.tokens(),
+            "candidates": len(samples),
             "agreement": verdict.agreement,
             "score": verdict.score,
-            "requests": receipts.requests,
+            "requests": requests.requests,
         }
-        return [{**self._decided(case, verdict), **receipts.tokens(), **evidence}]
 
     def _decided(self, case: Case, verdict: Verdict) -> dict[str, Any]:
         chosen = verdict.chosen
         if chosen is not None:
-            return chosen.asking.row(chosen.sample, chosen.reply, 0)
-        texts = [f"{one.asking.model}:\n{one.sample.text}" for one in case.candidates]
+            return chosen.teacher.row(chosen.sample, chosen.reply, 0)
+        texts = [f"{one.teacher.model}:\n{one.sample.text}" for one in case.samples]
         return {
             "teacher": self.model,
             "sample": 0,
@@ -140,135 +224,84 @@ class Panel(_Several):
         }
 
 
-@dataclass(frozen=True)
-class Teachers:
-    """Whoever answers a recipe's queries; `facts` go into generation.json.
+Answerer = PromptedModel | Teachers  # answers queries with rows
 
-    `recipe` names them as they name themselves.
+
+def open_teachers(
+    recipe: Recipe | str | Path, teacher: Sampler | str | None = None, **opening: Any
+) -> Teachers:
+    """Open every model that a recipe asks, or one `teacher` in the place of its teachers.
+
+    `opening` goes to `open_sampler`; raises what that and `load_recipe` raise. Asks nobody.
     """
+    from distill_datasets.models.references import open_sampler
 
-    answering: Answering
-    recipe: Recipe
-    facts: Mapping[str, Any]
-
-
-def open_teachers(recipe: Recipe, teacher: Sampler | None = None, **opening: Any) -> Teachers:
-    """Open every model that a recipe asks, or put one `teacher` in the place of its teachers.
-
-    `opening` goes to `open_sampler`, and what that raises comes from here. Asks nobody.
-    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if teacher is not None:
-        recipe = recipe.with_teacher(teacher.model)
+        recipe = recipe.with_teacher(teacher if isinstance(teacher, str) else teacher.model)
+    given = None if isinstance(teacher, str) else teacher
     # Of several, all must be there before one is paid.
-    opened = _Opened(teacher, {**opening, "lazily": len(set(models_of(recipe))) == 1})
-    teachers = [opened.named(one) for one in recipe.all_teachers]
-    if recipe.teachers:
-        recipe = recipe.replace(teachers=tuple(teachers))
-    else:
-        recipe = recipe.replace(teacher=teachers[0].model)
-    voices = tuple(_voice(recipe, one, opened.sampler(one)) for one in teachers)
-    judging = _judging(recipe, opened)
-    answering = _answering(recipe, voices, judging)
-    facts = {
-        "teacher": answering.model,
-        "identity": answering.identity,
-        "renderer": None if recipe.teachers else _renderer(voices[0].asking.sampler),
-        "sampling": asdict(recipe.sampling_parameters),
-    }
-    if isinstance(answering, _Several):
-        facts["panel"] = _described(recipe, voices, judging)
-    return Teachers(answering, recipe, facts)
+    opening["lazily"] = len(set(_models_of(recipe))) == 1
+    opened: dict[tuple[str, str | None], Sampler] = {}
 
-
-class _Opened:
-    """Samplers by reference and renderer, each opened once."""
-
-    def __init__(self, teacher: Sampler | None, opening: Mapping[str, Any]) -> None:
-        self._teacher, self._opening = teacher, opening
-        self._samplers: dict[tuple[str, str | None], Sampler] = {}
-
-    def sampler(self, asked: AskedModel) -> Sampler:
-        """The given one for a teacher, else one that its reference names."""
-        from distill_datasets.models.references import open_sampler
-
-        if self._teacher is not None and isinstance(asked, Teacher):
-            return self._teacher
+    def opened_sampler(asked: AskedModel) -> Sampler:
         key = (asked.model, asked.renderer)
-        if key not in self._samplers:
-            self._samplers[key] = open_sampler(
-                asked.model, renderer=asked.renderer, **self._opening
-            )
-        return self._samplers[key]
+        if key not in opened:
+            opened[key] = open_sampler(asked.model, renderer=asked.renderer, **opening)
+        return opened[key]
 
-    def named(self, teacher: Teacher) -> Teacher:
-        """The teacher under the reference that its sampler goes by."""
-        sampler = self.sampler(teacher)
-        self._samplers[sampler.model, teacher.renderer] = sampler
-        return teacher.model_copy(update={"model": sampler.model})
-
-
-def asked_of(answering: Answering, query: str) -> Sequence[Asking]:
-    """Every teacher that a query goes to, before anybody judges."""
-    if isinstance(answering, Asking):
-        return [answering]
-    assert isinstance(answering, Route | Panel)
-    return answering.asked(query)
+    samplers = [given or opened_sampler(one) for one in recipe.all_teachers]
+    named = [
+        one.model_copy(update={"model": sampler.model})
+        for one, sampler in zip(recipe.all_teachers, samplers, strict=True)
+    ]
+    opened |= {(one.model, one.renderer): it for one, it in zip(named, samplers, strict=True)}
+    if recipe.teachers:
+        recipe = recipe.replace(teachers=tuple(named))
+    else:
+        recipe = recipe.replace(teacher=named[0].model)
+    judge = opened_sampler(recipe.judge) if recipe.judge else None
+    members = [_member(recipe, *one) for one in zip(named, samplers, strict=True)]
+    return Teachers(recipe, tuple(members), _choice(recipe, judge))
 
 
-def models_of(recipe: Recipe) -> list[str]:
-    """Every model that a recipe asks, by its reference: the teachers, and the judge."""
+def _models_of(recipe: Recipe) -> list[str]:
     judges = [recipe.judge.model] if recipe.judge else []
     return [teacher.model for teacher in recipe.all_teachers] + judges
 
 
-def _answering(recipe: Recipe, voices: tuple[Voice, ...], judging: Judging | None) -> Answering:
-    if recipe.choose == "majority":
-        return Panel(voices, Majority(Fraction(str(recipe.agreement or 0))))
-    if recipe.choose == "best":
-        return Panel(voices, Best(recipe.verifier, judging))
-    return Route(voices) if recipe.teachers else voices[0].asking
-
-
-def _voice(recipe: Recipe, teacher: Teacher, sampler: Sampler) -> Voice:
-    asking = Asking(
+def _member(recipe: Recipe, teacher: Teacher, sampler: Sampler) -> PromptedModel:
+    own = teacher.model_dump(mode="json", exclude={"weight"})
+    return PromptedModel(
         sampler,
         recipe.sampling_of(teacher),
         recipe.messages,
         recipe.teacher_reader,
         recipe.write_response,
+        teacher.weight,
+        digest([recipe.name, own]),
     )
-    own = teacher.model_dump(mode="json", exclude={"weight"})
-    return Voice(asking, teacher.weight, digest([recipe.name, own]))
 
 
-def _judging(recipe: Recipe, opened: _Opened) -> Judging | None:
-    judge = recipe.judge
-    if judge is None:
+def _choice(recipe: Recipe, judge: Sampler | None) -> Majority | Best | None:
+    if recipe.choose == "majority":
+        return Majority(Fraction(str(recipe.agreement or 0)))
+    if recipe.choose != "best":
         return None
-    sampling = judge.sampling_over(SamplingSection()).parameters()
-    sampler = opened.sampler(judge)
-    return Judging(sampler, sampling, recipe.judge_prompt, judge.pattern, judge.scale)
+    section = recipe.judge
+    if judge is None or section is None:
+        return Best(recipe.verifier)
+    sampling = section.sampling_over(SamplingSection()).parameters()
+    scoring = ScoringModel(judge, sampling, recipe.judge_prompt, section.pattern, section.scale)
+    return Best(recipe.verifier, scoring)
 
 
-def _candidate(voice: Voice, reply: Reply, sample: Sample) -> Candidate:
-    answer = voice.asking.reader.read(sample.text, sample.stop_reason).answer
-    return Candidate(voice.asking, Fraction(str(voice.weight)), sample, reply, answer)
+def _pull(teacher: PromptedModel, query: str) -> float:
+    place = int(sha256(f"{teacher.key}\n{query}".encode()).hexdigest()[:13], 16)
+    return -teacher.weight / math.log((place + 0.5) / 16**13)
 
 
-def _described(recipe: Recipe, voices: Sequence[Voice], judging: Judging | None) -> dict[str, Any]:
-    teachers = [
-        {
-            "model": voice.asking.model,
-            "weight": voice.weight,
-            **_asked(voice.asking),
-        }
-        for voice in voices
-    ]
-    judge = {"model": judging.sampler.model, **_asked(judging)} if judging else None
-    return {"choose": recipe.choose, "teachers": teachers, "judge": judge}
-
-
-def _asked(asked: Asking | Judging) -> dict[str, Any]:
+def _asked_facts(asked: PromptedModel | ScoringModel) -> Mapping[str, Any]:
     return {
         "identity": asked.sampler.identity,
         "renderer": _renderer(asked.sampler),

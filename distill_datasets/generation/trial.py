@@ -11,11 +11,11 @@ from typing import Any
 
 from distill_datasets.errors import DistillError, RequestError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import Buyer, Meter, run_apart
+from distill_datasets.generation.client import Buyer, run_apart
 from distill_datasets.generation.estimate import Heard, size_of
+from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.generation.rows import Answering, Asking
-from distill_datasets.generation.teachers import asked_of
+from distill_datasets.generation.teachers import Answerer
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
 from distill_datasets.progress import Progress
 from distill_datasets.schema import Message
@@ -41,7 +41,7 @@ class Trial:
 
 
 def ask_some(
-    answering: Answering,
+    answering: Answerer,
     rows: Sequence[dict[str, Any]],
     *,
     journal: Path | None,
@@ -67,13 +67,8 @@ def ask_some(
     return Trial(tuple(sampled), tuple(heard for buyer in buyers for heard in buyer.heard))
 
 
-def request_key(asking: Asking, query: str) -> str:
-    """Under which the journal has a teacher's answer to a query."""
-    return request_digest(asking.sampler.identity, asking.messages(query), asking.sampling)
-
-
 async def _ask_all(
-    answering: Answering, rows: Sequence[dict[str, Any]], buyers: "Sequence[_Listener]"
+    answering: Answerer, rows: Sequence[dict[str, Any]], buyers: "Sequence[_Listener]"
 ) -> list[Sampled]:
     asked = [_ask_one(answering, row, buyer) for row, buyer in zip(rows, buyers, strict=True)]
     found = await asyncio.gather(*asked, return_exceptions=True)
@@ -88,9 +83,9 @@ async def _ask_all(
     ]
 
 
-async def _ask_one(answering: Answering, row: dict[str, Any], buyer: "_Listener") -> Sampled:
+async def _ask_one(answering: Answerer, row: dict[str, Any], buyer: "_Listener") -> Sampled:
     query = row["query"]
-    buyer.expected = {request_key(asking, query) for asking in asked_of(answering, query)}
+    buyer.expected = {one.request_key(query) for one in answering.asked(query)}
     began = time.monotonic()
     first, *_ = await answering.answer(query, buyer, row["reference"])
     seconds = time.monotonic() - began if any(one.bought for one in buyer.heard) else None

@@ -1,17 +1,20 @@
 """Which of several answers to one query is kept, by majority, verifier or judge."""
 
 import asyncio
+import re
 from collections.abc import Awaitable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any, Protocol, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from distill_datasets.errors import FATAL
-from distill_datasets.generation.judging import Judging
-from distill_datasets.generation.rows import Asking
 from distill_datasets.models.sampler import Reply, Sample, Sampler, Sampling, request_digest
-from distill_datasets.recipes.prompt import holds
+from distill_datasets.recipes.prompt import holds, render
 from distill_datasets.schema import Message
+
+if TYPE_CHECKING:
+    from distill_datasets.generation.teachers import PromptedModel
 
 NONE_PARSED = "no sample parsed"
 NO_MAJORITY = "no majority"
@@ -19,51 +22,6 @@ REFUSED = "verifier refused"
 NO_SCORE = "judge gave no score"
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One sample of one teacher; `answer` is None where it didn't parse."""
-
-    asking: Asking
-    weight: Fraction
-    sample: Sample
-    reply: Reply
-    answer: str | None
-
-
-@dataclass(frozen=True)
-class Case:
-    """A query with everything that was answered, in the teachers' order."""
-
-    query: str
-    prompt: str
-    reference: str | None
-    candidates: Sequence[Candidate]
-
-    @property
-    def parsed(self) -> list[Candidate]:
-        """Those that can be used."""
-        return [candidate for candidate in self.candidates if candidate.answer is not None]
-
-    def fields(self, candidate: Candidate) -> dict[str, str | None]:
-        """What a verifier's expression and a judge's template are over."""
-        return {
-            "query": self.query,
-            "text": candidate.sample.text,
-            "answer": candidate.answer,
-            "reference": self.reference,
-        }
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Who is kept, or why nobody is."""
-
-    chosen: Candidate | None = None
-    rejection: str | None = None
-    agreement: float | None = None
-    score: float | None = None
 
 
 class Buys(Protocol):
@@ -74,15 +32,64 @@ class Buys(Protocol):
         ...
 
 
-class Receipts:
-    """What one row costs: every different request that is asked for it, counted once."""
+@dataclass(frozen=True)
+class TeacherSample:
+    """One sample of one teacher; `answer` is None where it didn't parse."""
+
+    teacher: "PromptedModel"
+    sample: Sample
+    reply: Reply
+    answer: str | None
+
+    @property
+    def weight(self) -> Fraction:
+        """The teacher's, exactly: of 0.1 + 0.2 binary fractions make more than 0.3."""
+        return Fraction(str(self.teacher.weight))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A query with everything that was answered, in the teachers' order."""
+
+    query: str
+    prompt: str
+    reference: str | None
+    samples: Sequence[TeacherSample]
+
+    @property
+    def parsed(self) -> list[TeacherSample]:
+        """Those that can be used."""
+        return [one for one in self.samples if one.answer is not None]
+
+    def fields(self, one: TeacherSample) -> dict[str, str | None]:
+        """What a verifier's expression and a judge's template are over."""
+        return {
+            "query": self.query,
+            "text": one.sample.text,
+            "answer": one.answer,
+            "reference": self.reference,
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which sample is kept, or why none is."""
+
+    chosen: TeacherSample | None = None
+    rejection: str | None = None
+    agreement: float | None = None
+    score: float | None = None
+
+
+class RowRequests:
+    """Counts what one row costs: every different request that is made for it, once."""
 
     def __init__(self, buyer: Buys) -> None:
         self._buyer = buyer
         self._replies: dict[str, Reply | None] = {}
 
     async def buy(self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling) -> Reply:
-        """As `Buyer.buy`."""
+        """As the buyer does."""
         key = request_digest(sampler.identity, messages, sampling)
         self._replies.setdefault(key, None)
         reply = await self._buyer.buy(sampler, messages, sampling)
@@ -91,7 +98,7 @@ class Receipts:
 
     @property
     def requests(self) -> list[str]:
-        """Digests, in the order in which they were asked."""
+        """Digests, in the order in which they were made."""
         return list(self._replies)
 
     def tokens(self) -> dict[str, int]:
@@ -106,22 +113,9 @@ class Receipts:
         }
 
 
-class Choosing(Protocol):
-    """A way to choose among candidates."""
-
-    @property
-    def parts(self) -> Sequence[Any]:
-        """JSON values that name everything a choice depends on but the candidates."""
-        ...
-
-    async def choose(self, case: Case, receipts: Receipts) -> Verdict:
-        """Decide; what it asks for goes through `receipts`."""
-        ...
-
-
 @dataclass(frozen=True)
 class Majority:
-    """The answer with most votes; a tie, or a share of all samples below `least`, is none.
+    """Keeps the answer with most votes; a tie, or a share of all samples below `least`, is none.
 
     Each sample votes with its teacher's weight; one that didn't parse votes for nobody. Kept is
     the first sample that gave the answer, of the heaviest teacher that did.
@@ -131,81 +125,116 @@ class Majority:
 
     @property
     def parts(self) -> Sequence[Any]:
-        """The least share."""
+        """JSON values that name everything a choice depends on but the samples."""
         return ["majority", str(self.least)]
 
-    async def choose(self, case: Case, receipts: Receipts) -> Verdict:
+    async def choose(self, case: Case, requests: RowRequests) -> Verdict:
         """Count; asks nobody."""
         votes: dict[str, Fraction] = {}
-        for candidate in case.candidates:
-            if candidate.answer is not None:
-                before = votes.get(candidate.answer, Fraction(0))
-                votes[candidate.answer] = before + candidate.weight
+        for one in case.parsed:
+            votes[str(one.answer)] = votes.get(str(one.answer), Fraction(0)) + one.weight
         if not votes:
             return Verdict(rejection=NONE_PARSED)
         most = max(votes.values())
-        share = most / sum(candidate.weight for candidate in case.candidates)
+        share = most / sum(one.weight for one in case.samples)
         winners = [answer for answer, weight in votes.items() if weight == most]
         if len(winners) > 1 or share < self.least:
             return Verdict(rejection=NO_MAJORITY, agreement=float(share))
-        said = [candidate for candidate in case.candidates if candidate.answer == winners[0]]
         # Of equals `max` takes the first.
-        chosen = max(said, key=lambda candidate: candidate.weight)
+        chosen = max(
+            (one for one in case.samples if one.answer == winners[0]), key=lambda one: one.weight
+        )
         return Verdict(chosen, agreement=float(share))
 
 
 @dataclass(frozen=True)
+class ScoringModel:
+    """A judge: whom to ask for a score, with which template, and how to read what it says.
+
+    The score is the last match of `pattern`'s group `score`; what is outside of `scale` is none.
+    """
+
+    sampler: Sampler
+    sampling: Sampling
+    prompt: str
+    pattern: str
+    scale: tuple[float, float]
+
+    @property
+    def parts(self) -> Sequence[Any]:
+        """JSON values that name everything a score depends on."""
+        sampling = asdict(self.sampling)
+        return [self.sampler.identity, sampling, self.prompt, self.pattern, list(self.scale)]
+
+    @cached_property
+    def _expression(self) -> re.Pattern[str]:
+        return re.compile(self.pattern)
+
+    def messages(self, **fields: str | None) -> list[Message]:
+        """What the judge sees for one answer."""
+        return [{"role": "user", "content": render(self.prompt, **fields)}]
+
+    def score(self, said: Sample) -> float | None:
+        """The score in what the judge said; what was cut off holds none."""
+        found = [match["score"] for match in self._expression.finditer(said.text)]
+        if said.stop_reason == "length" or not found:
+            return None
+        try:
+            score = float(found[-1])
+        except (TypeError, ValueError):
+            return None
+        low, high = self.scale
+        return score if low <= score <= high else None
+
+
+@dataclass(frozen=True)
 class Best:
-    """Of the samples that parse and that the verifier holds for, the judge's highest score.
+    """Keeps, of the samples that parse and that the verifier holds for, the judge's favourite.
 
     Without a judge, and of equal scores, the first. The judge is asked once for each different
     text.
     """
 
     verifier: str | None = None
-    judging: Judging | None = None
+    judge: ScoringModel | None = None
 
     @property
     def parts(self) -> Sequence[Any]:
-        """The verifier, and the judge."""
-        return ["best", self.verifier, list(self.judging.parts) if self.judging else None]
+        """JSON values that name everything a choice depends on but the samples."""
+        return ["best", self.verifier, list(self.judge.parts) if self.judge else None]
 
-    async def choose(self, case: Case, receipts: Receipts) -> Verdict:
-        """Sift, then ask the judge."""
+    async def choose(self, case: Case, requests: RowRequests) -> Verdict:
+        """Sift, then ask the judge; what it is asked goes through `requests`."""
         if not case.parsed:
             return Verdict(rejection=NONE_PARSED)
         accepted = [
-            candidate
-            for candidate in case.parsed
-            if self.verifier is None or holds(self.verifier, **case.fields(candidate))
+            one
+            for one in case.parsed
+            if self.verifier is None or holds(self.verifier, **case.fields(one))
         ]
         if not accepted:
             return Verdict(rejection=REFUSED)
-        if self.judging is None:
+        if self.judge is None:
             return Verdict(accepted[0])
-        scores = await self._scores(self.judging, case, accepted, receipts)
+        scores = await self._scores(self.judge, case, accepted, requests)
         if not scores:
             return Verdict(rejection=NO_SCORE)
         text = max(scores, key=scores.__getitem__)
-        chosen = next(candidate for candidate in accepted if candidate.sample.text == text)
+        chosen = next(one for one in accepted if one.sample.text == text)
         return Verdict(chosen, score=scores[text])
 
     @staticmethod
     async def _scores(
-        judging: Judging, case: Case, accepted: Sequence[Candidate], receipts: Receipts
+        judge: ScoringModel, case: Case, accepted: Sequence[TeacherSample], requests: RowRequests
     ) -> dict[str, float]:
-        """By text, in the candidates' order; texts without a score are absent."""
-        texts = {candidate.sample.text: candidate for candidate in accepted}
-        asked = [
-            judging.messages(**case.fields(candidate), prompt=case.prompt)
-            for candidate in texts.values()
-        ]
+        """By text, in the samples' order; texts without a score are absent."""
+        texts = {one.sample.text: one for one in accepted}
+        asked = [judge.messages(**case.fields(one), prompt=case.prompt) for one in texts.values()]
         replies = await all_of(
-            receipts.buy(judging.sampler, messages, judging.sampling) for messages in asked
+            requests.buy(judge.sampler, messages, judge.sampling) for messages in asked
         )
         scores = {
-            text: judging.score(reply.samples[0])
-            for text, reply in zip(texts, replies, strict=True)
+            text: judge.score(reply.samples[0]) for text, reply in zip(texts, replies, strict=True)
         }
         return {text: score for text, score in scores.items() if score is not None}
 

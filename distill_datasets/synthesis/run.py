@@ -12,7 +12,8 @@ from typing import Any
 from distill_datasets.errors import RecipeError
 from distill_datasets.files import writable_folder, write_file
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import Buyer, Meter, run_apart
+from distill_datasets.generation.client import Buyer, run_apart
+from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.progress import Progress

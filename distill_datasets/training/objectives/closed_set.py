@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.errors import DatasetError, GenerationError
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.ledger import restore
-from distill_datasets.generation.rows import Asking, ask
+from distill_datasets.generation.rows import ask
+from distill_datasets.generation.teachers import PromptedModel
 from distill_datasets.models.scoring import Scorer, SoftLabels, split_conversation
 from distill_datasets.training.objectives.label_tree import (
     Tokens,
@@ -104,7 +105,7 @@ def teacher_texts(
     from distill_datasets.models.tinker import TinkerSampler
 
     recipe = prompts.recipe
-    asking = Asking(
+    prompted = PromptedModel(
         TinkerSampler(teacher),
         recipe.sampling_parameters,
         recipe.messages,
@@ -113,7 +114,7 @@ def teacher_texts(
     )
     with Journal(lesson.folder / "journal.sqlite") as journal:
         restore(prompts.folder, journal)
-        answers = ask(_queries(rows), asking, journal=journal, title="teacher's words")
+        answers = ask(_queries(rows), prompted, journal=journal, title="teacher's words")
     if failed := [error for error in answers["error"] if error]:
         raise GenerationError(
             f"{len(failed)} of the teacher's answers could not be had, the first for "

@@ -9,9 +9,8 @@ from distill_datasets.errors import AccessError, ModelError
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.ledger import replay
 from distill_datasets.generation.run import generate
-from distill_datasets.generation.teachers import Route, open_teachers
+from distill_datasets.generation.teachers import open_teachers
 from distill_datasets.models.sampler import Sampling
-from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.releases.diff import diff
 from distill_datasets.releases.release import publish
 from tests.support.panels import (
@@ -158,8 +157,7 @@ def test_another_weight_or_one_more_teacher_moves_no_query_between_the_others(
     tmp_path: Path, models: Models
 ) -> None:
     def routes(*teachers: Any) -> list[str]:
-        route = open_teachers(load_recipe(recipe_of(tmp_path, teachers=list(teachers)))).answering
-        assert isinstance(route, Route)
+        route = open_teachers(recipe_of(tmp_path, teachers=list(teachers)))
         return [route.asked(f"thing {n}")[0].model for n in range(400)]
 
     first = routes("red", "blue")

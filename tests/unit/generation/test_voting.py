@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from distill_datasets.generation.judging import Judging
+from distill_datasets.generation.voting import ScoringModel
 from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
 from distill_datasets.recipes.sections import Judge
 from distill_datasets.schema import Message
@@ -78,7 +78,7 @@ def test_an_answer_without_a_score_is_not_kept(tmp_path: Path, models: Models) -
 )
 def test_a_score_is_the_last_number_if_it_is_on_the_scale(says: str, score: float | None) -> None:
     pattern, scale = Judge.model_fields["pattern"].default, (1.0, 10.0)
-    judging = Judging(Model("judge", RED), Sampling(), "{{ text }}", pattern, scale)
+    judging = ScoringModel(Model("judge", RED), Sampling(), "{{ text }}", pattern, scale)
     assert judging.score(Sample(says, "stop", 1)) == score
 
 
