@@ -50,37 +50,51 @@ _UNUSED_IN = {"answer": ("json_schema", "field"), "sampling": ("top_logprobs", "
 class Recipe(Section):
     """What `recipe.yaml` and `prompt.md` say, validated.
 
-    Exactly one of `teacher` and `teachers` says who answers. With `choose` each query goes to one
-    teacher by weight (`route`), or all are asked, and the answers that parse are voted on by
-    weight (`majority`, of which `agreement` is the least share) or the `best` is taken: the first
-    that `verifier` holds for, an expression over `query`, `text`, `answer` and `reference`, or of
-    those the one that the `judge` scores highest.
-
-    `response` is the Jinja template of what the student shall say, over `answer` (as read) and
-    `text` (as sampled). `teacher_terms` are those under which the teacher's answers may be used.
     `folder` is where the recipe lies; `prompt` is the text of `prompt.md`.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The recipe's name."""
     description: str
+    """What the dataset is about, in a sentence."""
     teacher: str | None = None
+    """The model that answers, by its reference; either this or `teachers`."""
     teachers: tuple[Teacher, ...] = ()
+    """Several models that answer."""
     choose: Choice = "route"
+    """How several answers become one: `route` asks one teacher by weight; `majority` and `best`
+    ask all."""
     agreement: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The least share of the votes that a majority has."""
     verifier: str | None = None
+    """An expression over `query`, `text`, `answer` and `reference` that holds for a good answer."""
     judge: Judge | None = None
+    """A model that scores the answers, of which the best is kept."""
     sampling: SamplingSection = SamplingSection()
+    """How the teachers sample."""
     renderer: str | None = None
+    """The renderer of the teacher's conversation, where it isn't the model's own."""
     queries: Queries
+    """Where the queries are: exactly one of `file`, `hub`, `path`, `package`."""
     answer: AnswerFormat = AnswerFormat()
+    """How the teacher's text is read."""
     response: str = "{{ answer }}"
+    """What the student shall say: a Jinja template over `answer` (as read) and `text` (as
+    sampled)."""
     split: SplitShares = SplitShares()
+    """Shares of the splits."""
     synthesis: SynthesisSection = SynthesisSection()
+    """How the teacher writes queries, for `synthesize`."""
     license: str | None = None
+    """The dataset's licence, as the Hub names it."""
     attribution: str | None = None
+    """Who made the queries."""
     teacher_terms: str | None = None
+    """The terms under which the teacher's answers may be used."""
     languages: tuple[str, ...] = ()
+    """The languages of the queries, as ISO codes."""
     metrics: tuple[str, ...] = _METRICS
+    """The metrics of a report."""
     folder: Path = Field(default=Path(), exclude=True)
     prompt: str = Field(default="", exclude=True)
 

@@ -29,29 +29,38 @@ class Section(BaseModel):
 
 
 class Queries(Section):
-    """Where the queries are: exactly one of `file`, `hub`, `path`, `package`.
-
-    `file` lies in the recipe's folder; `hub` is a dataset id and needs a `revision` (a commit or
-    a tag); `path` is anything `datasets` reads; `package` is an installed package and `member` a
-    file in it. `sidecar` is a file in the recipe's folder whose columns are joined by position.
-    `sha256` pins a file's content.
-    """
+    """Where the queries are."""
 
     file: str | None = None
+    """A file in the recipe's folder."""
     hub: str | None = None
+    """A dataset on the Hub, by its id; it needs a `revision`."""
     path: str | None = None
+    """Anything that `datasets` reads: a file, a folder, a URL."""
     package: str | None = None
+    """An installed Python package that has the file; it needs a `member`."""
     member: str | None = None
+    """The file's path in the package."""
     revision: str | None = None
+    """A commit or a tag of the Hub dataset."""
     config: str | None = None
+    """A configuration of the Hub dataset."""
     split: str | None = None
+    """A split of the source."""
     sidecar: str | None = None
+    """A file in the recipe's folder whose columns are joined to the queries by position."""
     sha256: str | None = None
+    """The digest of the file's content; other content is refused."""
     query: str | None = None
+    """The column of the queries."""
     group: str | None = None
+    """The column of the groups: rows of one group are in one split."""
     reference: str | None = None
+    """The column of the right answers."""
     forced_split: str | None = None
+    """A column that names a row's split, where the shares shall not decide."""
     rows: tuple[int, ...] | None = None
+    """The places of the rows to take, from 0."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -72,17 +81,17 @@ class Queries(Section):
 
 
 class AnswerFormat(Section):
-    """How to read the teacher's text: a regular expression with a group `answer`, and choices.
-
-    With `json_schema` the teacher is held to that form, where its server can, and the text is
-    read as JSON: the answer is the value of `field` (`a.b` lies within `a`), or without one the
-    whole object. The order of the schema's keys is the order in which a strict server writes them.
-    """
+    """How the teacher's text is read."""
 
     pattern: str | None = None
+    """A regular expression with a group `answer`, searched for in the text."""
     choices: tuple[str, ...] = ()
+    """The answers that count; any other is a rejection."""
     json_schema: dict[str, Any] | None = None
+    """The form of the answer: the teacher is held to it where its server can, and the text is
+    read as JSON. A strict server writes the keys in the schema's order."""
     field: str | None = None
+    """The part of the JSON that is the answer, `a.b` within `a`; without it the whole object is."""
 
     @field_validator("pattern")
     @classmethod
@@ -104,15 +113,16 @@ class AnswerFormat(Section):
 
 
 class SplitShares(Section):
-    """Shares of train, validation and test; rows of one group never straddle two of them.
-
-    `same_rows` puts every row into both train and test: for tutorials, never for a result.
-    """
+    """Shares of train, validation and test; rows of one group never straddle two of them."""
 
     train: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """The share of the groups to train on."""
     validation: Annotated[float, Field(ge=0, le=1)] = 0.15
+    """The share of the groups to choose checkpoints by."""
     test: Annotated[float, Field(ge=0, le=1)] = 0.15
+    """The share of the groups to measure on."""
     same_rows: bool = False
+    """Puts every row into both train and test: for tutorials, never for a result."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -130,17 +140,26 @@ class SplitShares(Section):
 
 
 class SamplingSection(Section):
-    """The teacher's sampling; see `distill_datasets.models.sampler.Sampling`."""
+    """How the teacher samples."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.0
+    """The sampling temperature; 0 takes the likeliest token."""
     max_tokens: Annotated[int, Field(ge=1)] = 512
+    """The most tokens of an answer."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Samples from the likeliest tokens of this total probability; 1 for all."""
     top_k: int = -1
+    """Samples from so many likely tokens; -1 for all."""
     seed: int | None = None
+    """The seed, where the server takes one."""
     stop: tuple[str, ...] = ()
+    """Texts that end an answer."""
     n: Annotated[int, Field(ge=1)] = 1
+    """Samples of a query."""
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    """Keeps the log-probabilities of so many likely tokens in each place, for soft labels."""
     extra: dict[str, Any] | None = None
+    """Whatever else the provider takes, as it names it."""
 
     def parameters(self, json_schema: str | None = None) -> Sampling:
         """As the protocol takes it."""
@@ -152,14 +171,14 @@ class SamplingSection(Section):
 
 
 class AskedModel(Section):
-    """A model to ask, by its reference alone or with how to ask it.
-
-    What `sampling` leaves out is as for everybody else.
-    """
+    """A model to ask, by its reference alone or with how to ask it."""
 
     model: str
+    """A model reference."""
     sampling: SamplingSection | None = None
+    """Its sampling, where it differs from the recipe's."""
     renderer: str | None = None
+    """Its renderer, where it isn't the model's own."""
 
     @model_validator(mode="before")
     @classmethod
@@ -178,22 +197,23 @@ class AskedModel(Section):
 
 
 class Teacher(AskedModel):
-    """One of several teachers; `weight` is its share of the queries, or of the votes."""
+    """One of several teachers."""
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Its share of the queries, or of the votes."""
 
 
 class Judge(AskedModel):
-    """Who scores the answers to choose from.
-
-    `prompt` is a file in the recipe's folder, a Jinja template over `query`, `prompt` (the
-    teacher's), `text`, `answer` and `reference`. The last match of `pattern` in what the judge
-    says is the score, if it is within `scale`.
-    """
+    """A model that scores the answers to choose from."""
 
     prompt: str = "judge.md"
+    """A file in the recipe's folder: a Jinja template over `query`, `prompt` (the teacher's),
+    `text`, `answer` and `reference`."""
     pattern: str = r"(?P<score>-?\d+(?:\.\d+)?)"
+    """A regular expression with a group `score`; its last match in what the judge says is the
+    score."""
     scale: tuple[float, float] = (1.0, 10.0)
+    """The lowest and the highest score; any other is none."""
 
     @field_validator("prompt")
     @classmethod
@@ -218,15 +238,10 @@ class Judge(AskedModel):
 
 
 class SynthesisSection(Section):
-    """How the teacher writes queries: what they differ in, and how it is asked.
-
-    Every list is one attribute, and all are crossed. `topics` and `rules` that are not given are
-    asked of the teacher; without `languages` those of the recipe are meant, and without any the
-    language is left to the teacher. Of two queries that share `similarity` of their runs of five
-    characters the later one is dropped. `per_request` queries are asked for at a time.
-    """
+    """How the teacher writes queries. Every list is one attribute, and all are crossed."""
 
     topics: tuple[Word, ...] = ()
+    """Topics of the queries; without them the teacher names some."""
     styles: tuple[Word, ...] = (
         "plain and direct",
         "casual, with slips of the keyboard",
@@ -235,14 +250,24 @@ class SynthesisSection(Section):
         "long-winded, with side remarks",
         "in a hurry or annoyed",
     )
+    """Styles of the queries."""
     lengths: tuple[Word, ...] = ("a few words", "one or two sentences", "a paragraph")
+    """Lengths of the queries."""
     languages: tuple[Word, ...] = ()
+    """Languages of the queries; without them the recipe's `languages`."""
     difficulties: tuple[Word, ...] = ("typical", "demanding", "an edge case that is easily misread")
+    """Difficulties of the queries."""
     rules: tuple[Word, ...] = ()
+    """Rules of the prompt that queries shall exercise; without them the teacher names some."""
     per_request: Annotated[int, Field(ge=1, le=50)] = 10
+    """Queries that one request asks for."""
     similarity: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """The share of common runs of five characters from which of two queries the later is
+    dropped."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
+    """The sampling temperature."""
     max_tokens: Annotated[int, Field(ge=1)] = 3000
+    """The most tokens of a reply."""
 
     @field_validator("topics", "styles", "lengths", "languages", "difficulties", "rules")
     @classmethod
