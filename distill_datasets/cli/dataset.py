@@ -70,10 +70,10 @@ def _require_fitting(options: argparse.Namespace) -> None:
 
 def ask_teachers(options: argparse.Namespace, share: "Share | None" = None) -> "Generated":
     """`generation.generate` as the options say."""
-    from distill_datasets.generation.batch_api import Patience
+    from distill_datasets.generation.batch_api import BatchSettings
     from distill_datasets.generation.run import generate as ask
 
-    batch = Patience(options.poll, options.wait) if getattr(options, "batch", False) else None
+    batch = BatchSettings(options.poll, options.wait) if getattr(options, "batch", False) else None
     return ask(
         **_asked(options),
         requests_per_minute=options.rpm,

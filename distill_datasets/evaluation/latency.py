@@ -23,9 +23,11 @@ class Timed:
 
 
 class Unkept:
-    """Asks as a `Buyer` does, and always anew."""
+    """Asks as a `CachedClient` does, and always anew."""
 
-    async def buy(self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling) -> Reply:
+    async def sample(
+        self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
+    ) -> Reply:
         """What the sampler says."""
         return await sampler.sample(messages, sampling)
 

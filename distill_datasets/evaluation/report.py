@@ -21,6 +21,7 @@ from distill_datasets.evaluation.systems import (
 )
 from distill_datasets.files import writable_folder
 from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.client import CachedClient
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.rows import ask
 from distill_datasets.generation.teachers import Answerer, PromptedModel
@@ -81,8 +82,8 @@ def measure(  # noqa: PLR0913 (three systems, and where, on what and how fast to
     answers = {}
     with Journal(folder / "journal.sqlite") as journal:
         for name, system in systems.items():
-            limits = Limits(concurrency)
-            rows = ask(held_out.rows, system, journal=journal, limits=limits, title=name)
+            client = CachedClient(journal, limits=Limits(concurrency))
+            rows = ask(held_out.rows, system, client, title=name)
             answers[name] = _complete(rows, name)
     data = _data(held_out, systems, Comparison(answers, metrics))
     if training:

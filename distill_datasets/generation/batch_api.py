@@ -1,22 +1,29 @@
-"""Buys answers in a provider's batches, at half price and within a day, before `ask` reads them."""
+"""Answers out of a provider's batches, at half price and within a day, before `ask` reads them."""
 
 import asyncio
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill_datasets.errors import ModelError, PendingError, PriceError, ServiceError
-from distill_datasets.generation.batch_book import BatchBook, alone
-from distill_datasets.generation.batch_files import BatchFiles, provider_of
-from distill_datasets.generation.batch_jobs import Desk, Outcome
+from distill_datasets.errors import (
+    ModelError,
+    OutputError,
+    PendingError,
+    PriceError,
+    RequestError,
+    ServiceError,
+)
+from distill_datasets.files import one_writer
+from distill_datasets.generation.batch_jobs import BatchOutcome, BatchTable, BatchWorker
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import run_apart
+from distill_datasets.generation.client import CachedClient, run_in_thread
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.teachers import Answerer
-from distill_datasets.models.batches import Batch, BatchState
-from distill_datasets.models.sampler import Reply, Sampler, Sampling
+from distill_datasets.models.batches import Batch, BatchProvider, BatchState, new_key
+from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
 from distill_datasets.progress import Progress
 from distill_datasets.schema import Message
 
@@ -24,11 +31,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _MOST = 1_000_000_000  # requests in a batch, where only the provider bounds them
-_FRUITLESS = 2
+_FRUITLESS = 2  # batches in a row that may come back without one answer
+_ROWS_AT_ONCE = 1_000
 
 
 @dataclass(frozen=True)
-class Patience:
+class BatchSettings:
     """Seconds between two looks at batches, and whether to stay until they are over."""
 
     poll_seconds: float = 60.0
@@ -37,10 +45,10 @@ class Patience:
 
 def buy_in_batches(
     queries: "Dataset",
-    answering: Answerer,
+    teachers: Answerer,
     journal: Journal,
     *,
-    patience: Patience,
+    settings: BatchSettings,
     meter: Meter | None = None,
 ) -> None:
     """Put the answers to all queries into the journal, as far as providers sell in batches.
@@ -48,25 +56,25 @@ def buy_in_batches(
     What is asked only because of an answer (a judge's opinion) goes into batches of its own once
     that answer is there. Batches outlive this process: called again, even days later, it reads
     them, and sends again only what expired or failed. Raises `ModelError` where no teacher's
-    provider has batches, `PriceError` for a budget, `PendingError` where `patience` doesn't wait,
-    and `ServiceError` for batches that failed or were cancelled.
+    provider has batches, `PriceError` for a budget, `PendingError` where the settings say not to
+    wait, and `ServiceError` for batches that failed or were cancelled.
     """
-    if getattr(meter, "budget", None) is not None:
+    if meter and meter.budget is not None:
         raise PriceError(
             "A budget can't stop a batch that was sent. Leave out the budget and bound the run "
             "with a limit of queries, or ask one by one."
         )
-    with BatchBook(journal.path) as book, alone(book.folder), _noted(book):
-        rounds = _Rounds(journal, book, patience, meter)
-        run_apart(lambda: rounds.run(queries, answering))
+    with BatchTable(journal.path) as table, one_writer(table.folder, "batch"), _noted(table):
+        rounds = _Rounds(journal, table, settings, meter)
+        run_in_thread(lambda: rounds.run(queries, teachers))
 
 
 @contextmanager
-def _noted(book: BatchBook) -> Iterator[None]:
+def _noted(table: BatchTable) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        if started := [batch for batch in book.open if batch.name]:
+        if started := [batch for batch in table.open if batch.name]:
             interrupt.add_note(_pending(started))
         raise
 
@@ -84,89 +92,80 @@ class _Rounds:
     """Writes files, has them worked on, reads the answers; again until nothing is missing."""
 
     def __init__(
-        self, journal: Journal, book: BatchBook, patience: Patience, meter: Meter | None
+        self, journal: Journal, table: BatchTable, settings: BatchSettings, meter: Meter | None
     ) -> None:
-        self.journal, self.book, self.patience, self.meter = journal, book, patience, meter
+        self.journal, self.table, self.settings, self.meter = journal, table, settings, meter
         self._most = _MOST
         self._fruitless = 0
 
-    async def run(self, queries: "Dataset", answering: Answerer) -> None:
+    async def run(self, queries: "Dataset", teachers: Answerer) -> None:
         """Until everything that a batch can answer is in the journal."""
-        for file in self.book.folder.glob("*.jsonl"):
+        for file in self.table.folder.glob("*.jsonl"):
             file.unlink()  # of a process that ended before it sent them
         while True:
             with Progress("look for answers", len(queries)) as progress:
-                files = BatchFiles(self.journal, self.book, progress, most=self._most)
-                await files.fill(queries, answering)
+                files = _BatchFiles(self.journal, self.table, progress, most=self._most)
+                await files.fill(queries, teachers)
             if files.others and not files.samplers:
                 raise ModelError(
-                    f"{answering.model!r} has no batches: only 'openai:' models do, where their "
+                    f"{teachers.model!r} has no batches: only 'openai:' models do, where their "
                     "provider offers them. Run without --batch."
                 )
             if not files.needed:
                 return
             await self._buy(files)
 
-    async def _buy(self, files: BatchFiles) -> None:
-        batches = [batch for batch in self.book.open if batch.key in files.needed]
+    async def _buy(self, files: "_BatchFiles") -> None:
+        batches = [batch for batch in self.table.open if batch.key in files.needed]
         lost = [batch for batch in batches if not batch.name and batch.key not in files.planned]
-        with Progress(
-            "batches", sum(batch.requests for batch in batches), unit="requests", meter=self.meter
-        ) as progress:
-            desks = {
-                identity: self._desk(sampler, progress)
+        requests = sum(batch.requests for batch in batches)
+        with Progress("batches", requests, unit="requests", meter=self.meter) as progress:
+            workers = {
+                identity: self._worker(sampler, progress)
                 for identity, sampler in files.samplers.items()
             }
             for batch in lost:
-                await desks[batch.identity].recover(batch)
+                await workers[batch.identity].recover(batch)
             if lost:
                 return
-            started = [await desks[batch.identity].submit(batch) for batch in batches]
-            await self._attend(started, desks, progress)
+            started = [await workers[batch.identity].submit(batch) for batch in batches]
+            await self._attend(started, workers, progress)
 
-    def _desk(self, sampler: Sampler, progress: Progress) -> Desk:
-        provider = provider_of(sampler)
+    def _worker(self, sampler: Sampler, progress: Progress) -> BatchWorker:
+        provider = _provider_of(sampler)
         assert provider is not None
-        discounted = Discounted(sampler)
 
-        def heard(reply: Reply) -> None:
-            tokens = reply.usage.prompt_tokens + sum(sample.tokens for sample in reply.samples)
-            progress.advance(0, tokens=tokens)
+        def bought(reply: Reply) -> None:
+            progress.advance(0, tokens=reply.tokens)
             if self.meter:
-                self.meter.count(discounted, reply)
+                self.meter.count(sampler, reply, batch=True)
 
-        return Desk(
-            provider,
-            self.journal,
-            self.book,
-            rest_seconds=self.patience.poll_seconds,
-            heard=heard,
-        )
+        rest = self.settings.poll_seconds
+        return BatchWorker(provider, self.journal, self.table, rest_seconds=rest, bought=bought)
 
     async def _attend(
-        self, batches: Sequence[Batch], desks: Mapping[str, Desk], progress: Progress
+        self, batches: Sequence[Batch], workers: Mapping[str, BatchWorker], progress: Progress
     ) -> None:
         """Look after batches until all are over."""
         waiting, seen = list(batches), Counter[str]()
-        whole, refused = Outcome(), 0
+        whole, refused = BatchOutcome(), 0
         while waiting:
             for batch in list(waiting):
-                state = await desks[batch.identity].look(batch)
-                progress.advance(
-                    state.done - seen[batch.key], note=f"{len(waiting)} open, {state.status}"
-                )
+                state = await workers[batch.identity].look(batch)
+                note = f"{len(waiting)} open, {state.status}"
+                progress.advance(state.done - seen[batch.key], note=note)
                 seen[batch.key] = state.done
                 if state.over:
                     waiting.remove(batch)
-                    whole = whole.with_(await _end(batch, state, desks[batch.identity]))
+                    whole = whole.with_(await _end(batch, state, workers[batch.identity]))
                     refused = max(refused, batch.requests if state.too_much else 0)
-            if waiting and not self.patience.wait:
+            if waiting and not self.settings.wait:
                 raise PendingError(_pending(waiting))
             if waiting or whole.problem:
-                await asyncio.sleep(self.patience.poll_seconds)
+                await asyncio.sleep(self.settings.poll_seconds)
         self._learn(whole, refused)
 
-    def _learn(self, whole: Outcome, refused: int) -> None:
+    def _learn(self, whole: BatchOutcome, refused: int) -> None:
         """Make batches smaller that the provider finds too large; give up what bears no fruit."""
         if whole.answered:
             self._fruitless = 0
@@ -181,9 +180,9 @@ class _Rounds:
             )
 
 
-async def _end(batch: Batch, state: BatchState, desk: Desk) -> Outcome:
+async def _end(batch: Batch, state: BatchState, worker: BatchWorker) -> BatchOutcome:
     """Read what a batch that is over has answered; explain one that was stopped."""
-    found = await desk.settle(batch, state)
+    found = await worker.settle(batch, state)
     if state.status == "cancelled":
         raise ServiceError(
             f"The batch {batch.name} was cancelled at the provider; the {found.answered} answers "
@@ -199,23 +198,100 @@ async def _end(batch: Batch, state: BatchState, desk: Desk) -> Outcome:
     return replace(found, problem=why if missing else "")
 
 
-@dataclass(frozen=True)
-class Discounted:
-    """A sampler as a meter sees it whose replies come at the price of batches."""
+def _provider_of(sampler: Sampler) -> BatchProvider | None:
+    """Whoever takes a sampler's requests in batches, if its provider does."""
+    provider: BatchProvider | None = getattr(sampler, "batches", None)
+    return provider
 
-    sampler: Sampler
-    batch: bool = True
 
-    @property
-    def model(self) -> str:
-        """The sampler's."""
-        return self.sampler.model
+class _BatchFiles(CachedClient):
+    """Answers from the journal, and asks nobody: what is missing becomes lines of a file.
 
-    @property
-    def identity(self) -> str:
-        """The sampler's."""
-        return self.sampler.identity
+    A full file is a planned batch in the table. `samplers` are those asked, by identity, and
+    `needed` the keys of all batches that must be over before another answer can be given, those
+    `planned` here among them. Requests to a sampler that has no batches are left to be asked one
+    by one, and are `others`.
+    """
 
-    async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
-        """The sampler's, one by one."""
-        return await self.sampler.sample(messages, sampling)
+    def __init__(
+        self, journal: Journal, table: BatchTable, progress: Progress, *, most: int
+    ) -> None:
+        """`most` requests go into one file, or fewer where the provider says so."""
+        super().__init__(journal, progress)
+        self.table, self.most = table, most
+        self.samplers: dict[str, Sampler] = {}
+        self.needed: set[str] = set()
+        self.planned: set[str] = set()
+        self.others = 0
+        self._files: dict[tuple[str, Sampling], _BatchFile] = {}
+
+    async def sample(
+        self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
+    ) -> Reply:
+        """The journal's answer; raises `InterruptedError` for what waits for its batch."""
+        key = request_digest(sampler.identity, messages, sampling)
+        if known := self._known(key):
+            return known
+        provider = _provider_of(sampler)
+        if provider is None:
+            self.others += 1
+        else:
+            self.samplers[sampler.identity] = sampler
+            if found := self.table.batch_of(key):
+                self.needed.add(found)
+            else:
+                line = provider.line(key, messages, sampling)
+                self._add(key, line, (sampler.identity, sampling), provider)
+        raise InterruptedError("waits for its batch")
+
+    async def fill(self, queries: "Dataset", teachers: Answerer) -> None:
+        """Write whatever answering these queries needs, as far as it can be known now."""
+        columns = queries.select_columns(["query", "reference"])
+        for batch in columns.iter(batch_size=_ROWS_AT_ONCE):
+            for query, reference in zip(batch["query"], batch["reference"], strict=True):
+                with suppress(InterruptedError, RequestError):
+                    await teachers.answer(query, self, reference)
+                self.progress.advance(1)
+        for place in list(self._files):
+            self._plan(place)
+
+    def _add(
+        self, key: str, line: bytes, place: tuple[str, Sampling], provider: BatchProvider
+    ) -> None:
+        file = self._files.get(place)
+        if file is not None and key in file.digests:
+            return
+        full = min(self.most, provider.most_requests)
+        if file and (len(file.digests) >= full or file.size + len(line) > provider.most_bytes):
+            self._plan(place)
+            file = None
+        if file is None:
+            file = self._files[place] = _BatchFile(self.table.folder)
+        file.add(key, line)
+
+    def _plan(self, place: tuple[str, Sampling]) -> None:
+        file = self._files.pop(place)
+        file.lines.close()
+        self.table.plan(file.key, *place, file.digests)
+        self.needed.add(file.key)
+        self.planned.add(file.key)
+
+
+class _BatchFile:
+    """Lines that will be one batch, under its key; `size` is in bytes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.key, self.size = new_key(), 0
+        self.digests: set[str] = set()
+        self.path = folder / f"{self.key}.jsonl"
+        self.lines = self.path.open("wb")
+
+    def add(self, key: str, line: bytes) -> None:
+        try:
+            self.lines.write(line)
+        except OSError as error:
+            raise OutputError(
+                f"Can't write {str(self.path)!r}: {error}. Free some space, and run again."
+            ) from error
+        self.size += len(line)
+        self.digests.add(key)

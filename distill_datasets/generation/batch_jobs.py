@@ -1,25 +1,147 @@
-"""Sends planned batches, looks after them, and journals what they answer."""
+"""Batch jobs at a provider: which requests lie in which, sent once, looked after, read."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+import json
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
-from distill_datasets.errors import DistillError, RejectedError, RetryableError, ServiceError
-from distill_datasets.generation.batch_book import BatchBook
+from distill_datasets.errors import (
+    DistillError,
+    OutputError,
+    RejectedError,
+    RetryableError,
+    ServiceError,
+)
 from distill_datasets.generation.cache import Journal
 from distill_datasets.models.batches import Batch, BatchProvider, BatchState
-from distill_datasets.models.sampler import Reply
+from distill_datasets.models.sampler import Reply, Sampling
 
 T = TypeVar("T")
 
 _ATTEMPTS = 8
+_TABLES = (
+    """
+    CREATE TABLE IF NOT EXISTS batches (
+        key TEXT NOT NULL PRIMARY KEY,
+        identity TEXT NOT NULL,
+        sampling TEXT NOT NULL,
+        requests INTEGER NOT NULL,
+        file TEXT,
+        sent INTEGER NOT NULL DEFAULT 0,
+        name TEXT,
+        closed INTEGER NOT NULL DEFAULT 0,
+        planned_at REAL NOT NULL
+    )
+    """,
+    """
+    CREATE TABLE IF NOT EXISTS batch_requests (
+        digest TEXT NOT NULL PRIMARY KEY,
+        key TEXT NOT NULL
+    )
+    """,
+)
+
+
+class BatchTable:
+    """The batches of a run, in its journal's file; what is to be sent lies in `folder`."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the tables; raises `OutputError` where they can't be written."""
+        self.path, self.folder = path, path.parent / "batches"
+        with _kept(path):
+            self._database = sqlite3.connect(
+                path, timeout=60, isolation_level=None, check_same_thread=False
+            )
+            self._database.execute("PRAGMA journal_mode = WAL")
+            for table in _TABLES:
+                self._database.execute(table)
+
+    def plan(self, key: str, identity: str, sampling: Sampling, digests: Iterable[str]) -> None:
+        """Put requests, none of them in another batch, into a new one."""
+        rows = [(digest, key) for digest in digests]
+        planned = (key, identity, json.dumps(asdict(sampling)), len(rows), time.time())
+        with self._together():
+            self._database.executemany("INSERT INTO batch_requests VALUES (?, ?)", rows)
+            self._database.execute(
+                "INSERT INTO batches (key, identity, sampling, requests, planned_at)"
+                " VALUES (?, ?, ?, ?, ?)",
+                planned,
+            )
+
+    def upload(self, key: str, file: str) -> None:
+        """The provider has the requests, under this name."""
+        self._change("UPDATE batches SET file = ? WHERE key = ?", file, key)
+
+    def send(self, key: str) -> None:
+        """From now on the provider may be working on it."""
+        self._change("UPDATE batches SET sent = 1 WHERE key = ?", key)
+
+    def start(self, key: str, name: str) -> None:
+        """The provider works on it, under this name."""
+        self._change("UPDATE batches SET sent = 1, name = ? WHERE key = ?", name, key)
+
+    def close_batch(self, key: str) -> None:
+        """All it has answered is in the journal; the others of its requests are free again."""
+        with self._together():
+            self._database.execute("DELETE FROM batch_requests WHERE key = ?", (key,))
+            self._database.execute("UPDATE batches SET closed = 1 WHERE key = ?", (key,))
+
+    def batch_of(self, digest: str) -> str | None:
+        """The key of the batch that holds a request and is not over."""
+        row = self._database.execute(
+            "SELECT key FROM batch_requests WHERE digest = ?", (digest,)
+        ).fetchone()
+        return None if row is None else str(row[0])
+
+    def digests(self, key: str) -> frozenset[str]:
+        """The requests of a batch that is not over."""
+        rows = self._database.execute("SELECT digest FROM batch_requests WHERE key = ?", (key,))
+        return frozenset(digest for (digest,) in rows)
+
+    @property
+    def open(self) -> list[Batch]:
+        """Every batch that is not over, the oldest first."""
+        rows = self._database.execute(
+            "SELECT key, identity, sampling, requests, file, sent, name FROM batches"
+            " WHERE NOT closed ORDER BY planned_at, key"
+        )
+        return [
+            Batch(key, identity, _sampling(text), requests, file, bool(sent), name)
+            for key, identity, text, requests, file, sent, name in rows
+        ]
+
+    def _change(self, statement: str, *values: str) -> None:
+        with _kept(self.path):
+            self._database.execute(statement, values)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        with _kept(self.path):
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._database.execute("COMMIT")
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+
+    def __enter__(self) -> Self:
+        """The table itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release the file."""
+        self._database.close()
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BatchOutcome:
     """How many requests a batch answered or rejected, and what is wrong with the others.
 
     `problem` may be gone another time, `fatal` ends the run.
@@ -29,41 +151,41 @@ class Outcome:
     problem: str = ""
     fatal: DistillError | None = None
 
-    def with_(self, other: "Outcome") -> "Outcome":
+    def with_(self, other: "BatchOutcome") -> "BatchOutcome":
         """Both together; the first problem stands."""
-        return Outcome(
+        return BatchOutcome(
             self.answered + other.answered,
             self.problem or other.problem,
             self.fatal or other.fatal,
         )
 
 
-class Desk:
+class BatchWorker:
     """Handles one provider's batches; whatever it does can be done again after a crash.
 
-    `heard` is told of every reply as it is journaled.
+    `bought` is told of every reply as it is journaled.
     """
 
     def __init__(
         self,
         provider: BatchProvider,
         journal: Journal,
-        book: BatchBook,
+        table: BatchTable,
         *,
         rest_seconds: float,
-        heard: Callable[[Reply], None],
+        bought: Callable[[Reply], None],
     ) -> None:
         """`rest_seconds` lie between two attempts at a call that failed."""
-        self.provider, self.journal, self.book = provider, journal, book
-        self.rest_seconds, self.heard = rest_seconds, heard
+        self.provider, self.journal, self.table = provider, journal, table
+        self.rest_seconds, self.bought = rest_seconds, bought
 
     async def recover(self, batch: Batch) -> None:
         """Find out whether a batch of an earlier process was ever started; forget it if not."""
         name = await self._insist(lambda: self.provider.find(batch.key)) if batch.sent else None
         if name is None:
-            self.book.close_batch(batch.key)
+            self.table.close_batch(batch.key)
         else:
-            self.book.start(batch.key, name)
+            self.table.start(batch.key, name)
 
     async def submit(self, batch: Batch) -> Batch:
         """Have the provider work on a planned batch, once, whatever is lost on the way."""
@@ -72,9 +194,9 @@ class Desk:
         try:
             name = await self._insist(lambda: self._start(batch.key))
         except RejectedError as error:
-            self.book.close_batch(batch.key)
+            self.table.close_batch(batch.key)
             raise ServiceError(f"The provider refuses a batch: {error}") from error
-        self.book.start(batch.key, name)
+        self.table.start(batch.key, name)
         self._file(batch.key).unlink(missing_ok=True)
         return replace(batch, name=name)
 
@@ -84,61 +206,61 @@ class Desk:
         assert name is not None
         return await self._insist(lambda: self.provider.look(name))
 
-    async def settle(self, batch: Batch, state: BatchState) -> Outcome:
+    async def settle(self, batch: Batch, state: BatchState) -> BatchOutcome:
         """Journal all that a batch which is over has answered, and free its other requests.
 
         Raises what ends a run, such as `AccessError`, when all else is done.
         """
-        whole = Outcome()
-        digests = self.book.digests(batch.key)
+        whole = BatchOutcome()
+        digests = self.table.digests(batch.key)
         for file in state.files:
             read = partial(self._read, file, batch, digests)
             try:
                 whole = whole.with_(await self._insist(read))
             except RejectedError as error:
-                whole = whole.with_(Outcome(problem=f"its answers can't be had: {error}"))
-        self.book.close_batch(batch.key)
+                whole = whole.with_(BatchOutcome(problem=f"its answers can't be had: {error}"))
+        self.table.close_batch(batch.key)
         if whole.fatal is not None:
             raise whole.fatal
         return whole
 
     async def _start(self, key: str) -> str:
-        (batch,) = (one for one in self.book.open if one.key == key)
+        (batch,) = (one for one in self.table.open if one.key == key)
         # The answer to an earlier attempt may have been lost, and its batch cost money.
         if batch.sent and (name := await self.provider.find(key)):
             return name
         if batch.file is None:
             file = await self.provider.upload(self._file(key))
-            self.book.upload(key, file)
+            self.table.upload(key, file)
         else:
             file = batch.file
-        self.book.send(key)
+        self.table.send(key)
         return await self.provider.create(file, key)
 
-    async def _read(self, file: str, batch: Batch, digests: frozenset[str]) -> Outcome:
+    async def _read(self, file: str, batch: Batch, digests: frozenset[str]) -> BatchOutcome:
         """Journal one of a batch's files."""
-        found = Outcome()
+        found = BatchOutcome()
         async for line in self.provider.lines(file):
             digest, answer = self.provider.read(line, batch.sampling)
             if digest not in digests:
                 raise ServiceError(f"The batch {batch.name} answers what it was not asked.")
             if isinstance(answer, Reply):
                 self._keep(digest, batch, answer)
-                found = found.with_(Outcome(answered=1))
+                found = found.with_(BatchOutcome(answered=1))
             elif isinstance(answer, RejectedError):
                 self._reject(digest, batch, answer)
-                found = found.with_(Outcome(answered=1))
+                found = found.with_(BatchOutcome(answered=1))
             elif isinstance(answer, RetryableError):
-                found = found.with_(Outcome(problem=str(answer)))
+                found = found.with_(BatchOutcome(problem=str(answer)))
             else:
-                found = found.with_(Outcome(fatal=answer))
+                found = found.with_(BatchOutcome(fatal=answer))
         return found
 
     def _keep(self, digest: str, batch: Batch, reply: Reply) -> None:
         # A file is read again where its first reading broke off.
         if self.journal.entry(digest) is None:
             self.journal.put(digest, batch.identity, reply, batch=True)
-            self.heard(reply)
+            self.bought(reply)
 
     def _reject(self, digest: str, batch: Batch, error: RejectedError) -> None:
         self.journal.reject(
@@ -146,7 +268,7 @@ class Desk:
         )
 
     def _file(self, key: str) -> Path:
-        return self.book.folder / f"{key}.jsonl"
+        return self.table.folder / f"{key}.jsonl"
 
     async def _insist(self, make: Callable[[], Awaitable[T]]) -> T:
         """Try again what may succeed later: none of it is paid for twice."""
@@ -156,3 +278,19 @@ class Desk:
             except RetryableError as error:
                 await asyncio.sleep(max(self.rest_seconds, error.retry_after or 0.0))
         return await make()
+
+
+def _sampling(text: str) -> Sampling:
+    fields = json.loads(text)
+    return Sampling(**{**fields, "stop": tuple(fields["stop"])})
+
+
+@contextmanager
+def _kept(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise OutputError(
+            f"Can't write the batches to {str(path)!r}: {error}. Free some space, and run again: "
+            "what was sent is found again."
+        ) from error

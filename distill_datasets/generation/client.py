@@ -1,4 +1,4 @@
-"""Buys answers: from the journal where they are, from a sampler where not, each once."""
+"""Answers: from the journal where they are, from a sampler where not, each once."""
 
 import asyncio
 import random
@@ -26,13 +26,13 @@ _CHARACTERS = 4  # of a prompt, in a token; the limit corrects it by what the se
 _REFUSALS = (429, 503, 529)  # statuses of a server that has too much to do
 
 
-def run_apart(make: Callable[[], Awaitable[T]], *, stop: Callable[[], None] | None = None) -> T:
+def run_in_thread(make: Callable[[], Awaitable[T]], *, stop: Callable[[], None] | None = None) -> T:
     """The result of a coroutine, run to its end on an event loop of its own in another thread.
 
     Safe where a loop is running (Jupyter, async code): the one way from a synchronous verb to
-    `Buyer.buy`. `make` is called inside that loop. On Ctrl-C `stop` is called (say `buyer.stop`,
-    so that what is in flight is kept) and the coroutine runs to its end; without it, it is
-    cancelled.
+    `CachedClient.sample`. `make` is called inside that loop. On Ctrl-C `stop` is called (say
+    `client.stop`, so that what is in flight is kept) and the coroutine runs to its end; without
+    it, it is cancelled.
     """
     began: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
 
@@ -53,7 +53,7 @@ def run_apart(make: Callable[[], Awaitable[T]], *, stop: Callable[[], None] | No
             raise
 
 
-class Buyer:
+class CachedClient:
     """One journal for everything that is asked; two who ask the same share one request.
 
     Every sampler is asked as fast as it allows, and with no more requests at once than `limits`
@@ -63,13 +63,14 @@ class Buyer:
     def __init__(
         self,
         journal: Journal,
-        progress: Progress,
+        progress: Progress | None = None,
         *,
         limits: Limits | None = None,
         meter: Meter | None = None,
     ) -> None:
-        """`progress` hears of the tokens that were bought, not of rows."""
-        self.journal, self.progress, self.meter = journal, progress, meter
+        """`progress` is told of the tokens that were bought, not of rows."""
+        self.journal, self.meter = journal, meter
+        self.progress = progress or Progress("ask", 0)
         self.limits = limits or Limits()
         # For whoever starts much work: a turn for each piece, given back while a request of it
         # waits for another attempt.
@@ -85,7 +86,7 @@ class Buyer:
         return self._stopped
 
     def stop(self) -> None:
-        """Ask nothing more: `buy` raises `InterruptedError` from now on; from any thread.
+        """Ask nothing more: `sample` raises `InterruptedError` from now on; from any thread.
 
         Requests in flight go on to their end.
         """
@@ -93,7 +94,9 @@ class Buyer:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._send_home)
 
-    async def buy(self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling) -> Reply:
+    async def sample(
+        self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
+    ) -> Reply:
         """The journal's answer, or a bought one, which is in the journal before anyone reads it.
 
         Raises `RejectedError` for what was rejected, now or by an earlier run; `RetryableError`
@@ -114,8 +117,7 @@ class Buyer:
             reply = await self._insist(key, sampler, messages, sampling)
         finally:
             self._asked.pop(key).set()
-        tokens = _tokens(reply)
-        self.progress.advance(0, tokens=tokens)
+        self.progress.advance(0, tokens=reply.tokens)
         return reply
 
     def _known(self, key: str) -> Reply | None:
@@ -171,7 +173,7 @@ class Buyer:
             except BaseException:
                 gate.fail(ticket)
                 raise
-            gate.accept(ticket, _tokens(reply), reply.allowance)
+            gate.accept(ticket, reply.tokens, reply.allowance)
             if meter:
                 meter.count(sampler, reply)
         return reply
@@ -215,10 +217,6 @@ def _rest(attempt: int, retry_after: float | None) -> float:
 def _finish(waiting: "asyncio.Future[None]") -> None:
     if not waiting.done():
         waiting.set_result(None)
-
-
-def _tokens(reply: Reply) -> int:
-    return reply.usage.prompt_tokens + sum(sample.tokens for sample in reply.samples)
 
 
 def _estimate(messages: Sequence[Message]) -> float:

@@ -172,10 +172,8 @@ class Meter:
                 amount += self.cost(row["model"], reply, batch=batch)
         return {"amount": amount, "currency": self.currency, "priced_at": self.priced_at}
 
-    def count(self, sampler: Sampler, reply: Reply) -> None:
-        """Add a reply that was just bought."""
-        # A sampler that buys in a provider's batches says so.
-        batch = getattr(sampler, "batch", False)
+    def count(self, sampler: Sampler, reply: Reply, *, batch: bool = False) -> None:
+        """Add a reply that was just bought, alone or in a provider's `batch`."""
         self._add(sampler.identity, self.cost(sampler.identity, reply, batch=batch))
 
     @asynccontextmanager

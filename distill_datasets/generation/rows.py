@@ -1,33 +1,50 @@
-"""Queries to answered rows: `datasets.map` over an async function, a row's failure a value."""
+"""Queries to answered rows: `datasets.map` over an async function, a row's failure a value.
 
+The map goes over places, each the start of a few queries, rather than over the queries: `datasets`
+reads every batch and makes a task of it before the first is answered, and from a thousand on it
+holds every result until the last one. With at most 900 places a million queries cost no memory
+beforehand, and their rows are written while they come. The queries of a place are read when it is
+their turn, and a slow one holds back no other place.
+"""
+
+import asyncio
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import Buyer
+from distill_datasets.errors import FATAL, DistillError, GenerationError, RequestError
+from distill_datasets.generation.client import CachedClient
 from distill_datasets.generation.garbage import collect_rarely
-from distill_datasets.generation.pricing import Meter
-from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.generation.row_map import RowMap
 from distill_datasets.generation.teachers import Answerer
 from distill_datasets.models.sampler import digest
 from distill_datasets.progress import Progress
+from distill_datasets.schema import answer_features, failure_text
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
+ROWS_FILE = "data-00000-of-00001.arrow"  # as `datasets` names it
 _VERSION = 2  # goes into every fingerprint: raise it when rows come out differently
+_QUERIES_AT_A_PLACE, _PLACES = 128, 900
+_ROWS_AT_ONCE = 1_000  # that are read back
+_ALIKE = 20  # failures that end a run in which nothing was answered
+_TOKENS = ("prompt", "cached", "response")
 
 
-def ask(  # noqa: PLR0913 (what, of whom, how fast, for how much, and where it goes)
+def ask(
     queries: "Dataset",
     teachers: Answerer,
+    client: CachedClient,
     *,
-    journal: Journal,
     title: str,
-    limits: Limits | None = None,
-    meter: Meter | None = None,
     file: Path | None = None,
 ) -> "Dataset":
     """Answer rows of `id`, `query`, `group`, `reference`, `split`, in their order.
@@ -38,12 +55,11 @@ def ask(  # noqa: PLR0913 (what, of whom, how fast, for how much, and where it g
     such as `AccessError` and `BudgetReached`, and `GenerationError` where the first rows all fail
     alike.
     """
-    with collect_rarely(), Progress(title, len(queries), meter=meter) as progress:
-        buyer = Buyer(journal, progress, limits=limits, meter=meter)
-        rows = RowMap(teachers.answer, teachers.model, buyer, progress)
-        fingerprint = digest([_VERSION, queries._fingerprint, *teachers.parts])[:32]
+    with collect_rarely(), Progress(title, len(queries), meter=client.meter) as progress:
+        client.progress = progress
+        rows = _Rows(queries, teachers, client)
         with ThreadPoolExecutor(1) as thread:
-            mapped = thread.submit(rows.map, queries, fingerprint, file)
+            mapped = thread.submit(rows.map, file)
             try:
                 answered = mapped.result()
             except BaseException:
@@ -52,3 +68,220 @@ def ask(  # noqa: PLR0913 (what, of whom, how fast, for how much, and where it g
     if rows.fatal is not None:
         raise rows.fatal
     return answered
+
+
+class _Rows:
+    """The rows of all queries, each started when the client has a place for it."""
+
+    def __init__(self, queries: "Dataset", teachers: Answerer, client: CachedClient) -> None:
+        self.queries, self.teachers, self.client = queries, teachers, client
+        self.fatal: DistillError | None = None
+        self._alike: Counter[tuple[object, ...]] = Counter()
+        self._started = self._answered = 0
+        self._starting = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def map(self, file: Path | None) -> "Dataset":
+        """Answer all queries on an event loop of this thread's own, into memory or a file."""
+        from datasets import Dataset
+
+        count = len(self.queries)
+        if not count:
+            return Dataset.from_dict({n: [] for n in answer_features()}, answer_features())
+        size = max(_QUERIES_AT_A_PLACE, -(-count // _PLACES))
+        places = Dataset.from_dict({"first": range(0, count, size)})
+
+        async def answer(batch: Mapping[str, list[int]]) -> "pa.Table":
+            (first,) = batch["first"]
+            return await self._answer_rows(slice(first, first + size))
+
+        try:
+            with without_bars():
+                return places.map(
+                    answer,
+                    batched=True,
+                    batch_size=1,
+                    remove_columns=places.column_names,
+                    features=answer_features(),
+                    new_fingerprint=self._fingerprint(),
+                    load_from_cache_file=False,
+                    keep_in_memory=file is None,
+                    cache_file_name=str(file) if file else None,
+                )
+        finally:
+            # `datasets` leaves the loop that it made open.
+            if self._loop is not None:
+                # A sampler's connections end with their loop.
+                self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+                self._loop.close()
+
+    def stop(self, reason: DistillError | None = None) -> None:
+        """Ask nothing more; the first reason stands."""
+        self.client.stop()
+        self.fatal = self.fatal or reason
+
+    def _fingerprint(self) -> str:
+        return digest([_VERSION, self.queries._fingerprint, *self.teachers.parts])[:32]
+
+    async def _answer_rows(self, part: slice) -> "pa.Table":
+        """All samples of some queries, which are read when it is their turn."""
+        import pyarrow as pa
+
+        self._loop = asyncio.get_running_loop()
+        tasks = []
+        # Rows start in order, each when it is its turn: ten thousand tasks that wait for it would
+        # hold back the first request, and every later one a little.
+        async with self._starting:
+            batch = self.queries[part]
+            for row in zip(*batch.values(), strict=True):
+                await self.client.turns.acquire()
+                self._started += 1
+                query = dict(zip(batch, row, strict=True))
+                tasks.append(asyncio.create_task(self._one(query)))
+        rows = [row for task in tasks for row in await task]
+        return pa.Table.from_pylist(rows, schema=answer_features().arrow_schema)
+
+    async def _one(self, query: dict[str, Any]) -> list[dict[str, Any]]:
+        asked = {**query, "teacher": self.teachers.model, "sample": 0}
+        try:
+            rows = await self.teachers.answer(query["query"], self.client, query["reference"])
+        except FATAL as error:
+            self.stop(error)
+            return [{**asked, "error": _failure(error)}]
+        except Exception as error:
+            # A row's failure is a value: raised out of `map` it would throw away every other row.
+            failed = _failure(error)
+            if not isinstance(error, InterruptedError):
+                self.client.progress.advance(1)
+                self._look(failed)
+            return [{**asked, "error": failed}]
+        finally:
+            self.client.turns.release()
+        self.client.progress.advance(1)
+        self._answered += 1
+        return [{**asked, **row} for row in rows]
+
+    def _look(self, failed: dict[str, Any]) -> None:
+        """Whether to go on after a failure: not if nothing else was ever seen."""
+        alike = tuple(failed[part] for part in ("type", "status", "message"))
+        self._alike[alike] += 1
+        # Failures may be quicker than answers, which are still to come.
+        if self._answered or self._alike[alike] < max(_ALIKE, self._started // 2):
+            return
+        self.stop(
+            GenerationError(
+                f"The first {self._alike[alike]} rows all failed alike, so nothing more was "
+                f"asked: {failure_text(failed)}. Mend the cause and run again; paid answers are "
+                "kept."
+            )
+        )
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """The value of a row's `error`."""
+    if isinstance(error, RequestError):
+        facts: tuple[str, int | None, int] = (error.type, error.status, error.attempts)
+    else:
+        facts = (type(error).__name__, None, 1)
+    return {"type": facts[0], "status": facts[1], "message": str(error), "attempts": facts[2]}
+
+
+def stream(rows: "Dataset") -> Iterator["pa.Table"]:
+    """The rows in their order, a few at a time and without mapping the files into memory.
+
+    Mapped pages count as this process's memory until the system takes them back.
+    """
+    import pyarrow as pa
+
+    if rows._indices is not None or not rows.cache_files:
+        yield from rows.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)
+        return
+    for file in rows.cache_files:
+        with pa.OSFile(file["filename"]) as source, pa.ipc.open_stream(source) as batches:
+            for batch in batches:
+                for start in range(0, len(batch), _ROWS_AT_ONCE):
+                    yield pa.Table.from_batches([batch.slice(start, _ROWS_AT_ONCE)])
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """The bars of `datasets` count batches and files, and would cut through ours."""
+    from datasets.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+def finish(rows: "Dataset", folder: Path) -> None:
+    """Make a folder that `load_from_disk` reads of the rows, which are in its `ROWS_FILE` already.
+
+    Rows that are not are written.
+    """
+    if not (folder / ROWS_FILE).is_file():
+        if len(rows):
+            rows.save_to_disk(str(folder))
+            return
+        _write_nothing(rows, folder / ROWS_FILE)
+    # A dataset can't be saved over its own file: one without rows has the same description.
+    empty = type(rows).from_dict({name: [] for name in rows.features}, features=rows.features)
+    with without_bars(), TemporaryDirectory(dir=folder) as description:
+        empty.save_to_disk(description)
+        shutil.move(Path(description, "dataset_info.json"), folder)
+        state = json.loads(Path(description, "state.json").read_text(encoding="utf-8"))
+    state |= {"_data_files": [{"filename": ROWS_FILE}], "_fingerprint": rows._fingerprint}
+    text = json.dumps(state, indent=2, sort_keys=True)
+    (folder / "state.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _write_nothing(rows: "Dataset", path: Path) -> None:
+    """A file without rows, which `save_to_disk` leaves out and `load_from_disk` wants."""
+    import pyarrow as pa
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, rows.features.arrow_schema):
+        pass
+
+
+@dataclass
+class Tally:
+    """What became of rows; rejections by their reason, and tokens as they were paid for."""
+
+    rows: int = 0
+    errors: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def kept(self) -> int:
+        """Rows that can be used."""
+        return self.rows - self.errors - self.rejected.total()
+
+    @classmethod
+    def of(cls, rows: "Dataset") -> "Tally":
+        """Count all rows, in one pass."""
+        tally = cls(tokens=Counter(dict.fromkeys(_TOKENS, 0)))
+        for some in stream(rows):
+            tally._add(some)
+        return tally
+
+    def _add(self, some: "pa.Table") -> None:
+        import pyarrow.compute as pc
+
+        self.rows += len(some)
+        self.errors += len(some) - some["error"].null_count
+        for reason in pc.value_counts(some["rejection"].drop_null()).to_pylist():
+            self.rejected[reason["values"]] += reason["counts"]
+        # All samples of one request share its prompt.
+        first = some.filter(pc.equal(some["sample"], 0))
+        for kind in _TOKENS:
+            counted = some if kind == "response" else first
+            self.tokens[kind] += pc.sum(counted[f"teacher_{kind}_tokens"]).as_py() or 0

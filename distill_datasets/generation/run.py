@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets import __version__
 from distill_datasets.errors import DistillError, OutputError
 from distill_datasets.files import writable_folder
-from distill_datasets.generation.answers import ROWS_FILE, Tally, finish
-from distill_datasets.generation.batch_api import Patience, buy_in_batches
+from distill_datasets.generation.batch_api import BatchSettings, buy_in_batches
 from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.client import CachedClient
 from distill_datasets.generation.ledger import JournaledRows, raw_answers, replay
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.generation.rows import ask
+from distill_datasets.generation.rows import ROWS_FILE, Tally, ask, finish
 from distill_datasets.generation.shards import Share
 from distill_datasets.generation.teachers import Teachers, open_teachers
 from distill_datasets.models.sampler import Sampler, digest
@@ -72,7 +72,7 @@ def generate(  # noqa: PLR0913 (whom to ask what, how fast, and where it goes)
     limit: int | None = None,
     ledger: bool = True,
     share: Share | None = None,
-    batch: Patience | None = None,
+    batch: BatchSettings | None = None,
     stream: bool = False,
     processes: int = 1,
 ) -> Generated:
@@ -165,7 +165,7 @@ class _Run:
         return Generated(self.folder, kept, rejected, 0, summary["first_token"])
 
     def go_on(
-        self, release: str | Path | None, limits: Limits, batch: Patience | None
+        self, release: str | Path | None, limits: Limits, batch: BatchSettings | None
     ) -> Generated:
         """Ask whatever neither the journal nor the ledger of a `release` holds."""
         queries = self.queries()
@@ -176,16 +176,10 @@ class _Run:
             self.meter.check(self.teachers.models)
         with Journal(self.journal) as journal, _writing(folder):
             if batch is not None:
-                buy_in_batches(queries, self.teachers, journal, patience=batch, meter=self.meter)
-            rows = ask(
-                queries,
-                self.teachers,
-                journal=journal,
-                title="generate",
-                limits=limits,
-                meter=self.meter,
-                file=folder / _BUILDING / ROWS_FILE,
-            )
+                buy_in_batches(queries, self.teachers, journal, settings=batch, meter=self.meter)
+            client = CachedClient(journal, limits=limits, meter=self.meter)
+            file = folder / _BUILDING / ROWS_FILE
+            rows = ask(queries, self.teachers, client, title="generate", file=file)
             return self.save(queries, rows, journal)
 
     def save(self, queries: "Dataset", rows: "Dataset", journal: Journal) -> Generated:

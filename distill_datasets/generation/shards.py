@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from distill_datasets.errors import DatasetError, RecipeError
-from distill_datasets.generation.answers import stream
+from distill_datasets.generation.rows import stream
 
 if TYPE_CHECKING:
     import numpy as np

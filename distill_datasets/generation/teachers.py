@@ -10,8 +10,8 @@ from typing import Any
 
 from distill_datasets.generation.voting import (
     Best,
-    Buys,
     Case,
+    Client,
     Majority,
     RowRequests,
     ScoringModel,
@@ -74,10 +74,10 @@ class PromptedModel:
         return [self]
 
     async def answer(
-        self, query: str, buyer: Buys, reference: str | None = None
+        self, query: str, client: Client, reference: str | None = None
     ) -> list[dict[str, Any]]:
-        """A row a sample; raises what `buy` raises."""
-        reply = await buyer.buy(self.sampler, self.messages(query), self.sampling)
+        """A row a sample; raises what the client raises."""
+        reply = await client.sample(self.sampler, self.messages(query), self.sampling)
         return [self.row(sample, reply, index) for index, sample in enumerate(reply.samples)]
 
     def row(self, sample: Sample, reply: Reply, index: int) -> dict[str, Any]:
@@ -171,26 +171,26 @@ class Teachers:
         return [max(self.members, key=lambda one: _pull(one, query))]
 
     async def answer(
-        self, query: str, buyer: Buys, reference: str | None = None
+        self, query: str, client: Client, reference: str | None = None
     ) -> list[dict[str, Any]]:
-        """The columns of every row of a query that asking decides; raises what `buy` raises.
+        """The columns of every row of a query that asking decides; raises what the client raises.
 
         `reference` is the answer known beforehand, for those who check answers against it.
         """
         if self.choice:
-            return [await self._chosen(self.choice, query, buyer, reference)]
+            return [await self._chosen(self.choice, query, client, reference)]
         (teacher,) = self.asked(query)
-        first, *others = await teacher.answer(query, buyer, reference)
+        first, *others = await teacher.answer(query, client, reference)
         if self.several:
             first = {**first, "requests": [teacher.request_key(query)]}
         return [first, *others]
 
     async def _chosen(
-        self, choice: Majority | Best, query: str, buyer: Buys, reference: str | None
+        self, choice: Majority | Best, query: str, client: Client, reference: str | None
     ) -> dict[str, Any]:
-        requests = RowRequests(buyer)
+        requests = RowRequests(client)
         replies = await all_of(
-            requests.buy(one.sampler, one.messages(query), one.sampling) for one in self.members
+            requests.sample(one.sampler, one.messages(query), one.sampling) for one in self.members
         )
         samples = [
             TeacherSample(

@@ -11,7 +11,7 @@ from typing import Any
 
 from distill_datasets.errors import DistillError, RequestError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import Buyer, run_apart
+from distill_datasets.generation.client import CachedClient, run_in_thread
 from distill_datasets.generation.estimate import Heard, size_of
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits
@@ -57,20 +57,20 @@ def ask_some(
         path = journal or Path(stack.enter_context(tempfile.TemporaryDirectory()), "journal")
         answers = stack.enter_context(Journal(path))
         progress = stack.enter_context(Progress("sample", len(rows), meter=meter))
-        buyers = [_Listener(answers, progress, limits, meter) for _ in rows]
+        clients = [_Listener(answers, progress, limits, meter) for _ in rows]
 
         def stop() -> None:
-            for buyer in buyers:
-                buyer.stop()
+            for client in clients:
+                client.stop()
 
-        sampled = run_apart(lambda: _ask_all(answering, rows, buyers), stop=stop)
-    return Trial(tuple(sampled), tuple(heard for buyer in buyers for heard in buyer.heard))
+        sampled = run_in_thread(lambda: _ask_all(answering, rows, clients), stop=stop)
+    return Trial(tuple(sampled), tuple(heard for client in clients for heard in client.heard))
 
 
 async def _ask_all(
-    answering: Answerer, rows: Sequence[dict[str, Any]], buyers: "Sequence[_Listener]"
+    answering: Answerer, rows: Sequence[dict[str, Any]], clients: "Sequence[_Listener]"
 ) -> list[Sampled]:
-    asked = [_ask_one(answering, row, buyer) for row, buyer in zip(rows, buyers, strict=True)]
+    asked = [_ask_one(answering, row, client) for row, client in zip(rows, clients, strict=True)]
     found = await asyncio.gather(*asked, return_exceptions=True)
     for one in found:
         if isinstance(one, DistillError) and not isinstance(one, RequestError):
@@ -83,18 +83,18 @@ async def _ask_all(
     ]
 
 
-async def _ask_one(answering: Answerer, row: dict[str, Any], buyer: "_Listener") -> Sampled:
+async def _ask_one(answering: Answerer, row: dict[str, Any], client: "_Listener") -> Sampled:
     query = row["query"]
-    buyer.expected = {one.request_key(query) for one in answering.asked(query)}
+    client.expected = {one.request_key(query) for one in answering.asked(query)}
     began = time.monotonic()
-    first, *_ = await answering.answer(query, buyer, row["reference"])
-    seconds = time.monotonic() - began if any(one.bought for one in buyer.heard) else None
-    buyer.progress.advance(1)
+    first, *_ = await answering.answer(query, client, row["reference"])
+    seconds = time.monotonic() - began if any(one.bought for one in client.heard) else None
+    client.progress.advance(1)
     return Sampled(query, first.get("raw"), first.get("answer"), first.get("rejection"), seconds)
 
 
-class _Listener(Buyer):
-    """Buys for one row, and remembers what was asked and what came."""
+class _Listener(CachedClient):
+    """Samples for one row, and remembers what was asked and what came."""
 
     def __init__(
         self, journal: Journal, progress: Progress, limits: Limits, meter: Meter | None
@@ -103,10 +103,12 @@ class _Listener(Buyer):
         self.heard: list[Heard] = []
         self.expected: set[str] = set()
 
-    async def buy(self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling) -> Reply:
-        """Buy as ever."""
+    async def sample(
+        self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
+    ) -> Reply:
+        """As ever."""
         key = request_digest(sampler.identity, messages, sampling)
         known = self.journal.entry(key) is not None
-        reply = await super().buy(sampler, messages, sampling)
+        reply = await super().sample(sampler, messages, sampling)
         self.heard.append(Heard(sampler, size_of(messages), reply, not known, key in self.expected))
         return reply

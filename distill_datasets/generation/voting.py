@@ -24,10 +24,12 @@ NO_SCORE = "judge gave no score"
 T = TypeVar("T")
 
 
-class Buys(Protocol):
-    """Whoever answers requests, such as a `Buyer`."""
+class Client(Protocol):
+    """Whoever answers requests, such as a `CachedClient`."""
 
-    async def buy(self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling) -> Reply:
+    async def sample(
+        self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
+    ) -> Reply:
         """One reply."""
         ...
 
@@ -84,15 +86,17 @@ class Verdict:
 class RowRequests:
     """Counts what one row costs: every different request that is made for it, once."""
 
-    def __init__(self, buyer: Buys) -> None:
-        self._buyer = buyer
+    def __init__(self, client: Client) -> None:
+        self._client = client
         self._replies: dict[str, Reply | None] = {}
 
-    async def buy(self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling) -> Reply:
-        """As the buyer does."""
+    async def sample(
+        self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
+    ) -> Reply:
+        """As the client does."""
         key = request_digest(sampler.identity, messages, sampling)
         self._replies.setdefault(key, None)
-        reply = await self._buyer.buy(sampler, messages, sampling)
+        reply = await self._client.sample(sampler, messages, sampling)
         self._replies[key] = reply
         return reply
 
@@ -231,7 +235,7 @@ class Best:
         texts = {one.sample.text: one for one in accepted}
         asked = [judge.messages(**case.fields(one), prompt=case.prompt) for one in texts.values()]
         replies = await all_of(
-            requests.buy(judge.sampler, messages, judge.sampling) for messages in asked
+            requests.sample(judge.sampler, messages, judge.sampling) for messages in asked
         )
         scores = {
             text: judge.score(reply.samples[0]) for text, reply in zip(texts, replies, strict=True)

@@ -112,6 +112,11 @@ class Reply:
     first_token_seconds: float | None = None
     allowance: Allowance | None = field(default=None, compare=False)
 
+    @property
+    def tokens(self) -> int:
+        """Of the prompt and of all samples."""
+        return self.usage.prompt_tokens + sum(sample.tokens for sample in self.samples)
+
     def to_json(self) -> str:
         """One line of JSON, read back by `from_json`."""
         # By hand: `asdict` copies deeply, and took longer than everything else about a row.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.generation.answers import stream
+from distill_datasets.generation.rows import stream
 from distill_datasets.generation.shards import Joined
 from distill_datasets.models.sampler import digest
 from distill_datasets.recipes.recipe import Recipe

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from distill_datasets import resources
 from distill_datasets.errors import FATAL, GenerationError
-from distill_datasets.generation.client import Buyer
+from distill_datasets.generation.client import CachedClient
 from distill_datasets.models.sampler import Sampler, Sampling
 from distill_datasets.recipes.prompt import render
 from distill_datasets.recipes.recipe import Recipe
@@ -57,10 +57,10 @@ class Interview:
     A reply that can't be read is followed by one request to give it again in the right form.
     """
 
-    def __init__(self, buyer: Buyer, sampler: Sampler, recipe: Recipe) -> None:
+    def __init__(self, client: CachedClient, sampler: Sampler, recipe: Recipe) -> None:
         """Lists and judgements are sampled as the recipe's answers, queries as it says."""
         given = recipe.synthesis
-        self.sampler, self._buyer = sampler, buyer
+        self.sampler, self._client = sampler, client
         common = recipe.sampling_of(recipe.all_teachers[0])
         self._listing = replace(
             common, n=1, max_tokens=given.max_tokens, stop=(), top_logprobs=None, json_schema=None
@@ -121,10 +121,10 @@ class Interview:
     ) -> tuple[ParsedReply[T], str]:
         """What a reply holds, and what is wrong with one that can't be read."""
         try:
-            async with self._buyer.turns:
-                reply = await self._buyer.buy(self.sampler, messages, sampling)
+            async with self._client.turns:
+                reply = await self._client.sample(self.sampler, messages, sampling)
         except (*FATAL, InterruptedError):
-            self._buyer.stop()
+            self._client.stop()
             raise
         except Exception as error:
             # Whatever else a sampler raises is this request's failure, and a value: raised, it

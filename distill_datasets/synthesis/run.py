@@ -12,7 +12,7 @@ from typing import Any
 from distill_datasets.errors import RecipeError
 from distill_datasets.files import writable_folder, write_file
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import Buyer, run_apart
+from distill_datasets.generation.client import CachedClient, run_in_thread
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.sampler import Sampler, digest
@@ -118,9 +118,9 @@ def synthesize(  # noqa: PLR0913 (whom to ask for how much, how fast, and where 
         Journal(folder / "journal.sqlite") as journal,
         Progress("synthesize", n, unit="queries", start=before, meter=meter) as progress,
     ):
-        buyer = Buyer(journal, progress, limits=limits, meter=meter)
-        synthesis = _SynthesisRun(file, Interview(buyer, sampler, asked), seed)
-        rounds = run_apart(lambda: synthesis.run(n, progress), stop=buyer.stop)
+        client = CachedClient(journal, progress, limits=limits, meter=meter)
+        synthesis = _SynthesisRun(file, Interview(client, sampler, asked), seed)
+        rounds = run_in_thread(lambda: synthesis.run(n, progress), stop=client.stop)
     return synthesis.save(rounds, n)
 
 

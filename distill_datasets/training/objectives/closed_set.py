@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError, GenerationError
 from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.client import CachedClient
 from distill_datasets.generation.ledger import restore
 from distill_datasets.generation.rows import ask
 from distill_datasets.generation.teachers import PromptedModel
@@ -114,7 +115,7 @@ def teacher_texts(
     )
     with Journal(lesson.folder / "journal.sqlite") as journal:
         restore(prompts.folder, journal)
-        answers = ask(_queries(rows), prompted, journal=journal, title="teacher's words")
+        answers = ask(_queries(rows), prompted, CachedClient(journal), title="teacher's words")
     if failed := [error for error in answers["error"] if error]:
         raise GenerationError(
             f"{len(failed)} of the teacher's answers could not be had, the first for "

@@ -17,8 +17,9 @@ from distill_datasets.errors import (
     PriceError,
     ServiceError,
 )
-from distill_datasets.generation.batch_api import Patience
-from distill_datasets.generation.batch_book import BatchBook, alone
+from distill_datasets.files import one_writer
+from distill_datasets.generation.batch_api import BatchSettings
+from distill_datasets.generation.batch_jobs import BatchTable
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.run import Generated, generate
@@ -29,8 +30,8 @@ from tests.conftest import edit
 from tests.support.openai_batches import End, Lost
 from tests.support.openai_server import Answer, Fault, OpenAIServer, serving
 
-NOW = Patience(poll_seconds=0)
-LATER = Patience(poll_seconds=0, wait=False)
+NOW = BatchSettings(poll_seconds=0)
+LATER = BatchSettings(poll_seconds=0, wait=False)
 PRICE = {"prompt": 1_000_000, "response": 0, "batch": 0.5}
 PRICES = Prices(date="2026-11-01", currency="USD", models={"openai:echo-small": PRICE})
 PAID = 10 * 0.5  # for one answer, whose prompt has ten tokens
@@ -45,10 +46,10 @@ def server() -> Iterator[OpenAIServer]:
 
 @pytest.fixture
 def bought(server: OpenAIServer, recipe_folder: Path, tmp_path: Path) -> Any:
-    def buy(patience: Patience = NOW, **options: Any) -> Generated:
+    def buy(settings: BatchSettings = NOW, **options: Any) -> Generated:
         teacher = OpenAISampler("echo-small", base_url=server.url)
         given = {"recipe": recipe_folder, "teacher": teacher, "out": tmp_path / "run", **options}
-        return generate(**given, batch=patience)
+        return generate(**given, batch=settings)
 
     return buy
 
@@ -167,12 +168,13 @@ def test_a_budget_is_refused_where_it_could_not_be_kept(bought: Any) -> None:
 SCRIPT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background parent leaves it ignored
-from distill_datasets.generation.batch_api import Patience
+from distill_datasets.files import one_writer
+from distill_datasets.generation.batch_api import BatchSettings
 from distill_datasets.generation.run import generate
 from distill_datasets.models.openai.client import OpenAISampler
 recipe, out, url = sys.argv[1:]
 teacher = OpenAISampler("echo-small", base_url=url)
-generate(recipe, teacher=teacher, out=out, batch=Patience(poll_seconds=0))
+generate(recipe, teacher=teacher, out=out, batch=BatchSettings(poll_seconds=0))
 """
 
 
@@ -183,8 +185,8 @@ def test_a_process_killed_before_it_heard_of_its_batch_leaves_it_to_the_next(
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments])
     server.batches.lost.append(Lost("create", lambda: os.kill(process.pid, signal.SIGKILL)))
     assert process.wait(60) == -signal.SIGKILL
-    with BatchBook(tmp_path / "run/journal.sqlite") as book:
-        (batch,) = book.open
+    with BatchTable(tmp_path / "run/journal.sqlite") as table:
+        (batch,) = table.open
     assert (batch.sent, batch.name) == (True, None)
     # Batches of others came since, so that ours is on another page of the list.
     other = {"input_file_id": "file-x", "status": "completed", "metadata": None, "id": "theirs"}
@@ -322,8 +324,8 @@ def test_a_teacher_without_batches_is_named(recipe_folder: Path, tmp_path: Path)
 
 def test_two_processes_never_send_the_batches_of_one_folder(bought: Any, tmp_path: Path) -> None:
     with (
-        alone(tmp_path / "run/batches"),
-        pytest.raises(OutputError, match="Another process has the batches"),
+        one_writer(tmp_path / "run/batches", "batch"),
+        pytest.raises(OutputError, match="Another process is at work in .*batches"),
     ):
         bought()
 

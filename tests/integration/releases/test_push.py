@@ -128,7 +128,7 @@ def test_shards_that_the_next_release_lacks_are_deleted(
     """Sixty files in one commit: the client's own `push_to_hub` makes two of them."""
     monkeypatch.setattr(shards, "_ROW_GROUP_BYTES", 1)
     monkeypatch.setattr(shards, "_SHARD_BYTES", 1)
-    monkeypatch.setattr("distill_datasets.generation.answers._ROWS_PER_BATCH", 1)
+    monkeypatch.setattr("distill_datasets.generation.rows._ROWS_AT_ONCE", 1)
     push(hub, release_of(tmp_path / "one", range(60)))
     assert sum(path.endswith(".parquet") for path in hub.files(REPO)) == 61
     push(hub, release_of(tmp_path / "two", range(3)))

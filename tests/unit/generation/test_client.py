@@ -17,7 +17,7 @@ from distill_datasets.errors import (
 )
 from distill_datasets.generation import client as buying
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import Buyer, run_apart
+from distill_datasets.generation.client import CachedClient, run_in_thread
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.sampler import Reply, Sample, Sampler, Sampling, Usage
 from distill_datasets.progress import Progress
@@ -65,13 +65,13 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buying, "_FIRST_REST", 0.001)
 
 
-def bought(journal: Journal, work: Callable[[Buyer], Awaitable[Any]], **options: Any) -> Any:
-    return run_apart(lambda: work(Buyer(journal, Progress("test", 1), **options)))
+def bought(journal: Journal, work: Callable[[CachedClient], Awaitable[Any]], **options: Any) -> Any:
+    return run_in_thread(lambda: work(CachedClient(journal, Progress("test", 1), **options)))
 
 
 def test_what_may_succeed_later_is_asked_until_it_does(journal: Journal) -> None:
     sampler = Failing({"a": [busy(), RetryableError("too slow", type="time-out"), busy(0.001)]})
-    reply = bought(journal, lambda buyer: buyer.buy(sampler, ask("a"), SAMPLING))
+    reply = bought(journal, lambda client: client.sample(sampler, ask("a"), SAMPLING))
     assert reply.samples[0].text == "a"
     assert sampler.calls == ["a"] * 4
     assert list(journal)[0][1] == 1
@@ -82,16 +82,16 @@ def test_after_eight_attempts_it_is_a_failure_that_the_next_run_asks_again(
 ) -> None:
     sampler = Failing({"a": [busy() for _ in range(8)]})
     with pytest.raises(RetryableError, match="too much to do") as caught:
-        bought(journal, lambda buyer: buyer.buy(sampler, ask("a"), SAMPLING))
+        bought(journal, lambda client: client.sample(sampler, ask("a"), SAMPLING))
     assert (caught.value.attempts, caught.value.status) == (8, 500)
-    assert bought(journal, lambda buyer: buyer.buy(sampler, ask("a"), SAMPLING)).samples
+    assert bought(journal, lambda client: client.sample(sampler, ask("a"), SAMPLING)).samples
     assert len(sampler.calls) == 9
 
 
 def test_nobody_waits_for_a_server_that_asks_for_an_hour(journal: Journal) -> None:
     sampler = Failing({"a": [busy(3600.0)]})
     with pytest.raises(RetryableError) as caught:
-        bought(journal, lambda buyer: buyer.buy(sampler, ask("a"), SAMPLING))
+        bought(journal, lambda client: client.sample(sampler, ask("a"), SAMPLING))
     assert caught.value.attempts == 1
 
 
@@ -103,11 +103,11 @@ def test_the_server_says_how_long_to_rest_at_least() -> None:
 def test_a_request_that_rests_holds_back_nobody(journal: Journal) -> None:
     sampler = Failing({"first": [busy(0.05)]})
 
-    async def work(buyer: Buyer) -> None:
+    async def work(client: CachedClient) -> None:
         async def one(text: str) -> None:
-            await buyer.turns.acquire()
-            await buyer.buy(sampler, ask(text), SAMPLING)
-            buyer.turns.release()
+            await client.turns.acquire()
+            await client.sample(sampler, ask(text), SAMPLING)
+            client.turns.release()
 
         await asyncio.gather(*(one(text) for text in ("first", "second", "third")))
 
@@ -119,14 +119,14 @@ def test_only_so_many_rest_beside_those_at_work(journal: Journal) -> None:
     texts = [f"row {number}" for number in range(30)]
     sampler = Failing({text: [busy(0.05)] for text in texts})
 
-    async def work(buyer: Buyer) -> None:
+    async def work(client: CachedClient) -> None:
         async def one(text: str) -> None:
-            await buyer.buy(sampler, ask(text), SAMPLING)
-            buyer.turns.release()
+            await client.sample(sampler, ask(text), SAMPLING)
+            client.turns.release()
 
         tasks = []
         for text in texts:
-            await buyer.turns.acquire()
+            await client.turns.acquire()
             assert len(tasks) - sum(task.done() for task in tasks) <= 1 + buying._RESTING
             tasks.append(asyncio.create_task(one(text)))
         await asyncio.gather(*tasks)
@@ -140,7 +140,7 @@ def test_what_is_rejected_is_never_asked_again(journal: Journal) -> None:
     sampler = Failing({"a": [refusal]})
     for _ in range(2):
         with pytest.raises(RejectedError, match="against the policy") as caught:
-            bought(journal, lambda buyer: buyer.buy(sampler, ask("a"), SAMPLING))
+            bought(journal, lambda client: client.sample(sampler, ask("a"), SAMPLING))
         known = (caught.value.type, caught.value.status, caught.value.attempts)
         assert known == ("content policy", 400, 1)
     assert sampler.calls == ["a"]
@@ -150,8 +150,8 @@ def test_what_is_rejected_is_never_asked_again(journal: Journal) -> None:
 def test_equal_requests_share_a_rejection_too(journal: Journal) -> None:
     sampler = Failing({"a": [RejectedError("too long", type="context length", status=400)]})
 
-    async def work(buyer: Buyer) -> list[Any]:
-        asked = (buyer.buy(sampler, ask("a"), SAMPLING) for _ in range(5))
+    async def work(client: CachedClient) -> list[Any]:
+        asked = (client.sample(sampler, ask("a"), SAMPLING) for _ in range(5))
         return await asyncio.gather(*asked, return_exceptions=True)
 
     assert [type(one) for one in bought(journal, work)] == [RejectedError] * 5
@@ -162,7 +162,7 @@ def test_equal_requests_share_a_rejection_too(journal: Journal) -> None:
 def test_other_errors_are_not_asked_about_again(journal: Journal, error: Exception) -> None:
     sampler = Failing({"a": [error]})
     with pytest.raises(type(error)):
-        bought(journal, lambda buyer: buyer.buy(sampler, ask("a"), SAMPLING))
+        bought(journal, lambda client: client.sample(sampler, ask("a"), SAMPLING))
     assert sampler.calls == ["a"]
 
 
@@ -170,10 +170,10 @@ def test_every_way_to_end_frees_the_place(journal: Journal) -> None:
     ends = [busy(), busy(status=429), RejectedError("no", type="bad request"), ValueError("bug")]
     sampler = Failing({str(number): [error] for number, error in enumerate(ends)})
 
-    async def work(buyer: Buyer) -> int:
-        asked = (buyer.buy(sampler, ask(str(number)), SAMPLING) for number in range(5))
+    async def work(client: CachedClient) -> int:
+        asked = (client.sample(sampler, ask(str(number)), SAMPLING) for number in range(5))
         await asyncio.gather(*asked, return_exceptions=True)
-        return buyer.limits.gate("failing").limit.in_flight
+        return client.limits.gate("failing").limit.in_flight
 
     assert bought(journal, work, limits=Limits(2)) == 0
 
@@ -190,15 +190,17 @@ def test_after_a_stop_nothing_is_asked_and_what_is_in_flight_is_kept(journal: Jo
                 await self.go_on.wait()
             return await super().sample(messages, sampling)
 
-    async def work(buyer: Buyer) -> list[Any]:
+    async def work(client: CachedClient) -> list[Any]:
         sampler = Held()
         texts = ("rests", "in flight", "waits")
-        asked = [asyncio.create_task(buyer.buy(sampler, ask(text), SAMPLING)) for text in texts[:2]]
-        while not (sampler.held and buyer._resting):
+        asked = [
+            asyncio.create_task(client.sample(sampler, ask(text), SAMPLING)) for text in texts[:2]
+        ]
+        while not (sampler.held and client._resting):
             await asyncio.sleep(0)
-        asked.append(asyncio.create_task(buyer.buy(sampler, ask(texts[2]), SAMPLING)))
+        asked.append(asyncio.create_task(client.sample(sampler, ask(texts[2]), SAMPLING)))
         await asyncio.sleep(0)
-        buyer.stop()
+        client.stop()
         while not (asked[0].done() and asked[2].done()):
             await asyncio.sleep(0)
         sampler.go_on.set()
@@ -236,11 +238,11 @@ class Purse:
 def test_a_meter_hears_of_everything_bought_and_ends_it(journal: Journal) -> None:
     sampler, purse = Failing({"a": [busy()]}), Purse(2)
 
-    async def work(buyer: Buyer) -> list[Any]:
+    async def work(client: CachedClient) -> list[Any]:
         found = []
         for text in ("a", "a", "b", "c", "a"):
             try:
-                found.append(await buyer.buy(sampler, ask(text), SAMPLING))
+                found.append(await client.sample(sampler, ask(text), SAMPLING))
             except BudgetReached as error:
                 found.append(error)
         return found
@@ -259,11 +261,11 @@ def test_a_coroutine_runs_apart_from_a_running_loop() -> None:
             assert asyncio.get_running_loop() is not inner
             return 7
 
-        return run_apart(work)
+        return run_in_thread(work)
 
     assert asyncio.run(outer()) == 7
     with pytest.raises(RequestError, match="as it is"):
-        run_apart(lambda: _raise(RequestError("as it is", type="test")))
+        run_in_thread(lambda: _raise(RequestError("as it is", type="test")))
 
 
 async def _raise(error: Exception) -> None:

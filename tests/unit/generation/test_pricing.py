@@ -45,7 +45,6 @@ class Priced:
 
     tokens: Sequence[int]
     identity: str = "openai:gpt-x"
-    batch: bool = False
     calls: int = 0
     in_flight: int = 0
     most: int = 0
@@ -224,7 +223,7 @@ def test_a_request_that_fails_gives_its_room_back(prices: Prices) -> None:
 
 def test_a_batch_costs_its_share(prices: Prices) -> None:
     meter = Meter(prices)
-    meter.count(Priced([], batch=True), reply(0, 1_000))
+    meter.count(Priced([]), reply(0, 1_000), batch=True)
     assert meter.spent == pytest.approx(0.005)
 
 

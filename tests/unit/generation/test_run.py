@@ -19,7 +19,7 @@ from distill_datasets.errors import (
     RejectedError,
     RetryableError,
 )
-from distill_datasets.generation import row_map
+from distill_datasets.generation import rows as row_module
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.run import Generated, generate
@@ -313,7 +313,7 @@ def _meter(requests: int) -> Meter:
 
 
 def test_datasets_never_holds_so_many_batches_that_it_keeps_their_results() -> None:
-    assert row_map._BATCHES < config.MAX_NUM_RUNNING_ASYNC_MAP_FUNCTIONS_IN_PARALLEL
+    assert row_module._PLACES < config.MAX_NUM_RUNNING_ASYNC_MAP_FUNCTIONS_IN_PARALLEL
 
 
 def test_a_limit_asks_the_first_queries_only(recipe: Recipe, tmp_path: Path) -> None:

@@ -341,7 +341,7 @@ def test_the_digest_depends_on_neither_time_nor_machine_nor_files(
 ) -> None:
     rows = [answer(number) for number in range(30)]
     first = publish(write_run(tmp_path / "one", rows, recipe))
-    monkeypatch.setattr("distill_datasets.generation.answers._ROWS_PER_BATCH", 7)
+    monkeypatch.setattr("distill_datasets.generation.rows._ROWS_AT_ONCE", 7)
     monkeypatch.setattr(shards, "_ROW_GROUP_BYTES", 100)
     monkeypatch.setattr(shards, "_SHARD_BYTES", 400)
     later = {"created": "2031-01-01", "versions": {"datasets": "9.0"}, "identity": "elsewhere"}

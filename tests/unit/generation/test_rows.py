@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from datasets import Dataset, load_from_disk
 
-from distill_datasets.generation.answers import ROWS_FILE, Tally, finish, stream
 from distill_datasets.generation.garbage import collect_rarely
+from distill_datasets.generation.rows import ROWS_FILE, Tally, finish, stream
 from distill_datasets.schema import answer_features
 
 FAILURE = {"type": "time-out", "status": None, "message": "too slow", "attempts": 8}
@@ -59,7 +59,7 @@ def test_a_finished_folder_holds_the_rows_whoever_wrote_them(tmp_path: Path, the
 def test_rows_are_read_a_few_at_a_time_and_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill_datasets.generation.answers._ROWS_PER_BATCH", 3)
+    monkeypatch.setattr("distill_datasets.generation.rows._ROWS_AT_ONCE", 3)
     rows().save_to_disk(tmp_path)
     saved = load_from_disk(tmp_path)
     for some, order in ((rows(), "aabc"), (saved, "aabc"), (saved.select([3, 0, 2, 1]), "caba")):
