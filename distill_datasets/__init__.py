@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from distill_datasets.errors import DistillError as DistillError
     from distill_datasets.evaluation.report import measure as measure
     from distill_datasets.generation.run import generate as generate
+    from distill_datasets.generation.settings import GenerateSettings as GenerateSettings
     from distill_datasets.models.references import open_sampler as open_sampler
     from distill_datasets.models.sampler import Echo as Echo
     from distill_datasets.models.sampler import Sampler as Sampler
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "DistillError": "errors",
     "Echo": "models.sampler",
+    "GenerateSettings": "generation.settings",
     "Recipe": "recipes.recipe",
     "Sampler": "models.sampler",
     "Sampling": "models.sampler",

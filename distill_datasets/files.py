@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distill_datasets.errors import OutputError
+from distill_datasets.errors import DistillError, OutputError
 
 _LOCK = ".lock"
 
@@ -134,7 +134,7 @@ def _sibling(folder: Path, role: str) -> Path:
 def _writing(place: Path) -> Iterator[None]:
     try:
         yield
-    except OutputError:
+    except DistillError:
         raise
     except OSError as error:
         raise OutputError(

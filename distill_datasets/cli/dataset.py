@@ -6,22 +6,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.cli.flags import amount, count
+from distill_datasets.cli.flags import add_settings, count, flags_of, read_settings
 from distill_datasets.errors import DistillError
+from distill_datasets.generation.settings import GenerateSettings
 
-# What a run in parts on Ray doesn't take, and what stands there when it wasn't asked for.
-_NOT_ON_RAY = {
-    "limit": None,
-    "ledger": True,
-    "rpm": None,
-    "tpm": None,
-    "prices": None,
-    "budget": None,
-    "processes": 1,
-    "batch": False,
-    "shard": None,
-    "stream": False,
-}
+# What a run in parts on Ray takes of the settings, and what it doesn't take of the other flags.
+_ON_RAY = ("concurrency",)
+_NOT_ON_RAY = ("prices", "budget", "shard")
+_SPEED = ("concurrency", "requests_per_minute", "tokens_per_minute")
+# `run` publishes what it generates, so it stays until everything is answered.
+_NOT_IN_RUN = ("stream", "batch", "poll", "wait")
 
 if TYPE_CHECKING:
     from distill_datasets.generation.pricing import Meter
@@ -37,7 +31,7 @@ def generate(options: argparse.Namespace) -> None:
     _require_fitting(options)
     share = Share.parse(options.shard) if options.shard else None
     if options.dry_run:
-        _rehearse(options, share)
+        _dry_run(options, share)
     elif options.ray:
         _generate_on_ray(options)
     else:
@@ -55,41 +49,30 @@ def _require_fitting(options: argparse.Namespace) -> None:
         )
     if options.batch and options.stream:
         raise SettingsError("A batch has no first token to time: leave out --batch or --stream.")
-    if not options.wait and not options.batch:
+    if options.wait is False and not options.batch:
         raise SettingsError("--no-wait is about batches: add --batch, or leave it out.")
     if options.ray is None or options.dry_run:
         return
-    found = [name for name, unasked in _NOT_ON_RAY.items() if getattr(options, name) != unasked]
-    if found:
-        flags = ", ".join("--no-ledger" if name == "ledger" else f"--{name}" for name in found)
+    flags = {name: f"--{name}" for name in _NOT_ON_RAY} | flags_of(GenerateSettings, skip=_ON_RAY)
+    if found := [flag for name, flag in flags.items() if getattr(options, name) is not None]:
         raise SettingsError(
-            f"--ray doesn't go with {flags}: expected only --teacher and --concurrency beside it. "
-            "Leave those out, or start the parts yourself with --shard."
+            f"--ray doesn't go with {', '.join(found)}: expected only --teacher and --concurrency "
+            "beside it. Leave those out, or start the parts yourself with --shard."
         )
 
 
 def ask_teachers(options: argparse.Namespace, share: "Share | None" = None) -> "Generated":
     """`generation.generate` as the options say."""
-    from distill_datasets.generation.batch_api import BatchSettings
     from distill_datasets.generation.run import generate as ask
 
-    batch = BatchSettings(options.poll, options.wait) if getattr(options, "batch", False) else None
     return ask(
-        **_asked(options),
-        requests_per_minute=options.rpm,
-        tokens_per_minute=options.tpm,
+        options.recipe,
+        out=options.out,
+        teacher=options.teacher,
+        settings=read_settings(options, GenerateSettings),
         meter=_meter(options, share.folder(options.out) if share else options.out),
-        processes=options.processes,
-        batch=batch,
-        stream=getattr(options, "stream", False),
         share=share,
     )
-
-
-def _asked(options: argparse.Namespace) -> dict[str, Any]:
-    """What is asked, of whom and where to, which a run and its rehearsal have alike."""
-    names = ("recipe", "teacher", "out", "concurrency", "limit", "ledger")
-    return {name: getattr(options, name) for name in names}
 
 
 def report_answers(made: "Generated") -> None:
@@ -121,10 +104,18 @@ def _meter(options: argparse.Namespace, folder: Path) -> "Meter | None":
     return open_meter(options.prices, budget=options.budget, journal=journal)
 
 
-def _rehearse(options: argparse.Namespace, share: "Share | None") -> None:
-    from distill_datasets.generation.dry_run import rehearse
+def _dry_run(options: argparse.Namespace, share: "Share | None") -> None:
+    from distill_datasets.generation.dry_run import dry_run
 
-    found = rehearse(**_asked(options), prices=options.prices, sample=options.sample, share=share)
+    found = dry_run(
+        options.recipe,
+        teacher=options.teacher,
+        out=options.out,
+        prices=options.prices,
+        sample=options.sample,
+        settings=read_settings(options, GenerateSettings),
+        share=share,
+    )
     print(found.text())
 
 
@@ -136,14 +127,13 @@ def _generate_on_ray(options: argparse.Namespace) -> None:
         out=options.out,
         parts=options.ray,
         teacher=options.teacher,
-        concurrency=options.concurrency,
+        settings=read_settings(options, GenerateSettings),
     )
     print(f"answers: {made.rows} rows in {options.ray} parts, {made.errors} failed ({made.path})")
 
 
 def synthesize(options: argparse.Namespace) -> None:
     """Let the teacher write queries."""
-    from distill_datasets.generation.rate_limit import Limits
     from distill_datasets.synthesis.run import synthesize as write
 
     folder = options.out or Path(options.recipe)
@@ -153,7 +143,7 @@ def synthesize(options: argparse.Namespace) -> None:
         out=options.out,
         teacher=options.teacher,
         seed=options.seed,
-        limits=Limits(options.concurrency, options.rpm, options.tpm),
+        limits=read_settings(options, GenerateSettings).limits,
         meter=_meter(options, folder / "synthesis"),
     )
     print(f"{made.sentence()} ({made.path})\n{made.table()}")
@@ -226,36 +216,12 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--teacher", metavar="MODEL", help="a model reference (default: the recipe's)"
     )
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--limit", type=count, metavar="N", help="only the first queries")
-    parser.add_argument(
-        "--no-ledger",
-        dest="ledger",
-        action="store_false",
-        help="buy every answer again, or publish without the raw answers",
-    )
-    add_speed(parser)
     add_money(parser)
-    parser.add_argument(
-        "--processes",
-        type=count,
-        metavar="N",
-        default=1,
-        help="so many make a Tinker teacher's requests (default: 1)",
-    )
 
 
-def add_speed(parser: argparse.ArgumentParser) -> None:
-    """How fast a teacher may be asked; it is found out within these."""
-    speed = parser.add_argument_group("speed")
-    speed.add_argument(
-        "--concurrency",
-        type=count,
-        default=256,
-        metavar="N",
-        help="most requests in flight (default: 256)",
-    )
-    speed.add_argument("--rpm", type=amount, metavar="N", help="most requests a minute")
-    speed.add_argument("--tpm", type=amount, metavar="N", help="most tokens a minute")
+def add_run_settings(parser: argparse.ArgumentParser) -> None:
+    """Of the settings of `generate` those that `run` has."""
+    add_settings(parser, GenerateSettings, skip=_NOT_IN_RUN)
 
 
 def add_money(parser: argparse.ArgumentParser) -> None:
@@ -267,7 +233,8 @@ def add_money(parser: argparse.ArgumentParser) -> None:
 
 def add_generation_only(parser: argparse.ArgumentParser) -> None:
     """Other ways to generate than asking for everything, here and now."""
-    ways = parser.add_argument_group("ways")
+    add_settings(parser, GenerateSettings)
+    ways = parser.add_argument_group("other ways")
     ways.add_argument("--dry-run", action="store_true", help="only say what it would take")
     ways.add_argument(
         "--sample",
@@ -276,23 +243,8 @@ def add_generation_only(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --dry-run, ask so many rows for real",
     )
-    ways.add_argument("--batch", action="store_true", help="by the provider's batches, half price")
-    ways.add_argument(
-        "--no-wait",
-        dest="wait",
-        action="store_false",
-        help="with --batch, don't stay until it ends",
-    )
-    ways.add_argument(
-        "--poll",
-        type=amount,
-        default=60.0,
-        metavar="SECONDS",
-        help="with --batch, between two looks (default: 60)",
-    )
     ways.add_argument("--shard", metavar="I/N", help="one of N parts, as 3/64; publish joins them")
     ways.add_argument("--ray", type=count, metavar="N", help="in so many parts, on a Ray cluster")
-    ways.add_argument("--stream", action="store_true", help="journal the time to the first token")
 
 
 def add_synthesize(parser: argparse.ArgumentParser) -> None:
@@ -308,7 +260,7 @@ def add_synthesize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the order of the attributes (default: 0)"
     )
-    add_speed(parser)
+    add_settings(parser, GenerateSettings, only=_SPEED)
     add_money(parser)
 
 

@@ -20,16 +20,18 @@ def add_settings(
     *,
     several: Collection[str] = (),
     skip: Collection[str] = (),
+    only: Collection[str] | None = None,
 ) -> None:
     """A flag for each field that has one, in the groups that the fields name.
 
-    The fields named by `several` take more than one value, for a grid; those in `skip` get none.
+    The fields named by `several` take more than one value, for a grid; those in `skip`, and those
+    that are not in `only` where that is given, get none.
     What isn't given stays out of the namespace's way as None, so that `read_settings` leaves it to
     the class.
     """
     groups: dict[str, Any] = {"": parser}
     for name, known, kind, choices, default in _flagged(settings):
-        if name in skip:
+        if name in skip or (only is not None and name not in only):
             continue
         if known.group not in groups:
             groups[known.group] = parser.add_argument_group(known.group)
@@ -53,6 +55,15 @@ def read_settings(options: argparse.Namespace, settings: type[T], **others: Any)
         if getattr(options, name, None) is not None
     }
     return settings(**{**given, **others})
+
+
+def flags_of(settings: type, *, skip: Collection[str] = ()) -> dict[str, str]:
+    """The flags of a class's fields, by the fields' names."""
+    return {
+        name: flag_of(name, known, default)
+        for name, known, _, _, default in _flagged(settings)
+        if name not in skip
+    }
 
 
 def flag_of(name: str, known: Setting, default: Any) -> str:

@@ -155,7 +155,7 @@ def _run(options: argparse.Namespace) -> None:
     # The student's server keeps its checkpoints with the run, and answers for the teacher too.
     connect(options.student, store=out / "train" / "checkpoints")
     dataset.report_answers(dataset.ask_teachers(options))
-    dataset.make_release(out, version=options.version, ledger=options.ledger)
+    dataset.make_release(out, version=options.version, ledger=options.ledger is not False)
     options.dataset = out / "release"
     options.out = out / "train"
     student.train(options)
@@ -182,7 +182,13 @@ _VERBS = {
     "run": _Verb(
         "generate, publish, train and measure, in one go",
         _run,
-        (dataset.add_generate, student.add_settings, _add_run, _add_progress),
+        (
+            dataset.add_generate,
+            dataset.add_run_settings,
+            student.add_settings,
+            _add_run,
+            _add_progress,
+        ),
         (
             "run language_id --teacher pocket --student pocket --out runs/demo",
             "run support --teacher openai:gpt-5 --student tinker:Qwen/Qwen3-8B --out runs/support",

@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from distill_datasets.generation.batch_jobs import BatchOutcome, BatchTable, Bat
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient, run_in_thread
 from distill_datasets.generation.pricing import Meter
+from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.teachers import Answerer
 from distill_datasets.models.batches import Batch, BatchProvider, BatchState, new_key
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
@@ -35,20 +36,12 @@ _FRUITLESS = 2  # batches in a row that may come back without one answer
 _ROWS_AT_ONCE = 1_000
 
 
-@dataclass(frozen=True)
-class BatchSettings:
-    """Seconds between two looks at batches, and whether to stay until they are over."""
-
-    poll_seconds: float = 60.0
-    wait: bool = True
-
-
 def buy_in_batches(
     queries: "Dataset",
     teachers: Answerer,
     journal: Journal,
     *,
-    settings: BatchSettings,
+    settings: GenerateSettings,
     meter: Meter | None = None,
 ) -> None:
     """Put the answers to all queries into the journal, as far as providers sell in batches.
@@ -92,7 +85,7 @@ class _Rounds:
     """Writes files, has them worked on, reads the answers; again until nothing is missing."""
 
     def __init__(
-        self, journal: Journal, table: BatchTable, settings: BatchSettings, meter: Meter | None
+        self, journal: Journal, table: BatchTable, settings: GenerateSettings, meter: Meter | None
     ) -> None:
         self.journal, self.table, self.settings, self.meter = journal, table, settings, meter
         self._most = _MOST
@@ -140,7 +133,7 @@ class _Rounds:
             if self.meter:
                 self.meter.count(sampler, reply, batch=True)
 
-        rest = self.settings.poll_seconds
+        rest = self.settings.poll
         return BatchWorker(provider, self.journal, self.table, rest_seconds=rest, bought=bought)
 
     async def _attend(
@@ -162,7 +155,7 @@ class _Rounds:
             if waiting and not self.settings.wait:
                 raise PendingError(_pending(waiting))
             if waiting or whole.problem:
-                await asyncio.sleep(self.settings.poll_seconds)
+                await asyncio.sleep(self.settings.poll)
         self._learn(whole, refused)
 
     def _learn(self, whole: BatchOutcome, refused: int) -> None:

@@ -1,6 +1,9 @@
-"""A run before it is paid for: every prompt rendered, and what asking them would take."""
+"""What a run would take, before it is paid for: requests, tokens, money, time and disk."""
 
-from collections.abc import Iterator, Sequence
+import asyncio
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -8,39 +11,62 @@ from heapq import nsmallest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets.errors import DistillError, RequestError
 from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.client import CachedClient, run_in_thread
 from distill_datasets.generation.estimate import (
-    Heard,
-    Load,
-    Planned,
+    ModelLoad,
+    PlannedRequests,
+    SampledRequest,
     Span,
+    amount_span,
+    bytes_span,
+    count_span,
     disk_bytes,
     follow_up,
     load_of,
+    size_of,
     token_counter,
     total,
 )
 from distill_datasets.generation.ledger import ledger_digests
 from distill_datasets.generation.pricing import Meter, Prices
-from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.generation.rehearsal_text import rehearsal_text
+from distill_datasets.generation.run import select_queries
+from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
-from distill_datasets.generation.teachers import Answerer, open_teachers
-from distill_datasets.generation.trial import Sampled, ask_some
-from distill_datasets.models.sampler import Sampler
-from distill_datasets.progress import Progress
-from distill_datasets.recipes.loading import load_recipe
-from distill_datasets.recipes.queries import load_queries
+from distill_datasets.generation.teachers import Teachers, open_teachers
+from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
+from distill_datasets.progress import Progress, amount_text
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.schema import Message
+from distill_datasets.tables import aligned
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _COUNTED = 4_000  # requests whose tokens are counted; of more, about so many
+_SHOWN = 120  # characters of a sampled text
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class SampledRow:
+    """A row that was really asked; `seconds` is None where the journal had its answer."""
+
+    query: str
+    text: str | None
+    answer: str | None
+    problem: str | None
+    seconds: float | None
+
+    def __str__(self) -> str:
+        said = self.problem if self.text is None else self.text
+        read = f" -> {self.answer!r}" if self.answer is not None else ""
+        dropped = f" [{self.problem}]" if self.problem and self.text is not None else ""
+        return f"{_short(self.query)} | {_short(str(said))}{read}{dropped}"
+
+
+@dataclass(frozen=True)
+class DryRun:
     """What a run would take from here; `known` requests cost nothing, being answered already.
 
     `seconds` are those of the rows at `concurrency`, for servers that keep up with it; None where
@@ -52,13 +78,13 @@ class Rehearsal:
     queries: int
     requests: int
     known: int
-    loads: tuple[Load, ...]
+    loads: tuple[ModelLoad, ...]
     concurrency: int
     seconds: float | None
     disk: Span
     currency: str | None
     priced_at: str | None
-    sampled: tuple[Sampled, ...] = ()
+    sampled: tuple[SampledRow, ...] = ()
     sample_cost: float | None = None
     sample_kept: bool = False
     notes: tuple[str, ...] = ()
@@ -76,23 +102,78 @@ class Rehearsal:
         return {**asdict(self), "cost": asdict(cost) if cost else None}
 
     def text(self) -> str:
-        """As a table for people."""
-        return rehearsal_text(self.data)
+        """For people: a table with a line a model, then time, disk, and what was really asked."""
+        left = sum(load.requests for load in self.loads)
+        lines = [
+            f"{self.recipe}: {self.queries:,} queries, {self.requests:,} requests, "
+            f"{self.known:,} of them answered already or asked twice, {left:,} to ask",
+            "",
+            aligned(self._cells()),
+            "",
+            f"time      {self._time()}",
+            f"disk      {bytes_span(self.disk)}",
+        ]
+        if self.sampled:
+            lines += [f"sampled   {self._paid()}", *(f"          {one}" for one in self.sampled)]
+        return "\n".join([*lines, *(f"note      {note}" for note in self.notes)])
+
+    def _cells(self) -> Iterator[Sequence[str]]:
+        priced = f"cost ({self.currency})" if self.currency else "cost"
+        yield ["model", "requests", "prompt tokens", "", "response tokens", priced]
+        for load in self.loads:
+            yield [
+                load.model,
+                f"{load.requests:,}",
+                count_span(load.prompt),
+                load.source,
+                count_span(load.response),
+                amount_span(load.cost) if load.cost else "no price",
+            ]
+        if len(self.loads) > 1 and self.cost:
+            yield ["all", "", "", "", "", amount_span(self.cost)]
+        if self.priced_at:
+            yield ["", "", "", "", "", f"at the prices of {self.priced_at}"]
+
+    def _time(self) -> str:
+        if self.seconds is None:
+            return "unknown"
+        at = f"with {self.concurrency} rows at once, where the servers keep up"
+        if self.seconds < 120:
+            return f"about {self.seconds:,.1f} s {at}"
+        if self.seconds > 7200:
+            return f"about {self.seconds / 3600:,.1f} h {at}"
+        return f"{self.seconds / 60:,.0f} min {at}"
+
+    def _paid(self) -> str:
+        cost = self.sample_cost
+        paid = "at no known price" if cost is None else f"for {amount_text(cost)} {self.currency}"
+        kept = "kept in the journal" if self.sample_kept else "not kept: name --out to keep them"
+        return f"{len(self.sampled)} rows {paid}, {kept}"
 
 
-def rehearse(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
+@dataclass
+class _Plan:
+    """The requests by the sampler's identity; all, those answered already, rows left to ask."""
+
+    by_model: dict[str, PlannedRequests] = field(default_factory=dict)
+    requests: int = 0
+    known: int = 0
+    rows_left: int = 0
+
+
+def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
     recipe: Recipe | str | Path,
     *,
     teacher: Sampler | str | None = None,
     out: str | Path | None = None,
     prices: Prices | Path | str | None = None,
     sample: int = 0,
-    concurrency: int = 256,
-    limit: int | None = None,
-    ledger: bool = True,
+    settings: GenerateSettings | None = None,
     share: Share | None = None,
-) -> Rehearsal:
+) -> DryRun:
     """Find out what `generate` with the same choices would take, and write nothing.
+
+        print(dry_run("language_id", prices="prices.yaml", sample=5).text())
 
     Tokens are counted where a model's tokenizer is on this machine, and guessed from bytes
     otherwise. `sample` rows, drawn at random and always the same, are asked for real and paid
@@ -100,150 +181,137 @@ def rehearse(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
     `out`, where the run finds them; without `out` they are only shown. Raises what `generate`
     raises, and `PriceError` for a model without a price before anything is asked.
     """
-    source = None if isinstance(recipe, Recipe) else recipe
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    known = Prices.load(prices) if isinstance(prices, str | Path) else prices
-    queries = load_queries(recipe)
-    queries = queries if limit is None else queries.select(range(min(limit, len(queries))))
-    if share is not None:
-        queries, out = share.of(queries), share.folder(out) if out is not None else None
+    settings = settings or GenerateSettings()
     teachers = open_teachers(recipe, teacher)
-    meter = Meter(known) if known else None
+    priced = Prices.load(prices) if isinstance(prices, str | Path) else prices
+    meter = Meter(priced) if priced else None
     if meter:
         meter.check(teachers.models)
-    stage = _Stage(teachers, queries, _journal_of(out), meter)
-    if source is not None and ledger:
-        stage.answered |= ledger_digests(source)
-    stage.ask(sample, Limits(concurrency))
-    stage.plan()
-    return stage.found(teachers.recipe, concurrency, known)
+    queries = select_queries(teachers.recipe, settings.limit, share)
+    journal = None
+    if out is not None:
+        journal = (share.folder(out) if share else Path(out)) / "journal.sqlite"
+    release = recipe if settings.ledger and not isinstance(recipe, Recipe) else None
+    answered = set() if release is None else ledger_digests(release)
+    sampled, made = _ask_some(teachers, _draw(queries, sample), journal, settings, meter)
+    plan = _plan(teachers, queries, journal, answered)
+    loads = _loads(plan, made, sum(one.text is not None for one in sampled), priced)
+    stated = any(one.reply.usage.cost is not None for one in made)
+    return DryRun(
+        recipe=teachers.recipe.name,
+        queries=len(queries),
+        requests=plan.requests,
+        known=plan.known,
+        loads=tuple(loads),
+        concurrency=settings.concurrency,
+        seconds=_seconds(sampled, plan.rows_left, settings.concurrency),
+        disk=disk_bytes(list(plan.by_model.values()), made, loads),
+        currency=priced.currency if priced else ("USD" if stated else None),
+        priced_at=priced.date.isoformat() if priced else None,
+        sampled=tuple(sampled),
+        sample_cost=meter.spent if meter else _stated_cost(made),
+        sample_kept=journal is not None,
+        notes=tuple(_notes(teachers.recipe, plan, sampled)),
+    )
 
 
-def _journal_of(out: str | Path | None) -> Path | None:
-    return None if out is None else Path(out) / "journal.sqlite"
+def _draw(queries: "Dataset", count: int) -> list[dict[str, Any]]:
+    """Some rows, by the hashes of their queries: queries often come in cycles."""
+    drawn = ((sha256(text.encode()).digest(), n) for n, text in enumerate(_texts(queries)))
+    places = sorted(place for _, place in nsmallest(count, drawn))
+    rows: list[dict[str, Any]] = queries.select(places).to_list()
+    return rows
 
 
-@dataclass
-class _Stage:
-    """What is found out on the way: requests by model, rows asked, and what is answered."""
+def _ask_some(
+    teachers: Teachers,
+    rows: Sequence[dict[str, Any]],
+    journal: Path | None,
+    settings: GenerateSettings,
+    meter: Meter | None,
+) -> tuple[list[SampledRow], list[SampledRequest]]:
+    """Ask rows for real, which costs: the rows, and every request that they took.
 
-    answering: Answerer
-    queries: "Dataset"
-    journal: Path | None
-    meter: Meter | None
-    answered: set[str] = field(default_factory=set)
-    heard: Sequence[Heard] = ()
-    sampled: Sequence[Sampled] = ()
-    planned: dict[str, Planned] = field(default_factory=dict)
-    requests: int = 0
-    known: int = 0
-    rows_left: int = 0
+    A row that fails is one with a problem; raises what no row would escape.
+    """
+    if not rows:
+        return [], []
+    with ExitStack() as stack:
+        path = journal or Path(stack.enter_context(tempfile.TemporaryDirectory()), "journal")
+        answers = stack.enter_context(Journal(path))
+        progress = stack.enter_context(Progress("sample", len(rows), meter=meter))
+        client = CachedClient(answers, progress, limits=settings.limits, meter=meter)
+        asked = [_RowClient(client) for _ in rows]
 
-    def ask(self, count: int, limits: Limits) -> None:
-        """Ask some rows for real, by the hashes of their queries: queries often come in cycles."""
-        drawn = ((sha256(text.encode()).digest(), n) for n, text in enumerate(_texts(self.queries)))
-        places = [place for _, place in nsmallest(count, drawn)]
-        if places:
-            some = self.queries.select(sorted(places)).to_list()
-            trial = ask_some(
-                self.answering, some, journal=self.journal, limits=limits, meter=self.meter
-            )
-            self.heard, self.sampled = trial.heard, trial.sampled
+        async def ask_all() -> list[SampledRow | BaseException]:
+            work = [_ask_row(teachers, *one) for one in zip(rows, asked, strict=True)]
+            return await asyncio.gather(*work, return_exceptions=True)
 
-    def plan(self) -> None:
-        """Render every request, and count those that are left to ask."""
-        every = max(1, -(-len(self.queries) // _COUNTED))
-        with ExitStack() as stack:
-            journal = None
-            if self.journal is not None and self.journal.is_file():
-                journal = stack.enter_context(Journal(self.journal))
-            progress = stack.enter_context(Progress("rehearse", len(self.queries)))
-            for query in _texts(self.queries):
-                self.rows_left += self._plan_row(query, journal, every)
-                progress.advance(1)
+        found = run_in_thread(ask_all, stop=client.stop)
+    for one in found:
+        if isinstance(one, DistillError) and not isinstance(one, RequestError):
+            raise one
+    sampled = [
+        one
+        if isinstance(one, SampledRow)
+        else SampledRow(row["query"], None, None, f"{type(one).__name__}: {one}", None)
+        for row, one in zip(rows, found, strict=True)
+    ]
+    return sampled, [request for one in asked for request in one.made]
 
-    def _plan_row(self, query: str, journal: Journal | None, every: int) -> bool:
-        """Whether something is left to ask for the row; one prompt in `every` is counted."""
-        left = False
-        for asking in self.answering.asked(query):
-            key = asking.request_key(query)
-            self.requests += 1
-            if key in self.answered or (journal and _is_answered(journal, key)):
-                self.known += 1
-                continue
-            self.answered.add(key)  # who asks the same again shares the answer
-            identity = asking.sampler.identity
-            planned = self.planned.setdefault(identity, Planned(asking.sampler))
-            count = int(key[:8], 16) % every == 0
-            planned.add(asking.messages(query), asking.sampling, count=count)
-            left = True
-        return left
 
-    def found(self, recipe: Recipe, concurrency: int, prices: Prices | None) -> Rehearsal:
-        """Everything put together."""
-        loads = [
-            load_of(planned, self._heard_of(identity, expected=True), prices)
-            for identity, planned in self.planned.items()
-        ]
-        asked = sum(one.text is not None for one in self.sampled)
-        for identity in dict.fromkeys(one.sampler.identity for one in self.heard):
-            if self.rows_left and (heard := self._heard_of(identity, expected=False)):
-                loads.append(follow_up(heard, asked, self.rows_left, prices))
-        stated = any(one.reply.usage.cost is not None for one in self.heard)
-        return Rehearsal(
-            recipe=recipe.name,
-            queries=len(self.queries),
-            requests=self.requests,
-            known=self.known,
-            loads=tuple(loads),
-            concurrency=concurrency,
-            seconds=self._seconds(concurrency),
-            disk=disk_bytes(list(self.planned.values()), self.heard, loads),
-            currency=prices.currency if prices else ("USD" if stated else None),
-            priced_at=prices.date.isoformat() if prices else None,
-            sampled=tuple(self.sampled),
-            sample_cost=self._sample_cost(),
-            sample_kept=self.journal is not None,
-            notes=tuple(self._notes(recipe)),
-        )
+async def _ask_row(teachers: Teachers, row: dict[str, Any], client: "_RowClient") -> SampledRow:
+    query = row["query"]
+    client.expected = {one.request_key(query) for one in teachers.asked(query)}
+    began = time.monotonic()
+    first, *_ = await teachers.answer(query, client, row["reference"])
+    seconds = time.monotonic() - began if any(one.bought for one in client.made) else None
+    client.shared.progress.advance(1)
+    return SampledRow(query, first.get("raw"), first.get("answer"), first.get("rejection"), seconds)
 
-    def _heard_of(self, identity: str, *, expected: bool) -> list[Heard]:
-        return [
-            one
-            for one in self.heard
-            if one.sampler.identity == identity and one.expected == expected
-        ]
 
-    def _seconds(self, concurrency: int) -> float | None:
-        times = [one.seconds for one in self.sampled if one.seconds is not None]
-        if not times:
-            return None
-        mean = sum(times) / len(times)
-        return mean * max(self.rows_left / concurrency, 1.0) if self.rows_left else 0.0
+class _RowClient:
+    """Asks for one row, and remembers what was asked and what came."""
 
-    def _sample_cost(self) -> float | None:
-        if self.meter is not None:
-            return self.meter.spent
-        costs = [one.reply.usage.cost for one in self.heard if one.bought]
-        stated = [cost for cost in costs if cost is not None]
-        return sum(stated) if stated and len(stated) == len(costs) else None
+    def __init__(self, shared: CachedClient) -> None:
+        self.shared = shared
+        self.made: list[SampledRequest] = []
+        self.expected: Collection[str] = ()
 
-    def _notes(self, recipe: Recipe) -> Iterator[str]:
-        if not self.sampled:
-            yield (
-                "Nothing was asked: a response has between one token and the most allowed, and "
-                "the time is unknown. --sample 5 asks five rows for real."
-            )
-            if recipe.judge:
-                yield "What the judge would be asked is not in it: --sample shows that too."
-        failed = [one.problem for one in self.sampled if one.text is None]
-        if failed:
-            yield f"{len(failed)} of {len(self.sampled)} sampled rows failed: {failed[0]}"
-        if any(token_counter(one.sampler) is None for one in self.planned.values()):
-            yield (
-                "A tokenizer that is not on this machine can't count: where tokens are guessed, a "
-                "token is taken for four bytes, and for two to six in the bounds."
-            )
+    async def sample(
+        self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
+    ) -> Reply:
+        """As the shared client does."""
+        key = request_digest(sampler.identity, messages, sampling)
+        known = self.shared.journal.entry(key) is not None
+        reply = await self.shared.sample(sampler, messages, sampling)
+        expected = key in self.expected
+        self.made.append(SampledRequest(sampler, size_of(messages), reply, not known, expected))
+        return reply
+
+
+def _plan(teachers: Teachers, queries: "Dataset", path: Path | None, answered: set[str]) -> _Plan:
+    """Render every request, and count those that are left to ask; one prompt in some is counted."""
+    plan, every = _Plan(), max(1, -(-len(queries) // _COUNTED))
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal(path)) if path and path.is_file() else None
+        progress = stack.enter_context(Progress("dry run", len(queries)))
+        for query in _texts(queries):
+            left = False
+            for one in teachers.asked(query):
+                key = one.request_key(query)
+                plan.requests += 1
+                if key in answered or (journal and _is_answered(journal, key)):
+                    plan.known += 1
+                    continue
+                answered.add(key)  # who asks the same again shares the answer
+                planned = plan.by_model.setdefault(one.identity, PlannedRequests(one.sampler))
+                count = int(key[:8], 16) % every == 0
+                planned.add(one.messages(query), one.sampling, count=count)
+                left = True
+            plan.rows_left += left
+            progress.advance(1)
+    return plan
 
 
 def _is_answered(journal: Journal, key: str) -> bool:
@@ -253,3 +321,61 @@ def _is_answered(journal: Journal, key: str) -> bool:
 def _texts(queries: "Dataset") -> Iterator[str]:
     for some in queries.select_columns(["query"]).iter(batch_size=1_000):
         yield from some["query"]
+
+
+def _loads(
+    plan: _Plan, made: Sequence[SampledRequest], asked: int, prices: Prices | None
+) -> list[ModelLoad]:
+    """Those of the planned requests, then of models, like a judge, that nobody can plan for."""
+
+    def of(identity: str, *, expected: bool) -> list[SampledRequest]:
+        return [
+            one for one in made if one.sampler.identity == identity and one.expected == expected
+        ]
+
+    loads = [
+        load_of(planned, of(identity, expected=True), prices)
+        for identity, planned in plan.by_model.items()
+    ]
+    for identity in dict.fromkeys(one.sampler.identity for one in made):
+        if plan.rows_left and (found := of(identity, expected=False)):
+            loads.append(follow_up(found, asked, plan.rows_left, prices))
+    return loads
+
+
+def _seconds(sampled: Sequence[SampledRow], rows_left: int, concurrency: int) -> float | None:
+    times = [one.seconds for one in sampled if one.seconds is not None]
+    if not times:
+        return None
+    mean = sum(times) / len(times)
+    return mean * max(rows_left / concurrency, 1.0) if rows_left else 0.0
+
+
+def _stated_cost(made: Sequence[SampledRequest]) -> float | None:
+    """What providers said that the requests cost, where all of them did."""
+    costs = [one.reply.usage.cost for one in made if one.bought]
+    stated = [cost for cost in costs if cost is not None]
+    return sum(stated) if stated and len(stated) == len(costs) else None
+
+
+def _notes(recipe: Recipe, plan: _Plan, sampled: Sequence[SampledRow]) -> Iterator[str]:
+    if not sampled:
+        yield (
+            "Nothing was asked: a response has between one token and the most allowed, and "
+            "the time is unknown. --sample 5 asks five rows for real."
+        )
+        if recipe.judge:
+            yield "What the judge would be asked is not in it: --sample shows that too."
+    failed = [one.problem for one in sampled if one.text is None]
+    if failed:
+        yield f"{len(failed)} of {len(sampled)} sampled rows failed: {failed[0]}"
+    if any(token_counter(one.sampler) is None for one in plan.by_model.values()):
+        yield (
+            "A tokenizer that is not on this machine can't count: where tokens are guessed, a "
+            "token is taken for four bytes, and for two to six in the bounds."
+        )
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"

@@ -1,4 +1,4 @@
-"""What requests will come to, told from a few of them: tokens, money and bytes, with bounds."""
+"""Estimates of tokens, money and bytes, with bounds, from a few requests that were made."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from math import sqrt
 
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.models.sampler import Reply, Sampler, Sampling
+from distill_datasets.progress import amount_text
 from distill_datasets.schema import Message
 
 # A token of UTF-8 text has about four bytes; from code and rare scripts to English prose it has
@@ -39,6 +40,36 @@ class Span:
         return Span(max(self.low, low), self.expected, min(self.high, high))
 
 
+def count_span(span: Span) -> str:
+    """A span of whole numbers, as people read it."""
+    return _span(span, lambda value: f"{round(value):,}")
+
+
+def amount_span(span: Span) -> str:
+    """A span of money, as people read it."""
+    return _span(span, amount_text)
+
+
+def bytes_span(span: Span) -> str:
+    """A span of bytes, as people read it."""
+    return _span(span, _bytes)
+
+
+def _span(span: Span, write: Callable[[float], str]) -> str:
+    bounds = f"{write(span.low)} to {write(span.high)}"
+    if span.expected is None:
+        return bounds
+    return write(span.expected) + ("" if span.low == span.high else f" ({bounds})")
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1_000:
+            return f"{value:,.0f} {unit}"
+        value /= 1_000
+    return f"{value:,.1f} TB"
+
+
 def total(spans: Iterable[Span]) -> Span:
     """Of all of them."""
     return sum(spans, start=Span.exactly(0.0))
@@ -60,7 +91,7 @@ def scaled(pairs: Sequence[tuple[float, float]], size: float, count: int) -> Spa
 
 
 @dataclass(frozen=True)
-class Heard:
+class SampledRequest:
     """A request that was really made, and what came.
 
     `size` is in bytes; `bought` says whether it was paid now, `expected` whether it was known
@@ -80,7 +111,7 @@ def size_of(messages: Sequence[Message]) -> int:
 
 
 @dataclass
-class Planned:
+class PlannedRequests:
     """The requests that one model will get; `counted` pairs the sizes of some with their tokens."""
 
     sampler: Sampler
@@ -100,27 +131,27 @@ class Planned:
         if count and (counter := token_counter(self.sampler)):
             self.counted.append((size, counter(messages)))
 
-    def prompt(self, heard: Sequence[Heard]) -> tuple[Span, str]:
+    def prompt(self, made: Sequence[SampledRequest]) -> tuple[Span, str]:
         """The prompts' tokens, and how they are known."""
         if self.counted and len(self.counted) == self.requests:
             return Span.exactly(sum(tokens for _, tokens in self.counted)), "counted"
         if self.counted:
             found = scaled(self.counted, self.size, self.requests)
             return found, f"scaled from {len(self.counted):,} counted"
-        if heard:
-            pairs = [(float(one.size), float(one.reply.usage.prompt_tokens)) for one in heard]
+        if made:
+            pairs = [(float(one.size), float(one.reply.usage.prompt_tokens)) for one in made]
             found = scaled(pairs, self.size, self.requests)
             return found.within(
                 self._guess.low, self._guess.high
             ), f"scaled from {len(pairs)} asked"
         return self._guess, "guessed from bytes"
 
-    def response(self, heard: Sequence[Heard]) -> Span:
+    def response(self, made: Sequence[SampledRequest]) -> Span:
         """The responses' tokens, between one each and the most allowed."""
         bounds = Span(self.samples, None, self.most_tokens)
-        if not heard:
+        if not made:
             return bounds
-        pairs = [(1.0, float(response_tokens(one.reply))) for one in heard]
+        pairs = [(1.0, float(response_tokens(one.reply))) for one in made]
         return scaled(pairs, self.requests, self.requests).within(bounds.low, bounds.high)
 
     @property
@@ -130,7 +161,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Load:
+class ModelLoad:
     """What one model will be asked for and will cost, in what is left to ask."""
 
     model: str
@@ -141,29 +172,33 @@ class Load:
     cost: Span | None
 
 
-def load_of(planned: Planned, heard: Sequence[Heard], prices: Prices | None) -> Load:
+def load_of(
+    planned: PlannedRequests, made: Sequence[SampledRequest], prices: Prices | None
+) -> ModelLoad:
     """A model's load from its planned requests and those of it that were really made."""
-    prompt, source = planned.prompt(heard)
-    response = planned.response(heard)
-    share = _cached_share(heard)
-    cost = _stated(heard, planned.requests, prices) or _priced(
+    prompt, source = planned.prompt(made)
+    response = planned.response(made)
+    share = _cached_share(made)
+    cost = _stated(made, planned.requests, prices) or _priced(
         planned.sampler, prompt, response, share, prices
     )
-    return Load(planned.sampler.model, planned.requests, prompt, response, source, cost)
+    return ModelLoad(planned.sampler.model, planned.requests, prompt, response, source, cost)
 
 
-def follow_up(heard: Sequence[Heard], asked: int, left: int, prices: Prices | None) -> Load:
+def follow_up(
+    made: Sequence[SampledRequest], asked: int, left: int, prices: Prices | None
+) -> ModelLoad:
     """The load of a model that nobody can plan for, a judge's: as in the rows that were asked."""
-    sampler, rate = heard[0].sampler, left / asked
-    requests = round(len(heard) * rate)
-    prompts = [(1.0, float(one.reply.usage.prompt_tokens)) for one in heard]
-    responses = [(1.0, float(response_tokens(one.reply))) for one in heard]
+    sampler, rate = made[0].sampler, left / asked
+    requests = round(len(made) * rate)
+    prompts = [(1.0, float(one.reply.usage.prompt_tokens)) for one in made]
+    responses = [(1.0, float(response_tokens(one.reply))) for one in made]
     prompt = scaled(prompts, requests, requests).within(0, _doubled(prompts, requests))
     response = scaled(responses, requests, requests).within(0, _doubled(responses, requests))
-    share = _cached_share(heard)
-    cost = _stated(heard, requests, prices) or _priced(sampler, prompt, response, share, prices)
+    share = _cached_share(made)
+    cost = _stated(made, requests, prices) or _priced(sampler, prompt, response, share, prices)
     source = f"as in the {asked} rows asked"
-    return Load(sampler.model, requests, prompt, response, source, cost)
+    return ModelLoad(sampler.model, requests, prompt, response, source, cost)
 
 
 def response_tokens(reply: Reply) -> int:
@@ -171,7 +206,9 @@ def response_tokens(reply: Reply) -> int:
     return sum(sample.tokens for sample in reply.samples)
 
 
-def disk_bytes(planned: Iterable[Planned], heard: Sequence[Heard], loads: Sequence[Load]) -> Span:
+def disk_bytes(
+    planned: Iterable[PlannedRequests], made: Sequence[SampledRequest], loads: Sequence[ModelLoad]
+) -> Span:
     """What the journal and the answers will take: a response is in the first once, in them twice.
 
     From tokens where no response was seen; a token has four bytes then, and two to six of them.
@@ -179,7 +216,7 @@ def disk_bytes(planned: Iterable[Planned], heard: Sequence[Heard], loads: Sequen
     fixed, texts = 0.0, Span.exactly(0.0)
     for one, load in zip(planned, loads, strict=False):
         fixed += one.requests * _STORED + one.samples * _ROW
-        of_model = [each for each in heard if each.sampler.identity == one.sampler.identity]
+        of_model = [each for each in made if each.sampler.identity == one.sampler.identity]
         pairs = [(1.0, float(_text_bytes(each.reply))) for each in of_model]
         bound = one.most_tokens * _BYTES_A_TOKEN[1]
         if pairs:
@@ -214,14 +251,14 @@ def _doubled(pairs: Sequence[tuple[float, float]], requests: int) -> float:
     return 2 * requests * max(amount for _, amount in pairs)
 
 
-def _cached_share(heard: Sequence[Heard]) -> float | None:
-    tokens = sum(one.reply.usage.prompt_tokens for one in heard)
-    return sum(one.reply.usage.cached_tokens for one in heard) / tokens if tokens else None
+def _cached_share(made: Sequence[SampledRequest]) -> float | None:
+    tokens = sum(one.reply.usage.prompt_tokens for one in made)
+    return sum(one.reply.usage.cached_tokens for one in made) / tokens if tokens else None
 
 
-def _stated(heard: Sequence[Heard], requests: int, prices: Prices | None) -> Span | None:
+def _stated(made: Sequence[SampledRequest], requests: int, prices: Prices | None) -> Span | None:
     """What a provider that states its costs will take, where that is in the prices' currency."""
-    costs = [one.reply.usage.cost for one in heard]
+    costs = [one.reply.usage.cost for one in made]
     if not costs or None in costs or (prices is not None and prices.currency != "USD"):
         return None
     pairs = [(1.0, float(cost or 0)) for cost in costs]

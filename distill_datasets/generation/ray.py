@@ -1,6 +1,5 @@
 """A run on a Ray cluster: Ray Data hands out the parts, and each is an ordinary `generate`."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -9,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DistillError, GenerationError, SettingsError
 from distill_datasets.files import writable_folder
-from distill_datasets.generation.run import generate
+from distill_datasets.generation.run import generate, read_summary
+from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
 from distill_datasets.models.sampler import Sampler
 from distill_datasets.progress import Progress
@@ -32,14 +32,14 @@ class RayRun:
 
 
 @dataclass(frozen=True)
-class _Part:
+class PartTask:
     """One share of a run, as a Ray worker is told of it; called with tables of share numbers."""
 
     recipe: Recipe | str
     teacher: Sampler | str | None
     out: str
     count: int
-    concurrency: int
+    settings: GenerateSettings
 
     def __call__(self, numbers: "pa.Table") -> "pa.Table":
         """What became of these parts: a failure is a value here, so that the others go on."""
@@ -49,22 +49,24 @@ class _Part:
             [asdict(self._answered(number)) for number in numbers["number"].to_pylist()]
         )
 
-    def _answered(self, number: int) -> "_Outcome":
+    def _answered(self, number: int) -> "PartOutcome":
         try:
             made = generate(
                 self.recipe,
                 teacher=self.teacher,
                 out=self.out,
-                concurrency=self.concurrency,
+                settings=self.settings,
                 share=Share(number, self.count),
             )
         except DistillError as error:
-            return _Outcome(number, 0, 0, f"{type(error).__name__}: {error}")
-        return _Outcome(number, len(made.rows), made.errors, "")
+            return PartOutcome(number, 0, 0, f"{type(error).__name__}: {error}")
+        return PartOutcome(number, len(made.rows), made.errors, "")
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class PartOutcome:
+    """What became of a part; `problem` is empty where it was done."""
+
     number: int
     rows: int
     errors: int
@@ -77,14 +79,14 @@ def generate_on_ray(
     out: Path | str,
     parts: int,
     teacher: Sampler | str | None = None,
-    concurrency: int = 256,
+    settings: GenerateSettings | None = None,
     workers: int | None = None,
 ) -> RayRun:
     """Ask the recipe's teachers every query, in so many `parts` on the Ray cluster that is joined.
 
     `out` must be one folder for all machines; each part writes its own there, with a journal that
     one worker at a time holds. A later call skips parts that are done and goes on with the
-    others, where nothing is asked twice. `concurrency` is that of a part, and at most `workers`
+    others, where nothing is asked twice. `settings` are those of a part, and at most `workers`
     parts run at once (a part takes one CPU). A `teacher` is pickled, or opened by each worker.
     Needs the extra `ray`. Raises `GenerationError` that names the parts that failed, once all
     others are done.
@@ -99,7 +101,7 @@ def generate_on_ray(
     shares = [Share(number, parts) for number in range(1, parts + 1)]
     known = [outcome for share in shares if (outcome := _finished(share, folder, asked))]
     left = [share.number for share in shares if share.number not in {one.number for one in known}]
-    part = _Part(source, teacher, str(folder), parts, concurrency)
+    part = PartTask(source, teacher, str(folder), parts, settings or GenerateSettings())
     with Progress("ray", parts, unit="parts", start=len(known)) as progress:
         for outcome in _run(part, left, workers):
             known.append(outcome)
@@ -110,18 +112,15 @@ def generate_on_ray(
     return RayRun(folder, sum(one.rows for one in known), sum(one.errors for one in known))
 
 
-def _finished(share: Share, folder: Path, recipe: Recipe) -> _Outcome | None:
+def _finished(share: Share, folder: Path, recipe: Recipe) -> PartOutcome | None:
     """What a part holds that needs no other look; None where rows are missing or failed."""
-    path = share.folder(folder) / "answers" / "generation.json"
-    if not path.is_file():
+    summary = read_summary(share.folder(folder))
+    if summary is None or summary["errors"] or summary["recipe_digest"] != recipe.digest:
         return None
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    if summary["errors"] or summary["recipe_digest"] != recipe.digest:
-        return None
-    return _Outcome(share.number, summary["rows"], 0, "")
+    return PartOutcome(share.number, summary["rows"], 0, "")
 
 
-def _run(part: _Part, numbers: Sequence[int], workers: int | None) -> Iterator[_Outcome]:
+def _run(part: PartTask, numbers: Sequence[int], workers: int | None) -> Iterator[PartOutcome]:
     """Outcomes as they come; a block a part, so that Ray can run any part anywhere."""
     if not numbers:
         return
@@ -137,7 +136,7 @@ def _run(part: _Part, numbers: Sequence[int], workers: int | None) -> Iterator[_
         compute=data.TaskPoolStrategy(size=workers),
     )
     for table in outcomes.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-        yield from (_Outcome(**row) for row in table.to_pylist())
+        yield from (PartOutcome(**row) for row in table.to_pylist())
 
 
 def _ray_data() -> Any:
@@ -151,7 +150,7 @@ def _ray_data() -> Any:
     return data
 
 
-def _explain(failed: Sequence[_Outcome], parts: int) -> str:
+def _explain(failed: Sequence[PartOutcome], parts: int) -> str:
     said = "; ".join(f"part {one.number}: {one.problem}" for one in failed[:_SHOWN])
     more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
     return (

@@ -1,8 +1,7 @@
-"""Queries to answers: a recipe's teacher asked, every answer journaled, the rows saved."""
+"""Queries to answers: a recipe's teachers asked, every answer journaled, the rows saved."""
 
 import json
 import math
-import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,32 +9,31 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
+from os import SEEK_END
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets import __version__
 from distill_datasets.errors import DistillError, OutputError
-from distill_datasets.files import writable_folder
-from distill_datasets.generation.batch_api import BatchSettings, buy_in_batches
+from distill_datasets.files import one_writer, replacing
+from distill_datasets.generation.batch_api import buy_in_batches
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient
 from distill_datasets.generation.ledger import JournaledRows, raw_answers, replay
 from distill_datasets.generation.pricing import Meter
-from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.rows import ROWS_FILE, Tally, ask, finish
+from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
 from distill_datasets.generation.teachers import Teachers, open_teachers
 from distill_datasets.models.sampler import Sampler, digest
-from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
-_BUILDING = "answers.partial"
-_SUMMARY = "generation.json"
+_KEYS = {"recipe_digest", "rows", "kept", "rejected", "errors", "first_token"}  # of a summary
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow's
 
 
 @dataclass(frozen=True)
@@ -60,163 +58,154 @@ class Generated:
         return Dataset.load_from_disk(str(self.path / "answers"))
 
 
-def generate(  # noqa: PLR0913 (whom to ask what, how fast, and where it goes)
+def generate(
     recipe: Recipe | str | Path,
     *,
-    teacher: Sampler | str | None = None,
     out: str | Path,
-    concurrency: int = 256,
-    requests_per_minute: float | None = None,
-    tokens_per_minute: float | None = None,
+    teacher: Sampler | str | None = None,
+    settings: GenerateSettings | None = None,
     meter: Meter | None = None,
-    limit: int | None = None,
-    ledger: bool = True,
     share: Share | None = None,
-    batch: BatchSettings | None = None,
-    stream: bool = False,
-    processes: int = 1,
 ) -> Generated:
     """Ask the recipe's teachers every query; continue where an earlier call stopped.
+
+        generate("language_id", teacher="pocket", out="runs/demo")
 
     Writes `out/journal.sqlite` (raw answers, as they arrive) and `out/answers/` (all rows in the
     queries' order, once every row has been asked). A row that fails is a row with an `error`,
     asked again by the next call; answers in the journal are never asked again, nor is what a
-    teacher rejected for good; a finished run is returned as it is. At most `concurrency` requests
-    are in flight to each teacher, and as many as it takes gladly. With a `meter`, a spent budget
-    ends the run: everything bought is kept, and a later call goes on. `limit` takes the first
-    queries only. A release is a recipe too: the answers in its ledger are not asked for again,
-    unless `ledger` is False. A `teacher` takes the place of all that the recipe names.
-    With a `share`, only that of the queries is asked, in a part's own folder in `out`: `publish`
-    joins the parts. With `batch`, answers come out of the provider's batches where it has them.
-    With `stream`, every answer that is bought is journaled with the time to its first token; with
-    `processes`, those of a Tinker teacher are asked for by so many.
-    Costs one request a query and teacher asked. Raises `GenerationError` when the first rows all
-    fail alike, `BudgetReached`, and whatever `load_recipe` and `open_sampler` raise, before any
-    request.
+    teacher rejected for good; a finished run is returned as it is. A `teacher` takes the place of
+    all that the recipe names. A release is a recipe too: the answers in its ledger are not asked
+    for again. With a `meter`, a spent budget ends the run: everything bought is kept, and a later
+    call goes on. With a `share`, only that of the queries is asked, in a part's own folder in
+    `out`: `publish` joins the parts.
+
+    Costs one request a query and teacher asked. Raises `OutputError` where another process is at
+    work in the folder, `GenerationError` when the first rows all fail alike, `BudgetReached`, and
+    whatever `load_recipe` and `open_sampler` raise, before any request.
     """
-    source = None if isinstance(recipe, Recipe) else recipe
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    teachers = open_teachers(recipe, teacher, stream=stream, processes=processes)
+    settings = settings or GenerateSettings()
+    release = recipe if settings.ledger and not isinstance(recipe, Recipe) else None
+    teachers = open_teachers(recipe, teacher, stream=settings.stream, processes=settings.processes)
     folder = share.folder(out) if share else Path(out)
-    run = _Run(teachers, folder, limit, share, meter, stream)
-    limits = Limits(concurrency, requests_per_minute, tokens_per_minute)
-    return run.finished() or run.go_on(source if ledger else None, limits, batch)
+    fingerprint = _fingerprint(teachers, settings.limit, share)
+    if meter is None and (summary := _finished(folder, fingerprint)):
+        return _generated(folder, summary)
+    queries = select_queries(teachers.recipe, settings.limit, share)
+    if meter is not None:
+        meter.check(teachers.models)
+    with one_writer(folder, "run"):
+        if release is not None:
+            replay(release, folder)
+        with Journal(folder / "journal.sqlite") as journal, _new_answers(folder) as building:
+            if settings.batch:
+                buy_in_batches(queries, teachers, journal, settings=settings, meter=meter)
+            client = CachedClient(journal, limits=settings.limits, meter=meter)
+            rows = ask(queries, teachers, client, title="generate", file=building / ROWS_FILE)
+            summary = {**_summary(teachers, Tally.of(rows)), "fingerprint": fingerprint}
+            summary["first_token"] = _quantiles(journal.first_tokens()) if settings.stream else None
+            if meter is not None:
+                answers = raw_answers([JournaledRows(rows, journal.path)], teachers.recipe, summary)
+                summary["cost"] = meter.statement(answers, journal)
+            finish(rows, building)
+            teachers.recipe.dump(building / "recipe")
+            text = json.dumps(summary, indent=2, ensure_ascii=False)
+            (building / "generation.json").write_text(text + "\n", encoding="utf-8")
+            if share:
+                share.record(queries, building)
+    return _generated(folder, summary)
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """What a run's folder says of its answers; None where its files are not as it says.
+
+    Whatever is missing, torn or unreadable is written anew from the journal.
+    """
+    answers = folder / "answers"
+    needed = [
+        folder / "journal.sqlite",
+        answers / "recipe/recipe.yaml",
+        answers / "recipe/prompt.md",
+    ]
+    try:
+        summary, state, _ = (
+            json.loads((answers / name).read_text(encoding="utf-8"))
+            for name in ("generation.json", "state.json", "dataset_info.json")
+        )
+        files = [answers / one["filename"] for one in state["_data_files"]]
+        whole = all(map(Path.is_file, needed)) and files and all(map(_is_whole, files))
+        return summary if whole and summary.keys() >= _KEYS else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _is_whole(rows: Path) -> bool:
+    """Whether a file of rows ends as it was written to its end; without a library to read it."""
+    with rows.open("rb") as file:
+        file.seek(-len(_END), SEEK_END)
+        return file.read() == _END
+
+
+def _finished(folder: Path, fingerprint: str | None) -> dict[str, Any] | None:
+    """What an equal run made, where no row failed and none is priced: nothing is left to do."""
+    if fingerprint is None or (summary := read_summary(folder)) is None:
+        return None
+    if summary.get("fingerprint") != fingerprint or summary["errors"] or "cost" in summary:
+        return None
+    return summary
+
+
+def _generated(folder: Path, summary: Mapping[str, Any]) -> Generated:
+    kept, rejected = summary["kept"], summary["rejected"]
+    return Generated(folder, kept, rejected, summary["errors"], summary["first_token"])
+
+
+def select_queries(recipe: Recipe, limit: int | None, share: Share | None) -> "Dataset":
+    """A recipe's queries, the first `limit` of them, and of those the share."""
+    queries = load_queries(recipe)
+    if limit is not None:
+        queries = queries.select(range(min(limit, len(queries))))
+    return share.of(queries) if share else queries
+
+
+def _fingerprint(teachers: Teachers, limit: int | None, share: Share | None) -> str | None:
+    """Names everything that the answers depend on; None where the queries are not pinned."""
+    recipe = teachers.recipe
+    if not recipe.queries.pinned:
+        return None
+    parts = [recipe.digest, recipe.model_dump(mode="json"), *teachers.parts]
+    return digest([__version__, limit, str(share), parts])
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Where the disk doesn't take the rows, the answers are safe all the same."""
-    shutil.rmtree(out / _BUILDING, ignore_errors=True)
-    try:
-        yield
-    except DistillError:
-        raise
-    except OSError as error:
-        raise OutputError(
-            f"Can't write {str(out / 'answers')!r}: {error}. The answers are in "
-            f"{out / 'journal.sqlite'}; free some space and run again: nothing is asked twice."
-        ) from error
+def _new_answers(folder: Path) -> Iterator[Path]:
+    """The folder of answers to fill; where the disk doesn't take it, the journal is safe."""
+    with replacing(folder / "answers") as building:
+        try:
+            yield building
+        except DistillError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"Can't write {str(folder / 'answers')!r}: {error}. The answers are in "
+                f"{folder / 'journal.sqlite'}; free some space and run again: nothing is asked "
+                "twice."
+            ) from error
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What is asked of whom, and the folder that says what came of it."""
-
-    teachers: Teachers
-    folder: Path
-    limit: int | None
-    share: Share | None
-    meter: Meter | None
-    stream: bool
-
-    @property
-    def journal(self) -> Path:
-        """The file of raw answers."""
-        return self.folder / "journal.sqlite"
-
-    def queries(self) -> "Dataset":
-        """Those that are asked here."""
-        queries = load_queries(self.teachers.recipe)
-        if self.limit is not None:
-            queries = queries.select(range(min(self.limit, len(queries))))
-        return self.share.of(queries) if self.share else queries
-
-    @cached_property
-    def fingerprint(self) -> str | None:
-        """Names everything that the folder depends on; None where the queries are not pinned."""
-        recipe = self.teachers.recipe
-        if not recipe.queries.pinned:
-            return None
-        described = recipe.model_dump(mode="json")
-        parts = [recipe.digest, described, *self.teachers.parts]
-        return digest([__version__, self.limit, str(self.share), parts])
-
-    def finished(self) -> Generated | None:
-        """What an equal run made, where no row failed and none is priced: nothing is left to do."""
-        path = self.folder / "answers" / _SUMMARY
-        if self.meter or not self.fingerprint or not (path.is_file() and self.journal.is_file()):
-            return None
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if summary.get("fingerprint") != self.fingerprint:
-            return None
-        if summary["errors"] or "cost" in summary:
-            return None
-        kept, rejected = summary["kept"], summary["rejected"]
-        return Generated(self.folder, kept, rejected, 0, summary["first_token"])
-
-    def go_on(
-        self, release: str | Path | None, limits: Limits, batch: BatchSettings | None
-    ) -> Generated:
-        """Ask whatever neither the journal nor the ledger of a `release` holds."""
-        queries = self.queries()
-        folder = writable_folder(self.folder)
-        if release is not None:
-            replay(release, folder)
-        if self.meter is not None:
-            self.meter.check(self.teachers.models)
-        with Journal(self.journal) as journal, _writing(folder):
-            if batch is not None:
-                buy_in_batches(queries, self.teachers, journal, settings=batch, meter=self.meter)
-            client = CachedClient(journal, limits=limits, meter=self.meter)
-            file = folder / _BUILDING / ROWS_FILE
-            rows = ask(queries, self.teachers, client, title="generate", file=file)
-            return self.save(queries, rows, journal)
-
-    def save(self, queries: "Dataset", rows: "Dataset", journal: Journal) -> Generated:
-        """Put the folder of answers in its place, all at once."""
-        tally = Tally.of(rows)
-        first = _quantiles(journal.first_tokens()) if self.stream else None
-        summary = {**self._summary(tally), "first_token": first}
-        if self.meter is not None:
-            answered = [JournaledRows(rows, self.journal)]
-            answers = raw_answers(answered, self.teachers.recipe, summary)
-            summary["cost"] = self.meter.statement(answers, journal)
-        folder, building = self.folder / "answers", self.folder / _BUILDING
-        finish(rows, building)
-        self.teachers.recipe.dump(building / "recipe")
-        text = json.dumps(summary, indent=2, ensure_ascii=False)
-        (building / _SUMMARY).write_text(text + "\n", encoding="utf-8")
-        if self.share:
-            self.share.record(queries, building)
-        shutil.rmtree(folder, ignore_errors=True)
-        building.rename(folder)
-        return Generated(self.folder, tally.kept, tally.rejected, tally.errors, first)
-
-    def _summary(self, tally: Tally) -> dict[str, Any]:
-        recipe = self.teachers.recipe
-        return {
-            "recipe": recipe.name,
-            "recipe_digest": recipe.digest,
-            **self.teachers.facts,
-            "rows": tally.rows,
-            "kept": tally.kept,
-            "rejected": dict(tally.rejected),
-            "errors": tally.errors,
-            "tokens": dict(tally.tokens),
-            "created": datetime.now(UTC).date().isoformat(),
-            "versions": {"distill-datasets": __version__, "datasets": version("datasets")},
-            "fingerprint": self.fingerprint,
-        }
+def _summary(teachers: Teachers, tally: Tally) -> dict[str, Any]:
+    return {
+        "recipe": teachers.recipe.name,
+        "recipe_digest": teachers.recipe.digest,
+        **teachers.facts,
+        "rows": tally.rows,
+        "kept": tally.kept,
+        "rejected": dict(tally.rejected),
+        "errors": tally.errors,
+        "tokens": dict(tally.tokens),
+        "created": datetime.now(UTC).date().isoformat(),
+        "versions": {"distill-datasets": __version__, "datasets": version("datasets")},
+    }
 
 
 def _quantiles(seconds: Sequence[float]) -> dict[str, float] | None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import ModelError, OutputError, SettingsError, nearest
+from distill_datasets.tables import aligned
 
 if TYPE_CHECKING:
-    from distill_datasets.tables import aligned
-from distill_datasets.training.trainer import Training, TrainSettings
+    from distill_datasets.training.trainer import Training, TrainSettings
 
 
 @dataclass(frozen=True)

@@ -66,13 +66,16 @@ def ours(work: Work) -> tuple[float, int]:
 
         from distill_datasets import progress
         from distill_datasets.generation.run import generate
+        from distill_datasets.generation.settings import GenerateSettings
         from distill_datasets.models.openai.client import OpenAISampler
 
     progress.use("json")
     teacher = OpenAISampler("bench", base_url=work.url, timeout=work.timeout)
     recipe = write_recipe(work.folder / "recipe", work.rows)
     began = time.perf_counter()
-    made = generate(recipe, teacher=teacher, out=run, concurrency=work.concurrency)
+    made = generate(
+        recipe, teacher=teacher, out=run, settings=GenerateSettings(concurrency=work.concurrency)
+    )
     return time.perf_counter() - began, made.kept
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill_datasets.generation.run import generate
+from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.schema import Message
@@ -71,9 +72,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             recipe = load_recipe(write_recipe(Path(scratch) / "bench", options.rows))
             bare = asyncio.run(gather(queries, sampler, options.concurrency))
+            settings = GenerateSettings(concurrency=options.concurrency)
             began = time.perf_counter()
             made = generate(
-                recipe, teacher=sampler, out=Path(scratch) / "run", concurrency=options.concurrency
+                recipe,
+                teacher=sampler,
+                out=Path(scratch) / "run",
+                settings=settings,
             )
             ours = time.perf_counter() - began
             assert made.kept == options.rows

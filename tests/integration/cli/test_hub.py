@@ -72,10 +72,11 @@ def test_a_release_in_the_hands_of_another_asks_the_teacher_nothing(
 ) -> None:
     verb(hub, ["publish", str(answered), "--push-to-hub", "me/colours"])
     again = (
-        "from distill_datasets import Echo, generate\n"
+        "from distill_datasets import Echo, GenerateSettings, generate\n"
         "teacher = Echo()\n"
         "generate('me/colours@v1.0.0', teacher=teacher, out='again')\n"
-        "generate('me/colours@v1.0.0', teacher=teacher, out='anew', ledger=False)\n"
+        "anew = GenerateSettings(ledger=False)\n"
+        "generate('me/colours@v1.0.0', teacher=teacher, out='anew', settings=anew)\n"
         "print(teacher.calls)"
     )
     assert hub.run(again).stdout.split()[-1] == "6"

@@ -129,10 +129,10 @@ def test_progress_for_programs_is_json_lines(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--limit", "0"], "expected a whole number of at least 1; found '0'"),
-        (["--concurrency", "0"], "expected a whole number of at least 1; found '0'"),
-        (["--rpm", "-1"], "expected a number above 0; found '-1'"),
-        (["--poll", "nan"], "expected a number above 0; found 'nan'"),
+        (["--limit", "0"], "limit must be at least 1; found 0."),
+        (["--concurrency", "0"], "concurrency must be at least 1; found 0."),
+        (["--rpm", "-1"], "requests_per_minute must be above 0; found -1.0."),
+        (["--poll", "nan"], "poll must be a number; found nan."),
         (["--sample", "2"], "--sample asks rows for the forecast of a --dry-run"),
         (["--no-wait"], "add --batch"),
         (["--batch", "--stream"], "leave out --batch or --stream"),

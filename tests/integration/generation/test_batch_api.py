@@ -18,11 +18,11 @@ from distill_datasets.errors import (
     ServiceError,
 )
 from distill_datasets.files import one_writer
-from distill_datasets.generation.batch_api import BatchSettings
 from distill_datasets.generation.batch_jobs import BatchTable
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.run import Generated, generate
+from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.models.openai.batches import OpenAIBatches
 from distill_datasets.models.openai.client import OpenAISampler
 from distill_datasets.models.sampler import Echo
@@ -30,8 +30,8 @@ from tests.conftest import edit
 from tests.support.openai_batches import End, Lost
 from tests.support.openai_server import Answer, Fault, OpenAIServer, serving
 
-NOW = BatchSettings(poll_seconds=0)
-LATER = BatchSettings(poll_seconds=0, wait=False)
+NOW = GenerateSettings(batch=True, poll=0)
+LATER = GenerateSettings(batch=True, poll=0, wait=False)
 PRICE = {"prompt": 1_000_000, "response": 0, "batch": 0.5}
 PRICES = Prices(date="2026-11-01", currency="USD", models={"openai:echo-small": PRICE})
 PAID = 10 * 0.5  # for one answer, whose prompt has ten tokens
@@ -46,10 +46,10 @@ def server() -> Iterator[OpenAIServer]:
 
 @pytest.fixture
 def bought(server: OpenAIServer, recipe_folder: Path, tmp_path: Path) -> Any:
-    def buy(settings: BatchSettings = NOW, **options: Any) -> Generated:
+    def buy(settings: GenerateSettings = NOW, **options: Any) -> Generated:
         teacher = OpenAISampler("echo-small", base_url=server.url)
         given = {"recipe": recipe_folder, "teacher": teacher, "out": tmp_path / "run", **options}
-        return generate(**given, batch=settings)
+        return generate(**given, settings=settings)
 
     return buy
 
@@ -168,13 +168,12 @@ def test_a_budget_is_refused_where_it_could_not_be_kept(bought: Any) -> None:
 SCRIPT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background parent leaves it ignored
-from distill_datasets.files import one_writer
-from distill_datasets.generation.batch_api import BatchSettings
 from distill_datasets.generation.run import generate
+from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.models.openai.client import OpenAISampler
 recipe, out, url = sys.argv[1:]
 teacher = OpenAISampler("echo-small", base_url=url)
-generate(recipe, teacher=teacher, out=out, batch=BatchSettings(poll_seconds=0))
+generate(recipe, teacher=teacher, out=out, settings=GenerateSettings(batch=True, poll=0))
 """
 
 
@@ -319,7 +318,7 @@ def test_a_batch_is_no_larger_than_its_provider_takes(
 
 def test_a_teacher_without_batches_is_named(recipe_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="'echo' has no batches"):
-        generate(recipe_folder, teacher=Echo(), out=tmp_path / "run", batch=NOW)
+        generate(recipe_folder, teacher=Echo(), out=tmp_path / "run", settings=NOW)
 
 
 def test_two_processes_never_send_the_batches_of_one_folder(bought: Any, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from distill_datasets.errors import (
 )
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.run import generate
+from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.models.openai.client import OpenAISampler
 from distill_datasets.models.openai.errors import read_allowance, read_retry_after
 from distill_datasets.models.references import open_sampler
@@ -550,7 +551,12 @@ def test_a_streamed_run_journals_the_time_to_each_first_token_and_has_the_same_r
 ) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     runs = [
-        generate(recipe_folder, teacher="openai:echo-small", out=tmp_path / name, stream=stream)
+        generate(
+            recipe_folder,
+            teacher="openai:echo-small",
+            out=tmp_path / name,
+            settings=GenerateSettings(stream=stream),
+        )
         for name, stream in (("whole", False), ("streamed", True))
     ]
     assert runs[0].rows[:] == runs[1].rows[:]

@@ -8,12 +8,12 @@ import pytest
 
 from distill_datasets.errors import AccessError, PriceError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.dry_run import Rehearsal, rehearse
+from distill_datasets.generation.dry_run import DryRun, SampledRow, dry_run
 from distill_datasets.generation.estimate import Span, scaled, total
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.generation.run import generate
+from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
-from distill_datasets.generation.trial import Sampled
 from distill_datasets.models.sampler import Echo, Reply, Sample, Sampling, Usage
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
@@ -94,9 +94,9 @@ def inside(span: Span, value: float) -> bool:
     return span.low <= value <= span.high
 
 
-def test_a_rehearsal_asks_nobody_and_writes_nothing(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_dry_run_asks_nobody_and_writes_nothing(recipe: Recipe, tmp_path: Path) -> None:
     teacher, out = Wordy(connection=_Connection()), tmp_path / "run"
-    found = rehearse(recipe, teacher=teacher, out=out, prices=PRICES)
+    found = dry_run(recipe, teacher=teacher, out=out, prices=PRICES)
     assert teacher.calls == []
     assert not out.exists()
     assert (found.queries, found.requests, found.known) == (50, 50, 0)
@@ -104,7 +104,7 @@ def test_a_rehearsal_asks_nobody_and_writes_nothing(recipe: Recipe, tmp_path: Pa
 
 def test_prompts_are_counted_as_the_server_will_count_them(recipe: Recipe, tmp_path: Path) -> None:
     teacher = Wordy(connection=_Connection())
-    (load,) = rehearse(recipe, teacher=teacher, prices=PRICES).loads
+    (load,) = dry_run(recipe, teacher=teacher, prices=PRICES).loads
     tokens = really(recipe, teacher, tmp_path / "run")
     assert load.prompt == Span.exactly(tokens["prompt"])
     assert load.source == "counted"
@@ -115,7 +115,7 @@ def test_prompts_are_counted_as_the_server_will_count_them(recipe: Recipe, tmp_p
 
 
 def test_without_a_tokenizer_prompts_are_guessed_and_that_is_said(recipe: Recipe) -> None:
-    found = rehearse(recipe, teacher=Wordy(), prices=PRICES)
+    found = dry_run(recipe, teacher=Wordy(), prices=PRICES)
     (load,) = found.loads
     assert load.source == "guessed from bytes"
     assert load.prompt.low < (load.prompt.expected or 0) < load.prompt.high
@@ -127,7 +127,7 @@ def test_without_a_tokenizer_prompts_are_guessed_and_that_is_said(recipe: Recipe
 def test_rows_that_are_really_asked_tell_what_the_others_will_take(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    found = rehearse(recipe, teacher=Wordy(), prices=PRICES, sample=20)
+    found = dry_run(recipe, teacher=Wordy(), prices=PRICES, sample=20)
     (load,) = found.loads
     tokens = really(recipe, Wordy(), tmp_path / "run")
     assert inside(load.prompt, tokens["prompt"])
@@ -147,12 +147,12 @@ def test_what_is_asked_with_an_out_folder_is_not_paid_for_again(
     recipe: Recipe, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    first = rehearse(recipe, teacher=Wordy(), out=out, prices=PRICES, sample=5)
+    first = dry_run(recipe, teacher=Wordy(), out=out, prices=PRICES, sample=5)
     assert (first.known, first.sample_kept) == (5, True)
     assert first.sample_cost is not None and first.sample_cost > 0
     assert [path.name for path in out.iterdir()] == ["journal.sqlite"]
     teacher = Wordy()
-    again = rehearse(recipe, teacher=teacher, out=out, prices=PRICES, sample=5)
+    again = dry_run(recipe, teacher=teacher, out=out, prices=PRICES, sample=5)
     assert teacher.calls == []
     assert again.sample_cost == 0
     assert [one.query for one in again.sampled] == [one.query for one in first.sampled]
@@ -165,7 +165,7 @@ def test_without_an_out_folder_the_sample_is_shown_with_its_cost_and_kept_nowher
     recipe: Recipe, tmp_path: Path
 ) -> None:
     before = snapshot(tmp_path)
-    found = rehearse(recipe, teacher=Wordy(), prices=PRICES, sample=3)
+    found = dry_run(recipe, teacher=Wordy(), prices=PRICES, sample=3)
     assert snapshot(tmp_path) == before
     assert (found.known, found.sample_kept, found.loads[0].requests) == (0, False, 50)
     assert "not kept" in found.text()
@@ -174,18 +174,18 @@ def test_without_an_out_folder_the_sample_is_shown_with_its_cost_and_kept_nowher
 def test_answers_in_the_journal_and_equal_queries_cost_nothing(
     recipe_folder: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
-    generate(recipe, teacher=Wordy(), out=tmp_path / "run", limit=30)
+    generate(recipe, teacher=Wordy(), out=tmp_path / "run", settings=GenerateSettings(limit=30))
     with (recipe_folder / "queries.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"query": "colour 45"}))
     before = (tmp_path / "run/journal.sqlite").read_bytes()
-    found = rehearse(load_recipe(recipe_folder), teacher=Wordy(), out=tmp_path / "run")
+    found = dry_run(load_recipe(recipe_folder), teacher=Wordy(), out=tmp_path / "run")
     assert (found.requests, found.known, found.loads[0].requests) == (51, 31, 20)
     assert (tmp_path / "run/journal.sqlite").read_bytes() == before
 
 
 def test_a_run_with_nothing_left_costs_nothing(recipe: Recipe, tmp_path: Path) -> None:
     generate(recipe, teacher=Wordy(), out=tmp_path / "run")
-    found = rehearse(recipe, teacher=Wordy(), out=tmp_path / "run", prices=PRICES, sample=2)
+    found = dry_run(recipe, teacher=Wordy(), out=tmp_path / "run", prices=PRICES, sample=2)
     assert (found.loads, found.known, found.seconds) == ((), 50, None)
     assert "0 to ask" in found.text()
 
@@ -193,30 +193,33 @@ def test_a_run_with_nothing_left_costs_nothing(recipe: Recipe, tmp_path: Path) -
 def test_answers_that_come_with_a_release_cost_nothing(recipe: Recipe, tmp_path: Path) -> None:
     generate(recipe, teacher=Echo(), out=tmp_path / "run")
     release = publish(tmp_path / "run")
-    assert rehearse(release.path, teacher=Echo()).known == 50
-    assert rehearse(release.path, teacher=Echo(), ledger=False).known == 0
+    assert dry_run(release.path, teacher=Echo()).known == 50
+    assert dry_run(release.path, teacher=Echo(), settings=GenerateSettings(ledger=False)).known == 0
 
 
 def test_a_limit_and_a_share_are_those_of_the_run(recipe: Recipe, tmp_path: Path) -> None:
-    parts = [rehearse(recipe, teacher=Wordy(), limit=40, share=Share(n, 2)) for n in (1, 2)]
+    parts = [
+        dry_run(recipe, teacher=Wordy(), settings=GenerateSettings(limit=40), share=Share(n, 2))
+        for n in (1, 2)
+    ]
     assert sum(part.requests for part in parts) == 40
     share = Share(1, 2)
     generate(recipe, teacher=Wordy(), out=tmp_path / "run", share=share)
-    again = rehearse(recipe, teacher=Wordy(), out=tmp_path / "run", share=share)
+    again = dry_run(recipe, teacher=Wordy(), out=tmp_path / "run", share=share)
     assert again.known == again.requests > 0
 
 
 def test_a_model_without_a_price_is_refused_before_anything_is_asked(recipe: Recipe) -> None:
     teacher = Wordy(model="other")
     with pytest.raises(PriceError, match="'other'"):
-        rehearse(recipe, teacher=teacher, prices=PRICES, sample=5)
+        dry_run(recipe, teacher=teacher, prices=PRICES, sample=5)
     assert teacher.calls == []
 
 
 def test_a_row_that_fails_is_shown_and_others_still_tell(recipe: Recipe) -> None:
-    asked = rehearse(recipe, teacher=Wordy(), sample=4).sampled
+    asked = dry_run(recipe, teacher=Wordy(), sample=4).sampled
     failing = {asked[1].query: TimeoutError("too slow")}
-    found = rehearse(recipe, teacher=Wordy(failing=failing), prices=PRICES, sample=4)
+    found = dry_run(recipe, teacher=Wordy(failing=failing), prices=PRICES, sample=4)
     assert found.sampled[1].problem == "TimeoutError: too slow"
     assert any("1 of 4 sampled rows failed" in note for note in found.notes)
     assert found.loads[0].response.expected is not None
@@ -225,25 +228,25 @@ def test_a_row_that_fails_is_shown_and_others_still_tell(recipe: Recipe) -> None
 def test_a_refused_key_ends_the_rehearsal(recipe: Recipe) -> None:
     teacher = Wordy(failing={row.query: AccessError("no") for row in _all(recipe)})
     with pytest.raises(AccessError):
-        rehearse(recipe, teacher=teacher, sample=2)
+        dry_run(recipe, teacher=teacher, sample=2)
 
 
-def _all(recipe: Recipe) -> Sequence[Sampled]:
-    return rehearse(recipe, teacher=Wordy(), sample=50).sampled
+def _all(recipe: Recipe) -> Sequence[SampledRow]:
+    return dry_run(recipe, teacher=Wordy(), sample=50).sampled
 
 
 def test_what_a_provider_states_stands_in_for_prices(recipe: Recipe) -> None:
-    found = rehearse(recipe, teacher=Wordy(cost=0.01), sample=4)
+    found = dry_run(recipe, teacher=Wordy(cost=0.01), sample=4)
     assert found.cost is not None and found.cost.expected == pytest.approx(0.5)
     assert (found.sample_cost, found.currency) == (0.04, "USD")
-    without = rehearse(recipe, teacher=Wordy(), sample=4)
+    without = dry_run(recipe, teacher=Wordy(), sample=4)
     assert (without.cost, without.currency) == (None, None)
     assert "no price" in without.text()
 
 
 def test_several_samples_of_a_query_are_all_reckoned_with(recipe: Recipe) -> None:
-    one = rehearse(recipe, teacher=Wordy(connection=_Connection())).loads[0]
-    three = rehearse(
+    one = dry_run(recipe, teacher=Wordy(connection=_Connection())).loads[0]
+    three = dry_run(
         recipe.replace(sampling={"n": 3}), teacher=Wordy(connection=_Connection())
     ).loads[0]
     assert three.response.high == 3 * one.response.high
@@ -268,13 +271,13 @@ def test_every_teacher_has_a_line_of_its_own_and_the_judge_one_once_it_was_asked
         " scale: [0, 99]}\n",
     )
     several = load_recipe(recipe_folder)
-    planned = rehearse(several)
+    planned = dry_run(several)
     assert [(load.model, load.requests) for load in planned.loads] == [
         ("openai:a", 50),
         ("openai:b", 50),
     ]
     assert any("the judge" in note for note in planned.notes)
-    asked = rehearse(several, sample=6)
+    asked = dry_run(several, sample=6)
     *_, judge = asked.loads
     assert judge.model == "openai:j"
     assert judge.requests == pytest.approx(50, abs=50) and judge.requests > 0
@@ -282,14 +285,14 @@ def test_every_teacher_has_a_line_of_its_own_and_the_judge_one_once_it_was_asked
 
 
 def test_the_text_is_a_table_and_the_data_is_json(recipe: Recipe) -> None:
-    found = rehearse(recipe, teacher=Wordy(), prices=PRICES, sample=2)
+    found = dry_run(recipe, teacher=Wordy(), prices=PRICES, sample=2)
     lines = found.text().splitlines()
     assert lines[0].startswith("colours: 50 queries, 50 requests, 0 of them answered already")
     assert "cost (USD)" in lines[2] and lines[3].startswith("wordy")
     assert any("at the prices of 2026-11-01" in line for line in lines)
     read = json.loads(json.dumps(found.data))
     assert read["cost"]["expected"] == pytest.approx(found.loads[0].cost.expected)  # type: ignore[union-attr]
-    assert isinstance(found, Rehearsal)
+    assert isinstance(found, DryRun)
 
 
 def test_a_forecast_from_some_holds_for_all() -> None:
@@ -306,7 +309,7 @@ def test_nothing_but_the_queries_decides_which_rows_are_sampled(
     recipe: Recipe, tmp_path: Path
 ) -> None:
     teacher = Wordy()
-    rehearse(recipe, teacher=teacher, out=tmp_path / "run", sample=6)
+    dry_run(recipe, teacher=teacher, out=tmp_path / "run", sample=6)
     with Journal(tmp_path / "run/journal.sqlite") as journal:
         assert len(journal) == 6
     words = {len(query.split()) for query in teacher.calls}

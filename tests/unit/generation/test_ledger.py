@@ -9,6 +9,7 @@ from distill_datasets.errors import DatasetError
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.ledger import replay, restore
 from distill_datasets.generation.run import generate
+from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.models.sampler import Echo, Reply
 from distill_datasets.releases.release import Release, publish
 from tests.conftest import edit
@@ -155,7 +156,9 @@ def test_answers_that_the_journal_has_and_the_release_does_not_stay_at_home(
     tmp_path: Path, recipe_folder: Path
 ) -> None:
     generate(recipe_folder, teacher=Echo(), out=tmp_path / "run")
-    generate(recipe_folder, teacher=Echo(), out=tmp_path / "run", limit=2)
+    generate(
+        recipe_folder, teacher=Echo(), out=tmp_path / "run", settings=GenerateSettings(limit=2)
+    )
     assert len(ledger_of(publish(tmp_path / "run"))) == 2
 
 

@@ -23,6 +23,7 @@ from distill_datasets.generation import rows as row_module
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.run import Generated, generate
+from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.models.sampler import Echo, Reply, Sample, Sampling, Usage
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
@@ -217,7 +218,12 @@ def test_equal_queries_share_one_request(recipe_folder: Path, tmp_path: Path) ->
 
 def test_no_more_requests_are_in_flight_than_asked_for(recipe_folder: Path, tmp_path: Path) -> None:
     teacher = Scripted()
-    generate(many(recipe_folder, 500), teacher=teacher, out=tmp_path / "run", concurrency=7)
+    generate(
+        many(recipe_folder, 500),
+        teacher=teacher,
+        out=tmp_path / "run",
+        settings=GenerateSettings(concurrency=7),
+    )
     assert teacher.most_in_flight == 7
 
 
@@ -226,7 +232,9 @@ def test_rows_that_all_fail_alike_stop_the_run(recipe_folder: Path, tmp_path: Pa
     failing = {row["query"]: RuntimeError("no such renderer") for row in _queries(recipe)}
     teacher = Scripted(dict(failing))
     with pytest.raises(GenerationError, match="first 20 rows all failed alike.*no such renderer"):
-        generate(recipe, teacher=teacher, out=tmp_path / "run", concurrency=5)
+        generate(
+            recipe, teacher=teacher, out=tmp_path / "run", settings=GenerateSettings(concurrency=5)
+        )
     assert len(teacher.calls) < 40
     assert not (tmp_path / "run/answers").exists()
 
@@ -236,7 +244,9 @@ def test_a_refused_key_stops_the_run_at_once(recipe_folder: Path, tmp_path: Path
     failing = {"thing 3, colour red": AccessError("check the key")}
     teacher = Scripted(dict(failing))
     with pytest.raises(AccessError, match="check the key"):
-        generate(recipe, teacher=teacher, out=tmp_path / "run", concurrency=2)
+        generate(
+            recipe, teacher=teacher, out=tmp_path / "run", settings=GenerateSettings(concurrency=2)
+        )
     assert len(teacher.calls) < 20
     with Journal(tmp_path / "run/journal.sqlite") as journal:
         assert len(journal) >= 3
@@ -298,7 +308,13 @@ def test_a_spent_budget_keeps_what_was_paid_and_a_higher_one_goes_on(
 ) -> None:
     recipe, teacher = many(recipe_folder, 300), Scripted()
     with pytest.raises(BudgetReached):
-        generate(recipe, teacher=teacher, out=tmp_path / "run", meter=_meter(100), concurrency=8)
+        generate(
+            recipe,
+            teacher=teacher,
+            out=tmp_path / "run",
+            meter=_meter(100),
+            settings=GenerateSettings(concurrency=8),
+        )
     assert not (tmp_path / "run/answers").exists()
     with Journal(tmp_path / "run/journal.sqlite") as journal:
         assert len(journal) == len(teacher.calls) == 100
@@ -318,7 +334,7 @@ def test_datasets_never_holds_so_many_batches_that_it_keeps_their_results() -> N
 
 def test_a_limit_asks_the_first_queries_only(recipe: Recipe, tmp_path: Path) -> None:
     teacher = Scripted()
-    generate(recipe, teacher=teacher, out=tmp_path / "run", limit=2)
+    generate(recipe, teacher=teacher, out=tmp_path / "run", settings=GenerateSettings(limit=2))
     assert sorted(teacher.calls) == ["a poppy, colour red", "a rose, colour red"]
 
 
@@ -335,8 +351,10 @@ def test_an_output_folder_that_cannot_be_written_costs_nothing(
 _KILLED = """
 import asyncio, sys
 from pathlib import Path
-from distill_datasets.generation.run import generate
+from distill_datasets import GenerateSettings, generate
 from distill_datasets.models.sampler import Echo
+
+SETTINGS = GenerateSettings(concurrency=4)
 
 class Slow(Echo):
     async def sample(self, messages, sampling):
@@ -345,7 +363,7 @@ class Slow(Echo):
             await asyncio.Event().wait()
         return await super().sample(messages, sampling)
 
-generate(Path(sys.argv[1]), teacher=Slow(), out=Path(sys.argv[2]), concurrency=4)
+generate(Path(sys.argv[1]), teacher=Slow(), out=Path(sys.argv[2]), settings=SETTINGS)
 """
 
 
@@ -372,8 +390,10 @@ def test_after_kill_9_only_the_requests_in_flight_are_asked_again(
 _INTERRUPTED = """
 import asyncio, signal, sys
 from pathlib import Path
-from distill_datasets.generation.run import generate
+from distill_datasets import GenerateSettings, generate
 from distill_datasets.models.sampler import Echo
+
+SETTINGS = GenerateSettings(concurrency=4)
 
 class Held(Echo):
     said = False
@@ -391,7 +411,7 @@ def interrupt(number, frame):
     raise KeyboardInterrupt
 
 signal.signal(signal.SIGINT, interrupt)  # a parent in the background hands down a deaf ear
-generate(Path(sys.argv[1]), teacher=Held(), out=Path(sys.argv[2]), concurrency=4)
+generate(Path(sys.argv[1]), teacher=Held(), out=Path(sys.argv[2]), settings=SETTINGS)
 """
 
 

@@ -10,6 +10,7 @@ from pyarrow.parquet import read_table
 from distill_datasets.errors import DatasetError, OutputError, RecipeError
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.run import generate
+from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
 from distill_datasets.models.sampler import Echo
 from distill_datasets.recipes.loading import load_recipe
@@ -144,7 +145,13 @@ def test_parts_of_different_teachers_are_refused(recipe: Recipe, tmp_path: Path)
 
 def test_parts_of_different_queries_are_refused(recipe: Recipe, tmp_path: Path) -> None:
     in_parts(recipe, tmp_path / "run", [1], 2)
-    generate(recipe, teacher=Echo(), out=tmp_path / "run", share=Share(2, 2), limit=20)
+    generate(
+        recipe,
+        teacher=Echo(),
+        out=tmp_path / "run",
+        share=Share(2, 2),
+        settings=GenerateSettings(limit=20),
+    )
     with pytest.raises(DatasetError, match="other queries or with another --limit"):
         publish(tmp_path / "run")
 

@@ -1,0 +1,51 @@
+"""How answers are asked for: how fast, how many, and by which way."""
+
+from dataclasses import dataclass
+
+from distill_datasets.generation.rate_limit import Limits
+from distill_datasets.settings import check, setting
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """What `generate` takes beside the recipe; none of it changes an answer.
+
+    `GenerateSettings(concurrency=64, requests_per_minute=500)` asks a small endpoint. With
+    `processes`, a Tinker teacher's requests are made by so many, since a client keeps one core
+    busy. With `stream`, every answer that is bought is journaled with the time to its first
+    token. With `batch`, answers come out of the provider's batches, where it has them.
+    """
+
+    concurrency: int = setting(
+        256, "most requests in flight to each teacher", group="speed", at_least=1
+    )
+    requests_per_minute: float | None = setting(
+        None, "most requests a minute", group="speed", flag="rpm", above=0, unset="no limit"
+    )
+    tokens_per_minute: float | None = setting(
+        None, "most tokens a minute", group="speed", flag="tpm", above=0, unset="no limit"
+    )
+    processes: int = setting(
+        1, "processes that make a Tinker teacher's requests", group="speed", at_least=1
+    )
+    limit: int | None = setting(None, "ask only the first N queries", at_least=1, unset="all")
+    ledger: bool = setting(
+        True, "buy every answer again, also where a release's ledger has it; publish without one"
+    )
+    stream: bool = setting(
+        False, "stream answers, and journal the time to the first token", group="ways"
+    )
+    batch: bool = setting(False, "buy in the provider's batches, at half price", group="ways")
+    poll: float = setting(
+        60.0, "with --batch, seconds between two looks at the batches", group="ways", at_least=0
+    )
+    wait: bool = setting(True, "with --batch, don't stay until the batches end", group="ways")
+
+    def __post_init__(self) -> None:
+        """Raises `SettingsError` for a value out of its range."""
+        check(self)
+
+    @property
+    def limits(self) -> Limits:
+        """How fast each teacher may be asked."""
+        return Limits(self.concurrency, self.requests_per_minute, self.tokens_per_minute)
