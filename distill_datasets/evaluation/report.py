@@ -147,7 +147,7 @@ def _internalisation(
     held_out: HeldOut, systems: Mapping[str, Answerer], rows: "Dataset"
 ) -> dict[str, Any] | None:
     """The score over the teacher's usable answers; None where a system can't score given text."""
-    from distill_datasets.training.internalisation import Answered, measure_internalisation
+    from distill_datasets.training.internalisation import TeacherAnswer, measure_internalisation
 
     connections = {
         name: system.sampler.connection
@@ -156,7 +156,7 @@ def _internalisation(
     }
     recipe = held_out.recipe
     answers = [
-        Answered.to(recipe, row, row["raw"], recipe.write_response(row["raw"], row["answer"]))
+        TeacherAnswer.to(recipe, row, row["raw"], recipe.write_response(row["raw"], row["answer"]))
         for row in rows
         if row["answer"] is not None
     ]

@@ -1,4 +1,8 @@
-"""How much of the prompt is in the weights: one number from likelihoods, with no judge."""
+"""How much of the prompt is in the weights: one number from likelihoods, with no judge.
+
+(NLL_base - NLL_student) / (NLL_base - NLL_teacher), per response token, over the teacher's own
+answers: 0 is the base without the prompt, 1 the teacher with it. Nothing is clipped.
+"""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.statistics import Estimate, resamples
+from distill_datasets.models.scoring import likelihoods
+from distill_datasets.statistics import Estimate, Floats, resamples
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
@@ -20,8 +25,8 @@ _LEAST = 1e-4  # nats a token between base and teacher: servers round log-probab
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """What the student stands between, on the same rows in the same order.
+class ReferenceLikelihoods:
+    """The two ends of the score, on the same rows in the same order.
 
     `base` and `teacher` are negative log-likelihoods in nats, each summed over a row's answer:
     the base without the prompt, the teacher with it. `tokens` are those of the answer as the
@@ -35,8 +40,8 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One answer of the teacher: what it saw and said, and what the student shall say instead."""
+class TeacherAnswer:
+    """One answer of the teacher: what it read and said, and what the student is to say instead."""
 
     group: str
     asked: "Sequence[Message]"
@@ -46,7 +51,7 @@ class Answered:
 
     @classmethod
     def to(cls, recipe: "Recipe", row: "Mapping[str, Any]", said: str, response: str) -> Self:
-        """What was said to a row's query, and what the student shall say."""
+        """What was said to a row's query, and what the student is to say."""
         query = row["query"]
         return cls(
             row["group"], recipe.messages(query), said, recipe.student_messages(query), response
@@ -59,23 +64,21 @@ class Answered:
 
     @property
     def learned(self) -> "list[Message]":
-        """The conversation as the student shall have it."""
+        """The conversation as the student is to have it."""
         return [*self.query, {"role": "assistant", "content": self.response}]
 
 
-def measure_bounds(
-    answers: Sequence[Answered], *, base: "Connection", teacher: "Connection"
-) -> Bounds:
+def reference_likelihoods(
+    answers: Sequence[TeacherAnswer], *, base: "Connection", teacher: "Connection"
+) -> ReferenceLikelihoods:
     """Ask both how likely they find the teacher's answers; costs two requests an answer.
 
     Where a recipe rewrites what the teacher says, the teacher is asked about its own words: it
     gives the answer at least that likelihood.
     """
-    from distill_datasets.models.scoring import likelihoods
-
     without = likelihoods(base, [one.learned for one in answers], title="base's likelihood")
     taught = likelihoods(teacher, [one.taught for one in answers], title="teacher's likelihood")
-    return Bounds(
+    return ReferenceLikelihoods(
         groups=[one.group for one in answers],
         tokens=[one.tokens for one in without],
         base=[one.nats for one in without],
@@ -84,41 +87,38 @@ def measure_bounds(
 
 
 def measure_internalisation(
-    answers: Sequence[Answered], connections: "Mapping[str, Connection]"
+    answers: Sequence[TeacherAnswer], connections: "Mapping[str, Connection]"
 ) -> dict[str, Any] | None:
     """The score of `connections` "student" between "base" and "teacher", with its interval.
 
     Besides, every system's nats a response token; costs three requests an answer. None where the
     score is not defined; a line on standard error says why.
     """
-    from distill_datasets.models.scoring import likelihoods
-
-    bounds = measure_bounds(answers, base=connections["base"], teacher=connections["teacher"])
+    ends = reference_likelihoods(answers, base=connections["base"], teacher=connections["teacher"])
     learned = [one.learned for one in answers]
     found = likelihoods(connections["student"], learned, title="student's likelihood")
     student = [one.nats for one in found]
-    systems = {"base": bounds.base, "teacher": bounds.teacher, "student": student}
+    systems = {"base": ends.base, "teacher": ends.teacher, "student": student}
     try:
-        score = internalisation(student, bounds)
+        score = internalisation(student, ends)
     except DatasetError as error:
         print(f"measure: {error}", file=sys.stderr)
         return None
     return {
         **score.interval(),
         "rows": len(answers),
-        "nats_per_token": {name: per_token(nats, bounds) for name, nats in systems.items()},
+        "nats_per_token": {name: per_token(nats, ends) for name, nats in systems.items()},
     }
 
 
-def internalisation(student: Sequence[float], bounds: Bounds) -> Estimate:
-    """(NLL_base - NLL_student) / (NLL_base - NLL_teacher), per response token, over all rows.
+def internalisation(student: Sequence[float], ends: ReferenceLikelihoods) -> Estimate:
+    """The score of a student's negative log-likelihoods, with its bootstrap over groups.
 
-    0 is the base, 1 the teacher with its prompt; nothing is clipped, so that a student that is
-    surer than its teacher is above 1. Raises `DatasetError` where the teacher finds the answers no
-    likelier than the base: there is nothing to internalise.
+    Raises `DatasetError` for no answers, and where the prompt makes them no likelier than the
+    base finds them: there is nothing to internalise.
     """
-    nats = np.array([bounds.base, student, bounds.teacher], dtype=np.float64)
-    tokens = np.asarray(bounds.tokens, dtype=np.float64)
+    nats = np.array([ends.base, student, ends.teacher], dtype=np.float64)
+    tokens = np.asarray(ends.tokens, dtype=np.float64)
     if not tokens.sum() > 0:
         raise DatasetError("There are no answers to compute the internalisation score on.")
     base, _, teacher = nats.sum(axis=1) / tokens.sum()
@@ -127,17 +127,17 @@ def internalisation(student: Sequence[float], bounds: Bounds) -> Estimate:
             "The internalisation score is not defined: expected answers that the prompt makes "
             f"likelier; found {base:.4f} nats a token without it, and {teacher:.4f} with it."
         )
-    draws = [_score(weights, nats) for weights in resamples(bounds.groups, _RESAMPLES)]
+    draws = [_score(weights, nats) for weights in resamples(ends.groups, _RESAMPLES)]
     whole = np.ones((1, len(tokens)))
     return Estimate(float(_score(whole, nats)[0]), np.concatenate(draws))
 
 
-def per_token(nats: Sequence[float], bounds: Bounds) -> float:
+def per_token(nats: Sequence[float], ends: ReferenceLikelihoods) -> float:
     """A system's mean negative log-likelihood, in nats a response token."""
-    return float(np.sum(nats) / np.sum(bounds.tokens))
+    return float(np.sum(nats) / np.sum(ends.tokens))
 
 
-def _score(weights: np.ndarray, nats: np.ndarray) -> np.ndarray:
-    base, student, teacher = weights @ nats.T[:, 0], weights @ nats.T[:, 1], weights @ nats.T[:, 2]
+def _score(weights: Floats, nats: Floats) -> Floats:
+    base, student, teacher = (weights @ nats.T).T
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray((base - student) / (base - teacher))

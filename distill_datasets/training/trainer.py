@@ -19,7 +19,7 @@ from distill_datasets.training.training_run import Run, prepare_run
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
     from distill_datasets.training.in_flight import InFlight
-    from distill_datasets.training.objectives.producers import Lesson
+    from distill_datasets.training.objectives import TrainingTask
     from distill_datasets.training.predecessor import Predecessor
     from distill_datasets.training.validation import Validator
 
@@ -35,7 +35,7 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     resume: str | None = None,
     start: str | Path | None = None,
     only_new: bool = False,
-    validators: "Sequence[Callable[[Lesson, Rendered], Validator]]" = (),
+    validators: "Sequence[Callable[[TrainingTask, Rendered], Validator]]" = (),
 ) -> Training:
     """Train a student on a release, a folder, a file, or a Hub dataset `name@revision`.
 
@@ -73,32 +73,32 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
             run, found = prepare_run(splits, connection, source, settings, folder)
             config = {**request, **found, "dataset": {**request["dataset"], **found["dataset"]}}
             done = _start(run, connection, config, splits["train"], before)
-            _learn(run, _lesson(run, connection, before), done, validators)
+            _learn(run, _task(run, connection, before), done, validators)
         folder.draw()
         return read_result(folder, settings)
 
 
 def _learn(
     run: Run,
-    lesson: "Lesson",
+    task: "TrainingTask",
     start: int,
-    validators: "Sequence[Callable[[Lesson, Rendered], Validator]]",
+    validators: "Sequence[Callable[[TrainingTask, Rendered], Validator]]",
 ) -> None:
     """The loop. Batches are always queued behind the one that is being learned."""
-    from distill_datasets.training.objectives.choice import producer_for
+    from distill_datasets.training.objectives import open_objective
 
     steps = run.steps[start:]
-    with closing(producer_for(lesson)) as producer, _flight(run, lesson, validators) as flight:
+    with closing(open_objective(task)) as objective, _flight(run, task, validators) as flight:
         if start and run.schedule.measures(start) and not run.folder.measured(start):
             flight.save(run.steps[start - 1])
-        producer.prepare(steps[0])
+        objective.prepare(steps[0])
         for step, coming in zip_longest(steps, steps[1:]):
             if flight.exhausted():
                 break
             # After a save a continued run has nothing prepared: nor must this one.
             if coming and not run.schedule.saves(step.number):
-                producer.prepare(coming)
-            flight.learn(step, producer.submit(step))
+                objective.prepare(coming)
+            flight.learn(step, objective.submit(step))
             if run.schedule.saves(step.number):
                 flight.save(step)
             flight.settle(run.settings.ahead)
@@ -108,14 +108,16 @@ def _learn(
 
 @contextmanager
 def _flight(
-    run: Run, lesson: "Lesson", validators: "Sequence[Callable[[Lesson, Rendered], Validator]]"
+    run: Run,
+    task: "TrainingTask",
+    validators: "Sequence[Callable[[TrainingTask, Rendered], Validator]]",
 ) -> "Iterator[InFlight]":
     from distill_datasets.training.checkpoints import describe
     from distill_datasets.training.in_flight import Desk, InFlight
     from distill_datasets.training.validation import open_validators
 
     config = run.folder.config or {}
-    measures = open_validators(lesson, run.validation, validators)
+    measures = open_validators(task, run.validation, validators)
     done = run.folder.checkpoints[-1].step if run.folder.checkpoints else 0
     with (
         closing(open_tracker(run.settings.track, run.folder.path, config)) as tracker,
@@ -123,7 +125,7 @@ def _flight(
     ):
         progress.advance(0, note=f"the loss weighs {config['normalization']}")
         desk = Desk(
-            student=lesson.student,
+            student=task.student,
             folder=run.folder,
             settings=run.settings,
             schedule=run.schedule,
@@ -218,10 +220,10 @@ def _resumable(out: str | Path) -> Iterator[None]:
         raise
 
 
-def _lesson(run: Run, connection: "Connection", before: "Predecessor | None") -> "Lesson":
+def _task(run: Run, connection: "Connection", before: "Predecessor | None") -> "TrainingTask":
     """Opens the student: new, with another's weights, or as the last checkpoint left it."""
     from distill_datasets.training.checkpoints import describe
-    from distill_datasets.training.objectives.producers import Lesson
+    from distill_datasets.training.objectives import TrainingTask
     from distill_datasets.training.student import Adapted, Student
 
     settings, metadata = run.settings, describe(run.folder.config or {})
@@ -239,4 +241,4 @@ def _lesson(run: Run, connection: "Connection", before: "Predecessor | None") ->
             unembed=settings.train_unembed,
         )
         student = Student.create(connection, adapted, metadata)
-    return Lesson(student, run.train, run.source, settings, run.folder.path)
+    return TrainingTask(student, run.train, run.source, settings, run.folder.path)

@@ -1,24 +1,55 @@
-"""What is measured on the validation rows while training, to choose the best checkpoint by."""
+"""What is measured on the validation rows while training, to choose the best checkpoint by.
+
+The loss, accuracy, and internalisation, whose two ends (how likely base and teacher find the
+teacher's answers) are measured once.
+"""
 
 import asyncio
+import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from distill_datasets.errors import SettingsError
-from distill_datasets.models.sampler import Sampling
+from distill_datasets.errors import (
+    DatasetError,
+    HubError,
+    ModelError,
+    RecipeError,
+    ServiceError,
+    SettingsError,
+)
+from distill_datasets.files import write_file
+from distill_datasets.generation.ledger import LEDGER, find_replies
+from distill_datasets.models.sampler import Sampling, digest, request_digest
 from distill_datasets.schema import Message
 from distill_datasets.training.batches import bits_per_byte
-from distill_datasets.training.data import Rendered
+from distill_datasets.training.data import Rendered, cache_folder
+from distill_datasets.training.internalisation import (
+    ReferenceLikelihoods,
+    TeacherAnswer,
+    internalisation,
+    reference_likelihoods,
+)
+from distill_datasets.training.objectives import TrainingTask
+from distill_datasets.training.objectives.teacher import (
+    TeacherPrompts,
+    connect_teacher,
+    read_teacher_prompts,
+)
 from distill_datasets.training.selection import VALIDATION_LOSS
 from distill_datasets.training.student import PendingLoss, PendingSave, Student
 
 if TYPE_CHECKING:
-    from distill_datasets.training.internalisation import Bounds
-    from distill_datasets.training.objectives.producers import Lesson
+    from distill_datasets.models.connection import Connection
 
 _SLACK = 8  # tokens that an answer may be longer than the longest response, to be seen as other
 _AT_ONCE = 256  # requests
+_FILE = "bounds.json"  # in the training's folder, so that a rerun asks nobody
+_VERSION = 1  # of what is cached: raise it when the likelihoods come out differently
+_COLUMNS = ("query", "sample", "response", "group")
 
 
 class PendingScores(Protocol):
@@ -40,20 +71,22 @@ class Validator(Protocol):
 class LossValidator:
     """The loss per response token, in nats."""
 
-    def __init__(self, rows: Rendered, batch_size: int, bounds: "Bounds | None" = None) -> None:
-        """Measured in batches of that many rows; with `bounds`, also as internalisation."""
+    def __init__(
+        self, rows: Rendered, batch_size: int, ends: ReferenceLikelihoods | None = None
+    ) -> None:
+        """Measured in batches of that many rows; with `ends`, also as internalisation."""
         self._batches = list(rows.batches(batch_size))
         self._bytes = sum(one.bytes for batch in self._batches for one in batch)
-        self._bounds = bounds
+        self._ends = ends
 
     def submit(self, student: Student, save: PendingSave) -> PendingScores:
         """Queued behind the steps."""
-        return _Loss(student.loss(self._batches), self._bytes, self._bounds)
+        return _Loss(student.loss(self._batches), self._bytes, self._ends)
 
 
 class _Loss:
-    def __init__(self, pending: PendingLoss, size: int, bounds: "Bounds | None") -> None:
-        self._pending, self._bytes, self._bounds = pending, size, bounds
+    def __init__(self, pending: PendingLoss, size: int, ends: ReferenceLikelihoods | None) -> None:
+        self._pending, self._bytes, self._ends = pending, size, ends
 
     def result(self) -> Mapping[str, float]:
         rows = self._pending.rows()
@@ -61,15 +94,13 @@ class _Loss:
         loss = sum(row.nll for row in rows) / tokens
         bits = bits_per_byte(loss, tokens, self._bytes)
         found = {VALIDATION_LOSS: loss} | ({"validation_bits_per_byte": bits} if bits else {})
-        return found | _internalised([row.nll for row in rows], self._bounds)
+        return found | _internalised([row.nll for row in rows], self._ends)
 
 
-def _internalised(nats: Sequence[float], bounds: "Bounds | None") -> dict[str, float]:
-    if bounds is None:
+def _internalised(nats: Sequence[float], ends: ReferenceLikelihoods | None) -> dict[str, float]:
+    if ends is None:
         return {}
-    from distill_datasets.training.internalisation import internalisation
-
-    interval = internalisation(nats, bounds).interval()
+    interval = internalisation(nats, ends).interval()
     names = {"value": "", "low": "_low", "high": "_high"}
     return {f"internalisation{names[name]}": one for name, one in interval.items()}
 
@@ -112,23 +143,103 @@ class AccuracyValidator:
 
 
 def open_validators(
-    lesson: "Lesson",
+    task: TrainingTask,
     rows: Rendered | None,
-    more: "Sequence[Callable[[Lesson, Rendered], Validator]]" = (),
+    more: Sequence[Callable[[TrainingTask, Rendered], Validator]] = (),
 ) -> list[Validator]:
     """Everything that is measured on the validation rows, nothing without any.
 
-    Raises `SettingsError` where the best checkpoint shall be chosen by what can't be measured.
+    Raises `SettingsError` where the best checkpoint is to be chosen by what can't be measured.
     """
-    from distill_datasets.training.validation_bounds import validation_bounds
-
     if rows is None:
         return []
-    settings = lesson.settings
-    bounds = validation_bounds(lesson, rows) if settings.internalisation else None
-    if bounds is None and settings.select == "internalisation":
+    settings = task.settings
+    ends = validation_likelihoods(task, rows) if settings.internalisation else None
+    if ends is None and settings.select == "internalisation":
         raise SettingsError("select can't be internalisation here: there is no such score.")
-    found: list[Validator] = [LossValidator(rows, settings.batch_size, bounds)]
+    found: list[Validator] = [LossValidator(rows, settings.batch_size, ends)]
     if settings.select == "accuracy":
         found.append(AccuracyValidator(rows))
-    return [*found, *(make(lesson, rows) for make in more)]
+    return [*found, *(make(task, rows) for make in more)]
+
+
+def validation_likelihoods(task: TrainingTask, rows: Rendered) -> ReferenceLikelihoods | None:
+    """How likely base and teacher find the teacher's answers to the validation rows.
+
+    Its own words come from the release's ledger. None where there is no score: the dataset is no
+    release or lacks what its teacher said, its teacher can't score, or the prompt changes nothing;
+    a line on standard error says why.
+    Costs two requests a row, and nothing in a folder where they were made, or where another
+    training on this machine has asked the same models about the same answers.
+    """
+    file = task.folder / _FILE
+    if known := _known(file):
+        return known
+    try:
+        prompts = read_teacher_prompts(task, (LEDGER,))
+        answers = _answers(task, prompts, rows)
+        teacher = connect_teacher(task, prompts)
+        ends = _cached(answers, base=task.student.connection, teacher=teacher)
+        internalisation(ends.base, ends)  # no score is defined between equal ends
+    except (DatasetError, RecipeError, ModelError, ServiceError, HubError) as error:
+        print(f"train: no internalisation score: {error}", file=sys.stderr)
+        return None
+    _write(file, ends)
+    return ends
+
+
+def _cached(
+    answers: Sequence[TeacherAnswer], *, base: "Connection", teacher: "Connection"
+) -> ReferenceLikelihoods:
+    asked = [_VERSION, base.identity, teacher.identity, *map(asdict, answers)]
+    cached = cache_folder() / f"bounds-{digest(asked)[:32]}.json"
+    if known := _known(cached):
+        return known
+    ends = reference_likelihoods(answers, base=base, teacher=teacher)
+    _write(cached, ends)
+    return ends
+
+
+def _answers(task: TrainingTask, prompts: TeacherPrompts, rows: Rendered) -> list[TeacherAnswer]:
+    if missing := sorted({*_COLUMNS} - {*rows.plain.column_names}):
+        raise DatasetError(f"{prompts.where!r} lacks a release's columns {missing}.")
+    kept = rows.plain.select_columns(list(_COLUMNS)).select(rows.kept).to_list()
+    said = _said(task, prompts, [(row["query"], row["sample"]) for row in kept])
+    found = []
+    for row, text in zip(kept, said, strict=True):
+        if text is None and not prompts.says(row["response"]):
+            raise DatasetError(
+                f"the ledger of {prompts.where!r} doesn't hold what its teacher said to "
+                f"{row['query'][:80]!r}. Publish with the ledger to have the score."
+            )
+        response = row["response"]
+        found.append(TeacherAnswer.to(prompts.recipe, row, text or response, response))
+    return found
+
+
+def _said(
+    task: TrainingTask, prompts: TeacherPrompts, asked: Sequence[tuple[str, int]]
+) -> list[str | None]:
+    """The teacher's own words for queries and sample numbers, where the ledger holds them."""
+    recipe, identity = prompts.recipe, task.source.manifest.get("identity")
+    if recipe.teachers or not identity:
+        return [None] * len(asked)
+    sampling = recipe.sampling_parameters
+    keys = [request_digest(identity, recipe.messages(query), sampling) for query, _ in asked]
+    replies = find_replies(prompts.folder, set(keys))
+    return [
+        replies[key].samples[sample].text if key in replies else None
+        for key, (_, sample) in zip(keys, asked, strict=True)
+    ]
+
+
+def _known(file: Path) -> ReferenceLikelihoods | None:
+    """What was measured before; None where nothing was, or where the file is damaged."""
+    try:
+        return ReferenceLikelihoods(**json.loads(file.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _write(file: Path, ends: ReferenceLikelihoods) -> None:
+    write_file(file, json.dumps(asdict(ends)) + "\n")

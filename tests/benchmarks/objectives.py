@@ -33,7 +33,7 @@ from distill_datasets.models.scoring import Scorer, likelihoods
 from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
-from distill_datasets.training.internalisation import Bounds, internalisation
+from distill_datasets.training.internalisation import ReferenceLikelihoods, internalisation
 from distill_datasets.training.objective_settings import ObjectiveSettings
 
 STEPS = 60
@@ -141,7 +141,8 @@ def run(
         "accuracy": share(said, rows["reference"]),
         "agreement": share(said, rows["answer"]),
         "internalisation": internalisation(
-            nats, Bounds(rows["group"], known["tokens"], known["base"], known["teacher"])
+            nats,
+            ReferenceLikelihoods(rows["group"], known["tokens"], known["base"], known["teacher"]),
         ).value,
         "forgetting": unrelated_loss(student) - known["unrelated"],
         "seconds": seconds,

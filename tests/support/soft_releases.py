@@ -9,7 +9,7 @@ from distill_datasets.models.sampler import Logprobs, Reply, Sample, Usage, requ
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.release import publish
 from distill_datasets.training.data import locate, open_splits
-from distill_datasets.training.objectives.producers import Lesson
+from distill_datasets.training.objectives import TrainingTask
 from distill_datasets.training.student import Adapted, Student
 from distill_datasets.training.trainer import TrainSettings
 from tests.support.training_runs import LANGUAGES
@@ -68,8 +68,8 @@ def said(connection: Connection, recipe: Recipe, text: str) -> Reply:
     return Reply((Sample(text, "stop", len(tokens), logprobs=logprobs),), Usage(20, 0))
 
 
-def lesson(dataset: Path, model: str, folder: Path, settings: TrainSettings) -> Lesson:
-    """What a producer of lessons begins with: a new student, and the rows to train on."""
+def training_task(dataset: Path, model: str, folder: Path, settings: TrainSettings) -> TrainingTask:
+    """What an objective begins with: a new student, and the rows to train on."""
     source, connection = locate(dataset), connect(model)
     rows = open_splits(source, settings)["train"].render(connection, 512)
-    return Lesson(Student.create(connection, Adapted(rank=4)), rows, source, settings, folder)
+    return TrainingTask(Student.create(connection, Adapted(rank=4)), rows, source, settings, folder)

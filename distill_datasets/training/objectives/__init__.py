@@ -1,1 +1,96 @@
-"""What a step learns: responses, the teacher's probabilities, or its corrections."""
+"""What a training step learns: responses, the teacher's probabilities, or its corrections.
+
+The training loop knows the steps; an objective knows what to learn in one:
+
+    objective.prepare(step)   # for the first step, and for each while the one before is learned
+    objective.submit(step)    # -> PendingStep, whose result() is a Learned
+
+Both come in the order of the steps, on the loop's thread, and avoid waiting for the server, since
+several steps are queued there. `submit` builds a `Batch` (datums, the server's loss for them, a
+reader of its outputs) and hands it to `Student.learn`. Where a step needs more than that, such as
+samples or a teacher's scores, `prepare` starts it with the weights after the steps submitted so
+far. `Learned.extra` goes to metrics.jsonl as it is.
+
+A run that is killed goes on from a checkpoint with a new objective: what it does for a step
+depends on the step, the settings and the student's weights, never on what it did before.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from distill_datasets.training.batches import Update, supervised_batch
+from distill_datasets.training.data import Rendered, Source
+from distill_datasets.training.schedule import Step
+from distill_datasets.training.settings import TrainSettings
+from distill_datasets.training.student import PendingStep, Student
+
+
+class Objective(Protocol):
+    """Turns a step of the schedule into a learned batch."""
+
+    def prepare(self, step: Step) -> None:
+        """Start what a coming step needs, in the background."""
+
+    def submit(self, step: Step) -> PendingStep:
+        """Send what this step learns; returns before it is learned."""
+        ...
+
+    def close(self) -> None:
+        """Leave nothing running; called at the end, however that came."""
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """What an objective works with: a student, its training rows, and how they are learned.
+
+    `rows` are those that are short enough, `source` is the dataset that they are from. `folder` is
+    the training's own, for what outlives a killed run.
+    """
+
+    student: Student
+    rows: Rendered
+    source: Source
+    settings: TrainSettings
+    folder: Path
+
+    def update(self, step: Step) -> Update:
+        """Adam's settings for a step."""
+        return Update(step.learning_rate, self.settings.weight_decay, self.settings.grad_clip)
+
+
+class SupervisedObjective:
+    """Learns the dataset's own responses ("sft")."""
+
+    def __init__(self, task: TrainingTask) -> None:
+        """Everything is rendered already."""
+        self._task = task
+
+    def prepare(self, step: Step) -> None:
+        """Nothing to start."""
+
+    def submit(self, step: Step) -> PendingStep:
+        """Learn the step's rows."""
+        examples = self._task.rows.examples(step.places)
+        batch = supervised_batch(examples, self._task.settings.normalization)
+        return self._task.student.learn(batch, self._task.update(step))
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+def open_objective(task: TrainingTask) -> Objective:
+    """The objective that the settings name.
+
+    "soft" and "on_policy" read the recipe in the release and connect to its teacher: they raise
+    `DatasetError` or `ModelError` where that can't be.
+    """
+    if task.settings.objective.name == "soft":
+        from distill_datasets.training.objectives.soft import SoftObjective
+
+        return SoftObjective(task)
+    if task.settings.objective.name == "on_policy":
+        from distill_datasets.training.objectives.on_policy import OnPolicyObjective
+
+        return OnPolicyObjective(task)
+    return SupervisedObjective(task)

@@ -1,8 +1,18 @@
-"""Closed answer sets under a teacher's prompt: how likely is each label in the answer's place?"""
+"""Closed answer sets: how likely the teacher finds each label in its answer's place.
 
+A label is a sequence of tokens. Where several begin alike, its probability is a product over the
+places of the tree that they form; what the student learns at a place is the share of each next
+token among the labels that are still possible there.
+"""
+
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from distill_datasets.errors import DatasetError, GenerationError
 from distill_datasets.generation.cache import Journal
@@ -11,26 +21,21 @@ from distill_datasets.generation.ledger import restore
 from distill_datasets.generation.rows import ask
 from distill_datasets.generation.teachers import PromptedModel
 from distill_datasets.models.scoring import Scorer, SoftLabels, split_conversation
-from distill_datasets.training.objectives.label_tree import (
-    Tokens,
-    children,
-    diverging,
-    label_logprobs,
-    label_targets,
-    paths,
-)
-from distill_datasets.training.objectives.producers import Lesson
-from distill_datasets.training.objectives.soft_rows import (
-    Scoring,
-    SoftRow,
+from distill_datasets.training.objectives import TrainingTask
+from distill_datasets.training.objectives.teacher import (
+    LabelRequest,
+    ReleasedRow,
+    TeacherPrompts,
+    prompt_tokens,
     score_key,
 )
-from distill_datasets.training.objectives.teacher import TeacherPrompts, prompt_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from distill_datasets.models.connection import Connection
+
+Tokens = tuple[int, ...]
 
 
 class LabelScorer:
@@ -49,8 +54,8 @@ class LabelScorer:
         self._said = lru_cache(maxsize=4096)(lambda text: spoken_tokens(teacher, text))
         self._written = lru_cache(maxsize=4096)(lambda text: spoken_tokens(student, text))
 
-    def scoring(self, row: SoftRow, text: str) -> Scoring:
-        """How a row is scored, in whose answer's place the teacher said `text`.
+    def request(self, row: ReleasedRow, text: str) -> LabelRequest:
+        """How to ask for a row's labels, where the teacher itself said `text`.
 
         Raises `DatasetError` for a row whose response is none of the choices.
         """
@@ -67,7 +72,7 @@ class LabelScorer:
             finish = self._start(prompt, spoken)
             return lambda: label_targets(row.tokens, responses, finish())
 
-        return Scoring(key, start)
+        return LabelRequest(key, start)
 
     def _start(self, prompt: list[int], spoken: Sequence[Tokens]) -> Callable[[], Any]:
         shared, labels = diverging(spoken)
@@ -89,19 +94,19 @@ class LabelScorer:
 
 
 def spoken_tokens(connection: "Connection", text: str) -> Tokens:
-    """A response as a model says it, the end of its turn included."""
+    """A response as a model says it, the token that ends it included."""
     turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": text}]
     _, spoken = split_conversation(connection, turns)
     return tuple(spoken)
 
 
 def teacher_texts(
-    lesson: Lesson, teacher: "Connection", prompts: TeacherPrompts, rows: "Dataset"
+    task: TrainingTask, teacher: "Connection", prompts: TeacherPrompts, rows: "Dataset"
 ) -> dict[tuple[str, str], str]:
     """What the teacher said, by query and response, from the release's ledger where it has one.
 
     Elsewhere it is asked again, once: the answers are journaled in the training's folder. Raises
-    `DatasetError` where it answers otherwise now.
+    `DatasetError` where it answers otherwise than before.
     """
     from distill_datasets.models.tinker import TinkerSampler
 
@@ -113,7 +118,7 @@ def teacher_texts(
         recipe.teacher_reader,
         recipe.write_response,
     )
-    with Journal(lesson.folder / "journal.sqlite") as journal:
+    with Journal(task.folder / "journal.sqlite") as journal:
         restore(prompts.folder, journal)
         answers = ask(_queries(rows), prompted, CachedClient(journal), title="teacher's words")
     if failed := [error for error in answers["error"] if error]:
@@ -164,3 +169,94 @@ def _outside(query: str, response: str, known: Sequence[str], where: str) -> Dat
         f"{list(known)[:20]}, found {response!r} for {query[:80]!r}. Mend the recipe's choices, "
         "or train with labels='scored'."
     )
+
+
+def diverging(sequences: Sequence[Sequence[int]]) -> tuple[Tokens, list[Tokens]]:
+    """What all sequences begin with, and the rest of each without what all end with.
+
+    No rest is the beginning of another: of a common end as much stays as that takes. The
+    sequences must be different.
+    """
+    shared = tuple(_alike(sequences))
+    rests = [tuple(sequence[len(shared) :]) for sequence in sequences]
+    cut = len(list(_alike([rest[::-1] for rest in rests])))
+    while cut and not _tells_apart([rest[:-cut] for rest in rests]):
+        cut -= 1
+    return shared, [rest[: len(rest) - cut] for rest in rests]
+
+
+def _alike(sequences: Sequence[Sequence[int]]) -> list[int]:
+    columns = zip(*sequences, strict=False)
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+
+
+def _tells_apart(rests: Sequence[Tokens]) -> bool:
+    beginnings = {rest[:length] for rest in rests for length in range(len(rest))}
+    return len(set(rests)) == len(rests) and not beginnings & set(rests) and () not in rests
+
+
+def children(labels: Sequence[Tokens]) -> dict[Tokens, list[int]]:
+    """The tokens that may follow each beginning of a label, in the order of the labels."""
+    found: dict[Tokens, dict[int, None]] = {}
+    for label in labels:
+        for place, token in enumerate(label):
+            found.setdefault(label[:place], {})[token] = None
+    return {beginning: list(tokens) for beginning, tokens in found.items()}
+
+
+def paths(labels: Sequence[Tokens]) -> list[Tokens]:
+    """The fewest beginnings that a model must read to have passed every place of the tree."""
+    inner = {label[:-1] for label in labels}
+    return sorted(
+        path for path in inner if not any(path == other[: len(path)] != other for other in inner)
+    )
+
+
+def label_logprobs(
+    labels: Sequence[Tokens], places: Mapping[Tokens, Mapping[int, float]]
+) -> NDArray[np.float64]:
+    """Of whole labels, given those of the tokens at each place; not renormalised."""
+    return np.array(
+        [
+            sum(places[label[:place]][token] for place, token in enumerate(label))
+            for label in labels
+        ],
+        np.float64,
+    )
+
+
+def label_targets(
+    response: Sequence[int], labels: Sequence[Sequence[int]], logprobs: NDArray[np.float64]
+) -> SoftLabels:
+    """What to learn at each place of a response that is one of the labels, written out.
+
+    `logprobs` are the teacher's of each label; `kept` is what it gives all of them together.
+    """
+    places = [_next_tokens(response[:place], labels, logprobs) for place in range(len(response))]
+    width = max(map(len, places))
+    ids = np.zeros((len(response), width), np.int32)
+    found = np.full((len(response), width), -np.inf)
+    for place, tokens in enumerate(places):
+        total = sum(tokens.values())
+        ranked = sorted(tokens, key=lambda token: (-tokens[token], token))
+        ids[place, : len(ranked)] = ranked
+        with np.errstate(divide="ignore"):  # what the teacher rules out stays ruled out
+            found[place, : len(ranked)] = np.log([tokens[token] / total for token in ranked])
+    kept = float(np.exp(logprobs).sum())
+    return SoftLabels(np.asarray(response, np.int32), ids, found.astype(np.float16), kept)
+
+
+def _next_tokens(
+    beginning: Sequence[int], labels: Sequence[Sequence[int]], logprobs: NDArray[np.float64]
+) -> dict[int, float]:
+    start, length = tuple(beginning), len(beginning)
+    possible = [
+        (label[length], logprob)
+        for label, logprob in zip(labels, logprobs.tolist(), strict=True)
+        if len(label) > length and tuple(label[:length]) == start
+    ]
+    best = max(logprob for _, logprob in possible)
+    found: dict[int, float] = {}
+    for token, logprob in possible:
+        found[token] = found.get(token, 0.0) + math.exp(logprob - best)
+    return found

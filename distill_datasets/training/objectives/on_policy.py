@@ -5,7 +5,7 @@ credited to earlier tokens. With the reverse KL the student learns, at each plac
 the gradient of the divergence over its own likeliest tokens; or, over the sampled token alone, a
 one-sample estimate by policy gradients, where a token's advantage is the teacher's log-probability
 of it less the student's own, and importance sampling corrects for the steps learned since. That
-takes less of a server and more luck: a student that has stopped to vary gets no gradient. With the
+takes less of a server and more luck: a student whose answers don't vary gets no gradient. With the
 forward KL the teacher's likeliest tokens at these places are targets.
 """
 
@@ -29,19 +29,21 @@ from distill_datasets.models.scoring import (
     require_same_tokenizer,
 )
 from distill_datasets.training.batches import Batch, Learned, Normalization, shares
-from distill_datasets.training.objectives.producers import Lesson
-from distill_datasets.training.objectives.soft import soft_batch
-from distill_datasets.training.objectives.soft_rows import SoftRow, chosen_rows, soft_rows
-from distill_datasets.training.objectives.soft_targets import (
+from distill_datasets.training.objectives import TrainingTask
+from distill_datasets.training.objectives.targets import (
     SoftExample,
     reverse_kl,
     reverse_targets,
+    soft_batch,
     soft_targets,
 )
 from distill_datasets.training.objectives.teacher import (
+    ReleasedRow,
+    chosen_rows,
     connect_teacher,
     prompt_tokens,
     read_teacher_prompts,
+    released_rows,
     require_own_words,
 )
 from distill_datasets.training.schedule import Step
@@ -52,8 +54,8 @@ from distill_datasets.training.student import PendingStep
 class Rollout:
     """One sampled answer: the student's log-probabilities of its tokens, and the teacher's.
 
-    `ranking` is what else there was to say: to the teacher, where the forward KL asks for it, and
-    for the reverse KL to the student; `judged` is what the teacher thinks of that.
+    `ranking` holds the likeliest tokens in their places: the teacher's for the forward KL, the
+    student's for the reverse KL; `judged` the teacher's log-probabilities of the latter.
     """
 
     prompt: Sequence[int]
@@ -65,23 +67,23 @@ class Rollout:
     judged: NDArray[np.float64] | None = None
 
 
-class OnPolicyProducer:
-    """Samples a step's queries with the student of now, or of one step before, and scores them.
+class OnPolicyObjective:
+    """Samples a step's queries with the current student, or that of a step before, and scores them.
 
     A request's seed follows from the settings' seed, the step and the row, so that equal weights
     sample equally. Nothing is kept: a run that goes on from a checkpoint samples its steps again.
     """
 
-    def __init__(self, lesson: Lesson) -> None:
+    def __init__(self, task: TrainingTask) -> None:
         """Open the teacher; raises `DatasetError` where the release has no prompt for it."""
-        prompts = read_teacher_prompts(lesson)
-        self._lesson, self._objective = lesson, lesson.settings.objective
-        _, rows = chosen_rows(lesson)
+        prompts = read_teacher_prompts(task)
+        self._task, self._objective = task, task.settings.objective
+        _, rows = chosen_rows(task)
         require_own_words(prompts, rows)
-        teacher = connect_teacher(lesson, prompts)
-        require_same_tokenizer(teacher, lesson.student.connection)
+        teacher = connect_teacher(task, prompts)
+        require_same_tokenizer(teacher, task.student.connection)
         self._scorer = Scorer(teacher)
-        self._stop = lesson.student.connection.renderer.get_stop_sequences()
+        self._stop = task.student.connection.renderer.get_stop_sequences()
         self._likeliest = self._objective.top_k if self._objective.kl == "reverse" else 0
         self._longest = self._objective.max_tokens or prompts.recipe.sampling.max_tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
@@ -91,7 +93,7 @@ class OnPolicyProducer:
         )
 
     def prepare(self, step: Step) -> None:
-        """Sample a coming step in the background, with the weights that there are by now."""
+        """Sample a coming step in the background, with the current weights."""
         if self._objective.stale:
             self._start(step)
 
@@ -100,25 +102,25 @@ class OnPolicyProducer:
         if step.number not in self._started:
             self._start(step)
         rollouts = self._started.pop(step.number).result()
-        settings = self._lesson.settings
+        settings = self._task.settings
         if self._objective.kl == "forward":
             batch = forward_batch(rollouts, settings.normalization)
         elif self._objective.policy_gradient:
             batch = sampled_batch(rollouts, settings.normalization)
         else:
             batch = reverse_batch(rollouts, settings.normalization)
-        return self._lesson.student.learn(batch, self._lesson.update(step))
+        return self._task.student.learn(batch, self._task.update(step))
 
     def close(self) -> None:
-        """Wait for nothing; what is in flight is dropped."""
+        """Wait for nothing; requests that are on their way are dropped."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, step: Step) -> None:
-        client = self._lesson.student.snapshot()
+        client = self._task.student.snapshot()
         self._started[step.number] = self._thread.submit(self._roll, step, client)
 
     def _roll(self, step: Step, client: tinker.SamplingClient) -> list[Rollout]:
-        rows = soft_rows(self._lesson, step.places)
+        rows = released_rows(self._task, step.places)
         sampling = [self._sample(step, row, client) for row in rows]
         judging = [
             self._judge(row, sequence)
@@ -127,8 +129,8 @@ class OnPolicyProducer:
         ]
         return [judged() for judged in judging]
 
-    def _sample(self, step: Step, row: SoftRow, client: tinker.SamplingClient) -> Pending[Any]:
-        named = [self._lesson.settings.seed, step.number, row.id, row.sample]
+    def _sample(self, step: Step, row: ReleasedRow, client: tinker.SamplingClient) -> Pending[Any]:
+        named = [self._task.settings.seed, step.number, row.id, row.sample]
         request = client.sample(
             prompt=tinker.ModelInput.from_ints(list(row.prompt)),
             num_samples=self._objective.samples,
@@ -140,9 +142,9 @@ class OnPolicyProducer:
                 stop=self._stop,
             ),
         )
-        return Pending(self._lesson.student.connection, request, lambda reply: reply.sequences)
+        return Pending(self._task.student.connection, request, lambda reply: reply.sequences)
 
-    def _judge(self, row: SoftRow, sequence: Any) -> Callable[[], Rollout]:
+    def _judge(self, row: ReleasedRow, sequence: Any) -> Callable[[], Rollout]:
         """Ask the teacher about one answer; what is returned waits for it."""
         context, tokens = self._context(row.query), sequence.tokens
         own, ended = np.asarray(sequence.logprobs, np.float64), sequence.stop_reason == "stop"
@@ -166,11 +168,11 @@ class OnPolicyProducer:
         return scored
 
     def _ranking(self, sequence: Any) -> Ranking:
-        """What the student would likely have said; places with less have the said token again."""
+        """The student's likeliest tokens; places with fewer have the sampled token again."""
         top = sequence.topk_logprobs_np
         if top is None or not top.token_ids.shape[-1]:
             raise ModelError(
-                f"{self._lesson.student.connection.reference!r} gives no top-k log-probabilities "
+                f"{self._task.student.connection.reference!r} gives no top-k log-probabilities "
                 "of what it samples: train with top_k=0 or kl='forward'."
             )
         found = Ranking.read(top, len(sequence.tokens))
@@ -210,7 +212,7 @@ def sampled_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> 
 def forward_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> Batch:
     """The teacher's likeliest tokens at each place that the student reached, as soft labels."""
     examples = [SoftExample(rollout.prompt, _labels(rollout)) for rollout in rollouts]
-    targets = [soft_targets(one.labels, temperature=1.0, alpha=0.0) for one in examples]
+    targets = [soft_targets(one.labels, alpha=0.0) for one in examples]
     soft = soft_batch(examples, targets, normalization)
 
     def read(outputs: Sequence[Mapping[str, Any]]) -> Learned:

@@ -1,35 +1,102 @@
-"""The teacher's side of a release, for objectives that ask the teacher again while training."""
+"""The teacher's side of a release, for objectives that ask the teacher again while training.
 
-from collections.abc import Sequence
+Its prompt and its words come from the recipe in the release; what it was paid to score is kept in
+the training's folder.
+"""
+
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distill_datasets.errors import DatasetError, ModelError
+import numpy as np
+
+from distill_datasets.errors import DatasetError, ModelError, OutputError
 from distill_datasets.hub.references import find_release
+from distill_datasets.models.scoring import SoftLabels, response_span
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
+from distill_datasets.training.objectives import TrainingTask
+from distill_datasets.training.schedule import choose_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from distill_datasets.models.connection import Connection
-    from distill_datasets.training.objectives.producers import Lesson
+
+_COLUMNS = ("id", "sample", "query", "response")
+_VERSION = 1  # of what is stored: raise it when scores come out differently
+_TABLE = """
+CREATE TABLE IF NOT EXISTS scores (
+    digest TEXT NOT NULL PRIMARY KEY,
+    tokens BLOB NOT NULL,
+    ids BLOB NOT NULL,
+    logprobs BLOB NOT NULL,
+    kept REAL NOT NULL
+)
+"""
+_KEYS_AT_ONCE = 500  # in one statement of SQLite
 
 
 @dataclass(frozen=True)
-class Wording:
-    """One answer in two forms: as the teacher says it and as the student shall."""
+class ReleasedRow:
+    """A released row; `prompt` and `tokens` are what the student reads and is to say.
 
-    answer: str
+    `bytes` is the length of the response in UTF-8.
+    """
+
+    id: str
+    sample: int
+    query: str
+    response: str
+    prompt: Sequence[int]
+    tokens: Sequence[int]
+    bytes: int
+
+
+def chosen_rows(task: TrainingTask) -> tuple[list[int], "Dataset"]:
+    """The places of the rows that are trained on, and those rows as they were released.
+
+    Raises `DatasetError` where the columns of a release are missing.
+    """
+    settings, rendered = task.settings, task.rows
+    if missing := sorted({*_COLUMNS} - {*rendered.plain.column_names}):
+        raise DatasetError(
+            f"The objective {settings.objective.name!r} needs a release's columns {_COLUMNS}; "
+            f"{task.source.reference!r} lacks {missing}. Train on the release, or with 'sft'."
+        )
+    places = choose_rows(len(rendered), settings)
+    return places, _released(task, places)
+
+
+def released_rows(task: TrainingTask, places: Sequence[int]) -> list[ReleasedRow]:
+    """The rows at these places of the training rows, with their tokens."""
+    found = []
+    for row, example in zip(_released(task, places), task.rows.examples(places), strict=True):
+        start, end = response_span(example.weights)
+        prompt, tokens = list(example.tokens[:start]), list(example.tokens[start:end])
+        found.append(ReleasedRow(**row, prompt=prompt, tokens=tokens, bytes=example.bytes))
+    return found
+
+
+def _released(task: TrainingTask, places: Sequence[int]) -> "Dataset":
+    kept = [task.rows.kept[place] for place in places]
+    return task.rows.plain.select_columns(list(_COLUMNS)).select(kept)
+
+
+class Wording(NamedTuple):
+    """One answer in two forms: as the teacher says it, and as the student is to say it."""
+
     teacher: str
     student: str
 
 
 @dataclass(frozen=True)
 class TeacherPrompts:
-    """What the teacher of a release sees and says; `where` is the release, as it was named."""
+    """What the teacher of a release reads and says; `where` is the release, as it was named."""
 
     where: str
     folder: Path
@@ -64,7 +131,10 @@ class TeacherPrompts:
             texts = [f"{before}{choice}{after}" for choice in self.choices]
             read = [reader.read(one, "stop").answer for one in texts]
             if read == list(self.choices):
-                return [self._wording(*pair) for pair in zip(self.choices, texts, strict=True)]
+                return [
+                    Wording(one, self.recipe.write_response(one, choice))
+                    for choice, one in zip(self.choices, texts, strict=True)
+                ]
             place = text.rfind(answer, 0, place)
         raise DatasetError(
             f"The labels of {self.where!r} can't be scored: expected a text of the teacher that "
@@ -72,20 +142,17 @@ class TeacherPrompts:
             f"as {answer!r}. Train with labels='scored', or with the objective 'sft'."
         )
 
-    def _wording(self, answer: str, text: str) -> Wording:
-        return Wording(answer, text, self.recipe.write_response(text, answer))
 
-
-def read_teacher_prompts(lesson: "Lesson", parts: Sequence[str] = ()) -> TeacherPrompts:
+def read_teacher_prompts(task: TrainingTask, parts: Sequence[str] = ()) -> TeacherPrompts:
     """The recipe in the release that is trained on; of a Hub dataset these `parts` are fetched.
 
     Raises `DatasetError` where there is none.
     """
-    source, reference = lesson.source, lesson.source.reference
+    source, reference = task.source, task.source.reference
     pinned = reference
     if not source.path.is_file() and not Path(reference).expanduser().exists():
         pinned = f"{reference.partition('@')[0]}@{source.files}"
-    release = find_release(pinned, parts, lesson.settings.config)
+    release = find_release(pinned, parts, task.settings.config)
     if release is None or not (release.path / "recipe" / "recipe.yaml").is_file():
         raise DatasetError(
             f"{reference!r} doesn't say how its teacher is asked: expected a release with "
@@ -96,19 +163,19 @@ def read_teacher_prompts(lesson: "Lesson", parts: Sequence[str] = ()) -> Teacher
 
 
 def connect_teacher(
-    lesson: "Lesson", prompts: TeacherPrompts, *, own: bool = False
+    task: TrainingTask, prompts: TeacherPrompts, *, own: bool = False
 ) -> "Connection":
     """The model that scores: the one that the settings name, else the release's own teacher.
 
-    `own` is only ever the release's, as it was then; it alone has the renderer that the release
-    names. A teacher that is the student's base shares its server. Raises `ModelError` for one
-    that gives no probabilities.
+    With `own` it is always the release's, and must be the very model that answered then; it alone
+    has the renderer that the release names. A teacher that is the student's base shares its
+    server. Raises `ModelError` for one that gives no probabilities.
     """
     from distill_datasets.models.connection import connect
 
-    student, manifest = lesson.student.connection, lesson.source.manifest
+    student, manifest = task.student.connection, task.source.manifest
     released = str(manifest.get("teacher", prompts.recipe.teacher))
-    reference = released if own else lesson.settings.objective.teacher or released
+    reference = released if own else task.settings.objective.teacher or released
     renderer = None
     if reference == released:
         renderer = prompts.recipe.renderer or manifest.get("renderer")
@@ -121,9 +188,9 @@ def connect_teacher(
                 f"The teacher {reference!r} of {prompts.where!r} can't be asked for "
                 f"probabilities: {error} Name a teacher that can, or train with 'sft'."
             ) from error
-    if own and teacher.identity != manifest["identity"]:
+    if own and teacher.identity != manifest.get("identity"):
         raise DatasetError(
-            f"The soft labels in {prompts.where!r} are those of {manifest['identity']!r}, now "
+            f"The soft labels in {prompts.where!r} are those of {manifest.get('identity')!r}, but "
             f"{reference!r} is {teacher.identity!r}: expected the same model, whose tokens they "
             "are. Generate and publish again, or train with labels='scored'."
         )
@@ -131,7 +198,7 @@ def connect_teacher(
 
 
 def prompt_tokens(teacher: "Connection", prompts: TeacherPrompts, query: str) -> list[int]:
-    """What the teacher has read when it begins to answer."""
+    """The tokens that the teacher has read when it begins to answer."""
     messages = [dict(message) for message in prompts.messages(query)]
     rendered = teacher.renderer.build_generation_prompt(messages)  # type: ignore[arg-type]
     return [int(token) for token in rendered.to_ints()]
@@ -154,4 +221,97 @@ def require_own_words(prompts: TeacherPrompts, rows: "Dataset") -> None:
                 if len(prompts.choices) > 1
                 else "."
             )
+        )
+
+
+@dataclass(frozen=True)
+class LabelRequest:
+    """A row's labels: the key that they are stored under, and how to begin to ask for them.
+
+    What `start` returns waits for the labels.
+    """
+
+    key: str
+    start: Callable[[], Callable[[], SoftLabels]]
+
+
+def score_key(*parts: Any) -> str:
+    """The digest of what is scored: by whom, after what, and what."""
+    return sha256(repr((_VERSION, *parts)).encode()).hexdigest()
+
+
+class ScoreStore:
+    """Soft labels on disk, by the digest of what was scored.
+
+    Tokens are int32, log-probabilities float16.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the file; raises `OutputError` where it can't be written."""
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, timeout=60)
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.execute(_TABLE)
+        except (OSError, sqlite3.Error) as error:
+            raise self._unwritable(error) from error
+
+    def __contains__(self, digest: str) -> bool:
+        """Whether it was scored before."""
+        asked = "SELECT 1 FROM scores WHERE digest = ?"
+        return self._database.execute(asked, (digest,)).fetchone() is not None
+
+    def get(self, digest: str) -> SoftLabels:
+        """What was scored before; `KeyError` where nothing was."""
+        row = self._database.execute(
+            "SELECT tokens, ids, logprobs, kept FROM scores WHERE digest = ?", (digest,)
+        ).fetchone()
+        if row is None:
+            raise KeyError(digest)
+        tokens = np.frombuffer(row[0], "<i4")
+        shape = (len(tokens), -1)
+        ids, logprobs = np.frombuffer(row[1], "<i4"), np.frombuffer(row[2], "<f2")
+        return SoftLabels(tokens, ids.reshape(shape), logprobs.reshape(shape), row[3])
+
+    def mean_kept(self, digests: Sequence[str]) -> float:
+        """The mean of `SoftLabels.kept` over these; all of them are stored."""
+        total = 0.0
+        for first in range(0, len(digests), _KEYS_AT_ONCE):
+            part = digests[first : first + _KEYS_AT_ONCE]
+            marks = ", ".join("?" * len(part))
+            asked = f"SELECT digest, kept FROM scores WHERE digest IN ({marks})"  # noqa: S608
+            found = dict(self._database.execute(asked, part).fetchall())
+            total += sum(found[digest] for digest in part)
+        return total / len(digests)
+
+    def put(self, entries: Iterable[tuple[str, SoftLabels]]) -> None:
+        """Keep them all or none; raises `OutputError` when the disk won't take it."""
+        rows = [
+            (
+                digest,
+                labels.tokens.astype("<i4").tobytes(),
+                labels.ids.astype("<i4").tobytes(),
+                labels.logprobs.astype("<f2").tobytes(),
+                labels.kept,
+            )
+            for digest, labels in entries
+        ]
+        try:
+            with self._database:
+                self._database.executemany(
+                    "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?)", rows
+                )
+        except sqlite3.Error as error:
+            raise self._unwritable(error) from error
+
+    def close(self) -> None:
+        """Release the file."""
+        self._database.close()
+
+    def _unwritable(self, error: Exception) -> OutputError:
+        return OutputError(
+            f"Can't write the scores {str(self.path)!r}: {error}. Free some space or choose "
+            "another --out, and run again: what is stored is not paid again."
         )

@@ -5,25 +5,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from distill_datasets.models.connection import connect
-from distill_datasets.models.scoring import Ranking, Scorer
+from distill_datasets.models.scoring import Scorer
 from distill_datasets.training.objective_settings import ObjectiveSettings
+from distill_datasets.training.objectives import TrainingTask
 from distill_datasets.training.objectives.on_policy import (
-    OnPolicyProducer,
+    OnPolicyObjective,
     Rollout,
-    divergence,
-    forward_batch,
-    reverse_batch,
-    sampled_batch,
 )
-from distill_datasets.training.objectives.producers import Lesson
 from distill_datasets.training.schedule import Step
 from distill_datasets.training.student import Adapted, Student
 from distill_datasets.training.trainer import TrainSettings, train
-from tests.support.soft_releases import PROMPT, SMALL, lesson, release
+from tests.support.soft_releases import PROMPT, SMALL, release, training_task
 from tests.support.training_runs import metrics
 
 STEP = Step(1, 0, [0, 3], 1e-2)
@@ -39,67 +34,13 @@ def settings(**objective: Any) -> TrainSettings:
     return replace(SMALL, epochs=2, objective=chosen)
 
 
-def rollouts(lesson: Lesson) -> list[Rollout]:
-    """What a new producer learns in the first step."""
-    producer = OnPolicyProducer(lesson)
+def rollouts(task: TrainingTask) -> list[Rollout]:
+    """What a new objective learns in the first step."""
+    objective = OnPolicyObjective(task)
     try:
-        return producer._roll(STEP, lesson.student.snapshot())
+        return objective._roll(STEP, task.student.snapshot())
     finally:
-        producer.close()
-
-
-def rollout(tokens: list[int], student: list[float], teacher: list[float]) -> Rollout:
-    ranking = Ranking(np.array([[7, 8]] * len(tokens)), np.log([[0.75, 0.25]] * len(tokens)))
-    own, theirs = np.array(student), np.array(teacher)
-    return Rollout([1, 2, 3], tokens, own, theirs, ended=True, ranking=ranking)
-
-
-def test_a_tokens_advantage_is_how_much_likelier_the_teacher_finds_it() -> None:
-    """Two answers, of two tokens and of one: per token, each weighs a third."""
-    answers = [rollout([7, 2], [-1.0, -2.0], [-4.0, -0.5]), rollout([2], [-1.5], [-1.5])]
-    batch = sampled_batch(answers, "token")
-    assert batch.loss == "importance_sampling"
-    first, second = (datum.loss_fn_inputs for datum in batch.datums)
-    assert batch.datums[0].model_input.to_ints() == [1, 2, 3, 7]
-    assert first["target_tokens"].tolist() == [2, 3, 7, 2]
-    assert first["logprobs"].tolist() == [0, 0, -1, -2]
-    assert first["advantages"].tolist() == pytest.approx([0, 0, -1, 0.5])
-    assert second["target_tokens"].tolist() == [2, 3, 2]
-    assert second["advantages"].tolist() == [0, 0, 0]
-    assert divergence(answers) == pytest.approx((3 - 1.5 + 0) / 3)
-
-
-def test_per_example_a_short_answer_weighs_as_much_as_a_long_one() -> None:
-    answers = [rollout([7, 2], [0.0, 0.0], [-1.0, -1.0]), rollout([2], [0.0], [-1.0])]
-    batch = sampled_batch(answers, "example")
-    sums = [sum(datum.loss_fn_inputs["advantages"].tolist()) for datum in batch.datums]
-    assert sums == pytest.approx([-0.5, -0.5])
-
-
-def test_the_reverse_kl_moves_probability_among_what_the_student_would_say() -> None:
-    """The student finds 7 and 8 likely; the teacher prefers 8, by two nats, and doesn't know 2."""
-    answer = rollout([7, 2], [-1.0, -2.0], [-4.0, -0.5])
-    judged = np.log([[0.75, 0.25]] * 2) + np.array([0.0, 2.0])
-    batch = reverse_batch([replace(answer, judged=judged)], "token")
-    assert batch.loss == "cross_entropy"
-    fields = batch.datums[0].loss_fn_inputs
-    weights, targets = fields["weights"].to_numpy(), fields["target_tokens"].to_numpy()
-    assert targets[2:].tolist() == [[7, 7, 8], [2, 7, 8]]
-    # p (a - mean of a): 0.75 (0 - 0.5) and 0.25 (2 - 0.5), of two tokens each.
-    assert weights[2:] == pytest.approx(np.array([[0, -0.1875, 0.1875]] * 2))
-    assert not weights[:2].any()
-    assert divergence([replace(answer, judged=judged)]) == pytest.approx(-0.5)
-
-
-def test_the_forward_kl_teaches_the_teachers_likeliest_at_each_place_reached() -> None:
-    batch = forward_batch([rollout([7, 2], [-1.0, -2.0], [-4.0, -0.5])], "token")
-    weights = batch.datums[0].loss_fn_inputs["weights"].to_numpy()
-    targets = batch.datums[0].loss_fn_inputs["target_tokens"].to_numpy()
-    assert batch.loss == "cross_entropy"
-    assert targets[2:].tolist() == [[7, 7, 8], [2, 7, 8]]
-    assert weights[2].tolist() == pytest.approx([0.375, 0, 0.125], abs=1e-3)
-    assert weights[3].tolist() == pytest.approx([0, 0.375, 0.125], abs=1e-3)
-    assert not weights[:2].any()
+        objective.close()
 
 
 def test_the_teacher_scores_the_students_own_tokens_under_the_prompt(
@@ -108,7 +49,7 @@ def test_the_teacher_scores_the_students_own_tokens_under_the_prompt(
     """Student and teacher are one model here: new LoRA weights change nothing."""
     connection = connect(model)
     scorer, renderer = Scorer(connection), connection.renderer
-    found = rollouts(lesson(tiny_release, model, tmp_path, settings()))
+    found = rollouts(training_task(tiny_release, model, tmp_path, settings()))
     for one, query in zip(found, ("the weather 0", "el cielo 3"), strict=True):
         asked: Any = [{"role": "user", "content": query}]
         contexts = [asked, [{"role": "system", "content": PROMPT}, *asked]]
@@ -131,7 +72,7 @@ def test_the_same_weights_step_and_seed_sample_the_same(
 ) -> None:
     def sampled(seed: int) -> list[list[int]]:
         chosen = replace(settings(samples=2), seed=seed)
-        seeded = lesson(tiny_release, model, tmp_path, chosen)
+        seeded = training_task(tiny_release, model, tmp_path, chosen)
         return [list(one.tokens) for one in rollouts(seeded)]
 
     first = sampled(0)
@@ -184,15 +125,15 @@ def test_without_staleness_a_step_is_sampled_with_the_weights_it_changes(
             events.append("learn")
             return super().learn(*what)
 
-    taught = lesson(tiny_release, model, tmp_path, settings(stale=stale))
+    task = training_task(tiny_release, model, tmp_path, settings(stale=stale))
     student = Watched.create(connect(model), Adapted(rank=4))
     steps = [STEP, replace(STEP, number=2)]
-    with closing(OnPolicyProducer(replace(taught, student=student))) as producer:
-        producer.prepare(steps[0])
+    with closing(OnPolicyObjective(replace(task, student=student))) as objective:
+        objective.prepare(steps[0])
         for step, coming in zip(steps, [steps[1], None], strict=True):
             if coming:
-                producer.prepare(coming)
-            producer.submit(step).result()
+                objective.prepare(coming)
+            objective.submit(step).result()
     assert events == order
 
 
@@ -202,15 +143,15 @@ def test_a_killed_training_goes_on_to_the_very_same_steps(
     """A save lies between the second and the third step; the fourth is never learned."""
     chosen = replace(settings(), save_every=2)
     whole = train(tiny_release, student=model, out=tmp_path / "whole", settings=chosen)
-    submit = OnPolicyProducer.submit
+    submit = OnPolicyObjective.submit
 
-    def killed(producer: OnPolicyProducer, step: Step) -> Any:
+    def killed(objective: OnPolicyObjective, step: Step) -> Any:
         if step.number == 4:
             raise RuntimeError("killed")
-        return submit(producer, step)
+        return submit(objective, step)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(OnPolicyProducer, "submit", killed)
+        patch.setattr(OnPolicyObjective, "submit", killed)
         train(tiny_release, student=model, out=tmp_path / "out", settings=chosen)
     again = train(tiny_release, student=model, out=tmp_path / "out", settings=chosen)
     assert metrics(again) == pytest.approx(metrics(whole), abs=1e-5)

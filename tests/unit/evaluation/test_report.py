@@ -443,3 +443,8 @@ def test_an_unfinished_training_is_refused(trained: Path) -> None:
     (trained / "train" / "checkpoints.jsonl").write_text("")
     with pytest.raises(ModelError, match="no finished checkpoint"):
         measure(trained, student=trained, out=trained)
+
+
+def test_a_report_has_none_where_a_system_can_not_score(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert compare(run).data["internalisation"] is None

@@ -14,10 +14,10 @@ from distill_datasets.models.connection import connect
 from distill_datasets.models.scoring import Scorer
 from distill_datasets.training.data import Rendered, open_splits
 from distill_datasets.training.objective_settings import ObjectiveSettings
-from distill_datasets.training.objectives.producers import Lesson
+from distill_datasets.training.objectives import TrainingTask
 from distill_datasets.training.trainer import TrainSettings, train
-from distill_datasets.training.validation_bounds import validation_bounds
-from tests.support.soft_releases import PROMPT, SMALL, lesson, release
+from distill_datasets.training.validation import validation_likelihoods
+from tests.support.soft_releases import PROMPT, SMALL, release, training_task
 from tests.support.training_runs import at_step, metrics, write
 
 SETTINGS = replace(SMALL, evaluate_every=2, rolling_every=2)
@@ -36,24 +36,24 @@ def labels(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def validated(
     dataset: Path, model: str, folder: Path, settings: TrainSettings = SETTINGS
-) -> tuple[Lesson, Rendered]:
-    """What is taught, and the rows it is validated with."""
-    taught = lesson(dataset, model, folder, settings)
-    return taught, open_splits(taught.source, settings)["validation"].render(connect(model), 512)
+) -> tuple[TrainingTask, Rendered]:
+    """What is learned, and the rows it is validated with."""
+    task = training_task(dataset, model, folder, settings)
+    return task, open_splits(task.source, settings)["validation"].render(connect(model), 512)
 
 
 def test_base_and_teacher_are_asked_about_what_each_would_say(
     labels: Path, model: str, tmp_path: Path
 ) -> None:
     """A new student is the base; the teacher's own words follow its prompt and the query."""
-    taught, rows = validated(labels, model, tmp_path)
-    bounds = validation_bounds(taught, rows)
-    assert bounds is not None
-    losses = taught.student.loss(list(rows.batches(4))).rows()
-    assert bounds.base == pytest.approx([row.nll for row in losses], abs=1e-3)
-    assert list(bounds.tokens) == [row.tokens for row in losses]
+    task, rows = validated(labels, model, tmp_path)
+    ends = validation_likelihoods(task, rows)
+    assert ends is not None
+    losses = task.student.loss(list(rows.batches(4))).rows()
+    assert ends.base == pytest.approx([row.nll for row in losses], abs=1e-3)
+    assert list(ends.tokens) == [row.tokens for row in losses]
     connection, scorer = connect(model), Scorer(connect(model))
-    for query, nats in zip(("the weather 8", "der Himmel 9"), bounds.teacher, strict=False):
+    for query, nats in zip(("the weather 8", "der Himmel 9"), ends.teacher, strict=False):
         asked = [{"role": "system", "content": PROMPT}, {"role": "user", "content": query}]
         prompt = connection.renderer.build_generation_prompt(asked).to_ints()
         answer = f"Final Answer: {'en' if 'weather' in query else 'de'}<|im_end|>"
@@ -81,7 +81,7 @@ def test_every_validation_has_the_score_that_its_loss_makes_by_hand(
     assert all(low[step] <= score <= high[step] for step, score in scores.items())
 
 
-def test_a_training_that_goes_on_measures_with_the_bounds_that_it_found(
+def test_a_training_that_goes_on_measures_with_the_likelihoods_that_it_found(
     labels: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A base twice as far off, written in between, can only come from the file."""
@@ -116,7 +116,7 @@ def refused(
 ) -> str:
     """Why there is no score: one line, and nothing is written."""
     capsys.readouterr()
-    assert validation_bounds(*validated(dataset, model, folder, settings)) is None
+    assert validation_likelihoods(*validated(dataset, model, folder, settings)) is None
     assert not (folder / "bounds.json").exists()
     (why,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(WHY_NOT)]
     return why

@@ -16,13 +16,12 @@ from distill_datasets.models.connection import connect
 from distill_datasets.models.scoring import Scorer, require_same_tokenizer
 from distill_datasets.releases.release import load_release, publish
 from distill_datasets.training.objective_settings import ObjectiveSettings
-from distill_datasets.training.objectives import soft_labels
-from distill_datasets.training.objectives.producers import Lesson
-from distill_datasets.training.objectives.soft_labels import get_soft_labels
-from distill_datasets.training.objectives.soft_rows import chosen_rows
-from distill_datasets.training.objectives.soft_targets import SoftExample
+from distill_datasets.training.objectives import TrainingTask
+from distill_datasets.training.objectives.soft import SCORES, SoftObjective
+from distill_datasets.training.objectives.targets import SoftExample
+from distill_datasets.training.objectives.teacher import chosen_rows
 from distill_datasets.training.trainer import TrainSettings, train
-from tests.support.soft_releases import PROMPT, SMALL, lesson, release
+from tests.support.soft_releases import PROMPT, SMALL, release, training_task
 from tests.support.training_runs import LANGUAGES, metrics, write
 
 
@@ -35,11 +34,11 @@ def settings(**objective: Any) -> TrainSettings:
     return replace(SMALL, objective=ObjectiveSettings(**{"name": "soft", "top_k": 4, **objective}))
 
 
-def soft_examples(lesson: Lesson) -> dict[int, SoftExample]:
+def soft_examples(task: TrainingTask) -> dict[int, SoftExample]:
     """Of all rows that are trained on, by their places."""
-    places, _ = chosen_rows(lesson)
-    with closing(get_soft_labels(lesson)) as labelled:
-        return dict(zip(places, labelled.examples(places), strict=True))
+    places, _ = chosen_rows(task)
+    with closing(SoftObjective(task)) as objective:
+        return dict(zip(places, objective.examples(places), strict=True))
 
 
 def teacher_logprobs(model: str, context: list[int], response: list[int]) -> Any:
@@ -67,7 +66,9 @@ def responses(examples: dict[int, SoftExample], model: str) -> list[str]:
 def test_a_response_is_scored_under_the_prompt_that_the_student_never_sees(
     tiny_release: Path, model: str, tmp_path: Path
 ) -> None:
-    examples = soft_examples(lesson(tiny_release, model, tmp_path, settings(labels="scored")))
+    examples = soft_examples(
+        training_task(tiny_release, model, tmp_path, settings(labels="scored"))
+    )
     assert len(examples) == 8
     tokenizer = connect(model).tokenizer
     for number in (0, 5):
@@ -86,7 +87,7 @@ def test_the_probability_of_a_choice_is_that_of_all_its_tokens(
     tiny_release: Path, model: str, tmp_path: Path
 ) -> None:
     """The first differing place of "Final Answer: xx" against the same by transformers."""
-    examples = soft_examples(lesson(tiny_release, model, tmp_path, settings()))
+    examples = soft_examples(training_task(tiny_release, model, tmp_path, settings()))
     tokenizer = connect(model).tokenizer
     labels = examples[0].labels
     context = prompted(model, "the weather 0")
@@ -121,11 +122,13 @@ def test_what_is_scored_once_is_never_asked_again(
     tiny_release: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for source in ("scored", "choices"):
-        first = soft_examples(lesson(tiny_release, model, tmp_path, settings(labels=source)))
+        first = soft_examples(training_task(tiny_release, model, tmp_path, settings(labels=source)))
         with monkeypatch.context() as patch:
             patch.delattr(Scorer, "read")
             patch.delattr(Scorer, "following")
-            again = soft_examples(lesson(tiny_release, model, tmp_path, settings(labels=source)))
+            again = soft_examples(
+                training_task(tiny_release, model, tmp_path, settings(labels=source))
+            )
         for place, example in first.items():
             assert np.array_equal(example.labels.logprobs, again[place].labels.logprobs)
             assert np.array_equal(example.labels.ids, again[place].labels.ids)
@@ -134,7 +137,7 @@ def test_what_is_scored_once_is_never_asked_again(
 def test_only_the_rows_that_are_trained_on_are_scored(
     tiny_release: Path, model: str, tmp_path: Path
 ) -> None:
-    whole = lesson(tiny_release, model, tmp_path, settings(labels="scored"))
+    whole = training_task(tiny_release, model, tmp_path, settings(labels="scored"))
     few = replace(whole, settings=replace(whole.settings, max_rows=3))
     assert len(soft_examples(few)) == 3
 
@@ -173,7 +176,9 @@ def test_labels_that_generation_bought_are_released_and_learned_without_asking(
     assert len(rows) == 12 and rows[0]["tokens"][-1] == connect(model).tokenizer.eos_token_id
     assert rows.features["top_logprobs"].feature.feature.dtype == "float16"
     monkeypatch.delattr(Scorer, "read")
-    examples = soft_examples(lesson(path, model, tmp_path, settings(labels="stored", top_k=2)))
+    examples = soft_examples(
+        training_task(path, model, tmp_path, settings(labels="stored", top_k=2))
+    )
     assert responses(examples, model)[1] == "Final Answer: de"
     labels = examples[1].labels
     assert labels.ids.tolist() == [[token, (token + 1) % 500] for token in labels.tokens]
@@ -193,18 +198,18 @@ def test_responses_that_were_written_anew_have_no_stored_labels(model: str, tmp_
     path = release(tmp_path / "made", model, sampling={"top_logprobs": 2}, response="{{ answer }}")
     assert not (path / "soft").exists()
     with pytest.raises(DatasetError, match="0 of 8 rows.*labels='scored'"):
-        soft_examples(lesson(path, model, tmp_path, settings(labels="stored", top_k=2)))
+        soft_examples(training_task(path, model, tmp_path, settings(labels="stored", top_k=2)))
 
 
 def test_more_tokens_than_are_stored_can_not_be_learned(model: str, tmp_path: Path) -> None:
     path = release(tmp_path / "made", model, sampling={"top_logprobs": 2})
     with pytest.raises(DatasetError, match="top_k=2"):
-        soft_examples(lesson(path, model, tmp_path, settings(labels="stored")))
+        soft_examples(training_task(path, model, tmp_path, settings(labels="stored")))
 
 
 def test_choices_teach_a_student_that_answers_in_another_form(model: str, tmp_path: Path) -> None:
     path = release(tmp_path / "made", model, response="It is {{ answer }}.")
-    examples = soft_examples(lesson(path, model, tmp_path, settings()))
+    examples = soft_examples(training_task(path, model, tmp_path, settings()))
     assert responses(examples, model)[:2] == ["It is en.", "It is de."]
     first = examples[0].labels
     parting = next(place for place, ids in enumerate(first.ids.tolist()) if any(ids[1:]))
@@ -230,7 +235,7 @@ def test_a_response_outside_the_choices_is_named(
     recipe.write_text(recipe.read_text().replace("  - es\n", ""))
     assert "- es" not in recipe.read_text()
     with pytest.raises(DatasetError, match="none of the recipe's choices.*'Final Answer: es'"):
-        soft_examples(lesson(path, model, tmp_path, settings()))
+        soft_examples(training_task(path, model, tmp_path, settings()))
 
 
 @pytest.mark.parametrize("name", ["soft", "on_policy"])
@@ -246,7 +251,7 @@ def test_a_dataset_without_a_recipe_is_refused_before_anything_is_scored(
 def test_a_dataset_without_a_releases_columns_is_refused(model: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "dataset", train=[{"query": "le ciel", "response": "fr"}])
     with pytest.raises(DatasetError, match=r"lacks \['id', 'sample'\]"):
-        soft_examples(lesson(folder, model, tmp_path, settings()))
+        soft_examples(training_task(folder, model, tmp_path, settings()))
 
 
 def test_a_teacher_of_another_tokenizer_is_refused_with_both_named(model: str) -> None:
@@ -260,11 +265,11 @@ def test_a_teacher_that_gives_no_probabilities_is_refused(
     tiny_release: Path, model: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match="'openai:gpt' of .* can't be asked for probabilities"):
-        soft_examples(lesson(tiny_release, model, tmp_path, settings(teacher="openai:gpt")))
+        soft_examples(training_task(tiny_release, model, tmp_path, settings(teacher="openai:gpt")))
 
 
 def test_scores_are_in_the_trainings_own_folder(
     tiny_release: Path, model: str, tmp_path: Path
 ) -> None:
-    soft_examples(lesson(tiny_release, model, tmp_path, settings(labels="scored")))
-    assert (tmp_path / soft_labels.SCORES).is_file()
+    soft_examples(training_task(tiny_release, model, tmp_path, settings(labels="scored")))
+    assert (tmp_path / SCORES).is_file()

@@ -1,0 +1,175 @@
+"""Distributions over tokens as training targets: arithmetic, and batches for the server.
+
+The server's cross-entropy takes (N, K) targets with weights: at each of N places, K tokens and how
+much each is learned.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tinker
+from numpy.typing import NDArray
+
+from distill_datasets.models.scoring import SoftLabels
+from distill_datasets.training.batches import Batch, Learned, Normalization, shares
+
+_LEAST = float(np.log(np.finfo(np.float32).tiny))  # no server's probability is smaller, but for 0
+
+
+@dataclass(frozen=True)
+class SoftExample:
+    """A prompt that the student sees, and the teacher's distributions over the response's tokens.
+
+    `bytes` is the length of the response in UTF-8.
+    """
+
+    prompt: Sequence[int]
+    labels: SoftLabels
+    bytes: int = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        """The whole conversation."""
+        return [*self.prompt, *self.labels.tokens.tolist()]
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """(N, K) tokens and how much each is learned; a place that isn't learned weighs nothing."""
+
+    tokens: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+
+def normalised(logprobs: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Probabilities that add up to 1 over the K tokens; the tail beyond them is shared out."""
+    exact = np.asarray(logprobs, np.float64)
+    powers = np.exp(exact - exact.max(axis=-1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True), np.float64)
+
+
+def soft_targets(labels: SoftLabels, *, alpha: float) -> SoftTargets:
+    """What is learned at each place of a response; the weights of a place add up to 1.
+
+    The first column is the response's own token, whatever it weighs, so that its loss is always
+    known; `alpha` is the share of these hard labels. The others are the teacher's likeliest.
+    """
+    soft = (1 - alpha) * normalised(labels.logprobs)
+    own = labels.tokens[:, None]
+    elsewhere = np.isfinite(labels.logprobs) & (labels.ids != own)
+    first = alpha + np.where(elsewhere, 0, soft).sum(axis=1, keepdims=True)
+    return SoftTargets(
+        np.concatenate([own, np.where(elsewhere, labels.ids, own)], axis=1).astype(np.int64),
+        np.concatenate([first, np.where(elsewhere, soft, 0)], axis=1).astype(np.float32),
+    )
+
+
+def reverse_targets(
+    tokens: Sequence[int],
+    ids: NDArray[np.integer],
+    student: NDArray[np.floating],
+    teacher: NDArray[np.floating],
+) -> SoftTargets:
+    """Targets whose cross-entropy has the gradient of the reverse KL over the tokens `ids` (N, K).
+
+    `student` and `teacher` (N, K) are log-probabilities, the student's from its current weights. A
+    token weighs p (a - Σ p a / Σ p), where p is how likely the student finds it and a by how much
+    likelier the teacher does: the weights of a place add up to 0. The first column is the
+    response's own token, which weighs nothing.
+    """
+    p, gain = np.exp(np.asarray(student, np.float64)), _gain(student, teacher)
+    mean = (p * gain).sum(axis=1, keepdims=True) / p.sum(axis=1, keepdims=True)
+    own = np.asarray(tokens, np.int64)[:, None]
+    weights = np.concatenate([np.zeros_like(p[:, :1]), p * (gain - mean)], axis=1)
+    others = np.where(np.isfinite(student), ids, own)
+    return SoftTargets(np.concatenate([own, others], axis=1), weights.astype(np.float32))
+
+
+def reverse_kl(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Nats at each of N places by which the student leaves the teacher, over the tokens (N, K)."""
+    p = np.exp(np.asarray(student, np.float64))
+    return np.asarray(-(p * _gain(student, teacher)).sum(axis=1) / p.sum(axis=1), np.float64)
+
+
+def _gain(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Places with fewer tokens than others end with minus infinity on the student's side."""
+    likely = np.isfinite(student)
+    ours = np.where(likely, student, 0.0).astype(np.float64)
+    return np.where(likely, np.maximum(teacher, _LEAST) - ours, 0.0)
+
+
+def soft_batch(
+    examples: Sequence[SoftExample], targets: Sequence[SoftTargets], normalization: Normalization
+) -> Batch:
+    """One datum an example; `extra` says how far the student is from the targets.
+
+    The loss is the cross-entropy with the targets in nats per response token, `kl` what of it the
+    student can still learn, `kept` the share of the teacher's probability that they hold.
+    """
+    width = max(target.tokens.shape[1] for target in targets)
+    wide = [
+        after_prompt(target, len(example.prompt), width)
+        for example, target in zip(examples, targets, strict=True)
+    ]
+    sizes = shares([np.ones(len(target.tokens), np.float32) for target in targets], normalization)
+    datums = [
+        _datum(example, target, size)
+        for example, target, size in zip(examples, wide, sizes, strict=True)
+    ]
+
+    def read(outputs: Sequence[Mapping[str, Any]]) -> Learned:
+        logprobs = [
+            np.asarray(output["logprobs"].to_numpy(), np.float64).reshape(target.tokens.shape)
+            for output, target in zip(outputs, wide, strict=True)
+        ]
+        return _learned(examples, wide, logprobs)
+
+    return Batch(datums, read)
+
+
+def after_prompt(targets: SoftTargets, prompt: int, width: int) -> SoftTargets:
+    """The targets after a prompt of `prompt` tokens, in rows of `width` columns.
+
+    A model predicts the token after each of its inputs: the first place of a response is
+    predicted by the prompt's last token, so all but that one of the prompt's tokens are skipped.
+    """
+    length, columns = targets.tokens.shape
+    tokens = np.zeros((prompt - 1 + length, width), np.int64)
+    weights = np.zeros((prompt - 1 + length, width), np.float32)
+    tokens[prompt - 1 :, :columns] = targets.tokens
+    weights[prompt - 1 :, :columns] = targets.weights
+    return SoftTargets(tokens, weights)
+
+
+def _datum(example: SoftExample, targets: SoftTargets, size: float) -> tinker.Datum:
+    return tinker.Datum(
+        model_input=tinker.ModelInput.from_ints(example.tokens[:-1]),
+        loss_fn_inputs={
+            "target_tokens": tinker.TensorData.from_numpy(targets.tokens),
+            "weights": tinker.TensorData.from_numpy((targets.weights / size).astype(np.float32)),
+        },
+    )
+
+
+def _learned(
+    examples: Sequence[SoftExample], targets: Sequence[SoftTargets], logprobs: Sequence[Any]
+) -> Learned:
+    count = sum(len(example.labels.tokens) for example in examples)
+    loss = entropy = nll = 0.0
+    for example, target, found in zip(examples, targets, logprobs, strict=True):
+        weights = target.weights.astype(np.float64)
+        learned = weights > 0
+        loss -= float(weights[learned] @ found[learned])
+        entropy -= float(weights[learned] @ np.log(weights[learned]))
+        nll -= float(found[len(example.prompt) - 1 :, 0].sum())
+    kept = sum(example.labels.kept * len(example.labels.tokens) for example in examples)
+    return Learned(
+        loss=loss / count,
+        nll=nll / count,
+        response_tokens=count,
+        response_bytes=sum(example.bytes for example in examples),
+        tokens=sum(len(example.tokens) for example in examples),
+        extra={"kl": (loss - entropy) / count, "kept": kept / count},
+    )
