@@ -9,6 +9,7 @@ from distill_datasets.errors import DatasetError
 from distill_datasets.generation.cache import Journal
 from distill_datasets.hub.references import find_release
 from distill_datasets.models.sampler import Reply, Sampling, request_digest
+from distill_datasets.parquet import ROWS_PER_BATCH, read_batches
 from distill_datasets.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 LEDGER = "ledger"
 _COLUMNS = ("digest", "model", "reply")
-_ROWS_PER_BATCH = 1_000
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def first_requests(rows: "Dataset", recipe: Recipe, generation: Mapping[str, Any
     asked = _asked(recipe, generation)
     columns = rows.select_columns(["query", "sample", "requests"])
     key = ""
-    for batch in columns.iter(batch_size=_ROWS_PER_BATCH):
+    for batch in columns.iter(batch_size=ROWS_PER_BATCH):
         for query, sample, requests in zip(*batch.values(), strict=True):
             if requests:
                 key = requests[0]
@@ -113,7 +113,7 @@ def _requests(
     """The digests of what was asked for the rows, a batch of rows at a time."""
     asked = _asked(recipe, generation)
     columns = rows.select_columns(["query", "sample", "requests"])
-    for batch in columns.iter(batch_size=_ROWS_PER_BATCH):
+    for batch in columns.iter(batch_size=ROWS_PER_BATCH):
         found: list[str] = []
         for query, sample, requests in zip(*batch.values(), strict=True):
             if requests:
@@ -152,14 +152,11 @@ def _entries(
 
 
 def _batches(release: Path) -> Iterator[tuple[Path, "pa.RecordBatch"]]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
     for path in sorted((release / LEDGER).glob("*.parquet")):
         try:
-            for batch in ParquetFile(path).iter_batches(_ROWS_PER_BATCH, columns=list(_COLUMNS)):
+            for batch in read_batches(path, _COLUMNS):
                 yield path, batch
-        except (ArrowException, OSError) as error:
+        except DatasetError as error:
             raise _unreadable(path, error) from error
 
 

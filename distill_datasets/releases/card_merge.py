@@ -1,10 +1,15 @@
-"""A card that is written anew around what people wrote into it."""
+"""A card that is written anew around what people wrote into it.
+
+A card is handled as its two halves: the metadata, and the text below it.
+"""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
+from distill_datasets.releases.manifest import PARTS, side_config
+
+Halves = tuple[Mapping[str, Any], str]
 
 # Rows below each limit, and the Hub's name for such a dataset.
 _SIZES = (
@@ -21,18 +26,13 @@ _SIZES = (
 )
 _LISTS = ("tags", "language")
 _RIGHTS = ("license", "license_name")  # what the recipe says about them holds
-_BY_CONFIG = ("configs", "dataset_info")
-_SIDE_CONFIGS = ("rejected", "ledger", "soft")
+LAYOUT = ("configs", "dataset_info")
+_SIDE_PARTS = PARTS[1:]
 
 
 def size_category(rows: int) -> str:
     """The Hub's name for a dataset of so many rows."""
     return next((name for most, name in _SIZES if rows < most), "n>1T")
-
-
-def side_config(config: str, part: str) -> str:
-    """The configuration that holds the `part` (rejected, ledger, soft) of another."""
-    return part if config == "default" else f"{config}-{part}"
 
 
 def markers(config: str) -> tuple[str, str]:
@@ -42,35 +42,39 @@ def markers(config: str) -> tuple[str, str]:
     return begin, end
 
 
-def written_card(metadata: Mapping[str, Any], body: str) -> str:
-    """A card from its two halves."""
-    head = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=100)
-    return f"---\n{head}---\n\n{body}\n"
+def card_text(metadata: Mapping[str, Any], body: str) -> str:
+    """A card from its halves."""
+    from huggingface_hub import CardData
+
+    head = CardData(**metadata).to_yaml(line_break="\n")
+    return f"---\n{head}\n---\n\n{body}\n"
 
 
-def read_card(card: str) -> tuple[dict[str, Any], str]:
-    """The halves of a card: its metadata and its text; a broken head counts as text."""
+def read_card(card: str) -> Halves:
+    """The halves of a card; a head that is no YAML counts as text."""
+    from huggingface_hub import RepoCard
+    from yaml import YAMLError
+
     text = card.removeprefix("\ufeff").replace("\r\n", "\n")
-    found = re.match(r"\A---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", text, re.DOTALL | re.MULTILINE)
-    if not found:
+    if not text.startswith("---"):
         return {}, text
     try:
-        metadata = yaml.safe_load(found[1])
-    except yaml.YAMLError:
+        found = RepoCard(text, ignore_metadata_errors=True)
+    except (ValueError, TypeError, YAMLError):
         return {}, text
-    return (metadata, text[found.end() :]) if isinstance(metadata, dict) else ({}, text)
+    return dict(found.data.to_dict()), found.text  # type: ignore[no-untyped-call]
 
 
-def keep(card: str, existing: str, *, config: str, previous: Mapping[str, Any]) -> str:
+def merged(
+    card: Halves, existing: Halves, *, config: str, previous: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
     """The new `card` with what people wrote into the `existing` one.
 
     That is all text outside the markers, the metadata that differs from what was generated for
     it the last time (`previous`), and what is there for other configurations.
     """
-    ours, new_body = read_card(card)
-    theirs, old_body = read_card(existing)
-    body = _kept_text(new_body, old_body, config)
-    return written_card(_kept_metadata(ours, theirs, previous), body)
+    body = _kept_text(card[1], existing[1], config)
+    return _kept_metadata(card[0], existing[0], previous), body
 
 
 def _kept_text(new: str, old: str, config: str) -> str:
@@ -104,19 +108,19 @@ def _place(body: str) -> tuple[str, str]:
 def _kept_metadata(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], previous: Mapping[str, Any]
 ) -> dict[str, Any]:
-    merged = {key: _kept_value(key, value, theirs, previous) for key, value in ours.items()}
+    kept = {key: _kept_value(key, value, theirs, previous) for key, value in ours.items()}
     for key, value in theirs.items():
         # A key that was generated before and no longer is goes, unless somebody changed it.
         stale = key in previous and previous[key] == value
-        if key not in merged and not stale and not (key in _RIGHTS and "license" in ours):
-            merged[key] = value
-    if len(_listed(merged.get("dataset_info"))) > len(_listed(ours.get("dataset_info"))):
-        merged["size_categories"] = [size_category(_rows(_listed(merged["dataset_info"])))]
-    return merged
+        if key not in kept and not stale and not (key in _RIGHTS and "license" in ours):
+            kept[key] = value
+    if len(_listed(kept.get("dataset_info"))) > len(_listed(ours.get("dataset_info"))):
+        kept["size_categories"] = [size_category(_rows(_listed(kept["dataset_info"])))]
+    return kept
 
 
 def _kept_value(key: str, ours: Any, theirs: Mapping[str, Any], previous: Mapping[str, Any]) -> Any:
-    if key in _BY_CONFIG:
+    if key in LAYOUT:
         return _kept_configs(ours, theirs.get(key))
     if key not in theirs or key in _RIGHTS or theirs[key] == previous.get(key):
         return ours
@@ -134,11 +138,11 @@ def _kept_configs(ours: Any, theirs: Any) -> Any:
 
 
 def _together(name: str) -> tuple[str, ...]:
-    for part in _SIDE_CONFIGS:
+    for part in _SIDE_PARTS:
         if name == part:
             name = "default"
         name = name.removesuffix(f"-{part}")
-    return (name, *(side_config(name, part) for part in _SIDE_CONFIGS))
+    return (name, *(side_config(name, part) for part in _SIDE_PARTS))
 
 
 def _listed(value: Any) -> list[dict[str, Any]]:
@@ -148,11 +152,11 @@ def _listed(value: Any) -> list[dict[str, Any]]:
 
 
 def _rows(infos: list[dict[str, Any]]) -> int:
-    side = tuple(f"-{part}" for part in _SIDE_CONFIGS)
+    side = tuple(f"-{part}" for part in _SIDE_PARTS)
     names = [str(info.get("config_name", "default")) for info in infos]
     return sum(
         split.get("num_examples", 0)
         for name, info in zip(names, infos, strict=True)
-        if name not in _SIDE_CONFIGS and not name.endswith(side)
+        if name not in _SIDE_PARTS and not name.endswith(side)
         for split in info.get("splits") or []
     )

@@ -1,21 +1,15 @@
-"""Fills the templates in cards/; the only place where Jinja meets Markdown."""
+"""Cards of datasets and students: the templates in cards/, filled with facts."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets import resources
 from distill_datasets.progress import amount_text
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.card_merge import (
-    keep,
-    markers,
-    side_config,
-    size_category,
-    written_card,
-)
-from distill_datasets.releases.model_metadata import model_metadata
+from distill_datasets.releases.card_merge import Halves, card_text, markers, merged, size_category
+from distill_datasets.releases.manifest import side_config
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -37,6 +31,7 @@ _HUB_LICENSE = re.compile(
     r"lgpl-2\.1|gfdl|eupl-1\.[12]|etalab-2\.0|afl-3\.0|artistic-2\.0|openrail|gemma|"
     r"llama(2|3|3\.[123]|4)"
 )
+_METRICS = {"macro_f1": "f1"}  # ours whose kind has another name on the Hub
 # What the card of a student says elsewhere, or only this machine understands.
 _NOT_SHOWN = ("dataset.path", "dataset.revision", "dataset.files", "checkpoint.best")
 
@@ -47,23 +42,22 @@ def dataset_card(
     *,
     example: Mapping[str, Any],
     layout: Mapping[str, Any],
-    written_before: str | None = None,
-    previous: Mapping[str, Any] | None = None,
+    written: Sequence[tuple[Halves, Mapping[str, Any]]] = (),
 ) -> str:
     """The README of a release.
 
-    `layout` is the `configs` and `dataset_info` of its metadata, `example` one row. Of the card
-    `written_before`, what people wrote is kept: the text outside the two marker comments, and the
-    metadata that differs from the `previous` release's `card_metadata`.
+    `layout` is the `configs` and `dataset_info` of its metadata, `example` one row. Of each card
+    `written` before, what people wrote is kept: the text outside the two marker comments, and the
+    metadata that differs from what `card_metadata` gave for it, which stands beside it.
     """
     facts = {"repo": None, "config": "default", "history": [], "panel": None, **manifest}
     text = _fill("dataset.md", {**facts, "recipe": recipe, "example": example})
     begin, end = markers(facts["config"])
     metadata = {**card_metadata(manifest["splits"], recipe), **layout}
-    card = written_card(metadata, f"{begin}\n{text.strip()}\n{end}")
-    if written_before is None:
-        return card
-    return keep(card, written_before, config=facts["config"], previous=previous or {})
+    card = metadata, f"{begin}\n{text.strip()}\n{end}"
+    for existing, previous in written:
+        card = merged(card, existing, config=facts["config"], previous=previous)
+    return card_text(*card)
 
 
 def card_metadata(splits: Mapping[str, int], recipe: Recipe) -> dict[str, Any]:
@@ -98,7 +92,7 @@ def model_card(
     metadata = {
         "model_name": name,
         **(_license(recipe) | _languages(recipe) if recipe else {}),
-        **model_metadata(report, training, on_hub),
+        **_model_metadata(report, training, on_hub),
     }
     facts = {
         "recipe": recipe,
@@ -111,12 +105,87 @@ def model_card(
         "comparison": report_markdown(report).strip() if report else None,
     }
     begin, end = markers("default")
-    return written_card(metadata, f"{begin}\n{_fill('model.md', facts).strip()}\n{end}")
+    return card_text(metadata, f"{begin}\n{_fill('model.md', facts).strip()}\n{end}")
+
+
+def dataset_on_hub(training: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The id and the commit of the dataset that was trained on; None where it is a folder.
+
+    A training on a Hub dataset records the commit as its revision, one on a folder never does.
+    """
+    dataset = training.get("dataset", {})
+    name = str(dataset.get("path", "")).partition("@")[0]
+    revision = str(dataset.get("revision", ""))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return name, revision
+    return None
 
 
 def report_markdown(report: Mapping[str, Any]) -> str:
     """The three systems side by side, every metric with its 95 % interval."""
     return _fill("report.md", {"differences": {}, **report})
+
+
+def _model_metadata(
+    report: Mapping[str, Any] | None, training: Mapping[str, Any], base: str | None
+) -> dict[str, Any]:
+    """The metadata of a student's card but for its name, licence and languages."""
+    hub_dataset = dataset_on_hub(training)
+    return {
+        **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        **({"datasets": [hub_dataset[0]]} if hub_dataset else {}),
+        "tags": ["lora", "prompt-distillation", "distill-datasets"],
+        **(_results(report, training) if report else {}),
+    }
+
+
+def _results(report: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:
+    """The student's metrics; each carries its interval, and what base and teacher reached."""
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    systems, hub_dataset = report["systems"], dataset_on_hub(training)
+    name = report["recipe"]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=hub_dataset[0] if hub_dataset else name,
+            dataset_name=name,
+            dataset_split=report["split"],
+            dataset_revision=hub_dataset[1] if hub_dataset else report["dataset"]["revision"],
+            metric_type=_METRICS.get(metric, metric),
+            metric_name=metric,
+            metric_value=_rounded(value["value"]),
+            metric_args={
+                "rows": report["n"],
+                "interval_95": _interval(value),
+                **_others(systems, metric),
+            },
+        )
+        for metric, value in systems["student"]["metrics"].items()
+    ]
+    return {"model-index": eval_results_to_model_index(f"{name} student", results)}
+
+
+def _others(systems: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    return {
+        role: {
+            "value": _rounded(systems[role]["metrics"][metric]["value"]),
+            "interval_95": _interval(systems[role]["metrics"][metric]),
+        }
+        for role in ("base", "teacher")
+        if metric in systems[role]["metrics"]
+    }
+
+
+def _interval(value: Mapping[str, float]) -> list[float]:
+    return [_rounded(value["low"]), _rounded(value["high"])]
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 4)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a release holds, as a stream of (parts, rows): how it is told apart, and from what.
+"""What a release is made of: rows by split, counted and digested in one pass.
 
 A part is a split, or `rejected`. Rows belong to one part, or to two where the recipe says
 `same_rows`.
@@ -18,17 +18,14 @@ from distill_datasets.generation.rows import stream
 from distill_datasets.generation.shards import Joined
 from distill_datasets.models.sampler import digest
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.fingerprints import FINGERPRINTS, Fingerprints, read_fingerprints
+from distill_datasets.releases.diff import Fingerprints, published_rows
+from distill_datasets.releases.manifest import REJECTED
 from distill_datasets.schema import failure_content, rejected_features, release_features
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-    Contents = Iterable[tuple[tuple[str, ...], pa.Table]]
-
-REJECTED = "rejected"
-_ROWS_PER_BATCH = 1_000
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*")  # what `datasets` can name
 _TAKEN_NAMES = ("all", REJECTED)
 
@@ -36,7 +33,7 @@ _TAKEN_NAMES = ("all", REJECTED)
 def answered_contents(
     answers: "Dataset | Joined", recipe: Recipe
 ) -> Iterator[tuple[tuple[str, ...], "pa.Table"]]:
-    """The rows of a release, made from answers.
+    """The rows of a release with the parts that they are in, made from answers.
 
     Raises `DatasetError` for a row that no release can hold.
     """
@@ -59,16 +56,6 @@ def answered_contents(
         if len(dropped):
             schema = rejected_features(recipe.evidence).arrow_schema
             yield (REJECTED,), dropped.select(schema.names).cast(schema)
-
-
-def published_contents(release: Path) -> Iterator[tuple[tuple[str, ...], "pa.Table"]]:
-    """The rows of a release, read back from its folder."""
-    import pyarrow as pa
-    from pyarrow.parquet import ParquetFile
-
-    for path in sorted([*release.glob("data/*.parquet"), *release.glob("rejected/*.parquet")]):
-        for batch in ParquetFile(path).iter_batches(_ROWS_PER_BATCH):
-            yield (path.name.split("-")[0],), pa.Table.from_batches([batch])
 
 
 def _check(kept: "pa.Table") -> None:
@@ -120,16 +107,23 @@ class Survey:
     _digests: dict[str, Any] = field(default_factory=dict)
     _numbers: Counter[str] = field(default_factory=Counter)
 
-    def add(self, parts: tuple[str, ...], rows: "pa.Table") -> None:
-        """Count some rows and fold them into the digest."""
+    @classmethod
+    def of(cls, contents: Iterable[tuple[tuple[str, ...], "pa.Table"]]) -> "Survey":
+        """Read contents once."""
+        found = cls()
+        for parts, rows in contents:
+            found._add(parts, rows)
+        return found
+
+    def _add(self, parts: tuple[str, ...], rows: "pa.Table") -> None:
         self.rows.update(dict.fromkeys(parts, len(rows)))
         for part in parts:
             self._digests.setdefault(part, sha256(_line(rows.column_names)))
         for row in rows.to_pylist():
-            line = _line(_content(row))
-            self.fingerprints.add(parts, row, line)
+            line = _line(_digested(row))
             for part in parts:
                 self._digests[part].update(line)
+            self.fingerprints.add(parts, row)
             if parts == (REJECTED,):
                 self.errors += row["error"] is not None
                 self.rejected.update([row["rejection"]] if row["rejection"] else [])
@@ -171,24 +165,14 @@ class Survey:
         return digest({"recipe": recipe_digest, "parts": parts})
 
 
-def survey(contents: "Contents") -> Survey:
-    """Read contents once."""
-    found = Survey()
-    for parts, rows in contents:
-        found.add(parts, rows)
-    return found
+def survey_release(release: Path) -> Survey:
+    """Read the rows of a release's folder once."""
+    return Survey.of(((part,), rows) for part, rows in published_rows(release))
 
 
-def fingerprints_of(release: Path) -> Fingerprints:
-    """A release's fingerprints, from its rows where it carries none."""
-    if (release / FINGERPRINTS).is_file():
-        return read_fingerprints(release / FINGERPRINTS)
-    return survey(published_contents(release)).fingerprints
-
-
-def _content(row: dict[str, Any]) -> list[Any]:
-    """What a row says. How much of the prompt a server had in its cache is no part of that, nor
-    how often a failed row was asked: both differ from run to run.
+def _digested(row: dict[str, Any]) -> list[Any]:
+    """A row's cells but for what differs from run to run: how much of the prompt a server had in
+    its cache, and how often a failed row was asked.
     """
     return [
         failure_content(value) if name == "error" else value

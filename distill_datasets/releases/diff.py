@@ -1,24 +1,64 @@
-"""What changed between two releases: rows, labels, lengths, recipe and prompt."""
+"""What changed between two releases: rows, labels, lengths, recipe and prompt.
+
+A row is known by its id and sample. It changed where its content or its split did; other token
+counts of the teacher are no change, since they depend on what its server had in its cache.
+"""
 
 import difflib
+import json
+import sqlite3
+import struct
+from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
-from distill_datasets.errors import DatasetError
+from distill_datasets.errors import DatasetError, OutputError
 from distill_datasets.hub.references import Pinned, find_release
+from distill_datasets.parquet import open_parquet, read_batches
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.manifest import read_manifest
-from distill_datasets.releases.release import load_release
-from distill_datasets.releases.row_pairs import NEW, OLD, RowPairs
+from distill_datasets.releases.manifest import REJECTED, read_manifest, rejected_rows
+from distill_datasets.schema import failure_content
+from distill_datasets.tables import aligned
 
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    Hashes = NDArray[np.uint64]
+
+FINGERPRINTS = "fingerprints.parquet"
+_HASHES = ("key", "content", "answer", "counts")
+# What makes a row another one; `messages` is made of query and response.
+_CONTENT = (
+    *("query", "response", "answer", "reference", "group"),
+    *("teacher", "raw", "rejection", "error"),
+    *("candidates", "agreement", "score"),
+)
+_COUNTS = ("teacher_prompt_tokens", "teacher_cached_tokens", "teacher_response_tokens")
 _LENGTHS = ("prompt_tokens", "response_tokens", "response_characters")
-_PARTS = ("data", "rejected")
+_SIDES = ("old", "new")
 _MOST = 20  # movements that are listed one by one
 _WIDEST = 40
+_TABLE = """
+CREATE TABLE {side} (
+    id TEXT, sample INTEGER, part TEXT, answer TEXT, content BLOB, counts BLOB,
+    prompt_tokens INTEGER, response_tokens INTEGER, response_characters INTEGER,
+    PRIMARY KEY (id, sample)
+) WITHOUT ROWID
+"""
+# A row that is in two splits is read twice.
+_INSERT = """
+INSERT INTO {side} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT DO UPDATE SET part = part || '+' || excluded.part
+"""
+_BOTH = "old JOIN new USING (id, sample)"
 
 
 @dataclass(frozen=True)
@@ -30,7 +70,7 @@ class Difference:
     @property
     def empty(self) -> bool:
         """Whether rows and recipe are the same."""
-        digests = {self.data[side]["content_digest"] for side in (OLD, NEW)}
+        digests = {self.data[side]["content_digest"] for side in _SIDES}
         return len(digests) == 1 and not self.data["recipe"]["keys"]
 
     def text(self) -> str:
@@ -41,38 +81,270 @@ class Difference:
 def diff(old: Path | str, new: Path | str, *, config: str | None = None) -> Difference:
     """Compare two releases: folders, or Hub datasets such as `me/name@v1.0.0`.
 
-    `config` names one of several releases in one repository. A row is known by its id and
-    sample. Reads both releases once, and holds no more than a few thousand rows at a time.
-    Raises `DatasetError` for what is no release.
+    `config` names one of several releases in one repository. Reads both releases once, and holds
+    no more than a few thousand rows at a time. Raises `DatasetError` for what is no release.
     """
     before, after = _find(old, config), _find(new, config)
     recipes = load_recipe(before.path), load_recipe(after.path)
-    sides = {OLD: _facts(old, before), NEW: _facts(new, after)}
-    with RowPairs(before.path, after.path) as pairs:
+    sides = {"old": _facts(old, before), "new": _facts(new, after)}
+    with _RowPairs(before.path, after.path) as pairs:
         data = {
             **sides,
             "rows": pairs.counts(),
             "changed_columns": pairs.changed_columns(),
-            "moved": _movements(pairs.movements("part")),
-            "labels": _movements(pairs.movements("answer")),
-            "lengths": {name: _both(pairs, name) for name in _LENGTHS},
+            "moved": pairs.movements("part"),
+            "labels": pairs.movements("answer"),
+            "lengths": {name: pairs.lengths(name) for name in _LENGTHS},
             "recipe": _recipes(*recipes),
         }
     return Difference(data)
 
 
-def changed_keys(old: Recipe, new: Recipe) -> dict[str, dict[str, Any]]:
-    """The keys of two recipes that differ, dotted, with both values."""
-    before, after = (dict(_flat(recipe.model_dump(mode="json"))) for recipe in (old, new))
-    return {
-        key: {OLD: before.get(key), NEW: after.get(key)}
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
-    }
+def published_rows(release: Path) -> Iterator[tuple[str, "pa.Table"]]:
+    """The rows of a release's folder with the name of their split, or `rejected`."""
+    import pyarrow as pa
+
+    for path in sorted([*release.glob("data/*.parquet"), *release.glob("rejected/*.parquet")]):
+        for batch in read_batches(path):
+            yield path.name.split("-")[0], pa.Table.from_batches([batch])
+
+
+@dataclass(frozen=True)
+class RowChanges:
+    """Rows only in the new release, only in the old one, and changed in both.
+
+    `answers` counts those of the changed rows whose response is another, `recounted` the
+    unchanged rows with other token counts.
+    """
+
+    added: int
+    removed: int
+    changed: int
+    answers: int
+    recounted: int
+
+    def words(self) -> list[str]:
+        """What happened, with numbers; empty where no row was added, removed or changed."""
+        changed = _counted(self.changed, "row", "changed")
+        if self.answers == self.changed:
+            changed = _counted(self.changed, "answer", "changed")
+        elif self.answers:
+            changed += f", {self.answers:,} of them in the answer"
+        words = (
+            _counted(self.added, "row", "added"),
+            _counted(self.removed, "row", "removed"),
+            changed,
+        )
+        return [word for word in words if word]
+
+
+class Fingerprints:
+    """Hashes of a release's rows, 32 bytes a row, by which two releases are told apart."""
+
+    def __init__(self) -> None:
+        self._hashes = {name: array("Q") for name in _HASHES}
+
+    def add(self, parts: Sequence[str], row: Mapping[str, Any]) -> None:
+        """Note a row that is in these parts."""
+        content = _line([_value(name, row.get(name)) for name in _CONTENT])
+        placed = 0
+        for part in parts:
+            placed ^= _hash(part.encode() + b"\n" + content)
+        self._hashes["key"].append(_hash(f"{row['id']}\n{row['sample']}".encode()))
+        self._hashes["content"].append(placed)
+        self._hashes["answer"].append(_hash((row.get("response") or "").encode()))
+        self._hashes["counts"].append(_hash(_line([row.get(name) for name in _COUNTS])))
+
+    def write(self, path: Path) -> None:
+        """As a Parquet file, ordered by key: equal rows make equal files, whatever their order."""
+        import pyarrow as pa
+        from pyarrow.parquet import write_table
+
+        table = pa.table(dict(zip(_HASHES, self._sorted(), strict=True)))
+        write_table(table, path, use_dictionary=False, compression="none")
+
+    def changes(self, new: "Fingerprints") -> RowChanges:
+        """What `new` has otherwise."""
+        import numpy as np
+
+        keys, rows, answers, counts = self._sorted()
+        new_keys, new_rows, new_answers, new_counts = new._sorted()
+        _, here, there = np.intersect1d(keys, new_keys, assume_unique=True, return_indices=True)
+        changed = rows[here] != new_rows[there]
+        return RowChanges(
+            added=len(new_keys) - len(there),
+            removed=len(keys) - len(here),
+            changed=int(changed.sum()),
+            answers=int((changed & (answers[here] != new_answers[there])).sum()),
+            recounted=int((~changed & (counts[here] != new_counts[there])).sum()),
+        )
+
+    def _sorted(self) -> "tuple[Hashes, Hashes, Hashes, Hashes]":
+        """By key, each once: a row that came once for each of its parts is put together."""
+        import numpy as np
+
+        keys, rows, answers, counts = (
+            np.frombuffer(self._hashes[name], dtype=np.uint64) for name in _HASHES
+        )
+        order = np.argsort(keys, kind="stable")
+        keys, rows, answers, counts = keys[order], rows[order], answers[order], counts[order]
+        if not len(keys):
+            return keys, rows, answers, counts
+        first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+        return keys[first], np.bitwise_xor.reduceat(rows, first), answers[first], counts[first]
+
+
+def fingerprints_of(release: Path) -> Fingerprints:
+    """The fingerprints in a release's folder, else those of its rows."""
+    path, found = release / FINGERPRINTS, Fingerprints()
+    if has_fingerprints(path):
+        for batch in read_batches(path, _HASHES):
+            for name in _HASHES:
+                found._hashes[name].frombytes(batch[name].to_numpy().tobytes())
+        return found
+    for part, rows in published_rows(release):
+        for row in rows.to_pylist():
+            found.add((part,), row)
+    return found
+
+
+def has_fingerprints(path: Path) -> bool:
+    """Whether a file holds fingerprints; those of version 0.1 told rows apart in another way."""
+    return path.is_file() and set(_HASHES) <= set(open_parquet(path).schema_arrow.names)
+
+
+class _RowPairs:
+    """Rows of an old and a new release by id and sample, in a temporary database on disk.
+
+    A context. Costs about 200 bytes of disk a row.
+    """
+
+    def __init__(self, old: Path, new: Path) -> None:
+        with _room():
+            # An empty name is a file that SQLite removes when the connection closes.
+            self._database = sqlite3.connect("", isolation_level=None)
+            self._database.execute("PRAGMA synchronous = OFF")
+            for side, folder in (("old", old), ("new", new)):
+                self._database.execute(_TABLE.format(side=side))
+                self._database.execute("BEGIN")
+                self._database.executemany(_INSERT.format(side=side), _records(folder))
+                self._database.execute("COMMIT")
+
+    def counts(self) -> dict[str, int]:
+        """Rows added, removed, changed, and unchanged with other token counts."""
+        [[old]], [[new]] = (self._query(f"SELECT count(*) FROM {side}") for side in _SIDES)
+        [(common, changed, recounted)] = self._query(
+            "SELECT count(*), coalesce(sum(changed), 0), "
+            "coalesce(sum(NOT changed AND recounted), 0) FROM (SELECT "
+            "old.content != new.content OR old.part != new.part AS changed, "
+            f"old.counts != new.counts AS recounted FROM {_BOTH})"
+        )
+        return {
+            **{"old": old, "new": new, "added": new - common, "removed": old - common},
+            **{"changed": changed, "recounted": recounted},
+        }
+
+    def changed_columns(self) -> dict[str, int]:
+        """In how many rows each column changed, the most frequent first."""
+        found: Counter[str] = Counter()
+        with _room():
+            for old, new in self._database.execute(
+                f"SELECT old.content, new.content FROM {_BOTH} WHERE old.content != new.content"
+            ):
+                hashes = (struct.unpack(f"{len(_CONTENT)}q", side) for side in (old, new))
+                pairs = zip(_CONTENT, *hashes, strict=True)
+                found.update(name for name, before, after in pairs if before != after)
+        return dict(found.most_common())
+
+    def movements(self, column: str) -> list[dict[str, Any]]:
+        """From what to what the `part` or the `answer` of a row went, and how often."""
+        found = self._query(
+            f"SELECT old.{column}, new.{column}, count(*) FROM {_BOTH} "
+            f"WHERE old.{column} IS NOT new.{column} GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2"
+        )
+        return [{"from": before, "to": after, "rows": rows} for before, after, rows in found]
+
+    def lengths(self, column: str) -> dict[str, Any]:
+        """A number's mean and percentiles over the kept rows of each side."""
+        return {
+            side: _summary(
+                self._query(
+                    f"SELECT {column}, count(*) FROM {side} WHERE part != '{REJECTED}' "
+                    f"AND {column} IS NOT NULL GROUP BY 1 ORDER BY 1"
+                )
+            )
+            for side in _SIDES
+        }
+
+    def _query(self, statement: str) -> list[Any]:
+        with _room():
+            return self._database.execute(statement).fetchall()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._database.close()
+
+
+def _records(release: Path) -> Iterator[tuple[Any, ...]]:
+    for part, rows in published_rows(release):
+        if missing := {"id", "sample"} - set(rows.column_names):
+            raise DatasetError(
+                f"The rows of {str(release)!r} have no {sorted(missing)}: expected the columns "
+                f"of a release, found {rows.column_names}. Compare two releases."
+            )
+        for row in rows.to_pylist():
+            counts = [row.get(name) for name in _COUNTS]
+            response = row.get("response")
+            yield (
+                row["id"],
+                row["sample"],
+                part,
+                row.get("answer"),
+                _hashes(_value(name, row.get(name)) for name in _CONTENT),
+                _hashes(counts),
+                counts[0],
+                counts[2],
+                None if response is None else len(response),
+            )
+
+
+def _value(column: str, value: Any) -> Any:
+    return failure_content(value) if column == "error" else value
+
+
+def _hashes(values: Iterable[Any]) -> bytes:
+    # Python's own hashes differ between processes, and these never leave this one.
+    hashes = [hash(value) for value in values]
+    return struct.pack(f"{len(hashes)}q", *hashes)
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+
+
+def _line(values: list[Any]) -> bytes:
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _counted(count: int, noun: str, what: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'} {what}" if count else ""
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise OutputError(
+            f"The rows can't be compared: {error}. They are matched in a temporary file: free "
+            "some space, or set SQLITE_TMPDIR to a folder that has it."
+        ) from error
 
 
 def _find(given: Path | str, config: str | None) -> Pinned:
-    release = find_release(given, _PARTS, config)
+    release = find_release(given, ("data", REJECTED), config)
     if release is None:
         asked = f" of the configuration {config!r}" if config else ""
         raise DatasetError(
@@ -83,27 +355,20 @@ def _find(given: Path | str, config: str | None) -> Pinned:
 
 
 def _facts(given: Path | str, found: Pinned) -> dict[str, Any]:
-    release, manifest = load_release(found.path), read_manifest(found.path)
+    manifest = read_manifest(found.path)
     return {
         "reference": str(given),
         "commit": found.commit,
         "identity": manifest.get("identity"),
-        "version": release.version,
-        "content_digest": release.digest,
-        "splits": dict(release.splits),
-        "rejected": release.rejected,
+        "version": manifest["version"],
+        "content_digest": manifest["content_digest"],
+        "splits": dict(manifest["splits"]),
+        "rejected": rejected_rows(manifest),
     }
 
 
-def _movements(found: Sequence[tuple[str | None, str | None, int]]) -> list[dict[str, Any]]:
-    return [{"from": before, "to": after, "rows": rows} for before, after, rows in found]
-
-
-def _both(pairs: RowPairs, name: str) -> dict[str, Any]:
-    return {side: _summary(pairs.distribution(side, name)) for side in (OLD, NEW)}
-
-
 def _summary(distribution: Sequence[tuple[int, int]]) -> dict[str, float] | None:
+    """Of the values of a number, in their order, with how many rows have each."""
     rows = sum(count for _, count in distribution)
     if not rows:
         return None
@@ -127,11 +392,18 @@ def _percentile(distribution: Sequence[tuple[int, int]], rank: float) -> int:
 
 def _recipes(old: Recipe, new: Recipe) -> dict[str, Any]:
     prompts = old.prompt.splitlines(), new.prompt.splitlines()
-    before, after = _files(old), _files(new)
+    fields = [dict(_flat(recipe.model_dump(mode="json"))) for recipe in (old, new)]
+    files = [_files(recipe) for recipe in (old, new)]
     return {
-        "keys": changed_keys(old, new),
-        "files": sorted({name for name, _ in before.items() ^ after.items()}),
-        "prompt": "\n".join(difflib.unified_diff(*prompts, fromfile=OLD, tofile=NEW, lineterm="")),
+        "keys": {
+            key: {side: values.get(key) for side, values in zip(_SIDES, fields, strict=True)}
+            for key in {**fields[0], **fields[1]}
+            if fields[0].get(key) != fields[1].get(key)
+        },
+        "files": sorted({name for name, _ in files[0].items() ^ files[1].items()}),
+        "prompt": "\n".join(
+            difflib.unified_diff(*prompts, fromfile="old", tofile="new", lineterm="")
+        ),
     }
 
 
@@ -150,14 +422,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _lines(data: Mapping[str, Any]) -> Iterator[str]:
-    yield from (f"{side}  {_title(data[side])}" for side in (OLD, NEW))
+    yield from (f"{side}  {_title(data[side])}" for side in _SIDES)
     yield ""
     yield from _row_lines(data)
-    yield from _table("lengths", _length_lines(data["lengths"]))
+    yield from _section("lengths", _length_lines(data["lengths"]))
     recipe = data["recipe"]
-    keys = [f"{key}: {v[OLD]!r} -> {v[NEW]!r}" for key, v in recipe["keys"].items()]
-    yield from _table("recipe", [*keys, *(f"the file {name} changed" for name in recipe["files"])])
-    yield from _table("prompt", recipe["prompt"].splitlines())
+    keys = [f"{key}: {v['old']!r} -> {v['new']!r}" for key, v in recipe["keys"].items()]
+    files = [f"the file {name} changed" for name in recipe["files"]]
+    yield from _section("recipe", [*keys, *files])
+    yield from _section("prompt", recipe["prompt"].splitlines())
 
 
 def _title(side: Mapping[str, Any]) -> str:
@@ -171,35 +444,39 @@ def _row_lines(data: Mapping[str, Any]) -> Iterator[str]:
     if rows["recounted"]:
         yield f"  {rows['recounted']:,} others differ in the teacher's token counts only"
     columns = [f"{name} in {count:,}" for name, count in data["changed_columns"].items()]
-    yield from _table("columns", columns)
-    yield from _table("moved", _movement_lines(data["moved"]))
-    yield from _table("labels", _movement_lines(data["labels"]))
+    yield from _section("columns", columns)
+    yield from _section("moved", _movement_lines(data["moved"]))
+    yield from _section("labels", _movement_lines(data["labels"]))
 
 
-def _movement_lines(movements: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for moved in movements[:_MOST]:
-        yield f"{moved['rows']:>8,}  {_label(moved['from'])} -> {_label(moved['to'])}"
+def _movement_lines(movements: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        f"{moved['rows']:>8,}  {_label(moved['from'])} -> {_label(moved['to'])}"
+        for moved in movements[:_MOST]
+    ]
     if rest := movements[_MOST:]:
         rows = sum(moved["rows"] for moved in rest)
-        yield f"{rows:>8,}  in {len(rest):,} other ways"
+        lines.append(f"{rows:>8,}  in {len(rest):,} other ways")
+    return lines
 
 
 def _label(answer: str | None) -> str:
     if answer is None:
         return "(no answer)"
-    shown = " ".join(answer.split())
+    shown = aligned([[answer]])
     return shown if len(shown) <= _WIDEST else shown[: _WIDEST - 1] + "…"
 
 
-def _length_lines(lengths: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{'':<20}" + "".join(f"{what:>20}" for what in ("mean", "p50", "p95"))
+def _length_lines(lengths: Mapping[str, Any]) -> list[str]:
+    rows = [["", "mean", "p50", "p95"]]
     for name, both in lengths.items():
         if all(both.values()):
-            pairs = (f"{both[OLD][what]:,} -> {both[NEW][what]:,}" for what in both[OLD])
-            yield f"{name.replace('_', ' '):<20}" + "".join(f"{pair:>20}" for pair in pairs)
+            pairs = [f"{both['old'][what]:,} -> {both['new'][what]:,}" for what in both["old"]]
+            rows.append([name.replace("_", " "), *pairs])
+    return aligned(rows).splitlines()
 
 
-def _table(title: str, lines: Iterable[str]) -> Iterator[str]:
+def _section(title: str, lines: Iterable[str]) -> Iterator[str]:
     rows = list(lines)
     if rows:
         yield f"{title}:"

@@ -2,27 +2,20 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.releases.parquet import Size
+from distill_datasets.hub.references import folder_of
+from distill_datasets.parquet import open_parquet
 
 if TYPE_CHECKING:
     from datasets import DatasetInfo, Features
 
 MANIFEST = "manifest.json"
+REJECTED = "rejected"
+PARTS = ("data", REJECTED, "ledger", "soft")  # the folders of rows; the first is the release itself
 _NEEDED = ("version", "content_digest", "splits", "rejected", "errors")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of one kind in a release: their configuration's folder, columns and splits' sizes."""
-
-    folder: str
-    features: "Features"
-    sizes: Mapping[str, Size]
 
 
 def read_manifest(release: Path) -> dict[str, Any]:
@@ -38,14 +31,20 @@ def read_manifest(release: Path) -> dict[str, Any]:
 
 def parse_manifest(text: str, where: str) -> dict[str, Any]:
     """A manifest's text; raises `DatasetError` that names where it lies."""
+    problem = ""
     try:
         manifest = json.loads(text)
         missing = [key for key in _NEEDED if key not in manifest]
-    except (ValueError, TypeError) as error:
-        raise _unreadable(where, str(error)) from error
-    if missing or not isinstance(manifest, dict):
-        raise _unreadable(where, f"no {', '.join(missing)}")
-    return manifest
+        problem = f"no {', '.join(missing)}" if missing else ""
+        rejected_rows(manifest)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = problem or repr(error)
+    if problem:
+        raise DatasetError(
+            f"{where!r} is not a manifest that `publish` wrote ({problem}). Delete the release "
+            "and publish again."
+        )
+    return dict(manifest)
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:
@@ -53,28 +52,46 @@ def manifest_text(manifest: Mapping[str, Any]) -> str:
     return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
 
 
-def layout(parts: Mapping[str, Part], manifest: Mapping[str, Any]) -> dict[str, Any]:
+def rejected_rows(manifest: Mapping[str, Any]) -> int:
+    """How many rows were asked for and can't be used."""
+    return int(sum(manifest["rejected"].values())) + int(manifest["errors"])
+
+
+def side_config(config: str, part: str) -> str:
+    """The configuration that holds the `part` (rejected, ledger, soft) of another."""
+    return part if config == "default" else f"{config}-{part}"
+
+
+def layout(release: Path, manifest: Mapping[str, Any], config: str = "default") -> dict[str, Any]:
     """The card's `configs` and `dataset_info`, as `datasets` and the Hub's viewer read them.
 
-    `datasets` caches a local folder by this text alone. The version and the digest in it keep it
-    from returning the rows of an earlier release in the same place.
+    `config` is what the release is called in its repository. `datasets` caches a local folder by
+    this text alone: the version and the digest in it keep it from returning the rows of an
+    earlier release in the same place.
     """
     from datasets.info import DatasetInfosDict
     from huggingface_hub import DatasetCardData
 
-    configs = [
-        {
-            "config_name": name,
-            "version": manifest["version"],
-            "description": f"content {manifest['content_digest']}",
-            "data_files": [
-                {"split": split, "path": f"{part.folder}/{split}-*"} for split in part.sizes
-            ],
-        }
-        for name, part in parts.items()
-    ]
+    configs, infos = [], {}
+    for part in PARTS:
+        splits = manifest["splits"] if part == "data" else [part]
+        files = {split: sorted((release / part).glob(f"{split}-*.parquet")) for split in splits}
+        if not any(files.values()):
+            continue
+        name = config if part == "data" else side_config(config, part)
+        data_files = [
+            {"split": split, "path": f"{folder_of(config)}{part}/{split}-*"} for split in files
+        ]
+        configs.append(
+            {
+                "config_name": name,
+                "version": manifest["version"],
+                "description": f"content {manifest['content_digest']}",
+                "data_files": data_files,
+            }
+        )
+        infos[name] = _info(files)
     card = DatasetCardData()
-    infos = {name: _info(part) for name, part in parts.items()}
     DatasetInfosDict(infos).to_dataset_card_data(card)
     return {"configs": configs, "dataset_info": card["dataset_info"]}
 
@@ -84,22 +101,24 @@ def columns(features: "Features") -> dict[str, str]:
     return {field.name: str(field.type) for field in features.arrow_schema}
 
 
-def _info(part: Part) -> "DatasetInfo":
-    from datasets import DatasetInfo, SplitDict, SplitInfo
+def _info(files: Mapping[str, list[Path]]) -> "DatasetInfo":
+    """What the files of some splits hold: columns, rows, bytes."""
+    from datasets import DatasetInfo, Features, SplitDict, SplitInfo
 
-    splits = SplitDict()
-    for name, size in part.sizes.items():
-        splits.add(SplitInfo(name, size.arrow_bytes, size.rows))
+    splits, features = SplitDict(), None
+    for split, paths in files.items():
+        rows = unpacked = 0
+        for path in paths:
+            file = open_parquet(path)
+            about = file.metadata
+            groups = (about.row_group(number) for number in range(about.num_row_groups))
+            rows += about.num_rows
+            unpacked += sum(group.total_byte_size for group in groups)
+            features = features or Features.from_arrow_schema(file.schema_arrow)
+        splits.add(SplitInfo(split, unpacked, rows))
     return DatasetInfo(
-        features=part.features,
+        features=features,
         splits=splits,
-        download_size=sum(size.file_bytes for size in part.sizes.values()),
-        dataset_size=sum(size.arrow_bytes for size in part.sizes.values()),
-    )
-
-
-def _unreadable(where: str, problem: str) -> DatasetError:
-    return DatasetError(
-        f"{where!r} is not a manifest that `publish` wrote ({problem}). Delete the release and "
-        "publish again."
+        download_size=sum(path.stat().st_size for paths in files.values() for path in paths),
+        dataset_size=sum(split.num_bytes for split in splits.values()),
     )

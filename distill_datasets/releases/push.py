@@ -1,22 +1,43 @@
 """A release goes to the Hub: everything in one commit, then a tag on exactly that commit."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.errors import HubError, RepositoryError, VersionError
-from distill_datasets.hub.client import ensure_repository, patiently, require_token, wait_after
+from distill_datasets.errors import DatasetError, HubError, RepositoryError, VersionError
+from distill_datasets.hub.client import (
+    HubDataset,
+    ensure_repository,
+    explained,
+    patiently,
+    require_token,
+    wait_after,
+)
 from distill_datasets.hub.references import folder_of
-from distill_datasets.hub.refusals import explained
 from distill_datasets.hub.screening import require_clean, screen
-from distill_datasets.releases.outgoing import Outgoing, load_outgoing
-from distill_datasets.releases.pulls import open_pull
+from distill_datasets.parquet import read_batches
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.releases.card_merge import LAYOUT, Halves, markers, read_card
+from distill_datasets.releases.cards import dataset_card
+from distill_datasets.releases.diff import RowChanges, fingerprints_of
+from distill_datasets.releases.manifest import (
+    MANIFEST,
+    PARTS,
+    layout,
+    manifest_text,
+    read_manifest,
+)
 from distill_datasets.releases.repository import (
     README,
     Head,
     commit_of_release,
     look,
+    manifest_at,
     tag,
     tagged_manifest,
 )
@@ -33,6 +54,8 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd
 
 _TRIES = 10  # looks at the repository; each may find that somebody else was faster
+_NEWEST = 10  # pull requests that are looked at
+_TAKEN_NAMES = (*PARTS, "recipe", "all")
 
 
 @dataclass(frozen=True)
@@ -49,14 +72,6 @@ class Pushed:
     changed: bool
     why: str
     pull_request: str | None = None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The version to commit next and the reason for it."""
-
-    version: str
-    why: str
 
 
 def push_release(  # noqa: PLR0913 (where to, as what, who sees it, and what to let through)
@@ -81,26 +96,27 @@ def push_release(  # noqa: PLR0913 (where to, as what, who sees it, and what to 
     """
     if version is not None:
         check_version(version)
-    outgoing = load_outgoing(Path(release), repo, config, private)
+    outgoing = _load(Path(release), repo, config, private)
     require_token()
     require_clean(screen(release), allow)
     ensure_repository(repo, kind="dataset", private=private)
-    if create_pr and (found := open_pull(outgoing, version)):
-        return Pushed(repo, found.version, found.commit, None, False, found.why, found.url)
-    resumed, uploaded = False, None
+    if create_pr and (waiting := _waiting_pull(outgoing, version)):
+        return waiting
+    resumed, files, sent_at = False, [], None
     for tries in range(_TRIES):
         head = look(repo, config)
         if head.unfinished and not create_pr:
             head, resumed = _finish(head), True
-        plan = _plan(head, outgoing, version)
-        if plan is None:
+        following_change = _plan(head, outgoing, version)
+        if following_change is None:
             return _there(head, outgoing, version, resumed)
-        if uploaded is None or uploaded.at != head.dataset.commit:
-            uploaded = _upload(outgoing, head, create_pr)
-        if info := _commit(outgoing, head, plan, uploaded, tries):
-            name = None if create_pr else tag(repo, plan.version, info.oid, plan.why)
-            url = info.pr_url if create_pr else None
-            return Pushed(repo, plan.version, info.oid, name, True, plan.why, url)
+        if sent_at != head.dataset.commit:
+            files, sent_at = _upload(outgoing, head, create_pr), head.dataset.commit
+        to, why = following_change
+        manifest = {**outgoing.manifest, "version": to, "why": why}
+        if info := _commit(outgoing, head, manifest, files, tries, create_pr):
+            name = None if create_pr else tag(repo, to, info.oid, why)
+            return Pushed(repo, to, info.oid, name, True, why, info.pr_url if create_pr else None)
     raise HubError(
         f"{repo!r} changed {_TRIES} times while this release was being committed. Run the same "
         "again when it is quieter: what was uploaded is not uploaded twice."
@@ -108,15 +124,107 @@ def push_release(  # noqa: PLR0913 (where to, as what, who sees it, and what to 
 
 
 @dataclass(frozen=True)
-class _Uploaded:
-    """The data files, sent and not yet committed; `create_pr` says to where.
+class _Outgoing:
+    """A release on its way to `repo`, where it will be called `config`."""
 
-    What the server said about them holds for the head `at` which it was asked.
-    """
+    release: Path
+    repo: str
+    config: str
+    manifest: Mapping[str, Any]
+    recipe: Recipe
 
-    at: str
-    files: "list[CommitOperationAdd]"
-    create_pr: bool
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Everything but manifest and card, by its name in the release."""
+        paths = sorted(path for path in self.release.rglob("*") if path.is_file())
+        named = {path.relative_to(self.release).as_posix(): path for path in paths}
+        return {name: at for name, at in named.items() if name not in (README, MANIFEST)}
+
+    @property
+    def title(self) -> str:
+        """How the titles of its commits begin."""
+        return f"Release {'' if self.config == 'default' else self.config + ' '}"
+
+    def changes(self, head: Head) -> RowChanges:
+        """Its rows against those of a release on the Hub."""
+        return head.fingerprints().changes(fingerprints_of(self.release))
+
+    def reads(self, path: str) -> bool:
+        """Whether `load_dataset` would read a file of the repository as rows of this release."""
+        configs = layout(self.release, self.manifest, self.config)["configs"]
+        patterns = (one["path"] for config in configs for one in config["data_files"])
+        return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+    def texts(
+        self, manifest: Mapping[str, Any], card: str | None, old: Mapping[str, Any] | None
+    ) -> dict[str, str]:
+        """Manifest and card by their places; of the `card` there, what people wrote is kept."""
+        facts = {**manifest, "config": self.config, "files": sorted(self.files)}
+        # What people wrote beside the release, then what they wrote on the Hub, which wins.
+        written = [(self._local_card(), self.manifest.get("card") or {})]
+        if card is not None:
+            written.append((read_card(card), (old or {}).get("card") or {}))
+        text = dataset_card(
+            {**facts, "repo": self.repo},
+            self.recipe,
+            example=self._example(),
+            layout=layout(self.release, manifest, self.config),
+            written=written,
+        )
+        return {folder_of(self.config) + MANIFEST: manifest_text(facts), README: text}
+
+    def _local_card(self) -> Halves:
+        """The card beside the release without its layout, as if for this configuration."""
+        metadata, body = read_card((self.release / README).read_text(encoding="utf-8"))
+        for ours, there in zip(markers("default"), markers(self.config), strict=True):
+            body = body.replace(ours, there)
+        return {key: value for key, value in metadata.items() if key not in LAYOUT}, body
+
+    def _example(self) -> dict[str, Any]:
+        split = next(iter(self.manifest["splits"]))
+        first = sorted(self.release.glob(f"data/{split}-*"))[0]
+        return dict(next(read_batches(first)).slice(0, 1).to_pylist()[0])
+
+
+def _load(release: Path, repo: str, config: str, private: bool) -> _Outgoing:
+    """Check everything that needs no network; raises `DatasetError`."""
+    manifest, recipe = read_manifest(release), load_recipe(release)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", config) or config in _TAKEN_NAMES:
+        raise DatasetError(
+            f"{config!r} can't name a configuration: expected letters, digits, '.', '_' and '-', "
+            f"and none of {list(_TAKEN_NAMES)}."
+        )
+    if config.endswith(tuple(f"-{part}" for part in PARTS[1:])):
+        raise DatasetError(f"{config!r} is the name of another configuration's part: choose one.")
+    if not private and recipe.license is None:
+        raise DatasetError(
+            f"{str(release)!r} states no licence, so it can't be published for everybody: set "
+            "`license:` in the recipe and publish again, or push it as private."
+        )
+    return _Outgoing(release, repo, config, manifest, recipe)
+
+
+def _waiting_pull(outgoing: _Outgoing, version: str | None) -> Pushed | None:
+    """The open pull request that holds this very release, so that none is opened twice."""
+    from huggingface_hub import HfApi
+
+    api, repo = HfApi(), outgoing.repo
+    with explained(repo):
+        refs = patiently(api.list_repo_refs, repo, repo_type="dataset", include_pull_requests=True)
+        numbered = {int(one.ref.split("/")[-1]): one for one in refs.pull_requests or []}
+        for number in sorted(numbered, reverse=True)[:_NEWEST]:
+            details = patiently(api.get_discussion_details, repo, number, repo_type="dataset")
+            opened = details.status in ("open", "draft")
+            if not opened or not details.title.startswith(outgoing.title):
+                continue
+            commit = numbered[number].target_commit
+            at = HubDataset(repo, numbered[number].ref, commit)
+            found = manifest_at(at, outgoing.config)
+            same = found["content_digest"] == outgoing.manifest["content_digest"]
+            if same and version in (None, found["version"]):
+                why = found["why"]
+                return Pushed(repo, found["version"], commit, None, False, why, details.url)
+    return None
 
 
 def _finish(head: Head) -> Head:
@@ -127,36 +235,27 @@ def _finish(head: Head) -> Head:
     return replace(head, tags={**head.tags, head.unfinished: commit})
 
 
-def _plan(head: Head, outgoing: Outgoing, version: str | None) -> _Plan | None:
-    """What to commit; None where the content is there under its version."""
+def _plan(head: Head, outgoing: _Outgoing, version: str | None) -> tuple[str, str] | None:
+    """The version to commit and why; None where the content is there under its version."""
     if version in head.tags:
         assert version is not None
         _check_same(head, outgoing, version)
         return None
     old = head.manifest
     if old is None:
-        change = _first_change(head, outgoing.config)
+        new = f"the configuration {outgoing.config!r} is new"
+        change: Change | None = Change("minor", [new if head.tags else "the first release"])
     else:
-        change = difference(old, outgoing.manifest, lambda: _row_changes(head, outgoing))
+        change = difference(old, outgoing.manifest, lambda: outgoing.changes(head))
         if change is None and version is None:
-            if _is_of(head, str(old["version"]), old):
+            if tagged_manifest(head, str(old["version"])) == old:
                 return None
             change = Change("patch", [f"v{old['version']} is the tag of another commit"])
     why = change.why if change else f"the same content as {old and old['version']}"
-    return _Plan(version or _next(head, outgoing, change), why)
+    return version or _next(head, outgoing, change), why
 
 
-def _first_change(head: Head, config: str) -> Change | None:
-    if not head.tags:
-        return Change("minor", ["the first release"])
-    return Change("minor", [f"the configuration {config!r} is new"])
-
-
-def _row_changes(head: Head, outgoing: Outgoing) -> Any:
-    return head.fingerprints().changes(outgoing.fingerprints)
-
-
-def _next(head: Head, outgoing: Outgoing, change: Change | None) -> str:
+def _next(head: Head, outgoing: _Outgoing, change: Change | None) -> str:
     """The version after the newest one; the release's own where that is higher still."""
     known = [*head.tags, *([str(head.manifest["version"])] if head.manifest else [])]
     own = str(outgoing.manifest["version"])
@@ -166,7 +265,7 @@ def _next(head: Head, outgoing: Outgoing, change: Change | None) -> str:
     return max(own, after, key=order)
 
 
-def _check_same(head: Head, outgoing: Outgoing, version: str) -> None:
+def _check_same(head: Head, outgoing: _Outgoing, version: str) -> None:
     """Raises `VersionError` where the tagged version holds something else."""
     taken = tagged_manifest(head, version)
     where = f"v{version} in {outgoing.repo!r}"
@@ -176,7 +275,7 @@ def _check_same(head: Head, outgoing: Outgoing, version: str) -> None:
             f"configuration {outgoing.config!r}. Choose another version."
         )
     at = replace(head, dataset=replace(head.dataset, commit=head.tags[version]))
-    change = difference(taken, outgoing.manifest, lambda: _row_changes(at, outgoing))
+    change = difference(taken, outgoing.manifest, lambda: outgoing.changes(at))
     if change:
         raise VersionError(
             f"{where} holds other content: {change.why}. Choose another version, or none to take "
@@ -184,20 +283,18 @@ def _check_same(head: Head, outgoing: Outgoing, version: str) -> None:
         )
 
 
-def _is_of(head: Head, version: str, manifest: Mapping[str, Any]) -> bool:
-    """Whether a version's tag names the release of this manifest."""
-    return tagged_manifest(head, version) == manifest
-
-
-def _there(head: Head, outgoing: Outgoing, version: str | None, resumed: bool) -> Pushed:
+def _there(head: Head, outgoing: _Outgoing, version: str | None, resumed: bool) -> Pushed:
     manifest = head.manifest or {}
     name = version or str(manifest["version"])
     why = str(manifest.get("why", "")) if resumed else "the same content is there already"
     return Pushed(outgoing.repo, name, head.tags[name], f"v{name}", resumed, why)
 
 
-def _upload(outgoing: Outgoing, head: Head, create_pr: bool) -> _Uploaded:
-    """Send the data files, which nobody sees before they are committed."""
+def _upload(outgoing: _Outgoing, head: Head, create_pr: bool) -> "list[CommitOperationAdd]":
+    """Send the data files, which nobody sees before they are committed.
+
+    What the server says about them holds for this head.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     _check_places(outgoing, head)
@@ -214,10 +311,10 @@ def _upload(outgoing: Outgoing, head: Head, create_pr: bool) -> _Uploaded:
             create_pr=create_pr,
             free_memory=False,
         )
-    return _Uploaded(head.dataset.commit, files, create_pr)
+    return files
 
 
-def _check_places(outgoing: Outgoing, head: Head) -> None:
+def _check_places(outgoing: _Outgoing, head: Head) -> None:
     """Raises `RepositoryError` where files of others would be read as this release's rows."""
     ours = {
         head.folder + name for name in (*outgoing.files, *(head.manifest or {}).get("files", ()))
@@ -231,25 +328,30 @@ def _check_places(outgoing: Outgoing, head: Head) -> None:
         )
 
 
-def _commit(
-    outgoing: Outgoing, head: Head, plan: _Plan, uploaded: _Uploaded, tries: int
+def _commit(  # noqa: PLR0913 (one try: what, onto what, and which)
+    outgoing: _Outgoing,
+    head: Head,
+    manifest: Mapping[str, Any],
+    files: "list[CommitOperationAdd]",
+    tries: int,
+    create_pr: bool,
 ) -> "CommitInfo | None":
     """One try; None where it is worth looking at the repository again."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-    operations = _operations(outgoing, head, plan, uploaded)
+    operations = _operations(outgoing, head, manifest, files)
     try:
         with explained(outgoing.repo):
             try:
                 return HfApi().create_commit(
                     outgoing.repo,
                     operations,
-                    commit_message=outgoing.title(plan.version),
-                    commit_description=plan.why,
+                    commit_message=outgoing.title + manifest["version"],
+                    commit_description=manifest["why"],
                     repo_type="dataset",
                     parent_commit=head.dataset.commit,
-                    create_pr=uploaded.create_pr,
+                    create_pr=create_pr,
                 )
             except (HTTPError, RuntimeError) as error:
                 # The answer may be lost and the commit there: the next look will tell.
@@ -260,18 +362,22 @@ def _commit(
         raise RepositoryError(f"The Hub refused the card of {outgoing.repo!r}: {error}") from error
 
 
-def _operations(outgoing: Outgoing, head: Head, plan: _Plan, uploaded: _Uploaded) -> list[Any]:
+def _operations(
+    outgoing: _Outgoing,
+    head: Head,
+    manifest: Mapping[str, Any],
+    files: "list[CommitOperationAdd]",
+) -> list[Any]:
     """Files, manifest and card; and the files of the release before that this one lacks."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     old = head.manifest
-    manifest = {**outgoing.manifest, "version": plan.version, "why": plan.why}
-    manifest["history"] = history(old, manifest)
+    manifest = {**manifest, "history": history(old, manifest)}
     texts = outgoing.texts(manifest, head.card if README in head.files else None, old)
-    new = {file.path_in_repo for file in uploaded.files} | set(texts)
+    new = {file.path_in_repo for file in files} | set(texts)
     stale = {head.folder + name for name in (old or {}).get("files", ())} & head.files - new
     return [
-        *uploaded.files,
+        *files,
         *(CommitOperationAdd(path, text.encode()) for path, text in texts.items()),
         *(CommitOperationDelete(path) for path in sorted(stale)),
     ]

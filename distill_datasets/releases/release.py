@@ -1,5 +1,6 @@
 """Answers become a release: a folder that `datasets` reads and the Hub can hold."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -8,21 +9,30 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError, OutputError, VersionError
 from distill_datasets.files import recover, replacing
-from distill_datasets.generation.ledger import LEDGER, ledger_features, raw_answers
+from distill_datasets.generation.ledger import (
+    LEDGER,
+    JournaledRows,
+    ledger_features,
+    raw_answers,
+)
+from distill_datasets.generation.shards import Joined, find_parts, join_parts, join_summaries
+from distill_datasets.parquet import Shards
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.releases.card_merge import read_card
 from distill_datasets.releases.cards import card_metadata, dataset_card
-from distill_datasets.releases.contents import REJECTED, answered_contents, fingerprints_of
-from distill_datasets.releases.fingerprints import FINGERPRINTS, RowChanges
+from distill_datasets.releases.contents import Survey, answered_contents
+from distill_datasets.releases.diff import FINGERPRINTS, fingerprints_of
 from distill_datasets.releases.manifest import (
     MANIFEST,
-    Part,
+    REJECTED,
     columns,
     layout,
     manifest_text,
     read_manifest,
+    rejected_rows,
 )
-from distill_datasets.releases.parquet import Shards
-from distill_datasets.releases.run_answers import RunAnswers, load_answers
-from distill_datasets.releases.soft_labels import SOFT, SoftConfig, soft_features, write_soft
+from distill_datasets.releases.soft_labels import SOFT, write_soft
 from distill_datasets.releases.versions import (
     FIRST,
     Change,
@@ -31,9 +41,11 @@ from distill_datasets.releases.versions import (
     following,
     history,
 )
-from distill_datasets.schema import rejected_features, release_features
+from distill_datasets.schema import answer_features, rejected_features, release_features
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from distill_datasets.releases.push import Pushed
 
 
@@ -49,7 +61,7 @@ class Release:
     why: str = ""
 
     def push_to_hub(self, repo: str, **options: Any) -> "Pushed":
-        """Push to a dataset repository: one commit, then a tag; see `pushing.push_release`."""
+        """Push to a dataset repository: one commit, then a tag; see `push.push_release`."""
         from distill_datasets.releases.push import push_release
 
         return push_release(self.path, repo, **options)
@@ -81,11 +93,13 @@ def publish(
     published = _published(folder)
     if version is not None:
         check_version(version)
-    answers = load_answers(runs, ledger=ledger)
+    answers = _load_answers(runs, ledger=ledger)
     old = read_manifest(folder) if published else None
     facts = _facts(answers, old)
-    change = difference(old, facts, lambda: _row_changes(folder, answers)) if old else None
+    change = None
     if published and old:
+        mine = answers.survey.fingerprints
+        change = difference(old, facts, lambda: fingerprints_of(folder).changes(mine))
         if change is None and version in (None, published.version):
             return published
         version = version or following(published.version, change.level if change else "patch")
@@ -94,29 +108,75 @@ def publish(
     facts["version"] = version or FIRST
     facts["why"] = _why(old, change)
     readme = folder / "README.md"
-    written_before = readme.read_text(encoding="utf-8") if readme.is_file() else None
+    card = readme.read_text(encoding="utf-8") if readme.is_file() else None
     with replacing(folder) as building:
-        _write(building, answers, facts, old, written_before)
+        _write(building, answers, facts, old, card)
     return load_release(folder)
 
 
 def load_release(path: Path | str) -> Release:
     """What the manifest in a release's folder says; reads no rows."""
     facts = read_manifest(Path(path))
-    try:
-        return Release(
-            Path(path),
-            facts["version"],
-            facts["content_digest"],
-            facts["splits"],
-            sum(facts["rejected"].values()) + facts["errors"],
-            facts.get("why", ""),
-        )
-    except (AttributeError, TypeError) as error:
+    return Release(
+        Path(path),
+        facts["version"],
+        facts["content_digest"],
+        facts["splits"],
+        rejected_rows(facts),
+        facts.get("why", ""),
+    )
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Rows, how they were made, the recipe, and one look at it all; `sources` go into a ledger."""
+
+    rows: "Dataset | Joined"
+    generation: Mapping[str, Any]
+    recipe: Recipe
+    survey: Survey
+    sources: Sequence[JournaledRows]
+
+
+def _load_answers(runs: Sequence[Path], *, ledger: bool) -> _Answers:
+    """What the folders of a run, or of its parts, hold; without a `ledger` no sources."""
+    from datasets import load_from_disk
+
+    parts = find_parts(runs)
+    folder = parts[0] / "answers"
+    recipe = load_recipe(folder)
+    each = [load_from_disk(str(part / "answers")) for part in parts]
+    summaries = [
+        json.loads((part / "answers" / "generation.json").read_text(encoding="utf-8"))
+        for part in parts
+    ]
+    generation = summaries[0] if len(parts) == 1 else join_summaries(parts, summaries)
+    for part, some, summary in zip(parts, each, summaries, strict=True):
+        _check(some, summary, recipe, part / "answers")
+    rows = each[0] if len(parts) == 1 else join_parts(parts, each)
+    survey = Survey.of(answered_contents(rows, recipe))
+    if not survey.splits:
+        reasons = dict(survey.rejected) | ({"failed": survey.errors} if survey.errors else {})
         raise DatasetError(
-            f"{str(path)!r} has a manifest that `publish` didn't write ({error!r}). Delete the "
-            "folder and publish again."
-        ) from error
+            f"{str(folder)!r} has nothing to publish: none of its {len(rows)} rows can be used "
+            f"({reasons}). Look at its `raw` and `error` columns, then mend the recipe."
+        )
+    journals = [(rows, part / "journal.sqlite") for rows, part in zip(each, parts, strict=True)]
+    kept = [JournaledRows(*one) for one in journals if ledger and one[1].is_file()]
+    return _Answers(rows, generation, recipe, survey, kept)
+
+
+def _check(rows: "Dataset", generation: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
+    if missing := answer_features().keys() - rows.features.keys():
+        raise DatasetError(
+            f"{str(folder)!r} lacks the columns {sorted(missing)}; found {rows.column_names}. "
+            "Run `generate` again."
+        )
+    if generation["recipe_digest"] != recipe.digest:
+        raise DatasetError(
+            f"{folder / 'recipe'} is not the recipe of these answers: expected the digest "
+            f"{generation['recipe_digest']}, found {recipe.digest}. Run `generate` again."
+        )
 
 
 def _release_folder(runs: Sequence[Path], out: Path | str | None) -> Path:
@@ -127,7 +187,7 @@ def _release_folder(runs: Sequence[Path], out: Path | str | None) -> Path:
 
 def _published(folder: Path) -> Release | None:
     recover(folder)
-    if (folder / "manifest.json").is_file():
+    if (folder / MANIFEST).is_file():
         return load_release(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise OutputError(
@@ -135,10 +195,6 @@ def _published(folder: Path) -> Release | None:
             "replace. Choose a new or an empty folder with `out`."
         )
     return None
-
-
-def _row_changes(published: Path, answers: RunAnswers) -> RowChanges:
-    return fingerprints_of(published).changes(answers.survey.fingerprints)
 
 
 def _taken(published: Release, change: Change) -> VersionError:
@@ -157,84 +213,70 @@ def _why(old: Mapping[str, Any] | None, change: Change | None) -> str:
 
 def _write(
     building: Path,
-    answers: RunAnswers,
+    answers: _Answers,
     facts: Mapping[str, Any],
     old: Mapping[str, Any] | None,
-    written_before: str | None,
+    card: str | None,
 ) -> None:
-    parts, soft = _write_rows(building, answers)
+    """Fill the folder; of the `card` that lies in the old one's, what people wrote is kept."""
+    _write_rows(building, answers)
     answers.survey.fingerprints.write(building / FINGERPRINTS)
     manifest = {**facts, "history": history(old, facts)}
     if answers.sources:
-        manifest["ledger"] = parts[LEDGER].sizes[LEDGER].rows if LEDGER in parts else 0
-    if soft:
-        manifest[SOFT] = soft
+        manifest["ledger"] = _write_ledger(building, answers)
+    if _has_soft_labels(answers):
+        manifest[SOFT] = write_soft(building, answers.sources, answers.recipe, answers.generation)
     answers.recipe.dump(building / "recipe")
     (building / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
-    card = dataset_card(
+    text = dataset_card(
         manifest,
         answers.recipe,
         example=answers.survey.example or {},
-        layout=layout(parts, manifest),
-        written_before=written_before,
-        previous=old.get("card") if old else None,
+        layout=layout(building, manifest),
+        written=[(read_card(card), (old or {}).get("card") or {})] if card is not None else [],
     )
-    (building / "README.md").write_text(card, encoding="utf-8")
+    (building / "README.md").write_text(text, encoding="utf-8")
 
 
-def _write_rows(
-    building: Path, answers: RunAnswers
-) -> tuple[dict[str, Part], Mapping[str, int] | None]:
-    """The parts by their configurations, and what the soft one counted, where there is one."""
+def _write_rows(building: Path, answers: _Answers) -> None:
     evidence = answers.recipe.evidence
-    released, rejected = release_features(evidence), rejected_features(evidence)
-    splits = answers.survey.splits
-    shards = {name: Shards(building / "data", name, released.arrow_schema) for name in splits}
+    schema = release_features(evidence).arrow_schema
+    shards = {name: Shards(building / "data", name, schema) for name in answers.survey.splits}
     if answers.survey.rows[REJECTED]:
-        shards[REJECTED] = Shards(building / REJECTED, REJECTED, rejected.arrow_schema)
+        schema = rejected_features(evidence).arrow_schema
+        shards[REJECTED] = Shards(building / REJECTED, REJECTED, schema)
     for parts, rows in answered_contents(answers.rows, answers.recipe):
         for part in parts:
             shards[part].add(rows)
-    sizes = {name: shard.close() for name, shard in shards.items()}
-    written = {"default": Part("data", released, {name: sizes[name] for name in splits})}
-    if REJECTED in sizes:
-        written[REJECTED] = Part(REJECTED, rejected, {REJECTED: sizes[REJECTED]})
-    if answers.sources:
-        written |= _write_ledger(building, answers)
-    soft = _write_soft(building, answers)
-    if soft and soft.sizes:
-        written[SOFT] = Part(SOFT, soft_features(), soft.sizes)
-    return written, soft.facts if soft else None
+    for shard in shards.values():
+        shard.close()
 
 
-def _write_ledger(building: Path, answers: RunAnswers) -> dict[str, Part]:
-    """Write what the journals hold of the rows, in their order; nothing where they hold none."""
+def _write_ledger(building: Path, answers: _Answers) -> int:
+    """Write what the journals hold of the rows, in their order; how many answers that is."""
     entries = raw_answers(answers.sources, answers.recipe, answers.generation)
-    if (first := next(entries, None)) is None:
-        return {}
-    shards = Shards(building / LEDGER, LEDGER, ledger_features().arrow_schema)
-    shards.add(first)
-    for more in entries:
-        shards.add(more)
-    return {LEDGER: Part(LEDGER, ledger_features(), {LEDGER: shards.close()})}
+    shards = None
+    for some in entries:
+        shards = shards or Shards(building / LEDGER, LEDGER, ledger_features().arrow_schema)
+        shards.add(some)
+    return shards.close() if shards else 0
 
 
-def _write_soft(building: Path, answers: RunAnswers) -> SoftConfig | None:
+def _has_soft_labels(answers: _Answers) -> bool:
+    """Whether the teacher's probabilities were asked for, and belong to the released texts."""
     recipe = answers.recipe
     asked = any(recipe.sampling_of(teacher).top_logprobs for teacher in recipe.all_teachers)
-    if not answers.sources or not asked or recipe.evidence:
-        return None
-    return write_soft(building, answers.sources, recipe, answers.generation)
+    return bool(answers.sources and asked and not recipe.evidence)
 
 
-def _facts(answers: RunAnswers, old: Mapping[str, Any] | None) -> dict[str, Any]:
+def _facts(answers: _Answers, old: Mapping[str, Any] | None) -> dict[str, Any]:
     """The manifest, but for what writing the release decides."""
     found, generation, recipe = answers.survey, answers.generation, answers.recipe
     known = old.get("ledger") if old else None
     return {
         "recipe": recipe.name,
         "recipe_digest": recipe.digest,
-        "content_digest": answers.digest,
+        "content_digest": found.digest(recipe.digest),
         **{key: generation[key] for key in ("teacher", "identity", "renderer", "sampling")},
         **({"panel": generation["panel"]} if generation.get("panel") else {}),
         "prompt_sha256": sha256(recipe.prompt.encode()).hexdigest(),

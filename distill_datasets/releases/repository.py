@@ -3,16 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from distill_datasets.errors import DatasetError, RepositoryError, VersionError
-from distill_datasets.hub.client import HubDataset, patiently, read_text, snapshot
+from distill_datasets.hub.client import HubDataset, explained, patiently, read_text, snapshot
 from distill_datasets.hub.references import folder_of
-from distill_datasets.hub.refusals import explained
-from distill_datasets.releases.contents import fingerprints_of
-from distill_datasets.releases.fingerprints import FINGERPRINTS, Fingerprints
-from distill_datasets.releases.manifest import MANIFEST, parse_manifest
+from distill_datasets.releases.diff import (
+    FINGERPRINTS,
+    Fingerprints,
+    fingerprints_of,
+    has_fingerprints,
+)
+from distill_datasets.releases.manifest import MANIFEST, REJECTED, parse_manifest
 from distill_datasets.releases.versions import version_of
 
 README = "README.md"
@@ -52,11 +54,12 @@ class Head:
 
     def fingerprints(self) -> Fingerprints:
         """Of the release's rows."""
-        wanted = FINGERPRINTS if self.folder + FINGERPRINTS in self.files else None
-        if wanted is None:
-            folders = [f"{self.folder}{part}/*" for part in ("data", "rejected")]
-            return fingerprints_of(snapshot(self.dataset, folders) / self.folder)
-        return fingerprints_of(_fetched(self.dataset, self.folder + wanted).parent)
+        if self.folder + FINGERPRINTS in self.files:
+            path = snapshot(self.dataset, [self.folder + FINGERPRINTS]) / self.folder
+            if has_fingerprints(path / FINGERPRINTS):
+                return fingerprints_of(path)
+        folders = [f"{self.folder}{part}/*" for part in ("data", REJECTED)]
+        return fingerprints_of(snapshot(self.dataset, folders) / self.folder)
 
 
 def look(repo: str, config: str) -> Head:
@@ -71,7 +74,13 @@ def look(repo: str, config: str) -> Head:
         if "main" not in heads:
             raise RepositoryError(f"{repo!r} has no branch 'main' to publish to: create it first.")
         dataset = HubDataset(repo, "main", heads["main"])
-        entries = patiently(_tree, dataset)
+        entries = patiently(
+            lambda: list(
+                HfApi().list_repo_tree(
+                    repo, recursive=True, revision=dataset.commit, repo_type="dataset"
+                )
+            )
+        )
     files = frozenset(entry.path for entry in entries if isinstance(entry, RepoFile))
     return Head(dataset, config, files, {name: at for name, at in tags.items() if name})
 
@@ -147,28 +156,3 @@ def tag(repo: str, version: str, commit: str, why: str) -> str:
                     f"{commit} has none. Publish again: it takes the next version."
                 ) from error
     return name
-
-
-def _tree(dataset: HubDataset) -> list[Any]:
-    from huggingface_hub import HfApi
-
-    return list(
-        HfApi().list_repo_tree(
-            dataset.repo, recursive=True, revision=dataset.commit, repo_type="dataset"
-        )
-    )
-
-
-def _fetched(dataset: HubDataset, path: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    with explained(dataset.repo):
-        return Path(
-            patiently(
-                hf_hub_download,
-                dataset.repo,
-                path,
-                repo_type="dataset",
-                revision=dataset.commit,
-            )
-        )

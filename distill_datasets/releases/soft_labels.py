@@ -5,7 +5,6 @@ was written anew from the answer has no probabilities of its own.
 """
 
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,24 +15,15 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.ledger import JournaledRows, first_requests
 from distill_datasets.models.sampler import Logprobs
 from distill_datasets.models.scoring import SoftLabels
+from distill_datasets.parquet import ROWS_PER_BATCH, Shards, read_batches
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.parquet import Shards, Size
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset, Features
 
 SOFT = "soft"
-_ROWS_PER_BATCH = 1_000
 _COLUMNS = ("id", "sample", "tokens", "top_tokens", "top_logprobs")
-
-
-@dataclass(frozen=True)
-class SoftConfig:
-    """What was written: the size by the part's name, and how many rows have no labels and why."""
-
-    sizes: Mapping[str, Size]
-    facts: Mapping[str, int]
 
 
 def soft_features() -> "Features":
@@ -52,13 +42,16 @@ def soft_features() -> "Features":
 
 
 def write_soft(
-    folder: Path, sources: Iterable[JournaledRows], recipe: Recipe, generation: Mapping[str, Any]
-) -> SoftConfig:
+    folder: Path,
+    sources: Iterable[JournaledRows],
+    recipe: Recipe,
+    generation: Mapping[str, Any],
+) -> dict[str, int]:
     """Write the soft labels that the sources' journals hold of their kept rows to `folder/soft`.
 
-    `facts` counts the rows written, those whose response is not the teacher's own text, and those
-    without token ids: text of a token is not enough to train on. The rows must each be a sample
-    of one reply, not chosen among several.
+    Returns how many rows were written, and how many were not: those whose response is not the
+    teacher's own text, and those without token ids, since a token's text is not enough to train
+    on. The rows must each be a sample of one reply, not chosen among several.
     """
     facts = {"rows": 0, "rewritten": 0, "without_ids": 0}
     shards = None
@@ -68,7 +61,9 @@ def write_soft(
             for batch in _batches(answers, source.rows, keys, facts):
                 shards = shards or Shards(folder / SOFT, SOFT, soft_features().arrow_schema)
                 shards.add(batch)
-    return SoftConfig({SOFT: shards.close()} if shards else {}, facts)
+    if shards:
+        shards.close()
+    return facts
 
 
 def has_soft(release: Path) -> bool:
@@ -83,10 +78,8 @@ def read_soft(
 
     Raises `DatasetError` where the release holds fewer than `k`.
     """
-    from pyarrow.parquet import ParquetFile
-
     for path in sorted((release / SOFT).glob("*.parquet")):
-        for batch in ParquetFile(path).iter_batches(_ROWS_PER_BATCH, columns=list(_COLUMNS)):
+        for batch in read_batches(path, _COLUMNS):
             for row in batch.to_pylist():
                 if (name := (row["id"], row["sample"])) in wanted:
                     yield name, _labels(row, k, path)
@@ -115,7 +108,7 @@ def _batches(
 
     schema = soft_features().arrow_schema
     columns = ["id", "sample", "raw", "response"]
-    for batch in rows.select_columns(columns).iter(batch_size=_ROWS_PER_BATCH):
+    for batch in rows.select_columns(columns).iter(batch_size=ROWS_PER_BATCH):
         asked = zip(*(batch[name] for name in columns), keys, strict=False)
         found = [
             soft

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.releases.fingerprints import RowChanges
+from distill_datasets.releases.diff import RowChanges
 
 FIRST = "1.0.0"
 Level = Literal["major", "minor", "patch"]
@@ -64,7 +64,7 @@ def difference(
     """What two manifests say differs; `rows` is called only where rows may. None for nothing.
 
     Major if the columns, the prompt or the response format changed; minor if rows or how they
-    were made did; patch for what only the card says.
+    were made did; patch for token counts, and for what only the card says.
     """
     keys = changed_keys(old.get("recipe_fields", new["recipe_fields"]), new["recipe_fields"])
     if old["content_digest"] == new["content_digest"]:
@@ -72,10 +72,15 @@ def difference(
         return Change("patch", reasons) if reasons else None
     breaking = list(_breaking_reasons(old, new, keys))
     others = [key for key in keys if key.partition(".")[0] not in _FORMAT]
-    reasons = [*breaking, *rows().words(), *_recipe_reasons(others)]
-    if not reasons:
-        same_recipe = old["recipe_digest"] == new["recipe_digest"]
-        reasons = ["the rows have another order" if same_recipe else "the query files changed"]
+    changes = rows()
+    reasons = [*breaking, *changes.words(), *_recipe_reasons(others)]
+    if not reasons and old["recipe_digest"] != new["recipe_digest"]:
+        reasons = ["the query files changed"]
+    elif not reasons and changes.recounted:
+        rows_of = f"{changes.recounted:,} row{'' if changes.recounted == 1 else 's'}"
+        return Change("patch", [f"the teacher's token counts changed in {rows_of}"])
+    elif not reasons:
+        reasons = ["the rows have another order"]
     return Change("major" if breaking else "minor", reasons)
 
 

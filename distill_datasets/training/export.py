@@ -231,15 +231,15 @@ def _kept_card(api: "HfApi", repo: str, head: str, card: str) -> str:
     from huggingface_hub.errors import EntryNotFoundError
 
     from distill_datasets.hub import client as hub
-    from distill_datasets.releases.card_merge import keep, read_card
+    from distill_datasets.releases.card_merge import card_text, merged, read_card
 
     try:
         path = hub.patiently(api.hf_hub_download, repo, "README.md", revision=head)
     except EntryNotFoundError:
         return card
     existing = Path(path).read_text(encoding="utf-8")
-    new, (old, _) = read_card(card)[0], read_card(existing)
+    new, old = read_card(card), read_card(existing)
     # What a card of ours holds is written anew; the rest is somebody's, and so are further tags.
-    ours = {key: value for key, value in old.items() if key in (*new, *_OWN_METADATA)}
-    ours |= {key: new[key] for key in ("tags", "language") if key in new}
-    return keep(card, existing, config="default", previous=ours)
+    ours = {key: value for key, value in old[0].items() if key in (*new[0], *_OWN_METADATA)}
+    ours |= {key: new[0][key] for key in ("tags", "language") if key in new[0]}
+    return card_text(*merged(new, old, config="default", previous=ours))

@@ -9,8 +9,7 @@ from typing import Any
 from distill_datasets.errors import ModelError, RecipeError
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.cards import model_card
-from distill_datasets.releases.model_metadata import dataset_on_hub
+from distill_datasets.releases.cards import dataset_on_hub, model_card
 
 _EXAMPLE_QUERY = "Hello, how are you?"
 _MAX_TOKENS = 256

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import HubError, OutputError, RepositoryError
-from distill_datasets.hub.client import resolve
-from distill_datasets.hub.refusals import explained
+from distill_datasets.hub.client import explained, resolve
 from tests.support.hub_fixture import Hub
 
 REPO = "me/data"

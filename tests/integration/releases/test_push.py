@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distill_datasets.releases import parquet as shards
+from distill_datasets import parquet as shards
 from tests.support.hub_fixture import Hub
 from tests.support.releases import push, push_all, release_of, tags, titles
 

@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import DatasetCard, ModelCard
 
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.releases.card_merge import read_card
 from distill_datasets.releases.cards import dataset_card, model_card, report_markdown
 
 GOLDEN = Path(__file__).parent / "golden" / "dataset_card.md"
@@ -173,9 +174,11 @@ def test_what_people_wrote_outside_the_markers_stays(recipe: Recipe) -> None:
         recipe.replace(prompt=f"Say {END} now."),
         example=EXAMPLE,
         layout=LAYOUT,
-        written_before=by_hand,
+        written=[(read_card(by_hand), {})],
     )
-    third = dataset_card(MANIFEST, recipe, example=EXAMPLE, layout=LAYOUT, written_before=again)
+    third = dataset_card(
+        MANIFEST, recipe, example=EXAMPLE, layout=LAYOUT, written=[(read_card(again), {})]
+    )
     assert "version 1.3.0" in again
     assert third == by_hand
 
@@ -186,7 +189,7 @@ def test_a_card_without_markers_is_all_human(recipe: Recipe) -> None:
         recipe,
         example=EXAMPLE,
         layout=LAYOUT,
-        written_before="---\nlicense: mit\n---\nMine.\n",
+        written=[(read_card("---\nlicense: mit\n---\nMine.\n"), {})],
     )
     assert card.endswith(f"{END}\n\nMine.\n")
     assert metadata(card)["license"] == "cc-by-4.0"

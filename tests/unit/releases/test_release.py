@@ -11,13 +11,14 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, Value, load_dataset
 from huggingface_hub import DatasetCard
-from pyarrow.parquet import ParquetFile, read_table
+from pyarrow.parquet import ParquetFile, read_table, write_table
 
+from distill_datasets import parquet as shards
 from distill_datasets.errors import DatasetError, OutputError, VersionError
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases import parquet as shards
-from distill_datasets.releases.contents import answered_contents, published_contents, survey
+from distill_datasets.releases.contents import Survey, answered_contents, survey_release
+from distill_datasets.releases.diff import diff, published_rows
 from distill_datasets.releases.release import load_release, publish
 from distill_datasets.schema import answer_features, rejected_features, release_features
 
@@ -294,9 +295,9 @@ def test_every_group_is_in_one_split_only(tmp_path: Path, recipe: Recipe) -> Non
     rows = [answer(number, split=split_of(number)) for number in range(60)]
     release = publish(write_run(tmp_path / "run", rows, recipe))
     splits_of: dict[str, set[str]] = {}
-    for parts, table in published_contents(release.path):
+    for part, table in published_rows(release.path):
         for group in table["group"].to_pylist():
-            splits_of.setdefault(group, set()).update(parts)
+            splits_of.setdefault(group, set()).add(part)
     assert len(splits_of) == 20
     assert all(len(splits) == 1 for splits in splits_of.values())
     assert sum(release.splits.values()) == 60
@@ -351,7 +352,7 @@ def test_the_digest_depends_on_neither_time_nor_machine_nor_files(
     assert names[0] == f"train-00000-of-{len(names):05d}.parquet"
     assert ParquetFile(second.path / "data" / names[0]).num_row_groups > 1
     assert second.digest == first.digest
-    assert survey(published_contents(second.path)).digest(recipe.digest) == first.digest
+    assert survey_release(second.path).digest(recipe.digest) == first.digest
     assert (
         load_dataset(str(second.path), split="train", cache_dir=str(tmp_path / "cache")).to_list()
         == read_table(first.path / "data" / "train-00000-of-00001.parquet").to_pylist()
@@ -360,7 +361,7 @@ def test_the_digest_depends_on_neither_time_nor_machine_nor_files(
 
 def test_what_a_server_had_in_its_cache_is_no_content(recipe: Recipe) -> None:
     digests = {
-        survey(
+        Survey.of(
             answered_contents(
                 Dataset.from_list(
                     [answer(0, teacher_cached_tokens=cached)], features=answer_features()
@@ -378,7 +379,7 @@ def test_how_often_a_row_was_asked_is_no_part_of_the_digest(recipe: Recipe) -> N
     for attempts in (1, 5):
         error = {"type": "server error", "status": 500, "message": "no", "attempts": attempts}
         rows = Dataset.from_list([answer(0, error=error)], features=answer_features())
-        digests.add(survey(answered_contents(rows, recipe)).digest(recipe.digest))
+        digests.add(Survey.of(answered_contents(rows, recipe)).digest(recipe.digest))
     assert len(digests) == 1
 
 
@@ -402,13 +403,13 @@ def test_any_cell_changes_the_digest(column: str, recipe: Recipe) -> None:
     digests = set()
     for row in (answer(0), answer(0, **{column: other})):
         rows = Dataset.from_list([row], features=answer_features())
-        digests.add(survey(answered_contents(rows, recipe)).digest(recipe.digest))
+        digests.add(Survey.of(answered_contents(rows, recipe)).digest(recipe.digest))
     assert len(digests) == 2
 
 
 def test_the_recipe_changes_the_digest(recipe: Recipe) -> None:
     rows = Dataset.from_list([answer(0)], features=answer_features())
-    found = survey(answered_contents(rows, recipe))
+    found = Survey.of(answered_contents(rows, recipe))
     assert found.digest(recipe.digest) != found.digest(recipe.replace(prompt="Other.").digest)
 
 
@@ -453,6 +454,33 @@ def test_the_next_version_says_how_much_changed_and_why(
     assert f"Since version 1.0.0: {release.why}." in card
     assert "| 1.0.0 | 2026-11-21 | the first release |" in card
     assert publish(run) == release
+
+
+def test_publish_and_diff_agree_that_token_counts_change_no_row(
+    tmp_path: Path, recipe: Recipe
+) -> None:
+    old = publish(write_run(tmp_path / "run", map(answer, range(4)), recipe))
+    shutil.copytree(old.path, tmp_path / "old")
+    counted = [answer(n, teacher_prompt_tokens=22) for n in range(3)]
+    new = publish(write_run(tmp_path / "run", [*counted, answer(3)], recipe))
+    rows = diff(tmp_path / "old", new.path).data["rows"]
+    assert (rows["changed"], rows["recounted"]) == (0, 3)
+    assert (new.version, new.why) == ("1.0.1", "the teacher's token counts changed in 3 rows")
+    other = [answer(0, response="fr", answer="fr", teacher_prompt_tokens=23), *counted[1:]]
+    third = publish(write_run(tmp_path / "run", [*other, answer(3)], recipe))
+    assert (third.version, third.why) == ("1.1.0", "1 answer changed")
+
+
+def test_fingerprints_of_version_0_1_are_made_anew_from_the_rows(
+    tmp_path: Path, recipe: Recipe
+) -> None:
+    """Theirs counted a row as changed whose token counts were."""
+    old = publish(write_run(tmp_path / "run", map(answer, range(3)), recipe))
+    path = old.path / "fingerprints.parquet"
+    table = read_table(path).rename_columns(["key", "row", "answer", "counts"])
+    write_table(table.drop_columns(["counts"]), path)
+    new = publish(write_run(tmp_path / "run", map(answer, range(4)), recipe))
+    assert new.why == "1 row added"
 
 
 def test_the_release_carries_its_recipe(tmp_path: Path, recipe: Recipe) -> None:
@@ -523,4 +551,4 @@ def test_rows_are_written_as_they_come_and_not_held(
     for _ in range(5):
         split.add(pa.table({"text": ["x" * 200]}, schema=schema))
         assert not split._waiting
-    assert split.close().rows == 5
+    assert split.close() == 5

@@ -1,0 +1,135 @@
+"""Parquet files: written a few megabytes at a time, and read a thousand rows at a time.
+
+A file that somebody else wrote is read within limits: a few hundred bytes can declare gigabytes.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill_datasets.errors import DatasetError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+# Files of this size are what the Hub's viewer and its uploads are made for; a row group is what
+# a reader holds in memory at once. Both are counted in Arrow bytes, before compression.
+_SHARD_BYTES = 500_000_000
+_ROW_GROUP_BYTES = 32_000_000
+ROWS_PER_BATCH = 1_000
+# Text shrinks tenfold, repeated text a hundredfold; what is small in all does no harm.
+_HARMLESS_BYTES = 256_000_000
+_HARMLESS_ROWS = 10_000_000
+_MOST_FOR_A_BYTE = 1_000  # bytes, and rows
+
+
+class Shards:
+    """Takes the rows of one split in order; `close` names the files by how many there are."""
+
+    def __init__(self, folder: Path, split: str, schema: "pa.Schema") -> None:
+        self._folder, self._split, self._schema = folder, split, schema
+        self._waiting: list[pa.Table] = []
+        self._waiting_bytes = self._shard_bytes = self._rows = 0
+        self._paths: list[Path] = []
+        self._writer: Any = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, rows: "pa.Table") -> None:
+        """Append rows; they reach the disk once a row group is full."""
+        self._waiting.append(rows)
+        self._waiting_bytes += rows.nbytes
+        if self._waiting_bytes >= _ROW_GROUP_BYTES:
+            self._write_row_group()
+
+    def close(self) -> int:
+        """Write what is waiting and give the files their final names; how many rows they have."""
+        if self._waiting:
+            self._write_row_group()
+        self._close_file()
+        for index, path in enumerate(self._paths):
+            path.rename(
+                self._folder / f"{self._split}-{index:05d}-of-{len(self._paths):05d}.parquet"
+            )
+        return self._rows
+
+    def _write_row_group(self) -> None:
+        import pyarrow as pa
+
+        if self._writer is None or self._shard_bytes >= _SHARD_BYTES:
+            self._close_file()
+            self._open_file()
+        rows = pa.concat_tables(self._waiting)
+        self._writer.write_table(rows)
+        self._rows += len(rows)
+        self._shard_bytes += self._waiting_bytes
+        self._waiting, self._waiting_bytes = [], 0
+
+    def _open_file(self) -> None:
+        from pyarrow.parquet import ParquetWriter
+
+        path = self._folder / f"{self._split}-{len(self._paths):05d}.parquet"
+        self._paths.append(path)
+        # Content-defined chunks let the Hub store only what a new version changed.
+        self._writer = ParquetWriter(
+            str(path), self._schema, use_content_defined_chunking=True, write_page_index=True
+        )
+        self._shard_bytes = 0
+
+    def _close_file(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def open_parquet(path: Path) -> "ParquetFile":
+    """A Parquet file whose footer declares no more than its size can honestly hold.
+
+    Raises `DatasetError` for one that declares more, and for what is no Parquet file.
+    """
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        file, size = ParquetFile(path), path.stat().st_size
+    except (ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+    about = file.metadata
+    groups = [about.row_group(number) for number in range(about.num_row_groups)]
+    _check(path, size, about.num_rows, sum(group.total_byte_size for group in groups))
+    return file
+
+
+def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator["pa.RecordBatch"]:
+    """A file's rows, a thousand at a time; raises `DatasetError` as `open_parquet` does."""
+    from pyarrow import ArrowException
+
+    size, read = path.stat().st_size if path.is_file() else 0, 0
+    batches = open_parquet(path).iter_batches(
+        ROWS_PER_BATCH, columns=list(columns) if columns else None
+    )
+    try:
+        for batch in batches:
+            read += batch.nbytes
+            _check(path, size, 0, read)
+            yield batch
+    except (ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _check(path: Path, size: int, rows: int, read: int) -> None:
+    most_rows = _HARMLESS_ROWS + _MOST_FOR_A_BYTE * size
+    most_bytes = _HARMLESS_BYTES + _MOST_FOR_A_BYTE * size
+    if rows > most_rows or read > most_bytes:
+        found = f"{rows:,} rows" if rows > most_rows else f"{read:,} bytes"
+        raise DatasetError(
+            f"{str(path)!r} has {size:,} bytes and unpacks to {found}: expected at most "
+            f"{most_rows:,} rows and {most_bytes:,} bytes. It is not read: get it again from "
+            "somebody you trust."
+        )
+
+
+def _unreadable(path: Path, error: Exception) -> DatasetError:
+    return DatasetError(
+        f"{str(path)!r} can't be read as Parquet ({error}). Get it again, or write it again."
+    )
