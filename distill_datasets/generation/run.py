@@ -73,12 +73,11 @@ def generate(
 
     Writes `out/journal.sqlite` (raw answers, as they arrive) and `out/answers/` (all rows in the
     queries' order, once every row has been asked). A row that fails is a row with an `error`,
-    asked again by the next call; answers in the journal are never asked again, nor is what a
-    teacher rejected for good; a finished run is returned as it is. A `teacher` takes the place of
-    all that the recipe names. A release is a recipe too: the answers in its ledger are not asked
-    for again. With a `meter`, a spent budget ends the run: everything bought is kept, and a later
-    call goes on. With a `share`, only that of the queries is asked, in a part's own folder in
-    `out`: `publish` joins the parts.
+    asked again by the next call; answers in the journal are never asked again, and a finished run
+    is returned as it is. A `teacher` takes the place of all that the recipe names. Answers in the
+    ledger of a release are not asked for again. A spent budget of the `meter` ends the run, and a
+    later call goes on. Of a `share` of the queries the folder is a part's own in `out`: `publish`
+    joins the parts.
 
     Costs one request a query and teacher asked. Raises `OutputError` where another process is at
     work in the folder, `GenerationError` when the first rows all fail alike, `BudgetReached`, and
@@ -102,15 +101,12 @@ def generate(
                 buy_in_batches(queries, teachers, journal, settings=settings, meter=meter)
             client = CachedClient(journal, limits=settings.limits, meter=meter)
             rows = ask(queries, teachers, client, title="generate", file=building / ROWS_FILE)
-            summary = {**_summary(teachers, Tally.of(rows)), "fingerprint": fingerprint}
+            summary = _summary(teachers, Tally.of(rows), fingerprint)
             summary["first_token"] = _quantiles(journal.first_tokens()) if settings.stream else None
             if meter is not None:
                 answers = raw_answers([JournaledRows(rows, journal.path)], teachers.recipe, summary)
                 summary["cost"] = meter.statement(answers, journal)
-            finish(rows, building)
-            teachers.recipe.dump(building / "recipe")
-            text = json.dumps(summary, indent=2, ensure_ascii=False)
-            (building / "generation.json").write_text(text + "\n", encoding="utf-8")
+            _write(building, rows, teachers.recipe, summary)
             if share:
                 share.record(queries, building)
     return _generated(folder, summary)
@@ -193,7 +189,14 @@ def _new_answers(folder: Path) -> Iterator[Path]:
             ) from error
 
 
-def _summary(teachers: Teachers, tally: Tally) -> dict[str, Any]:
+def _write(answers: Path, rows: "Dataset", recipe: Recipe, summary: Mapping[str, Any]) -> None:
+    finish(rows, answers)
+    recipe.dump(answers / "recipe")
+    text = json.dumps(summary, indent=2, ensure_ascii=False)
+    (answers / "generation.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _summary(teachers: Teachers, tally: Tally, fingerprint: str | None) -> dict[str, Any]:
     return {
         "recipe": teachers.recipe.name,
         "recipe_digest": teachers.recipe.digest,
@@ -205,6 +208,7 @@ def _summary(teachers: Teachers, tally: Tally) -> dict[str, Any]:
         "tokens": dict(tally.tokens),
         "created": datetime.now(UTC).date().isoformat(),
         "versions": {"distill-datasets": __version__, "datasets": version("datasets")},
+        "fingerprint": fingerprint,
     }
 
 

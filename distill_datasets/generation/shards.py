@@ -122,7 +122,7 @@ class Joined:
         import numpy as np
         import pyarrow as pa
 
-        readers = [_Reader(stream(part)) for part in self.parts]
+        readers = [_PartRows(stream(part)) for part in self.parts]
         for start in range(0, len(self), _ROWS_PER_BATCH):
             origin = self.origin[start : start + _ROWS_PER_BATCH]
             counts = np.bincount(origin, minlength=len(readers)).tolist()
@@ -131,7 +131,7 @@ class Joined:
             yield pa.concat_tables(pieces).combine_chunks().take(np.argsort(by_part))
 
 
-class _Reader:
+class _PartRows:
     """Rows of one part, as many as are wanted next."""
 
     def __init__(self, tables: Iterator["pa.Table"]) -> None:

@@ -16,7 +16,6 @@ from distill_datasets.generation.voting import (
     RowRequests,
     ScoringModel,
     TeacherSample,
-    Verdict,
     all_of,
 )
 from distill_datasets.models.sampler import (
@@ -193,34 +192,30 @@ class Teachers:
             requests.sample(one.sampler, one.messages(query), one.sampling) for one in self.members
         )
         samples = [
-            TeacherSample(
-                one, sample, reply, one.reader.read(sample.text, sample.stop_reason).answer
-            )
+            TeacherSample(one.row(sample, reply, 0), Fraction(str(one.weight)))
             for one, reply in zip(self.members, replies, strict=True)
             for sample in reply.samples
         ]
         prompt = self.members[0].messages(query)[0]["content"]
         case = Case(query, prompt, reference, samples)
         verdict = await choice.choose(case, requests)
+        if verdict.chosen is not None:
+            decided = dict(verdict.chosen.row)
+        else:
+            texts = [f"{one.row['teacher']}:\n{one.text}" for one in samples]
+            decided = {
+                "teacher": self.model,
+                "sample": 0,
+                "raw": "\n\n".join(texts),
+                "rejection": verdict.rejection,
+            }
         return {
-            **self._decided(case, verdict),
+            **decided,
             **requests.tokens(),
             "candidates": len(samples),
             "agreement": verdict.agreement,
             "score": verdict.score,
             "requests": requests.requests,
-        }
-
-    def _decided(self, case: Case, verdict: Verdict) -> dict[str, Any]:
-        chosen = verdict.chosen
-        if chosen is not None:
-            return chosen.teacher.row(chosen.sample, chosen.reply, 0)
-        texts = [f"{one.teacher.model}:\n{one.sample.text}" for one in case.samples]
-        return {
-            "teacher": self.model,
-            "sample": 0,
-            "raw": "\n\n".join(texts),
-            "rejection": verdict.rejection,
         }
 
 

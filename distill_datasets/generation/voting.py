@@ -2,19 +2,16 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from distill_datasets.errors import FATAL
 from distill_datasets.models.sampler import Reply, Sample, Sampler, Sampling, request_digest
 from distill_datasets.recipes.prompt import holds, render
 from distill_datasets.schema import Message
-
-if TYPE_CHECKING:
-    from distill_datasets.generation.teachers import PromptedModel
 
 NONE_PARSED = "no sample parsed"
 NO_MAJORITY = "no majority"
@@ -36,17 +33,24 @@ class Client(Protocol):
 
 @dataclass(frozen=True)
 class TeacherSample:
-    """One sample of one teacher; `answer` is None where it didn't parse."""
+    """One sample of one teacher: its columns if it is kept, and how much its vote counts.
 
-    teacher: "PromptedModel"
-    sample: Sample
-    reply: Reply
-    answer: str | None
+    The weight is exact: of 0.1 + 0.2 binary fractions make more than 0.3.
+    """
+
+    row: Mapping[str, Any]
+    weight: Fraction
 
     @property
-    def weight(self) -> Fraction:
-        """The teacher's, exactly: of 0.1 + 0.2 binary fractions make more than 0.3."""
-        return Fraction(str(self.teacher.weight))
+    def text(self) -> str:
+        """As the teacher said it."""
+        return str(self.row["raw"])
+
+    @property
+    def answer(self) -> str | None:
+        """As it was read; None where it didn't parse."""
+        answer: str | None = self.row["answer"]
+        return answer
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Case:
         """What a verifier's expression and a judge's template are over."""
         return {
             "query": self.query,
-            "text": one.sample.text,
+            "text": one.text,
             "answer": one.answer,
             "reference": self.reference,
         }
@@ -224,7 +228,7 @@ class Best:
         if not scores:
             return Verdict(rejection=NO_SCORE)
         text = max(scores, key=scores.__getitem__)
-        chosen = next(one for one in accepted if one.sample.text == text)
+        chosen = next(one for one in accepted if one.text == text)
         return Verdict(chosen, score=scores[text])
 
     @staticmethod
@@ -232,7 +236,7 @@ class Best:
         judge: ScoringModel, case: Case, accepted: Sequence[TeacherSample], requests: RowRequests
     ) -> dict[str, float]:
         """By text, in the samples' order; texts without a score are absent."""
-        texts = {one.sample.text: one for one in accepted}
+        texts = {one.text: one for one in accepted}
         asked = [judge.messages(**case.fields(one), prompt=case.prompt) for one in texts.values()]
         replies = await all_of(
             requests.sample(judge.sampler, messages, judge.sampling) for messages in asked
