@@ -84,6 +84,18 @@ def report_answers(made: "Generated") -> None:
         print(f"first token: {first['median']:.2f} s (median of {first['answers']:,}), {late}")
     if made.errors:
         raise _incomplete(made)
+    if made.rejected and not made.kept:
+        raise _useless(made)
+
+
+def _useless(made: "Generated") -> DistillError:
+    from distill_datasets.errors import GenerationError
+    from distill_datasets.generation.rejections import explain_rejections
+    from distill_datasets.recipes.loading import load_recipe
+
+    recipe = load_recipe(made.path / "answers")
+    rejected = made.rows.select_columns(["query", "raw", "rejection"]).to_list()
+    return GenerationError(f"No row can be used. {explain_rejections(rejected, recipe)}")
 
 
 def _incomplete(made: "Generated") -> DistillError:

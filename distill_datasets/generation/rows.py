@@ -11,7 +11,7 @@ import asyncio
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
+    Look = Callable[[Sequence[dict[str, Any]]], None]  # sees the rows of a query
+
 ROWS_FILE = "data-00000-of-00001.arrow"  # as `datasets` names it
 _VERSION = 2  # goes into every fingerprint: raise it when rows come out differently
 _QUERIES_AT_A_PLACE, _PLACES = 128, 900
@@ -46,6 +48,7 @@ def ask(
     *,
     title: str,
     file: Path | None = None,
+    look: "Look | None" = None,
 ) -> "Dataset":
     """Answer rows of `id`, `query`, `group`, `reference`, `split`, in their order.
 
@@ -53,11 +56,11 @@ def ask(
     a running event loop: the sampling runs on a loop of its own in another thread. Ctrl-C waits
     for the requests in flight, so that what was paid is kept. Raises what no row would escape,
     such as `AccessError` and `BudgetReached`, and `GenerationError` where the first rows all fail
-    alike.
+    alike. `look` sees the rows of each query when they come, and may raise one to end the run.
     """
     with collect_rarely(), Progress(title, len(queries), meter=client.meter) as progress:
         client.progress = progress
-        rows = _Rows(queries, teachers, client)
+        rows = _Rows(queries, teachers, client, look)
         with ThreadPoolExecutor(1) as thread:
             mapped = thread.submit(rows.map, file)
             try:
@@ -73,7 +76,10 @@ def ask(
 class _Rows:
     """The rows of all queries, each started when the client has a place for it."""
 
-    def __init__(self, queries: "Dataset", teachers: Answerer, client: CachedClient) -> None:
+    def __init__(
+        self, queries: "Dataset", teachers: Answerer, client: CachedClient, look: "Look | None"
+    ) -> None:
+        self._look_at = look
         self.queries, self.teachers, self.client = queries, teachers, client
         self.fatal: DistillError | None = None
         self._alike: Counter[tuple[object, ...]] = Counter()
@@ -145,7 +151,9 @@ class _Rows:
         asked = {**query, "teacher": self.teachers.model, "sample": 0}
         try:
             rows = await self.teachers.answer(query["query"], self.client, query["reference"])
-        except FATAL as error:
+            if self._look_at:
+                self._look_at([{**asked, **row} for row in rows])
+        except (*FATAL, GenerationError) as error:
             self.stop(error)
             return [{**asked, "error": _failure(error)}]
         except Exception as error:

@@ -21,6 +21,7 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient
 from distill_datasets.generation.ledger import JournaledRows, raw_answers, replay
 from distill_datasets.generation.pricing import Meter
+from distill_datasets.generation.rejections import FirstRows
 from distill_datasets.generation.rows import ROWS_FILE, Tally, ask, finish
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
@@ -100,7 +101,9 @@ def generate(
             if settings.batch:
                 buy_in_batches(queries, teachers, journal, settings=settings, meter=meter)
             client = CachedClient(journal, limits=settings.limits, meter=meter)
-            rows = ask(queries, teachers, client, title="generate", file=building / ROWS_FILE)
+            look = FirstRows(teachers.recipe, settings.stop_after_rejected).look
+            file = building / ROWS_FILE
+            rows = ask(queries, teachers, client, title="generate", file=file, look=look)
             summary = _summary(teachers, Tally.of(rows), fingerprint)
             summary["first_token"] = _quantiles(journal.first_tokens()) if settings.stream else None
             if meter is not None:

@@ -32,6 +32,9 @@ class GenerateSettings:
     ledger: bool = setting(
         True, "buy every answer again, also where a release's ledger has it; publish without one"
     )
+    stop_after_rejected: int = setting(
+        50, "end the run when its first N rows are all rejected; 0 never ends it", at_least=0
+    )
     stream: bool = setting(
         False, "stream answers, and journal the time to the first token", group="ways"
     )

@@ -9,6 +9,7 @@ from distill_datasets.errors import AccessError, ModelError
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.ledger import replay
 from distill_datasets.generation.run import generate
+from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.teachers import open_teachers
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.releases.diff import diff
@@ -145,10 +146,15 @@ def test_routed_queries_go_by_weight_and_stay_when_queries_are_added(
     tmp_path: Path, models: Models
 ) -> None:
     teachers = [{"model": "red", "weight": 3}, {"model": "blue", "weight": 1}]
-    few = generate(many(tmp_path / "few", 200, teachers=teachers), out=tmp_path / "run")
+    rejected = GenerateSettings(stop_after_rejected=0)
+    few = generate(
+        many(tmp_path / "few", 200, teachers=teachers), out=tmp_path / "run", settings=rejected
+    )
     assert 120 < few.rows["teacher"][:].count("red") < 180
     before = models.requests
-    more = generate(many(tmp_path / "more", 210, teachers=teachers), out=tmp_path / "run")
+    more = generate(
+        many(tmp_path / "more", 210, teachers=teachers), out=tmp_path / "run", settings=rejected
+    )
     assert more.rows["teacher"][:200] == few.rows["teacher"][:]
     assert (before, models.requests) == (200, 210)
 
