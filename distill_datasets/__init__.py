@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from distill_datasets.recipes.loading import load_recipe as load_recipe
     from distill_datasets.recipes.recipe import Recipe as Recipe
     from distill_datasets.releases.release import publish as publish
+    from distill_datasets.training.cookbook import (
+        DistilledDatasetBuilder as DistilledDatasetBuilder,
+    )
     from distill_datasets.training.settings import TrainSettings as TrainSettings
     from distill_datasets.training.trainer import train as train
 
@@ -28,6 +31,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DistillError": "errors",
+    "DistilledDatasetBuilder": "training.cookbook",
     "Echo": "models.sampler",
     "GenerateSettings": "generation.settings",
     "Recipe": "recipes.recipe",

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from distill_datasets.errors import DistillError, OutputError
 
@@ -70,9 +71,7 @@ def writable_folder(path: str | Path) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        TemporaryFile(dir=folder).close()  # nameless: whoever looks on sees no file come and go
     except OSError as error:
         raise OutputError(
             f"Can't write to {str(folder)!r}: {error}. Choose another --out, or free it."

@@ -26,6 +26,8 @@ def add_settings(
 
     The fields named by `several` take more than one value, for a grid; those in `skip`, and those
     that are not in `only` where that is given, get none.
+    A value's place in the namespace is named like its flag, or like a field without a name of its
+    own.
     What isn't given stays out of the namespace's way as None, so that `read_settings` leaves it to
     the class.
     """
@@ -35,7 +37,11 @@ def add_settings(
             continue
         if known.group not in groups:
             groups[known.group] = parser.add_argument_group(known.group)
-        takes: dict[str, Any] = {"dest": name, "help": _help(known, default), "default": None}
+        takes: dict[str, Any] = {
+            "dest": _place(name, known),
+            "help": _help(known, default),
+            "default": None,
+        }
         if kind is bool:
             takes |= {"action": "store_const", "const": not default}
         elif choices:
@@ -50,9 +56,9 @@ def add_settings(
 def read_settings(options: argparse.Namespace, settings: type[T], **others: Any) -> T:
     """The settings that were given, and `others`; the class's defaults stand for the rest."""
     given = {
-        name: getattr(options, name)
-        for name, *_ in _flagged(settings)
-        if getattr(options, name, None) is not None
+        name: value
+        for name, known, *_ in _flagged(settings)
+        if (value := getattr(options, _place(name, known), None)) is not None
     }
     return settings(**{**given, **others})
 
@@ -88,6 +94,10 @@ def amount(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0; found {text!r}")
     return number
+
+
+def _place(name: str, known: Setting) -> str:
+    return known.flag.replace("-", "_") if known.flag else name
 
 
 def _help(known: Setting, default: Any) -> str:

@@ -3,31 +3,19 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distill_datasets.cli.dataset import add_push_flags, confirm_push
-from distill_datasets.cli.training_arguments import add_training_arguments, read_settings
-from distill_datasets.training.objective_settings import ObjectiveSettings
-from distill_datasets.training.settings import TrainSettings
+from distill_datasets.cli.flags import add_settings as add_flags
+from distill_datasets.cli.flags import read_settings
+from distill_datasets.training.settings import ObjectiveSettings, TrainSettings
 
 if TYPE_CHECKING:
     from distill_datasets.evaluation.report import Report
-    from distill_datasets.training.trainer import Training
+    from distill_datasets.training.trainer import TrainingResult
 
 # What a sweep may vary; every other setting is shared.
 SWEPT = ("rank", "learning_rate", "batch_size", "epochs", "warmup_steps", "weight_decay", "seed")
-_OBJECTIVE: dict[str, tuple[Any, str]] = {
-    "teacher": (str, "the model that scores (default: the release's teacher)"),
-    "top_k": (int, "likely tokens in each place (default: 20; 0: the sampled one)"),
-    "temperature": (float, "softens the teacher (default: 1)"),
-    "alpha": (float, "the share of the hard labels (default: 0)"),
-    "labels": (("auto", "choices", "stored", "scored"), "where soft labels come from"),
-    "kl": (("reverse", "forward"), "on policy (default: reverse)"),
-    "samples": (int, "a query, on policy (default: 1)"),
-    "max_tokens": (int, "of a sample, on policy (default: the recipe's)"),
-    "stale": (int, "steps that the sampling weights may be old: 0 or 1 (default: 1)"),
-}
-_FLAGS = {"teacher": "scorer"}  # `run` has a --teacher of another kind
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -76,25 +64,14 @@ def add_settings(parser: argparse.ArgumentParser, *, several: tuple[str, ...] = 
     parser.add_argument(
         "--student", default="pocket", metavar="MODEL", help="a model reference (default: pocket)"
     )
-    objective = parser.add_argument_group("objective")
-    objective.add_argument(
-        "--objective",
-        choices=("sft", "soft", "on_policy"),
-        help="learn responses, the teacher's probabilities, or its corrections (default: sft)",
-    )
-    for name, (kind, text) in _OBJECTIVE.items():
-        flag = f"--{_FLAGS.get(name, name).replace('_', '-')}"
-        takes: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        objective.add_argument(flag, dest=f"objective_{name}", help=text, **takes)
-    add_training_arguments(parser, several=several)
+    add_flags(parser, ObjectiveSettings)
+    add_flags(parser, TrainSettings, several=several)
 
 
 def settings_of(options: argparse.Namespace) -> TrainSettings:
     """The settings that were given, and the defaults of the others."""
-    given = {name: getattr(options, f"objective_{name}") for name in _OBJECTIVE}
-    given["name"] = options.objective
-    objective = ObjectiveSettings(**{key: one for key, one in given.items() if one is not None})
-    settings = read_settings(options, objective)
+    objective = read_settings(options, ObjectiveSettings)
+    settings = read_settings(options, TrainSettings, objective=objective)
     price = settings.price_per_million
     return replace(settings, price_per_million=_train_price(options) if price is None else price)
 
@@ -134,7 +111,7 @@ def train(options: argparse.Namespace) -> None:
     _say(trained)
 
 
-def _say(trained: "Training") -> None:
+def _say(trained: "TrainingResult") -> None:
     print(
         f"trained {trained.steps} steps on {trained.rows} rows, loss {trained.final_loss:.4f}: "
         f"{trained.why}\n  {trained.verdict} ({trained.path})"

@@ -1,27 +1,38 @@
-"""Which checkpoints stay on the server, what they say of themselves, and how to find them again."""
+"""Checkpoints on the server: what they say, how long they stay, and how training goes on from one.
+
+A training goes on from its own newest checkpoint, from a state that the server alone knows
+(`resume`), or begins with the weights of another training (`start`).
+"""
 
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tinker
+from numpy.typing import NDArray
 
-from distill_datasets.errors import ModelError
-from distill_datasets.models.connection import Connection
+from distill_datasets.errors import DatasetError, ModelError, SettingsError
+from distill_datasets.files import write_file
+from distill_datasets.models.connection import Connection, adopt_state, connect, read_training
 from distill_datasets.models.sampler import digest
 from distill_datasets.models.tinker_sdk import explained
-from distill_datasets.training.folder import Checkpoint
-from distill_datasets.training.selection import Selection
-from distill_datasets.training.settings import decisive, unlike_default
+from distill_datasets.training.folder import SavedCheckpoint
+from distill_datasets.training.schedule import Selection
+from distill_datasets.training.settings import TrainSettings, decisive, unlike_default
 
-# The cookbook's name for it: its tools find the renderer of our checkpoints by that.
-_RENDERER = "renderer_name"
+LEARNED = "learned.npy"  # in a training's folder: the rows that a later training can leave out
+_RENDERER = "renderer_name"  # the cookbook's name: its tools find a checkpoint's renderer by it
 _DECISIVE = ("learning_rate", "max_length", "steps", "base_model", "renderer")
-_PATIENCE = 10.0  # seconds for the server to delete what nobody needs
+_ADAPTED = ("rank", "train_attention", "train_mlp", "train_unembed")
+_DELETION = 10.0  # seconds for the server to delete what nobody needs
 _WEEK = 7 * 24 * 3600
+RowKeys = NDArray[np.uint64]
 
 
 def describe(config: Mapping[str, Any]) -> dict[str, str]:
@@ -34,14 +45,12 @@ def describe(config: Mapping[str, Any]) -> dict[str, str]:
         "base_model": config["base_model"],
         _RENDERER: config["renderer"],
         "settings": _compact(unlike_default(config["settings"])),
-        "config_digest": digest(
-            [decisive(config["settings"]), *(config[name] for name in _DECISIVE)]
-        )[:32],
+        "config_digest": _config_digest(decisive(config["settings"]), config),
     }
 
 
 def describe_progress(
-    step: int, selection: Selection, checkpoints: Sequence[Checkpoint]
+    step: int, selection: Selection, checkpoints: Sequence[SavedCheckpoint]
 ) -> dict[str, str]:
     """What one checkpoint adds: enough to go on as if the local folder were still there."""
     best = [checkpoint for checkpoint in checkpoints if checkpoint.best]
@@ -51,7 +60,7 @@ def describe_progress(
 
 def read_progress(
     connection: Connection, path: str, config: Mapping[str, Any]
-) -> tuple[Selection, list[Checkpoint]]:
+) -> tuple[Selection, list[SavedCheckpoint]]:
     """Where a training that the server knows stands: the measurements, and the checkpoints to
     begin a folder with, the one at `path` last.
 
@@ -64,16 +73,18 @@ def read_progress(
             f"{path!r} can't be resumed from: expected a checkpoint of `distill-datasets train`; "
             f"its metadata lacks {sorted(missing)}. Start from its weights instead (--from)."
         )
-    _require_same(path, found, describe(config))
+    _require_same(path, found, config)
     step = int(found["step"])
     if step >= config["steps"]:
         raise ModelError(
             f"{path!r} is of step {step} of {config['steps']}: nothing is left to train. Measure "
             "it by its sampler path, or train longer from its weights (--from)."
         )
-    begun = Checkpoint(name="resumed", step=step, state=path, sampler=None)
+    begun = SavedCheckpoint(name="resumed", step=step, state=path, sampler=None)
     # Both belong to another training, which may still need them.
-    best = [Checkpoint(**json.loads(found["best"]) | {"kept": True})] if "best" in found else []
+    best = (
+        [SavedCheckpoint(**json.loads(found["best"]) | {"kept": True})] if "best" in found else []
+    )
     return Selection(**json.loads(found["selection"])), [*best, begun]
 
 
@@ -107,15 +118,16 @@ def require_state(path: str) -> tinker.ParsedCheckpointTinkerPath:
     return parsed
 
 
-def superseded(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Those that nobody needs since the last one was confirmed."""
-    *older, _ = checkpoints
-    best = [checkpoint for checkpoint in checkpoints if checkpoint.best][-1:]
-    return [one for one in older if not one.kept and one not in best]
+def require_own(
+    connection: Connection, checkpoint: SavedCheckpoint, config: Mapping[str, Any]
+) -> None:
+    """Raises `ModelError` unless the server has the checkpoint, and it is of this training."""
+    found = read_metadata(connection, checkpoint.state)
+    _require_same(checkpoint.state, found, config)
 
 
-class Shelf:
-    """The checkpoints on the server. Requests run beside the training."""
+class CheckpointRetention:
+    """How long the server keeps checkpoints. Requests run beside the training."""
 
     def __init__(self, connection: Connection, ttl_seconds: int | None) -> None:
         """`ttl_seconds` as in the settings."""
@@ -124,27 +136,24 @@ class Shelf:
         self.ttl = default if ttl_seconds is None else ttl_seconds or None
         self._pending: list[Any] = []
 
-    def delete(self, checkpoints: Iterable[Checkpoint]) -> None:
-        """Begin to; what fails expires by itself."""
-        for path in _paths(checkpoints):
-            request = self._connection.rest.delete_checkpoint_from_tinker_path(path)
-            self._pending.append(request)
+    def delete(self, checkpoints: Iterable[SavedCheckpoint]) -> None:
+        """Begin to delete; what fails expires by itself."""
+        rest = self._connection.rest
+        self._pending += [
+            rest.delete_checkpoint_from_tinker_path(path) for path in _paths(checkpoints)
+        ]
 
-    def expire(self, checkpoints: Iterable[Checkpoint]) -> None:
-        """Begin to give them the time that they would have had, had they never been the best."""
-        self._pending += self._set_ttl(checkpoints, self.ttl)
+    def replace_best(self, old: Iterable[SavedCheckpoint], new: SavedCheckpoint) -> None:
+        """Begin to keep the new one without end; the old ones get the usual time to live."""
+        self._pending += [*self._set_ttl(old, self.ttl), *self._set_ttl([new], None)]
 
-    def begin_to_keep(self, checkpoints: Iterable[Checkpoint]) -> None:
-        """Keep them for now; `keep` makes sure."""
-        self._pending += self._set_ttl(checkpoints, None)
-
-    def keep(self, checkpoints: Iterable[Checkpoint]) -> None:
+    def keep(self, checkpoints: Iterable[SavedCheckpoint]) -> None:
         """Keep them for good; waits until the server has confirmed it."""
         with explained(self._connection.reference):
             for request in self._set_ttl(checkpoints, None):
                 request.result()
 
-    def _set_ttl(self, checkpoints: Iterable[Checkpoint], ttl: int | None) -> list[Any]:
+    def _set_ttl(self, checkpoints: Iterable[SavedCheckpoint], ttl: int | None) -> list[Any]:
         if self.ttl is None:
             return []
         rest = self._connection.rest
@@ -152,25 +161,124 @@ class Shelf:
 
     def close(self) -> None:
         """Give what was begun a few seconds."""
-        end = time.monotonic() + _PATIENCE
+        end = time.monotonic() + _DELETION
         for request in self._pending:
             with suppress(tinker.TinkerError, TimeoutError):
                 request.result(max(0.0, end - time.monotonic()))
 
 
-def _paths(checkpoints: Iterable[Checkpoint]) -> list[str]:
+@dataclass(frozen=True)
+class Predecessor:
+    """Weights at a server's `path`; `folder` is the training that made them, where it is known."""
+
+    path: str
+    folder: Path | None
+    adapted: Mapping[str, Any]
+
+    def settled(self, settings: TrainSettings) -> TrainSettings:
+        """The settings with the adapter that the weights have."""
+        return replace(settings, **self.adapted)
+
+    def bring(self, store: Path) -> None:
+        """Put the weights where the server of another training finds them, if it is a local one."""
+        if self.folder is not None:
+            adopt_state(self.path, self.folder / "checkpoints", store)
+
+    @property
+    def learned(self) -> RowKeys:
+        """The rows that it was trained on; raises `DatasetError` where nobody wrote them down."""
+        file = self.folder / LEARNED if self.folder else None
+        if file is None or not file.is_file():
+            raise DatasetError(
+                f"Nothing says which rows {str(self.folder or self.path)!r} has learned: expected "
+                f"a training folder with {LEARNED}. Leave out --only-new to train on all rows."
+            )
+        keys: RowKeys = np.load(file)
+        return keys
+
+
+def find_predecessor(
+    start: str | Path | None, student: str, *, only_new: bool = False
+) -> Predecessor | None:
+    """A training folder's best checkpoint, or the state at tinker://<run>/weights/<name>.
+
+    None without a `start`. Raises `ModelError` for weights of another base model than the
+    student's, and for a path that is no training state; `SettingsError` for `only_new` rows of
+    nobody.
+    """
+    if start is None:
+        if only_new:
+            raise SettingsError(
+                "only_new needs a student to start from: name it as start (--from)."
+            )
+        return None
+    folder = Path(start)
+    if (folder / "checkpoints.jsonl").is_file():
+        config, checkpoint = read_training(folder)
+        _require_base(str(start), config["student"], student)
+        adapted = {
+            name: one for name in _ADAPTED if (one := config["settings"].get(name)) is not None
+        }
+        return Predecessor(checkpoint["state"], folder, adapted)
+    path = str(start)
+    if not path.startswith("tinker://"):
+        raise ModelError(
+            f"{path!r} is no student to start from: expected a training's folder, or "
+            "tinker://<run>/weights/<name>."
+        )
+    require_state(path)
+    connection = connect(student)
+    with explained(path):
+        info = connection.rest.get_weights_info_by_tinker_path(path).result()
+    _require_base(path, info.base_model, connection.base_model)
+    return Predecessor(path, None, {"rank": info.lora_rank} if info.lora_rank else {})
+
+
+def write_learned(folder: Path, keys: RowKeys, before: Predecessor | None) -> None:
+    """Write down what a training learns, and what its predecessor had learned.
+
+    `keys` are those of `DatasetSplit.keys`.
+    """
+    known = before.folder / LEARNED if before and before.folder else None
+    if known is not None and known.is_file():
+        keys = np.concatenate([keys, np.load(known)])
+    content = BytesIO()
+    np.save(content, np.unique(keys))
+    write_file(folder / LEARNED, content.getvalue())
+
+
+def _paths(checkpoints: Iterable[SavedCheckpoint]) -> list[str]:
     return [path for one in checkpoints for path in (one.state, one.sampler) if path]
 
 
-def _require_same(path: str, there: Mapping[str, str], here: Mapping[str, str]) -> None:
+def _config_digest(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    return digest([settings, *(config[name] for name in _DECISIVE)])[:32]
+
+
+def _require_same(path: str, there: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    here = describe(config)
+    # What version 0.1 wrote may name the defaults of its settings.
+    said = _compact(unlike_default(json.loads(there.get("settings", "{}"))))
     names = ("dataset_revision", "dataset_files", "base_model", _RENDERER, "settings")
+    there = {**there, "settings": said}
     found = [name for name in names if there.get(name) != here[name]]
-    found = found or [name for name in ("config_digest",) if there.get(name) != here[name]]
+    settings = decisive(config["settings"])
+    same = [here["config_digest"], _config_digest({**settings, "preset": "production"}, config)]
+    if not found and there.get("config_digest") not in same:
+        found = ["config_digest"]
     if found:
         differences = [f"{name} is {there.get(name)!r} there, {here[name]!r} now" for name in found]
         raise ModelError(
             f"{path!r} is of another training: {'; '.join(differences)}. Give the dataset and the "
             "settings that it was begun with, or start from its weights instead (--from)."
+        )
+
+
+def _require_base(start: str, there: str, here: str) -> None:
+    if there != here:
+        raise ModelError(
+            f"{start!r} was trained from {there!r}, not from {here!r}: name that model as the "
+            "student."
         )
 
 

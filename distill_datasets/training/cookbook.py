@@ -17,7 +17,7 @@ from tinker_cookbook.supervised.data import conversation_to_datum
 from tinker_cookbook.supervised.types import ChatDatasetBuilder, SupervisedDataset
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.training.data import Split, locate, open_split
+from distill_datasets.training.data import DatasetSplit, locate, open_split
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class DistilledDatasetBuilder(ChatDatasetBuilder):
         held_out = open_split(source, self.config, self.validation_split, splits)
         return train, self._rows(held_out)
 
-    def _rows(self, split: Split) -> "Batches":
+    def _rows(self, split: DatasetSplit) -> "DistilledDataset":
         conversations, where = list(split.conversations), split.where
         renderer, longest = self.renderer, self.common_config.max_length
         kept = [
@@ -60,10 +60,10 @@ class DistilledDatasetBuilder(ChatDatasetBuilder):
                 f"{where} has no row of at most {longest} tokens, of {len(conversations)}. Raise "
                 "max_length, or pick a model with a longer context."
             )
-        return Batches(kept, renderer, self.common_config.batch_size)
+        return DistilledDataset(kept, renderer, self.common_config.batch_size)
 
 
-class Batches(SupervisedDataset):
+class DistilledDataset(SupervisedDataset):
     """Conversations in batches; the last one may be smaller."""
 
     def __init__(self, conversations: Sequence[Any], renderer: Renderer, batch_size: int) -> None:
@@ -73,7 +73,7 @@ class Batches(SupervisedDataset):
         self._order: Sequence[int] = range(len(conversations))
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """DistilledDataset an epoch."""
         return math.ceil(len(self._conversations) / self._batch_size)
 
     def get_batch(self, index: int) -> list[tinker.Datum]:

@@ -1,5 +1,7 @@
-"""What a training reads: a dataset found, pinned to its content, and rendered to tokens."""
+"""A dataset as a training reads it: found, pinned to its content, and rendered to tokens."""
 
+import csv
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
@@ -12,24 +14,47 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.errors import DatasetError, OutputError
 from distill_datasets.hub.references import Pinned, fetch_dataset, folder_of, is_reference
 from distill_datasets.models.sampler import digest
-from distill_datasets.schema import Message, conversation_reader
+from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
     import numpy as np
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetBuilder, DatasetDict
     from numpy.typing import NDArray
 
     from distill_datasets.models.connection import Connection
-    from distill_datasets.training.batches import Example
     from distill_datasets.training.settings import TrainSettings
 
-_VERSION = 2  # of the rendered columns: raise it when they come out differently
+_VERSION = 3  # of the rendered columns: raise it when they come out differently
 _NO_ROWS = (IndexError, StopIteration)  # what `datasets` raises for a file without any
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
+RowReader = Callable[[Mapping[str, Any], int], list[Message]]  # a row and its number
+_CALLS = ("tool_calls", "function_call")  # empty where nothing was called
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
 @dataclass(frozen=True)
-class Source:
+class Example:
+    """A rendered conversation; a token is learned as much as its weight says, 0 not at all.
+
+    `bytes` is the length of its response in UTF-8, which no tokenizer changes.
+    """
+
+    tokens: Sequence[int]
+    weights: Sequence[float]
+    bytes: int = 0
+
+    @property
+    def targets(self) -> "NDArray[np.float32]":
+        """The weights of the tokens that are predicted: all but the first."""
+        import numpy as np
+
+        return np.asarray(self.weights[1:], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class DatasetSource:
     """A dataset on this disk. `revision` is a Hub commit, a release's version and content
     digest, or the digest of the files; `files` is the latter, for a Hub dataset the commit.
     """
@@ -42,7 +67,7 @@ class Source:
 
     def load(self, config: str | None) -> "DatasetDict":
         """All splits of a configuration; a release's or the folder's own default without one."""
-        from datasets import DatasetDict, load_dataset, load_from_disk
+        from datasets import DatasetDict, load_dataset_builder, load_from_disk
         from datasets.exceptions import DatasetsError
 
         try:
@@ -50,13 +75,13 @@ class Source:
                 loaded = load_from_disk(str(self.path))
             elif self.path.is_file():
                 reader = _READERS[self.path.suffix]
-                loaded = load_dataset(reader, data_files=str(self.path))
+                loaded = _load(load_dataset_builder(reader, data_files=str(self.path)))
             else:
-                loaded = load_dataset(str(self.path), name=config)
+                loaded = _load(load_dataset_builder(str(self.path), name=config))
         except (DatasetsError, ValueError, OSError, *_NO_ROWS) as error:
             raise DatasetError(
-                f"{self.reference!r} can't be read: {error!r}. Expected splits that aren't empty, "
-                "and one set of columns in all files of a split."
+                f"{self.reference!r} can't be read: {error.__cause__ or error!r}. Expected splits "
+                "that aren't empty, and one set of columns in all files of a split."
             ) from error
         return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
 
@@ -72,7 +97,7 @@ class Rendered:
     kept: Sequence[int]
     skipped: int
     plain: "Dataset"
-    read: Callable[[Mapping[str, Any]], list[Message]]
+    read: "RowReader"
 
     def __len__(self) -> int:
         """The rows kept."""
@@ -86,15 +111,14 @@ class Rendered:
 
     def examples(self, places: Sequence[int]) -> "list[Example]":
         """The kept rows at these places."""
-        from distill_datasets.training.batches import Example
-
         read = self.rows[[self.kept[place] for place in places]]
         columns = (read[name] for name in ("tokens", "weights", "bytes"))
         return [Example(*row) for row in zip(*columns, strict=True)]
 
     def conversations(self, places: Sequence[int]) -> list[list[Message]]:
         """The kept rows at these places, as messages that end with the response."""
-        return [self.read(self.plain[self.kept[place]]) for place in places]
+        rows = [self.kept[place] for place in places]
+        return [self.read(self.plain[row], row) for row in rows]
 
     def batches(self, size: int) -> "Iterator[list[Example]]":
         """All of them in order."""
@@ -102,20 +126,22 @@ class Rendered:
             yield self.examples(range(start, min(start + size, len(self))))
 
 
-class Split:
+class DatasetSplit:
     """One split that has rows, and columns to learn from; `DatasetError` where it has others."""
 
-    def __init__(self, source: Source, config: str | None, name: str, rows: "Dataset") -> None:
+    def __init__(
+        self, source: DatasetSource, config: str | None, name: str, rows: "Dataset"
+    ) -> None:
         """Use `open_split` or `open_splits`."""
         self.name, self.rows = name, rows
         self.where = f"The split {name!r} of {source.reference!r}"
         self._key: tuple[str | None, ...] = (source.files, config, name)
-        self._read = conversation_reader(rows.column_names, self.where)
+        self._read = _conversation_reader(rows, self.where)
 
     @property
     def conversations(self) -> Iterator[list[Message]]:
         """Each row as messages that end with the response."""
-        return map(self._read, self.rows)
+        return map(self._read, self.rows, itertools.count())
 
     @property
     def keys(self) -> "NDArray[np.uint64]":
@@ -124,7 +150,7 @@ class Split:
 
         return np.fromiter(map(_row_key, self.conversations), np.uint64)
 
-    def without(self, learned: "NDArray[np.uint64]") -> "Split":
+    def without(self, learned: "NDArray[np.uint64]") -> "DatasetSplit":
         """Only the rows whose key is none of these; raises `DatasetError` where none is left."""
         import numpy as np
 
@@ -150,7 +176,7 @@ class Split:
         read, where, renderer = self._read, self.where, connection.renderer
 
         def tokens_and_weights(row: Mapping[str, Any], place: int) -> dict[str, Any]:
-            return _tokens_and_weights(read(row), renderer, f"{where}, row {place}")
+            return _tokens_and_weights(read(row, place), renderer, f"{where}, row {place}")
 
         model = (connection.renderer_name, connection.tokenizer_source, connection.weights)
         fingerprint = digest([_VERSION, *self._key, *model])[:32]
@@ -180,7 +206,7 @@ class Split:
         return Rendered(rendered, kept, len(lengths) - len(kept), self.rows, read)
 
 
-def locate(dataset: str | Path, config: str | None = None) -> Source:
+def locate(dataset: str | Path, config: str | None = None) -> DatasetSource:
     """Find a folder, a file, or a Hub dataset `name@revision`, of which `config` is downloaded."""
     path = Path(dataset).expanduser()
     if path.is_file() and path.suffix not in _READERS:
@@ -197,7 +223,7 @@ def locate(dataset: str | Path, config: str | None = None) -> Source:
     # The Hub's cache gets more files of a commit when somebody asks for them.
     files = commit or _files_digest(path)
     released = "/".join(str(manifest[k]) for k in ("version", "content_digest") if k in manifest)
-    return Source(str(dataset), path, commit or released or files, files, manifest)
+    return DatasetSource(str(dataset), path, commit or released or files, files, manifest)
 
 
 def _download(reference: str, config: str | None) -> Pinned:
@@ -222,7 +248,7 @@ def _files_digest(path: Path) -> str:
     return content.hexdigest()
 
 
-def open_splits(source: Source, settings: "TrainSettings") -> dict[str, Split]:
+def open_splits(source: DatasetSource, settings: "TrainSettings") -> dict[str, DatasetSplit]:
     """The splits "train" and, if there is one, "validation", by the names the settings give them.
 
     A validation split that was asked for by another name than the default must be there.
@@ -236,8 +262,8 @@ def open_splits(source: Source, settings: "TrainSettings") -> dict[str, Split]:
 
 
 def open_split(
-    source: Source, config: str | None, name: str, splits: "Mapping[str, Dataset]"
-) -> Split:
+    source: DatasetSource, config: str | None, name: str, splits: "Mapping[str, Dataset]"
+) -> DatasetSplit:
     """The one of a configuration's `splits` that has this name; raises `DatasetError` where none
     has, or where it has no row.
     """
@@ -250,10 +276,118 @@ def open_split(
         raise DatasetError(
             f"The split {name!r} of {source.reference!r} is empty: expected at least one row."
         )
-    return Split(source, config, name, splits[name])
+    return DatasetSplit(source, config, name, splits[name])
+
+
+def _load(builder: "DatasetBuilder") -> "DatasetDict":
+    """All splits. A CSV file's fields are text, as they are written: no code becomes a number."""
+    from datasets import Features, Value
+
+    if type(builder.config).__name__ == "CsvConfig":
+        files = [Path(file) for found in builder.config.data_files.values() for file in found]
+        columns = [_csv_columns(file) for file in files]
+        features = Features(dict.fromkeys(columns[0], Value("string")))
+        builder.config.features = builder.info.features = features
+        builder.config.keep_default_na = False
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+def _csv_columns(file: Path) -> list[str]:
+    """A CSV file's header; raises `DatasetError` for a row of another length."""
+    with file.open(encoding="utf-8-sig", newline="") as text:
+        rows = csv.reader(text, strict=True)
+        header = next(rows, [])
+        try:
+            for row in rows:
+                if row and len(row) != len(header):
+                    raise DatasetError(
+                        f"{str(file)!r}, line {rows.line_num}: expected {len(header)} fields, as "
+                        f"in the header {header}; found {len(row)}. Quote a field that holds a "
+                        "comma."
+                    )
+        except csv.Error as error:
+            raise DatasetError(f"{str(file)!r}, line {rows.line_num}: {error}.") from error
+    return header
+
+
+def _conversation_reader(rows: "Dataset", where: str) -> RowReader:
+    """How to turn a row into a conversation that ends with the response.
+
+    Supported: `messages`; `query` and `response`; `prompt` and `completion`. Each is text or
+    messages, messages may be JSON text. Raises `DatasetError` that lists the columns of `rows`;
+    what it returns raises it for a row that holds something else.
+    """
+    columns = rows.column_names
+    pairs = (("query", "response"), ("prompt", "completion"))
+    pair = next((pair for pair in pairs if {*pair} <= {*columns}), None)
+    if "messages" not in columns and pair is None:
+        raise DatasetError(
+            f"{where} can't be trained on: expected a column 'messages', or 'query' and "
+            f"'response', or 'prompt' and 'completion'; found {sorted(columns)}. Rename the "
+            "columns (`dataset.rename_columns`) or pick another configuration."
+        )
+    parts = (
+        (("messages", ""),)
+        if pair is None or "messages" in columns
+        else (
+            (pair[0], "user"),
+            (pair[1], "assistant"),
+        )
+    )
+    for column, _ in parts:
+        kind = str(getattr(rows.features[column], "dtype", ""))
+        if kind.startswith(("timestamp", "date", "time")):
+            raise DatasetError(
+                f"{where} can't be trained on: expected text in {column!r}; found dates, which "
+                "`datasets` doesn't keep as they are written. Save the rows as Parquet with that "
+                "column as text."
+            )
+
+    def read(row: Mapping[str, Any], number: int) -> list[Message]:
+        place = f"{where}, row {number}"
+        return [one for column, role in parts for one in _turns(row[column], role, place, column)]
+
+    return read
+
+
+def _turns(value: Any, role: str, where: str, column: str) -> list[Message]:
+    if isinstance(value, str) and role:
+        return [{"role": role, "content": value}]  # type: ignore[typeddict-item]
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = [value]
+    if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+        expected = "text or messages" if role else "messages, a list of role and content"
+        raise DatasetError(
+            f"{where}: expected {expected} in {column!r}; found {value!r:.200}. Convert that "
+            "column (`dataset.map`) or leave such rows out (`dataset.filter`)."
+        )
+    return [_message(one, where) for one in value]
+
+
+def _message(message: Mapping[str, Any], where: str) -> Message:
+    """Arrow fills absent keys with None, which chat renderers take for content."""
+    found: Any = {key: value for key, value in message.items() if value is not None}
+    content = found.get("content")
+    if isinstance(content, list) and all(
+        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
+    ):
+        found["content"] = "".join(part["text"] for part in content)
+    calls = found.get("tool_calls") or found.get("function_call")
+    if calls or found.get("role") not in _ROLES or not isinstance(found.get("content"), str):
+        raise DatasetError(
+            f"{where}: expected messages with a role of {_ROLES} and text as content, without "
+            f"tool calls; found {found!r:.300}. Leave such rows out (`dataset.filter`)."
+        )
+    return {key: value for key, value in found.items() if key not in _CALLS}  # type: ignore[return-value]
 
 
 def _tokens_and_weights(messages: list[Message], renderer: Any, where: str) -> dict[str, Any]:
+    from jinja2 import TemplateError
+    from tinker_cookbook.exceptions import TinkerCookbookError
     from tinker_cookbook.renderers import TrainOnWhat
 
     last: Mapping[str, Any] = messages[-1] if messages else {}
@@ -262,12 +396,18 @@ def _tokens_and_weights(messages: list[Message], renderer: Any, where: str) -> d
             f"{where}: expected a conversation that ends with a non-empty message of the "
             f"assistant; found {last!r}. Leave such rows out (`dataset.filter`)."
         )
-    tokens, weights = renderer.build_supervised_example(
-        messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE
-    )
+    try:
+        tokens, weights = renderer.build_supervised_example(
+            messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE
+        )
+    except (TinkerCookbookError, TemplateError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{where}: the model's chat format can't hold this conversation ({error}). Leave such "
+            "rows out (`dataset.filter`) or pick another renderer."
+        ) from error
     if not float(weights[1:].sum()) > 0:
         raise DatasetError(f"{where}: the renderer gives its response no token to learn.")
-    size = len(str(last["content"]).encode())
+    size = len(last["content"].encode())
     return {"tokens": tokens.to_ints(), "weights": weights.tolist(), "bytes": size}
 
 

@@ -1,4 +1,4 @@
-"""The folder of one training: its configuration, its losses, and its checkpoints.
+"""The folder of one training: its configuration, its losses, its checkpoints, and its result.
 
 config.json         what is trained on what, and how; written before the first step
 metrics.jsonl       a line a step, and a line a measurement of the validation rows
@@ -7,25 +7,27 @@ loss.png            the losses, the learning rate and the gradient over the step
 checkpoints/        the weights, where the server is this machine's
 """
 
+import itertools
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, TypeVar
 
 from distill_datasets.errors import OutputError
-from distill_datasets.files import one_writer
-from distill_datasets.training.selection import Selection
+from distill_datasets.files import one_writer, writable_folder, write_file
+from distill_datasets.training.schedule import Selection, why_it_ended
 from distill_datasets.training.settings import TrainSettings, decisive
 
 _SAME = ("student", "identity", "settings", "dataset.revision", "dataset.files", "resumed", "start")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class SavedCheckpoint:
     """Saved weights after `step` steps: `state` resumes training, `sampler` answers.
 
     `best` of all up to here, `final` the last of the training; what is not `kept` is deleted when
@@ -43,16 +45,48 @@ class Checkpoint:
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class TrainingResult:
+    """A finished training: `path` can be sampled wherever a model is named.
+
+    `final_loss` is per response token, after the last step on the validation rows, or without
+    those the last batch's; `best` may be of an earlier step. `why` says what ended it. `rows` and
+    `skipped` count the training split, `tokens` everything that was learned from;
+    `normalization` says what the loss weighs alike.
+    """
+
+    path: Path
+    best: SavedCheckpoint
+    final: SavedCheckpoint
+    final_loss: float
+    steps: int
+    rows: int
+    skipped: int
+    tokens: int
+    seconds: float
+    why: str
+    normalization: str
+
+    @property
+    def verdict(self) -> str:
+        """Which weights won, and by what."""
+        if not self.final.scores:
+            return f"step {self.best.step} is the last; there are no validation rows to choose by"
+        if self.best.step == self.final.step:
+            return f"the final weights won ({_scores(self.final)})"
+        return (
+            f"step {self.best.step} won ({_scores(self.best)}); the final weights, of step "
+            f"{self.final.step}, have {_scores(self.final)}"
+        )
+
+
 class TrainingFolder:
     """One training's files; one process at a time writes them."""
 
     def __init__(self, path: str | Path) -> None:
         """Make the folder; raises `OutputError` where it can't be written."""
-        self.path = Path(path)
-        with self._writing():
-            self.path.mkdir(parents=True, exist_ok=True)
-            # Nameless, so that a look at a training that runs takes nothing from it.
-            TemporaryFile(dir=self.path).close()
+        self.path = writable_folder(path)
+        self._damaged: set[tuple[str, int]] = set()
 
     @property
     def store(self) -> Path:
@@ -61,17 +95,18 @@ class TrainingFolder:
 
     @property
     def config(self) -> dict[str, Any] | None:
-        """What `start` wrote, or None in a new folder."""
+        """What `start` wrote, or None in a new folder and where a crash has emptied it."""
         file = self.path / "config.json"
-        if not file.is_file():
+        if not file.is_file() or not (text := file.read_text("utf-8", "replace")).strip("\0 \n"):
             return None
-        config = json.loads(file.read_text("utf-8"))
-        if not isinstance(config, dict) or not {"student", "dataset", "settings"} <= set(config):
-            raise OutputError(
-                f"{str(self.path)!r} holds something else: expected a training's config.json. "
-                "Choose another --out."
-            )
-        return config
+        with suppress(ValueError):
+            config = json.loads(text)
+            if isinstance(config, dict) and {"student", "dataset", "settings"} <= set(config):
+                return config
+        raise OutputError(
+            f"{str(self.path)!r} holds something else: expected a training's config.json. "
+            f"Choose another --out, for example {str(next_folder(self.path))!r}."
+        )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -92,38 +127,34 @@ class TrainingFolder:
         ]
         if differences:
             raise OutputError(
-                f"{str(self.path)!r} holds another training: {'; '.join(differences)}. Choose "
-                "another --out, or delete that folder."
+                f"{str(self.path)!r} holds another training: {'; '.join(differences)}. Train into "
+                f"a new folder (--out {next_folder(self.path)}), or delete that one."
             )
 
-    def start(
-        self,
-        config: Mapping[str, Any],
-        checkpoints: Sequence[Checkpoint] = (),
-    ) -> int:
-        """Write the configuration, and go back to the last checkpoint; the steps done there.
-
-        A new folder begins with the given checkpoints.
-        """
-        metrics: list[dict[str, Any]] = []
-        if self.config is not None:
-            metrics, checkpoints = self.metrics, self.checkpoints
+    def start(self, config: Mapping[str, Any], checkpoints: Sequence[SavedCheckpoint]) -> int:
+        """Write the configuration, and go back to the last of the checkpoints; its step."""
         step = checkpoints[-1].step if checkpoints else 0
-        with self._writing():
-            self._rewrite("metrics.jsonl", [line for line in metrics if line["step"] <= step])
-            self._rewrite("checkpoints.jsonl", [asdict(one) for one in checkpoints])
-            self._write("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        self._rewrite("metrics.jsonl", [line for line in self.metrics if line["step"] <= step])
+        self._rewrite("checkpoints.jsonl", [asdict(one) for one in checkpoints])
+        write_file(
+            self.path / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        )
         return step
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
-        return self._lines("metrics.jsonl")
+        return self._lines("metrics.jsonl", lambda line: {**line, "step": int(line["step"])})
 
     @property
-    def checkpoints(self) -> list[Checkpoint]:
+    def checkpoints(self) -> list[SavedCheckpoint]:
         """All confirmed checkpoints, the oldest first."""
-        return [Checkpoint(**line) for line in self._lines("checkpoints.jsonl")]
+        return self._lines("checkpoints.jsonl", lambda line: SavedCheckpoint(**line))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the final checkpoint is confirmed."""
+        return self.config is not None and any(one.final for one in self.checkpoints)
 
     def selection(self, settings: TrainSettings) -> Selection:
         """What the measurements so far say, those before a resumed state included."""
@@ -136,58 +167,77 @@ class TrainingFolder:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
-        self._append("metrics.jsonl", line)
-
-    def add(self, checkpoint: Checkpoint) -> None:
-        """Add a checkpoint that the server has confirmed."""
-        self._append("checkpoints.jsonl", asdict(checkpoint))
-
-    def forget(self, names: Collection[str]) -> None:
-        """Take checkpoints out that the server is about to delete."""
-        left = [asdict(one) for one in self.checkpoints if one.name not in names]
-        with self._writing():
-            self._rewrite("checkpoints.jsonl", left)
-
-    def draw(self) -> None:
-        """Draw loss.png."""
-        from distill_datasets.training.plots import draw_curves
-
-        with self._writing():
-            draw_curves(self.metrics, self.path / "loss.png")
-
-    def _lines(self, name: str) -> list[dict[str, Any]]:
-        """A killed process may leave half a line at the end: it was not confirmed to anyone."""
-        file = self.path / name
-        if not file.is_file():
-            return []
-        whole, _, _ = file.read_text("utf-8").rpartition("\n")
-        return [json.loads(line) for line in whole.splitlines()]
-
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with self._writing(), (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-    def _rewrite(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        if lines or (self.path / name).exists():
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            self._write(name, text)
-
-    def _write(self, name: str, text: str) -> None:
-        draft = self.path / f".{name}.partial"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(self.path / name)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
         try:
-            yield
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
         except OSError as error:
-            if isinstance(error, OutputError):
-                raise
             raise OutputError(
                 f"Can't write to {str(self.path)!r}: {error}. Free it or choose another --out, "
                 "and run again: it continues from the last checkpoint."
             ) from error
+
+    def add(self, checkpoint: SavedCheckpoint) -> list[SavedCheckpoint]:
+        """Add a checkpoint that the server has confirmed; those that nobody needs since then."""
+        checkpoints = [*self.checkpoints, checkpoint]
+        best = [one for one in checkpoints if one.best][-1:]
+        needed = [one for one in checkpoints if one.kept or one in best or one is checkpoint]
+        self._rewrite("checkpoints.jsonl", [asdict(one) for one in needed])
+        return [one for one in checkpoints if one not in needed]
+
+    def draw(self) -> None:
+        """Draw loss.png."""
+        from distill_datasets.training.tracking import draw_curves
+
+        draw_curves(self.metrics, self.path / "loss.png")
+
+    def result(self, settings: TrainSettings) -> TrainingResult:
+        """The result that a finished training's files hold."""
+        config, metrics, checkpoints = self.config or {}, self.metrics, self.checkpoints
+        steps, final = [line for line in metrics if "loss" in line], checkpoints[-1]
+        return TrainingResult(
+            path=self.path,
+            best=next((one for one in reversed(checkpoints) if one.best), final),
+            final=final,
+            final_loss=steps[-1]["loss"]
+            if final.validation_loss is None
+            else final.validation_loss,
+            steps=final.step,
+            rows=config["dataset"]["rows"]["train"],
+            skipped=config["dataset"]["skipped"]["train"],
+            tokens=sum(line["tokens"] for line in steps),
+            seconds=round(sum(line["seconds"] for line in steps), 2),
+            normalization=config["normalization"],
+            why=why_it_ended(self.selection(settings), settings, final.step, config["steps"]),
+        )
+
+    def _lines(self, name: str, read: Callable[[dict[str, Any]], T]) -> list[T]:
+        """A killed process may leave half a line at the end: it was not confirmed to anyone."""
+        file = self.path / name
+        if not file.is_file():
+            return []
+        whole, _, _ = file.read_text("utf-8", "replace").rpartition("\n")
+        found = []
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                found.append(read(json.loads(line)))
+            except (ValueError, TypeError, KeyError):
+                if (name, number) not in self._damaged:
+                    print(
+                        f"train: {str(file)!r}, line {number} is damaged: left out", file=sys.stderr
+                    )
+                self._damaged.add((name, number))
+        return found
+
+    def _rewrite(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        if lines or (self.path / name).exists():
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            write_file(self.path / name, text)
+
+
+def next_folder(out: Path) -> Path:
+    """The first of `out`-2, `out`-3, … that isn't there."""
+    numbered = (out.with_name(f"{out.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in numbered if not folder.exists())
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,6 +250,10 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= _flat(inner, f"{name}.") if isinstance(inner, Mapping) else {name: inner}
     return flat
+
+
+def _scores(checkpoint: SavedCheckpoint) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in checkpoint.scores.items())
 
 
 def installed_versions() -> dict[str, str]:

@@ -1,56 +1,98 @@
-"""How to train: every setting with its default, checked before anything is spent."""
+"""How to train: every setting with its default and range, checked before anything is spent."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.training.objective_settings import ObjectiveSettings
+from distill_datasets.settings import check, setting
 
-_AT_LEAST_ONE = (
-    "epochs",
-    "batch_size",
-    "batch_tokens",
-    "rank",
-    "evaluate_every",
-    "patience",
-    "save_every",
-    "rolling_every",
-    "max_length",
-    "max_rows",
-    "max_steps",
-)
-_NOT_NEGATIVE = (
-    "warmup_steps",
-    "weight_decay",
-    "grad_clip",
-    "ahead",
-    "min_improvement",
-    "price_per_million",
-)
-_CHOICES = {
-    "schedule": ("linear", "cosine", "constant"),
-    "normalization": ("token", "example"),
-    "preset": (None, "poc", "debug", "production"),
-    "track": (None, "wandb", "trackio", "tensorboard"),
-}
+VALIDATION_LOSS = "validation_loss"
 _LEAST_TTL = 3600  # seconds: Tinker takes no less
 # What may change between two runs of one training: no weight depends on it.
 _FREE = ("ahead", "track", "price_per_million", "ttl_seconds", "rolling_every", "internalisation")
+# Settings that version 0.1 wrote down, with the one value that means the same today.
+_CONSTANT = {"temperature": 1.0}
+_PRESETS = {"poc": (8, 100), "debug": (10, 50)}  # rows, steps
 
 
 @dataclass(frozen=True)
-class _Size:
-    rows: int | None
-    steps: int | None
+class ObjectiveSettings:
+    """How a prompt is distilled.
 
+    `name`: "sft" learns the responses; "soft" the teacher's `top_k` probabilities at each of their
+    tokens; "on_policy" has the student answer without the prompt, and the teacher, who sees it,
+    judge every token.
 
-_PRESETS = {
-    "poc": _Size(rows=8, steps=100),
-    "debug": _Size(rows=10, steps=50),
-    "production": _Size(rows=None, steps=None),
-}
+    `teacher` scores: a model reference; None is the release's own teacher. It must have the
+    student's tokenizer, but for the labels "choices".
+
+    For "soft": `alpha` is the share of the hard labels, and `labels` says where the probabilities
+    come from. "choices" are the exact ones of a closed answer set, "stored" those that generation
+    kept, "scored" the teacher reads each response under its prompt; "auto" takes the first of
+    these that the release allows.
+
+    For "on_policy": `kl` "reverse" corrects the student's `top_k` probabilities at each place that
+    it reaches, or with 0 the sampled token alone; "forward" teaches the teacher's `top_k` there.
+    `samples` answers of at most `max_tokens` (the recipe's, when None) are sampled for each query,
+    with weights that are at most `stale` steps old (0 or 1): with 1 the next batch is sampled while
+    this one is learned.
+    """
+
+    name: Literal["sft", "soft", "on_policy"] = setting(
+        "sft",
+        "what is learned: responses, the teacher's probabilities, or its corrections",
+        group="objective",
+        flag="objective",
+    )
+    teacher: str | None = setting(
+        None,
+        "the model that scores tokens for the objectives soft and on_policy",
+        group="objective",
+        flag="scorer",
+        unset="the release's teacher",
+    )
+    top_k: int = setting(
+        20,
+        "likeliest tokens that are compared at each place; 0 on policy: the sampled one alone",
+        group="objective",
+        at_least=0,
+    )
+    alpha: float = setting(
+        0.0, "share of hard labels among soft ones", at_least=0, at_most=1, flag=False
+    )
+    labels: Literal["auto", "choices", "stored", "scored"] = setting(
+        "auto", "where soft labels come from", group="objective"
+    )
+    kl: Literal["reverse", "forward"] = setting(
+        "reverse", "the divergence that on-policy training lowers", group="objective"
+    )
+    samples: int = setting(1, "answers a query, on policy", at_least=1, flag=False)
+    max_tokens: int | None = setting(None, "tokens of a sampled answer", at_least=1, flag=False)
+    stale: int = setting(
+        1, "age of the sampling weights in steps", at_least=0, at_most=1, flag=False
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be trained, before anything is spent."""
+        try:
+            check(self)
+        except SettingsError as error:
+            raise SettingsError(f"objective.{error}") from None
+        shifts = self.name == "on_policy" and self.kl == "reverse"
+        if not self.policy_gradient and self.top_k <= shifts:
+            least = (
+                "2, between which the reverse KL shifts probability, or 0 for the sampled token "
+                "alone"
+                if shifts
+                else "1"
+            )
+            raise SettingsError(f"objective.top_k must be at least {least}; found {self.top_k!r}.")
+
+    @property
+    def policy_gradient(self) -> bool:
+        """Whether the sampled tokens alone are corrected, which has a loss of its own."""
+        return (self.name, self.kl, self.top_k) == ("on_policy", "reverse", 0)
 
 
 @dataclass(frozen=True)
@@ -58,10 +100,10 @@ class TrainSettings:
     """How to train; None leaves it to the model or to the length of the run.
 
     Size. Without `epochs` there are two, or as many as make 60 steps: few rows need many passes.
-    `preset` "poc" is 8 rows and 100 steps, "debug" 10 rows and 50 steps, "production" all rows;
-    `max_rows`, `epochs` and `max_steps` win over it. `batch_tokens` fills batches up to so many
-    tokens, rows of similar length together, instead of `batch_size` rows. `max_length` is in
-    tokens: longer rows are left out and counted, never cut.
+    `preset` "poc" is 8 rows and 100 steps, "debug" 10 rows and 50 steps; `max_rows`, `epochs` and
+    `max_steps` win over it. `batch_tokens` fills batches up to so many tokens, rows of similar
+    length together, instead of `batch_size` rows. `max_length` is in tokens: longer rows are left
+    out and counted, never cut.
 
     Learning. The rate rises over `warmup_steps`, then follows `schedule`. `weight_decay` and
     `grad_clip` (the gradient's greatest norm) are 0 for none. `normalization` "token" weighs every
@@ -83,89 +125,139 @@ class TrainSettings:
     dataset.
     """
 
-    preset: Literal["poc", "debug", "production"] | None = None
-    epochs: int | None = None
-    batch_size: int = 32
-    batch_tokens: int | None = None
-    max_length: int | None = None
-    max_rows: int | None = None
-    max_steps: int | None = None
-    learning_rate: float | None = None
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    grad_clip: float = 0.0
-    normalization: Literal["token", "example"] = "token"
-    seed: int = 0
-    rank: int = 32
-    lora_seed: int | None = None
-    train_attention: bool = True
-    train_mlp: bool = True
-    train_unembed: bool = True
-    evaluate_every: int | None = None
-    select: str = "validation_loss"
-    internalisation: bool = True
-    patience: int | None = None
-    min_improvement: float = 0.0
-    save_every: int = 100
-    rolling_every: int = 20
-    ttl_seconds: int | None = None
-    ahead: int = 2
-    track: Literal["wandb", "trackio", "tensorboard"] | None = None
-    price_per_million: float | None = None
-    renderer: str | None = None
-    config: str | None = None
-    train_split: str = "train"
-    validation_split: str = "validation"
+    preset: Literal["poc", "debug"] | None = setting(
+        None, "a small trial: poc is 8 rows and 100 steps, debug 10 rows and 50", group="size"
+    )
+    epochs: int | None = setting(
+        None,
+        "passes over the rows",
+        group="size",
+        at_least=1,
+        unset="two, or as many as make 60 steps",
+    )
+    batch_size: int = setting(32, "rows a step", group="size", at_least=1)
+    batch_tokens: int | None = setting(None, "tokens a step", at_least=1, flag=False)
+    max_length: int | None = setting(
+        None,
+        "tokens a row; longer rows are left out and counted",
+        group="size",
+        at_least=1,
+        unset="the model's context, at most 4096",
+    )
+    max_rows: int | None = setting(
+        None, "rows to train on, chosen by the seed", group="size", at_least=1, unset="all"
+    )
+    max_steps: int | None = setting(
+        None, "steps after which training ends", group="size", at_least=1, unset="all epochs"
+    )
+    learning_rate: float | None = setting(
+        None, "the highest learning rate", group="learning", above=0, unset="the model's"
+    )
+    schedule: Literal["linear", "cosine", "constant"] = setting(
+        "linear", "how the learning rate falls", group="learning"
+    )
+    warmup_steps: int = setting(0, "linear warm-up steps", group="learning", at_least=0)
+    weight_decay: float = setting(0.0, "Adam's weight decay", group="learning", at_least=0)
+    grad_clip: float = setting(0.0, "the gradient's greatest norm", at_least=0, flag=False)
+    normalization: Literal["token", "example"] = setting("token", "the loss's mean", flag=False)
+    seed: int = setting(0, "seed of the rows' order and the first weights", group="learning")
+    rank: int = setting(32, "rank of the LoRA adapter", group="learning", at_least=1)
+    lora_seed: int | None = setting(None, "seed of the first weights alone", flag=False)
+    train_attention: bool = setting(True, "adapt the attention layers", flag=False)
+    train_mlp: bool = setting(True, "adapt the MLP layers", flag=False)
+    train_unembed: bool = setting(True, "adapt the output embeddings", flag=False)
+    evaluate_every: int | None = setting(
+        None,
+        "steps between measurements of the validation rows",
+        group="stopping",
+        at_least=1,
+        unset="ten a run",
+    )
+    select: str = setting(
+        VALIDATION_LOSS,
+        "the number by which the best checkpoint is chosen: validation_loss, accuracy, or "
+        "internalisation",
+        group="stopping",
+    )
+    internalisation: bool = setting(
+        True,
+        "don't ask base and teacher how likely they find the validation answers",
+        group="stopping",
+    )
+    patience: int | None = setting(
+        None,
+        "stop early after N measurements without an improvement",
+        group="stopping",
+        at_least=1,
+        unset="train to the end",
+    )
+    min_improvement: float = setting(0.0, "the least improvement", at_least=0, flag=False)
+    save_every: int = setting(100, "steps between kept checkpoints", at_least=1, flag=False)
+    rolling_every: int = setting(20, "steps between rolling states", at_least=1, flag=False)
+    ttl_seconds: int | None = setting(None, "life of checkpoints", at_least=0, flag=False)
+    ahead: int = setting(2, "batches queued ahead", at_least=0, flag=False)
+    track: Literal["wandb", "trackio", "tensorboard"] | None = setting(
+        None, "an experiment tracker that gets the numbers too", group="reporting"
+    )
+    price_per_million: float | None = setting(
+        None,
+        "price of a million training tokens, to log what is spent",
+        group="reporting",
+        at_least=0,
+        unset="that of --prices, if any",
+    )
+    renderer: str | None = setting(
+        None,
+        "the cookbook renderer that turns conversations into tokens",
+        group="dataset",
+        unset="the model's",
+    )
+    config: str | None = setting(
+        None, "a configuration of the dataset", group="dataset", unset="the dataset's own"
+    )
+    train_split: str = setting("train", "the split to train on", group="dataset")
+    validation_split: str = setting("validation", "the split to measure on", group="dataset")
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
 
     def __post_init__(self) -> None:
         """Refuse what can't be trained, before anything is spent."""
-        self._require_ranges()
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise SettingsError(
-                    f"{name} must be one of {known}; found {getattr(self, name)!r}."
-                )
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise SettingsError(f"learning_rate must be above 0; found {self.learning_rate!r}.")
+        check(self)
         if self.ttl_seconds and self.ttl_seconds < _LEAST_TTL:
             raise SettingsError(
                 f"ttl_seconds must be 0 or at least {_LEAST_TTL}, an hour; found "
                 f"{self.ttl_seconds!r}."
             )
         if not (self.train_attention or self.train_mlp or self.train_unembed):
-            raise SettingsError("Nothing to train: turn on attention, mlp or unembed.")
-
-    def _require_ranges(self) -> None:
-        for name in _AT_LEAST_ONE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"{name} must be at least 1; found {value!r}.")
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise SettingsError(f"{name} can't be below 0; found {value!r}.")
+            raise SettingsError(
+                "Nothing to train: turn on train_attention, train_mlp or train_unembed."
+            )
 
     @property
     def rows(self) -> int | None:
         """The most rows to train on, None for all."""
-        return self.max_rows or (_PRESETS[self.preset].rows if self.preset else None)
+        return self.max_rows or (_PRESETS[self.preset][0] if self.preset else None)
 
     @property
     def steps(self) -> int | None:
         """The steps that the preset sets, where nothing else sets them."""
         explicit = self.epochs or self.max_steps
-        return None if explicit or not self.preset else _PRESETS[self.preset].steps
+        return None if explicit or not self.preset else _PRESETS[self.preset][1]
 
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that decide the weights and the choice among them; a missing one has its default."""
-    return {
+    """Those that decide the weights and the choice among them; a missing one has its default.
+
+    They are in what every checkpoint says of its training, so their form outlives a version.
+    """
+    found = {
         name: settings.get(name, value)
         for name, value in asdict(TrainSettings()).items()
         if name not in _FREE
     }
+    if found["preset"] == "production":  # in version 0.1: all rows
+        found["preset"] = None
+    found["objective"] = {**_CONSTANT, **found["objective"]}
+    return found
 
 
 def unlike_default(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,42 +1,147 @@
-"""The model that is taught: it learns a batch, saves, loads, and becomes a sampler."""
+"""The student: what a server is asked to train, how a batch is sent to it, and how it is read."""
 
 import errno
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from typing import Any, Literal, Self
 
+import httpx
+import numpy as np
 import tinker
+from numpy.typing import NDArray
 
-from distill_datasets.errors import ModelError, OutputError
+from distill_datasets.errors import ModelError, OutputError, SettingsError
 from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.models.connection import Connection
 from distill_datasets.models.tinker import TinkerSampler
-from distill_datasets.training.batches import (
-    Batch,
-    Example,
-    Learned,
-    Scored,
-    Update,
-    datums,
-    scored,
-)
+from distill_datasets.training.data import Example
+from distill_datasets.training.settings import TrainSettings
 
+Normalization = Literal["token", "example"]
+LossName = Literal["cross_entropy", "importance_sampling"]
 _FULL = os.strerror(errno.ENOSPC)
 _KEPT = "What was saved is kept: run it again with the same output folder to continue."
+_LONGEST = 4096  # tokens a row: what a local machine holds; more must be asked for
 
 
 @dataclass(frozen=True)
-class Adapted:
-    """What the LoRA weights adapt, and how: `seed` decides their first values."""
+class Learned:
+    """One step: what it learned before its update, and what it took.
 
-    rank: int = 32
-    seed: int = 0
-    attention: bool = True
-    mlp: bool = True
-    unembed: bool = True
+    `loss` is what was minimised, per response token; `nll` that of the dataset's own responses,
+    in nats per token, None where the step held none; `response_bytes` are theirs. `tokens` counts
+    whole conversations, as servers bill them. `extra` is what an objective adds to the log.
+    """
+
+    loss: float
+    response_tokens: int
+    tokens: int
+    gradient_norm: float | None = None
+    nll: float | None = None
+    response_bytes: int = 0
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The NLL in bits over the bytes of the responses: comparable across tokenizers."""
+        return bits_per_byte(self.nll, self.response_tokens, self.response_bytes)
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Rows for one step: the datums, the server's loss for them, and a reader of its outputs.
+
+    `read` gets the `loss_fn_outputs`, one mapping a datum, in their order.
+    """
+
+    datums: Sequence[tinker.Datum]
+    read: Callable[[Sequence[Mapping[str, Any]]], Learned]
+    loss: LossName = "cross_entropy"
+
+
+def supervised_batch(examples: Sequence[Example], normalization: Normalization) -> TrainingBatch:
+    """The cross entropy of the responses, each token or each response weighing alike."""
+
+    def read(outputs: Sequence[Mapping[str, Any]]) -> Learned:
+        rows = row_losses(examples, outputs)
+        tokens = sum(row.tokens for row in rows)
+        nll = sum(row.nll for row in rows) / tokens
+        return Learned(
+            loss=nll,
+            nll=nll,
+            response_tokens=round(tokens),
+            response_bytes=sum(example.bytes for example in examples),
+            tokens=sum(len(example.tokens) for example in examples),
+        )
+
+    return TrainingBatch(datums(examples, normalization), read)
+
+
+def shares(masks: Sequence[NDArray[np.float32]], normalization: Normalization) -> list[float]:
+    """What each row's weights are divided by, as servers sum weighted losses over a batch.
+
+    Per token, every response token of the batch counts alike; per example, every response does.
+    """
+    sums = [float(mask.sum()) for mask in masks]
+    return [sum(sums) if normalization == "token" else len(sums) * own for own in sums]
+
+
+def datums(examples: Sequence[Example], normalization: Normalization) -> list[tinker.Datum]:
+    """As the server wants them: the weights carry the mean."""
+    masks = [example.targets for example in examples]
+    return [
+        tinker.Datum(
+            model_input=tinker.ModelInput.from_ints(list(example.tokens[:-1])),
+            loss_fn_inputs={
+                "target_tokens": tinker.TensorData.from_numpy(
+                    np.asarray(example.tokens[1:], np.int64)
+                ),
+                "weights": tinker.TensorData.from_numpy((mask / share).astype(np.float32)),
+            },
+        )
+        for example, mask, share in zip(examples, masks, shares(masks, normalization), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """A row's response: its negative log-likelihood in nats, and its tokens."""
+
+    nll: float
+    tokens: float
+
+
+def row_losses(examples: Sequence[Example], outputs: Sequence[Mapping[str, Any]]) -> list[RowLoss]:
+    """The responses' scores, from the server's log-probabilities of every token."""
+    rows = []
+    for example, output in zip(examples, outputs, strict=True):
+        mask = example.targets
+        logprobs = np.asarray(output["logprobs"].to_numpy(), dtype=np.float64)
+        rows.append(RowLoss(-float(logprobs[mask > 0] @ mask[mask > 0]), float(mask.sum())))
+    return rows
+
+
+def bits_per_byte(nll: float | None, tokens: float, size: int) -> float | None:
+    """From nats per token; None where nothing was scored or no bytes are known."""
+    return nll * tokens / math.log(2) / size if nll is not None and size else None
+
+
+def adam(
+    learning_rate: float, *, weight_decay: float = 0.0, grad_clip: float = 0.0
+) -> tinker.AdamParams:
+    """How the weights follow a gradient; 0 for none of a thing."""
+    return tinker.AdamParams(
+        learning_rate=learning_rate,
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-8,
+        weight_decay=weight_decay,
+        grad_clip_norm=grad_clip,
+    )
 
 
 @dataclass(frozen=True)
@@ -50,7 +155,7 @@ class Saved:
 class PendingStep:
     """A batch on its way to the server."""
 
-    def __init__(self, student: "Student", batch: Batch, learning: tuple[Any, Any]) -> None:
+    def __init__(self, student: "Student", batch: TrainingBatch, learning: tuple[Any, Any]) -> None:
         """Made by `Student.learn`."""
         self._student, self._batch = student, batch
         self._gradient, self._update = learning
@@ -79,13 +184,13 @@ class PendingLoss:
         """Made by `Student.loss`."""
         self._student, self._batches = student, batches
 
-    def rows(self) -> list[Scored]:
+    def rows(self) -> list[RowLoss]:
         """Wait for all of them: each row's score, in their order."""
         with _explained(self._student.connection.reference):
             return [
                 row
                 for examples, future in self._batches
-                for row in scored(examples, self._student.wait(future).loss_fn_outputs)
+                for row in row_losses(examples, self._student.wait(future).loss_fn_outputs)
             ]
 
     def result(self) -> float:
@@ -121,7 +226,7 @@ class Student:
 
     @classmethod
     def create(
-        cls, connection: Connection, adapted: Adapted, metadata: dict[str, str] | None = None
+        cls, connection: Connection, lora: tinker.LoraConfig, metadata: dict[str, str] | None = None
     ) -> Self:
         """New LoRA weights over the connection's base model; the server keeps `metadata`."""
         if connection.model_path:
@@ -133,11 +238,7 @@ class Student:
             connection,
             connection.service.create_lora_training_client,
             base_model=connection.base_model,
-            rank=adapted.rank,
-            seed=adapted.seed,
-            train_mlp=adapted.mlp,
-            train_attn=adapted.attention,
-            train_unembed=adapted.unembed,
+            **lora.model_dump(),
             user_metadata=metadata,
         )
 
@@ -163,20 +264,11 @@ class Student:
             # `.future()`: only on clients does the SDK log a warning inside a running event loop.
             return cls(connection, create(**options).future().result())
 
-    def learn(self, batch: Batch, update: Update) -> PendingStep:
+    def learn(self, batch: TrainingBatch, update: tinker.AdamParams) -> PendingStep:
         """Learn one batch; returns at once, so that the next can be queued behind it."""
         with _explained(self.connection.reference):
             gradient = self._client.forward_backward(list(batch.datums), batch.loss)
-            updating = self._client.optim_step(
-                tinker.AdamParams(
-                    learning_rate=update.learning_rate,
-                    beta1=0.9,
-                    beta2=0.95,
-                    eps=1e-8,
-                    weight_decay=update.weight_decay,
-                    grad_clip_norm=update.grad_clip,
-                )
-            )
+            updating = self._client.optim_step(update)
         return PendingStep(self, batch, (gradient, updating))
 
     def loss(self, batches: Sequence[Sequence[Example]]) -> PendingLoss:
@@ -245,3 +337,65 @@ def _explained(reference: str) -> Iterator[None]:
                 f"{reference!r}: the server's disk is full ({error}). Free some of it, and run "
                 "again: it continues from the last checkpoint."
             ) from error
+
+
+def require_trainable(connection: Connection, settings: TrainSettings) -> int:
+    """Check the student, the rank, the context and the objective; the longest row to train on.
+
+    Tinker states which models it trains and their context; what a server doesn't state is not
+    checked here. Raises `ModelError` or `SettingsError`.
+    """
+    return require_stated(_stated(connection), connection, settings)
+
+
+def require_stated(
+    stated: Mapping[str, Any], connection: Connection, settings: TrainSettings
+) -> int:
+    """The same, for what a server has stated about the model."""
+    if stated.get("trainable") is False:
+        raise ModelError(
+            f"{connection.base_model!r} can be sampled on this server, but not trained: choose "
+            "another student."
+        )
+    most = stated.get("max_lora_rank")
+    if most is not None and settings.rank > most:
+        raise SettingsError(
+            f"rank must be at most {most} for {connection.base_model!r}; found {settings.rank}."
+        )
+    losses = stated.get("loss_fns")
+    loss = "importance_sampling" if settings.objective.policy_gradient else "cross_entropy"
+    if losses is not None and loss not in losses:
+        raise ModelError(
+            f"The objective {settings.objective.name!r} needs the loss {loss!r}, which the server "
+            f"of {connection.reference!r} doesn't have; it has {sorted(losses)}."
+        )
+    context = stated.get("max_context_length") or connection.max_context
+    if context is not None and settings.max_length is not None and settings.max_length > context:
+        raise SettingsError(
+            f"max_length must be at most {context}, the context of {connection.base_model!r}; "
+            f"found {settings.max_length}."
+        )
+    return settings.max_length or min(context or _LONGEST, _LONGEST)
+
+
+def _stated(connection: Connection) -> Mapping[str, Any]:
+    models = {str(model["model_name"]): model for model in _models(connection)}
+    if connection.base_model not in models:
+        near = get_close_matches(connection.base_model, list(models), n=3, cutoff=0.3)
+        raise ModelError(
+            f"{connection.base_model!r} is unknown to the server. Near names: {near}; it has "
+            f"{len(models)}."
+        )
+    return models[connection.base_model]
+
+
+def _models(connection: Connection) -> list[dict[str, Any]]:
+    with sdk.explained(connection.reference):
+        if connection.server is None:
+            found = connection.rest.get_server_capabilities().result().supported_models
+            return [model.model_dump() for model in found]
+    # The SDK's type leaves out the limits that a server of this machine states.
+    url = f"{connection.server.url}/api/v1/get_server_capabilities"
+    answer = httpx.get(url, headers={"X-API-Key": connection.server.api_key}, timeout=20)
+    models: list[dict[str, Any]] = answer.raise_for_status().json()["supported_models"]
+    return models

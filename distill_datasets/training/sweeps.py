@@ -5,18 +5,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.errors import ModelError, OutputError, SettingsError, nearest
+from distill_datasets.errors import ModelError, SettingsError, nearest
+from distill_datasets.files import one_writer, write_file
 from distill_datasets.tables import aligned
 
 if TYPE_CHECKING:
-    from distill_datasets.training.trainer import Training, TrainSettings
+    from distill_datasets.training.trainer import TrainingResult, TrainSettings
 
 
 @dataclass(frozen=True)
-class Trial:
+class SweepTrial:
     """One cell of the grid.
 
     `loss` is the best checkpoint's on the validation rows, per response token, and without those
@@ -40,10 +42,10 @@ class Sweep:
     """All trials, in the grid's order; `path` holds sweep.json, sweep.png and their folders."""
 
     path: Path
-    trials: Sequence[Trial]
+    trials: Sequence[SweepTrial]
 
     @property
-    def best(self) -> Trial:
+    def best(self) -> SweepTrial:
         """The trial with the lowest loss; raises `ModelError` where none was finished."""
         finished = [trial for trial in self.trials if trial.loss is not None]
         if not finished:
@@ -96,21 +98,23 @@ def sweep(
         raise SettingsError("The grid is empty: name values, for example rank=[8, 16, 32].")
     path = Path(out)
     trials = []
-    for values, wanted in planned:
-        folder = path / "_".join(f"{name}-{value}" for name, value in values.items())
-        try:
-            trained = train(dataset, student=student, out=folder, settings=wanted)
-        except ModelError as error:
-            if not (folder / "metrics.jsonl").is_file():
-                raise  # nothing was learned yet: the next combination would fail alike
-            trials.append(Trial(values, folder.name, error=str(error)))
-        else:
-            trials.append(_trial(values, trained))
-        finally:
-            disconnect(folder / "checkpoints")
-        _write(path, trials)
-    made = Sweep(path, trials)
-    _draw(made)
+    with one_writer(path, "sweep"):
+        for values, wanted in planned:
+            folder = path / "_".join(f"{name}-{value}" for name, value in values.items())
+            try:
+                trained = train(dataset, student=student, out=folder, settings=wanted)
+            except ModelError as error:
+                if not (folder / "metrics.jsonl").is_file():
+                    raise  # nothing was learned yet: the next combination would fail alike
+                trials.append(SweepTrial(values, folder.name, error=str(error)))
+            else:
+                trials.append(_trial(values, trained))
+            finally:
+                disconnect(folder / "checkpoints")
+            text = json.dumps([asdict(trial) for trial in trials], indent=2, ensure_ascii=False)
+            write_file(path / "sweep.json", text + "\n")
+        made = Sweep(path, trials)
+        _draw(made)
     return made
 
 
@@ -123,9 +127,9 @@ def _settings(shared: "TrainSettings", values: Mapping[str, Any]) -> "TrainSetti
     return replace(shared, **values)
 
 
-def _trial(values: Mapping[str, Any], trained: "Training") -> Trial:
+def _trial(values: Mapping[str, Any], trained: "TrainingResult") -> SweepTrial:
     best = trained.best
-    return Trial(
+    return SweepTrial(
         values,
         trained.path.name,
         loss=trained.final_loss if best.validation_loss is None else best.validation_loss,
@@ -156,17 +160,6 @@ def _parameters(training: Path) -> int | None:
         return None
 
 
-def _write(path: Path, trials: Sequence[Trial]) -> None:
-    text = json.dumps([asdict(trial) for trial in trials], indent=2, ensure_ascii=False)
-    try:
-        (path / "sweep.json").write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"Can't write to {str(path)!r}: {error}. Free it and run again: finished trainings "
-            "are kept."
-        ) from error
-
-
 def _draw(made: Sweep) -> None:
     """Loss against each setting that varies, time and size; logarithmic where it helps."""
     from matplotlib.figure import Figure
@@ -187,7 +180,9 @@ def _draw(made: Sweep) -> None:
         place.set(xlabel=name.replace("_", " "), ylabel="loss per response token")
         if min(values, default=0) > 0 and max(values) > 4 * min(values):  # type: ignore[operator, type-var]
             place.set_xscale("log")
-    figure.savefig(made.path / "sweep.png", dpi=150)
+    drawing = BytesIO()
+    figure.savefig(drawing, dpi=150)
+    write_file(made.path / "sweep.png", drawing.getvalue())
 
 
 def _number(value: Any) -> bool:

@@ -1,29 +1,53 @@
 """Train a student on a dataset: one flat loop that can be stopped and continued anywhere."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.errors import ModelError, OutputError
+from distill_datasets.errors import ModelError, OutputError, SettingsError
 from distill_datasets.progress import Progress
-from distill_datasets.training.data import Rendered, Source, Split, locate, open_splits
-from distill_datasets.training.folder import TrainingFolder
-from distill_datasets.training.settings import TrainSettings
-from distill_datasets.training.tracking import open_tracker, require_tracker
-from distill_datasets.training.training_result import Training, read_result
-from distill_datasets.training.training_run import Run, prepare_run
+from distill_datasets.training.data import (
+    DatasetSource,
+    DatasetSplit,
+    Rendered,
+    locate,
+    open_splits,
+)
+from distill_datasets.training.folder import (
+    SavedCheckpoint,
+    TrainingFolder,
+    TrainingResult,
+    installed_versions,
+)
+from distill_datasets.training.schedule import (
+    Schedule,
+    Step,
+    choose_rows,
+    default_learning_rate,
+    plan_steps,
+)
+from distill_datasets.training.settings import VALIDATION_LOSS, TrainSettings
+from distill_datasets.training.tracking import open_tracker, require_tracker, sparkline
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
-    from distill_datasets.training.in_flight import InFlight
+    from distill_datasets.training.checkpoints import Predecessor
     from distill_datasets.training.objectives import TrainingTask
-    from distill_datasets.training.predecessor import Predecessor
-    from distill_datasets.training.validation import Validator
+    from distill_datasets.training.student import Learned, PendingSave, PendingStep, Student
+    from distill_datasets.training.validation import PendingScores, Validator
 
-__all__ = ["TrainSettings", "Training", "train"]
+    MakeValidator = Callable[[TrainingTask, Rendered], Validator]
+
+__all__ = ["TrainSettings", "Trainer", "TrainingResult", "require_settings", "train"]
+
+_MEANS = {"token": "every response token of a batch alike", "example": "every response alike"}
+_SHOWN = 64  # of the last losses in the live line
 
 
 def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
@@ -35,8 +59,8 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     resume: str | None = None,
     start: str | Path | None = None,
     only_new: bool = False,
-    validators: "Sequence[Callable[[TrainingTask, Rendered], Validator]]" = (),
-) -> Training:
+    validators: "Sequence[MakeValidator]" = (),
+) -> TrainingResult:
     """Train a student on a release, a folder, a file, or a Hub dataset `name@revision`.
 
     Called again with the same `out`, it continues from the last checkpoint to the same losses,
@@ -47,11 +71,15 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     `settings.select` says, and without a validation split the last; `validators` measure more on
     that split. Raises `DatasetError`, `ModelError`, `AccessError`, `ServiceError`,
     `SettingsError` or `OutputError`, each with what to do.
+
+        >>> trained = train("runs/demo/release", student="pocket", out="runs/student")
+        >>> trained.best.step, trained.final_loss
+        (54, 0.0312)
     """
-    from distill_datasets.training.predecessor import find_predecessor
+    from distill_datasets.training.checkpoints import find_predecessor, write_learned
 
     settings = settings or TrainSettings()
-    _require_state(str(student), resume)
+    _require_untrained(str(student), resume)
     require_tracker(settings.track)
     source = locate(dataset, settings.config)
     before = find_predecessor(start, str(student), only_new=only_new)
@@ -63,102 +91,350 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     request |= {"start": {"path": before.path, "only_new": only_new}} if before else {}
     with folder.locked():
         folder.require_same(request)
-        if any(checkpoint.final for checkpoint in folder.checkpoints):
-            return read_result(folder, settings)
+        if folder.finished:
+            return folder.result(settings)
         splits = open_splits(source, settings)
         if before and only_new:
             splits["train"] = splits["train"].without(before.learned)
+        for warning in source.manifest.get("warnings", ()):
+            print(f"train: {source.reference} warns: {warning}", file=sys.stderr)
         connection = _connect(str(student), source, settings, folder)
-        with _session(connection), _resumable(out):
-            run, found = prepare_run(splits, connection, source, settings, folder)
-            config = {**request, **found, "dataset": {**request["dataset"], **found["dataset"]}}
-            done = _start(run, connection, config, splits["train"], before)
-            _learn(run, _task(run, connection, before), done, validators)
+        with _session(connection, out):
+            plan = _plan(splits, connection, source, settings)
+            config = {**request, **plan.found}
+            config["dataset"] = {**request["dataset"], **plan.found["dataset"]}
+            if folder.config is None:
+                write_learned(folder.path, splits["train"].keys[plan.chosen], before)
+            opened = _open_student(folder, config, connection, before)
+            Trainer(opened, plan, source, folder, settings).fit(validators)
         folder.draw()
-        return read_result(folder, settings)
+        return folder.result(settings)
 
 
-def _learn(
-    run: Run,
-    task: "TrainingTask",
-    start: int,
-    validators: "Sequence[Callable[[TrainingTask, Rendered], Validator]]",
+def require_settings(
+    student: str,
+    settings: TrainSettings,
+    *,
+    splits: Collection[str] | None = None,
+    store: Path | None = None,
 ) -> None:
-    """The loop. Batches are always queued behind the one that is being learned."""
-    from distill_datasets.training.objectives import open_objective
+    """Refuse what `train` would refuse, before a dataset is paid for.
 
-    steps = run.steps[start:]
-    with closing(open_objective(task)) as objective, _flight(run, task, validators) as flight:
-        if start and run.schedule.measures(start) and not run.folder.measured(start):
-            flight.save(run.steps[start - 1])
-        objective.prepare(steps[0])
-        for step, coming in zip_longest(steps, steps[1:]):
-            if flight.exhausted():
-                break
-            # After a save a continued run has nothing prepared: nor must this one.
-            if coming and not run.schedule.saves(step.number):
-                objective.prepare(coming)
-            flight.learn(step, objective.submit(step))
-            if run.schedule.saves(step.number):
-                flight.save(step)
-            flight.settle(run.settings.ahead)
-        flight.settle_all()
-        flight.close()
+    Checks the student, its rank, context and objective on its server, and the tracker; with the
+    names of the `splits` that the dataset will have, also what is measured. `store` is where a
+    local server keeps checkpoints. Raises what `train` raises.
+    """
+    from distill_datasets.models.connection import connect
+    from distill_datasets.training.student import require_trainable
+
+    _require_untrained(student, None)
+    require_tracker(settings.track)
+    if splits is not None:
+        _require_validation(settings.validation_split in splits, "The dataset", settings)
+    require_trainable(connect(student, renderer=settings.renderer, store=store), settings)
 
 
-@contextmanager
-def _flight(
-    run: Run,
-    task: "TrainingTask",
-    validators: "Sequence[Callable[[TrainingTask, Rendered], Validator]]",
-) -> "Iterator[InFlight]":
-    from distill_datasets.training.checkpoints import describe
-    from distill_datasets.training.in_flight import Desk, InFlight
-    from distill_datasets.training.validation import open_validators
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The rows as tokens, the steps over them, and what the configuration says of both.
 
-    config = run.folder.config or {}
-    measures = open_validators(task, run.validation, validators)
-    done = run.folder.checkpoints[-1].step if run.folder.checkpoints else 0
-    with (
-        closing(open_tracker(run.settings.track, run.folder.path, config)) as tracker,
-        Progress("train", len(run.steps), unit="steps", start=done) as progress,
-    ):
-        progress.advance(0, note=f"the loss weighs {config['normalization']}")
-        desk = Desk(
-            student=task.student,
-            folder=run.folder,
-            settings=run.settings,
-            schedule=run.schedule,
-            validators=measures,
-            described=describe(config),
-            tracker=tracker,
-            progress=progress,
+    `chosen` are the rows of the training split that are learned.
+    """
+
+    train: Rendered
+    validation: Rendered | None
+    chosen: Sequence[int]
+    steps: Sequence[Step]
+    found: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _SubmittedSave:
+    """A save on its way to the server; `scores` are None where nothing is measured."""
+
+    step: Step
+    name: str
+    save: "PendingSave"
+    scores: "Sequence[PendingScores] | None"
+    kept: bool
+
+
+class Trainer:
+    """Fits a student to a dataset, and saves and measures it on the way.
+
+    Several steps are queued on the server while one is learned. What the server has confirmed is
+    written down in the order in which it was submitted.
+    """
+
+    def __init__(
+        self,
+        student: "Student",
+        plan: TrainingPlan,
+        source: DatasetSource,
+        folder: TrainingFolder,
+        settings: TrainSettings,
+    ) -> None:
+        """Goes on from the last checkpoint in the folder, whose weights the student has."""
+        from distill_datasets.training.checkpoints import CheckpointRetention, describe
+        from distill_datasets.training.objectives import TrainingTask
+
+        self.student, self.folder, self.settings = student, folder, settings
+        self.task = TrainingTask(student, plan.train, source, settings, folder.path)
+        self.steps, self._validation = plan.steps, plan.validation
+        self.schedule = Schedule(len(plan.steps), settings, plan.validation is not None)
+        self.selection = folder.selection(settings)
+        self._retention = CheckpointRetention(student.connection, settings.ttl_seconds)
+        self._described = describe(folder.config or {})
+        self._submitted: deque[tuple[Step, PendingStep] | _SubmittedSave] = deque()
+        self._losses: deque[float] = deque(maxlen=_SHOWN)
+        self._tokens = sum(line.get("tokens", 0) for line in folder.metrics)
+
+    def fit(self, validators: "Sequence[MakeValidator]" = ()) -> None:
+        """Learn all steps that are left, or until the measurements don't get better any more."""
+        from distill_datasets.training.objectives import open_objective
+        from distill_datasets.training.validation import open_validators
+
+        checkpoints, config = self.folder.checkpoints, self.folder.config or {}
+        done = checkpoints[-1].step if checkpoints else 0
+        steps = self.steps[done:]
+        if not steps:
+            return
+        with ExitStack() as opened:
+            objective = opened.enter_context(closing(open_objective(self.task)))
+            self._validators = open_validators(self.task, self._validation, validators)
+            tracker = open_tracker(self.settings.track, self.folder.path, config)
+            self._tracker = opened.enter_context(closing(tracker))
+            shown = Progress("train", len(self.steps), unit="steps", start=done)
+            self._progress = opened.enter_context(shown)
+            self._progress.advance(0, note=f"the loss weighs {config['normalization']}")
+            self._began = time.monotonic()
+            if done and self.schedule.measures(done) and not self.folder.measured(done):
+                self.checkpoint(self.steps[done - 1])
+            objective.prepare(steps[0])
+            for step, coming in zip_longest(steps, steps[1:]):
+                if self._stops_early():
+                    break
+                # After a save a continued run has nothing prepared: nor must this one.
+                if coming and not self.schedule.saves(step.number):
+                    objective.prepare(coming)
+                self._submitted.append((step, objective.submit(step)))
+                if self.schedule.saves(step.number):
+                    self.checkpoint(step)
+                self._confirm(ahead=self.settings.ahead)
+            self._confirm_all()
+            self._retention.close()
+
+    def checkpoint(self, step: Step) -> None:
+        """Save the weights as the steps submitted so far leave them, and measure them where that
+        is due. What the save says of itself holds all measurements of earlier ones.
+        """
+        from distill_datasets.training.checkpoints import describe_progress
+
+        self._confirm_saves()
+        done = step.number
+        final, kept = done == self.schedule.total, self.schedule.keeps(done)
+        measured = self.schedule.measures(done)
+        name = "final" if final else f"step-{done:06d}"
+        progress = describe_progress(done, self.selection, self.folder.checkpoints)
+        saved = self.student.save(
+            name,
+            {**self._described, **progress},
+            sampler=kept or measured,
+            ttl_seconds=None if final else self._retention.ttl,
         )
-        yield InFlight(desk)
+        scores = None
+        if measured:
+            scores = [validator.submit(self.student, saved) for validator in self._validators]
+        self._submitted.append(_SubmittedSave(step, name, saved, scores, kept))
+
+    def _stops_early(self) -> bool:
+        if self.settings.patience is None:
+            return False
+        self._confirm_saves()
+        return self.selection.exhausted(self.settings.patience)
+
+    def _confirm(self, *, ahead: int) -> None:
+        """Wait until at most so many steps are queued behind the one that is being learned."""
+        while sum(not isinstance(one, _SubmittedSave) for one in self._submitted) > ahead:
+            self._confirm_first()
+
+    def _confirm_saves(self) -> None:
+        while any(isinstance(one, _SubmittedSave) for one in self._submitted):
+            self._confirm_first()
+
+    def _confirm_all(self) -> None:
+        while self._submitted:
+            self._confirm_first()
+
+    def _confirm_first(self) -> None:
+        first = self._submitted.popleft()
+        if isinstance(first, _SubmittedSave):
+            self._confirm_save(first)
+        else:
+            self._confirm_step(*first)
+
+    def _confirm_step(self, step: Step, pending: "PendingStep") -> None:
+        learned = pending.result()
+        now = time.monotonic()
+        seconds, self._began = now - self._began, now
+        self._tokens += learned.tokens
+        self._log(step, self._line(step, learned, seconds))
+        self._losses.append(learned.loss)
+        note = f"loss {learned.loss:.4f} {sparkline(self._losses)}"
+        self._progress.advance(1, tokens=learned.tokens, note=note)
+
+    def _line(self, step: Step, learned: "Learned", seconds: float) -> dict[str, Any]:
+        line: dict[str, Any] = {
+            "loss": learned.loss,
+            "nll": learned.nll,
+            "bits_per_byte": learned.bits_per_byte,
+            "learning_rate": step.learning_rate,
+            "gradient_norm": learned.gradient_norm,
+            "response_tokens": learned.response_tokens,
+            "tokens": learned.tokens,
+            "tokens_per_second": round(learned.tokens / max(seconds, 1e-9), 1),
+            "seconds": round(seconds, 4),
+            **learned.extra,
+        }
+        price = self.settings.price_per_million
+        if price is not None:
+            line["spent"] = round(self._tokens * price / 1e6, 6)
+        return {name: value for name, value in line.items() if value is not None}
+
+    def _confirm_save(self, submitted: _SubmittedSave) -> None:
+        done = submitted.step.number
+        saved = submitted.save.result()
+        scores = {name: v for one in submitted.scores or () for name, v in one.result().items()}
+        if scores:
+            self._log(submitted.step, scores)
+            self.selection = self.selection.after(done, self._chosen(scores))
+        before = [checkpoint for checkpoint in self.folder.checkpoints if checkpoint.best][-1:]
+        stops = self.selection.exhausted(self.settings.patience)
+        checkpoint = SavedCheckpoint(
+            name=submitted.name,
+            step=done,
+            state=saved.state,
+            sampler=saved.sampler,
+            validation_loss=scores.get(VALIDATION_LOSS),
+            best=self.selection.best_step == done if scores else submitted.kept,
+            final=done == self.schedule.total or stops,
+            kept=submitted.kept,
+            scores=scores,
+        )
+        if checkpoint.final:
+            # Once this is written down, nobody comes back to it.
+            self._retention.keep([checkpoint, *([] if checkpoint.best else before)])
+        superseded = self.folder.add(checkpoint)
+        if checkpoint.best:
+            self._retention.replace_best([one for one in before if one.kept], checkpoint)
+        self._retention.delete(superseded)
+
+    def _chosen(self, scores: Mapping[str, float]) -> float:
+        name = self.selection.metric
+        if name not in scores:
+            raise SettingsError(
+                f"select={name!r} was not measured: expected one of {sorted(scores)}."
+            )
+        return scores[name]
+
+    def _log(self, step: Step, values: Mapping[str, Any]) -> None:
+        self.folder.log({"step": step.number, "epoch": step.epoch, **values})
+        self._tracker.log(step.number, values)
 
 
-def _start(
-    run: Run,
+def _plan(
+    splits: Mapping[str, DatasetSplit],
     connection: "Connection",
-    config: dict[str, Any],
-    split: Split,
+    source: DatasetSource,
+    settings: TrainSettings,
+) -> TrainingPlan:
+    """Render the splits and plan the steps."""
+    from distill_datasets.training.student import require_trainable
+
+    _require_validation("validation" in splits, repr(source.reference), settings)
+    longest = require_trainable(connection, settings)
+    rendered = {role: split.render(connection, longest) for role, split in splits.items()}
+    learning_rate = settings.learning_rate or default_learning_rate(connection)
+    steps = plan_steps(rendered["train"].lengths, settings, learning_rate)
+    kept = rendered["train"].kept
+    chosen = [kept[place] for place in choose_rows(len(kept), settings)]
+    rows = {role: len(rows) for role, rows in rendered.items()} | {"train": len(chosen)}
+    found = {
+        "base_model": connection.base_model,
+        "renderer": connection.renderer_name,
+        "identity": connection.identity,
+        "learning_rate": learning_rate,
+        "max_length": longest,
+        "steps": len(steps),
+        "normalization": _MEANS[settings.normalization],
+        "dataset": {
+            "splits": {role: split.name for role, split in splits.items()},
+            "rows": rows,
+            "skipped": {role: rows.skipped for role, rows in rendered.items()},
+        },
+        "versions": installed_versions(),
+    }
+    return TrainingPlan(rendered["train"], rendered.get("validation"), chosen, steps, found)
+
+
+def _open_student(
+    folder: TrainingFolder,
+    config: Mapping[str, Any],
+    connection: "Connection",
     before: "Predecessor | None",
-) -> int:
-    """Write which rows are learned and the configuration; the steps that are done already."""
-    from distill_datasets.training.checkpoints import read_progress
-    from distill_datasets.training.predecessor import write_learned
+) -> "Student":
+    """The student as the newest checkpoint left it that is there, or at its start.
 
-    run.folder.require_same(config)
-    if run.folder.config is None:
-        write_learned(run.folder.path, run.keys(split), before)
-    if "resumed" not in config or run.folder.config is not None:
-        begun = (run.folder.config or {}).get("begun")
-        return run.folder.start({**config, **({"begun": begun} if begun else {})})
-    selection, checkpoints = read_progress(connection, config["resumed"], config)
-    return run.folder.start({**config, "begun": asdict(selection)}, checkpoints)
+    Writes the configuration, and forgets what was learned after that checkpoint.
+    """
+    from distill_datasets.training.checkpoints import describe, read_progress, require_own
+    from distill_datasets.training.student import Student
+
+    folder.require_same(config)
+    written, checkpoints, metadata = folder.config, folder.checkpoints, describe(config)
+    begun = (written or {}).get("begun")
+    if "resumed" in config and written is None:
+        selection, checkpoints = read_progress(connection, config["resumed"], config)
+        begun = asdict(selection)
+    while checkpoints:
+        try:
+            if written is None:
+                require_own(connection, checkpoints[-1], config)
+            student = Student.resume(connection, checkpoints[-1].state, metadata)
+            break
+        except ModelError as error:
+            lost = checkpoints.pop()
+            if lost.name == "resumed":
+                raise
+            print(
+                f"train: the checkpoint of step {lost.step} can't be loaded, training goes back "
+                f"to step {checkpoints[-1].step if checkpoints else 0}: {error}",
+                file=sys.stderr,
+            )
+    else:
+        if before:
+            before.bring(folder.store)
+            student = Student.continue_from(connection, before.path, metadata)
+        else:
+            student = Student.create(connection, _lora(config["settings"]), metadata)
+    folder.start({**config, **({"begun": begun} if begun else {})}, checkpoints)
+    return student
 
 
-def _request(student: str, source: Source, settings: TrainSettings) -> dict[str, Any]:
+def _lora(settings: Mapping[str, Any]) -> Any:
+    import tinker
+
+    seed = settings["lora_seed"]
+    return tinker.LoraConfig(
+        rank=settings["rank"],
+        seed=settings["seed"] if seed is None else seed,
+        train_attn=settings["train_attention"],
+        train_mlp=settings["train_mlp"],
+        train_unembed=settings["train_unembed"],
+    )
+
+
+def _request(student: str, source: DatasetSource, settings: TrainSettings) -> dict[str, Any]:
     """What is known without asking a server, as the folder's configuration begins."""
     return {
         "student": student,
@@ -167,14 +443,14 @@ def _request(student: str, source: Source, settings: TrainSettings) -> dict[str,
     }
 
 
-def _require_outside(out: Path, source: Source) -> None:
+def _require_outside(out: Path, source: DatasetSource) -> None:
     if out.resolve().is_relative_to(source.path.resolve()):
         raise OutputError(
             f"{str(out)!r} lies inside the dataset, which it would change: choose another --out."
         )
 
 
-def _require_state(student: str, resume: str | None) -> None:
+def _require_untrained(student: str, resume: str | None) -> None:
     if student.startswith("tinker://"):
         raise ModelError(
             f"{student!r} is already trained: expected a base model to train, for example "
@@ -187,8 +463,16 @@ def _require_state(student: str, resume: str | None) -> None:
         require_state(resume)
 
 
+def _require_validation(there: bool, dataset: str, settings: TrainSettings) -> None:
+    if not there and (settings.patience or settings.select != VALIDATION_LOSS):
+        raise SettingsError(
+            f"patience and select need validation rows: {dataset} has no split "
+            f"{settings.validation_split!r}. Name another, or leave both out."
+        )
+
+
 def _connect(
-    student: str, source: Source, settings: TrainSettings, folder: TrainingFolder
+    student: str, source: DatasetSource, settings: TrainSettings, folder: TrainingFolder
 ) -> "Connection":
     """A release names the renderer that its teacher was read with; the same model keeps it."""
     from distill_datasets.models.connection import connect
@@ -200,45 +484,13 @@ def _connect(
 
 
 @contextmanager
-def _session(connection: "Connection") -> Iterator[None]:
+def _session(connection: "Connection", out: str | Path) -> Iterator[None]:
     """Ends the session with the server; a failed one is not waited for, it may be what failed."""
     try:
         yield
     except BaseException as error:
         connection.service.close("errored" if isinstance(error, Exception) else "interrupted")
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(f"Train again with out={str(out)!r} to continue.")
         raise
     connection.service.close("success").result()
-
-
-@contextmanager
-def _resumable(out: str | Path) -> Iterator[None]:
-    """Tells who interrupts a training how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        interrupt.add_note(f"Train again with out={str(out)!r} to continue.")
-        raise
-
-
-def _task(run: Run, connection: "Connection", before: "Predecessor | None") -> "TrainingTask":
-    """Opens the student: new, with another's weights, or as the last checkpoint left it."""
-    from distill_datasets.training.checkpoints import describe
-    from distill_datasets.training.objectives import TrainingTask
-    from distill_datasets.training.student import Adapted, Student
-
-    settings, metadata = run.settings, describe(run.folder.config or {})
-    if run.folder.checkpoints:
-        student = Student.resume(connection, run.folder.checkpoints[-1].state, metadata)
-    elif before:
-        before.bring(run.folder.store)
-        student = Student.continue_from(connection, before.path, metadata)
-    else:
-        adapted = Adapted(
-            rank=settings.rank,
-            seed=settings.seed if settings.lora_seed is None else settings.lora_seed,
-            attention=settings.train_attention,
-            mlp=settings.train_mlp,
-            unembed=settings.train_unembed,
-        )
-        student = Student.create(connection, adapted, metadata)
-    return TrainingTask(student, run.train, run.source, settings, run.folder.path)

@@ -25,7 +25,6 @@ from distill_datasets.files import write_file
 from distill_datasets.generation.ledger import LEDGER, find_replies
 from distill_datasets.models.sampler import Sampling, digest, request_digest
 from distill_datasets.schema import Message
-from distill_datasets.training.batches import bits_per_byte
 from distill_datasets.training.data import Rendered, cache_folder
 from distill_datasets.training.internalisation import (
     ReferenceLikelihoods,
@@ -39,8 +38,8 @@ from distill_datasets.training.objectives.teacher import (
     connect_teacher,
     read_teacher_prompts,
 )
-from distill_datasets.training.selection import VALIDATION_LOSS
-from distill_datasets.training.student import PendingLoss, PendingSave, Student
+from distill_datasets.training.settings import VALIDATION_LOSS
+from distill_datasets.training.student import PendingLoss, PendingSave, Student, bits_per_byte
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection

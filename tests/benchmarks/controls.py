@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from distill_datasets import TrainSettings, measure, resources, train
-from distill_datasets.training.objective_settings import ObjectiveSettings
+from distill_datasets.training.settings import ObjectiveSettings
 
 
 def shuffled(release: Path, folder: Path) -> Path:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from tinker import LoraConfig
+
 from distill_datasets.generation.cache import Journal
 from distill_datasets.models.connection import Connection, connect
 from distill_datasets.models.sampler import Logprobs, Reply, Sample, Usage, request_digest
@@ -10,7 +12,7 @@ from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.release import publish
 from distill_datasets.training.data import locate, open_splits
 from distill_datasets.training.objectives import TrainingTask
-from distill_datasets.training.student import Adapted, Student
+from distill_datasets.training.student import Student
 from distill_datasets.training.trainer import TrainSettings
 from tests.support.training_runs import LANGUAGES
 from tests.unit.releases.test_release import answer, write_run
@@ -72,4 +74,6 @@ def training_task(dataset: Path, model: str, folder: Path, settings: TrainSettin
     """What an objective begins with: a new student, and the rows to train on."""
     source, connection = locate(dataset), connect(model)
     rows = open_splits(source, settings)["train"].render(connection, 512)
-    return TrainingTask(Student.create(connection, Adapted(rank=4)), rows, source, settings, folder)
+    return TrainingTask(
+        Student.create(connection, LoraConfig(rank=4, seed=0)), rows, source, settings, folder
+    )

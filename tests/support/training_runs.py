@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from distill_datasets.training import student as students
-from distill_datasets.training.trainer import Training, TrainSettings
+from distill_datasets.training.trainer import TrainingResult, TrainSettings
 
 LANGUAGES = {"en": "the weather", "de": "der Himmel", "fr": "le ciel", "es": "el cielo"}
 ROWS = [
@@ -30,7 +30,7 @@ def write(folder: Path, **splits: Rows) -> Path:
     return folder
 
 
-def metrics(training: Training, key: str = "loss") -> dict[int, float]:
+def metrics(training: TrainingResult, key: str = "loss") -> dict[int, float]:
     lines = [json.loads(line) for line in (training.path / "metrics.jsonl").open()]
     found = [(line["step"], line[key]) for line in lines if key in line]
     assert len(dict(found)) == len(found), "each step appears once"

@@ -6,10 +6,10 @@ The training loop knows the steps; an objective knows what to learn in one:
     objective.submit(step)    # -> PendingStep, whose result() is a Learned
 
 Both come in the order of the steps, on the loop's thread, and avoid waiting for the server, since
-several steps are queued there. `submit` builds a `Batch` (datums, the server's loss for them, a
-reader of its outputs) and hands it to `Student.learn`. Where a step needs more than that, such as
-samples or a teacher's scores, `prepare` starts it with the weights after the steps submitted so
-far. `Learned.extra` goes to metrics.jsonl as it is.
+several steps are queued there. `submit` builds a `TrainingBatch` (datums, the server's loss for
+them, a reader of its outputs) and hands it to `Student.learn`. Where a step needs more than that,
+such as samples or a teacher's scores, `prepare` starts it with the weights after the steps
+submitted so far. `Learned.extra` goes to metrics.jsonl as it is.
 
 A run that is killed goes on from a checkpoint with a new objective: what it does for a step
 depends on the step, the settings and the student's weights, never on what it did before.
@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from distill_datasets.training.batches import Update, supervised_batch
-from distill_datasets.training.data import Rendered, Source
+import tinker
+
+from distill_datasets.training.data import DatasetSource, Rendered
 from distill_datasets.training.schedule import Step
 from distill_datasets.training.settings import TrainSettings
-from distill_datasets.training.student import PendingStep, Student
+from distill_datasets.training.student import PendingStep, Student, adam, supervised_batch
 
 
 class Objective(Protocol):
@@ -50,13 +51,17 @@ class TrainingTask:
 
     student: Student
     rows: Rendered
-    source: Source
+    source: DatasetSource
     settings: TrainSettings
     folder: Path
 
-    def update(self, step: Step) -> Update:
+    def update(self, step: Step) -> tinker.AdamParams:
         """Adam's settings for a step."""
-        return Update(step.learning_rate, self.settings.weight_decay, self.settings.grad_clip)
+        return adam(
+            step.learning_rate,
+            weight_decay=self.settings.weight_decay,
+            grad_clip=self.settings.grad_clip,
+        )
 
 
 class SupervisedObjective:

@@ -28,7 +28,6 @@ from distill_datasets.models.scoring import (
     SoftLabels,
     require_same_tokenizer,
 )
-from distill_datasets.training.batches import Batch, Learned, Normalization, shares
 from distill_datasets.training.objectives import TrainingTask
 from distill_datasets.training.objectives.targets import (
     SoftExample,
@@ -47,7 +46,13 @@ from distill_datasets.training.objectives.teacher import (
     require_own_words,
 )
 from distill_datasets.training.schedule import Step
-from distill_datasets.training.student import PendingStep
+from distill_datasets.training.student import (
+    Learned,
+    Normalization,
+    PendingStep,
+    TrainingBatch,
+    shares,
+)
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ class OnPolicyObjective:
         return replace(found, ids=np.where(np.isfinite(found.logprobs), found.ids, said))
 
 
-def reverse_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> Batch:
+def reverse_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> TrainingBatch:
     """The gradient of the reverse KL over the student's likeliest tokens at each place."""
     examples, targets = [], []
     for rollout in rollouts:
@@ -192,10 +197,10 @@ def reverse_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> 
             )
         )
     datums = soft_batch(examples, targets, normalization).datums
-    return Batch(datums, lambda _: _learned(rollouts, divergence(rollouts)))
+    return TrainingBatch(datums, lambda _: _learned(rollouts, divergence(rollouts)))
 
 
-def sampled_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> Batch:
+def sampled_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> TrainingBatch:
     """Policy gradients: each token's advantage is by how much the teacher finds it likelier."""
     masks = [np.ones(len(rollout.tokens), np.float32) for rollout in rollouts]
     datums = [
@@ -206,10 +211,10 @@ def sampled_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> 
     def read(_: Sequence[Mapping[str, Any]]) -> Learned:
         return _learned(rollouts, divergence(rollouts))
 
-    return Batch(datums, read, "importance_sampling")
+    return TrainingBatch(datums, read, "importance_sampling")
 
 
-def forward_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> Batch:
+def forward_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> TrainingBatch:
     """The teacher's likeliest tokens at each place that the student reached, as soft labels."""
     examples = [SoftExample(rollout.prompt, _labels(rollout)) for rollout in rollouts]
     targets = [soft_targets(one.labels, alpha=0.0) for one in examples]
@@ -219,7 +224,7 @@ def forward_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> 
         learned = soft.read(outputs)
         return _learned(rollouts, learned.loss, learned.extra)
 
-    return Batch(soft.datums, read)
+    return TrainingBatch(soft.datums, read)
 
 
 def divergence(rollouts: Sequence[Rollout]) -> float:

@@ -13,7 +13,12 @@ import tinker
 from numpy.typing import NDArray
 
 from distill_datasets.models.scoring import SoftLabels
-from distill_datasets.training.batches import Batch, Learned, Normalization, shares
+from distill_datasets.training.student import (
+    Learned,
+    Normalization,
+    TrainingBatch,
+    shares,
+)
 
 _LEAST = float(np.log(np.finfo(np.float32).tiny))  # no server's probability is smaller, but for 0
 
@@ -102,7 +107,7 @@ def _gain(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> NDArr
 
 def soft_batch(
     examples: Sequence[SoftExample], targets: Sequence[SoftTargets], normalization: Normalization
-) -> Batch:
+) -> TrainingBatch:
     """One datum an example; `extra` says how far the student is from the targets.
 
     The loss is the cross-entropy with the targets in nats per response token, `kl` what of it the
@@ -126,7 +131,7 @@ def soft_batch(
         ]
         return _learned(examples, wide, logprobs)
 
-    return Batch(datums, read)
+    return TrainingBatch(datums, read)
 
 
 def after_prompt(targets: SoftTargets, prompt: int, width: int) -> SoftTargets:

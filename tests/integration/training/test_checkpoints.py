@@ -15,10 +15,10 @@ from distill_datasets.errors import ModelError, OutputError, SettingsError
 from distill_datasets.models import connection as connections
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.tinker import TinkerSampler
-from distill_datasets.training.capabilities import require_stated
-from distill_datasets.training.checkpoints import Shelf
+from distill_datasets.training.checkpoints import CheckpointRetention
 from distill_datasets.training.folder import TrainingFolder
-from distill_datasets.training.trainer import Training, TrainSettings, train
+from distill_datasets.training.student import require_stated
+from distill_datasets.training.trainer import TrainingResult, TrainSettings, train
 from tests.support.server_log import trained_batches
 from tests.support.shared_server import shared
 from tests.support.training_runs import QUICK, ROWS, at_step, metrics, write
@@ -40,7 +40,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(dataset: Path, model: str, tmp_path_factory: pytest.TempPathFactory) -> Training:
+def whole(dataset: Path, model: str, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
     """20 steps that nothing interrupts."""
     out = tmp_path_factory.mktemp("whole")
     return train(dataset, student=model, out=out, settings=LONGER)
@@ -72,7 +72,7 @@ def on_the_server(model: str, training: Path) -> dict[str, Any]:
     }
 
 
-def answer(model: str, training: Training) -> list[str]:
+def answer(model: str, training: TrainingResult) -> list[str]:
     connection = replace(connections.connect(model), model_path=training.final.sampler)
 
     async def ask() -> list[str]:
@@ -86,7 +86,7 @@ def answer(model: str, training: Training) -> list[str]:
 
 
 def test_the_server_keeps_the_best_the_final_and_the_periodic_ones(
-    whole: Training, model: str
+    whole: TrainingResult, model: str
 ) -> None:
     kept = TrainingFolder(whole.path).checkpoints
     assert {8, 16, 20} <= {one.step for one in kept} <= {8, 16, 20, whole.best.step}
@@ -99,12 +99,12 @@ def test_the_server_keeps_the_best_the_final_and_the_periodic_ones(
 
 def test_on_this_machine_nothing_expires_unasked(model: str) -> None:
     local = connections.connect(model)
-    assert Shelf(local, None).ttl is None
-    assert Shelf(replace(local, server=None), None).ttl == 7 * 24 * 3600
-    assert Shelf(replace(local, server=None), 0).ttl is None
+    assert CheckpointRetention(local, None).ttl is None
+    assert CheckpointRetention(replace(local, server=None), None).ttl == 7 * 24 * 3600
+    assert CheckpointRetention(replace(local, server=None), 0).ttl is None
 
 
-def test_a_checkpoint_says_where_it_comes_from(whole: Training, model: str) -> None:
+def test_a_checkpoint_says_where_it_comes_from(whole: TrainingResult, model: str) -> None:
     config = json.loads((whole.path / "config.json").read_text())
     found = on_the_server(model, whole.path)
     for path in (whole.final.state, whole.final.sampler):
@@ -118,7 +118,7 @@ def test_a_checkpoint_says_where_it_comes_from(whole: Training, model: str) -> N
 
 
 def test_a_training_goes_on_from_the_server_alone(
-    whole: Training, dataset: Path, model: str, tmp_path: Path
+    whole: TrainingResult, dataset: Path, model: str, tmp_path: Path
 ) -> None:
     begun = interrupted_run(dataset, model, tmp_path / "lost", LONGER, 14)
     state = begun.checkpoints[-1]
@@ -241,7 +241,7 @@ def test_what_is_never_measured_can_not_be_selected_by(
 
 
 def test_each_batch_is_trained_once_in_the_surviving_weights(
-    whole: Training, dataset: Path, model: str, tmp_path: Path
+    whole: TrainingResult, dataset: Path, model: str, tmp_path: Path
 ) -> None:
     """By the server's log: from the final weights back through the states they came from."""
     out = tmp_path / "out"
@@ -255,7 +255,11 @@ def test_each_batch_is_trained_once_in_the_surviving_weights(
 
 
 def test_a_full_disk_loses_nothing_that_was_trained(
-    whole: Training, dataset: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: TrainingResult,
+    dataset: Path,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
 

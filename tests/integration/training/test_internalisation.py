@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 import pytest
+from tinker import LoraConfig
 
 from distill_datasets.models.connection import connect
 from distill_datasets.training.internalisation import TeacherAnswer, measure_internalisation
-from distill_datasets.training.student import Adapted, Student
+from distill_datasets.training.student import Student
 
 ANSWERS = [
     TeacherAnswer(
@@ -23,7 +24,7 @@ ANSWERS = [
 def test_the_score_of_three_models_is_made_of_their_likelihoods(model: str) -> None:
     """The student is the base with new weights, which change nothing: it scores 0."""
     base = connect(model)
-    path = Student.create(base, Adapted(rank=4)).save("new").result().sampler
+    path = Student.create(base, LoraConfig(rank=4, seed=0)).save("new").result().sampler
     found = measure_internalisation(
         ANSWERS, {"base": base, "teacher": base, "student": replace(base, model_path=path)}
     )

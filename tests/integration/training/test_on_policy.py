@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tinker import LoraConfig
 
 from distill_datasets.models.connection import connect
 from distill_datasets.models.scoring import Scorer
-from distill_datasets.training.objective_settings import ObjectiveSettings
 from distill_datasets.training.objectives import TrainingTask
 from distill_datasets.training.objectives.on_policy import (
     OnPolicyObjective,
     Rollout,
 )
 from distill_datasets.training.schedule import Step
-from distill_datasets.training.student import Adapted, Student
+from distill_datasets.training.settings import ObjectiveSettings
+from distill_datasets.training.student import Student
 from distill_datasets.training.trainer import TrainSettings, train
 from tests.support.soft_releases import PROMPT, SMALL, release, training_task
 from tests.support.training_runs import metrics
@@ -126,7 +127,7 @@ def test_without_staleness_a_step_is_sampled_with_the_weights_it_changes(
             return super().learn(*what)
 
     task = training_task(tiny_release, model, tmp_path, settings(stale=stale))
-    student = Watched.create(connect(model), Adapted(rank=4))
+    student = Watched.create(connect(model), LoraConfig(rank=4, seed=0))
     steps = [STEP, replace(STEP, number=2)]
     with closing(OnPolicyObjective(replace(task, student=student))) as objective:
         objective.prepare(steps[0])

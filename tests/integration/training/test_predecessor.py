@@ -10,11 +10,10 @@ import pytest
 
 from distill_datasets.errors import DatasetError, ModelError, OutputError, SettingsError
 from distill_datasets.models import connection as connections
-from distill_datasets.training.batches import Update, supervised_batch
+from distill_datasets.training.checkpoints import LEARNED, find_predecessor
 from distill_datasets.training.data import Rendered, locate, open_splits
-from distill_datasets.training.predecessor import LEARNED, find_predecessor
-from distill_datasets.training.student import Student
-from distill_datasets.training.trainer import Training, train
+from distill_datasets.training.student import Student, adam, supervised_batch
+from distill_datasets.training.trainer import TrainingResult, train
 from tests.support.server_log import trained_batches
 from tests.support.shared_server import shared
 from tests.support.training_runs import QUICK, ROWS, metrics, write
@@ -23,7 +22,7 @@ SETTINGS = replace(QUICK, epochs=1, evaluate_every=50, internalisation=False)
 
 
 @pytest.fixture(scope="module")
-def before(model: str, tmp_path_factory: pytest.TempPathFactory) -> Training:
+def before(model: str, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
     """A student of five of the first twenty rows, validated with the last seven."""
     folder = tmp_path_factory.mktemp("before")
     dataset = write(folder / "dataset", train=ROWS[:20], validation=ROWS[29:])
@@ -36,7 +35,7 @@ def read(dataset: Path, model: str) -> Rendered:
 
 
 def test_it_begins_at_its_predecessors_loss_with_a_new_optimizer(
-    before: Training, model: str, tmp_path: Path
+    before: TrainingResult, model: str, tmp_path: Path
 ) -> None:
     """It learns what the other was validated with, in one batch: the first loss is that one's."""
     dataset = write(tmp_path / "dataset", train=ROWS[29:])
@@ -50,14 +49,14 @@ def test_it_begins_at_its_predecessors_loss_with_a_new_optimizer(
     found = {}
     for opening in (Student.continue_from, Student.resume):
         student = opening(connections.connect(model), before.best.state)
-        student.learn(supervised_batch(batch, "token"), Update(1e-2)).result()
+        student.learn(supervised_batch(batch, "token"), adam(1e-2)).result()
         found[opening.__name__] = student.loss([batch]).result()
     assert losses[2] == pytest.approx(found["continue_from"], abs=1e-5)
     assert losses[2] != pytest.approx(found["resume"], abs=1e-5)
 
 
 def test_only_new_trains_exactly_the_rows_that_nobody_learned(
-    before: Training, model: str, tmp_path: Path
+    before: TrainingResult, model: str, tmp_path: Path
 ) -> None:
     """Of a row that `max_rows` left out nothing was learned: it is new."""
     learned = np.load(before.path / LEARNED)
@@ -98,7 +97,7 @@ def test_only_new_trains_exactly_the_rows_that_nobody_learned(
 
 
 def test_the_adapter_is_the_predecessors_whatever_the_settings_say(
-    before: Training, model: str
+    before: TrainingResult, model: str
 ) -> None:
     found = find_predecessor(before.path, model)
     assert found is not None
@@ -107,7 +106,7 @@ def test_the_adapter_is_the_predecessors_whatever_the_settings_say(
 
 
 def test_weights_are_brought_to_another_local_server_and_stay_where_they_are(
-    before: Training, model: str, tmp_path: Path
+    before: TrainingResult, model: str, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(before.path, tmp_path / "before")
     run, kind, name = before.best.state.removeprefix("tinker://").replace(":", "_").split("/")
@@ -125,7 +124,7 @@ def test_weights_are_brought_to_another_local_server_and_stay_where_they_are(
         found.bring(tmp_path / "other")
 
 
-def test_weights_of_another_base_are_refused(before: Training) -> None:
+def test_weights_of_another_base_are_refused(before: TrainingResult) -> None:
     with pytest.raises(ModelError, match="was trained from 'embedded:.*', not from 'pocket'"):
         find_predecessor(before.path, "pocket")
 
@@ -141,7 +140,7 @@ def test_what_is_no_student_is_refused(model: str, tmp_path: Path) -> None:
 
 
 def test_a_servers_state_does_as_well_but_nobody_knows_what_it_learned(
-    before: Training, model: str
+    before: TrainingResult, model: str
 ) -> None:
     found = find_predecessor(before.best.state, model)
     assert found is not None
@@ -151,7 +150,7 @@ def test_a_servers_state_does_as_well_but_nobody_knows_what_it_learned(
 
 
 def test_a_folder_without_the_learned_rows_is_refused_for_only_new(
-    before: Training, model: str, tmp_path: Path
+    before: TrainingResult, model: str, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(before.path, tmp_path / "before")
     (folder / LEARNED).unlink()
@@ -168,7 +167,7 @@ def test_a_folder_without_the_learned_rows_is_refused_for_only_new(
 
 
 def test_the_configuration_says_where_it_began(
-    before: Training, model: str, tmp_path: Path
+    before: TrainingResult, model: str, tmp_path: Path
 ) -> None:
     dataset = write(tmp_path / "dataset", train=ROWS[:9])
     settings = replace(SETTINGS, max_steps=1)

@@ -15,11 +15,11 @@ from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.models.connection import connect
 from distill_datasets.models.scoring import Scorer, require_same_tokenizer
 from distill_datasets.releases.release import load_release, publish
-from distill_datasets.training.objective_settings import ObjectiveSettings
 from distill_datasets.training.objectives import TrainingTask
 from distill_datasets.training.objectives.soft import SCORES, SoftObjective
 from distill_datasets.training.objectives.targets import SoftExample
 from distill_datasets.training.objectives.teacher import chosen_rows
+from distill_datasets.training.settings import ObjectiveSettings
 from distill_datasets.training.trainer import TrainSettings, train
 from tests.support.soft_releases import PROMPT, SMALL, release, training_task
 from tests.support.training_runs import LANGUAGES, metrics, write

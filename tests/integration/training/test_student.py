@@ -11,8 +11,15 @@ from distill_datasets.errors import ModelError, OutputError
 from distill_datasets.models.connection import Connection, connect
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.schema import Message
-from distill_datasets.training.batches import Example, Update, datums, supervised_batch
-from distill_datasets.training.student import Adapted, PendingStep, Student, _explained
+from distill_datasets.training.data import Example
+from distill_datasets.training.student import (
+    PendingStep,
+    Student,
+    _explained,
+    adam,
+    datums,
+    supervised_batch,
+)
 
 EXAMPLES = [
     Example([5, 17, 40, 41, 42, 2], [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]),
@@ -29,13 +36,13 @@ def connection(model: str) -> Iterator[Connection]:
 
 @pytest.fixture
 def student(connection: Connection) -> Student:
-    return Student.create(connection, Adapted(rank=8, seed=3))
+    return Student.create(connection, tinker.LoraConfig(rank=8, seed=3))
 
 
 def submit(
     student: Student, examples: list[Example] = EXAMPLES, learning_rate: float = 1e-2
 ) -> PendingStep:
-    return student.learn(supervised_batch(examples, "token"), Update(learning_rate))
+    return student.learn(supervised_batch(examples, "token"), adam(learning_rate))
 
 
 def learn(student: Student, steps: int) -> list[float]:
@@ -113,14 +120,14 @@ def test_steps_submitted_behind_a_save_are_not_in_it(
 
 
 def test_a_gradient_is_clipped_and_weights_decay(connection: Connection) -> None:
-    def losses(update: Update) -> list[float]:
-        student = Student.create(connection, Adapted(rank=8, seed=3))
+    def losses(update: tinker.AdamParams) -> list[float]:
+        student = Student.create(connection, tinker.LoraConfig(rank=8, seed=3))
         batch = supervised_batch(EXAMPLES, "token")
         return [student.learn(batch, update).result().loss for _ in range(3)]
 
-    plain = losses(Update(1e-2))
-    assert losses(Update(1e-2, grad_clip=1e-9)) != plain
-    assert losses(Update(1e-2, weight_decay=5.0)) != plain
+    plain = losses(adam(1e-2))
+    assert losses(adam(1e-2, grad_clip=1e-9)) != plain
+    assert losses(adam(1e-2, weight_decay=5.0)) != plain
 
 
 def test_a_full_disk_of_the_server_says_so() -> None:
@@ -135,7 +142,8 @@ def test_a_full_disk_of_the_server_says_so() -> None:
 
 def test_equal_seeds_learn_equally_and_others_do_not(connection: Connection) -> None:
     first, second, other = (
-        learn(Student.create(connection, Adapted(rank=8, seed=seed)), 3) for seed in (1, 1, 2)
+        learn(Student.create(connection, tinker.LoraConfig(rank=8, seed=seed)), 3)
+        for seed in (1, 1, 2)
     )
     assert first == second != other
 
@@ -201,4 +209,4 @@ def test_a_trained_checkpoint_is_no_base_to_train(connection: Connection) -> Non
 
     trained = replace(connection, model_path="tinker://run/sampler_weights/final")
     with pytest.raises(ModelError, match="expected a base model"):
-        Student.create(trained, Adapted(rank=8))
+        Student.create(trained, tinker.LoraConfig(rank=8, seed=0))

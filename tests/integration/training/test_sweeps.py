@@ -10,8 +10,8 @@ import pytest
 
 from distill_datasets.errors import DatasetError, ModelError, SettingsError
 from distill_datasets.models import connection as connections
-from distill_datasets.training import validation_bounds as bounds
-from distill_datasets.training.sweeps import Sweep, Trial, sweep
+from distill_datasets.training import validation
+from distill_datasets.training.sweeps import Sweep, SweepTrial, sweep
 from tests.support.soft_releases import release
 from tests.support.training_runs import QUICK, ROWS, write
 
@@ -58,13 +58,13 @@ def test_a_larger_grid_trains_only_what_is_new(dataset: Path, model: str, tmp_pa
 def test_base_and_teacher_are_asked_once_for_all_trials_on_the_same_answers(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure, asked = bounds.measure_bounds, list[int]()
+    measure, asked = validation.reference_likelihoods, list[int]()
 
     def counted(answers: Sequence[Any], **models: Any) -> Any:
         asked.append(len(answers))
         return measure(answers, **models)
 
-    monkeypatch.setattr(bounds, "measure_bounds", counted)
+    monkeypatch.setattr(validation, "reference_likelihoods", counted)
     said = "The answer is {{ answer }} and nothing else at all."
     labels = release(tmp_path / "labels", model, response=said)
     swept(labels, model, tmp_path / "out", rank=[2, 4])
@@ -125,8 +125,8 @@ def test_a_grid_that_cannot_be_trained_is_refused_at_once(
 
 
 def test_a_training_that_failed_is_shown_and_never_the_best(tmp_path: Path) -> None:
-    failed = Trial({"rank": 2}, "rank-2", error="the loss became nan")
-    finished = Trial({"rank": 4}, "rank-4", loss=0.5, best_step=3, seconds=1.25, tokens=1000)
+    failed = SweepTrial({"rank": 2}, "rank-2", error="the loss became nan")
+    finished = SweepTrial({"rank": 4}, "rank-4", loss=0.5, best_step=3, seconds=1.25, tokens=1000)
     made = Sweep(tmp_path, [failed, finished])
     assert made.best is finished
     assert made.table().splitlines()[1].endswith("the loss became nan")

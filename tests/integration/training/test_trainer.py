@@ -1,4 +1,4 @@
-"""Training, against the real embedded server and a tiny random model."""
+"""TrainingResult, against the real embedded server and a tiny random model."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ from distill_datasets.training import student as students
 from distill_datasets.training.data import Rendered, locate, open_splits
 from distill_datasets.training.folder import TrainingFolder
 from distill_datasets.training.schedule import plan_steps
-from distill_datasets.training.trainer import Training, TrainSettings, train
+from distill_datasets.training.trainer import TrainingResult, TrainSettings, train
 from tests.support.server_log import trained_batches
 from tests.support.shared_server import shared
 from tests.support.training_runs import QUICK, ROWS, Rows, at_step, metrics, write
@@ -304,7 +304,7 @@ def test_a_folder_that_can_not_be_written_is_refused(
     dataset: Path, model: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="choose another --out"):
+    with pytest.raises(OutputError, match="Choose another --out"):
         train(dataset, student=model, out=tmp_path / "file")
     with pytest.raises(OutputError, match="inside the dataset"):
         train(dataset, student=model, out=dataset / "student")
@@ -332,7 +332,7 @@ def test_a_trained_student_is_refused(dataset: Path, model: str, tmp_path: Path)
 def test_it_runs_inside_a_running_event_loop(
     dataset: Path, model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def cell() -> Training:
+    async def cell() -> TrainingResult:
         return train(
             dataset,
             student=model,

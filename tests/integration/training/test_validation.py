@@ -13,8 +13,8 @@ from distill_datasets.errors import SettingsError
 from distill_datasets.models.connection import connect
 from distill_datasets.models.scoring import Scorer
 from distill_datasets.training.data import Rendered, open_splits
-from distill_datasets.training.objective_settings import ObjectiveSettings
 from distill_datasets.training.objectives import TrainingTask
+from distill_datasets.training.settings import ObjectiveSettings
 from distill_datasets.training.trainer import TrainSettings, train
 from distill_datasets.training.validation import validation_likelihoods
 from tests.support.soft_releases import PROMPT, SMALL, release, training_task

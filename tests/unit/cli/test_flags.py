@@ -1,24 +1,29 @@
-"""The settings of a training on the command line."""
+"""Flags derived from the settings of a training."""
 
 import argparse
 from dataclasses import fields
 
-from distill_datasets.cli.training_arguments import add_training_arguments, read_settings
-from distill_datasets.training.objective_settings import ObjectiveSettings
-from distill_datasets.training.settings import TrainSettings
+from distill_datasets.cli.flags import add_settings, read_settings
+from distill_datasets.settings import described
+from distill_datasets.training.settings import ObjectiveSettings, TrainSettings
 
 
 def read(*words: str) -> TrainSettings:
     parser = argparse.ArgumentParser()
-    add_training_arguments(parser)
-    return read_settings(parser.parse_args(words))
+    add_settings(parser, ObjectiveSettings)
+    add_settings(parser, TrainSettings)
+    options = parser.parse_args(words)
+    objective = read_settings(options, ObjectiveSettings)
+    return read_settings(options, TrainSettings, objective=objective)
 
 
-def test_every_setting_has_a_flag() -> None:
+def test_every_setting_is_described_and_those_that_have_a_flag_get_one() -> None:
     parser = argparse.ArgumentParser()
-    add_training_arguments(parser)
-    settings = {one.name for one in fields(TrainSettings)} - {"objective"}
-    assert set(vars(parser.parse_args([]))) == settings
+    add_settings(parser, TrainSettings)
+    known = {name: known for name, (known, *_) in described(TrainSettings).items()}
+    assert set(known) == {one.name for one in fields(TrainSettings)} - {"objective"}
+    flagged = {name for name, one in known.items() if one.flag is not False}
+    assert set(vars(parser.parse_args([]))) == flagged
 
 
 def test_no_flag_is_every_default() -> None:
@@ -26,12 +31,23 @@ def test_no_flag_is_every_default() -> None:
 
 
 def test_flags_are_read_as_what_they_are() -> None:
-    read_back = read("--preset", "poc", "--max-rows", "20", "--grad-clip", "1", "--no-mlp")
-    assert read_back == TrainSettings(preset="poc", max_rows=20, grad_clip=1.0, train_mlp=False)
+    found = read(
+        "--preset", "poc", "--max-rows", "20", "--learning-rate", "1e-4", "--patience", "3"
+    )
+    assert found == TrainSettings(preset="poc", max_rows=20, learning_rate=1e-4, patience=3)
+    assert not read("--no-internalisation").internalisation
 
 
 def test_an_objective_goes_with_them() -> None:
+    found = read("--objective", "soft", "--scorer", "pocket", "--rank", "8")
+    assert found == TrainSettings(
+        rank=8, objective=ObjectiveSettings(name="soft", teacher="pocket")
+    )
+
+
+def test_a_help_text_says_the_default() -> None:
     parser = argparse.ArgumentParser()
-    add_training_arguments(parser)
-    soft = ObjectiveSettings(name="soft")
-    assert read_settings(parser.parse_args(["--rank", "8"]), soft).objective == soft
+    add_settings(parser, TrainSettings)
+    words = " ".join(parser.format_help().split())
+    assert "--warmup-steps N linear warm-up steps (default: 0)" in words
+    assert "(default: two, or as many as make 60 steps)" in words

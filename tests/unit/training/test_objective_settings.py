@@ -1,7 +1,7 @@
 import pytest
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.training.objective_settings import ObjectiveSettings
+from distill_datasets.training.settings import ObjectiveSettings
 
 
 @pytest.mark.parametrize("top_k", [-1, 1])

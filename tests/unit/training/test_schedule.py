@@ -7,10 +7,15 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.training.schedule import Schedule, TrainSettings, choose_rows, plan_steps
-from distill_datasets.training.selection import Selection, why_it_ended
-from distill_datasets.training.settings import decisive, unlike_default
-from distill_datasets.training.sparkline import sparkline
+from distill_datasets.training.schedule import (
+    Schedule,
+    Selection,
+    choose_rows,
+    plan_steps,
+    why_it_ended,
+)
+from distill_datasets.training.settings import TrainSettings, decisive, unlike_default
+from distill_datasets.training.tracking import sparkline
 
 LENGTHS = [5 + 7 * place % 60 for place in range(230)]
 
@@ -25,10 +30,6 @@ def test_a_preset_sets_rows_and_steps(preset: Any, rows: int, steps: int) -> Non
     assert len(planned) == steps
     assert {len(batch) for batch in planned} == {rows}
     assert len({tuple(sorted(batch)) for batch in planned}) == 1
-
-
-def test_the_production_preset_is_all_rows() -> None:
-    assert places(TrainSettings(preset="production")) == places(TrainSettings())
 
 
 def test_explicit_settings_win_over_a_preset() -> None:
