@@ -64,9 +64,9 @@ def read_settings(options: argparse.Namespace, settings: type[T], **others: Any)
 
 
 def flags_of(settings: type, *, skip: Collection[str] = ()) -> dict[str, str]:
-    """The flags of a class's fields, by the fields' names."""
+    """The flags of a class's fields, by their place in the namespace."""
     return {
-        name: flag_of(name, known, default)
+        _place(name, known): flag_of(name, known, default)
         for name, known, _, _, default in _flagged(settings)
         if name not in skip
     }
