@@ -146,7 +146,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from distill_datasets.files import writable_folder
-    from distill_datasets.models.connection import connect
+    from distill_datasets.models.references import connect
     from distill_datasets.recipes.loading import load_recipe
 
     load_recipe(options.recipe)

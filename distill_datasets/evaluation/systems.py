@@ -35,12 +35,10 @@ def find_training(student: Sampler | str | Path) -> Training | None:
     """A training folder's facts; None for anything else, which is opened as it is."""
     if not isinstance(student, str | Path):
         return None
-    from distill_datasets.models.connection import read_training
+    from distill_datasets.models import references
 
-    for folder in (Path(student), Path(student) / "train"):
-        if (folder / "checkpoints.jsonl").is_file():
-            return Training(folder, *read_training(folder))
-    return None
+    folder = references.find_training(student)
+    return None if folder is None else Training(folder, *references.read_training(folder))
 
 
 def open_systems(

@@ -139,7 +139,7 @@ class PlannedRequests:
             found = scaled(self.counted, self.size, self.requests)
             return found, f"scaled from {len(self.counted):,} counted"
         if made:
-            pairs = [(float(one.size), float(one.reply.usage.prompt_tokens)) for one in made]
+            pairs = [(float(one.size), float(one.reply.usage.prompt_tokens or 0)) for one in made]
             found = scaled(pairs, self.size, self.requests)
             return found.within(
                 self._guess.low, self._guess.high
@@ -191,7 +191,7 @@ def follow_up(
     """The load of a model that nobody can plan for, a judge's: as in the rows that were asked."""
     sampler, rate = made[0].sampler, left / asked
     requests = round(len(made) * rate)
-    prompts = [(1.0, float(one.reply.usage.prompt_tokens)) for one in made]
+    prompts = [(1.0, float(one.reply.usage.prompt_tokens or 0)) for one in made]
     responses = [(1.0, float(response_tokens(one.reply))) for one in made]
     prompt = scaled(prompts, requests, requests).within(0, _doubled(prompts, requests))
     response = scaled(responses, requests, requests).within(0, _doubled(responses, requests))
@@ -203,7 +203,7 @@ def follow_up(
 
 def response_tokens(reply: Reply) -> int:
     """Of all samples."""
-    return sum(sample.tokens for sample in reply.samples)
+    return reply.response_tokens or 0
 
 
 def disk_bytes(
@@ -252,7 +252,7 @@ def _doubled(pairs: Sequence[tuple[float, float]], requests: int) -> float:
 
 
 def _cached_share(made: Sequence[SampledRequest]) -> float | None:
-    tokens = sum(one.reply.usage.prompt_tokens for one in made)
+    tokens = sum(one.reply.usage.prompt_tokens or 0 for one in made)
     return sum(one.reply.usage.cached_tokens for one in made) / tokens if tokens else None
 
 

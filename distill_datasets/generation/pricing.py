@@ -159,7 +159,12 @@ class Meter:
                 f"{identity!r} doesn't state what it costs, so nothing can be counted: name a "
                 f"price file with --prices ({_EXPECTED})."
             )
-        usage, response = reply.usage, sum(sample.tokens for sample in reply.samples)
+        usage, response = reply.usage, reply.response_tokens
+        if usage.prompt_tokens is None or response is None:
+            raise PriceError(
+                f"{identity!r} doesn't count the tokens of an answer, so nobody can say what it "
+                "costs. Run without a budget and prices, or ask a server that counts (`usage`)."
+            )
         price = self.prices.of(identity)
         return price.of(usage.prompt_tokens, usage.cached_tokens, response, batch=batch)
 

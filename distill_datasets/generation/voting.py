@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 from distill_datasets.errors import FATAL
-from distill_datasets.models.sampler import Reply, Sample, Sampler, Sampling, request_digest
+from distill_datasets.models.sampler import Reply, Sample, Sampler, Sampling, request_digest, total
 from distill_datasets.recipes.prompt import holds, render
 from distill_datasets.schema import Message
 
@@ -109,15 +109,13 @@ class RowRequests:
         """Digests, in the order in which they were made."""
         return list(self._replies)
 
-    def tokens(self) -> dict[str, int]:
-        """The token columns of the row."""
+    def tokens(self) -> dict[str, int | None]:
+        """The token columns of the row; None where a server doesn't count."""
         replies = [reply for reply in self._replies.values() if reply is not None]
         return {
-            "teacher_prompt_tokens": sum(reply.usage.prompt_tokens for reply in replies),
+            "teacher_prompt_tokens": total(reply.usage.prompt_tokens for reply in replies),
             "teacher_cached_tokens": sum(reply.usage.cached_tokens for reply in replies),
-            "teacher_response_tokens": sum(
-                sample.tokens for reply in replies for sample in reply.samples
-            ),
+            "teacher_response_tokens": total(reply.response_tokens for reply in replies),
         }
 
 

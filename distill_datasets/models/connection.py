@@ -1,30 +1,37 @@
-"""From a model reference to a connection: a server, its model, and how to render for it."""
+"""Connections: a model on a server, and how to render for it."""
 
 import json
-from dataclasses import dataclass, replace
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tinker
 
 from distill_datasets import resources
-from distill_datasets.errors import ModelError, ServiceError
-from distill_datasets.models.model_files import digest_weights, find_model
-from distill_datasets.models.tinker_sdk import explained, require_key, require_service, rest_client
+from distill_datasets.errors import ModelError, OutputError, ServiceError
+from distill_datasets.files import write_file
+from distill_datasets.models.tinker_sdk import (
+    explained,
+    hosted_key,
+    hosted_service,
+    require_service,
+    rest_client,
+)
 
 if TYPE_CHECKING:
     from tinker_cookbook.renderers import Renderer
 
     from distill_datasets.embedded.process import Server
 
-_EXPECTED = (
-    "expected 'pocket', 'embedded:<folder or Hub id>', 'tinker:<base model>', "
-    "'tinker://<run>/sampler_weights/<name>', 'openai:<model>' (as a teacher or a judge), or a "
-    "training folder"
-)
+_TEMPLATE = "distill_datasets/chat_template"
 _SERVERS: dict[str, "Server"] = {}
+_SETTLED_SECONDS = 2.0  # after which a file that changes again has another time
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,8 @@ class Connection:
     """A model on a server: what is needed to render for it, sample from it and train it.
 
     `base_model` is the server's name for it, `model_path` a trained checkpoint of it.
-    `tokenizer_source` is what the cookbook loads the tokenizer from; `weights` tells two local
-    models of one name apart; `server` is the one that was started for a local model.
+    `tokenizer_source` is where its tokenizer is loaded from; `weights` tells two local models of
+    one name apart; `server` is the one that was started for a local model.
     """
 
     reference: str
@@ -49,17 +56,14 @@ class Connection:
     @property
     def identity(self) -> str:
         """What decides an answer, stable across processes."""
-        return "/".join(
-            part
-            for part in (self.reference, self.weights, self.model_path, self.renderer_name)
-            if part
-        )
+        parts = (self.reference, self.weights, self.model_path, self.renderer_name)
+        return "/".join(filter(None, parts))
 
     @cached_property
     def rest(self) -> tinker.RestClient:
         """What the server says about runs and checkpoints; no session needed."""
         if self.server is None:
-            return rest_client()
+            return rest_client(self.reference)
         return tinker.RestClient(base_url=self.server.url, api_key=self.server.api_key)
 
     def ended(self) -> ServiceError | None:
@@ -76,136 +80,86 @@ class Connection:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        from tinker_cookbook.tokenizer_utils import get_tokenizer
-
+        """The model's tokenizer; code that comes with it is never run."""
         try:
-            return get_tokenizer(self.tokenizer_source)
-        except OSError as error:
+            return load_tokenizer(self.tokenizer_source)
+        except (OSError, ValueError) as error:
             raise ModelError(
-                f"The tokenizer of {self.reference!r} can't be loaded: {error} A gated one needs "
-                "its licence accepted on the Hub and `hf auth login`."
+                f"The tokenizer of {self.reference!r} can't be loaded without running code of its "
+                f"own, which is never done: {error}"
+                if "trust_remote_code" in str(error)
+                else f"The tokenizer of {self.reference!r} can't be loaded: {error} A gated one "
+                "needs its licence accepted on the Hub and `hf auth login`."
             ) from error
 
     @cached_property
     def renderer(self) -> "Renderer":
-        """The cookbook renderer, by its name."""
-        from tinker_cookbook.exceptions import TinkerCookbookError
-        from tinker_cookbook.renderers import get_renderer
+        """The renderer, by its name; raises `ModelError` where the model can't be rendered for."""
+        from distill_datasets.models.renderers import open_renderer
 
-        import distill_datasets.models.renderers  # noqa: F401 (registers our renderer)
-
-        try:
-            return get_renderer(self.renderer_name, self.tokenizer)
-        except (TinkerCookbookError, ValueError) as error:
-            raise ModelError(f"Unknown renderer {self.renderer_name!r}: {error}") from error
+        return open_renderer(self.renderer_name, self.tokenizer)
 
 
-def connect(
-    reference: str | Path, *, renderer: str | None = None, store: Path | None = None
-) -> Connection:
-    """Reach the model that a reference names.
+def load_tokenizer(source: str) -> Any:
+    """A tokenizer by folder or name, loaded without running code that comes with it.
 
-    A local model gets its own server, once per process; `store` is the folder of that server's
-    checkpoints (a temporary one without it). A training folder connects to its best checkpoint.
-    Raises `ModelError`, `AccessError` or `ServiceError`, each with what to set.
+    Raises `OSError` or `ValueError` where that can't be done.
     """
-    text = str(reference)
-    if (Path(text) / "checkpoints.jsonl").is_file():
-        return _connect_trained(Path(text), renderer)
-    if text == "pocket":
-        return _connect_local(text, resources.pocket(), renderer or "qwen3_instruct", store)
-    if text.startswith("embedded:"):
-        folder = find_model(text.removeprefix("embedded:"))
-        return _connect_local(text, folder, renderer or _TEMPLATE, store)
-    if text.startswith("tinker://"):
-        return _connect_checkpoint(text, renderer)
-    if text.startswith("tinker:"):
-        return _connect_hosted(text, text.removeprefix("tinker:"), renderer)
-    if text.startswith("openai:"):
-        raise ModelError(f"{text!r} answers, and can't be trained: {_EXPECTED}.")
-    near = get_close_matches(text, ["pocket", "embedded:", "tinker:", "openai:"], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ModelError(f"Unknown model reference {text!r}: {_EXPECTED}.{hint}")
+    from tinker_cookbook import tokenizer_utils
+
+    if not Path(source).is_dir():
+        from transformers import AutoTokenizer
+
+        plain = source.partition(":")[0]
+        if tokenizer_utils.is_tokenizer_registered(source) or "/Inkling" in plain:
+            return tokenizer_utils.get_tokenizer(source)
+        if plain.startswith("meta-llama/Llama-3"):
+            # The same tokenizer, which needs no licence to be accepted.
+            plain = "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
+        return AutoTokenizer.from_pretrained(plain, trust_remote_code=False)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
-_TEMPLATE = "distill_datasets/chat_template"
-
-
-def _connect_local(reference: str, folder: Path, renderer: str, store: Path | None) -> Connection:
+def connect_local(
+    reference: str, folder: Path, renderer: str | None, store: Path | None
+) -> Connection:
+    """A local model on a server of its own; see `references.connect`."""
     server = _server(reference, folder, store)
-    service = tinker.ServiceClient(base_url=server.url, api_key=server.api_key)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return Connection(
         reference=reference,
-        service=service,
+        service=tinker.ServiceClient(base_url=server.url, api_key=server.api_key),
         base_model=server.model,
         tokenizer_source=str(folder),
-        renderer_name=renderer,
+        renderer_name=renderer or _TEMPLATE,
         max_context=config.get("max_position_embeddings"),
         weights=digest_weights(folder),
         server=server,
     )
 
 
-def adopt_state(path: str, source: Path, store: Path) -> None:
-    """Let the local server of one store load a training state of another's.
-
-    Does nothing for a training on a hosted server, which keeps no store. Raises `ModelError`
-    where the state is gone.
-    """
-    if not source.is_dir():
-        return
-    from distill_datasets.embedded.store import copy_checkpoint
-
-    try:
-        copy_checkpoint(path, source, store)
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"Can't start from {path!r}: {error}. Train that student again."
-        ) from error
-
-
-def read_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A training folder's configuration, and the line of its best checkpoint.
-
-    Raises `ModelError` where no checkpoint is finished.
-    """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    # A killed training may leave its last line unfinished.
-    *lines, _ = (folder / "checkpoints.jsonl").read_text(encoding="utf-8").split("\n")
-    best = [line for line in map(json.loads, lines) if line["best"]]
-    if not best:
-        raise ModelError(f"{folder} holds no finished checkpoint: run `train` again to finish it.")
-    return config, best[-1]
-
-
-def _connect_trained(folder: Path, renderer: str | None) -> Connection:
-    config, checkpoint = read_training(folder)
-    base = connect(
-        config["student"], renderer=renderer or config["renderer"], store=folder / "checkpoints"
-    )
-    return replace(base, model_path=checkpoint["sampler"])
-
-
-def _connect_checkpoint(path: str, renderer: str | None) -> Connection:
+def connect_checkpoint(path: str, renderer: str | None) -> Connection:
+    """A trained checkpoint on Tinker, or on a server of its protocol."""
     if "/sampler_weights/" not in path:
         raise ModelError(
             f"{path!r} can't be sampled: expected tinker://<run>/sampler_weights/<name>. "
             "A path with /weights/ is a training state."
         )
-    require_key(path)
     with explained(path):
-        info = rest_client().get_weights_info_by_tinker_path(path).result()
-    base = _connect_hosted(f"tinker:{info.base_model}", info.base_model, renderer)
-    return replace(base, reference=path, model_path=path)
+        info = rest_client(path).get_weights_info_by_tinker_path(path).result()
+    return connect_hosted(path, info.base_model, renderer, path)
 
 
-def _connect_hosted(reference: str, base_model: str, renderer: str | None) -> Connection:
-    require_key(reference)
+def connect_hosted(
+    reference: str, base_model: str, renderer: str | None, model_path: str | None = None
+) -> Connection:
+    """A base model on Tinker, or on a server of its protocol, or a checkpoint of it."""
+    hosted_key(reference)
     require_service(reference)
     with explained(reference):
-        capabilities = rest_client().get_server_capabilities().result()
+        capabilities = rest_client(reference).get_server_capabilities().result()
     models = {model.model_name: model for model in capabilities.supported_models}
     model = models.get(base_model)
     if model is None or model.sampleable is False:
@@ -214,11 +168,12 @@ def _connect_hosted(reference: str, base_model: str, renderer: str | None) -> Co
         raise ModelError(f"{base_model!r} {problem}. Near names: {near}; it has {len(models)}.")
     return Connection(
         reference=reference,
-        service=tinker.ServiceClient(),
+        service=hosted_service(reference),
         base_model=base_model,
         tokenizer_source=base_model,
         renderer_name=renderer or _recommended_renderer(base_model),
         max_context=model.max_context_length,
+        model_path=model_path,
     )
 
 
@@ -258,6 +213,24 @@ def disconnect(store: Path) -> None:
         _SERVERS.pop(key).close()
 
 
+def adopt_state(path: str, source: Path, store: Path) -> None:
+    """Let the local server of one store load a training state of another's.
+
+    Does nothing for a training on a hosted server, which keeps no store. Raises `ModelError`
+    where the state is gone.
+    """
+    if not source.is_dir():
+        return
+    from distill_datasets.embedded.store import copy_checkpoint
+
+    try:
+        copy_checkpoint(path, source, store)
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"Can't start from {path!r}: {error}. Train that student again."
+        ) from error
+
+
 def serve(reference: str, *, host: str, port: int, store: Path | None) -> None:
     """Serve a local model in the foreground, until Ctrl-C."""
     from distill_datasets.embedded.process import serve as serve_folder
@@ -270,3 +243,60 @@ def serve(reference: str, *, host: str, port: int, store: Path | None) -> None:
     name = reference.removeprefix("embedded:")
     folder = resources.pocket() if reference == "pocket" else find_model(name)
     serve_folder(folder, name=name, host=host, port=port, store=store)
+
+
+def find_model(source: str) -> Path:
+    """The folder of a local model: itself, or the Hub's copy on this disk.
+
+    Raises `ModelError` where it is neither.
+    """
+    folder = Path(source).expanduser()
+    if (folder / "config.json").is_file():
+        return folder.resolve()
+    if source.count("/") != 1 or folder.exists():
+        raise ModelError(
+            f"'embedded:{source}' is no model: expected a folder with config.json, weights and a "
+            "tokenizer with a chat template, or a Hub id like org/name."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ModelError(f"The Hub model {source!r} can't be fetched: {error}") from error
+
+
+def digest_weights(folder: Path) -> str:
+    """What tells two models of one name apart: weights and tokenizer, in 12 digits.
+
+    Reads all of them once, and remembers the digest in the user's cache for as long as each file
+    keeps its size and its time.
+    """
+    paths = sorted([*folder.glob("*.safetensors"), folder / "tokenizer.json"])
+    stats = [path.stat() for path in paths]
+    files = [
+        [path.name, stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)
+    ]
+    name = sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
+    cache = _cache_folder() / f"{name}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(cache.read_text(encoding="utf-8"))
+        if known["files"] == files:
+            return str(known["digest"])
+    content = sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                content.update(block)
+    digest = content.hexdigest()[:12]
+    # A file that is being written may change once more without another time or size.
+    if time.time() - max(stat.st_mtime for stat in stats) > _SETTLED_SECONDS:
+        with suppress(OutputError):
+            write_file(cache, json.dumps({"files": files, "digest": digest}))
+    return digest
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path("~/.cache").expanduser()) / "distill-datasets" / "weights"

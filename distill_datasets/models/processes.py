@@ -1,12 +1,14 @@
 """One sampler over several processes: a client of the SDK keeps one core busy, and no more.
 
-What a worker needs, the key included, goes through its standard input, and so do the requests:
-see worker.py.
+What a worker needs, the key included, goes through its standard input, and so do the requests; it
+ends when that closes, however its parent ended. Run as a module this is the worker.
 """
 
+import asyncio
 import atexit
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import tempfile
@@ -16,25 +18,26 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import IO, Any, Self, cast
 
-from distill_datasets.errors import RetryableError, ServiceError, SettingsError
-from distill_datasets.models.pipes import Portable, read, write
+from distill_datasets.errors import DistillError, RetryableError, ServiceError, SettingsError
+from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.models.sampler import Reply, Sampling
-from distill_datasets.models.tinker import TinkerSampler, answered
+from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.schema import Message
 
 _CLOSE_SECONDS = 5.0
 _LAST_WORDS = 500
-_WORKER = "distill_datasets.models.worker"
+_LENGTH = struct.Struct("<Q")
+_NAMED = ("type", "status", "attempts")  # what a RequestError is made with
 
 
-class WorkerEnded(Exception):  # noqa: N818 (what happened, not what is wrong)
+class _WorkerEnded(Exception):  # noqa: N818 (what happened, not what is wrong)
     """A worker ended before it answered."""
 
 
 class ProcessSampler:
-    """Spreads requests over worker processes; each goes to the one with the fewest in flight.
+    """Spreads requests over worker processes; each goes to the one that has the fewest.
 
     Close it, use it as a context manager, or let the exit of Python do it. A request whose worker
     ends is asked once more, of another.
@@ -50,8 +53,8 @@ class ProcessSampler:
         self.connection, self._sampler = sampler.connection, sampler
         # The service is the parent's: a worker has a client of the parent's session.
         connection = replace(self.connection, service=cast(Any, None), server=None)
-        state = pickle.dumps((connection, sampler.client))
-        self._workers = [_Worker(state) for _ in range(processes)]
+        state = pickle.dumps((connection, sampler.client, sampler.timeout))
+        self._workers = [_WorkerHandle(state) for _ in range(processes)]
         atexit.register(self.close)
 
     @property
@@ -69,8 +72,8 @@ class ProcessSampler:
         for _ in range(2):
             request = self._least_busy().ask(messages, sampling)
             try:
-                return cast(Reply, await answered(request, self.connection))
-            except WorkerEnded as error:
+                return cast(Reply, await sdk.answered(request, self.connection.ended))
+            except _WorkerEnded as error:
                 ended = error
         raise RetryableError(
             f"Two worker processes ended while they answered this request: {ended}",
@@ -83,7 +86,7 @@ class ProcessSampler:
         """The process ids of the workers that run."""
         return [worker.pid for worker in self._workers if worker.alive]
 
-    def _least_busy(self) -> "_Worker":
+    def _least_busy(self) -> "_WorkerHandle":
         alive = [worker for worker in self._workers if worker.alive]
         if not alive:
             raise ServiceError(
@@ -91,10 +94,10 @@ class ProcessSampler:
                 f"with fewer if memory is short; paid answers are kept. The last words of one: "
                 f"{self._workers[0].last_words!r}"
             )
-        return min(alive, key=lambda worker: worker.in_flight)
+        return min(alive, key=lambda worker: worker.waiting)
 
     def close(self) -> None:
-        """End the workers; safe to call again. Requests in flight fail."""
+        """End the workers; safe to call again. Requests on their way fail."""
         atexit.unregister(self.close)
         for worker in self._workers:
             worker.leave()
@@ -110,19 +113,19 @@ class ProcessSampler:
         self.close()
 
 
-class _Worker:
+class _WorkerHandle:
     """A child process, as its parent sees it."""
 
     def __init__(self, state: bytes) -> None:
         # Lives as long as the child, hence no context manager.
         self._errors = tempfile.NamedTemporaryFile("w+", prefix="distill-worker-")  # noqa: SIM115
         self._child = subprocess.Popen(
-            [sys.executable, "-m", _WORKER],
+            [sys.executable, "-m", "distill_datasets.models.processes"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env=_environment(),
-            # Ctrl-C is the parent's to handle: it waits for what is in flight.
+            # Ctrl-C is the parent's to handle: it waits for the answers on their way.
             start_new_session=True,
         )
         self._pending: dict[int, Future[Reply]] = {}
@@ -139,7 +142,7 @@ class _Worker:
         return self._child.pid
 
     @property
-    def in_flight(self) -> int:
+    def waiting(self) -> int:
         """How many requests wait for an answer."""
         return len(self._pending)
 
@@ -152,7 +155,7 @@ class _Worker:
         return said.strip()[-_LAST_WORDS:]
 
     def ask(self, messages: Sequence[Message], sampling: Sampling) -> "Future[Reply]":
-        """Send a request; the future raises what answering raised, or `WorkerEnded`."""
+        """Send a request; the future raises what answering raised, or `_WorkerEnded`."""
         request: Future[Reply] = Future()
         with self._lock:
             number = self._asked = self._asked + 1
@@ -166,19 +169,19 @@ class _Worker:
 
     def _send(self, content: bytes) -> None:
         assert self._child.stdin is not None
-        write(self._child.stdin, content)
+        _write_piece(self._child.stdin, content)
 
     def _read(self) -> None:
         assert self._child.stdout is not None
         try:
-            while (content := read(self._child.stdout)) is not None:
+            while (content := _read_piece(self._child.stdout)) is not None:
                 self._resolve(*pickle.loads(content))
         finally:
             with self._lock:
                 self.alive = False
                 self._fail(list(self._pending))
 
-    def _resolve(self, number: int, reply: Reply | None, error: Portable | None) -> None:
+    def _resolve(self, number: int, reply: Reply | None, error: "_Portable | None") -> None:
         # Whoever asked may have been cancelled.
         with suppress(InvalidStateError):
             if error is not None:
@@ -191,7 +194,7 @@ class _Worker:
         for number in numbers:
             if request := self._pending.pop(number, None):
                 with suppress(InvalidStateError):
-                    request.set_exception(WorkerEnded(self.last_words or "it said nothing"))
+                    request.set_exception(_WorkerEnded(self.last_words or "it said nothing"))
 
     def leave(self) -> None:
         """Ask the child to end."""
@@ -218,3 +221,97 @@ def _environment() -> dict[str, str]:
     here = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path}
+
+
+class _WorkerLoop:
+    """The child's side: answers until its standard input closes."""
+
+    def __init__(self, replies: IO[bytes], sampler: TinkerSampler) -> None:
+        self._replies, self._sampler = replies, sampler
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def run(self, requests: IO[bytes]) -> None:
+        """Read requests on a thread, answer them on this loop."""
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+
+        def listen() -> None:
+            while (content := _read_piece(requests)) is not None:
+                loop.call_soon_threadsafe(self._start, content)
+            loop.call_soon_threadsafe(over.set)
+
+        threading.Thread(target=listen, name="requests", daemon=True).start()
+        await over.wait()
+
+    def _start(self, content: bytes) -> None:
+        task = asyncio.create_task(self._answer(*pickle.loads(content)))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _answer(self, number: int, messages: list[Message], sampling: Sampling) -> None:
+        reply, error = None, None
+        try:
+            reply = await self._sampler.sample(messages, sampling)
+        except Exception as raised:  # it belongs to whoever asked, in the parent
+            error = _Portable(raised)
+        _write_piece(self._replies, pickle.dumps((number, reply, error)))
+
+
+def _write_piece(stream: IO[bytes], content: bytes) -> None:
+    """Send a piece, at once."""
+    stream.write(_LENGTH.pack(len(content)) + content)
+    stream.flush()
+
+
+def _read_piece(stream: IO[bytes]) -> bytes | None:
+    """The next piece; None at the end, also if that comes in the middle of one."""
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    (size,) = _LENGTH.unpack(head)
+    content = stream.read(size)
+    return content if len(content) == size else None
+
+
+class _Portable:
+    """An exception on its way through a pipe: those with named arguments can't be pickled.
+
+    Ours arrive as they are, others as a `RuntimeError` that names them.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self.kind: type[DistillError] | None = None
+        self.arguments: tuple[Any, ...] = (f"{type(error).__name__}: {error}",)
+        self.state = dict[str, Any]()
+        if isinstance(error, DistillError):
+            self.kind, self.arguments, self.state = type(error), error.args, vars(error)
+
+    def __call__(self) -> Exception:
+        """The exception, on the other side."""
+        if self.kind is None:
+            return RuntimeError(*self.arguments)
+        named = {name: self.state[name] for name in _NAMED if name in self.state}
+        error = self.kind(*self.arguments, **named)
+        vars(error).update(self.state)
+        return error
+
+
+def run_worker() -> None:
+    """Answers what comes on standard input, and ends this process with it."""
+    # Whatever prints must not get between the replies.
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    state = _read_piece(sys.stdin.buffer)
+    if state is not None:
+        connection, client, timeout = pickle.loads(state)
+        sampler = TinkerSampler(connection, client, timeout=timeout)
+        asyncio.run(_WorkerLoop(replies, sampler).run(sys.stdin.buffer))
+    sys.stderr.flush()
+    # The SDK's threads would be waited for.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    # What is pickled must belong to the module by its name, as its parent knows it.
+    from distill_datasets.models import processes
+
+    processes.run_worker()

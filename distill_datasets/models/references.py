@@ -1,38 +1,59 @@
-"""One backend per file; `open_sampler` finds the one that a model reference names."""
+"""What a model reference names, and how to reach it; `open_sampler` is where verbs begin."""
 
+import json
+from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from distill_datasets import resources
 from distill_datasets.errors import ModelError
 from distill_datasets.models.sampler import Sampler
 
+if TYPE_CHECKING:
+    from distill_datasets.models.connection import Connection
 
-def open_sampler(
+_EXPECTED = (
+    "expected 'pocket', 'embedded:<folder or Hub id>', 'tinker:<base model>', "
+    "'tinker://<run>/sampler_weights/<name>', 'openai:<model>' (as a teacher or a judge), or a "
+    "training folder"
+)
+_CHECKPOINTS = "checkpoints.jsonl"
+
+
+def open_sampler(  # noqa: PLR0913 (a reference, and how to ask what it names)
     reference: str | Path,
     *,
     renderer: str | None = None,
     stream: bool = False,
     processes: int = 1,
     lazily: bool = False,
+    timeout: float | None = None,
 ) -> Sampler:
     """Something that answers, by its model reference or a training folder.
+
+        sampler = open_sampler("openai:gpt-x", timeout=60)
 
     Takes seconds for a local model: its server starts here, and ends with this process. With
     `stream`, replies of an `openai:` model say when their first token came; `lazily`, its key and
     its server are looked for before its first request. With more `processes` than one, a Tinker
-    model's requests are spread over them, since a client keeps one core busy. Raises `ModelError`
-    for a reference that names nothing, `AccessError` for a missing key, `ServiceError` where
-    nobody answers.
+    model's requests are spread over them, since a client keeps one core busy. `timeout` is in
+    seconds, for a whole answer; without it an `openai:` model has 600, and others any time. Raises
+    `ModelError` for a reference that names nothing, `AccessError` for a missing key,
+    `ServiceError` where nobody answers.
     """
     if str(reference).startswith("openai:"):
         if processes > 1:
             raise ModelError(f"Only Tinker's models take several processes, not {reference!r}.")
-        return _open_openai(str(reference).removeprefix("openai:"), renderer, stream, lazily)
+        name = str(reference).removeprefix("openai:")
+        return _open_openai(name, renderer, stream, lazily, timeout)
     if stream:
         raise ModelError(f"Only 'openai:' models are streamed, not {str(reference)!r}.")
-    from distill_datasets.models.connection import connect
     from distill_datasets.models.tinker import TinkerSampler
 
-    sampler = TinkerSampler(connect(reference, renderer=renderer))
+    connection = connect(reference, renderer=renderer)
+    _ = connection.renderer  # what the model can't be asked for is said before anything is paid
+    sampler = TinkerSampler(connection, timeout=timeout)
     if processes == 1:
         return sampler
     from distill_datasets.models.processes import ProcessSampler
@@ -40,7 +61,9 @@ def open_sampler(
     return ProcessSampler(sampler, processes)
 
 
-def _open_openai(model: str, renderer: str | None, stream: bool, lazily: bool) -> Sampler:
+def _open_openai(
+    model: str, renderer: str | None, stream: bool, lazily: bool, timeout: float | None
+) -> Sampler:
     from distill_datasets.models.openai.client import OpenAISampler
 
     if not model or renderer is not None:
@@ -49,7 +72,66 @@ def _open_openai(model: str, renderer: str | None, stream: bool, lazily: bool) -
             f"{renderer!r}: the server itself renders messages. Name the model, and remove "
             "`renderer:` or --renderer."
         )
-    sampler = OpenAISampler(model, stream=stream, lazily=lazily)
+    sampler = OpenAISampler(model, stream=stream, lazily=lazily, timeout=timeout or 600.0)
     if not lazily:
         sampler.reach()
     return sampler
+
+
+def connect(
+    reference: str | Path, *, renderer: str | None = None, store: Path | None = None
+) -> "Connection":
+    """Reach the model that a reference names.
+
+    A local model gets its own server, once per process; `store` is the folder of that server's
+    checkpoints (a temporary one without it). A training folder connects to its best checkpoint.
+    Raises `ModelError`, `AccessError` or `ServiceError`, each with what to set.
+    """
+    from distill_datasets.models import connection
+
+    text = str(reference)
+    if (folder := find_training(text)) is not None:
+        return _connect_trained(folder, renderer)
+    if text == "pocket":
+        named = renderer or "qwen3_instruct"
+        return connection.connect_local(text, resources.pocket(), named, store)
+    if text.startswith("embedded:"):
+        model = connection.find_model(text.removeprefix("embedded:"))
+        return connection.connect_local(text, model, renderer, store)
+    if text.startswith("tinker://"):
+        return connection.connect_checkpoint(text, renderer)
+    if text.startswith("tinker:"):
+        return connection.connect_hosted(text, text.removeprefix("tinker:"), renderer)
+    if text.startswith("openai:"):
+        raise ModelError(f"{text!r} answers, and can't be trained: {_EXPECTED}.")
+    near = get_close_matches(text, ["pocket", "embedded:", "tinker:", "openai:"], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ModelError(f"Unknown model reference {text!r}: {_EXPECTED}.{hint}")
+
+
+def _connect_trained(folder: Path, renderer: str | None) -> "Connection":
+    config, checkpoint = read_training(folder)
+    base = connect(
+        config["student"], renderer=renderer or config["renderer"], store=folder / "checkpoints"
+    )
+    return replace(base, model_path=checkpoint["sampler"])
+
+
+def find_training(reference: str | Path) -> Path | None:
+    """The training folder that a reference names, itself or by the run's folder around it."""
+    places = (Path(reference), Path(reference) / "train")
+    return next((place for place in places if (place / _CHECKPOINTS).is_file()), None)
+
+
+def read_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A training folder's configuration, and the line of its best checkpoint.
+
+    Raises `ModelError` where no checkpoint is finished.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # A killed training may leave its last line unfinished.
+    *lines, _ = (folder / _CHECKPOINTS).read_text(encoding="utf-8").split("\n")
+    best = [line for line in map(json.loads, lines) if line["best"]]
+    if not best:
+        raise ModelError(f"{folder} holds no finished checkpoint: run `train` again to finish it.")
+    return config, best[-1]

@@ -3,9 +3,8 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 from distill_datasets.schema import Message
@@ -62,12 +61,13 @@ class Logprobs:
 class Sample:
     """One sampled response; `tokens` counts its tokens, stop token and reasoning included.
 
-    `reasoning` is what a thinking model said before its answer, where the server tells it apart.
+    `tokens` is None where the server does not count. `reasoning` is what a thinking model said
+    before its answer.
     """
 
     text: str
     stop_reason: Literal["stop", "length"]
-    tokens: int
+    tokens: int | None
     reasoning: str | None = None
     logprobs: Logprobs | None = None
 
@@ -76,11 +76,12 @@ class Sample:
 class Usage:
     """Prompt tokens of one request, and how many of them the server read from its cache.
 
-    `reasoning_tokens` are part of the samples' tokens. `cost` is in dollars, as the provider
+    `prompt_tokens` is None where the server does not count, and `reasoning_tokens` are part of the
+    samples' tokens. `cost` is in dollars, as the provider
     itself stated it.
     """
 
-    prompt_tokens: int
+    prompt_tokens: int | None
     cached_tokens: int
     reasoning_tokens: int = 0
     cost: float | None = None
@@ -101,7 +102,7 @@ class Allowance:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What one request bought: `Sampling.n` samples and the prompt's token counts.
+    """The answer to one request: `Sampling.n` samples and the prompt's token counts.
 
     `first_token_seconds` is known where the reply was streamed. `allowance` is true only at the
     moment of the reply, and is not kept.
@@ -113,21 +114,24 @@ class Reply:
     allowance: Allowance | None = field(default=None, compare=False)
 
     @property
+    def response_tokens(self) -> int | None:
+        """Tokens of all samples; None where the server does not count them."""
+        return total(sample.tokens for sample in self.samples)
+
+    @property
     def tokens(self) -> int:
-        """Of the prompt and of all samples."""
-        return self.usage.prompt_tokens + sum(sample.tokens for sample in self.samples)
+        """Tokens of the prompt and of all samples, as far as the server counts them."""
+        return (self.usage.prompt_tokens or 0) + (self.response_tokens or 0)
 
     def to_json(self) -> str:
-        """One line of JSON, read back by `from_json`."""
-        # By hand: `asdict` copies deeply, and took longer than everything else about a row.
-        samples = [_stated(sample, "text", "stop_reason", "tokens") for sample in self.samples]
+        """One line of JSON, read back by `from_json`; what says nothing is left out."""
         kept: dict[str, Any] = {
-            "samples": samples,
-            "usage": _stated(self.usage, "prompt_tokens", "cached_tokens"),
+            "samples": [_without(asdict(sample), _SILENT) for sample in self.samples],
+            "usage": _without(asdict(self.usage), _SILENT),
         }
         if self.first_token_seconds is not None:
             kept["first_token_seconds"] = self.first_token_seconds
-        return _PLAIN.encode(kept)
+        return json.dumps(kept, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Reply":
@@ -140,20 +144,18 @@ class Reply:
         return cls(samples, Usage(**fields["usage"]), fields.get("first_token_seconds"))
 
 
-def _stated(value: Sample | Usage, *always: str) -> dict[str, Any]:
-    """Fields that are always written, and of the others those that say something."""
-    found = {name: getattr(value, name) for name in always}
-    for name, default in _SELDOM[type(value)]:
-        if (said := getattr(value, name)) != default:
-            found[name] = said
-    return found
+def total(counts: Iterable[int | None]) -> int | None:
+    """The sum of counts; None where one of them is unknown."""
+    known = list(counts)
+    return None if None in known else sum(count or 0 for count in known)
 
 
-_PLAIN = json.JSONEncoder(ensure_ascii=False, default=asdict)
-_SELDOM: dict[type, list[tuple[str, Any]]] = {
-    Sample: [("reasoning", None), ("logprobs", None)],
-    Usage: [("reasoning_tokens", 0), ("cost", None)],
-}
+_SILENT = {"reasoning": None, "logprobs": None, "reasoning_tokens": 0, "cost": None}
+
+
+def _without(fields: dict[str, Any], silent: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields less those whose value is the `silent` one."""
+    return {name: value for name, value in fields.items() if (name, value) not in silent.items()}
 
 
 class Sampler(Protocol):
@@ -184,38 +186,32 @@ class Sampler(Protocol):
         ...
 
 
-_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-
-
 def digest(value: object) -> str:
     """The SHA-256 of a JSON value, independent of key order; 64 hexadecimal digits."""
-    return hashlib.sha256(_CANONICAL.encode(value).encode()).hexdigest()
-
-
-@lru_cache(maxsize=64)
-def _asked_how(identity: str, sampling: Sampling) -> str:
-    # A field that is not used is no part of the key, so that a new field keeps paid answers.
-    later = ("top_logprobs", "json_schema", "extra")
-    fields = {
-        name: value
-        for name, value in asdict(sampling).items()
-        if name not in later or value is not None
-    }
-    return f'"model":{_CANONICAL.encode(identity)},"sampling":{_CANONICAL.encode(fields)}'
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def request_digest(identity: str, messages: Sequence[Message], sampling: Sampling) -> str:
-    """The key under which an answer is paid for once: `digest` of all three by their names."""
-    # By hand: the encoder takes several times longer over objects than over their text.
-    said = ",".join(map(_canonical, messages))
-    text = f'{{"messages":[{said}],{_asked_how(identity, sampling)}}}'
-    return hashlib.sha256(text.encode()).hexdigest()
+    """The key under which an answer is paid for once."""
+    # A field that is not used is no part of the key, so that a new field keeps paid answers.
+    unused = {"top_logprobs": None, "json_schema": None, "extra": None}
+    fields = _without(asdict(sampling), unused)
+    return digest({"model": identity, "messages": list(messages), "sampling": fields})
 
 
-def _canonical(message: Message) -> str:
-    encode = _CANONICAL.encode
-    fields = (f"{encode(name)}:{encode(value)}" for name, value in sorted(message.items()))
-    return f"{{{','.join(fields)}}}"
+def split_thoughts(text: str) -> tuple[str | None, str]:
+    """The reasoning and the answer of a text that begins with `<think>…</think>`.
+
+    Some chat templates open the thoughts themselves, so that the text has their end alone, with
+    nothing else on its line. Thoughts without an end have no answer after them.
+    """
+    opened = text.lstrip().startswith("<think>")
+    before, closed, after = text.partition("</think>")
+    ends_line = bool(closed) and not after.split("\n", 1)[0].strip()
+    if not opened and ("<think>" in before or not ends_line):
+        return None, text
+    return before.lstrip().removeprefix("<think>").strip() or None, after.lstrip()
 
 
 @dataclass

@@ -1,29 +1,197 @@
 """Tinker, and every server that speaks its protocol: ours on this machine among them."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
+from os.path import commonprefix
 from typing import Any
 
 import tinker
 
-from distill_datasets.errors import ModelError, RejectedError, RetryableError, ServiceError
+from distill_datasets.errors import AccessError, ModelError
 from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.models.connection import Connection
-from distill_datasets.models.prompts import Prompts
+from distill_datasets.models.endpoint import Standing
 from distill_datasets.models.sampler import Logprobs, Reply, Sample, Sampling, Usage
 from distill_datasets.schema import Message
 
+# Rows that are rendered both ways before what was learned is trusted.
+_VERIFIED = 8
+# Shapes of conversations that are remembered; a recipe has one.
+_MOST_SHAPES = 16
+# Below this many characters a common beginning costs more to look for than to tokenize.
+_WORTHWHILE = 64
+
+
+@dataclass
+class _Surroundings:
+    """The tokens around the last message's text, which differs from row to row."""
+
+    head: list[int]
+    tail: list[int]
+    verified: int = 0
+    last: str | None = None
+    fixed: str = ""
+    fixed_tokens: Sequence[int] = ()
+
+
+class Prompts:
+    """Renders conversations as a cookbook renderer does, token for token.
+
+    Most rows of a recipe differ in the last message alone, and there behind a long common text.
+    The rest is taken from earlier rows, but only where tokens can't reach across: at chunks that
+    the renderer encodes apart, at control tokens, and at line starts of tokenizers that always
+    split there. The first rows are rendered both ways; one difference ends it.
+    """
+
+    def __init__(self, renderer: Any) -> None:
+        """`renderer` is one of the cookbook's."""
+        self._renderer = renderer
+        self._known: dict[tuple[Any, ...], _Surroundings | None] = {}
+        self._encoder = getattr(renderer.tokenizer, "backend_tokenizer", None)
+        self._controls = frozenset(_control_ids(renderer.tokenizer))
+        self._by_lines = self._encoder is not None and _splits_at_lines(self._encoder)
+
+    def tokens(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt that asks for the next message."""
+        *before, last = messages
+        content = last["content"]
+        key = (last["role"], *((one["role"], one["content"]) for one in before))
+        around = self._known.get(key)
+        # Renderers may strip blanks; control tokens in a text may mean something to them.
+        own = None if around is None or _blank_at_an_end(content) else self._text(around, content)
+        if around is not None and own is not None and around.verified >= _VERIFIED:
+            return [*around.head, *own, *around.tail]
+        rendered = self._render(messages)
+        whole = [token for chunk in rendered for token in chunk]
+        if key not in self._known and len(self._known) < _MOST_SHAPES:
+            self._known[key] = self._learn(rendered, content)
+        elif around is not None and own is not None:
+            self._verify(key, around, whole == [*around.head, *own, *around.tail])
+        return whole
+
+    def _verify(self, key: tuple[Any, ...], around: _Surroundings, equal: bool) -> None:
+        around.verified += 1
+        if not equal:
+            self._known[key] = None
+
+    def _render(self, messages: Sequence[Message]) -> list[list[int]]:
+        prompt = self._renderer.build_generation_prompt([dict(message) for message in messages])
+        return [list(chunk.tokens) for chunk in prompt.chunks]
+
+    def _learn(self, chunks: Sequence[list[int]], content: str) -> _Surroundings | None:
+        """What stands around the text in a rendered conversation; None where that can't be told."""
+        if self._encoder is None or _blank_at_an_end(content):
+            return None
+        own = self._encode(content)
+        for index, chunk in reversed(list(enumerate(chunks))):
+            for start in range(len(chunk) - len(own), -1, -1):
+                end = start + len(own)
+                if chunk[start:end] == own and self._stands_apart(chunk, start, end):
+                    head = [token for one in chunks[:index] for token in one] + chunk[:start]
+                    tail = chunk[end:] + [token for one in chunks[index + 1 :] for token in one]
+                    return _Surroundings(head, tail)
+        return None
+
+    def _stands_apart(self, chunk: Sequence[int], start: int, end: int) -> bool:
+        """Whether no text between these two places can merge with what is around it."""
+        begins = start == 0 or chunk[start - 1] in self._controls or self._ends_line(chunk[:start])
+        return begins and (end == len(chunk) or chunk[end] in self._controls)
+
+    def _ends_line(self, tokens: Sequence[int]) -> bool:
+        text: str = self._renderer.tokenizer.decode(tokens[-1:])
+        return self._by_lines and text.endswith("\n")
+
+    def _text(self, around: _Surroundings, content: str) -> list[int] | None:
+        """The tokens of the last message; None if it has control tokens."""
+        if not around.fixed or not content.startswith(around.fixed):
+            self._fix(around, content)
+        if around.fixed and content.startswith(around.fixed):
+            rest = self._encode(content[len(around.fixed) :])
+            own = [*around.fixed_tokens, *rest]
+        else:
+            own = rest = self._encode(content)
+        return own if self._controls.isdisjoint(rest) else None
+
+    def _fix(self, around: _Surroundings, content: str) -> None:
+        """Keep the lines that this row begins with like the one before."""
+        shared = "" if around.last is None else commonprefix([around.last, content])
+        around.last = content
+        place = _last_line_start(shared) if self._by_lines else 0
+        if place >= _WORTHWHILE:
+            tokens = self._encode(shared[:place])
+            if self._controls.isdisjoint(tokens):
+                around.fixed, around.fixed_tokens = shared[:place], tokens
+
+    def _encode(self, text: str) -> list[int]:
+        # Past the wrapper of transformers, which takes five times as long for a short text.
+        assert self._encoder is not None
+        ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def _blank_at_an_end(content: str) -> bool:
+    return not content or content[0].isspace() or content[-1].isspace()
+
+
+def _last_line_start(text: str) -> int:
+    """Where the last line that does not begin with a blank begins; 0 if there is none."""
+    place = len(text)
+    while (place := text.rfind("\n", 0, place)) >= 0:
+        if place + 1 < len(text) and not text[place + 1].isspace():
+            return place + 1
+    return 0
+
+
+def _control_ids(tokenizer: Any) -> list[int]:
+    """Tokens that are cut out of a text before anything else, without the blanks around them."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return [id for id, token in added.items() if not (token.lstrip or token.rstrip)]
+
+
+def _splits_at_lines(encoder: Any) -> bool:
+    """Whether a new line always begins a new token, whatever characters stand around it.
+
+    Pre-tokenizers tell apart letters, digits, marks and blanks: one of each kind stands for all.
+    """
+    before, after = (
+        ("a", "1", ".", " ", "\n", "é", "的", "'"),
+        ("b", "2", ",", "'", "ß", "中", "🙂"),
+    )
+    if encoder.pre_tokenizer is None:
+        return False
+    for left, right in product(before, after):
+        first, second = f"x{left}\n", f"{right}y"
+        pieces = encoder.pre_tokenizer.pre_tokenize_str(first + second)
+        whole, *parts = (
+            encoder.encode(text, add_special_tokens=False).ids
+            for text in (first + second, first, second)
+        )
+        if len(first) not in {start for _, (start, _) in pieces} or whole != sum(parts, []):
+            return False
+    return True
+
 
 class TinkerSampler:
-    """Samples from a connection; one request asks for `Sampling.n` samples."""
+    """Samples from a connection; one request asks for `Sampling.n` samples.
 
-    def __init__(self, connection: Connection, client: tinker.SamplingClient | None = None) -> None:
+    `timeout` is in seconds, for a whole answer; a change holds for the requests after it.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        client: tinker.SamplingClient | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> None:
         """Open a sampling session, or use one that is open; raises `ModelError` where the server
         refuses the model.
         """
-        self.connection = connection
+        self.connection, self.timeout = connection, timeout
+        self._standing = Standing()
         path = connection.model_path
         with sdk.explained(connection.reference):
             self.client = (
@@ -59,14 +227,19 @@ class TinkerSampler:
                 f"`sampling.extra`, found {sampling.extra}."
             )
         tokens = self._prompts.tokens(messages)
-        with sdk.explained(self.model), classified():
-            request = self.client.sample(
-                _model_input(tokens),
-                sampling.n,
-                self._parameters(sampling),
-                topk_sample_logprobs=sampling.top_logprobs or 0,
-            )
-            response = await answered(request.future(), self.connection)
+        try:
+            with self._standing.request(), sdk.explained(self.model), sdk.classified():
+                request = self.client.sample(
+                    _model_input(tokens),
+                    sampling.n,
+                    self._parameters(sampling),
+                    topk_sample_logprobs=sampling.top_logprobs or 0,
+                )
+                async with asyncio.timeout(self.timeout):
+                    response = await sdk.answered(request.future(), self.connection.ended)
+        except (AccessError, ModelError) as error:
+            raise await self._standing.judge(error) from error.__cause__
+        self._standing.accept()
         samples = tuple(self._read(sequence, sampling) for sequence in response.sequences)
         return Reply(samples, Usage(len(tokens), response.prompt_cache_hit_tokens))
 
@@ -118,62 +291,3 @@ def _logprobs(sequence: Any) -> Logprobs:
         tuple(tuple(token for token, _ in row) for row in top),
         tuple(tuple(value for _, value in row) for row in top),
     )
-
-
-async def answered(request: Any, connection: Connection) -> Any:
-    """The result of a `concurrent.futures.Future`.
-
-    The SDK tries a dead address again for minutes; a server of this machine that has ended is
-    noticed within seconds, and raised as `ServiceError`.
-    """
-    loop = asyncio.get_running_loop()
-    waiting = asyncio.wrap_future(request)
-    timer: asyncio.TimerHandle | None = None
-    gone: ServiceError | None = None
-
-    def glance() -> None:
-        nonlocal timer, gone
-        if (gone := connection.ended()) is None:
-            timer = loop.call_later(sdk.GLANCE, glance)
-        else:
-            waiting.cancel()
-
-    if connection.server is not None:
-        timer = loop.call_later(sdk.GLANCE, glance)
-    try:
-        return await waiting
-    except asyncio.CancelledError:
-        if gone is not None:
-            raise gone from None
-        raise
-    finally:
-        if timer is not None:
-            timer.cancel()
-
-
-@contextmanager
-def classified() -> Iterator[None]:
-    """Tells requests that may succeed later from those that never will."""
-    try:
-        yield
-    except tinker.RequestFailedError as error:
-        if error.category == tinker.types.RequestErrorCategory.User:
-            raise RejectedError(error.message, type=_kind(error.message)) from error
-        raise RetryableError(error.message, type="server error") from error
-    except (tinker.BadRequestError, tinker.UnprocessableEntityError) as error:
-        raise RejectedError(str(error), type=_kind(str(error)), status=error.status_code) from error
-    except (tinker.RateLimitError, tinker.ConflictError, tinker.InternalServerError) as error:
-        limited = isinstance(error, tinker.RateLimitError)
-        kind = "rate limit" if limited else "server error"
-        later = RetryableError(str(error), type=kind, status=error.status_code)
-        with suppress(ValueError):
-            later.retry_after = float(error.response.headers.get("retry-after", ""))
-        raise later from error
-    except (tinker.APITimeoutError, TimeoutError) as error:
-        raise RetryableError(str(error) or "no answer in time", type="time-out") from error
-    except tinker.APIConnectionError as error:
-        raise RetryableError(str(error), type="connection") from error
-
-
-def _kind(message: str) -> str:
-    return "context length" if "context" in message.lower() else "bad request"

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from distill_datasets.errors import DatasetError, ModelError, SettingsError
 from distill_datasets.files import write_file
-from distill_datasets.models.connection import Connection, adopt_state, connect, read_training
+from distill_datasets.models.connection import Connection, adopt_state
+from distill_datasets.models.references import connect, find_training, read_training
 from distill_datasets.models.sampler import digest
 from distill_datasets.models.tinker_sdk import explained
 from distill_datasets.training.folder import SavedCheckpoint
@@ -212,8 +213,7 @@ def find_predecessor(
                 "only_new needs a student to start from: name it as start (--from)."
             )
         return None
-    folder = Path(start)
-    if (folder / "checkpoints.jsonl").is_file():
+    if (folder := find_training(start)) is not None:
         config, checkpoint = read_training(folder)
         _require_base(str(start), config["student"], student)
         adapted = {

@@ -279,11 +279,10 @@ def _kept_card(api: "HfApi", repo: str, head: str, card: str) -> str:
 
 def read_training(train: Path | str) -> Trained:
     """A training folder, or that of a run's folder; raises `ModelError` where none is finished."""
-    from distill_datasets.models import connection
+    from distill_datasets.models import references
 
-    for folder in (Path(train), Path(train) / "train"):
-        if (folder / "checkpoints.jsonl").is_file():
-            return Trained(folder, *connection.read_training(folder))
+    if (folder := references.find_training(train)) is not None:
+        return Trained(folder, *references.read_training(folder))
     raise ModelError(
         f"{str(train)!r} holds no finished training: expected a folder that `train` wrote, with "
         "checkpoints.jsonl in it. Run `train` first, or again to finish it."
@@ -385,14 +384,12 @@ def _template(trained: Trained, base: AdapterBase) -> dict[str, Any] | None:
 
     None where it can't make it: then the renderer of the training is needed.
     """
-    from tinker_cookbook.renderers import get_renderer
-    from tinker_cookbook.tokenizer_utils import get_tokenizer
+    from distill_datasets.models.connection import load_tokenizer
+    from distill_datasets.models.renderers import open_renderer
 
-    import distill_datasets.models.renderers  # noqa: F401 (registers our renderer)
-
-    tokenizer: Any = get_tokenizer(str(base.folder or base.hub))
+    tokenizer = load_tokenizer(str(base.folder or base.hub))
     conversation: Any = [{"role": "user", "content": _EXAMPLE_QUERY}]
-    renderer = get_renderer(trained.config["renderer"], tokenizer)
+    renderer = open_renderer(trained.config["renderer"], tokenizer)
     wanted = renderer.build_generation_prompt(conversation).to_ints()
     possible: tuple[dict[str, Any], ...] = (
         {},

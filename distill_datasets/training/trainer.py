@@ -124,7 +124,7 @@ def require_settings(
     names of the `splits` that the dataset will have, also what is measured. `store` is where a
     local server keeps checkpoints. Raises what `train` raises.
     """
-    from distill_datasets.models.connection import connect
+    from distill_datasets.models.references import connect
     from distill_datasets.training.student import require_trainable
 
     _require_untrained(student, None)
@@ -475,7 +475,7 @@ def _connect(
     student: str, source: DatasetSource, settings: TrainSettings, folder: TrainingFolder
 ) -> "Connection":
     """A release names the renderer that its teacher was read with; the same model keeps it."""
-    from distill_datasets.models.connection import connect
+    from distill_datasets.models.references import connect
 
     renderer = settings.renderer
     if renderer is None and source.manifest.get("teacher") == student:

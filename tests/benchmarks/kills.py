@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distill_datasets.models import connection as connections
+from distill_datasets.models import references
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.training.folder import TrainingFolder
@@ -67,7 +67,7 @@ def losses(out: Path) -> list[dict[str, Any]]:
 def answers(model: str, out: Path) -> list[str]:
     """What the final weights say."""
     final = TrainingFolder(out).checkpoints[-1]
-    connection = connections.connect(model, store=out / "checkpoints")
+    connection = references.connect(model, store=out / "checkpoints")
     sampler = TinkerSampler(replace(connection, model_path=final.sampler))
     sampling = Sampling(temperature=0, max_tokens=8)
 

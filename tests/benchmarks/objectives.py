@@ -27,7 +27,8 @@ from datasets import load_dataset
 
 from distill_datasets import TrainSettings, generate, load_recipe, publish, train
 from distill_datasets.models import connection
-from distill_datasets.models.connection import Connection, connect
+from distill_datasets.models.connection import Connection
+from distill_datasets.models.references import connect
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.scoring import Scorer, likelihoods
 from distill_datasets.models.tinker import TinkerSampler

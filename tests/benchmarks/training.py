@@ -32,6 +32,7 @@ from tinker_cookbook.tokenizer_utils import register_tokenizer
 from distill_datasets import resources
 from distill_datasets.embedded.process import Server, launch
 from distill_datasets.models import connection as connections
+from distill_datasets.models import references
 from distill_datasets.training.data import locate, open_splits
 from distill_datasets.training.schedule import plan_steps
 from distill_datasets.training.trainer import TrainSettings, train
@@ -113,7 +114,7 @@ def write_rows(folder: Path, count: int) -> Path:
 
 def plan(dataset: Path, settings: TrainSettings) -> Planned:
     """What our training will learn, for the cookbook."""
-    connection = connections.connect("pocket", renderer=RENDERER)
+    connection = references.connect("pocket", renderer=RENDERER)
     rendered = open_splits(locate(dataset), settings)["train"].render(connection, 4096)
     steps = plan_steps(rendered.lengths, settings, RATE)
     batches = [rendered.conversations(step.places) for step in steps]

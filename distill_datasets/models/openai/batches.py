@@ -1,9 +1,10 @@
 """OpenAI's files and batches: many requests in one file, answered within a day at half price."""
 
 import json
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import aiohttp
 
@@ -13,39 +14,48 @@ from distill_datasets.errors import (
     ModelError,
     RejectedError,
     RetryableError,
-    ServiceError,
 )
 from distill_datasets.models.batches import BatchState
+from distill_datasets.models.endpoint import (
+    MOST_BYTES,
+    Endpoint,
+    Standing,
+    read_answer,
+    too_large,
+)
 from distill_datasets.models.openai.errors import explain, read_refusal
-from distill_datasets.models.openai.wire import bad_answer, parse, read_reply
+from distill_datasets.models.openai.wire import bad_answer, parse, read_reply, write_body
 from distill_datasets.models.sampler import Reply, Sampling
 from distill_datasets.schema import Message
-
-if TYPE_CHECKING:
-    from distill_datasets.models.openai.client import OpenAISampler
 
 _OVER = {"completed", "expired", "cancelled", "failed"}
 _KEY = "distill_datasets"  # of the metadata in which our own name of a batch travels
 _PAGE = 100
+_NAME = re.compile(rb'"custom_id"\s*:\s*"([0-9a-f]{64})"')
 # Files are large: no limit but on silence.
+_ANSWER = aiohttp.ClientTimeout(total=600, sock_connect=20)
 _SILENCE = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=120)
 
 
 class OpenAIBatches:
-    """The batches of a sampler's endpoint; the calls here cost nothing but `create`."""
+    """The batches of an endpoint; the calls here cost nothing but `create`.
+
+    `length_key` is the server's name for `Sampling.max_tokens`.
+    """
 
     most_requests = 50_000
     most_bytes = 200_000_000
 
-    def __init__(self, sampler: "OpenAISampler") -> None:
+    def __init__(self, endpoint: Endpoint, model: str, length_key: str) -> None:
         """Through the sampler's own connections."""
-        self.sampler = sampler
+        self.endpoint, self.model, self.length_key = endpoint, model, length_key
+        self._standing = Standing()
 
     def line(self, digest: str, messages: Sequence[Message], sampling: Sampling) -> bytes:
         """One request of a batch's file."""
-        body = self.sampler.body(messages, sampling).decode()
+        body = write_body(self.model, messages, sampling, length_key=self.length_key)
         head = f'{{"custom_id":"{digest}","method":"POST","url":"/v1/chat/completions","body":'
-        return f"{head}{body}}}\n".encode()
+        return head.encode() + body + b"}\n"
 
     async def upload(self, path: Path) -> str:
         """Send a file of requests; the provider's name for it."""
@@ -99,64 +109,75 @@ class OpenAIBatches:
 
         Raises `RejectedError` where the provider has deleted it.
         """
-        session, rest = await self.sampler.session(), b""
-        url = self.sampler.url / f"files/{file}/content"
-        with self.sampler.errors_explained():
+        session, rest = await self.endpoint.session(), b""
+        url = self.endpoint.at(f"files/{file}/content")
+        with self.endpoint.explained():
             async with session.get(url, timeout=_SILENCE) as response:
                 if response.status == 404:
                     raise RejectedError(f"{file} is gone", type="bad request", status=404)
                 if response.status != 200:
-                    text = await response.text(errors="replace")
-                    raise explain(read_refusal(response.status, response.headers, text), file)
+                    raise await self._refused(response, file)
                 async for piece in response.content.iter_any():
                     *lines, rest = (rest + piece).split(b"\n")
+                    rest = rest[: MOST_BYTES + 1]  # `read` says that it is too large
                     for line in filter(bytes.strip, lines):
                         yield line
         if rest.strip():
             yield rest
 
-    def read(self, line: bytes, sampling: Sampling) -> tuple[str, Reply | DistillError]:
-        """A request's digest and what became of it."""
-        row = parse(line)
-        digest, answer, error = row.get("custom_id"), row.get("response"), row.get("error")
-        if not isinstance(digest, str):
-            raise ServiceError(f"A batch's answer names no request: {line[:200]!r}")
+    def read(self, line: bytes, sampling: Sampling) -> tuple[str | None, Reply | DistillError]:
+        """A request's digest and what became of it; no digest where the line names none."""
+        name = _NAME.search(line)
+        digest = name[1].decode() if name else None
         try:
-            return digest, self._read(answer, error, sampling)
+            if len(line) > MOST_BYTES:
+                raise too_large()
+            row = parse(line)
+            named = row.get("custom_id")
+            digest = named if isinstance(named, str) else None
+            reply = self._read(row.get("response"), row.get("error"), sampling)
         except DistillError as failure:
-            return digest, failure
+            judged = self._standing.judge_now(failure)
+            judged.args = (self.endpoint.hide(str(judged)),)
+            return digest, judged
+        self._standing.accept()
+        return digest, reply
 
-    def _read(self, answer: Any, error: Any, sampling: Sampling) -> Reply | DistillError:
-        if not isinstance(answer, dict) or "status_code" not in answer:
+    def _read(self, answer: Any, error: Any, sampling: Sampling) -> Reply:
+        status = str(answer.get("status_code")) if isinstance(answer, dict) else ""
+        if not status.isdigit():
             said = error if isinstance(error, dict) else {}
-            return RetryableError(
+            raise RetryableError(
                 str(said.get("message") or "no answer"), type=str(said.get("code") or "bad answer")
             )
-        status, body = int(answer["status_code"]), answer.get("body")
-        if status != 200 or not isinstance(body, dict):
-            refusal = read_refusal(status, {}, json.dumps(body))
-            return explain(refusal, self.sampler.model)
+        body = answer.get("body")
+        if status != "200" or not isinstance(body, dict) or "choices" not in body:
+            raise explain(read_refusal(int(status), {}, json.dumps(body)), self.model)
         return read_reply(body, sampling)
 
     async def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
-        session = await self.sampler.session()
-        with self.sampler.errors_explained():
-            async with session.request(method, self.sampler.url / path, **options) as response:
-                status, headers, text = response.status, response.headers, await response.read()
-        if status == 404 and "/" in path:
+        session, options = await self.endpoint.session(), {"timeout": _ANSWER, **options}
+        with self.endpoint.explained():
+            async with session.request(method, self.endpoint.at(path), **options) as response:
+                if response.status == 200:
+                    return parse(await read_answer(response))
+                refused = await self._refused(response, f"openai:{self.model}")
+        if response.status == 404 and "/" in path:
             raise AccessError(
-                f"{self.sampler.url} knows no {path}: use the key and the OPENAI_BASE_URL with "
-                "which it was sent."
+                f"{self.endpoint} knows no {path}: use the key and the OPENAI_BASE_URL with which "
+                "it was sent."
             )
-        if status in (404, 405):
+        if response.status in (404, 405):
             raise ModelError(
-                f"{self.sampler.url} has no {path}, so nothing can be asked in batches there. Run "
+                f"{self.endpoint} has no {path}, so nothing can be asked in batches there. Run "
                 "without --batch."
             )
-        if status != 200:
-            refusal = read_refusal(status, headers, text.decode(errors="replace"))
-            raise explain(refusal, self.sampler.model)
-        return parse(text)
+        raise refused
+
+    async def _refused(self, response: aiohttp.ClientResponse, reference: str) -> DistillError:
+        text = (await read_answer(response)).decode(errors="replace")
+        text = self.endpoint.hide(text)
+        return explain(read_refusal(response.status, response.headers, text), reference)
 
 
 def _named(answer: Mapping[str, Any]) -> str:

@@ -4,15 +4,10 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from http.client import HTTPException
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Any
-from urllib.error import HTTPError
-from urllib.request import Request, getproxies, proxy_bypass, urlopen
 
 import aiohttp
 from yarl import URL
@@ -21,38 +16,33 @@ from distill_datasets.errors import (
     AccessError,
     DistillError,
     ModelError,
-    RetryableError,
-    ServiceError,
 )
-from distill_datasets.models.openai.errors import (
-    Refusal,
-    explain,
-    read_allowance,
-    read_refusal,
+from distill_datasets.models.endpoint import (
+    Endpoint,
+    Standing,
+    read_address,
+    read_answer,
+    read_key,
 )
-from distill_datasets.models.openai.stream import read_stream
-from distill_datasets.models.openai.wire import parse, read_reply, write_body
+from distill_datasets.models.openai.batches import OpenAIBatches
+from distill_datasets.models.openai.errors import Refusal, explain, read_allowance, read_refusal
+from distill_datasets.models.openai.wire import parse, read_reply, read_stream, write_body
 from distill_datasets.models.sampler import Reply, Sampling
 from distill_datasets.schema import Message
-
-if TYPE_CHECKING:
-    from distill_datasets.models.openai.batches import OpenAIBatches
 
 _OPENAI = "https://api.openai.com/v1"
 _JSON = {"Content-Type": "application/json"}
 _NEWER = "max_completion_tokens"
-_PATIENCE = 20.0  # seconds to reach a server
-
-_Session = tuple[aiohttp.ClientSession, AsyncGenerator[aiohttp.ClientSession]]
 
 
 class OpenAISampler:
     """Samples from a model behind an OpenAI-compatible address; one request, `Sampling.n` samples.
 
     `base_url` and `api_key` default to OPENAI_BASE_URL and OPENAI_API_KEY. `timeout` is in
-    seconds, for a whole answer. With `stream` a reply says when its first token came, for about
-    0.01 ms of processor time a token. One that is opened `lazily` looks for the key and the server
-    before its first request, and not at all where there is none.
+    seconds, for a whole answer; setting `endpoint.timeout` changes that of later requests. With
+    `stream` a reply says when its first token came, for about 0.01 ms of processor time a token.
+    One that is opened `lazily` looks for the key and the server before its first request, and not
+    at all where there is none.
     """
 
     def __init__(  # noqa: PLR0913 (an address, and how to ask there)
@@ -67,20 +57,18 @@ class OpenAISampler:
     ) -> None:
         """Asks nobody yet; raises `AccessError` without the key that the address needs."""
         self.name, self.stream = model, stream
-        self.url = _address(base_url or os.environ.get("OPENAI_BASE_URL") or _OPENAI)
-        key = api_key or os.environ.get("OPENAI_API_KEY")
-        self._lacks_key = not key and not _is_near(self.url.host or "")
+        address = base_url or os.environ.get("OPENAI_BASE_URL") or _OPENAI
+        key = read_key(api_key or os.environ.get("OPENAI_API_KEY"), "OPENAI_API_KEY")
+        url = _base(read_address(address, "OPENAI_BASE_URL"))
+        self.endpoint = Endpoint(url, key, "OPENAI_BASE_URL", timeout)
+        self._is_openai = url.host == URL(_OPENAI).host
         self._reached = not lazily
         self._reaching: dict[asyncio.AbstractEventLoop, asyncio.Task[None]] = {}
         if not lazily:
             self._check_key()
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=_PATIENCE)
-        self._chat = self.url / "chat/completions"
         # OpenAI's newer models know no other name; elsewhere it is the newer one.
         self._length_key = _NEWER if self._is_openai else "max_tokens"
-        self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
-        self._identity = self._identify()
+        self._standing = Standing()
 
     @property
     def model(self) -> str:
@@ -90,61 +78,90 @@ class OpenAISampler:
     @property
     def identity(self) -> str:
         """The reference, and the address unless it is OpenAI's: names mean nothing elsewhere."""
-        return self._identity
-
-    def _identify(self) -> str:
         if self._is_openai:
             return self.model
-        path = self.url.path.rstrip("/").removesuffix("/v1")
-        return f"{self.model}@{self.url.host_port_subcomponent}{path}"
+        url = self.endpoint.url
+        path = url.path.rstrip("/").removesuffix("/v1")
+        return f"{self.model}@{url.host_port_subcomponent}{path}"
 
     @property
-    def _is_openai(self) -> bool:
-        return self.url.host == URL(_OPENAI).host
-
-    @property
-    def batches(self) -> "OpenAIBatches":
+    def batches(self) -> OpenAIBatches:
         """The batches of this endpoint, if it has any."""
-        from distill_datasets.models.openai.batches import OpenAIBatches
-
-        return OpenAIBatches(self)
-
-    def body(
-        self,
-        messages: Sequence[Message],
-        sampling: Sampling,
-        *,
-        length_key: str | None = None,
-        stream: bool = False,
-    ) -> bytes:
-        """A request as it is sent."""
-        key = length_key or self._length_key
-        return write_body(self.name, messages, sampling, length_key=key, stream=stream)
+        return OpenAIBatches(self.endpoint, self.name, self._length_key)
 
     async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Answer once. Tokens of several samples are shared out: only their sum is the server's."""
         if not self._reached:
             await self._reach_once()
+        try:
+            with self._standing.request():
+                reply = await self._ask(messages, sampling)
+        except DistillError as error:
+            judged = await self._standing.judge(error)
+            judged.args = (self.endpoint.hide(str(judged)),)
+            raise judged from error.__cause__
+        self._standing.accept()
+        return reply
+
+    async def _ask(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         key = self._length_key
         answer = await self._post(messages, sampling, key)
         if isinstance(answer, Refusal) and key != _NEWER and answer.wants_completion_tokens:
             self._length_key = _NEWER
             answer = await self._post(messages, sampling, _NEWER)
-        if isinstance(answer, Reply):
-            return answer
-        raise await self.explained(answer)
+        if isinstance(answer, Refusal):
+            raise await self._explained(answer)
+        return answer
 
-    async def explained(self, refusal: Refusal) -> DistillError:
+    async def _post(
+        self, messages: Sequence[Message], sampling: Sampling, length_key: str
+    ) -> Reply | Refusal:
+        body = write_body(self.name, messages, sampling, length_key=length_key, stream=self.stream)
+        first, start = None, time.monotonic()
+        with self.endpoint.explained():
+            session = await self.endpoint.session()
+            async with session.post(
+                self.endpoint.at("chat/completions"),
+                data=body,
+                headers=_JSON,
+                allow_redirects=False,
+                timeout=self.endpoint.client_timeout,
+            ) as response:
+                status, headers = response.status, response.headers
+                if status == 200 and self.stream and response.content_type != "application/json":
+                    answer, arrived = await read_stream(response.content)
+                    first = arrived and arrived - start
+                else:
+                    whole = await read_answer(response)
+                    if status != 200:
+                        return read_refusal(status, headers, whole.decode(errors="replace"))
+                    answer = parse(whole)
+        if answer.get("error") and not answer.get("choices"):
+            return read_refusal(status, headers, json.dumps(answer))
+        reply = read_reply(answer, sampling, first)
+        allowance = read_allowance(headers)
+        return reply if allowance is None else replace(reply, allowance=allowance)
+
+    async def _explained(self, refusal: Refusal) -> DistillError:
         """The error that a refusal is, with the names that an unknown model may have meant."""
-        if not refusal.names_no_model:
+        if self._standing.answered or not refusal.names_no_model:
             return explain(refusal, self.model)
         names = await self._models()
         near = get_close_matches(self.name, names, n=3, cutoff=0.3) or names[:3]
         known = f" Near names: {near}; it has {len(names)}." if names else ""
         return ModelError(
-            f"{self.url} knows no {self.name!r} ({refusal.message}).{known} Check the name, and "
-            "that OPENAI_BASE_URL is the address of its API, often ending in /v1."
+            f"{self.endpoint} knows no {self.name!r} ({refusal.message}).{known} Check the name, "
+            "and that OPENAI_BASE_URL is the address of its API, often ending in /v1."
         )
+
+    async def _models(self) -> list[str]:
+        try:
+            session, timeout = await self.endpoint.session(), aiohttp.ClientTimeout(total=20)
+            async with session.get(self.endpoint.at("models"), timeout=timeout) as response:
+                listed = parse(await read_answer(response))["data"]
+                return sorted(str(model["id"]) for model in listed)
+        except (aiohttp.ClientError, DistillError, OSError, KeyError, TypeError):
+            return []  # the names are a help in an error's text, and no more
 
     def reach(self) -> None:
         """See that the server is there and takes the key: one request that costs nothing.
@@ -152,25 +169,12 @@ class OpenAISampler:
         Raises `ServiceError` or `AccessError`. A server that has no list of models is there too.
         """
         self._check_key()
-        asked = Request(str(self.url / "models"))
-        for name, value in self._headers.items():
-            asked.add_unredirected_header(name, value)  # the key is for this address alone
-        try:
-            with urlopen(asked, timeout=_PATIENCE):
-                pass
-        except HTTPError as error:
-            with error:
-                text = error.read().decode(errors="replace")
-            if error.code in (401, 403):
-                raise explain(read_refusal(error.code, {}, text), self.model) from error
-        except (OSError, HTTPException) as error:
-            raise ServiceError(
-                f"Can't reach {self.url} for {self.model!r}: {error}. Start the server, or check "
-                "the network and OPENAI_BASE_URL."
-            ) from error
+        status, text = self.endpoint.look("models", self.model)
+        if status in (401, 403):
+            raise explain(read_refusal(status, {}, self.endpoint.hide(text)), self.model)
 
     async def _reach_once(self) -> None:
-        """Everyone waits for one look at the server, and hears what came of it."""
+        """Everyone waits for one look at the server, and is told what came of it."""
         loop = asyncio.get_running_loop()
         if loop not in self._reaching:
             self._reaching[loop] = loop.create_task(asyncio.to_thread(self.reach))
@@ -179,99 +183,22 @@ class OpenAISampler:
         self._reaching.pop(loop, None)
 
     def _check_key(self) -> None:
-        if self._lacks_key:
+        if not self.endpoint.key and not _is_near(self.endpoint.url.host or ""):
             raise AccessError(
-                f"{self.name!r} at {self.url} needs a key: set OPENAI_API_KEY, or OPENAI_BASE_URL "
-                "for a server of your own (one on this machine or network needs no key)."
+                f"{self.name!r} at {self.endpoint} needs a key: set OPENAI_API_KEY, or "
+                "OPENAI_BASE_URL for a server of your own (one on this machine or network needs "
+                "no key)."
             )
-
-    async def _post(
-        self, messages: Sequence[Message], sampling: Sampling, length_key: str
-    ) -> Reply | Refusal:
-        body = self.body(messages, sampling, length_key=length_key, stream=self.stream)
-        first, start = None, time.monotonic()
-        found: bytes | dict[str, Any]
-        with self.errors_explained():
-            session = await self.session()
-            async with session.post(
-                self._chat, data=body, headers=_JSON, allow_redirects=False
-            ) as response:
-                status, headers = response.status, response.headers
-                if status == 200 and self.stream:
-                    found, arrived = await read_stream(response.content)
-                    first = arrived and arrived - start
-                else:
-                    found = await response.read()
-        answer = parse(found) if isinstance(found, bytes) and status == 200 else found
-        if isinstance(answer, bytes):
-            return read_refusal(status, headers, answer.decode(errors="replace"))
-        if answer.get("error") and not answer.get("choices"):
-            return read_refusal(status, headers, json.dumps(answer))
-        reply = read_reply(answer, sampling, first)
-        allowance = read_allowance(headers)
-        return reply if allowance is None else replace(reply, allowance=allowance)
-
-    @contextmanager
-    def errors_explained(self) -> Iterator[None]:
-        """Turns what can go wrong on the way into errors that tell whether to ask again."""
-        try:
-            yield
-        except DistillError:
-            raise  # some of ours are OSErrors too
-        except TimeoutError as error:
-            said = str(error) or f"No whole answer within {self._timeout.total} s"
-            raise RetryableError(said, type="time-out") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise RetryableError(f"{type(error).__name__}: {error}", type="connection") from error
-
-    async def _models(self) -> list[str]:
-        try:
-            session = await self.session()
-            async with session.get(self.url / "models") as response:
-                return sorted(model["id"] for model in (await response.json())["data"])
-        except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError):
-            return []  # the names are a help in an error's text, and no more
-
-    async def session(self) -> aiohttp.ClientSession:
-        """This event loop's session: it ends with `close`, or when the loop is shut down."""
-        loop = asyncio.get_running_loop()
-        if loop not in self._sessions:
-            opened = self._open(loop)
-            self._sessions[loop] = await anext(opened), opened
-        return self._sessions[loop][0]
-
-    async def _open(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[aiohttp.ClientSession]:
-        # A loop that shuts down its asynchronous generators, as `asyncio.run` does, ends this.
-        async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
-            headers=self._headers,
-            timeout=self._timeout,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            proxy=_proxy(self.url),
-        ) as session:
-            try:
-                yield session
-            finally:
-                del self._sessions[loop]
 
     async def close(self) -> None:
         """Release the connections of this event loop; the next request opens new ones."""
-        if found := self._sessions.get(asyncio.get_running_loop()):
-            await found[1].aclose()
+        await self.endpoint.close()
 
 
-def _address(text: str) -> URL:
-    try:
-        url = URL(text.rstrip("/").removesuffix("/chat/completions"))
-    except ValueError as error:
-        raise ModelError(f"OPENAI_BASE_URL: {text!r} is no address: {error}") from error
-    if url.scheme not in ("http", "https") or not url.host or url.user or url.password:
-        found = str(url.with_user(None)) if url.host else text
-        raise ModelError(
-            f"OPENAI_BASE_URL: expected https://host/v1 or the like, and the key in "
-            f"OPENAI_API_KEY, found {found!r}."
-        )
-    return url
+def _base(url: URL) -> URL:
+    """An address without a trailing slash, and without the path that is asked there."""
+    path = url.path.rstrip("/").removesuffix("/chat/completions")
+    return url.with_path(path, keep_query=True)
 
 
 def _is_near(host: str) -> bool:
@@ -280,10 +207,3 @@ def _is_near(host: str) -> bool:
         return ip_address(host).is_private  # loopback and link-local addresses are too
     except ValueError:
         return "." not in host or host.endswith((".localhost", ".local", ".internal"))
-
-
-def _proxy(url: URL) -> str | None:
-    # Read here once: with `trust_env` the client looks into a file for every request.
-    if proxy_bypass(url.host or ""):
-        return None
-    return getproxies().get(url.scheme)

@@ -2,7 +2,9 @@
 
 import json
 import re
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -16,8 +18,10 @@ from distill_datasets.errors import (
     RetryableError,
     ServiceError,
 )
+from distill_datasets.models.openai.wire import whole_text
 from distill_datasets.models.sampler import Allowance
 
+_MOST_SAID = 2000  # characters of what a server said
 _NO_CREDIT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _PARAMETER = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
 _TOO_LONG = re.compile(
@@ -26,8 +30,12 @@ _TOO_LONG = re.compile(
     re.IGNORECASE,
 )
 _POLICY = re.compile(r"content.?(policy|filter|management)|responsibleai|safety system", re.I)
-_SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|d|h|m|s)")
-_UNITS = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 1e-3}
+# Statuses of a server, or of something before it, that may answer the same request later.
+_LATER = frozenset({408, 409, 420, 421, 423, 424, 425, 429, 449, 460, 498, 499})
+_KINDS = {408: "time-out", 420: "rate limit", 429: "rate limit", 498: "rate limit"}
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(milli|ms|us|µs|ns|d|h|m|s)[a-z]*\s*", re.I)
+_UNITS = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "milli": 1e-3}
+_YEARS = 3e8  # seconds: a number beyond is no span but a point in time, since 1970
 
 
 @dataclass(frozen=True)
@@ -56,18 +64,20 @@ class Refusal:
 
 def read_refusal(status: int, headers: Mapping[str, str], text: str) -> Refusal:
     """What a body says, in any of the forms that servers have for errors."""
+    text = whole_text(text)
     try:
         body = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     fields = body.get("error", body) if isinstance(body, dict) else body
     if not isinstance(fields, dict):
         fields = {"message": fields if isinstance(fields, str) else text.strip()[:500]}
     said = fields.get("message") or fields.get("detail") or text.strip()[:500] or "no message"
     metadata = fields.get("metadata")
+    said = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)[:500]
     return Refusal(
         status if status >= 300 else _status_within(fields),
-        said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)[:500],
+        whole_text(said)[:_MOST_SAID],
         code=str(fields.get("code") or ""),
         type=str(fields.get("type") or ""),
         param=str(fields.get("param") or ""),
@@ -78,8 +88,9 @@ def read_refusal(status: int, headers: Mapping[str, str], text: str) -> Refusal:
 
 def _status_within(fields: Mapping[str, Any]) -> int:
     """The status of an error that came, as from a proxy or in mid-stream, with status 200."""
-    if isinstance(code := fields.get("code"), int) and 400 <= code < 600:
-        return code
+    code = str(fields.get("code") or fields.get("status") or "")
+    if re.fullmatch("[45][0-9][0-9]", code):
+        return int(code)
     return 400 if fields.get("type") == "invalid_request_error" else 500
 
 
@@ -98,9 +109,9 @@ def explain(refusal: Refusal, reference: str) -> DistillError:
             f"{reference!r}: the server refused the key ({status}: {said}). Check OPENAI_API_KEY "
             "and OPENAI_BASE_URL, and that the key may use this model."
         )
-    if status in (408, 409, 425, 429) or status >= 500:
+    if status in _LATER or status >= 500:
         return _retryable(refusal)
-    if status in (400, 413, 422):
+    if status in (400, 413, 414, 422, 431):
         return _final(refusal, reference)
     return ServiceError(
         f"{reference!r}: expected a chat completion, found status {status} ({said}). Check that "
@@ -117,7 +128,7 @@ def _blames_content(refusal: Refusal) -> bool:
 
 
 def _retryable(refusal: Refusal) -> RetryableError:
-    kind = {429: "rate limit", 408: "time-out"}.get(refusal.status, "server error")
+    kind = _KINDS.get(refusal.status, "server error")
     error = RetryableError(refusal.message, type=kind, status=refusal.status)
     error.retry_after = read_retry_after(refusal.headers or {})
     return error
@@ -139,23 +150,23 @@ def _final(refusal: Refusal, reference: str) -> DistillError:
 
 
 def read_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, as the server asked: in its own header, or until its allowance is whole."""
-    if (text := headers.get("retry-after-ms")) and (found := _number(text)) is not None:
-        return found / 1000
-    if text := headers.get("retry-after"):
-        if (seconds := _number(text)) is not None:
-            return seconds
-        try:
-            when = parsedate_to_datetime(text)
-        except ValueError:
-            return None
-        return max(0.0, (when - datetime.now(when.tzinfo or UTC)).total_seconds())
+    """Seconds to wait, as the server asked: in its own header, or until its allowance is whole.
+
+    A date, and a number too large for a span, are points in time.
+    """
+    if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
+        return milliseconds / 1000
+    if (seconds := read_seconds(headers.get("retry-after"))) is not None:
+        return seconds
     allowance = read_allowance(headers)
-    if allowance is None:
-        return None
-    if allowance.requests == 0:
+    if allowance is not None and allowance.requests == 0:
         return allowance.requests_seconds
-    return allowance.tokens_seconds if allowance.tokens == 0 else None
+    if allowance is not None and allowance.tokens == 0:
+        return allowance.tokens_seconds
+    left = _number(headers.get("x-ratelimit-remaining", headers.get("ratelimit-remaining")))
+    if allowance is None and not left:
+        return read_seconds(headers.get("x-ratelimit-reset", headers.get("ratelimit-reset")))
+    return None
 
 
 def read_allowance(headers: Mapping[str, str]) -> Allowance | None:
@@ -166,15 +177,42 @@ def read_allowance(headers: Mapping[str, str]) -> Allowance | None:
         return None
     return Allowance(
         _count(headers.get("x-ratelimit-remaining-requests")),
-        _seconds(headers.get("x-ratelimit-reset-requests")),
+        read_seconds(headers.get("x-ratelimit-reset-requests")),
         _count(headers.get("x-ratelimit-remaining-tokens")),
-        _seconds(headers.get("x-ratelimit-reset-tokens")),
+        read_seconds(headers.get("x-ratelimit-reset-tokens")),
     )
 
 
+def read_seconds(text: str | None) -> float | None:
+    """Seconds from now in a span (`6m0s`, `120ms`, `2 minutes`), a bare number of seconds, an
+    HTTP or ISO date, or a number of (milli)seconds since 1970; None for anything else.
+    """
+    text = (text or "").strip()
+    if (number := _number(text)) is not None:
+        while number > 1000 * _YEARS:  # milliseconds, or finer
+            number /= 1000
+        return max(0.0, number - time.time()) if number > _YEARS else number
+    spans = _SPAN.findall(text)
+    if spans and not _SPAN.sub("", text):
+        return sum(float(amount) * _UNITS.get(unit.lower(), 0.0) for amount, unit in spans)
+    if (when := _date(text)) is not None:
+        return max(0.0, (when - datetime.now(UTC)).total_seconds())
+    return None
+
+
+def _date(text: str) -> datetime | None:
+    """A point in time; one without a zone is in UTC, as HTTP's dates are."""
+    for read in (parsedate_to_datetime, datetime.fromisoformat):
+        with suppress(ValueError, TypeError, OverflowError, IndexError):
+            when = read(text)
+            return when.astimezone(UTC) if when.tzinfo else when.replace(tzinfo=UTC)
+    return None
+
+
 def _number(text: str | None) -> float | None:
+    """A number that isn't negative; of several, as proxies join them, the first."""
     try:
-        found = float(text or "")
+        found = float((text or "").partition(",")[0])
     except ValueError:
         return None
     return found if 0 <= found < float("inf") else None
@@ -183,11 +221,3 @@ def _number(text: str | None) -> float | None:
 def _count(text: str | None) -> int | None:
     found = _number(text)
     return None if found is None else int(found)
-
-
-def _seconds(text: str | None) -> float | None:
-    """A span like `6m0s`, `1.5s` or `120ms`; a bare number is seconds."""
-    spans = _SPAN.findall(text or "")
-    if not spans:
-        return _number(text)
-    return sum(float(amount) * _UNITS.get(unit, 0.0) for amount, unit in spans)

@@ -1,16 +1,50 @@
-"""The bodies of `/chat/completions`: what is asked, and what an answer says."""
+"""The bodies of `/chat/completions`: what is asked, and what an answer says, whole or streamed.
+
+Answers are read tolerantly: servers differ in names, leave fields out, and send other types.
+"""
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
+import aiohttp
+
 from distill_datasets.errors import ModelError, RejectedError, RetryableError, ServiceError
-from distill_datasets.models.sampler import Logprobs, Reply, Sample, Sampling, Usage
+from distill_datasets.models.endpoint import MOST_BYTES, too_large
+from distill_datasets.models.sampler import (
+    Logprobs,
+    Reply,
+    Sample,
+    Sampling,
+    Usage,
+    split_thoughts,
+)
 from distill_datasets.schema import Message
 
-OURS = frozenset({"messages", "model", "n", "stream", "stream_options"})
+_OURS = frozenset({"messages", "model", "n", "stream", "stream_options"})
+_ATTEMPTS = 3  # for an answer that can't be read
+_MOST_COUNT = 2**31 - 1  # what a column of counts holds
+_TEXTS = ("content", "reasoning_content", "reasoning", "thinking", "refusal")
+# Names of the reasons for which a model stopped, in small letters; any other is "stop".
+_LENGTH = re.compile(
+    "length|(max|model|context|token)_(output_|new_)?(tokens|length|limit)(_reached)?|"
+    "model_context_window_exceeded"
+)
+_FILTERED = re.compile(
+    "content_filter(ed)?|safety|recitation|sensitive|blocklist|prohibited_content|spii|refusal|"
+    "image_safety|guardrails?(_intervened)?"
+)
+_FAILED = re.compile(
+    "error|abort(ed)?|cancell?ed|failed|timeout|network_error|insufficient_system_resource"
+)
+_REASONING = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
+_TOOLS = frozenset({"tool_calls", "function_call", "tool_use"})
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _TOKEN_ID = re.compile(r"token_id:(\d+)")
 
 
@@ -23,11 +57,11 @@ def write_body(
     stream: bool = False,
 ) -> bytes:
     """A request's body; `length_key` is the server's name for `Sampling.max_tokens`."""
-    turns = ",".join(map(_turn, messages))
-    return f"{_before_messages(model, sampling, length_key, stream)}[{turns}]}}".encode()
+    rendered = ",".join(map(_rendered, messages))
+    return f"{_before_messages(model, sampling, length_key, stream)}[{rendered}]}}".encode()
 
 
-def _turn(message: Message) -> str:
+def _rendered(message: Message) -> str:
     # The prompt is the same in every request of a run, and may be long.
     return _prompt(message["content"]) if message["role"] == "system" else json.dumps(message)
 
@@ -76,7 +110,7 @@ def parameters(sampling: Sampling, length_key: str) -> dict[str, Any]:
 
 def _extra(text: str | None) -> dict[str, Any]:
     extra: dict[str, Any] = {} if text is None else json.loads(text)
-    if taken := sorted(OURS & set(extra)):
+    if taken := sorted(_OURS & set(extra)):
         raise ModelError(
             f"sampling.extra names {taken}, which the request itself sets. Remove them; `n` is "
             "sampling.n, and the model is the recipe's teacher."
@@ -84,15 +118,32 @@ def _extra(text: str | None) -> dict[str, Any]:
     return extra
 
 
-def parse(text: bytes) -> dict[str, Any]:
+def parse(text: bytes | str) -> dict[str, Any]:
     """The JSON object of an answer; raises `RetryableError` for anything else."""
     try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig", errors="replace")
         body = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise bad_answer(repr(text[:200])) from error
     if not isinstance(body, dict):
         raise bad_answer(repr(text[:200]))
     return body
+
+
+def whole_text(text: str) -> str:
+    """A text whose halves of surrogate pairs are joined, or U+FFFD where one is alone."""
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", errors="replace")
+
+
+def bad_answer(found: str) -> RetryableError:
+    """An answer that doesn't have the protocol's form; it is asked for twice more."""
+    found = whole_text(found)
+    error = RetryableError(f"Expected a chat completion, found: {found}", type="bad answer")
+    error.most_attempts = _ATTEMPTS
+    return error
 
 
 def read_reply(
@@ -105,69 +156,91 @@ def read_reply(
     """
     try:
         choices = sorted(body["choices"], key=lambda choice: choice.get("index") or 0)
-        if len(choices) != sampling.n:
+        texts = [_read_choice(choice) for choice in choices]
+        if choices and len(choices) != sampling.n:
             raise ServiceError(
                 f"Asked for {sampling.n} samples in one request, the server gave {len(choices)}: "
                 "it ignores `n`. Set sampling.n to 1, or ask a server that honours it."
             )
-        texts = [_read_message(choice) for choice in choices]
+        if not choices:
+            raise bad_answer("an answer without any choice")
         logprobs = [_read_logprobs(choice.get("logprobs"), sampling) for choice in choices]
-        tokens = _share_out(_response_tokens(body), texts, logprobs)
-        samples = [
-            Sample(text, _stop_reason(choice), count, reasoning, place)
-            for choice, (text, reasoning), count, place in zip(
-                choices, texts, tokens, logprobs, strict=True
+        usage, response_tokens = _read_usage(body.get("usage"))
+        tokens = _share_out(response_tokens, texts, logprobs)
+        samples = tuple(
+            Sample(text, stop_reason, count, reasoning, places)
+            for (text, reasoning, stop_reason), count, places in zip(
+                texts, tokens, logprobs, strict=True
             )
-        ]
-        return Reply(tuple(samples), _read_usage(body["usage"]), first_token_seconds)
+        )
+        return Reply(samples, usage, first_token_seconds)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, RejectedError):
             raise
         raise bad_answer(f"{error!r} in {json.dumps(body)[:300]}") from error
 
 
-def bad_answer(found: str) -> RetryableError:
-    """An answer that doesn't have the protocol's form; it is asked for twice more."""
-    error = RetryableError(f"Expected a chat completion, found: {found}", type="bad answer")
-    error.most_attempts = 3
-    return error
-
-
-def _stop_reason(choice: Mapping[str, Any]) -> Any:
-    reason = choice["finish_reason"]
-    if reason in ("tool_calls", "function_call") and choice["message"].get("content"):
-        return "stop"
-    return reason
-
-
-def _read_message(choice: Mapping[str, Any]) -> tuple[str, str | None]:
-    """A choice's text and its reasoning, both as the server gave them."""
-    message, reason = choice["message"], choice["finish_reason"]
-    if reason == "content_filter" or message.get("refusal"):
-        raise RejectedError(
-            message.get("refusal") or "The provider's filter held the answer back.",
-            type="content policy",
-        )
-    text, reasoning = message.get("content"), message.get("reasoning_content")
-    if reasoning is None:
-        reasoning = message.get("reasoning")
-    if isinstance(text, list):  # parts, each with its kind
-        text = "".join(part.get("text") or "" for part in text if part.get("type") == "text")
-    if reason in ("tool_calls", "function_call") and not text:
+def _read_choice(choice: Mapping[str, Any]) -> tuple[str, str | None, Any]:
+    """A choice's text, its reasoning, and why the model stopped."""
+    said = choice.get("finish_reason")
+    reason = re.sub(r"[^a-z]+", "_", str(said or "").lower()).strip("_")
+    message = choice.get("message") or choice.get("delta") or {}
+    content = message.get("content", choice.get("text"))
+    parts = [_part(one) for one in (content if isinstance(content, list) else [content])]
+    text, inner, refusal = (
+        whole_text("".join(text for kind, text in parts if kind == wanted))
+        for wanted in ("text", "thinking", "refusal")
+    )
+    refusal = whole_text(_told(message.get("refusal"))) or refusal
+    if _FILTERED.fullmatch(reason) or refusal:
+        held = refusal or "The provider's filter held the answer back."
+        raise RejectedError(held, type="content policy")
+    if _FAILED.fullmatch(reason):
+        error = RetryableError(f"The server stopped the answer: {reason}", type="server error")
+        error.most_attempts = _ATTEMPTS
+        raise error
+    if reason in _TOOLS and not text:
         raise RejectedError(
             "The model called a tool in place of an answer; a recipe has none to offer.",
             type="bad request",
         )
-    if reason not in ("stop", "length", "tool_calls", "function_call"):
-        raise bad_answer(f"finish_reason {reason!r}, neither 'stop' nor 'length'")
-    return text or "", reasoning or None
+    thoughts, text = split_thoughts(text)
+    told = (whole_text(_told(message.get(name))) for name in _REASONING)
+    reasoning = next(filter(None, told), None) or inner or thoughts
+    cut_off = _LENGTH.fullmatch(reason) is not None
+    if not text and not reasoning and (not message or not (cut_off or reason == "stop")):
+        raise bad_answer(f"finish_reason {said!r} and message {choice.get('message')!r}")
+    return text, reasoning, "length" if cut_off else "stop"
 
 
-def _read_logprobs(found: Mapping[str, Any] | None, sampling: Sampling) -> Logprobs | None:
+def _part(part: Any) -> tuple[str, str]:
+    """A part of a content: its kind ("text", "thinking", "refusal" or another) and its text."""
+    if not isinstance(part, dict) or "type" not in part:
+        plain = isinstance(part, dict) and part.keys() == {"text"}
+        kept = part is None or isinstance(part, str) or plain
+        return "text", _told(part) if kept else json.dumps(part, ensure_ascii=False)
+    kind = str(part["type"])
+    known = {"output_text": "text", "reasoning": "thinking"}
+    return known.get(kind, kind), _told(part)
+
+
+def _told(value: Any) -> str:
+    """The text in a field that is a text, a list of such, or an object around one."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "".join(map(_told, value))
+    if isinstance(value, dict):
+        names = ("text", "thinking", "reasoning", "refusal", "summary", "value")
+        return next((_told(value[name]) for name in names if name in value), "")
+    return ""
+
+
+def _read_logprobs(found: Any, sampling: Sampling) -> Logprobs | None:
     wanted = sampling.top_logprobs
     if wanted is None:
         return None
-    places = (found or {}).get("content")
+    places = found.get("content") if isinstance(found, dict) else None
     if places is None:
         raise ServiceError(
             "Asked for log-probabilities, the server gave none: it ignores `logprobs`. Remove "
@@ -192,31 +265,24 @@ def _read_logprobs(found: Mapping[str, Any] | None, sampling: Sampling) -> Logpr
 
 def _token(text: str) -> int | str:
     match = _TOKEN_ID.fullmatch(text)
-    return int(match[1]) if match else text
-
-
-def _response_tokens(body: Mapping[str, Any]) -> int:
-    if not body.get("usage"):
-        raise ServiceError(
-            "Expected the token counts of each answer (`usage`), which this server leaves out: "
-            "nothing could be accounted for. Turn them on there, or ask without streaming."
-        )
-    return int(body["usage"]["completion_tokens"])
+    return int(match[1]) if match else whole_text(text)
 
 
 def _share_out(
-    total: int, texts: Sequence[tuple[str, str | None]], logprobs: Sequence[Logprobs | None]
-) -> list[int]:
+    total: int | None,
+    texts: Sequence[tuple[str, str | None, Any]],
+    logprobs: Sequence[Logprobs | None],
+) -> list[int | None]:
     """Each sample's tokens. The server counts those of all together, so this is exact for one.
 
     Several share by their numbers of log-probabilities, or without any by the lengths of their
     texts: only the sum is the server's.
     """
-    if len(texts) == 1:
-        return [total]
+    if len(texts) == 1 or total is None:
+        return [total] * len(texts)
     weights = [
-        len(place.tokens) if place else len(text) + len(reasoning or "")
-        for (text, reasoning), place in zip(texts, logprobs, strict=True)
+        len(places.tokens) if places else len(text) + len(reasoning or "")
+        for (text, reasoning, _), places in zip(texts, logprobs, strict=True)
     ]
     ends, whole, before = [], sum(weights) or 1, 0
     for weight in weights:
@@ -226,13 +292,141 @@ def _share_out(
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _read_usage(usage: Mapping[str, Any]) -> Usage:
-    prompt, response = (
-        usage.get(name) or {} for name in ("prompt_tokens_details", "completion_tokens_details")
+def _read_usage(usage: Any) -> tuple[Usage, int | None]:
+    """The token counts of an answer and those of its samples, None where nothing counts them."""
+    usage = usage if isinstance(usage, dict) else {}
+
+    def count(*names: str, of: Any = usage) -> int | None:
+        found = (_count(name, of.get(name)) for name in names) if isinstance(of, dict) else ()
+        return next((one for one in found if one is not None), None)
+
+    prompt, response = count("prompt_tokens", "input_tokens"), count(*_RESPONSE)
+    total = count("total_tokens")
+    if total is not None and response is None and prompt is not None and total >= prompt:
+        response = total - prompt
+    if total is not None and prompt is None and response is not None and total >= response:
+        prompt = total - response
+    asked, said = (
+        usage.get(f"{one}_tokens_details") or usage.get(f"{other}_tokens_details")
+        for one, other in (("prompt", "input"), ("completion", "output"))
     )
-    return Usage(
-        int(usage["prompt_tokens"]),
-        prompt.get("cached_tokens") or 0,
-        response.get("reasoning_tokens") or usage.get("reasoning_tokens") or 0,
-        usage.get("cost"),
-    )
+    cached = count("cached_tokens", of=asked) or count("prompt_cache_hit_tokens") or 0
+    reasoning = count("reasoning_tokens", of=said) or count("reasoning_tokens") or 0
+    return Usage(prompt, cached, reasoning, _cost(usage.get("cost"))), response
+
+
+_RESPONSE = ("completion_tokens", "output_tokens")
+
+
+def _count(name: str, value: Any) -> int | None:
+    """A number of tokens; None for what is none, raises `RetryableError` for an impossible one."""
+    number = _number(value)
+    if number is None or number < 0 or number != int(number):
+        return None
+    if number > _MOST_COUNT:
+        raise bad_answer(f"{name} {str(value)[:40]}, more tokens than any model reads or writes")
+    return int(number)
+
+
+def _cost(value: Any) -> float | None:
+    number = _number(value)
+    return None if number is None or number < 0 else number
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return float(_MOST_COUNT) * 2
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+async def read_stream(content: aiohttp.StreamReader) -> tuple[dict[str, Any], float | None]:
+    """The body of a `chat.completion`, and when (monotonic seconds) its first text came.
+
+    A stream that says what went wrong is that error's body. Raises `RetryableError` for one that
+    breaks off.
+    """
+    choices: dict[int, dict[str, Any]] = {}
+    usage, arrived, done = None, None, False
+    async for chunk in _events(content):
+        if chunk is None:
+            done = True
+            continue
+        if chunk.get("error"):
+            return chunk, None
+        usage = chunk.get("usage") or usage
+        if _add_all(choices, chunk) and arrived is None:
+            arrived = time.monotonic()
+    ended = bool(choices) and all(choice["finish_reason"] for choice in choices.values())
+    if not done and not (ended and usage):
+        raise bad_answer("a stream that broke off")
+    return {"choices": list(map(_joined, choices.values())), "usage": usage}, arrived
+
+
+def _joined(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice whose texts came in pieces, each maybe half of a surrogate pair."""
+    message = {
+        name: "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else pieces
+        for name, pieces in choice["message"].items()
+    }
+    return {**choice, "message": message}
+
+
+def _add_all(choices: dict[int, dict[str, Any]], chunk: Mapping[str, Any]) -> bool:
+    """Join the parts in a chunk to their choices; whether any has a text."""
+    try:
+        return any([_add(choices, part) for part in chunk.get("choices") or ()])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise bad_answer(f"{error!r} in the streamed {json.dumps(chunk)[:200]}") from error
+
+
+async def _events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any] | None]:
+    """The objects of server-sent events, None for the last one.
+
+    Lines of one event are joined; an event is over with its object, since some servers send no
+    blank line after it.
+    """
+    # By hand: the reader's own lines may not be longer than 128 KB.
+    rest, pending, size = b"", b"", 0
+    async for piece in content.iter_any():
+        size += len(piece)
+        *lines, rest = re.split(rb"\r\n|\n|\r(?!\Z)", rest + piece)
+        if size > 8 * MOST_BYTES or len(rest) > MOST_BYTES or len(pending) > MOST_BYTES:
+            raise too_large()
+        for line in lines:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.startswith(b"data:"):
+                pending = b"\n".join(filter(None, (pending, line[5:].strip())))
+                with suppress(RetryableError):
+                    yield None if pending == b"[DONE]" else parse(pending)
+                    pending = b""
+            elif not line.strip() and pending:
+                yield parse(pending)
+                pending = b""
+    pending += rest.strip().removeprefix(b"data:")
+    if pending:
+        yield None if pending.strip() == b"[DONE]" else parse(pending)
+
+
+def _add(choices: dict[int, dict[str, Any]], part: Mapping[str, Any]) -> bool:
+    """Join a part to its choice; whether it has any text."""
+    index = part.get("index") or 0
+    empty: dict[str, Any] = {"index": index, "message": {}, "finish_reason": None, "logprobs": None}
+    choice = choices.setdefault(index, empty)
+    choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
+    if places := (part.get("logprobs") or {}).get("content"):
+        if choice["logprobs"] is None:
+            choice["logprobs"] = {"content": []}
+        choice["logprobs"]["content"] += places
+    said = False
+    for name in _TEXTS:
+        if text := (part.get("delta") or part.get("message") or {}).get(name):
+            pieces = choice["message"].setdefault(name, [])
+            pieces.extend(text if isinstance(text, list) else [text])
+            said = True
+    return said

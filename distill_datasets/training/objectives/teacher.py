@@ -171,7 +171,7 @@ def connect_teacher(
     has the renderer that the release names. A teacher that is the student's base shares its
     server. Raises `ModelError` for one that gives no probabilities.
     """
-    from distill_datasets.models.connection import connect
+    from distill_datasets.models.references import connect
 
     student, manifest = task.student.connection, task.source.manifest
     released = str(manifest.get("teacher", prompts.recipe.teacher))

@@ -6,8 +6,7 @@ import pytest
 
 from distill_datasets.embedded.process import Server, launch
 from distill_datasets.errors import AccessError, ModelError, ServiceError
-from distill_datasets.models.connection import connect
-from distill_datasets.models.references import open_sampler
+from distill_datasets.models.references import connect, open_sampler
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.schema import Message
 from tests.support.tiny_model import make_tiny_model

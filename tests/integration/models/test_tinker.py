@@ -23,12 +23,10 @@ from distill_datasets.errors import (
     RetryableError,
     ServiceError,
 )
-from distill_datasets.models import references as samplers
 from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.models.connection import Connection
-from distill_datasets.models.prompts import Prompts
 from distill_datasets.models.sampler import Logprobs, Reply, Sampling
-from distill_datasets.models.tinker import TinkerSampler, classified
+from distill_datasets.models.tinker import Prompts, TinkerSampler
 from distill_datasets.schema import Message
 from tests.support import tinker_endpoint
 
@@ -180,9 +178,14 @@ def test_a_failure_says_whether_asking_again_may_help(
 def test_what_no_request_survives_is_no_requests_failure(
     canned: TinkerSampler, most: int, kind: type[DistillError]
 ) -> None:
+    fresh = TinkerSampler(canned.connection)
     with pytest.raises(kind) as caught:
-        ask(canned, max_tokens=most)
+        ask(fresh, max_tokens=most)
     assert not isinstance(caught.value, RequestError)
+    ask(fresh)
+    with pytest.raises(RetryableError) as later:  # others are answered: it is this request's
+        ask(fresh, max_tokens=most)
+    assert later.value.most_attempts == 3
 
 
 def status_error(kind: type[tinker.APIStatusError], status: int) -> tinker.APIStatusError:
@@ -207,7 +210,7 @@ GIVEN_UP = [
 def test_what_the_sdk_gave_up_on_may_be_asked_again(
     error: Exception, type: str, status: int | None
 ) -> None:
-    with pytest.raises(RetryableError) as caught, classified():
+    with pytest.raises(RetryableError) as caught, sdk.classified():
         raise error
     assert (caught.value.type, caught.value.status) == (type, status)
     assert caught.value.retry_after == (None if status is None else 3.0)
@@ -228,7 +231,7 @@ def test_a_local_server_that_ended_is_noticed_while_the_sdk_still_tries(
     never: Future[object] = Future()
     local = replace(canned.connection, server=Ended())  # type: ignore[arg-type]
     with pytest.raises(ServiceError, match="ended, .*last words: 'Killed'"):
-        asyncio.run(samplers.tinker.answered(never, local))
+        asyncio.run(sdk.answered(never, local.ended))
     assert never.cancelled()
 
 

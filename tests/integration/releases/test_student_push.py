@@ -12,7 +12,7 @@ import tinker
 import yaml
 
 from distill_datasets.errors import AccessError, ModelError, OutputError, RepositoryError
-from distill_datasets.models.connection import connect
+from distill_datasets.models.references import connect
 from distill_datasets.training.export import export_adapter, push_student
 from distill_datasets.training.trainer import TrainSettings, train
 from tests.support.hub_fixture import Hub

@@ -12,7 +12,7 @@ import pytest
 from tinker_cookbook.tokenizer_utils import register_tokenizer
 
 from distill_datasets.errors import ModelError, OutputError, SettingsError
-from distill_datasets.models import connection as connections
+from distill_datasets.models import references
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.training.checkpoints import CheckpointRetention
@@ -64,7 +64,7 @@ def on_the_server(model: str, training: Path) -> dict[str, Any]:
     """The checkpoints of a training's runs, by path."""
     checkpoints = TrainingFolder(training).checkpoints
     runs = {one.state.removeprefix("tinker://").split("/")[0] for one in checkpoints}
-    rest = connections.connect(model).rest
+    rest = references.connect(model).rest
     return {
         one.tinker_path: one
         for run in runs
@@ -73,7 +73,7 @@ def on_the_server(model: str, training: Path) -> dict[str, Any]:
 
 
 def answer(model: str, training: TrainingResult) -> list[str]:
-    connection = replace(connections.connect(model), model_path=training.final.sampler)
+    connection = replace(references.connect(model), model_path=training.final.sampler)
 
     async def ask() -> list[str]:
         sampler = TinkerSampler(connection)
@@ -98,7 +98,7 @@ def test_the_server_keeps_the_best_the_final_and_the_periodic_ones(
 
 
 def test_on_this_machine_nothing_expires_unasked(model: str) -> None:
-    local = connections.connect(model)
+    local = references.connect(model)
     assert CheckpointRetention(local, None).ttl is None
     assert CheckpointRetention(replace(local, server=None), None).ttl == 7 * 24 * 3600
     assert CheckpointRetention(replace(local, server=None), 0).ttl is None
@@ -163,7 +163,7 @@ def test_a_hosted_student_is_trained_checked_and_resumed_all_the_same(
     server = shared().server
     monkeypatch.setenv("TINKER_BASE_URL", server.url)
     monkeypatch.setenv("TINKER_API_KEY", server.api_key)
-    register_tokenizer(server.model, lambda: connections.connect(model).tokenizer)
+    register_tokenizer(server.model, lambda: references.connect(model).tokenizer)
     student = f"tinker:{server.model}"
     settings = replace(LONGER, renderer="distill_datasets/chat_template", max_steps=9)
     with pytest.raises(SettingsError, match="max_length must be at most 512"):
@@ -289,7 +289,7 @@ def test_what_a_server_can_not_train_is_refused_before_anything_is_created(
 def test_a_loss_that_a_server_lacks_is_named(model: str) -> None:
     found = {"max_context_length": 512, "loss_fns": ["ppo"]}
     with pytest.raises(ModelError, match=r"'sft' needs the loss 'cross_entropy'.*has \['ppo'\]"):
-        require_stated(found, connections.connect(model), QUICK)
+        require_stated(found, references.connect(model), QUICK)
 
 
 def test_every_line_of_the_log_says_what_a_step_took(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from tinker import LoraConfig
 
-from distill_datasets.models.connection import connect
+from distill_datasets.models.references import connect
 from distill_datasets.training.internalisation import TeacherAnswer, measure_internalisation
 from distill_datasets.training.student import Student
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tinker import LoraConfig
 
-from distill_datasets.models.connection import connect
+from distill_datasets.models.references import connect
 from distill_datasets.models.scoring import Scorer
 from distill_datasets.training.objectives import TrainingTask
 from distill_datasets.training.objectives.on_policy import (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distill_datasets.errors import DatasetError, ModelError, OutputError, SettingsError
-from distill_datasets.models import connection as connections
+from distill_datasets.models import references
 from distill_datasets.training.checkpoints import LEARNED, find_predecessor
 from distill_datasets.training.data import Rendered, locate, open_splits
 from distill_datasets.training.student import Student, adam, supervised_batch
@@ -31,7 +31,7 @@ def before(model: str, tmp_path_factory: pytest.TempPathFactory) -> TrainingResu
 
 
 def read(dataset: Path, model: str) -> Rendered:
-    return open_splits(locate(dataset), SETTINGS)["train"].render(connections.connect(model), 512)
+    return open_splits(locate(dataset), SETTINGS)["train"].render(references.connect(model), 512)
 
 
 def test_it_begins_at_its_predecessors_loss_with_a_new_optimizer(
@@ -48,7 +48,7 @@ def test_it_begins_at_its_predecessors_loss_with_a_new_optimizer(
     (batch,) = read(dataset, model).batches(len(ROWS))
     found = {}
     for opening in (Student.continue_from, Student.resume):
-        student = opening(connections.connect(model), before.best.state)
+        student = opening(references.connect(model), before.best.state)
         student.learn(supervised_batch(batch, "token"), adam(1e-2)).result()
         found[opening.__name__] = student.loss([batch]).result()
     assert losses[2] == pytest.approx(found["continue_from"], abs=1e-5)

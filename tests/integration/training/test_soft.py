@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from distill_datasets.errors import DatasetError, ModelError
-from distill_datasets.models.connection import connect
+from distill_datasets.models.references import connect
 from distill_datasets.models.scoring import Scorer, require_same_tokenizer
 from distill_datasets.releases.release import load_release, publish
 from distill_datasets.training.objectives import TrainingTask

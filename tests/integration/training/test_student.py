@@ -8,7 +8,8 @@ import tinker
 from tinker.types import RequestErrorCategory
 
 from distill_datasets.errors import ModelError, OutputError
-from distill_datasets.models.connection import Connection, connect
+from distill_datasets.models.connection import Connection
+from distill_datasets.models.references import connect
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.schema import Message
 from distill_datasets.training.data import Example

@@ -22,6 +22,7 @@ from distill_datasets.errors import (
     ServiceError,
 )
 from distill_datasets.models import connection as connections
+from distill_datasets.models import references
 from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.training import student as students
 from distill_datasets.training.data import Rendered, locate, open_splits
@@ -47,7 +48,7 @@ def tokens_of(path: Path, model: str, split: str = "train") -> list[list[int]]:
 
 
 def rendered(path: Path, model: str, split: str = "train") -> Rendered:
-    return open_splits(locate(path), QUICK)[split].render(connections.connect(model), 512)
+    return open_splits(locate(path), QUICK)[split].render(references.connect(model), 512)
 
 
 def test_the_loss_falls_and_every_file_is_written(
@@ -90,7 +91,7 @@ def test_every_row_is_trained_once_an_epoch_and_the_last_batch_is_kept(
 
 def test_only_the_response_is_learned(dataset: Path, model: str) -> None:
     split = rendered(dataset, model)
-    tokenizer = connections.connect(model).tokenizer
+    tokenizer = references.connect(model).tokenizer
     for example, row in zip(split.examples(range(len(split))), ROWS, strict=False):
         learned = [t for t, w in zip(example.tokens, example.weights, strict=True) if w]
         assert tokenizer.decode(learned) == f"{row['response']}<|im_end|>"
@@ -142,7 +143,7 @@ def test_a_finished_training_is_not_run_again(
 ) -> None:
     first = train(dataset, student=model, out=tmp_path / "out", settings=QUICK)
     before = {path: path.stat().st_mtime_ns for path in first.path.glob("*.*")}
-    monkeypatch.setattr(connections, "connect", None)
+    monkeypatch.setattr(references, "connect", None)
     assert train(dataset, student=model, out=tmp_path / "out", settings=QUICK) == first
     assert {path: path.stat().st_mtime_ns for path in first.path.glob("*.*")} == before
 
@@ -244,7 +245,7 @@ def test_the_best_checkpoint_has_the_lowest_validation_loss(model: str, tmp_path
     saved = TrainingFolder(training.path).checkpoints
     assert training.best == min(saved, key=lambda one: one.validation_loss or 0)
     assert not training.best.final and saved[-1].final
-    trained = connections.connect(training.path)
+    trained = references.connect(training.path)
     assert trained.model_path == training.best.sampler
     assert trained.renderer_name == "distill_datasets/chat_template"
 

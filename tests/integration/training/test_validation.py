@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.models.connection import connect
+from distill_datasets.models.references import connect
 from distill_datasets.models.scoring import Scorer
 from distill_datasets.training.data import Rendered, open_splits
 from distill_datasets.training.objectives import TrainingTask
