@@ -151,6 +151,8 @@ class Standing:
         self._refused += isinstance(error, AccessError)
         if isinstance(error, AccessError) and self._refused >= _REFUSALS:
             return error
+        if isinstance(error.__cause__, RequestError):
+            return error.__cause__
         status = getattr(error, "status", None)
         later = RetryableError(str(error), type="refused", status=status)
         later.most_attempts = 3
@@ -169,6 +171,7 @@ class Endpoint:
     key: str | None
     variable: str
     timeout: float = 600.0
+    standing: Standing = field(default_factory=Standing)
     _sessions: dict[asyncio.AbstractEventLoop, _Session] = field(default_factory=dict)
 
     def at(self, path: str) -> URL:

@@ -19,7 +19,6 @@ from distill_datasets.models.batches import BatchState
 from distill_datasets.models.endpoint import (
     MOST_BYTES,
     Endpoint,
-    Standing,
     read_answer,
     too_large,
 )
@@ -49,7 +48,6 @@ class OpenAIBatches:
     def __init__(self, endpoint: Endpoint, model: str, length_key: str) -> None:
         """Through the sampler's own connections."""
         self.endpoint, self.model, self.length_key = endpoint, model, length_key
-        self._standing = Standing()
 
     def line(self, digest: str, messages: Sequence[Message], sampling: Sampling) -> bytes:
         """One request of a batch's file."""
@@ -137,10 +135,10 @@ class OpenAIBatches:
             digest = named if isinstance(named, str) else None
             reply = self._read(row.get("response"), row.get("error"), sampling)
         except DistillError as failure:
-            judged = self._standing.judge_now(failure)
+            judged = self.endpoint.standing.judge_now(failure)
             judged.args = (self.endpoint.hide(str(judged)),)
             return digest, judged
-        self._standing.accept()
+        self.endpoint.standing.accept()
         return digest, reply
 
     def _read(self, answer: Any, error: Any, sampling: Sampling) -> Reply:

@@ -19,7 +19,6 @@ from distill_datasets.errors import (
 )
 from distill_datasets.models.endpoint import (
     Endpoint,
-    Standing,
     read_address,
     read_answer,
     read_key,
@@ -68,7 +67,6 @@ class OpenAISampler:
             self._check_key()
         # OpenAI's newer models know no other name; elsewhere it is the newer one.
         self._length_key = _NEWER if self._is_openai else "max_tokens"
-        self._standing = Standing()
 
     @property
     def model(self) -> str:
@@ -94,13 +92,13 @@ class OpenAISampler:
         if not self._reached:
             await self._reach_once()
         try:
-            with self._standing.request():
+            with self.endpoint.standing.request():
                 reply = await self._ask(messages, sampling)
         except DistillError as error:
-            judged = await self._standing.judge(error)
+            judged = await self.endpoint.standing.judge(error)
             judged.args = (self.endpoint.hide(str(judged)),)
             raise judged from error.__cause__
-        self._standing.accept()
+        self.endpoint.standing.accept()
         return reply
 
     async def _ask(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
@@ -144,7 +142,7 @@ class OpenAISampler:
 
     async def _explained(self, refusal: Refusal) -> DistillError:
         """The error that a refusal is, with the names that an unknown model may have meant."""
-        if self._standing.answered or not refusal.names_no_model:
+        if self.endpoint.standing.answered or not refusal.names_no_model:
             return explain(refusal, self.model)
         names = await self._models()
         near = get_close_matches(self.name, names, n=3, cutoff=0.3) or names[:3]

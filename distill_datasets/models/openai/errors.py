@@ -138,15 +138,18 @@ def _final(refusal: Refusal, reference: str) -> DistillError:
     said, status = refusal.message, refusal.status
     if refusal.code == "context_length_exceeded" or _TOO_LONG.search(said):
         return RejectedError(said, type="context length", status=status)
+    refused = RejectedError(said, type="bad request", status=status)
     # What a parameter is refused for holds for every row; messages are each row's own.
     named = refusal.param and not refusal.param.startswith(("messages", "input", "prompt"))
     if status == 400 and (named or refusal.code in _PARAMETER):
-        return ModelError(
+        error = ModelError(
             f"{reference!r}: the server refuses the request's {refusal.param or 'parameters'} "
             f"({said}). Change the recipe's sampling or json_schema; a null in sampling.extra "
             "leaves a parameter out."
         )
-    return RejectedError(said, type="bad request", status=status)
+        error.__cause__ = refused  # which it is where other requests are answered
+        return error
+    return refused
 
 
 def read_retry_after(headers: Mapping[str, str]) -> float | None:

@@ -260,17 +260,26 @@ def test_batches_that_bear_no_fruit_are_given_up(server: OpenAIServer, bought: A
     assert server.batches.sizes() == [6, 6]
 
 
-def test_what_ends_a_run_ends_it_once_all_else_is_kept(
-    server: OpenAIServer, bought: Any, tmp_path: Path
-) -> None:
-    refusal = {"message": "No such value.", "code": "unsupported_value", "param": "temperature"}
-    server.faults.append(Fault("sky", status=400, error=refusal))
+NO_VALUE = {"message": "No such value.", "code": "unsupported_value", "param": "temperature"}
+
+
+def test_what_is_refused_to_every_row_ends_the_run(server: OpenAIServer, bought: Any) -> None:
+    server.faults.append(Fault("", status=400, error=NO_VALUE))
     with pytest.raises(ModelError, match="refuses the request's temperature"):
         bought()
-    assert times_bought(tmp_path) == [1] * 5
     server.faults.clear()
     assert bought().errors == 0
-    assert server.batches.sizes() == [6, 1]
+    assert server.batches.sizes() == [6, 6]
+
+
+def test_what_is_refused_to_one_row_among_answers_is_its_rejection(
+    server: OpenAIServer, bought: Any, tmp_path: Path
+) -> None:
+    server.faults.append(Fault("sky", status=400, error=NO_VALUE))
+    (error,) = filter(None, bought().rows["error"][:])
+    assert "No such value." in str(error)
+    assert times_bought(tmp_path) == [1] * 5
+    assert server.batches.sizes() == [6]
 
 
 def test_several_samples_come_in_one_request(
