@@ -9,6 +9,7 @@
     ├── VersionError (FileExistsError)   a version is taken by other content
     ├── ScreeningError (ValueError)      a secret or personal data would leave this machine
     ├── OutputError (OSError)            an output folder can't be written
+    │   └── OtherTrainingError              a training's folder holds another training
     ├── ServiceError (ConnectionError)   a server is gone or broke its protocol
     ├── HubError (ConnectionError)       the Hub can't be reached or fails
     │   └── RepositoryError (PermissionError)   the Hub refuses: token, name, kind or revision
@@ -62,6 +63,10 @@ class ScreeningError(DistillError, ValueError):
 
 class OutputError(DistillError, OSError):
     """An output folder can't be written: read-only, full, or not a folder."""
+
+
+class OtherTrainingError(OutputError):
+    """A training's folder holds a training of another dataset, student or settings."""
 
 
 class ServiceError(DistillError, ConnectionError):

@@ -147,29 +147,66 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     from distill_datasets.files import writable_folder
     from distill_datasets.models.references import connect
-    from distill_datasets.recipes.loading import load_recipe
 
-    load_recipe(options.recipe)
-    student.settings_of(options)  # before anything is paid for
+    _require_runnable(options)
     out = writable_folder(options.out)
+    folders = student.training_folders(out)
     # The student's server keeps its checkpoints with the run, and answers for the teacher too.
-    connect(options.student, store=out / "train" / "checkpoints")
+    connect(options.student, store=folders[-1] / "checkpoints")
     dataset.report_answers(dataset.ask_teachers(options))
     dataset.make_release(out, version=options.version, ledger=options.ledger is not False)
     options.dataset = out / "release"
-    options.out = out / "train"
+    trained = _train_in_run(options, [*folders, out / f"train-{len(folders) + 1}"])
+    student.measure(
+        argparse.Namespace(run=out, dataset=None, student=trained, out=None, split=None)
+    )
+    _list_files(out, trained)
+
+
+def _require_runnable(options: argparse.Namespace) -> None:
+    """Find out before anything is paid for what would stop the run later."""
+    from distill_datasets.evaluation.comparison import load_metrics
+    from distill_datasets.generation.run import select_queries
+    from distill_datasets.models.references import default_student
+    from distill_datasets.recipes.loading import load_recipe
+    from distill_datasets.recipes.queries import require_splits
+    from distill_datasets.releases.versions import check_version
+
+    asked = load_recipe(options.recipe)
+    options.student = options.student or default_student(options.teacher or asked.teacher)
+    student.settings_of(options)
+    if options.version is not None:
+        check_version(options.version)
+    load_metrics(asked.metrics)
+    require_splits(asked, select_queries(asked, options.limit, None), ("train", "test"))
+
+
+def _train_in_run(options: argparse.Namespace, folders: Sequence[Path]) -> Path:
+    """Train in the first folder that is new or holds this training; the last one is new."""
+    from distill_datasets.errors import OtherTrainingError
+    from distill_datasets.models.connection import disconnect
+
+    for folder, following in zip(folders, folders[1:], strict=False):
+        options.out = folder
+        try:
+            student.train(options)
+            return folder
+        except OtherTrainingError:
+            disconnect(folder / "checkpoints")
+            if not following.exists():
+                print(f"{folder} holds a training of other data: training anew in {following}")
+    options.out = folders[-1]
     student.train(options)
-    student.measure(argparse.Namespace(run=out, dataset=None, student=None, out=None, split=None))
-    _list_files(out)
+    return folders[-1]
 
 
-def _list_files(out: Path) -> None:
+def _list_files(out: Path, trained: Path) -> None:
     print(f"\nwrote to {out}/:")
     for name in (
         "journal.sqlite",
         "answers/",
         "release/",
-        "train/",
+        f"{trained.name}/",
         "report.json",
         "report.md",
         "model_card.md",

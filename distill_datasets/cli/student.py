@@ -49,7 +49,9 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset", help="the release, or a Hub dataset as name@revision (default: RUN/release)"
     )
-    parser.add_argument("--student", help="a training folder (default: RUN/train) or a reference")
+    parser.add_argument(
+        "--student", help="a training folder (default: the last in RUN) or a reference"
+    )
     parser.add_argument("--out", type=Path, help="where the report goes (default: RUN)")
     parser.add_argument("--split", help="the held-out split (default: test, and any other)")
 
@@ -62,7 +64,9 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
 def add_settings(parser: argparse.ArgumentParser, *, several: tuple[str, ...] = ()) -> None:
     """The student and every training setting; `several` of them take more than one value."""
     parser.add_argument(
-        "--student", default="pocket", metavar="MODEL", help="a model reference (default: pocket)"
+        "--student",
+        metavar="MODEL",
+        help="a model reference (default: the teacher's own model, where that can be trained)",
     )
     add_flags(parser, ObjectiveSettings)
     add_flags(parser, TrainSettings, several=several)
@@ -99,6 +103,7 @@ def train(options: argparse.Namespace) -> None:
     """Train a student on a dataset."""
     from distill_datasets.training.trainer import train as learn
 
+    _choose_student(options)
     trained = learn(
         options.dataset,
         student=options.student,
@@ -109,6 +114,16 @@ def train(options: argparse.Namespace) -> None:
         only_new=getattr(options, "only_new", False),
     )
     _say(trained)
+
+
+def _choose_student(options: argparse.Namespace) -> None:
+    """The student that is named, or the model of the release's teacher."""
+    from distill_datasets.models.references import default_student
+    from distill_datasets.training.data import locate
+
+    if options.student is None:
+        source = locate(options.dataset, options.config)
+        options.student = default_student(source.manifest.get("teacher"))
 
 
 def _say(trained: "TrainingResult") -> None:
@@ -130,6 +145,7 @@ def sweep(options: argparse.Namespace) -> None:
             f"A sweep needs values to try: expected one or more of {flags} with several values, "
             "for example --rank 8 16 32; found none."
         )
+    _choose_student(options)
     shared = argparse.Namespace(**{**vars(options), **dict.fromkeys(SWEPT)})
     made = try_all(
         options.dataset,
@@ -154,11 +170,19 @@ def measure(options: argparse.Namespace) -> None:
         )
     run = options.run or Path()
     dataset = options.dataset or run / "release"
-    student = options.student or run / "train"
+    student = options.student or training_folders(run)[-1]
     out = options.out or run
     for split in [options.split] if options.split else _held_out(dataset):
         report = compare(dataset, student=student, out=out, split=split)
         _show(report, split)
+
+
+def training_folders(run: Path) -> list[Path]:
+    """Where a run trains: `train`, then `train-2` and so on, as many as there are."""
+    folders = [run / "train"]
+    while (following := run / f"train-{len(folders) + 1}").exists():
+        folders.append(following)
+    return folders
 
 
 def _held_out(dataset: str | Path) -> list[str]:

@@ -61,6 +61,22 @@ def open_sampler(  # noqa: PLR0913 (a reference, and how to ask what it names)
     return ProcessSampler(sampler, processes)
 
 
+def default_student(teacher: str | None) -> str:
+    """The student where none is named: the teacher's own model, where that can be trained.
+
+    `teacher` is a model reference, None where there are several. Raises `ModelError` for any
+    other, whose student must be named.
+    """
+    trainable = ("pocket", "tinker:", "embedded:")
+    if teacher and teacher.startswith(trainable) and not teacher.startswith("tinker://"):
+        return teacher
+    said = f"the teacher {teacher!r} can't be trained" if teacher else "no single teacher is known"
+    raise ModelError(
+        f"Name the student with --student, for example 'tinker:<base model>': {said}, so there is "
+        "no default."
+    )
+
+
 def _open_openai(
     model: str, renderer: str | None, stream: bool, lazily: bool, timeout: float | None
 ) -> Sampler:

@@ -43,6 +43,23 @@ def load_queries(recipe: Recipe) -> "Dataset":
     return _tabulate(_read(recipe), recipe.split)
 
 
+def require_splits(recipe: Recipe, queries: "Dataset", needed: Sequence[str]) -> None:
+    """Raise `RecipeError` where one of the splits that are needed has no query."""
+    import pyarrow.compute as pc
+
+    counted = pc.value_counts(queries.with_format("arrow")[:]["split"]).to_pylist()
+    found = {one["values"]: one["counts"] for one in counted}
+    if recipe.split.same_rows:
+        found["test"] = found.get("train", 0) + found.get("test", 0)
+    if missing := [split for split in needed if not found.get(split)]:
+        groups = len(set(queries["group"]))
+        raise RecipeError(
+            f"The split {missing[0]!r} has no row: the {len(queries)} queries are of {groups} "
+            f"groups, each in one split, and give {found}. Add queries of other groups, change "
+            "the shares in `split:`, or say `split: {same_rows: true}` for a first try."
+        )
+
+
 def read_columns(recipe: Recipe) -> dict[str, list[str | None]]:
     """What the source says: `query`, `group`, `reference`, `split`; None where it says nothing."""
     found: dict[str, list[str | None]] = {}

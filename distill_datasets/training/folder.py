@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distill_datasets.errors import OutputError
+from distill_datasets.errors import OtherTrainingError, OutputError
 from distill_datasets.files import one_writer, writable_folder, write_file
 from distill_datasets.training.schedule import Selection, why_it_ended
 from distill_datasets.training.settings import TrainSettings, decisive
@@ -126,7 +126,7 @@ class TrainingFolder:
             if name.startswith(_SAME) and there.get(name) != here.get(name)
         ]
         if differences:
-            raise OutputError(
+            raise OtherTrainingError(
                 f"{str(self.path)!r} holds another training: {'; '.join(differences)}. Train into "
                 f"a new folder (--out {next_folder(self.path)}), or delete that one."
             )

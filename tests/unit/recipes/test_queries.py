@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.loading import load_recipe
-from distill_datasets.recipes.queries import load_queries
+from distill_datasets.recipes.queries import load_queries, require_splits
 from tests.conftest import edit
 
 
@@ -145,3 +145,17 @@ def test_many_queries_are_on_disk_and_the_same(
     assert mapped._fingerprint == held._fingerprint
     assert len(set(held["id"])) == 2_500
     assert held["id"][1500] == f"{held['id'][0]}-2"
+
+
+def test_a_split_that_would_be_empty_is_named_with_what_there_is(recipe_folder: Path) -> None:
+    recipe = load_recipe(recipe_folder)
+    queries = load_queries(recipe)
+    require_splits(recipe, queries, sorted(set(queries["split"])))
+    with pytest.raises(RecipeError, match="the 2 queries are of 1 groups.*same_rows: true"):
+        require_splits(recipe, queries.select(range(2)), ("train", "test"))
+
+
+def test_rows_that_are_in_every_split_leave_none_empty(recipe_folder: Path) -> None:
+    edit(recipe_folder, "recipe.yaml", "license:", "split: {same_rows: true}\nlicense:")
+    recipe = load_recipe(recipe_folder)
+    require_splits(recipe, load_queries(recipe).select(range(1)), ("train", "test"))
