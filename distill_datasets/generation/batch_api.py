@@ -23,7 +23,7 @@ from distill_datasets.generation.client import CachedClient, run_in_thread
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.teachers import Answerer
-from distill_datasets.models.batches import Batch, BatchProvider, BatchState, new_key
+from distill_datasets.models.batches import BatchJob, BatchProvider, BatchState, new_key
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
 from distill_datasets.progress import Progress
 from distill_datasets.schema import Message
@@ -72,7 +72,7 @@ def _noted(table: BatchTable) -> Iterator[None]:
         raise
 
 
-def _pending(batches: Sequence[Batch]) -> str:
+def _pending(batches: Sequence[BatchJob]) -> str:
     names = ", ".join(str(batch.name) for batch in batches[:3]) + ", …" * (len(batches) > 3)
     return (
         f"{len(batches)} batches ({names}) with {sum(batch.requests for batch in batches):,} "
@@ -137,7 +137,7 @@ class _Rounds:
         return BatchWorker(provider, self.journal, self.table, rest_seconds=rest, bought=bought)
 
     async def _attend(
-        self, batches: Sequence[Batch], workers: Mapping[str, BatchWorker], progress: Progress
+        self, batches: Sequence[BatchJob], workers: Mapping[str, BatchWorker], progress: Progress
     ) -> None:
         """Look after batches until all are over."""
         waiting, seen = list(batches), Counter[str]()
@@ -173,7 +173,7 @@ class _Rounds:
             )
 
 
-async def _end(batch: Batch, state: BatchState, worker: BatchWorker) -> BatchOutcome:
+async def _end(batch: BatchJob, state: BatchState, worker: BatchWorker) -> BatchOutcome:
     """Read what a batch that is over has answered; explain one that was stopped."""
     found = await worker.settle(batch, state)
     if state.status == "cancelled":

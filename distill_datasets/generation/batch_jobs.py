@@ -15,11 +15,12 @@ from distill_datasets.errors import (
     DistillError,
     OutputError,
     RejectedError,
+    RequestError,
     RetryableError,
     ServiceError,
 )
 from distill_datasets.generation.cache import Journal
-from distill_datasets.models.batches import Batch, BatchProvider, BatchState
+from distill_datasets.models.batches import BatchJob, BatchProvider, BatchState
 from distill_datasets.models.sampler import Reply, Sampling
 
 T = TypeVar("T")
@@ -105,14 +106,14 @@ class BatchTable:
         return frozenset(digest for (digest,) in rows)
 
     @property
-    def open(self) -> list[Batch]:
+    def open(self) -> list[BatchJob]:
         """Every batch that is not over, the oldest first."""
         rows = self._database.execute(
             "SELECT key, identity, sampling, requests, file, sent, name FROM batches"
             " WHERE NOT closed ORDER BY planned_at, key"
         )
         return [
-            Batch(key, identity, _sampling(text), requests, file, bool(sent), name)
+            BatchJob(key, identity, _sampling(text), requests, file, bool(sent), name)
             for key, identity, text, requests, file, sent, name in rows
         ]
 
@@ -179,7 +180,7 @@ class BatchWorker:
         self.provider, self.journal, self.table = provider, journal, table
         self.rest_seconds, self.bought = rest_seconds, bought
 
-    async def recover(self, batch: Batch) -> None:
+    async def recover(self, batch: BatchJob) -> None:
         """Find out whether a batch of an earlier process was ever started; forget it if not."""
         name = await self._insist(lambda: self.provider.find(batch.key)) if batch.sent else None
         if name is None:
@@ -187,7 +188,7 @@ class BatchWorker:
         else:
             self.table.start(batch.key, name)
 
-    async def submit(self, batch: Batch) -> Batch:
+    async def submit(self, batch: BatchJob) -> BatchJob:
         """Have the provider work on a planned batch, once, whatever is lost on the way."""
         if batch.name is not None:
             return batch
@@ -200,13 +201,13 @@ class BatchWorker:
         self._file(batch.key).unlink(missing_ok=True)
         return replace(batch, name=name)
 
-    async def look(self, batch: Batch) -> BatchState:
+    async def look(self, batch: BatchJob) -> BatchState:
         """How far a batch is."""
         name = batch.name
         assert name is not None
         return await self._insist(lambda: self.provider.look(name))
 
-    async def settle(self, batch: Batch, state: BatchState) -> BatchOutcome:
+    async def settle(self, batch: BatchJob, state: BatchState) -> BatchOutcome:
         """Journal all that a batch which is over has answered, and free its other requests.
 
         Raises what ends a run, such as `AccessError`, when all else is done.
@@ -237,11 +238,14 @@ class BatchWorker:
         self.table.send(key)
         return await self.provider.create(file, key)
 
-    async def _read(self, file: str, batch: Batch, digests: frozenset[str]) -> BatchOutcome:
+    async def _read(self, file: str, batch: BatchJob, digests: frozenset[str]) -> BatchOutcome:
         """Journal one of a batch's files."""
         found = BatchOutcome()
         async for line in self.provider.lines(file):
             digest, answer = self.provider.read(line, batch.sampling)
+            if digest is None:  # a damaged line: its request is asked again
+                found = found.with_(BatchOutcome(problem=str(answer)))
+                continue
             if digest not in digests:
                 raise ServiceError(f"The batch {batch.name} answers what it was not asked.")
             if isinstance(answer, Reply):
@@ -250,19 +254,19 @@ class BatchWorker:
             elif isinstance(answer, RejectedError):
                 self._reject(digest, batch, answer)
                 found = found.with_(BatchOutcome(answered=1))
-            elif isinstance(answer, RetryableError):
+            elif isinstance(answer, RequestError):
                 found = found.with_(BatchOutcome(problem=str(answer)))
             else:
                 found = found.with_(BatchOutcome(fatal=answer))
         return found
 
-    def _keep(self, digest: str, batch: Batch, reply: Reply) -> None:
+    def _keep(self, digest: str, batch: BatchJob, reply: Reply) -> None:
         # A file is read again where its first reading broke off.
         if self.journal.entry(digest) is None:
             self.journal.put(digest, batch.identity, reply, batch=True)
             self.bought(reply)
 
-    def _reject(self, digest: str, batch: Batch, error: RejectedError) -> None:
+    def _reject(self, digest: str, batch: BatchJob, error: RejectedError) -> None:
         self.journal.reject(
             digest, batch.identity, type=error.type, status=error.status, message=str(error)
         )

@@ -12,7 +12,7 @@ from distill_datasets.schema import Message
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchJob:
     """A batch that is planned, sent or being worked on.
 
     `key` is ours, and travels with it; `file` and `name` are the provider's, None before it gave

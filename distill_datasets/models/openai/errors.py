@@ -190,14 +190,14 @@ def read_seconds(text: str | None) -> float | None:
     """Seconds from now in a span (`6m0s`, `120ms`, `2 minutes`), a bare number of seconds, an
     HTTP or ISO date, or a number of (milli)seconds since 1970; None for anything else.
     """
-    text = (text or "").strip()
-    if (number := _number(text)) is not None:
+    text, number = (text or "").strip(), _number(text)
+    spans = _SPAN.findall(text)
+    if spans and not _SPAN.sub("", text):
+        number = sum(float(amount) * _UNITS.get(unit.lower(), 0.0) for amount, unit in spans)
+    if number is not None:
         while number > 1000 * _YEARS:  # milliseconds, or finer
             number /= 1000
         return max(0.0, number - time.time()) if number > _YEARS else number
-    spans = _SPAN.findall(text)
-    if spans and not _SPAN.sub("", text):
-        return sum(float(amount) * _UNITS.get(unit.lower(), 0.0) for amount, unit in spans)
     if (when := _date(text)) is not None:
         return max(0.0, (when - datetime.now(UTC)).total_seconds())
     return None

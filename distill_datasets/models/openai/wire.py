@@ -358,7 +358,7 @@ async def read_stream(content: aiohttp.StreamReader) -> tuple[dict[str, Any], fl
             done = True
             continue
         if chunk.get("error"):
-            return chunk, None
+            return {"error": chunk["error"]}, None
         usage = chunk.get("usage") or usage
         if _add_all(choices, chunk) and arrived is None:
             arrived = time.monotonic()
