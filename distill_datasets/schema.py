@@ -1,9 +1,7 @@
-"""The columns of answers and releases, and what else can be trained on."""
+"""The columns of answers and releases."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
-
-from distill_datasets.errors import DatasetError
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -120,40 +118,3 @@ def failure_content(failure: Any) -> Any:
     if not isinstance(failure, Mapping):
         return failure
     return tuple(failure[part] for part in ("type", "status", "message"))
-
-
-def conversation_reader(
-    columns: Sequence[str], where: str
-) -> Callable[[Mapping[str, Any]], list[Message]]:
-    """How to turn a row with these columns into a conversation that ends with the response.
-
-    Supported: `messages`; `query` and `response`; `prompt` and `completion` (text or messages).
-    Raises `DatasetError` that lists the columns found in `where`.
-    """
-    if "messages" in columns:
-        return lambda row: _clean(row["messages"])
-    for asked, answered in (("query", "response"), ("prompt", "completion")):
-        if asked in columns and answered in columns:
-            return lambda row, q=asked, r=answered: [  # type: ignore[misc]
-                *_turns(row[q], "user"),
-                *_turns(row[r], "assistant"),
-            ]
-    raise DatasetError(
-        f"{where} can't be trained on: expected a column 'messages', or 'query' and 'response', "
-        f"or 'prompt' and 'completion'; found {sorted(columns)}. Rename the columns "
-        "(`dataset.rename_columns`) or pick another configuration."
-    )
-
-
-def _turns(value: Any, role: str) -> list[Message]:
-    if isinstance(value, str):
-        return _clean([{"role": role, "content": value}])
-    return _clean(value)
-
-
-def _clean(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Arrow fills absent message keys with None, which chat renderers take for content."""
-    return [
-        {key: value for key, value in message.items() if value is not None}  # type: ignore[misc]
-        for message in messages
-    ]

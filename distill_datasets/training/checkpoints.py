@@ -74,7 +74,7 @@ def read_progress(
             f"{path!r} can't be resumed from: expected a checkpoint of `distill-datasets train`; "
             f"its metadata lacks {sorted(missing)}. Start from its weights instead (--from)."
         )
-    _require_same(path, found, config)
+    require_same(path, found, config)
     step = int(found["step"])
     if step >= config["steps"]:
         raise ModelError(
@@ -119,12 +119,27 @@ def require_state(path: str) -> tinker.ParsedCheckpointTinkerPath:
     return parsed
 
 
-def require_own(
-    connection: Connection, checkpoint: SavedCheckpoint, config: Mapping[str, Any]
-) -> None:
-    """Raises `ModelError` unless the server has the checkpoint, and it is of this training."""
-    found = read_metadata(connection, checkpoint.state)
-    _require_same(checkpoint.state, found, config)
+def require_same(path: str, there: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    """Refuse to go on from a state, of which `there` is the metadata, with another training.
+
+    Raises `ModelError` that names each difference.
+    """
+    here = describe(config)
+    # What version 0.1 wrote may name the defaults of its settings.
+    said = _compact(unlike_default(json.loads(there.get("settings", "{}"))))
+    names = ("dataset_revision", "dataset_files", "base_model", _RENDERER, "settings")
+    there = {**there, "settings": said}
+    found = [name for name in names if there.get(name) != here[name]]
+    settings = decisive(config["settings"])
+    same = [here["config_digest"], _config_digest({**settings, "preset": "production"}, config)]
+    if not found and there.get("config_digest") not in same:
+        found = ["config_digest"]
+    if found:
+        differences = [f"{name} is {there.get(name)!r} there, {here[name]!r} now" for name in found]
+        raise ModelError(
+            f"{path!r} is of another training: {'; '.join(differences)}. Give the dataset and the "
+            "settings that it was begun with, or start from its weights instead (--from)."
+        )
 
 
 class CheckpointRetention:
@@ -253,25 +268,6 @@ def _paths(checkpoints: Iterable[SavedCheckpoint]) -> list[str]:
 
 def _config_digest(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return digest([settings, *(config[name] for name in _DECISIVE)])[:32]
-
-
-def _require_same(path: str, there: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    here = describe(config)
-    # What version 0.1 wrote may name the defaults of its settings.
-    said = _compact(unlike_default(json.loads(there.get("settings", "{}"))))
-    names = ("dataset_revision", "dataset_files", "base_model", _RENDERER, "settings")
-    there = {**there, "settings": said}
-    found = [name for name in names if there.get(name) != here[name]]
-    settings = decisive(config["settings"])
-    same = [here["config_digest"], _config_digest({**settings, "preset": "production"}, config)]
-    if not found and there.get("config_digest") not in same:
-        found = ["config_digest"]
-    if found:
-        differences = [f"{name} is {there.get(name)!r} there, {here[name]!r} now" for name in found]
-        raise ModelError(
-            f"{path!r} is of another training: {'; '.join(differences)}. Give the dataset and the "
-            "settings that it was begun with, or start from its weights instead (--from)."
-        )
 
 
 def _require_base(start: str, there: str, here: str) -> None:

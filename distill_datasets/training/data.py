@@ -78,6 +78,8 @@ class DatasetSource:
                 loaded = _load(load_dataset_builder(reader, data_files=str(self.path)))
             else:
                 loaded = _load(load_dataset_builder(str(self.path), name=config))
+        except DatasetError:
+            raise
         except (DatasetsError, ValueError, OSError, *_NO_ROWS) as error:
             raise DatasetError(
                 f"{self.reference!r} can't be read: {error.__cause__ or error!r}. Expected splits "
@@ -283,14 +285,29 @@ def _load(builder: "DatasetBuilder") -> "DatasetDict":
     """All splits. A CSV file's fields are text, as they are written: no code becomes a number."""
     from datasets import Features, Value
 
+    found = [Path(file) for files in (builder.config.data_files or {}).values() for file in files]
+    for file in found:
+        if file.suffix in (".csv", ".json", ".jsonl"):
+            _require_utf8(file)
     if type(builder.config).__name__ == "CsvConfig":
-        files = [Path(file) for found in builder.config.data_files.values() for file in found]
-        columns = [_csv_columns(file) for file in files]
+        columns = [_csv_columns(file) for file in found]
         features = Features(dict.fromkeys(columns[0], Value("string")))
         builder.config.features = builder.info.features = features
         builder.config.keep_default_na = False
     builder.download_and_prepare()
     return builder.as_dataset()
+
+
+def _require_utf8(file: Path) -> None:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise DatasetError(
+                    f"{str(file)!r}, line {number}: expected UTF-8; found {line!r:.80}. Save the "
+                    "file as UTF-8."
+                ) from error
 
 
 def _csv_columns(file: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Train a student on a dataset: one flat loop that can be stopped and continued anywhere."""
 
+import math
 import sys
 import time
 from collections import deque
@@ -72,9 +73,7 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     that split. Raises `DatasetError`, `ModelError`, `AccessError`, `ServiceError`,
     `SettingsError` or `OutputError`, each with what to do.
 
-        >>> trained = train("runs/demo/release", student="pocket", out="runs/student")
-        >>> trained.best.step, trained.final_loss
-        (54, 0.0312)
+        trained = train("runs/demo/release", student="pocket", out="runs/student")
     """
     from distill_datasets.training.checkpoints import find_predecessor, write_learned
 
@@ -93,19 +92,13 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
         folder.require_same(request)
         if folder.finished:
             return folder.result(settings)
-        splits = open_splits(source, settings)
-        if before and only_new:
-            splits["train"] = splits["train"].without(before.learned)
-        for warning in source.manifest.get("warnings", ()):
-            print(f"train: {source.reference} warns: {warning}", file=sys.stderr)
+        splits = _open_splits(source, settings, before if only_new else None)
         connection = _connect(str(student), source, settings, folder)
         with _session(connection, out):
             plan = _plan(splits, connection, source, settings)
-            config = {**request, **plan.found}
-            config["dataset"] = {**request["dataset"], **plan.found["dataset"]}
             if folder.config is None:
                 write_learned(folder.path, splits["train"].keys[plan.chosen], before)
-            opened = _open_student(folder, config, connection, before)
+            opened = _open_student(folder, _config(request, plan), connection, before)
             Trainer(opened, plan, source, folder, settings).fit(validators)
         folder.draw()
         return folder.result(settings)
@@ -220,8 +213,8 @@ class Trainer:
                 self._submitted.append((step, objective.submit(step)))
                 if self.schedule.saves(step.number):
                     self.checkpoint(step)
-                self._confirm(ahead=self.settings.ahead)
-            self._confirm_all()
+                self._confirm(steps=self.settings.ahead)
+            self._confirm(steps=0, saves=0)
             self._retention.close()
 
     def checkpoint(self, step: Step) -> None:
@@ -230,7 +223,7 @@ class Trainer:
         """
         from distill_datasets.training.checkpoints import describe_progress
 
-        self._confirm_saves()
+        self._confirm(saves=0)
         done = step.number
         final, kept = done == self.schedule.total, self.schedule.keeps(done)
         measured = self.schedule.measures(done)
@@ -250,28 +243,20 @@ class Trainer:
     def _stops_early(self) -> bool:
         if self.settings.patience is None:
             return False
-        self._confirm_saves()
+        self._confirm(saves=0)
         return self.selection.exhausted(self.settings.patience)
 
-    def _confirm(self, *, ahead: int) -> None:
-        """Wait until at most so many steps are queued behind the one that is being learned."""
-        while sum(not isinstance(one, _SubmittedSave) for one in self._submitted) > ahead:
-            self._confirm_first()
-
-    def _confirm_saves(self) -> None:
-        while any(isinstance(one, _SubmittedSave) for one in self._submitted):
-            self._confirm_first()
-
-    def _confirm_all(self) -> None:
-        while self._submitted:
-            self._confirm_first()
-
-    def _confirm_first(self) -> None:
-        first = self._submitted.popleft()
-        if isinstance(first, _SubmittedSave):
-            self._confirm_save(first)
-        else:
-            self._confirm_step(*first)
+    def _confirm(self, *, steps: float = math.inf, saves: float = math.inf) -> None:
+        """Wait until at most so many steps and saves are submitted and not confirmed."""
+        while True:
+            waiting = sum(isinstance(one, _SubmittedSave) for one in self._submitted)
+            if waiting <= saves and len(self._submitted) - waiting <= steps:
+                return
+            first = self._submitted.popleft()
+            if isinstance(first, _SubmittedSave):
+                self._confirm_save(first)
+            else:
+                self._confirm_step(*first)
 
     def _confirm_step(self, step: Step, pending: "PendingStep") -> None:
         learned = pending.result()
@@ -387,7 +372,12 @@ def _open_student(
 
     Writes the configuration, and forgets what was learned after that checkpoint.
     """
-    from distill_datasets.training.checkpoints import describe, read_progress, require_own
+    from distill_datasets.training.checkpoints import (
+        describe,
+        read_metadata,
+        read_progress,
+        require_same,
+    )
     from distill_datasets.training.student import Student
 
     folder.require_same(config)
@@ -397,20 +387,23 @@ def _open_student(
         selection, checkpoints = read_progress(connection, config["resumed"], config)
         begun = asdict(selection)
     while checkpoints:
+        newest = checkpoints[-1]
         try:
-            if written is None:
-                require_own(connection, checkpoints[-1], config)
-            student = Student.resume(connection, checkpoints[-1].state, metadata)
-            break
+            known = read_metadata(connection, newest.state) if written is None else None
+            student = Student.resume(connection, newest.state, metadata)
         except ModelError as error:
-            lost = checkpoints.pop()
-            if lost.name == "resumed":
+            if newest.name == "resumed":
                 raise
+            checkpoints.pop()
             print(
-                f"train: the checkpoint of step {lost.step} can't be loaded, training goes back "
+                f"train: the checkpoint of step {newest.step} can't be loaded, training goes back "
                 f"to step {checkpoints[-1].step if checkpoints else 0}: {error}",
                 file=sys.stderr,
             )
+            continue
+        if known is not None:
+            require_same(newest.state, known, config)
+        break
     else:
         if before:
             before.bring(folder.store)
@@ -441,6 +434,23 @@ def _request(student: str, source: DatasetSource, settings: TrainSettings) -> di
         "settings": asdict(settings),
         "dataset": {"path": source.reference, "revision": source.revision, "files": source.files},
     }
+
+
+def _config(request: Mapping[str, Any], plan: TrainingPlan) -> dict[str, Any]:
+    """The folder's configuration: what was asked for, and what was found."""
+    return {**request, **plan.found, "dataset": {**request["dataset"], **plan.found["dataset"]}}
+
+
+def _open_splits(
+    source: DatasetSource, settings: TrainSettings, before: "Predecessor | None"
+) -> dict[str, DatasetSplit]:
+    """The splits, without rows that `before` has learned; says what the release warns of."""
+    splits = open_splits(source, settings)
+    if before:
+        splits["train"] = splits["train"].without(before.learned)
+    for warning in source.manifest.get("warnings", ()):
+        print(f"train: {source.reference} warns: {warning}", file=sys.stderr)
+    return splits
 
 
 def _require_outside(out: Path, source: DatasetSource) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from distill_datasets import TrainSettings, generate, load_recipe, measure, publish, train
+from distill_datasets.errors import OutputError
 
 SETTINGS = TrainSettings(
     rank=1,
@@ -67,6 +68,36 @@ def test_a_training_goes_on_to_the_losses_that_it_would_have_had(old: Path) -> N
     assert training.final_loss == pytest.approx(4.4404449835419655, rel=1e-5)
     after = lines(old / "unfinished/metrics.jsonl")
     assert after[:4] == before[:4]
+
+
+def test_a_state_on_the_server_goes_on_in_a_new_folder(old: Path) -> None:
+    (state,) = lines(old / "unfinished/checkpoints.jsonl")
+    shutil.copytree(old / "unfinished/checkpoints", old / "new/checkpoints")
+    training = train(
+        "run/release",
+        student="pocket",
+        out="new",
+        settings=replace(SETTINGS, max_steps=6),
+        resume=str(state["state"]),
+    )
+    assert training.final_loss == pytest.approx(4.4404449835419655, rel=1e-5)
+
+
+def test_settings_of_then_that_mean_the_default_go_on_and_others_are_named(old: Path) -> None:
+    """All rows had a preset of their own, and a teacher could be softened."""
+    file = old / "unfinished/config.json"
+    config = json.loads(file.read_text())
+    config["settings"]["preset"] = "production"
+    file.write_text(json.dumps(config))
+    settings = replace(SETTINGS, max_steps=6)
+    training = train("run/release", student="pocket", out="unfinished", settings=settings)
+    assert training.final_loss == pytest.approx(4.4404449835419655, rel=1e-5)
+    config["settings"]["objective"]["temperature"] = 2.0
+    file.write_text(json.dumps(config))
+    with pytest.raises(
+        OutputError, match=r"temperature is 2.0 there.*--out unfinished-2"
+    ):
+        train("run/release", student="pocket", out="unfinished", settings=settings)
 
 
 def test_a_finished_training_is_read_and_measured(old: Path) -> None:

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -315,3 +316,83 @@ def test_a_folder_can_be_opened_by_many_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as threads:
         folders = list(threads.map(TrainingFolder, [tmp_path / "out"] * 400))
     assert len(folders) == 400 and not list((tmp_path / "out").iterdir())
+
+
+def lose(state: str) -> None:
+    run, kind, name = state.removeprefix("tinker://").split("/")
+    shutil.rmtree(shared().store / run.replace(":", "_") / kind / name)
+
+
+def damage(state: str) -> None:
+    run, kind, name = state.removeprefix("tinker://").split("/")
+    folder = shared().store / run.replace(":", "_") / kind / name
+    (folder / "adapter_model.safetensors").write_bytes(b"\0" * 100)
+
+
+@pytest.mark.parametrize("happens", [lose, damage])
+def test_without_its_newest_checkpoint_a_training_goes_back_to_the_one_before(
+    happens: Callable[[str], None],
+    whole: TrainingResult,
+    dataset: Path,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    *_, before, newest = interrupted_run(dataset, model, out, LONGER, 14).checkpoints
+    happens(newest.state)
+    assert metrics(train(dataset, student=model, out=out, settings=LONGER)) == metrics(whole)
+    said = capsys.readouterr().err
+    assert f"the checkpoint of step {newest.step} can't be loaded" in said
+    assert f"goes back to step {before.step}" in said
+
+
+def test_without_any_checkpoint_it_begins_again(
+    whole: TrainingResult, dataset: Path, model: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for checkpoint in interrupted_run(dataset, model, out, LONGER, 10).checkpoints:
+        lose(checkpoint.state)
+    assert metrics(train(dataset, student=model, out=out, settings=LONGER)) == metrics(whole)
+
+
+def test_a_damaged_line_of_a_checkpoint_is_left_out(
+    whole: TrainingResult,
+    dataset: Path,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    interrupted_run(dataset, model, out, LONGER, 14)
+    file = out / "checkpoints.jsonl"
+    *lines, _ = file.read_text().splitlines()
+    for damaged in ('{"name": "st', "\0\0\0", "[]", "{}"):
+        file.write_text("\n".join([*lines, damaged]) + "\n")
+        assert TrainingFolder(out).checkpoints[-1].step == json.loads(lines[-1])["step"]
+    assert metrics(train(dataset, student=model, out=out, settings=LONGER)) == metrics(whole)
+    assert f"line {len(lines) + 1} is damaged: left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "\0" * 40])
+def test_an_emptied_configuration_is_written_again_for_the_same_training_only(
+    content: str, whole: TrainingResult, dataset: Path, model: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    interrupted_run(dataset, model, out, LONGER, 14)
+    written = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(content)
+    trained = train(dataset, student=model, out=out, settings=LONGER)
+    assert metrics(trained) == metrics(whole)
+    assert json.loads((out / "config.json").read_text()) == written
+
+
+def test_another_training_is_not_taken_for_one_whose_configuration_is_gone(
+    dataset: Path, model: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    begun = interrupted_run(dataset, model, out, LONGER, 14).checkpoints
+    (out / "config.json").write_text("")
+    with pytest.raises(ModelError, match="is of another training: settings is"):
+        train(dataset, student=model, out=out, settings=replace(LONGER, seed=1))
+    assert TrainingFolder(out).checkpoints == begun

@@ -26,9 +26,9 @@ from distill_datasets.models import references
 from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.training import student as students
 from distill_datasets.training.data import Rendered, locate, open_splits
-from distill_datasets.training.folder import TrainingFolder
+from distill_datasets.training.folder import TrainingFolder, next_folder
 from distill_datasets.training.schedule import plan_steps
-from distill_datasets.training.trainer import TrainingResult, TrainSettings, train
+from distill_datasets.training.trainer import TrainingResult, TrainSettings, require_settings, train
 from tests.support.server_log import trained_batches
 from tests.support.shared_server import shared
 from tests.support.training_runs import QUICK, ROWS, Rows, at_step, metrics, write
@@ -355,6 +355,42 @@ def test_a_releases_renderer_and_version_are_kept(
     config = TrainingFolder(tmp_path / "out").config
     assert config is not None and config["renderer"] == "qwen3"
     assert config["dataset"]["revision"] == "1.2.0/abc"
+
+
+def test_what_a_release_warns_of_is_said_once(
+    dataset: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = {"version": "1.2.0", "content_digest": "abc", "warnings": ["Rows 3 and 4 differ."]}
+    (dataset / "manifest.json").write_text(json.dumps(manifest))
+    few = TrainSettings(max_steps=1, batch_size=8, rank=4)
+    for _ in range(2):
+        train(dataset, student=model, out=tmp_path / "out", settings=few)
+    assert capsys.readouterr().err.count("warns: Rows 3 and 4 differ.") == 1
+
+
+@pytest.mark.parametrize(
+    ("student", "wrong", "message"),
+    [
+        ("openai:gpt", {}, "can't be trained"),
+        ("tinker://run/weights/x", {}, "already trained"),
+        (None, {"rank": 100_000}, "rank must be at most"),
+        (None, {"max_length": 513}, "max_length must be at most 512"),
+        (None, {"validation_split": "dev", "patience": 2}, "no split 'dev'"),
+    ],
+)
+def test_a_student_is_checked_before_its_dataset_is_there(
+    student: str | None, wrong: dict[str, Any], message: str, model: str
+) -> None:
+    require_settings(model, TrainSettings(patience=2), splits=("train", "validation"))
+    with pytest.raises(DistillError, match=message):
+        require_settings(student or model, TrainSettings(**wrong), splits=("train", "validation"))
+
+
+def test_the_next_folder_is_the_first_that_is_not_there(tmp_path: Path) -> None:
+    assert next_folder(tmp_path / "run") == tmp_path / "run-2"
+    (tmp_path / "run-2").mkdir()
+    (tmp_path / "run-3").touch()
+    assert next_folder(tmp_path / "run") == tmp_path / "run-4"
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:
