@@ -12,6 +12,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (a clone on the path needs no inst
 if TYPE_CHECKING:
     from distill_datasets.errors import DistillError as DistillError
     from distill_datasets.evaluation.report import measure as measure
+    from distill_datasets.evaluation.settings import MeasureSettings as MeasureSettings
     from distill_datasets.generation.run import generate as generate
     from distill_datasets.generation.settings import GenerateSettings as GenerateSettings
     from distill_datasets.models.references import open_sampler as open_sampler
@@ -34,6 +35,7 @@ _HOMES = {
     "DistilledDatasetBuilder": "training.cookbook",
     "Echo": "models.sampler",
     "GenerateSettings": "generation.settings",
+    "MeasureSettings": "evaluation.settings",
     "Recipe": "recipes.recipe",
     "Sampler": "models.sampler",
     "Sampling": "models.sampler",

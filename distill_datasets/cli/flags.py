@@ -44,6 +44,8 @@ def add_settings(
         }
         if kind is bool:
             takes |= {"action": "store_const", "const": not default}
+        elif kind is tuple:
+            takes |= {"action": "append", "metavar": "NAME"}
         elif choices:
             takes["choices"] = choices
         else:
@@ -56,8 +58,8 @@ def add_settings(
 def read_settings(options: argparse.Namespace, settings: type[T], **others: Any) -> T:
     """The settings that were given, and `others`; the class's defaults stand for the rest."""
     given = {
-        name: value
-        for name, known, *_ in _flagged(settings)
+        name: tuple(value) if kind is tuple else value
+        for name, known, kind, *_ in _flagged(settings)
         if (value := getattr(options, _place(name, known), None)) is not None
     }
     return settings(**{**given, **others})
@@ -103,7 +105,7 @@ def _place(name: str, known: Setting) -> str:
 def _help(known: Setting, default: Any) -> str:
     if isinstance(default, bool):
         return known.help
-    if default is None:
+    if default is None or default == ():
         return f"{known.help} (default: {known.unset})" if known.unset else known.help
     return f"{known.help} (default: {default})"
 

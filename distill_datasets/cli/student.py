@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from distill_datasets.cli.dataset import add_push_flags, confirm_push
 from distill_datasets.cli.flags import add_settings as add_flags
 from distill_datasets.cli.flags import read_settings
+from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.training.settings import ObjectiveSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="where the report goes (default: RUN)")
     parser.add_argument("--split", help="the held-out split (default: test, and any other)")
+    add_flags(parser, MeasureSettings)
 
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:
@@ -173,7 +175,8 @@ def measure(options: argparse.Namespace) -> None:
     student = options.student or training_folders(run)[-1]
     out = options.out or run
     for split in [options.split] if options.split else _held_out(dataset):
-        report = compare(dataset, student=student, out=out, split=split)
+        settings = read_settings(options, MeasureSettings, split=split)
+        report = compare(dataset, student=student, out=out, settings=settings)
         _show(report, split)
 
 
@@ -187,7 +190,7 @@ def training_folders(run: Path) -> list[Path]:
 
 def _held_out(dataset: str | Path) -> list[str]:
     """Everything that was kept out of training, the test split last, where it is read first."""
-    from distill_datasets.evaluation.heldout import splits_of
+    from distill_datasets.evaluation.systems import splits_of
 
     return sorted(set(splits_of(dataset)) - {"train", "validation", "test"}) + ["test"]
 

@@ -1,4 +1,4 @@
-"""How long one request takes, seen from this client, with nothing else in flight."""
+"""How long one request takes, seen from this client, with no other at the same time."""
 
 import asyncio
 import time
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from distill_datasets.errors import DistillError, GenerationError
+from distill_datasets.errors import DistillError, GenerationError, RequestError
 from distill_datasets.models.sampler import Reply, Sampler, Sampling
 from distill_datasets.progress import Progress
 from distill_datasets.schema import Message
 
 
 @dataclass(frozen=True)
-class Timed:
-    """Who is timed, and the requests; the first warms up and isn't timed."""
+class TimedSystem:
+    """A system that is timed, and its requests; the first warms up and isn't timed."""
 
     model: str
     requests: Sequence[Callable[[], Awaitable[Any]]]
 
 
-class Unkept:
+class UncachedClient:
     """Asks as a `CachedClient` does, and always anew."""
 
     async def sample(
@@ -32,7 +32,7 @@ class Unkept:
         return await sampler.sample(messages, sampling)
 
 
-def measure_latency(timed: Mapping[str, Timed]) -> dict[str, dict[str, float]]:
+def measure_latency(timed: Mapping[str, TimedSystem]) -> dict[str, dict[str, float]]:
     """Median and 95th percentile of each in milliseconds; one request at a time, in turns.
 
     In turns, so that a machine that gets busy slows all of them alike. Asks anew, whatever a
@@ -62,16 +62,16 @@ def uncacheable(messages: Sequence[Message]) -> list[Message]:
     return [{"role": first["role"], "content": f"{uuid4().hex}\n{first['content']}"}, *rest]
 
 
-async def _times(timed: Mapping[str, Timed], progress: Progress) -> dict[str, list[float]]:
+async def _times(timed: Mapping[str, TimedSystem], progress: Progress) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in timed}
     for place in range(len(next(iter(timed.values())).requests)):
         for name, one in timed.items():
             began = time.perf_counter()
             try:
                 await one.requests[place]()
-            except DistillError:
-                raise
             except Exception as error:
+                if isinstance(error, DistillError) and not isinstance(error, RequestError):
+                    raise
                 raise GenerationError(
                     f"A request failed while timing {one.model!r}: {error}. Run again: "
                     "answers are kept, only the timing starts anew."

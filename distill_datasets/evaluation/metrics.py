@@ -1,22 +1,41 @@
-"""`evaluate` metrics that need no download, and their intervals by bootstrap."""
+"""Metrics, ours by name and the user's own, and the numbers of a report that they make.
 
-from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
+A recipe names metrics of ours alone, which need no network. Code runs only for a metric that the
+user names: see `MeasureSettings`.
+"""
+
+import importlib.util
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from math import isfinite
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import datasets
 import evaluate
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_datasets.errors import DatasetError, RecipeError
-from distill_datasets.statistics import Estimate, Floats, resamples
+from distill_datasets.errors import DatasetError, RecipeError, SettingsError, nearest
+from distill_datasets.statistics import Bootstrap, Estimate, Floats, Proportion, resamples
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Answers = Sequence[str | None]
-# From weights (resamples x rows) to one value a resample: a row drawn twice weighs 2.
-Statistic = Callable[[Floats], Floats]
 
+TEACHER, BASE, STUDENT = "teacher", "base", "student"
+_ALWAYS = ("answered", "agreement")  # need no references
 _RESAMPLES = 2_000
-_RESAMPLES_OF_OTHERS = 200  # each is one `compute` of a metric that isn't ours
+_RESAMPLES_OF_OWN = 200  # each computes a user's metric once
+_MOST_LABELS = 50
+_MOST_ROWS = 30  # so few are worth reading one by one
 
 
 class _Metric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
@@ -37,12 +56,13 @@ class _Metric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
         )
 
     def _compute(self, predictions: Answers, references: Answers = ()) -> dict[str, float]:
-        whole = np.ones((1, len(predictions)))
-        return {self.name: float(self.statistic(predictions, references)(whole)[0])}
+        alone = [str(row) for row in range(len(predictions))]
+        return {self.name: self.estimate(predictions, references, alone).value}
 
-    @staticmethod
-    def statistic(predictions: Answers, references: Answers) -> Statistic:
-        """How the rows' weights decide the value."""
+    def estimate(
+        self, predictions: Answers, references: Answers, groups: Sequence[str]
+    ) -> Estimate:
+        """The value with its interval."""
         raise NotImplementedError
 
 
@@ -51,10 +71,11 @@ class Accuracy(_Metric):
 
     meaning = "Share of rows whose prediction equals the reference; no answer is wrong."
 
-    @staticmethod
-    def statistic(predictions: Answers, references: Answers) -> Statistic:  # noqa: D102
+    def estimate(  # noqa: D102
+        self, predictions: Answers, references: Answers, groups: Sequence[str]
+    ) -> Proportion:
         pairs = zip(predictions, references, strict=True)
-        return _share([bool(found) and found == expected for found, expected in pairs])
+        return Proportion([float(bool(found) and found == right) for found, right in pairs], groups)
 
 
 class Agreement(Accuracy):
@@ -69,9 +90,10 @@ class Answered(_Metric):
     meaning = "Share of rows with an answer, right or wrong."
     compared = False
 
-    @staticmethod
-    def statistic(predictions: Answers, references: Answers = ()) -> Statistic:  # noqa: D102
-        return _share([bool(found) for found in predictions])
+    def estimate(  # noqa: D102
+        self, predictions: Answers, references: Answers, groups: Sequence[str]
+    ) -> Proportion:
+        return Proportion([float(bool(found)) for found in predictions], groups)
 
 
 class MacroF1(_Metric):
@@ -84,8 +106,9 @@ class MacroF1(_Metric):
 
     meaning = "Plain mean of F1 over the classes that occur in the references."
 
-    @staticmethod
-    def statistic(predictions: Answers, references: Answers) -> Statistic:  # noqa: D102
+    def estimate(  # noqa: D102
+        self, predictions: Answers, references: Answers, groups: Sequence[str]
+    ) -> Bootstrap:
         classes = sorted({expected for expected in references if expected})
         if not classes:
             raise DatasetError("macro_f1 needs references, and found none; use `agreement`.")
@@ -102,7 +125,17 @@ class MacroF1(_Metric):
             values: Floats = (f1 * present).sum(axis=1) / np.maximum(present.sum(axis=1), 1)
             return values
 
-        return macro_f1
+        # A mean over classes is as certain as its rarest class lets it be.
+        of_class = Counter(code for code, _ in set(zip(truth.tolist(), groups, strict=True)))
+        n = other**2 / sum(1 / of_class[code] for code in range(other))
+        value = float(macro_f1(np.ones((1, len(truth))))[0])
+        draws = [macro_f1(weights) for weights in resamples(groups, _RESAMPLES)]
+        return Bootstrap(value, np.concatenate(draws), n)
+
+
+def _totals(weights: Floats, codes: NDArray[np.int64], size: int) -> Floats:
+    """The weight of each code below `size`, in each resample."""
+    return np.stack([np.bincount(codes, row, minlength=size + 1)[:size] for row in weights])
 
 
 _OURS: dict[str, type[_Metric]] = {
@@ -113,88 +146,281 @@ _OURS: dict[str, type[_Metric]] = {
 }
 
 
-def load_metric(name: str) -> evaluate.Metric:
-    """One of ours by its name, else whatever `evaluate.load` finds: a script's path, a Hub id.
-
-    Ours need no network. Raises `RecipeError` that lists ours when nothing is found.
-    """
-    if name in _OURS:
-        return _OURS[name](keep_in_memory=True)
-    try:
-        return evaluate.load(name, keep_in_memory=True)
-    except (OSError, ImportError, ValueError) as error:
-        close = get_close_matches(name, _OURS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+def load_metric(name: str) -> _Metric:
+    """One of ours; raises `RecipeError` that lists them for any other name."""
+    if name not in _OURS:
         raise RecipeError(
-            f"The metric {name!r} can't be loaded ({error}). Expected one of {sorted(_OURS)}, "
-            f"the path of a metric's script, or a metric of the Hub.{hint}"
-        ) from error
+            f"There is no metric {name!r}: expected one of {sorted(_OURS)}."
+            f"{nearest(name, [*_OURS])} A metric of your own is no part of a recipe: give it to "
+            "`measure`, as --metric path.py:Name."
+        )
+    return _OURS[name](keep_in_memory=True)
 
 
-def estimate(
-    metric: evaluate.Metric,
-    predictions: Answers,
-    references: Answers,
-    groups: Sequence[str],
-    *,
-    seed: int = 0,
-) -> dict[str, Estimate]:
-    """Each number of a metric, with its bootstrap over groups.
+@dataclass(frozen=True)
+class OwnMetric:
+    """A user's metric. `key` names its code, None where that can't be known."""
 
-    Rows of one group (translations of a text) are drawn together, since they aren't independent;
-    where every row is its own group this is the bootstrap over rows. Ours take 2,000 resamples; a
-    metric that isn't ours is computed 201 times, with an empty text for no answer.
+    name: str
+    compute: Callable[[list[str], list[str]], Any]
+    key: str | None = None
+
+    def numbers(self, predictions: Answers, references: Answers) -> dict[str, float]:
+        """What it gives, by name; one number alone goes by the metric's own.
+
+        Raises `SettingsError` where it raises anything, or gives no finite number.
+        """
+        found, expected = ([text or "" for text in texts] for texts in (predictions, references))
+        try:
+            given = self.compute(found, expected)
+        except Exception as error:
+            raise SettingsError(
+                f"The metric {self.name!r} can't compare these texts: {error!r}. Expected one "
+                "that takes lists of texts, predictions and references; no answer is an empty text."
+            ) from error
+        results = given if isinstance(given, Mapping) else {self.name: given}
+        numbers = {
+            str(key): float(value)
+            for key, value in results.items()
+            if isinstance(value, int | float | np.number)
+        }
+        if not numbers:
+            shown = sorted(results) if isinstance(given, Mapping) else repr(given)
+            raise SettingsError(f"The metric {self.name!r} gives no number, only {shown}.")
+        if endless := [name for name, value in numbers.items() if not isfinite(value)]:
+            raise SettingsError(
+                f"The metric {self.name!r} gives {numbers[endless[0]]} as {endless[0]!r}: "
+                "expected a finite number."
+            )
+        return {self.name: next(iter(numbers.values()))} if len(numbers) == 1 else numbers
+
+    def estimates(
+        self, predictions: Answers, references: Answers, groups: Sequence[str]
+    ) -> dict[str, Estimate]:
+        """Each number with its bootstrap: computed 201 times, on rows that are really repeated."""
+        whole = self.numbers(predictions, references)
+        draws: dict[str, list[float]] = {name: [] for name in whole}
+        for chunk in resamples(groups, _RESAMPLES_OF_OWN):
+            for weights in chunk:
+                places = np.repeat(np.arange(len(predictions)), weights.astype(int)).tolist()
+                drawn = ([texts[place] for place in places] for texts in (predictions, references))
+                found = self.numbers(*drawn)
+                for name, values in draws.items():
+                    values.append(found.get(name, np.nan))
+        return {name: Bootstrap(whole[name], np.array(values)) for name, values in draws.items()}
+
+
+def load_own_metric(given: Any) -> OwnMetric:
+    """The user's metric: `path.py:Name`, a function, an `evaluate.Metric` or its class.
+
+    Runs the file. Raises `SettingsError` where there is none such.
     """
-    if not predictions:
-        raise DatasetError("There are no rows to compute a metric on.")
-    if isinstance(metric, _Metric):
-        statistic = metric.statistic(predictions, references)
-        value = float(statistic(np.ones((1, len(predictions))))[0])
-        drawn = [statistic(weights) for weights in resamples(groups, _RESAMPLES, seed)]
-        return {metric.name: Estimate(value, np.concatenate(drawn))}
-    return _recomputed(
-        metric, predictions, references, resamples(groups, _RESAMPLES_OF_OTHERS, seed)
-    )
+    key = None
+    if isinstance(given, str | Path):
+        path, _, name = str(given).rpartition(":")
+        if not path.endswith(".py") or not name:
+            raise SettingsError(
+                f"{str(given)!r} names no metric: expected path.py:Name, a file and what it "
+                f"defines. Ours ({', '.join(sorted(_OURS))}) are named in the recipe."
+            )
+        module = _run_file(Path(path))
+        if not hasattr(module, name):
+            known = [one for one, it in vars(module).items() if callable(it) and one[:1] != "_"]
+            raise SettingsError(
+                f"{path!r} defines no {name!r}: expected a metric of that name; found "
+                f"{known}.{nearest(name, known)}"
+            )
+        key = sha256(Path(path).read_bytes()).hexdigest() + name
+        given = getattr(module, name)
+    if isinstance(given, type):
+        given = given(keep_in_memory=True) if issubclass(given, evaluate.Metric) else given()
+    if isinstance(given, evaluate.EvaluationModule):
+        return OwnMetric(given.name, _computing(given), key)
+    if not callable(given):
+        raise SettingsError(
+            f"{given!r} is no metric: expected path.py:Name, a function of predictions and "
+            "references, or an `evaluate.Metric`."
+        )
+    return OwnMetric(getattr(given, "__name__", type(given).__name__), given, key)
 
 
-def _share(holds: Sequence[bool]) -> Statistic:
-    held = np.array(holds, dtype=np.float64)
-    return lambda weights: np.asarray(weights @ held / weights.sum(axis=1))
+def _computing(module: evaluate.EvaluationModule) -> Callable[[list[str], list[str]], Any]:
+    return lambda found, expected: module.compute(predictions=found, references=expected)
 
 
-def _totals(weights: Floats, codes: NDArray[np.int64], size: int) -> Floats:
-    """The weight of each code below `size`, in each resample."""
-    return np.stack([np.bincount(codes, row, minlength=size + 1)[:size] for row in weights])
-
-
-def _recomputed(
-    metric: evaluate.Metric, predictions: Answers, references: Answers, chunks: Iterator[Floats]
-) -> dict[str, Estimate]:
-    """Estimates of a metric that can only be computed on rows that are really repeated."""
-    found, expected = ([text or "" for text in texts] for texts in (predictions, references))
-    whole = _numbers(metric, found, expected)
-    draws = []
-    for weights in (row for chunk in chunks for row in chunk):
-        places = np.repeat(np.arange(len(found)), weights.astype(int))
-        drawn = ([texts[place] for place in places] for texts in (found, expected))
-        draws.append(_numbers(metric, *drawn))
-    return {name: Estimate(whole[name], np.array([draw[name] for draw in draws])) for name in whole}
-
-
-def _numbers(
-    metric: evaluate.Metric, found: Sequence[str], expected: Sequence[str]
-) -> dict[str, float]:
-    """The numbers among a metric's results; one alone goes by the metric's name."""
+def _run_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"_metric_{uuid4().hex}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise SettingsError(f"There is no file {str(path)!r} to load a metric from.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for their module here
     try:
-        results = metric.compute(predictions=found, references=expected)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(
-            f"The metric {metric.name!r} can't compare texts: {error} Expected one that takes "
-            "strings as predictions and references; take it out of the recipe's `metrics`."
-        ) from error
-    numbers = {
-        key: float(value) for key, value in results.items() if isinstance(value, int | float)
-    }
-    if not numbers:
-        raise RecipeError(f"The metric {metric.name!r} gives no number, only {sorted(results)}.")
-    return {metric.name: next(iter(numbers.values()))} if len(numbers) == 1 else numbers
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise SettingsError(f"{str(path)!r} can't be run for its metric: {error!r}.") from error
+    return module
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The recipe's metrics, those that need no reference, and the user's own."""
+
+    ours: Mapping[str, _Metric]
+    own: Sequence[OwnMetric] = ()
+
+    @classmethod
+    def load(cls, names: Sequence[str], own: Sequence[Any], references: Answers) -> "Metrics":
+        """Load all, and try the user's on these references, as if everything was right.
+
+        Raises `RecipeError` or `SettingsError` before anything is asked.
+        """
+        ours = {name: load_metric(name) for name in dict.fromkeys((*names, *_ALWAYS))}
+        found = [load_own_metric(one) for one in own]
+        taken = list(ours)
+        known = [reference for reference in references if reference]
+        for metric in found:
+            results = metric.numbers(known, known) if known else {metric.name: 0.0}
+            if twice := [name for name in results if name in taken]:
+                raise SettingsError(
+                    f"Two metrics give {twice[0]!r}: give yours another name ({metric.name!r})."
+                )
+            taken += results
+        return cls(ours, found)
+
+    @property
+    def names(self) -> list[str]:
+        """Of those that need references."""
+        return [*(name for name in self.ours if name not in _ALWAYS), *(m.name for m in self.own)]
+
+    @property
+    def key(self) -> list[str]:
+        """Names them and their code; never the same twice where that can't be known."""
+        return [*self.ours, *(metric.key or uuid4().hex for metric in self.own)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Answers of each system, row by row the same queries; the teacher is one of them."""
+
+    answers: Mapping[str, "Dataset"]
+    metrics: Metrics
+
+    @cached_property
+    def references(self) -> list[str | None]:
+        """What is right, where known."""
+        return list(self.answers[TEACHER]["reference"])
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """Which rows are related."""
+        return list(self.answers[TEACHER]["group"])
+
+    @cached_property
+    def labelled(self) -> list[int]:
+        """The rows with a reference."""
+        return [row for row, reference in enumerate(self.references) if reference]
+
+    @cached_property
+    def predictions(self) -> dict[str, list[str | None]]:
+        """Each system's answers; None where it gave none."""
+        return {system: list(rows["answer"]) for system, rows in self.answers.items()}
+
+    @cached_property
+    def estimates(self) -> dict[str, dict[str, Estimate]]:
+        """Each system's metrics; those that need references are absent where there are none."""
+        return {system: dict(self._estimates(system)) for system in self.answers}
+
+    def _estimates(self, system: str) -> dict[str, Estimate]:
+        rows = self.labelled
+        answers = self.predictions[system]
+        groups = [self.groups[row] for row in rows]
+        given, right = ([texts[row] for row in rows] for texts in (answers, self.references))
+        found: dict[str, Estimate] = {}
+        for name, metric in self.metrics.ours.items():
+            if name in _ALWAYS:
+                found[name] = metric.estimate(answers, self.predictions[TEACHER], self.groups)
+            elif rows:
+                found[name] = metric.estimate(given, right, groups)
+        for own in self.metrics.own if rows else ():
+            found |= own.estimates(given, right, groups)
+        return found
+
+    def metrics_of(self, system: str) -> dict[str, dict[str, float]]:
+        """A system's metrics with their intervals."""
+        return {name: found.interval() for name, found in self.estimates[system].items()}
+
+    def differences(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Student minus another system, on the same rows."""
+        return {
+            f"{STUDENT}-{other}": {
+                name: (self.estimates[STUDENT][name] - self.estimates[other][name]).interval()
+                for name in self.estimates[STUDENT]
+                # A teacher always agrees with itself where it answers.
+                if (other, name) != (TEACHER, "agreement") and name in self.estimates[other]
+            }
+            for other in (TEACHER, BASE)
+        }
+
+    def tokens(self, system: str) -> dict[str, float | None]:
+        """Mean tokens of a request, as the server counted them; None where it doesn't."""
+        found = {}
+        for kind in ("prompt", "response"):
+            counts = [n for n in self.answers[system][f"teacher_{kind}_tokens"] if n is not None]
+            found[f"{kind}_mean"] = float(np.mean(counts)) if counts else None
+        return found
+
+    def variety(self, system: str) -> dict[str, Any]:
+        """How many different answers a system gives, its commonest, and the share of that."""
+        counted = Counter(self.predictions[system])
+        commonest, times = counted.most_common(1)[0]
+        share = times / len(self.predictions[system])
+        return {"distinct": len(counted), "commonest": commonest, "commonest_share": share}
+
+    def labels(self) -> dict[str, dict[str, float]]:
+        """Rows and recall of each reference label; empty where references are free text."""
+        rows_of: dict[str, list[int]] = {}
+        for row in self.labelled:
+            rows_of.setdefault(str(self.references[row]), []).append(row)
+        if len(rows_of) > min(_MOST_LABELS, len(self.labelled) - 1):
+            return {}
+        return {
+            label: {
+                "n": len(rows),
+                **{
+                    system: sum(answers[row] == label for row in rows) / len(rows)
+                    for system, answers in self.predictions.items()
+                },
+            }
+            for label, rows in sorted(rows_of.items())
+        }
+
+    def rows(self) -> list[dict[str, str | None]]:
+        """Every row, where there are few."""
+        queries = list(self.answers[TEACHER]["query"])
+        if len(queries) > _MOST_ROWS:
+            return []
+        return [
+            {
+                "query": query,
+                "expected": self.references[row],
+                **{system: self.predictions[system][row] for system in (TEACHER, BASE, STUDENT)},
+            }
+            for row, query in enumerate(queries)
+        ]
+
+    def notes(self) -> list[str]:
+        """What a reader must know to read the numbers."""
+        total, known = len(self.references), len(self.labelled)
+        missing = self.metrics.names
+        notes = []
+        if missing and known == 0:
+            notes.append(f"No row has a reference label, so {', '.join(missing)} are left out.")
+        elif missing and known < total:
+            notes.append(f"{', '.join(missing)} are over the {known} of {total} rows with a label.")
+        groups = len(set(self.groups))
+        unit = "rows" if groups == total else f"the {groups} groups of related rows"
+        notes.append(
+            f"Intervals: 95 %, by {unit}. Those of shares are Wilson's, and Bonett and Price's for "
+            "paired differences; the others are a bootstrap."
+        )
+        return notes

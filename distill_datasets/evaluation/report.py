@@ -6,20 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.errors import GenerationError, OutputError
+from distill_datasets.errors import GenerationError
 from distill_datasets.evaluation import report_text
-from distill_datasets.evaluation.heldout import HeldOut, read_held_out
+from distill_datasets.evaluation.latency import measure_latency
+from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.evaluation.systems import (
     UNCACHED,
-    Training,
+    HeldOut,
+    TrainedStudent,
     explained,
     find_training,
     greedy,
     latency_note,
     open_systems,
-    time_systems,
+    read_held_out,
+    say_requests,
+    timed_systems,
 )
-from distill_datasets.files import writable_folder
+from distill_datasets.files import one_writer, write_file
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient
 from distill_datasets.generation.rate_limit import Limits
@@ -31,9 +35,9 @@ from distill_datasets.schema import failure_text
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from distill_datasets.evaluation.comparison import Comparison
+    from distill_datasets.evaluation.metrics import Comparison, Metrics
 
-_VERSION = 2  # goes into every report's digest: raise it when reports come out differently
+_VERSION = 3  # goes into every report's digest: raise it when reports come out differently
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,14 @@ class Report:
         return report_text.table(self.data)
 
 
-def measure(  # noqa: PLR0913 (three systems, and where, on what and how fast to ask them)
+def measure(
     dataset: str | Path,
     *,
     student: Sampler | str | Path,
     out: str | Path,
     teacher: Sampler | str | None = None,
     base: Sampler | str | None = None,
-    split: str = "test",
-    limit: int | None = None,
-    concurrency: int = 256,
+    settings: MeasureSettings | None = None,
 ) -> Report:
     """Ask base, teacher and student every query of a release's split, and compare them.
 
@@ -66,40 +68,57 @@ def measure(  # noqa: PLR0913 (three systems, and where, on what and how fast to
     Writes `out/report.json`, `report.md` and `model_card.md`; for a split other than test
     `report-<split>.json` and `.md`. Answers are at temperature 0 and kept in
     `out/journal.sqlite`: another call asks only for timings, and for nothing where its report
-    exists. Raises `GenerationError` when a row failed: no report leaves rows out.
-    """
-    from distill_datasets.evaluation.comparison import Comparison, load_metrics
+    exists. A line on standard error says what is asked, beforehand. Raises `DatasetError`,
+    `RecipeError`, `SettingsError`, `ModelError` or `OutputError` before anything is asked, and
+    `GenerationError` when a row failed: no report leaves rows out.
 
-    held_out = read_held_out(dataset, split=split, limit=limit)
-    metrics = load_metrics(held_out.recipe.metrics)
-    folder = writable_folder(out)
+        report = measure("runs/demo/release", student="runs/demo/train", out="runs/demo")
+        print(report.table())
+    """
+    from distill_datasets.evaluation.metrics import Comparison, Metrics
+
+    settings = settings or MeasureSettings()
+    held_out = read_held_out(dataset, split=settings.split, limit=settings.limit)
+    recipe = held_out.recipe
+    metrics = Metrics.load(recipe.metrics, settings.metrics, held_out.rows["reference"])
     training = find_training(student)
     systems = open_systems(held_out, student=student, training=training, teacher=teacher, base=base)
-    key = _key(held_out, systems, training)
-    path = folder / ("report.json" if split == "test" else f"report-{split}.json")
-    if known := _known(path, key):
-        return Report(path, known)
-    answers = {}
-    with Journal(folder / "journal.sqlite") as journal:
-        for name, system in systems.items():
-            client = CachedClient(journal, limits=Limits(concurrency))
-            rows = ask(held_out.rows, system, client, title=name)
-            answers[name] = _complete(rows, name)
-    data = _data(held_out, systems, Comparison(answers, metrics))
-    if training:
-        data["systems"]["student"]["model"] = training.checkpoint["sampler"]
-    report = Report(path, {**data, "digest": key})
-    _write(report, held_out, training)
+    key = _key(held_out, systems, training, metrics)
+    name = "report.json" if settings.split == "test" else f"report-{settings.split}.json"
+    path = Path(out) / name
+    with one_writer(Path(out), "report"):
+        if known := _known(path, key):
+            return Report(path, known)
+        answers = _ask_all(held_out, systems, path.with_name("journal.sqlite"), settings)
+        data = _data(held_out, systems, Comparison(answers, metrics))
+        if training:
+            data["systems"]["student"]["model"] = training.checkpoint["sampler"]
+        report = Report(path, {**data, "digest": key})
+        _write(report, held_out, training)
     return report
 
 
+def _ask_all(
+    held_out: HeldOut, systems: Mapping[str, Answerer], journal: Path, settings: MeasureSettings
+) -> "dict[str, Dataset]":
+    answers = {}
+    with Journal(journal) as kept:
+        say_requests(held_out, systems, kept)
+        for name, system in systems.items():
+            client = CachedClient(kept, limits=Limits(settings.concurrency))
+            answers[name] = _complete(ask(held_out.rows, system, client, title=name), name)
+    return answers
+
+
 def _complete(rows: "Dataset", system: str) -> "Dataset":
-    errors = [error for error in rows["error"] if error]
-    if errors:
+    pairs = zip(rows["query"], rows["error"], strict=True)
+    failed = [(query, error) for query, error in pairs if error]
+    if failed:
+        query, error = failed[0]
         raise GenerationError(
-            f"{len(errors)} of {len(rows)} rows of the {system} failed, the first with: "
-            f"{failure_text(errors[0])}. No report is written without them. Run again: it asks "
-            "only for those."
+            f"{len(failed)} of {len(rows)} rows of the {system} failed, the first for the query "
+            f"{query[:80]!r}: {failure_text(error)}. No report is written without them. Run "
+            "again: what was paid is kept, and only those are asked."
         )
     return rows
 
@@ -108,13 +127,14 @@ def _data(
     held_out: HeldOut, systems: Mapping[str, Answerer], comparison: "Comparison"
 ) -> dict[str, Any]:
     manifest, sampling = held_out.manifest, greedy(held_out.recipe)
-    latency = time_systems(held_out, systems)
+    latency = measure_latency(timed_systems(held_out, systems))
     measured = {
         name: {
             "model": system.model,
             "identity": system.identity,
             "prompt": name == "teacher",
             "metrics": comparison.metrics_of(name),
+            "answers": comparison.variety(name),
             "tokens": comparison.tokens(name),
             "latency_ms": latency[name],
         }
@@ -139,8 +159,14 @@ def _data(
         "rows": comparison.rows(),
         "sampling": {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens},
     }
-    notes = [*comparison.notes(), *explained(systems, held_out.recipe), *report_text.costs(data)]
-    return {**data, "notes": [*notes, latency_note(len(held_out.rows))]}
+    notes = [
+        *report_text.one_answer(data),
+        *comparison.notes(),
+        *explained(systems, held_out.recipe),
+        *report_text.costs(data),
+        latency_note(len(held_out.rows)),
+    ]
+    return {**data, "notes": notes}
 
 
 def _internalisation(
@@ -177,8 +203,9 @@ def _savings(systems: Mapping[str, Any]) -> dict[str, Any]:
     teacher, student = systems["teacher"], systems["student"]
     long, short = teacher["tokens"]["prompt_mean"], student["tokens"]["prompt_mean"]
     each = student["latency_ms"]["p50"]
+    counted = {"per_query": long - short, "ratio": long / short} if long and short else None
     return {
-        "prompt_tokens_saved": {"per_query": long - short, "ratio": long / short},
+        "prompt_tokens_saved": counted,
         "latency_ratio": {
             "teacher": teacher["latency_ms"]["p50"] / each,
             "teacher_uncached": teacher["latency_uncached_ms"]["p50"] / each,
@@ -186,13 +213,18 @@ def _savings(systems: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _key(held_out: HeldOut, systems: Mapping[str, Answerer], training: Training | None) -> str:
-    """Names everything that a report depends on but time."""
+def _key(
+    held_out: HeldOut,
+    systems: Mapping[str, Answerer],
+    training: TrainedStudent | None,
+    metrics: "Metrics",
+) -> str:
+    """The digest of everything that a report depends on but time."""
     return digest(
         {
             "version": _VERSION,
             "revision": held_out.manifest["content_digest"],
-            "metrics": held_out.recipe.metrics,
+            "metrics": metrics.key,
             "split": held_out.split,
             "rows": list(held_out.rows["id"]),
             "systems": {name: system.identity for name, system in systems.items()},
@@ -204,28 +236,19 @@ def _key(held_out: HeldOut, systems: Mapping[str, Answerer], training: Training 
 def _known(path: Path, key: str) -> dict[str, Any] | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) and data.get("digest") == key else None
 
 
-def _write(report: Report, held_out: HeldOut, training: Training | None) -> None:
-    """The report's file comes last and at once: where it stands, the others do."""
-    from distill_datasets.releases import cards as card
+def _write(report: Report, held_out: HeldOut, training: TrainedStudent | None) -> None:
+    """The report's file comes last: where it stands, the others do."""
+    from distill_datasets.releases import cards
 
-    files = {report.path.with_suffix(".md"): report_text.markdown(report.data)}
+    write_file(report.path.with_suffix(".md"), report_text.markdown(report.data))
     if training and held_out.split == "test":
         facts = {**training.config, "checkpoint": training.checkpoint}
-        text = card.model_card(report.data, facts, held_out.recipe)
-        files[report.path.with_name("model_card.md")] = text
-    files[report.path] = json.dumps(report.data, indent=2, ensure_ascii=False) + "\n"
-    try:
-        for path, text in files.items():
-            building = path.with_name(f".{path.name}.partial")
-            building.write_text(text, encoding="utf-8")
-            building.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"Can't write {str(report.path)!r}: {error}. The answers are in the journal beside "
-            "it; free some space and run again: only timings are asked for."
-        ) from error
+        card = cards.model_card(report.data, facts, held_out.recipe)
+        write_file(report.path.with_name("model_card.md"), card)
+    text = json.dumps(report.data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_file(report.path, text)

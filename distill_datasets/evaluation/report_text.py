@@ -1,19 +1,23 @@
 """A report's numbers as text: an aligned table for terminals, Markdown for people."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distill_datasets.tables import aligned
+
 _ROW = ("expected", "teacher", "base", "student", "query")  # any script may come last
+_ALIKE = 0.95  # of all answers: a system that says one thing
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The systems, what sets the student apart and, where there are few, the rows."""
+    """A warning where one is due, the systems, what sets the student apart, and few rows."""
     differences = [
         f"{pair.replace('-', ' - ')}: "
         + ", ".join(f"{name} {_interval(value, sign='+')}" for name, value in metrics.items())
         for pair, metrics in report["differences"].items()
     ]
-    parts = [_aligned(list(_system_cells(report))), "\n".join([*differences, *costs(report)])]
+    systems = "\n".join([*one_answer(report), aligned(_system_cells(report))])
+    parts = [systems, "\n".join([*differences, *costs(report)])]
     if report["rows"]:
         parts.append(_rows(report))
     return "\n\n".join(parts)
@@ -27,26 +31,48 @@ def markdown(report: Mapping[str, Any]) -> str:
     notes = "\n".join(f"- {note}" for note in report["notes"])
     parts = [title, report_markdown(report).strip(), notes]
     if report["labels"]:
-        parts += ["## Recall of each label", _code(_aligned(list(_label_cells(report))))]
+        parts += ["## Recall of each label", _code(aligned(_label_cells(report)))]
     if report["rows"]:
         parts += ["## Every row", _code(_rows(report))]
     return "\n\n".join(parts) + "\n"
 
 
+def one_answer(report: Mapping[str, Any]) -> Iterator[str]:
+    """A warning where the student all but always says one thing, and the teacher doesn't."""
+    student, teacher = (report["systems"][name]["answers"] for name in ("student", "teacher"))
+    if student["commonest_share"] >= _ALIKE > teacher["commonest_share"]:
+        said = student["commonest"]
+        answer = "no answer that can be read" if said is None else f"the answer {said[:80]!r}"
+        yield (
+            f"Warning: the student gives {answer} to {student['commonest_share']:.0%} of the "
+            f"{report['n']} queries; the teacher gives {teacher['distinct']} different answers."
+        )
+
+
 def costs(report: Mapping[str, Any]) -> list[str]:
     """What the prompt costs in tokens and in time, with the arithmetic."""
     teacher, student = report["systems"]["teacher"], report["systems"]["student"]
-    long, short = teacher["tokens"]["prompt_mean"], student["tokens"]["prompt_mean"]
-    saved, times = report["prompt_tokens_saved"], report["latency_ratio"]
+    times = report["latency_ratio"]
     return [
-        f"Prompt tokens a query: teacher {long:.1f} - student {short:.1f} = "
-        f"{saved['per_query']:.1f} saved, {saved['ratio']:.1f} times fewer.",
+        *_saved(report),
         *_internalised(report),
         f"Median latency: student {student['latency_ms']['p50']:.1f} ms; teacher "
         f"{teacher['latency_ms']['p50']:.1f} ms, {times['teacher']:.2f} times as long; teacher "
         f"uncached {teacher['latency_uncached_ms']['p50']:.1f} ms, "
         f"{times['teacher_uncached']:.2f} times.",
     ]
+
+
+def _saved(report: Mapping[str, Any]) -> Iterator[str]:
+    saved, systems = report["prompt_tokens_saved"], report["systems"]
+    if not saved:
+        yield "Prompt tokens a query: a server doesn't count them."
+        return
+    long, short = (systems[name]["tokens"]["prompt_mean"] for name in ("teacher", "student"))
+    yield (
+        f"Prompt tokens a query: teacher {long:.1f} - student {short:.1f} = "
+        f"{saved['per_query']:.1f} saved, {saved['ratio']:.1f} times fewer."
+    )
 
 
 def _internalised(report: Mapping[str, Any]) -> Iterator[str]:
@@ -67,12 +93,12 @@ def _system_cells(report: Mapping[str, Any]) -> Iterator[list[str]]:
     names = list(systems["student"]["metrics"])
     yield ["system", "prompt", *names, "tokens in/out", "p50 ms"]
     for name, system in systems.items():
-        tokens = system["tokens"]
+        tokens = [system["tokens"][f"{kind}_mean"] for kind in ("prompt", "response")]
         yield [
             name,
             "yes" if system["prompt"] else "no",
-            *(_interval(system["metrics"][metric]) for metric in names),
-            f"{tokens['prompt_mean']:.1f}/{tokens['response_mean']:.1f}",
+            *(_interval(system["metrics"].get(metric)) for metric in names),
+            "/".join("?" if mean is None else f"{mean:.1f}" for mean in tokens),
             f"{system['latency_ms']['p50']:.1f}",
         ]
 
@@ -85,22 +111,15 @@ def _label_cells(report: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _rows(report: Mapping[str, Any]) -> str:
-    cells = [[" ".join((row[name] or "-").split()) for name in _ROW] for row in report["rows"]]
-    return _aligned([list(_ROW), *cells])
+    return aligned([_ROW, *([row[name] or "-" for name in _ROW] for row in report["rows"])])
 
 
-def _interval(number: Mapping[str, float], sign: str = "") -> str:
-    value, low, high = (f"{number[key]:{sign}.3f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = (
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-    return "\n".join(padded)
+def _interval(number: Mapping[str, float] | None, sign: str = "") -> str:
+    """A number with its interval, where the rows can tell one."""
+    if number is None:
+        return "-"
+    ends = [f"{number[key]:{sign}.3f}" for key in ("low", "high") if key in number]
+    return f"{number['value']:{sign}.3f}" + (f" [{', '.join(ends)}]" if ends else "")
 
 
 def _code(text: str) -> str:

@@ -1,29 +1,131 @@
-"""The three systems that a report compares: who answers, how it is asked, how long it takes."""
+"""What a report compares, and on which rows: base, teacher and student on a split of a release."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distill_datasets.errors import ModelError
-from distill_datasets.evaluation.heldout import HeldOut
-from distill_datasets.evaluation.latency import Timed, Unkept, measure_latency, uncacheable
-from distill_datasets.generation.teachers import (
-    Answerer,
-    PromptedModel,
-    Teachers,
-    open_teachers,
-)
+from distill_datasets.errors import DatasetError, ModelError
+from distill_datasets.evaluation.latency import TimedSystem, UncachedClient, uncacheable
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.ledger import LEDGER, find_replies
+from distill_datasets.generation.teachers import Answerer, PromptedModel, Teachers, open_teachers
+from distill_datasets.hub.references import Pinned, find_release
 from distill_datasets.models.sampler import Sampler, Sampling
+from distill_datasets.parquet import read_batches
+from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.releases.manifest import read_manifest
 
-_TIMED_ROWS = 20
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 UNCACHED = "teacher, uncached"
+_TIMED_ROWS = 20
+_COLUMNS = ("id", "query", "group", "reference")
 
 
 @dataclass(frozen=True)
-class Training:
+class HeldOut:
+    """One split of a release, a row a query, with what asking needs.
+
+    `reference` is what was asked for; `commit` is that of a Hub dataset.
+    """
+
+    reference: str
+    commit: str | None
+    path: Path
+    manifest: Mapping[str, Any]
+    recipe: Recipe
+    split: str
+    rows: "Dataset"
+
+
+def read_held_out(dataset: str | Path, *, split: str, limit: int | None = None) -> HeldOut:
+    """The queries of a split of a release: a folder, a run's folder, or a Hub dataset.
+
+    A release's splits hold what the teacher answered usefully; measuring only there would flatter
+    the teacher, so the rejected queries of the split come after them. `limit` takes the first.
+    Raises `DatasetError` for a folder that is no release or a damaged one, and for an unknown or
+    empty split.
+    """
+    found = _find(dataset)
+    folder, manifest = found.path, read_manifest(found.path)
+    if not (folder / "recipe" / "recipe.yaml").is_file():
+        raise DatasetError(
+            f"The release {str(folder)!r} has no recipe: expected recipe/recipe.yaml and "
+            "recipe/prompt.md, which say how the teacher is asked. Publish it again."
+        )
+    recipe = load_recipe(folder / "recipe")
+    rejected = _read(folder / "rejected", "rejected", (*_COLUMNS, "split"))
+    # With `same_rows` every row is in train and test, and a rejected row only says train.
+    splits = {split, "train"} if recipe.split.same_rows and split == "test" else {split}
+    queries: dict[str, dict[str, Any]] = {}
+    for row in _read(folder / "data", split, _COLUMNS):
+        queries.setdefault(row["id"], row)  # of several samples the first stands for the query
+    for row in rejected:
+        if row["split"] in splits:
+            queries.setdefault(row["id"], row)
+    if not queries:
+        known = sorted({*manifest["splits"], *(str(row["split"]) for row in rejected)})
+        raise DatasetError(
+            f"{str(folder)!r} has no rows in a split {split!r}; found {known}."
+            + (" Raise the recipe's share of it, or add queries." if split == "test" else "")
+        )
+    rows = _dataset(list(queries.values())[:limit], split)
+    return HeldOut(str(dataset), found.commit, folder, manifest, recipe, split, rows)
+
+
+def splits_of(dataset: str | Path) -> list[str]:
+    """The splits of a release, wherever it is; raises `DatasetError` where there is none."""
+    return list(read_manifest(_find(dataset).path)["splits"])
+
+
+def _find(dataset: str | Path) -> Pinned:
+    found = find_release(dataset, ("data", "rejected"))
+    if found is None:
+        raise DatasetError(
+            f"{str(dataset)!r} is no release: expected a folder with manifest.json (or a run's "
+            "folder with release/), which `publish` writes, or a Hub dataset like "
+            "'org/name@v1.0.0'."
+        )
+    return found
+
+
+def _read(folder: Path, name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for path in sorted(folder.glob(f"{name}-*.parquet")):
+        for batch in read_batches(path, columns):
+            if missing := sorted({*columns} - {*batch.schema.names}):
+                raise DatasetError(
+                    f"{str(path)!r} lacks the columns {missing} of a release: measure one that "
+                    "`publish` wrote."
+                )
+            rows += batch.to_pylist()
+    return rows
+
+
+def _dataset(queries: list[dict[str, Any]], split: str) -> "Dataset":
+    from datasets import Dataset, Features, Value
+
+    columns: dict[str, list[Any]] = {name: [row[name] for row in queries] for name in _COLUMNS}
+    columns["group"] = [row["group"] or row["id"] for row in queries]
+    columns["split"] = [split] * len(queries)
+    for name, values in columns.items():
+        needed = name not in ("reference", "group")
+        for value in values:
+            if not isinstance(value, str) and (needed or value is not None):
+                raise DatasetError(
+                    f"The column {name!r} of the split {split!r} holds {value!r}: expected text, "
+                    "as `publish` writes it."
+                )
+    return Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, Value("string"))))
+
+
+@dataclass(frozen=True)
+class TrainedStudent:
     """A training folder's configuration, and the line of its best checkpoint."""
 
     folder: Path
@@ -31,21 +133,24 @@ class Training:
     checkpoint: Mapping[str, Any]
 
 
-def find_training(student: Sampler | str | Path) -> Training | None:
-    """A training folder's facts; None for anything else, which is opened as it is."""
+def find_training(student: Sampler | str | Path) -> TrainedStudent | None:
+    """A training folder's facts; None for anything else, which is opened as it is.
+
+    Raises `ModelError` for a folder without a finished checkpoint, or a damaged one.
+    """
     if not isinstance(student, str | Path):
         return None
     from distill_datasets.models import references
 
     folder = references.find_training(student)
-    return None if folder is None else Training(folder, *references.read_training(folder))
+    return None if folder is None else TrainedStudent(folder, *references.read_training(folder))
 
 
 def open_systems(
     held_out: HeldOut,
     *,
     student: Sampler | str | Path,
-    training: Training | None,
+    training: TrainedStudent | None,
     teacher: Sampler | str | None,
     base: Sampler | str | None,
 ) -> dict[str, Answerer]:
@@ -69,13 +174,17 @@ def greedy(recipe: Recipe) -> Sampling:
     return Sampling(temperature=0.0, max_tokens=recipe.sampling.max_tokens, seed=0)
 
 
+def several(teacher: Answerer) -> bool:
+    """Whether one answer of several is chosen."""
+    return isinstance(teacher, Teachers) and teacher.choice is not None
+
+
 def explained(systems: Mapping[str, Answerer], recipe: Recipe) -> list[str]:
     """What a reader must know about a teacher that is several."""
-    teacher = systems["teacher"]
-    if not (isinstance(teacher, Teachers) and teacher.choice):
+    if not several(systems["teacher"]):
         return []
     notes = [
-        f"The teacher is {teacher.model}, sampled as the recipe says, and one answer "
+        f"The teacher is {systems['teacher'].model}, sampled as the recipe says, and one answer "
         f"is chosen ({recipe.choose}). Its tokens are those of everybody asked for a query."
     ]
     if recipe.reads_references:
@@ -86,13 +195,44 @@ def explained(systems: Mapping[str, Answerer], recipe: Recipe) -> list[str]:
     return notes
 
 
-def time_systems(held_out: HeldOut, systems: Mapping[str, Answerer]) -> dict[str, dict[str, float]]:
-    """Latency of every system, and of the teacher with its prompt read anew each time."""
+def say_requests(held_out: HeldOut, systems: Mapping[str, Answerer], journal: Journal) -> None:
+    """Take what the release's ledger knows of the teacher, and say what is left to ask."""
+    queries = held_out.rows["query"]
+    left = {}
+    for name, system in systems.items():
+        asked = {
+            one.request_key(query): one.identity for query in queries for one in system.asked(query)
+        }
+        missing = {key for key in asked if journal.entry(key) is None}
+        if name == "teacher" and missing and _as_released(system, held_out.recipe):
+            release = find_release(held_out.reference, (LEDGER,))
+            known = find_replies(release.path, missing) if release else {}
+            journal.add((key, asked[key], reply.to_json()) for key, reply in known.items())
+            missing -= {*known}
+        left[name] = f"{len(missing):,} of {len(asked):,} to the {name}"
+    judged = " and its judge's" if several(systems["teacher"]) and held_out.recipe.judge else ""
+    timed = timed_systems(held_out, systems)
+    requests = sum(len(one.requests) for one in timed.values())
+    print(
+        f"measure: asks {left['base']}, {left['teacher']}{judged}, {left['student']}; the others "
+        f"are answered already. Then {requests:,} requests time them.",
+        file=sys.stderr,
+    )
+
+
+def _as_released(system: Answerer, recipe: Recipe) -> bool:
+    """Whether the teacher is asked just as it was for the release."""
+    if isinstance(system, Teachers):
+        return system.choice is not None
+    return system.sampling == recipe.sampling_parameters
+
+
+def timed_systems(held_out: HeldOut, systems: Mapping[str, Answerer]) -> dict[str, TimedSystem]:
+    """What to time: every system, and the teacher with its prompt read anew each time."""
     rows = held_out.rows[:_TIMED_ROWS]["query"]
     queries = [rows[-1], *rows]
     timed = {name: _timed(system, queries) for name, system in systems.items()}
-    timed[UNCACHED] = _timed(_changed(systems["teacher"], _uncached), queries)
-    return measure_latency(timed)
+    return {**timed, UNCACHED: _timed(_changed(systems["teacher"], _uncached), queries)}
 
 
 def latency_note(rows: int) -> str:
@@ -106,13 +246,19 @@ def latency_note(rows: int) -> str:
 
 def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answerer:
     recipe, manifest = held_out.recipe, held_out.manifest
-    if teacher is not None and teacher != manifest["teacher"]:
+    released = manifest.get("teacher")
+    if teacher is not None and teacher != released:
         sampler = _open(teacher)
     elif "panel" in manifest:
         teachers = open_teachers(recipe)
         return teachers if teachers.choice else _changed(teachers, _greedy)
+    elif not isinstance(released, str):
+        raise DatasetError(
+            f"The manifest of {held_out.reference!r} doesn't name its teacher: name it with "
+            "`teacher`, or publish again."
+        )
     else:
-        sampler = _open(manifest["teacher"], manifest["renderer"])
+        sampler = _open(released, manifest.get("renderer"))
     sampling, reader = recipe.sampling_parameters, recipe.teacher_reader
     return _greedy(PromptedModel(sampler, sampling, recipe.messages, reader, _as_said))
 
@@ -151,14 +297,17 @@ def _changed(system: Answerer, change: Callable[[PromptedModel], PromptedModel])
     return replace(system, members=tuple(map(change, system.members)))
 
 
-def _timed(system: Answerer, queries: Sequence[str]) -> Timed:
-    if isinstance(system, Teachers) and system.choice:
-        return Timed(system.model, [partial(system.answer, query, Unkept()) for query in queries])
+def _timed(system: Answerer, queries: Sequence[str]) -> TimedSystem:
+    if several(system):
+        client = UncachedClient()
+        return TimedSystem(
+            system.model, [partial(system.answer, query, client) for query in queries]
+        )
     asked = [(query, one) for query in queries for one in system.asked(query)]
-    requests = [
-        partial(one.sampler.sample, one.messages(query), one.sampling) for query, one in asked
-    ]
-    return Timed(system.model, requests)
+    return TimedSystem(
+        system.model,
+        [partial(one.sampler.sample, one.messages(query), one.sampling) for query, one in asked],
+    )
 
 
 def _open(given: Sampler | str | Path, renderer: str | None = None) -> Sampler:
@@ -169,7 +318,7 @@ def _open(given: Sampler | str | Path, renderer: str | None = None) -> Sampler:
     return open_sampler(given, renderer=renderer)
 
 
-def _base_of(student: Sampler, training: Training | None) -> tuple[str, str]:
+def _base_of(student: Sampler, training: TrainedStudent | None) -> tuple[str, str]:
     """The model that a student was trained from, and the renderer they share."""
     if training:
         return training.config["student"], training.config["renderer"]

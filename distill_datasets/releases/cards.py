@@ -160,7 +160,7 @@ def _results(report: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str
             metric_value=_rounded(value["value"]),
             metric_args={
                 "rows": report["n"],
-                "interval_95": _interval(value),
+                **_interval(value),
                 **_others(systems, metric),
             },
         )
@@ -173,15 +173,17 @@ def _others(systems: Mapping[str, Any], metric: str) -> dict[str, Any]:
     return {
         role: {
             "value": _rounded(systems[role]["metrics"][metric]["value"]),
-            "interval_95": _interval(systems[role]["metrics"][metric]),
+            **_interval(systems[role]["metrics"][metric]),
         }
         for role in ("base", "teacher")
         if metric in systems[role]["metrics"]
     }
 
 
-def _interval(value: Mapping[str, float]) -> list[float]:
-    return [_rounded(value["low"]), _rounded(value["high"])]
+def _interval(value: Mapping[str, float]) -> dict[str, list[float]]:
+    if "low" not in value:
+        return {}
+    return {"interval_95": [_rounded(value["low"]), _rounded(value["high"])]}
 
 
 def _rounded(value: float) -> float:
@@ -235,7 +237,7 @@ def _environment() -> "Environment":
         code=_code,
         json=lambda value: json.dumps(value, ensure_ascii=False, indent=2),
         count="{:,}".format,
-        tenths="{:,.1f}".format,
+        tenths=lambda value: "" if value is None else f"{value:,.1f}",
         amount=amount_text,
         measured=_measured,
         side=side_config,
@@ -266,7 +268,8 @@ def _code(value: object) -> str:
 
 
 def _measured(value: Mapping[str, float] | None) -> str:
-    """A number with its interval; an empty cell where it was not measured."""
+    """A number, with its interval where there is one; an empty cell where it was not measured."""
     if value is None:
         return ""
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    ends = [f"{value[end]:.3f}" for end in ("low", "high") if end in value]
+    return f"{value['value']:.3f}" + (f" [{', '.join(ends)}]" if ends else "")

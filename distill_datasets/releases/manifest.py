@@ -26,10 +26,10 @@ def read_manifest(release: Path) -> dict[str, Any]:
             f"{str(release)!r} is not a release: expected a manifest.json in it. Name the folder "
             "that `publish` wrote."
         )
-    return parse_manifest(path.read_text(encoding="utf-8"), str(path))
+    return parse_manifest(path.read_bytes(), str(path))
 
 
-def parse_manifest(text: str, where: str) -> dict[str, Any]:
+def parse_manifest(text: str | bytes, where: str) -> dict[str, Any]:
     """A manifest's text; raises `DatasetError` that names where it lies."""
     problem = ""
     try:
@@ -37,6 +37,7 @@ def parse_manifest(text: str, where: str) -> dict[str, Any]:
         missing = [key for key in _NEEDED if key not in manifest]
         problem = f"no {', '.join(missing)}" if missing else ""
         rejected_rows(manifest)
+        sum(manifest["splits"].values())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         problem = problem or repr(error)
     if problem:

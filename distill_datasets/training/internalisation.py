@@ -13,7 +13,7 @@ import numpy as np
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.models.scoring import likelihoods
-from distill_datasets.statistics import Estimate, Floats, resamples
+from distill_datasets.statistics import Bootstrap, Floats, resamples
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
@@ -111,7 +111,7 @@ def measure_internalisation(
     }
 
 
-def internalisation(student: Sequence[float], ends: ReferenceLikelihoods) -> Estimate:
+def internalisation(student: Sequence[float], ends: ReferenceLikelihoods) -> Bootstrap:
     """The score of a student's negative log-likelihoods, with its bootstrap over groups.
 
     Raises `DatasetError` for no answers, and where the prompt makes them no likelier than the
@@ -129,7 +129,7 @@ def internalisation(student: Sequence[float], ends: ReferenceLikelihoods) -> Est
         )
     draws = [_score(weights, nats) for weights in resamples(ends.groups, _RESAMPLES)]
     whole = np.ones((1, len(tokens)))
-    return Estimate(float(_score(whole, nats)[0]), np.concatenate(draws))
+    return Bootstrap(float(_score(whole, nats)[0]), np.concatenate(draws))
 
 
 def per_token(nats: Sequence[float], ends: ReferenceLikelihoods) -> float:

@@ -39,7 +39,7 @@ from distill_datasets.training.tracking import open_tracker, require_tracker, sp
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
     from distill_datasets.training.checkpoints import Predecessor
-    from distill_datasets.training.objectives import TrainingTask
+    from distill_datasets.training.objectives import Objective, TrainingTask
     from distill_datasets.training.student import Learned, PendingSave, PendingStep, Student
     from distill_datasets.training.validation import PendingScores, Validator
 
@@ -184,7 +184,6 @@ class Trainer:
 
     def fit(self, validators: "Sequence[MakeValidator]" = ()) -> None:
         """Learn all steps that are left, or until the measurements don't get better any more."""
-        from distill_datasets.training.objectives import open_objective
         from distill_datasets.training.validation import open_validators
 
         checkpoints, config = self.folder.checkpoints, self.folder.config or {}
@@ -193,7 +192,7 @@ class Trainer:
         if not steps:
             return
         with ExitStack() as opened:
-            objective = opened.enter_context(closing(open_objective(self.task)))
+            objective = opened.enter_context(closing(_open_objective(self.task)))
             self._validators = open_validators(self.task, self._validation, validators)
             tracker = open_tracker(self.settings.track, self.folder.path, config)
             self._tracker = opened.enter_context(closing(tracker))
@@ -425,6 +424,25 @@ def _lora(settings: Mapping[str, Any]) -> Any:
         train_mlp=settings["train_mlp"],
         train_unembed=settings["train_unembed"],
     )
+
+
+def _open_objective(task: "TrainingTask") -> "Objective":
+    """The objective that the settings name.
+
+    "soft" and "on_policy" read the recipe in the release and connect to its teacher: they raise
+    `DatasetError` or `ModelError` where that can't be.
+    """
+    if task.settings.objective.name == "soft":
+        from distill_datasets.training.objectives.soft import SoftObjective
+
+        return SoftObjective(task)
+    if task.settings.objective.name == "on_policy":
+        from distill_datasets.training.objectives.on_policy import OnPolicyObjective
+
+        return OnPolicyObjective(task)
+    from distill_datasets.training.objectives import SupervisedObjective
+
+    return SupervisedObjective(task)
 
 
 def _request(student: str, source: DatasetSource, settings: TrainSettings) -> dict[str, Any]:

@@ -82,20 +82,3 @@ class SupervisedObjective:
 
     def close(self) -> None:
         """Nothing runs."""
-
-
-def open_objective(task: TrainingTask) -> Objective:
-    """The objective that the settings name.
-
-    "soft" and "on_policy" read the recipe in the release and connect to its teacher: they raise
-    `DatasetError` or `ModelError` where that can't be.
-    """
-    if task.settings.objective.name == "soft":
-        from distill_datasets.training.objectives.soft import SoftObjective
-
-        return SoftObjective(task)
-    if task.settings.objective.name == "on_policy":
-        from distill_datasets.training.objectives.on_policy import OnPolicyObjective
-
-        return OnPolicyObjective(task)
-    return SupervisedObjective(task)

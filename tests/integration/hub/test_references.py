@@ -222,7 +222,7 @@ def test_two_releases_on_the_hub_are_compared(hub: Hub, release: str, tmp_path: 
 
 def test_the_rows_to_measure_on_come_from_one_commit(hub: Hub, release: str) -> None:
     code = (
-        "from distill_datasets.evaluation.heldout import read_held_out\n"
+        "from distill_datasets.evaluation.systems import read_held_out\n"
         f"held_out = read_held_out({release!r}, split='train')\n"
         "print(json.dumps([held_out.reference, held_out.commit, len(held_out.rows)]))"
     )

@@ -1,13 +1,15 @@
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from distill_datasets.errors import DatasetError, RecipeError
-from distill_datasets.evaluation.metrics import estimate, load_metric
-from distill_datasets.statistics import Estimate, resamples
+from distill_datasets.errors import DatasetError, RecipeError, SettingsError
+from distill_datasets.evaluation.metrics import Metrics, load_metric, load_own_metric
+from distill_datasets.statistics import Bootstrap, Estimate, resamples, wilson
 
 EXPECTED = ["a", "a", "a", "a", "b", "b", "b", "b"]
 FOUND = ["a", "a", "a", "b", "b", "b", "b", None]
@@ -31,7 +33,7 @@ def rows(count: int, right: float, seed: int) -> tuple[list[str | None], list[st
 
 
 def one(name: str, found: list[str | None], expected: list[str], groups: list[str]) -> Estimate:
-    return estimate(load_metric(name), found, expected, groups)[name]
+    return load_metric(name).estimate(found, expected, groups)
 
 
 @pytest.mark.parametrize(
@@ -82,37 +84,55 @@ def test_an_interval_contains_its_value(name: str) -> None:
     assert interval["low"] < interval["value"] < interval["high"]
 
 
-@pytest.mark.parametrize("name", ["accuracy", "macro_f1", "answered", "agreement"])
-def test_draws_equal_the_metric_computed_on_rows_that_are_really_repeated(name: str) -> None:
+def test_draws_equal_macro_f1_computed_on_rows_that_are_really_repeated() -> None:
     found, expected, _ = rows(12, 0.5, 2)
     groups = ["x", "x", "y", "y", "y", "z", "u", "u", "v", "v", "w", "w"]
-    metric = load_metric(name)
-    drawn = estimate(metric, found, expected, groups)[name].draws
+    estimate = one("macro_f1", found, expected, groups)
+    assert isinstance(estimate, Bootstrap)
     weights = next(resamples(groups, 2_000))
-    for draw, times in islice(zip(drawn, weights, strict=True), 25):
-        places = np.repeat(np.arange(12), times.astype(int))
-        again = metric.compute(
+    for draw, times in islice(zip(estimate.draws, weights, strict=True), 25):
+        places = np.repeat(np.arange(12), times.astype(int)).tolist()
+        again = load_metric("macro_f1").compute(
             predictions=[found[place] for place in places],
             references=[expected[place] for place in places],
         )
-        assert draw == pytest.approx(again[name], abs=1e-12)
+        assert draw == pytest.approx(again["macro_f1"], abs=1e-12)
 
 
-def test_intervals_of_accuracy_are_those_of_the_binomial_distribution() -> None:
-    found: list[str | None] = ["a" if row < 300 else "b" for row in range(400)]
-    interval = one("accuracy", found, ["a"] * 400, [str(row) for row in range(400)]).interval()
-    margin = 1.96 * (0.75 * 0.25 / 400) ** 0.5
-    assert interval["low"] == pytest.approx(0.75 - margin, abs=0.005)
-    assert interval["high"] == pytest.approx(0.75 + margin, abs=0.005)
+@pytest.mark.parametrize("name", ["accuracy", "agreement", "answered"])
+def test_shares_have_wilsons_interval(name: str) -> None:
+    """300 of 400, by statsmodels' `proportion_confint(300, 400, method="wilson")`."""
+    found: list[str | None] = ["a" if row < 300 else None for row in range(400)]
+    interval = one(name, found, ["a"] * 400, [str(row) for row in range(400)]).interval()
+    assert (interval["low"], interval["high"]) == pytest.approx((0.70532287, 0.78992099), abs=1e-8)
 
 
-def test_rows_of_one_group_are_drawn_together() -> None:
+@pytest.mark.parametrize("name", ["accuracy", "macro_f1", "answered", "agreement"])
+def test_rows_of_one_group_count_together(name: str) -> None:
     found, expected, groups = rows(10, 0.5, 3)
-    single = one("accuracy", found, expected, groups)
-    repeated = one("accuracy", found * 5, expected * 5, groups * 5)
-    taken_apart = one("accuracy", found * 5, expected * 5, [str(row) for row in range(50)])
-    assert repeated.interval() == single.interval()
-    assert np.ptp(taken_apart.draws) < np.ptp(repeated.draws)
+    single = one(name, found, expected, groups).interval()
+    repeated = one(name, found * 5, expected * 5, groups * 5).interval()
+    alone = one(name, found * 5, expected * 5, [str(row) for row in range(50)]).interval()
+    assert repeated == pytest.approx(single)
+    assert alone["high"] - alone["low"] < repeated["high"] - repeated["low"]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "macro_f1", "answered", "agreement"])
+def test_315_of_315_is_not_certain(name: str) -> None:
+    labels = [f"label {row % 21}" for row in range(315)]
+    all_right = one(name, [*labels], labels, [str(row) for row in range(315)])
+    interval = all_right.interval()
+    assert (interval["value"], interval["high"]) == (1.0, 1.0)
+    assert interval["low"] == pytest.approx(0.98795, abs=1e-5)
+    same = (all_right - all_right).interval()
+    assert same["low"] < same["value"] == 0.0 < same["high"]
+
+
+def test_macro_f1_of_all_right_is_as_uncertain_as_its_rarest_class() -> None:
+    labels = ["common"] * 300 + ["rare"]
+    interval = one("macro_f1", [*labels], labels, [str(row) for row in range(301)]).interval()
+    assert interval["low"] == pytest.approx(wilson(1.0, 4 / (1 + 1 / 300))[0])
+    assert interval["low"] < 0.6
 
 
 def test_the_same_rows_give_the_same_interval_again() -> None:
@@ -121,30 +141,20 @@ def test_the_same_rows_give_the_same_interval_again() -> None:
     )
 
 
-def test_weights_in_several_chunks_still_draw_as_many_groups_as_there_are(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("distill_datasets.statistics._CELLS", 20)
-    chunks = list(resamples(["a", "b", "c", "d"], 12))
-    assert [len(chunk) for chunk in chunks] == [5, 5, 2]
-    assert all((chunk.sum(axis=1) == 4).all() for chunk in chunks)
-
-
-def test_a_paired_difference_is_narrower_than_an_unpaired_one() -> None:
+def test_a_paired_difference_of_bootstraps_is_narrower_than_an_unpaired_one() -> None:
     first, expected, groups = rows(300, 0.7, 5)
     second: list[str | None] = [*expected[:10], *first[10:]]
-    metric = load_metric("accuracy")
-    mine = estimate(metric, second, expected, groups)["accuracy"]
-    theirs = estimate(metric, first, expected, groups)["accuracy"]
-    other_draws = estimate(metric, first, expected, groups, seed=1)["accuracy"]
-    paired, unpaired = (mine - theirs).interval(), (mine - other_draws).interval()
-    assert paired["value"] == unpaired["value"] == pytest.approx(mine.value - theirs.value)
-    assert paired["high"] - paired["low"] < 0.5 * (unpaired["high"] - unpaired["low"])
+    mine, theirs = (one("macro_f1", given, expected, groups) for given in (second, first))
+    interval = (mine - theirs).interval()
+    apart = sum(end["high"] - end["low"] for end in (mine.interval(), theirs.interval()))
+    assert interval["value"] == pytest.approx(mine.value - theirs.value)
+    assert interval["high"] - interval["low"] < 0.5 * apart
 
 
-def test_no_rows_are_an_error() -> None:
+@pytest.mark.parametrize("name", ["accuracy", "answered"])
+def test_no_rows_are_an_error(name: str) -> None:
     with pytest.raises(DatasetError, match="no rows"):
-        one("accuracy", [], [], [])
+        one(name, [], [], [])
 
 
 def test_an_unknown_metric_lists_ours_and_the_nearest() -> None:
@@ -152,9 +162,20 @@ def test_an_unknown_metric_lists_ours_and_the_nearest() -> None:
         load_metric("acuracy")
 
 
-SCRIPT = """
+@pytest.mark.parametrize("named", ["someone/metric", "rouge", "metric.py", "./metric.py:Name"])
+def test_a_recipe_runs_nobodys_code(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("metric.py").write_text("raise SystemExit('this ran')\n")
+    with pytest.raises(RecipeError, match="no part of a recipe"):
+        Metrics.load([named], [], ["a"])
+
+
+OWN = """
 import datasets
 import evaluate
+
 
 class Length(evaluate.Metric):
     def _info(self):
@@ -165,44 +186,109 @@ class Length(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        return RESULT
+        return {"length": sum(map(len, predictions)) / len(predictions)}
+
+
+def several(predictions, references):
+    return {"short": 1.0, "long": 2, "texts": predictions}
+
+
+def texts(predictions, references):
+    return {"texts": predictions}
+
+
+def endless(predictions, references):
+    return float("nan")
+
+
+def numbers_only(predictions, references):
+    return sum(map(int, predictions))
+
+
+def accuracy(predictions, references):
+    return 1.0
+
+
+nothing = 3
 """
 
 
-def own_metric(folder: Path, result: str) -> Path:
-    path = folder / "length.py"
-    path.write_text(SCRIPT.replace("RESULT", result))
-    return path
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Names something in a file of metrics."""
+    monkeypatch.setattr("distill_datasets.evaluation.metrics._RESAMPLES_OF_OWN", 30)
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    return lambda name: f"{path}:{name}"
 
 
-def test_a_metric_of_the_users_own_gets_an_interval_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("distill_datasets.evaluation.metrics._RESAMPLES_OF_OTHERS", 30)
-    path = own_metric(tmp_path, '{"length": sum(map(len, predictions)) / len(predictions)}')
-    found: list[str | None] = ["a", "aaa", None, "aa"]
-    [(name, number)] = estimate(load_metric(str(path)), found, ["b"] * 4, list("wxyz")).items()
-    assert (name, number.value, len(number.draws)) == ("length", 1.5, 30)
-    assert number.interval()["low"] < 1.5 < number.interval()["high"]
+def test_a_metric_of_the_users_own_gets_an_interval_too(own: Callable[[str], str]) -> None:
+    metric = load_own_metric(own("Length"))
+    [(name, number)] = metric.estimates(["a", "aaa", None, "aa"], ["b"] * 4, [*"wxyz"]).items()
+    assert (name, number.value) == ("length", 1.5)
+    interval = number.interval()
+    assert interval["low"] < 1.5 < interval["high"]
 
 
-def test_a_metric_with_several_numbers_gives_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("distill_datasets.evaluation.metrics._RESAMPLES_OF_OTHERS", 5)
-    path = own_metric(tmp_path, '{"short": 1.0, "long": 2, "texts": predictions}')
-    numbers = estimate(load_metric(str(path)), ["a"], ["b"], ["x"])
+def test_a_function_is_a_metric_and_may_give_several_numbers(own: Callable[[str], str]) -> None:
+    numbers = load_own_metric(own("several")).estimates(["a", "b"], ["b", "b"], ["x", "y"])
     assert {name: number.value for name, number in numbers.items()} == {"short": 1.0, "long": 2.0}
+    # All resamples are alike, and nobody knows what other values there are.
+    assert numbers["short"].interval() == {"value": 1.0}
 
 
-def test_a_metric_without_a_number_is_refused(tmp_path: Path) -> None:
-    path = own_metric(tmp_path, '{"texts": predictions}')
-    with pytest.raises(RecipeError, match=r"no number, only \['texts'\]"):
-        estimate(load_metric(str(path)), ["a"], ["b"], ["x"])
+def test_python_takes_functions_and_modules_themselves() -> None:
+    def exact(predictions: list[str], references: list[str]) -> float:
+        return float(predictions == references)
+
+    assert load_own_metric(exact).numbers(["a"], ["a"]) == {"exact": 1.0}
+    accuracy = load_own_metric(load_metric("accuracy"))
+    assert accuracy.numbers(["a", "b"], ["a", "c"]) == {"accuracy": 0.5}
 
 
-def test_a_metric_that_takes_no_texts_is_refused(tmp_path: Path) -> None:
-    path = own_metric(tmp_path, "{}")
-    path.write_text(path.read_text().replace('"string"', '"int32"'))
-    with pytest.raises(RecipeError, match="'length' can't compare texts"):
-        estimate(load_metric(str(path)), ["a"], ["b"], ["x"])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("texts", r"gives no number, only \['texts'\]"),
+        ("endless", "gives nan as 'endless': expected a finite number"),
+        ("numbers_only", "'numbers_only' can't compare these texts: ValueError"),
+        ("accuracy", "Two metrics give 'accuracy'"),
+        ("nothing", "3 is no metric: expected path.py:Name"),
+        ("Lenght", r"defines no 'Lenght'.*Did you mean 'Length'"),
+    ],
+)
+def test_a_metric_that_is_none_is_refused_when_it_is_loaded(
+    name: str, why: str, own: Callable[[str], str]
+) -> None:
+    with pytest.raises(SettingsError, match=why):
+        Metrics.load(["accuracy"], [own(name)], ["a", None, "b"])
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("rouge", "'rouge' names no metric: expected path.py:Name"),
+        ("own.py", "'own.py' names no metric"),
+        ("no/own.py:Name", "There is no file 'no/own.py'"),
+        ("broken.py:Name", "'broken.py' can't be run for its metric: ZeroDivisionError"),
+        ("torn.py:Name", "'torn.py' can't be run for its metric: SyntaxError"),
+        (7, "7 is no metric"),
+    ],
+)
+def test_a_file_that_has_no_metric_is_named(
+    given: Any, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.py").write_text("1 / 0\n")
+    Path("torn.py").write_text("def (\n")
+    with pytest.raises(SettingsError, match=why):
+        load_own_metric(given)
+
+
+def test_a_file_that_changes_is_another_metric(own: Callable[[str], str], tmp_path: Path) -> None:
+    keys = [Metrics.load([], [own("several")], ["a"]).key for _ in range(2)]
+    assert keys[0] == keys[1]
+    path = tmp_path / "own.py"
+    path.write_text(OWN + "\n# changed\n")
+    assert Metrics.load([], [own("several")], ["a"]).key != keys[0]
+    assert Metrics.load([], [max], []).key != Metrics.load([], [max], []).key

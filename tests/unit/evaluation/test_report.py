@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from distill_datasets.errors import DatasetError, GenerationError, ModelError
+from distill_datasets.errors import DatasetError, GenerationError, ModelError, SettingsError
 from distill_datasets.evaluation.latency import uncacheable
+from distill_datasets.evaluation.metrics import Comparison, Metrics
 from distill_datasets.evaluation.report import Report, measure
+from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.generation.run import generate
 from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
 from distill_datasets.releases.release import publish
@@ -161,6 +163,7 @@ def test_the_file_holds_what_the_report_says(run: Path) -> None:
     for system in data["systems"].values():
         for number in system["metrics"].values():
             assert number["low"] <= number["value"] <= number["high"]
+            assert number["low"] < number["high"]
         assert 0 < system["latency_ms"]["p50"] <= system["latency_ms"]["p95"]
 
 
@@ -202,6 +205,8 @@ def test_differences_are_of_the_student_to_each_other_system(run: Path) -> None:
     accuracy = differences["student-teacher"]["accuracy"]
     assert accuracy["value"] == pytest.approx(1 / 8)
     assert accuracy["low"] <= 1 / 8 <= accuracy["high"]
+    for number in (number for pair in differences.values() for number in pair.values()):
+        assert number["low"] < number["high"]
 
 
 def test_recall_is_given_for_each_label(run: Path) -> None:
@@ -256,7 +261,7 @@ def test_a_prompt_with_the_query_in_it_can_be_made_uncacheable_too() -> None:
 def test_a_failed_row_leaves_no_report_and_is_asked_again(run: Path) -> None:
     failing = student()
     failing.failing = {"sea"}
-    with pytest.raises(GenerationError, match="1 of 8 rows of the student failed.*busy"):
+    with pytest.raises(GenerationError, match="1 of 8 rows of the student failed.*'sea'.*busy"):
         compare(run, student=failing)
     assert not (run / "report.json").exists()
     mended = student()
@@ -284,12 +289,12 @@ def test_without_references_accuracy_is_left_out_and_the_report_says_so(tmp_path
 
 
 def test_a_limit_takes_the_first_rows(run: Path) -> None:
-    assert compare(run, limit=3).data["n"] == 3
+    assert compare(run, settings=MeasureSettings(limit=3)).data["n"] == 3
 
 
 def test_another_split_has_files_of_its_own(run: Path) -> None:
     compare(run)
-    edge = compare(run, split="edge")
+    edge = compare(run, settings=MeasureSettings("edge"))
     assert edge.path == run / "report-edge.json"
     assert (edge.data["split"], edge.data["n"]) == ("edge", 1)
     assert json.loads((run / "report.json").read_text())["split"] == "test"
@@ -298,7 +303,7 @@ def test_another_split_has_files_of_its_own(run: Path) -> None:
 
 def test_an_unknown_split_lists_those_found(run: Path) -> None:
     with pytest.raises(DatasetError, match=r"'tset'; found \['edge', 'test', 'train'\]"):
-        compare(run, split="tset")
+        compare(run, settings=MeasureSettings("tset"))
 
 
 def test_a_release_without_its_recipe_is_refused(run: Path) -> None:
@@ -358,7 +363,9 @@ def test_the_table_shows_systems_differences_and_every_row(run: Path) -> None:
     ]  # fmt: skip
     assert lines[3].startswith("student  no      0.875 [0.")
     assert "teacher 10.0 - student 1.0 = 9.0 saved, 10.0 times fewer." in "\n".join(lines)
-    assert any(line.startswith("student - teacher: accuracy +0.125 [+0.000") for line in lines)
+    assert any(
+        line.startswith("student - teacher: accuracy +0.125 [-0.234, +0.434]") for line in lines
+    )
     assert "blue      -        -     red      plum" in lines
 
 
@@ -448,3 +455,162 @@ def test_an_unfinished_training_is_refused(trained: Path) -> None:
 def test_a_report_has_none_where_a_system_can_not_score(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     assert compare(run).data["internalisation"] is None
+
+
+def test_what_is_asked_is_said_before(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare(run).path.unlink()
+    first = "asks 8 of 8 to the base, 8 of 8 to the teacher, 8 of 8 to the student;"
+    assert f"measure: {first}" in capsys.readouterr().err
+    compare(run, student=Lexicon("other", {}))
+    second = "asks 0 of 8 to the base, 0 of 8 to the teacher, 8 of 8 to the student;"
+    said = capsys.readouterr().err
+    assert f"measure: {second}" in said
+    assert "Then 36 requests time them." in said
+
+
+@pytest.mark.parametrize(
+    ("said", "warning"),
+    [
+        ("It is red.", "the student gives the answer 'red' to 100% of the 8 queries"),
+        ("hm", "the student gives no answer that can be read to 100% of the 8 queries"),
+    ],
+)
+def test_a_student_that_says_one_thing_is_seen_first(said: str, warning: str, run: Path) -> None:
+    report = compare(run, student=Lexicon("stuck", dict.fromkeys(ALL, said)))
+    first = report.table().splitlines()[0]
+    assert warning in first and "the teacher gives 3 different answers" in first
+    assert report.data["notes"][0] == first
+    assert f"- {first}" in report.path.with_suffix(".md").read_text()
+    assert report.data["systems"]["student"]["answers"] == {
+        "distinct": 1,
+        "commonest": "red" if "red" in said else None,
+        "commonest_share": 1.0,
+    }
+
+
+def test_a_student_that_varies_is_not_warned_of(run: Path) -> None:
+    report = compare(run)
+    assert "Warning" not in report.table()
+    assert report.data["systems"]["teacher"]["answers"] == {
+        "distinct": 3,
+        "commonest": "blue",
+        "commonest_share": 0.5,
+    }
+
+
+def test_nobody_is_warned_of_where_the_teacher_says_one_thing_too(run: Path) -> None:
+    stuck = Lexicon("stuck", dict.fromkeys(ALL, "colour: red"))
+    student = Lexicon("same", dict.fromkeys(ALL, "It is red."))
+    assert "Warning" not in compare(run, student=student, teacher=stuck).table()
+
+
+def own_metric(folder: Path, body: str) -> str:
+    path = folder / "own.py"
+    path.write_text(f"def mean_length(predictions, references):\n    {body}\n")
+    return f"{path}:mean_length"
+
+
+def test_a_metric_of_the_users_own_is_in_the_report(run: Path, tmp_path: Path) -> None:
+    named = own_metric(tmp_path, "return sum(map(len, predictions)) / len(predictions)")
+    report = compare(run, settings=MeasureSettings(metrics=(named,)))
+    found = values(report, "student")
+    assert found["mean_length"] == pytest.approx((5 * 3 + 3 * 4) / 8)
+    assert "mean_length" in report.table().splitlines()[0]
+    assert "mean_length" in report.data["differences"]["student-base"]
+    # The base never answers: its lengths don't vary, and nobody knows what others there are.
+    assert report.data["systems"]["base"]["metrics"]["mean_length"] == {"value": 0.0}
+    text = report.path.with_suffix(".md").read_text()
+    assert "mean_length" in text and "nan" not in text.lower()
+    json.loads(report.path.read_text(), parse_constant=pytest.fail)
+
+
+def test_a_changed_metric_makes_a_new_report_without_asking(run: Path, tmp_path: Path) -> None:
+    settings = MeasureSettings(metrics=(own_metric(tmp_path, "return 1.0"),))
+    compare(run, settings=settings)
+    own_metric(tmp_path, "return 2.0")
+    again = student()
+    assert values(compare(run, settings=settings, student=again), "student")["mean_length"] == 2.0
+    assert len(again.asked) == len(TEST) + 1  # the timing
+
+
+def test_a_metric_that_fails_is_refused_before_anything_is_asked(run: Path, tmp_path: Path) -> None:
+    asked = [teacher(), student(), base()]
+    settings = MeasureSettings(metrics=(own_metric(tmp_path, "return sum(predictions)"),))
+    with pytest.raises(SettingsError, match="'mean_length' can't compare these texts: TypeError"):
+        compare(run, teacher=asked[0], student=asked[1], base=asked[2], settings=settings)
+    assert [one.asked for one in asked] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [b"", b"{", b"[]", b"7", b"{}", b"\xff\xfe", b'{"splits": 3}', b"null"],
+)
+def test_a_torn_or_foreign_manifest_is_named(manifest: bytes, run: Path) -> None:
+    whole = json.loads((run / "release" / "manifest.json").read_text())
+    if manifest == b'{"splits": 3}':
+        manifest = json.dumps({**whole, "splits": 3}).encode()
+    (run / "release" / "manifest.json").write_bytes(manifest)
+    with pytest.raises(DatasetError, match="manifest.json"):
+        compare(run)
+
+
+def test_a_manifest_without_a_teacher_is_measured_with_a_named_one(run: Path) -> None:
+    path = run / "release" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["teacher"]
+    path.write_text(json.dumps(manifest))
+    assert compare(run).data["n"] == len(TEST)
+    with pytest.raises(DatasetError, match="doesn't name its teacher: name it with `teacher`"):
+        compare(run, teacher=None)
+
+
+def rewrite(release: Path, change: Any) -> None:
+    """Change the test split's table."""
+    from pyarrow.parquet import read_table, write_table
+
+    (path,) = (release / "data").glob("test-*.parquet")
+    write_table(change(read_table(path)), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            lambda table: table.drop_columns(["reference", "group"]),
+            r"lacks the columns \['group', ",
+        ),
+        (lambda table: table.set_column(1, "query", [list(range(len(table)))]), "'query'.*holds 0"),
+        (lambda table: table.set_column(1, "query", [[None] * len(table)]), "'query'.*holds None"),
+    ],
+)
+def test_data_that_publish_did_not_write_is_named(change: Any, why: str, run: Path) -> None:
+    rewrite(run / "release", change)
+    asked = student()
+    with pytest.raises(DatasetError, match=why):
+        compare(run, student=asked)
+    assert asked.asked == []
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1 and more that is no Parquet PAR1"])
+def test_a_damaged_file_of_the_data_is_named(content: bytes, run: Path) -> None:
+    (path,) = (run / "release" / "data").glob("test-*.parquet")
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"test-.*parquet' can't be read"):
+        compare(run)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"digest": 3}'])
+def test_a_torn_report_is_written_again(content: str, run: Path) -> None:
+    path = compare(run).path
+    path.write_text(content)
+    assert compare(run).data["n"] == json.loads(path.read_text())["n"] == len(TEST)
+
+
+def test_tokens_that_no_server_counts_are_unknown() -> None:
+    from datasets import Dataset
+
+    rows = {"answer": ["a"], "reference": ["a"], "group": ["g"], "query": ["q"]}
+    counts = {"teacher_prompt_tokens": [None], "teacher_response_tokens": [3]}
+    answers = {"teacher": Dataset.from_dict(rows | counts)}
+    found = Comparison(answers, Metrics({})).tokens("teacher")
+    assert found == {"prompt_mean": None, "response_mean": 3.0}

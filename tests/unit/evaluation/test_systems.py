@@ -48,3 +48,16 @@ def test_a_report_says_that_its_teacher_was_told_what_is_right(
     keys: dict[str, Any] = {"teachers": ["red", "blue"], "choose": "best"}
     report = measured(tmp_path, **keys, verifier="reference is none or answer == reference")
     assert any("is told what is right" in note for note in report.data["notes"])
+
+
+def test_what_the_releases_ledger_knows_is_not_asked_again(tmp_path: Path, models: Models) -> None:
+    """In another folder than the run's, whose journal has the answers too."""
+    keys = {"split": {"same_rows": True}, "teachers": ["red", "right"], "choose": "majority"}
+    run(tmp_path, **keys)
+    release = publish(tmp_path / "run")
+    bought = models.requests
+    student = Model("student", lambda query, number: RIGHT(query, 0).removeprefix("colour: "))
+    base = Model("base", lambda query, number: "hm")
+    measure(release.path, student=student, base=base, out=tmp_path / "elsewhere")
+    assert bought == 2 * len(QUERIES)
+    assert models.requests - bought == 2 * 2 * (len(QUERIES) + 1)  # the timing
