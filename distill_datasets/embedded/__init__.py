@@ -1,15 +1,14 @@
 """A loopback server that speaks Tinker's wire protocol over torch, and the model it ships with.
 
-process.py      launch(): the server as a child process that ends with its parent
-__main__.py     that child
-server.py       the HTTP application, and serve(): the same in the foreground
-training_api.py the endpoints that train, save and load; listings.py: those that list
-sample_wire.py, train_wire.py  protobuf and JSON to plain dataclasses, and back; wire.py: tensors
-futures.py      results that clients collect later
-worker.py       the one thread that computes: training in order, samples in batches
-base.py         the frozen base model; lora.py: adapters over it; attention.py: shared prefixes
-batching.py     which requests run together; prefixes.py: cached prompts
-decoding.py     batched sampling; choosing.py: from logits to a token; scoring.py: prompts' logprobs
-trainer.py      gradients and Adam; losses.py: what is minimised
-checkpoints.py  what survives a restart; executed.py: what was trained, in order
+process.py    launch(): the server as a child process that ends with its parent; serve()
+app.py        the HTTP application, and that child; endpoints.py: what it answers
+wire.py       protobuf and JSON to plain dataclasses, and back; the limits of a request
+service.py    sessions, results that clients collect later, and the order of training
+engine.py     all that is computed, on one thread: training in order, samples in batches
+model.py      the frozen base model; lora.py: adapters over it
+scheduler.py  which requests run together, and behind which cached prefix
+decoding.py   batched sampling and the logprobs of prompts; prefix_attention.py: shared prefixes
+trainer.py    rows, losses, gradients and Adam
+store.py      what survives a restart: checkpoints, and the log of what was trained
+pocket/       the model that ships, and how it is built
 """

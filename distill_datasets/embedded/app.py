@@ -1,8 +1,13 @@
-"""The HTTP application: who may enter, and what a refusal looks like."""
+"""The HTTP application: who may enter, what a refusal looks like, and the child of `launch`."""
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import hmac
+import os
+import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,14 +16,19 @@ from tempfile import TemporaryDirectory
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from . import listings, sampling_api, training_api
-from .failures import MissingError, RequestError
+from distill_datasets.errors import DistillError
+
+from .endpoints import SERVICE, routes
 from .model import ModelCard
-from .sampling_api import SERVICE
 from .service import Service
 from .store import Store
+from .wire import LARGEST_BODY, InvalidRequestError, MissingError
 
-LARGEST_BODY = 256 << 20
+HOST = "127.0.0.1"
+
+
+def _refused(status: int, message: str) -> web.Response:
+    return web.json_response({"error": message, "category": "user"}, status=status)
 
 
 def _gate(api_key: str) -> Middleware:
@@ -27,7 +37,7 @@ def _gate(api_key: str) -> Middleware:
 
     @web.middleware
     async def gate(request: web.Request, handler: Handler) -> web.StreamResponse:
-        found = request.headers.get("X-API-Key", "").encode()
+        found = request.headers.get("X-API-Key", "").encode("utf-8", "surrogateescape")
         if not hmac.compare_digest(found, expected) and request.path != "/api/v1/healthz":
             message = (
                 "expected the key of this server in X-API-Key; found "
@@ -37,12 +47,14 @@ def _gate(api_key: str) -> Middleware:
             return web.json_response({"error": message}, status=401)
         try:
             return await handler(request)
-        except RequestError as error:
-            status = 404 if isinstance(error, MissingError) else 400
-            return web.json_response({"error": str(error), "category": "user"}, status=status)
-        except (KeyError, ValueError) as error:
-            message = f"the request can't be read: {type(error).__name__}: {error}"
-            return web.json_response({"error": message, "category": "user"}, status=400)
+        except MissingError as error:
+            return _refused(404, str(error))
+        except DistillError as error:
+            return _refused(400, str(error))
+        except web.HTTPRequestEntityTooLarge:
+            return _refused(400, f"expected at most {LARGEST_BODY} bytes in a request; found more")
+        except (web.RequestPayloadError, UnicodeError) as error:
+            return _refused(400, f"the request can't be read: {type(error).__name__}: {error}")
 
     return gate
 
@@ -55,8 +67,7 @@ async def running(
     with TemporaryDirectory(prefix="distill-store-") as temporary:
         app = web.Application(middlewares=[_gate(api_key)], client_max_size=LARGEST_BODY)
         service = app[SERVICE] = Service(card, Store(store or Path(temporary)))
-        for module in (sampling_api, training_api, listings):
-            app.router.add_routes(module.routes)
+        app.router.add_routes(routes)
         # No grace for open connections: clients hold theirs for as long as they live.
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
@@ -67,3 +78,56 @@ async def running(
         finally:
             await runner.cleanup()
             service.engine.close()
+
+
+async def serve_until_interrupted(
+    card: ModelCard, store: Path | None, api_key: str, host: str, port: int
+) -> None:
+    """Serve in the foreground until Ctrl-C; prints what clients have to export."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(sign, stop.set)
+    async with running(card, store, api_key, host=host, port=port) as bound:
+        print(
+            f"export TINKER_BASE_URL=http://{host}:{bound}\n"
+            f"export TINKER_API_KEY={api_key}\n"
+            f"# model:    {card.name} (context {card.max_context})\n"
+            f"# tokenizer: {card.folder}\n"
+            f"# renderer: qwen3_instruct for {card.name} if it is a Qwen3-style chat model\n"
+            f"# store:    {store or 'temporary, removed at the end'}\n"
+            "# Ctrl-C ends the server",
+            flush=True,
+        )
+        await stop.wait()
+
+
+async def _serve_parent(card: ModelCard, store: Path | None, api_key: str) -> None:
+    async with running(card, store, api_key, host=HOST, port=0) as port:
+        print(port, flush=True)
+        # The pipe closes with the parent, however that ends.
+        await asyncio.to_thread(sys.stdin.read)
+
+
+def main() -> int:
+    """Serve until the parent closes stdin or dies; its first line is the key."""
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--store", type=Path)
+    options = parser.parse_args()
+    api_key = sys.stdin.readline().strip()
+    try:
+        card = ModelCard.read(options.model.resolve(), options.name)
+    except InvalidRequestError as error:
+        print(error, file=sys.stderr)
+        return 2
+    asyncio.run(_serve_parent(card, options.store, api_key))
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    # Everything is closed and removed by now; unloading torch would take seconds more.
+    os._exit(code)

@@ -1,30 +1,45 @@
-"""The model with everything derived from it: runs in training, saved weights being sampled."""
+"""The model with everything derived from it, and the one thread that computes with it.
+
+Runs in training, saved weights being sampled, and samples that wait together in one batch.
+"""
 
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
+import threading
+import traceback
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .executed import Log
-from .failures import MissingError, RequestError
-from .futures import Outcome
-from .model import Base, ModelCard, load_base
-from .sample_wire import SampleResult, write_sample_result
-from .store import Checkpoint, Kind, Run, Store
-from .train_wire import TrainRequest, write_train_result
-from .worker import Sampling
+from distill_datasets.errors import DistillError
+
+from .model import LoadedModel, ModelCard, load_model
+from .store import ExecutionLog, Kind, Store, StoredCheckpoint, StoredRun
+from .wire import (
+    Body,
+    InvalidRequestError,
+    MissingError,
+    SampleRequest,
+    SampleResult,
+    pb,
+    write_sample_result,
+)
 
 if TYPE_CHECKING:
     from .lora import Adapters, LoraSpec
-    from .prefix_cache import Prefixes
+    from .scheduler import Prefixes
     from .trainer import Trainee
 
+# A finished request: protobuf bytes or JSON.
+Payload = bytes | dict[str, Any]
+Resolve = Callable[[Payload], None]
 # The key of the base model's own weights.
 BASE = "base"
 # Adapters kept in memory for sampling; others are read again when needed.
@@ -33,56 +48,151 @@ MOST_SAMPLERS = 8
 MOST_SNAPSHOTS = 64
 
 
-@dataclass(frozen=True)
-class SaveOrder:
-    """A checkpoint to write: what the client said about it."""
+def failure(message: str, *, category: str = "user") -> Payload:
+    """An error in the form that the SDK raises from `.result()`."""
+    return {"error": message, "category": category}
 
-    model_id: str
-    seq_id: int
-    kind: Kind
-    name: str
-    overwrite: bool = False
-    ttl_seconds: int | None = None
-    user_metadata: dict[str, str] | None = None
+
+@dataclass(frozen=True)
+class Job:
+    """Anything but sampling."""
+
+    run: Callable[[], Payload]
+    resolve: Resolve
+
+
+@dataclass(frozen=True)
+class SampleJob:
+    """A sample request from one version of the weights."""
+
+    weights: str
+    request: SampleRequest
+    resolve: Resolve
+
+    def joins(self, other: SampleJob) -> bool:
+        """Whether both may run in one batch.
+
+        Scores cost as much as the most that any request of a batch asks for.
+        """
+        own, others = self.request.scoring, other.request.scoring
+        alike = own.asked == others.asked and own.top == others.top
+        wide = [1 if one.targets is None else one.targets.ids.shape[1] for one in (own, others)]
+        return alike and self.weights == other.weights and (wide[0] == wide[1] or max(wide) <= 256)
+
+
+# Runs the first of the given samplings and whichever others fit; returns those that ran.
+RunBatch = Callable[[Sequence[SampleJob]], Sequence[SampleJob]]
+
+
+class ComputeThread:
+    """Owns torch: whatever touches the model runs here, in the order it was asked for.
+
+    Samples overtake: they read weights that never change, so that their order can't matter.
+    """
+
+    def __init__(self, run_batch: RunBatch, prepare: Callable[[], None]) -> None:
+        self._run_batch, self._prepare = run_batch, prepare
+        self._waiting: deque[Job | SampleJob] = deque()
+        self._changed = threading.Condition()
+        self._broken: Payload | None = None
+        threading.Thread(target=self._work, name="compute", daemon=True).start()
+
+    def submit(self, job: Job | SampleJob) -> None:
+        """Queue a job."""
+        with self._changed:
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def _work(self) -> None:
+        try:
+            self._prepare()
+        except Exception as error:  # a model that can't be loaded is every request's answer
+            traceback.print_exc(file=sys.stderr)
+            self._broken = failure(f"the model could not be loaded: {error}")
+        while True:
+            self._serve(*self._take())
+
+    def _take(self) -> tuple[Job | SampleJob, list[SampleJob]]:
+        """The oldest job, and if it is a sampling all that may run with it."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._waiting))
+            first = self._waiting.popleft()
+            if not isinstance(first, SampleJob):
+                return first, []
+            others = [
+                job for job in self._waiting if isinstance(job, SampleJob) and first.joins(job)
+            ]
+            return first, [first, *others]
+
+    def _serve(self, first: Job | SampleJob, samplings: list[SampleJob]) -> None:
+        """The request boundary: whatever goes wrong here is told to the client, not raised."""
+        try:
+            if self._broken is not None:
+                first.resolve(self._broken)
+            elif isinstance(first, Job):
+                first.resolve(first.run())
+            else:
+                gone = {id(job) for job in self._run_batch(samplings)}
+                with self._changed:
+                    self._waiting = deque(job for job in self._waiting if id(job) not in gone)
+        except DistillError as error:
+            first.resolve(failure(str(error)))
+        except Exception as error:  # a bug must fail one request, not end the server
+            traceback.print_exc(file=sys.stderr)
+            first.resolve(failure(_told(error), category="server"))
+
+
+def _told(error: Exception) -> str:
+    """What a client reads of an error that no request should cause."""
+    said = f"{type(error).__name__}: {error}"
+    # Torch raises an error of its own on a GPU, and a plain RuntimeError on a CPU.
+    if isinstance(error, MemoryError) or "memory" in str(error).lower():
+        return f"the server is out of memory: send fewer or shorter rows at once ({said})"
+    return said
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """Where an adapter that can be sampled lies, and its layout."""
+
+    folder: Path
+    lora: dict[str, Any]
 
 
 class Engine:
-    """Everything that touches torch; all methods but `weights_of` run on the worker's thread."""
+    """Everything that touches torch; all methods but `weights_of` run on the compute thread."""
 
     def __init__(self, card: ModelCard, store: Store) -> None:
         self.card, self.store = card, store
-        self._log = Log(store.folder, store.clock)
+        self._log = ExecutionLog(store.folder, store.clock)
         self._scratch = tempfile.TemporaryDirectory(prefix="distill-embedded-")
-        self._folders: dict[str, Path] = {}
+        self._saved: dict[str, SavedWeights] = {}
         self._snapshots: deque[Path] = deque()
         self._numbers = count()
-        self._samplers: OrderedDict[str, str] = OrderedDict()
+        # The adapters loaded for sampling, by the key of their weights.
+        self._loaded: OrderedDict[str, str] = OrderedDict()
         self._trainees: dict[str, Trainee] = {}
-        self._base: Base | None = None
-        self._adapters_made: Adapters | None = None
-        self._prefixes_made: Prefixes | None = None
+        self._base: LoadedModel | None = None
 
     def load(self) -> None:
         """Load the model; seconds."""
-        self._base = load_base(self.card)
+        self._base = load_model(self.card)
 
     def close(self) -> None:
         """Remove weights that were saved for this process only."""
         self._scratch.cleanup()
-
-    # Sampling
 
     def weights_of(self, model_path: str | None) -> str:
         """The key of the weights at a sampler path; a path written anew is another key."""
         if model_path is None:
             return BASE
         checkpoint, folder = self.store.find(model_path)
-        self._require_kind(checkpoint, "sampler_weights")
+        run = self._require_kind(checkpoint, "sampler_weights")
         key = f"{model_path}@{checkpoint.created}"
-        self._folders[key] = folder
+        self._saved[key] = SavedWeights(folder, run.lora)
         return key
 
-    def run_batch(self, samplings: Sequence[Sampling]) -> Sequence[Sampling]:
+    def run_batch(self, samplings: Sequence[SampleJob]) -> Sequence[SampleJob]:
         """Sample for the first request and those that fit beside it; returns who was served."""
         from .decoding import check_context, compute_prefix, decode
         from .scheduler import plan
@@ -101,45 +211,49 @@ class Engine:
         shared = None if batch.prefix is None else batch.prefix.cut(batch.length)
 
         def done(index: int, result: SampleResult) -> None:
-            chosen[index].resolve(Outcome(write_sample_result(chosen[index].request, result)))
+            chosen[index].resolve(write_sample_result(chosen[index].request, result))
 
         decode(base, [one.request for one in chosen], shared, done)
         return chosen
 
-    def _fits(self, sampling: Sampling) -> bool:
+    def _fits(self, sampling: SampleJob) -> bool:
         from .decoding import check_context
 
         try:
             check_context(sampling.request, self._require_base())
-        except RequestError:
+        except InvalidRequestError:
             return False
         return True
 
     def _activate(self, weights: str) -> None:
         """Make the network compute with some weights."""
         if weights == BASE:
-            if self._adapters_made is not None:
-                self._adapters_made.activate(None)
+            # Importing peft takes seconds, and sampling a base needs none of it.
+            if "_adapters" in vars(self):
+                self._adapters.activate(None)
             return
-        if weights not in self._samplers:
-            folder = self._folders[weights]
-            if not folder.is_dir():
-                raise MissingError(
-                    f"the weights of this client were deleted: {weights}; of unnamed ones the last "
-                    f"{MOST_SNAPSHOTS} are kept, named ones (save_weights_for_sampler) until their "
-                    "time is over"
-                )
-            self._samplers[weights] = self._adapters.load(folder)
-        self._samplers.move_to_end(weights)
-        while len(self._samplers) > MOST_SAMPLERS:
-            gone, name = self._samplers.popitem(last=False)
+        if weights not in self._loaded:
+            self._loaded[weights] = self._load_saved(weights)
+        self._loaded.move_to_end(weights)
+        while len(self._loaded) > MOST_SAMPLERS:
+            gone, name = self._loaded.popitem(last=False)
             self._adapters.drop(name)
             self._prefixes.forget(gone)
-        self._adapters.activate(self._samplers[weights])
+        self._adapters.activate(self._loaded[weights])
 
-    # Training
+    def _load_saved(self, weights: str) -> str:
+        from .lora import LoraSpec
 
-    def create(self, run: Run, spec: LoraSpec) -> dict[str, Any]:
+        saved = self._saved[weights]
+        if not saved.folder.is_dir():
+            raise MissingError(
+                f"the weights of this client were deleted: {weights}; of unnamed ones the last "
+                f"{MOST_SNAPSHOTS} are kept, named ones (save_weights_for_sampler) until their "
+                "time is over"
+            )
+        return self._adapters.load(saved.folder, LoraSpec.read(saved.lora))
+
+    def create(self, run: StoredRun, spec: LoraSpec) -> dict[str, Any]:
         """Start a run with a fresh adapter."""
         from .trainer import Trainee
 
@@ -148,16 +262,19 @@ class Engine:
         self._log.add(run.run_id, 0, "create_model", **run.lora)
         return {"model_id": run.run_id, "type": "create_model"}
 
-    def forward_backward(self, model_id: str, seq_id: int, request: TrainRequest) -> bytes:
+    def forward_backward(self, message: pb.ForwardBackwardRequest) -> bytes:
         """Score rows and gather their gradients."""
-        result = self._trainee(model_id).forward_backward(request)
+        from .trainer import read_train_request, write_train_result
+
+        request = read_train_request(message)
+        logprobs, metrics = self._trainee(message.model_id).forward_backward(request)
         did = "forward" if request.forward_only else "forward_backward"
         tokens = sum(len(row.tokens) for row in request.data)
         facts = {"batch": request.digest, "rows": len(request.data), "tokens": tokens}
-        self._log.add(model_id, seq_id, did, loss=request.loss, **facts)
-        return write_train_result(result)
+        self._log.add(message.model_id, message.seq_id, did, loss=request.loss, **facts)
+        return write_train_result(logprobs, metrics)
 
-    def optim_step(self, model_id: str, seq_id: int, body: dict[str, Any]) -> dict[str, Any]:
+    def optim_step(self, model_id: str, seq_id: int, body: Body) -> dict[str, Any]:
         """Take a step of Adam."""
         from .trainer import AdamParams
 
@@ -166,32 +283,24 @@ class Engine:
         self._log.add(model_id, seq_id, "optim_step", learning_rate=params.learning_rate)
         return {"metrics": metrics}
 
-    def save(self, order: SaveOrder) -> dict[str, Any]:
+    def save(self, checkpoint: StoredCheckpoint, seq_id: int, *, overwrite: bool) -> dict[str, Any]:
         """Write a checkpoint."""
-        trainee, training = self._trainee(order.model_id), order.kind == "weights"
-        checkpoint = Checkpoint(
-            order.model_id,
-            order.kind,
-            order.name,
-            self.store.now(),
-            user_metadata=order.user_metadata,
-            expires_at=self.store.expiry(order.ttl_seconds),
-            has_optimizer=training,
-        )
+        trainee, optimizer = self._trainee(checkpoint.run_id), checkpoint.has_optimizer
         self.store.write(
             checkpoint,
-            lambda folder: trainee.save(folder, optimizer=training),
-            overwrite=order.overwrite,
+            lambda folder: trainee.save(folder, optimizer=optimizer),
+            overwrite=overwrite,
         )
-        self._log.add(order.model_id, order.seq_id, "save_weights", path=checkpoint.path)
+        self._log.add(checkpoint.run_id, seq_id, "save_weights", path=checkpoint.path)
         return {"path": checkpoint.path}
 
     def save_for_session(self, model_id: str, key: str) -> None:
         """Keep the present weights under a key, for sampling in this process only."""
+        trainee = self._trainee(model_id)
         folder = Path(self._scratch.name) / str(next(self._numbers))
         folder.mkdir()
-        self._trainee(model_id).save(folder, optimizer=False)
-        self._folders[key] = folder
+        trainee.save(folder, optimizer=False)
+        self._saved[key] = SavedWeights(folder, trainee.spec.dump())
         self._snapshots.append(folder)
         while len(self._snapshots) > MOST_SNAPSHOTS:
             shutil.rmtree(self._snapshots.popleft())
@@ -201,74 +310,68 @@ class Engine:
     ) -> dict[str, Any]:
         """Continue a run from a checkpoint of any run of the same model and LoRA layout."""
         trainee = self._trainee(model_id)
-        checkpoint, folder = self.checkpoint(path)
-        saved = self.store.run(checkpoint.run_id).lora
-        now = trainee.spec.dump()
-        differ = [key for key in now if key != "seed" and saved.get(key) != now[key]]
-        if differ:
-            raise RequestError(
-                f"expected a checkpoint with {now}; found {saved} in {path!r}: create the client "
-                "from the checkpoint (create_training_client_from_state), which takes its layout"
+        run, folder = self.training_checkpoint(path)
+        layout = trainee.spec.dump()
+        if any(key != "seed" and run.lora.get(key) != layout[key] for key in layout):
+            raise InvalidRequestError(
+                f"expected a checkpoint with {layout}; found {run.lora} in {path!r}: create the "
+                "client from the checkpoint (create_training_client_from_state), which takes its "
+                "layout"
             )
         trainee.restore(folder, optimizer=optimizer)
         self._log.add(model_id, seq_id, "load_weights", path=path, optimizer=optimizer)
         return {"path": path, "model_id": model_id, "type": "load_weights"}
 
-    def create_from(self, run: Run, path: str, *, optimizer: bool) -> dict[str, Any]:
+    def create_from(self, run: StoredRun, path: str, *, optimizer: bool) -> dict[str, Any]:
         """Start a run from a checkpoint."""
         from .lora import LoraSpec
 
-        self.create(run, LoraSpec(**run.lora))
+        self.create(run, LoraSpec.read(run.lora))
         return self.load_into(run.run_id, 0, path, optimizer=optimizer)
 
-    def checkpoint(self, path: str) -> tuple[Checkpoint, Path]:
-        """A training checkpoint that belongs to the served model."""
+    def training_checkpoint(self, path: str) -> tuple[StoredRun, Path]:
+        """The run and the folder of a training checkpoint that belongs to the served model."""
         checkpoint, folder = self.store.find(path)
-        self._require_kind(checkpoint, "weights")
-        return checkpoint, folder
+        return self._require_kind(checkpoint, "weights"), folder
 
-    def _require_kind(self, checkpoint: Checkpoint, kind: Kind) -> None:
+    def _require_kind(self, checkpoint: StoredCheckpoint, kind: Kind) -> StoredRun:
         if checkpoint.kind != kind:
             use = "sampled" if kind == "sampler_weights" else "trained further"
             maker = "save_weights_for_sampler" if kind == "sampler_weights" else "save_state"
-            raise RequestError(
+            raise InvalidRequestError(
                 f"expected a path under {kind}/, which can be {use}; found {checkpoint.path!r}: "
                 f"save one with {maker}()"
             )
         run = self.store.run(checkpoint.run_id)
         if run.fingerprint != self.card.fingerprint:
-            raise RequestError(
+            raise InvalidRequestError(
                 f"{checkpoint.path} was trained on {run.base_model!r} ({run.fingerprint}); this "
                 f"server has {self.card.name!r} ({self.card.fingerprint}): serve that model instead"
             )
+        return run
 
     def _trainee(self, model_id: str) -> Trainee:
         if model_id not in self._trainees:
-            raise RequestError(
+            raise InvalidRequestError(
                 f"found no model {model_id!r} in this server, only {list(self._trainees)}: it was "
                 "not created or the server was restarted; create_training_client_from_state "
                 "resumes from a saved checkpoint"
             )
         return self._trainees[model_id]
 
-    def _require_base(self) -> Base:
+    def _require_base(self) -> LoadedModel:
         if self._base is None:
             raise RuntimeError("expected load() first; found no model")
         return self._base
 
-    @property
+    @cached_property
     def _adapters(self) -> Adapters:
-        """Made when first needed: importing peft takes seconds, and sampling a base needs none."""
-        if self._adapters_made is None:
-            from .lora import Adapters
+        from .lora import Adapters
 
-            self._adapters_made = Adapters(self._require_base())
-        return self._adapters_made
+        return Adapters(self._require_base())
 
-    @property
+    @cached_property
     def _prefixes(self) -> Prefixes:
-        if self._prefixes_made is None:
-            from .prefix_cache import Prefixes
+        from .scheduler import Prefixes
 
-            self._prefixes_made = Prefixes()
-        return self._prefixes_made
+        return Prefixes()

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .failures import RequestError
-from .model import MOST_RANK, Base
+from .model import MOST_RANK, LoadedModel
+from .wire import InvalidRequestError, whole
 
 # Tinker's documented choice: the update is scaled by ALPHA / rank whatever the rank.
 ALPHA = 32
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,23 @@ class LoraSpec:
     def read(cls, body: Mapping[str, Any] | None) -> LoraSpec:
         """Read the SDK's `lora_config`."""
         if not body:
-            raise RequestError("the embedded server trains LoRA only: expected a lora_config")
-        spec = cls(**{name: body[name] for name in cls.__dataclass_fields__ if name in body})
-        if not 1 <= spec.rank <= MOST_RANK:
-            raise RequestError(f"expected a LoRA rank in 1..{MOST_RANK}; found {spec.rank}")
+            raise InvalidRequestError(
+                "the embedded server trains LoRA only: expected a lora_config"
+            )
+        flags = {
+            name: body[name]
+            for name in ("train_unembed", "train_mlp", "train_attn")
+            if name in body
+        }
+        if not all(type(on) is bool for on in flags.values()):
+            raise InvalidRequestError(f"expected true or false; found {flags}")
+        spec = cls(
+            whole(body, "rank", 1, MOST_RANK),
+            whole(body, "seed", -(2**63), 2**64 - 1, None),
+            **flags,
+        )
         if not (spec.train_unembed or spec.train_mlp or spec.train_attn):
-            raise RequestError(
+            raise InvalidRequestError(
                 "expected at least one of train_attn, train_mlp, train_unembed; found none"
             )
         return spec
@@ -58,7 +71,7 @@ class Adapters:
     embedding stays frozen, since the shared matrix itself never changes.
     """
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: LoadedModel) -> None:
         self._network = base.network
         self._device = base.device
         self._layers = _linear_layers(base.network)
@@ -69,47 +82,47 @@ class Adapters:
 
     def create(self, spec: LoraSpec) -> str:
         """Add an adapter that changes nothing yet, and return its name."""
-        config = LoraConfig(
-            r=spec.rank,
-            lora_alpha=ALPHA,
-            target_modules=self._targets(spec),
-            task_type="CAUSAL_LM",
-        )
         with torch.random.fork_rng():
             if spec.seed is None:
                 torch.seed()
             else:
                 torch.manual_seed(spec.seed)
-            return self._add(config)
+            return self._add(self._config(spec))
 
-    def load(self, folder: Path) -> str:
+    def load(self, folder: Path, spec: LoraSpec) -> str:
         """Add a saved adapter, and return its name."""
-        config = LoraConfig.from_pretrained(str(folder))
+        config = self._config(spec)
         # Making its layers takes ten times as long as filling them.
         free = self._free[_shape(config)]
         name = free.pop() if free else self._add(config)
-        self.restore(name, folder)
+        try:
+            self.restore(name, folder)
+        except InvalidRequestError:
+            free.append(name)
+            raise
         return name
 
     def restore(self, name: str, folder: Path) -> None:
-        """Give an adapter the weights saved in a folder."""
-        weights = load_peft_weights(str(folder), device=str(self._device))
-        outcome: Any = set_peft_model_state_dict(self._require(), weights, adapter_name=name)
-        if outcome.unexpected_keys:
-            raise RequestError(
-                f"the adapter in {str(folder)!r} has weights that this model lacks: "
-                f"{outcome.unexpected_keys[:3]}; load it over the model it was trained on"
+        """Give an adapter the weights saved in a folder; a torn file changes nothing."""
+        peft, file = self._require(), folder / ADAPTER_FILE
+        weights = load_tensors(file)
+        own = get_peft_model_state_dict(peft, adapter_name=name, save_embedding_layers=False)
+        if {key: one.shape for key, one in weights.items()} != {
+            key: one.shape for key, one in own.items()
+        }:
+            differ = sorted(set(weights) ^ set(own))[:3] or "other shapes"
+            raise InvalidRequestError(
+                f"the adapter in {str(file)!r} doesn't fit this model: {differ}; load it over "
+                "the model it was trained on"
             )
+        moved = {key: value.to(self._device) for key, value in weights.items()}
+        set_peft_model_state_dict(peft, moved, adapter_name=name)
 
     def save(self, name: str, folder: Path) -> None:
         """Write an adapter as PEFT does: adapter_config.json and adapter_model.safetensors."""
         peft = self._require()
         weights = get_peft_model_state_dict(peft, adapter_name=name, save_embedding_layers=False)
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in weights.items()},
-            folder / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
+        save_tensors(weights, folder / ADAPTER_FILE)
         config = peft.peft_config[name]
         config.inference_mode = True
         config.save_pretrained(str(folder))
@@ -141,6 +154,12 @@ class Adapters:
             if marker in key
         }
 
+    def _config(self, spec: LoraSpec) -> LoraConfig:
+        targets = self._targets(spec)
+        return LoraConfig(
+            r=spec.rank, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM"
+        )
+
     def _add(self, config: LoraConfig) -> str:
         self._count += 1
         name = f"adapter{self._count}"
@@ -165,7 +184,7 @@ class Adapters:
         wanted = {"attn": spec.train_attn, "mlp": spec.train_mlp, "unembed": spec.train_unembed}
         found = [name for kind, name in self._layers if wanted[kind]]
         if not found:
-            raise RequestError(
+            raise InvalidRequestError(
                 f"found no linear layers for {[kind for kind, on in wanted.items() if on]} "
                 f"in {type(self._network).__name__}"
             )
@@ -193,5 +212,20 @@ def _linear_layers(network: Any) -> list[tuple[str, str]]:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write named tensors beside an adapter."""
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
+    """Write named tensors; raises `OSError` on a full disk."""
+    ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    try:
+        save_file(ready, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file.name}: {error}") from error
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Read named tensors; a missing or torn file is an error that names it."""
+    try:
+        found: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InvalidRequestError(
+            f"the checkpoint's file {str(file)!r} can't be read: {error}; load another checkpoint"
+        ) from error
+    return found

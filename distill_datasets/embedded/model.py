@@ -1,25 +1,42 @@
-"""The frozen base model: what a folder promises, and the network itself."""
+"""The frozen base model: what a folder promises, and the network itself.
+
+A model folder is data from somebody else: nothing in it runs, and no file outside it is read.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .failures import RequestError
+from .wire import InvalidRequestError, shown
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
 
 # The widest layers of the models that run here are a few times wider; beyond, a typing error is
 # likelier than a wish.
 MOST_RANK = 512
 # Below this size a second thread costs more than it brings.
 SMALL_MODEL = 50_000_000
+# Sizes in a config that a model which runs here may have: memory is taken by them.
+MOST_OF = {
+    "max_position_embeddings": 1 << 22,
+    "vocab_size": 1 << 21,
+    "hidden_size": 1 << 16,
+    "intermediate_size": 1 << 18,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "head_dim": 1024,
+}
+NEEDED_FILES = ("config.json", "*.safetensors", "tokenizer_config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -34,20 +51,16 @@ class ModelCard:
     @classmethod
     def read(cls, folder: Path, name: str) -> ModelCard:
         """Read a folder as `save_pretrained` writes it."""
-        config_file = folder / "config.json"
-        for pattern in ("config.json", "*.safetensors", "tokenizer_config.json"):
+        for pattern in NEEDED_FILES:
             if not any(folder.glob(pattern)):
-                raise RequestError(
+                raise InvalidRequestError(
                     "expected a model folder with config.json, *.safetensors and a tokenizer, as "
                     f"save_pretrained writes them; found no {pattern} in {str(folder)!r}"
                 )
-        config = json.loads(config_file.read_text("utf-8"))
-        if "max_position_embeddings" not in config:
-            raise RequestError(
-                f"expected max_position_embeddings in {str(config_file)!r}: a causal language "
-                f"model states its context length there; found {sorted(config)}"
-            )
-        return cls(name, folder, int(config["max_position_embeddings"]), _fingerprint(folder))
+        _require_own_files(folder)
+        config = _read_object(folder / "config.json")
+        _require_plain_config(config, folder)
+        return cls(name, folder, config["max_position_embeddings"], _fingerprint(folder))
 
     def answers_to(self, name: str) -> bool:
         """Whether a client means this model."""
@@ -56,10 +69,71 @@ class ModelCard:
     def require(self, name: str) -> None:
         """Refuse a model that is not served here."""
         if not self.answers_to(name):
-            raise RequestError(
+            raise InvalidRequestError(
                 f"this server has one model, {self.name!r} (also {str(self.folder)!r}); "
                 f"found base_model={name!r}"
             )
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"{str(file)!r} can't be read as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise InvalidRequestError(f"expected a JSON object in {str(file)!r}; found {shown(found)}")
+    return found
+
+
+def _require_own_files(folder: Path) -> None:
+    """Refuse links and names that lead out of the folder.
+
+    The Hub's cache keeps the files of a snapshot in the blobs beside it.
+    """
+    roots = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        roots.append(folder.resolve().parent.parent / "blobs")
+    for file in folder.iterdir():
+        if not any(file.resolve().is_relative_to(root) for root in roots):
+            raise InvalidRequestError(
+                f"{str(file)!r} is a link that leads out of the model's folder, to "
+                f"{str(file.resolve())!r}: put a copy of that file in its place"
+            )
+    for index in folder.glob("*.index.json"):
+        named = _read_object(index).get("weight_map")
+        shards = set(map(str, named.values())) if isinstance(named, dict) else set()
+        for shard in sorted(shards):
+            if Path(shard).name != shard or not (folder / shard).is_file():
+                raise InvalidRequestError(
+                    f"expected {str(index)!r} to name files beside it; found {shown(shard)}"
+                )
+
+
+def _require_plain_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a config that names other files, needs more than weights, or is out of range."""
+    if "max_position_embeddings" not in config:
+        raise InvalidRequestError(
+            f"expected max_position_embeddings in {str(folder / 'config.json')!r}: a causal "
+            f"language model states its context length there; found {sorted(config)}"
+        )
+    for name, most in MOST_OF.items():
+        size = config.get(name)
+        if size is not None and (type(size) is not int or not 1 <= size <= most):
+            raise InvalidRequestError(
+                f"expected {name} in 1..{most} in {str(folder / 'config.json')!r}; found "
+                f"{shown(size)}"
+            )
+    for name in ("quantization_config", "transformers_weights"):
+        if config.get(name) is not None:
+            raise InvalidRequestError(
+                f"the embedded server runs plain weights in *.safetensors; found {name} in "
+                f"{str(folder / 'config.json')!r}: use the model's unquantized folder"
+            )
+    if (folder / "adapter_config.json").exists():
+        raise InvalidRequestError(
+            f"expected a whole model in {str(folder)!r}; found an adapter over another one: "
+            "merge the adapter into its base first"
+        )
 
 
 def _fingerprint(folder: Path) -> str:
@@ -73,18 +147,23 @@ def _fingerprint(folder: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Base:
-    """A loaded base model with its tokenizer; fp32, on the GPU if there is one."""
+class LoadedModel:
+    """A base model with its tokenizer; fp32, on the GPU if there is one.
+
+    A token that is computed takes about `token_bytes` of `memory`, which is what requests may use.
+    """
 
     card: ModelCard
     network: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     device: torch.device
     end_tokens: frozenset[int]
     vocabulary: int
+    token_bytes: int
+    memory: int
 
 
-def load_base(card: ModelCard) -> Base:
+def load_model(card: ModelCard) -> LoadedModel:
     """Load a model folder; imports torch and transformers, hence seconds."""
     import torch
     import transformers.utils
@@ -93,27 +172,49 @@ def load_base(card: ModelCard) -> Base:
     # that is not used here.
     utilities: Any = transformers.utils
     utilities.is_sklearn_available = lambda: False
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
 
-    from . import prefix_attention as attention
+    from . import prefix_attention
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = AutoModelForCausalLM.from_pretrained(
-        card.folder, dtype=torch.float32, attn_implementation=attention.register()
+        card.folder,
+        dtype=torch.float32,
+        attn_implementation=prefix_attention.register(),
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
     )
-    _require_full_attention(network.config)
-    if not _set_by_user() and network.num_parameters() < SMALL_MODEL:
+    config = network.config
+    _require_full_attention(config)
+    if "OMP_NUM_THREADS" not in os.environ and network.num_parameters() < SMALL_MODEL:
         torch.set_num_threads(1)
     network.requires_grad_(False).train(False).to(device)
     _require_plain_head(network)
-    tokenizer = AutoTokenizer.from_pretrained(card.folder)
-    ends = frozenset(_end_tokens(network, tokenizer))
-    vocabulary = int(network.config.vocab_size)
-    return Base(card, network, tokenizer, device, ends, vocabulary)
+    # Read by the library of tokenizers alone: a class of transformers' may be any model's own.
+    tokenizer = Tokenizer.from_file(str(card.folder / "tokenizer.json"))
+    ends = frozenset(_end_tokens(network, tokenizer, card.folder))
+    memory = 3 * _memory(device) // 4
+    sizes = int(config.vocab_size), _token_bytes(config), memory
+    return LoadedModel(card, network, tokenizer, device, ends, *sizes)
 
 
-def _set_by_user() -> bool:
-    return "OMP_NUM_THREADS" in os.environ
+def _memory(device: Any) -> int:
+    """Bytes of the machine's memory, or of the GPU's."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _token_bytes(config: Any) -> int:
+    """Keys and values of all layers, and the states of the layer that is computed."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    states = 8 * config.hidden_size + 4 * config.intermediate_size
+    return int(4 * (2 * config.num_hidden_layers * heads * width + states))
 
 
 def _require_full_attention(config: Any) -> None:
@@ -122,7 +223,7 @@ def _require_full_attention(config: Any) -> None:
         config, "sliding_window", None
     )
     if kinds != {"full_attention"} or (windowed and not hasattr(config, "layer_types")):
-        raise RequestError(
+        raise InvalidRequestError(
             "the embedded server runs models whose layers all use full attention "
             f"(Qwen3, Qwen2.5, Llama, SmolLM); found {sorted(kinds)} in {config.model_type!r}"
         )
@@ -138,13 +239,15 @@ def _require_plain_head(network: Any) -> None:
         projected = network.get_output_embeddings()(hidden)
         logits = network(input_ids=ids, use_cache=False).logits
     if not torch.allclose(projected, logits, atol=1e-4):
-        raise RequestError(
+        raise InvalidRequestError(
             "the embedded server runs models whose logits are a plain projection of the hidden "
             f"states (Qwen3, Qwen2.5, Llama, SmolLM); {network.config.model_type!r} scales them"
         )
 
 
-def _end_tokens(network: Any, tokenizer: Any) -> set[int]:
+def _end_tokens(network: Any, tokenizer: Tokenizer, folder: Path) -> set[int]:
     found = network.generation_config.eos_token_id or network.config.eos_token_id or []
     ends = {found} if isinstance(found, int) else set(found)
-    return ends | ({tokenizer.eos_token_id} - {None})
+    end = _read_object(folder / "tokenizer_config.json").get("eos_token")
+    written = end.get("content") if isinstance(end, dict) else end
+    return ends | ({tokenizer.token_to_id(str(written))} - {None})

@@ -21,7 +21,7 @@ KeyValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Plan:
+class AttentionPlan:
     """What the rows of a batch may attend to beyond plain causality.
 
     `mask` is (rows, 1, queries, keys), True where a query sees a key of its own suffix, None

@@ -79,7 +79,7 @@ def launch(model: Path, *, name: str, store: Path | None = None) -> Server:
     Returns once it answers; the model itself loads while the first requests wait. Without a
     `store` its checkpoints are gone when it ends.
     """
-    command = [sys.executable, "-m", __package__, str(model.resolve()), "--name", name]
+    command = [sys.executable, "-m", f"{__package__}.app", str(model.resolve()), "--name", name]
     if store is not None:
         command += ["--store", str(store.resolve())]
     # Lives as long as the server, hence no context manager.
@@ -136,6 +136,10 @@ def serve(
 ) -> None:
     """Serve a model in the foreground until Ctrl-C; says what clients have to export."""
     # Imported late: `launch` needs none of the server in the parent.
-    from .foreground import run
+    import asyncio
 
-    run(model.resolve(), name, host=host, port=port, api_key=api_key, store=store)
+    from .app import serve_until_interrupted
+    from .model import ModelCard
+
+    card = ModelCard.read(model.resolve(), name)
+    asyncio.run(serve_until_interrupted(card, store, api_key or new_api_key(), host, port))

@@ -1,18 +1,61 @@
-"""The server's state between requests, and how a request becomes a promise."""
+"""The server's state between requests: sessions, promised results, and the order of training."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .engine import Engine
-from .failures import RequestError
-from .futures import Outcome, Promise, Promises, failure
+from .engine import ComputeThread, Engine, Job, Payload, Resolve, SampleJob, failure
 from .model import ModelCard
 from .store import Store
-from .worker import Call, Sampling, Work, Worker
+from .wire import InvalidRequestError, SampleRequest
+
+# Collected results stay for clients whose connection broke while they were sent.
+KEPT = 4096
+# Requests of one model that wait for an earlier one.
+MOST_EARLY = 4096
+
+
+@dataclass
+class Promise:
+    """A request that was accepted; its result is collected later."""
+
+    request_id: str
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    payload: Payload | None = None
+
+    def resolve(self, payload: Payload) -> None:
+        """Hand over the result and wake whoever waits; the first result stands."""
+        if self.payload is None:
+            self.payload = payload
+            self.done.set()
+
+
+class Promises:
+    """All promises of the server, by request id."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Promise] = {}
+        self._collected: OrderedDict[str, Promise] = OrderedDict()
+
+    def get(self, request_id: str) -> Promise | None:
+        """A promise made earlier: a repeated request must not be computed again."""
+        return self._open.get(request_id) or self._collected.get(request_id)
+
+    def make(self, request_id: str) -> Promise:
+        """Promise a result."""
+        promise = self._open[request_id] = Promise(request_id)
+        return promise
+
+    def collected(self, promise: Promise) -> None:
+        """Let a delivered result go once enough newer ones were delivered."""
+        self._open.pop(promise.request_id, None)
+        self._collected[promise.request_id] = promise
+        while len(self._collected) > KEPT:
+            self._collected.popitem(last=False)
 
 
 @dataclass
@@ -27,8 +70,8 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Sampler:
-    """A sampling session: which weights answer."""
+class SamplingSession:
+    """Which weights answer."""
 
     sampler_id: str
     model_path: str | None
@@ -36,99 +79,109 @@ class Sampler:
 
 
 @dataclass
-class _Turns:
-    """The order of one model's requests, which may arrive out of order."""
+class _RequestOrder:
+    """The next request of one model, and those that arrived before their turn."""
 
     due: int = 1
-    early: dict[int, tuple[Promise, Work]] = field(default_factory=dict)
+    early: dict[int, tuple[Promise, Job]] = field(default_factory=dict)
 
 
 class Service:
-    """One model served; lives on the event loop, computes on the worker."""
+    """One model served; lives on the event loop, computes on its thread."""
 
     def __init__(self, card: ModelCard, store: Store) -> None:
         self.card, self.store = card, store
         self.engine = Engine(card, store)
-        self.worker = Worker(self.engine.run_batch, self.engine.load)
+        self.compute = ComputeThread(self.engine.run_batch, self.engine.load)
         self.promises = Promises()
         self.sessions: dict[str, Session] = {}
-        self.samplers: dict[str, Sampler] = {}
-        self._turns: dict[str, _Turns] = {}
+        self.samplers: dict[str, SamplingSession] = {}
+        self._orders: dict[str, _RequestOrder] = {}
         self._loop = asyncio.get_running_loop()
 
     def session(self, session_id: str) -> Session:
         """A session that was created on this server."""
         if session_id not in self.sessions:
-            raise RequestError(
+            raise InvalidRequestError(
                 f"found no session {session_id!r}: the server was restarted; create a new "
                 "ServiceClient"
             )
         return self.sessions[session_id]
 
-    def promise(self, request_id: str, run: Callable[[], Any]) -> Promise:
-        """Compute on the worker; a repeated request gets the first one's promise."""
+    def sampler(self, sampler_id: str) -> SamplingSession:
+        """A sampling session that was created on this server."""
+        if sampler_id not in self.samplers:
+            raise InvalidRequestError(
+                f"found no sampling session {sampler_id!r}: the server was restarted; create a "
+                "new sampling client"
+            )
+        return self.samplers[sampler_id]
+
+    def promise(self, request_id: str, run: Callable[[], Payload]) -> Promise:
+        """Compute; a repeated request gets the first one's promise."""
         known = self.promises.get(request_id)
         if known is not None:
             return known
         promise = self.promises.make(request_id)
-        self.worker.submit(self._call(promise, run))
+        self.compute.submit(Job(run, self._resolver(promise)))
         return promise
 
-    def promise_in_turn(self, model_id: str, seq_id: int, run: Callable[[], Any]) -> Promise:
+    def promise_in_order(self, model_id: str, seq_id: int, run: Callable[[], Payload]) -> Promise:
         """Compute after all earlier requests of a model, in whatever order they arrive."""
+        order = self._orders.get(model_id)
         request_id = f"{model_id}:{seq_id}"
         known = self.promises.get(request_id)
-        if known is not None:
-            return known
+        # The engine's answer says that a model is not here.
+        if known is not None or order is None:
+            return known or self.promise(request_id, run)
+        if len(order.early) >= MOST_EARLY:
+            raise InvalidRequestError(
+                f"expected request {order.due} of this model; found {MOST_EARLY} later ones that "
+                "wait for it: send it first"
+            )
         promise = self.promises.make(request_id)
-        turns = self._turns.get(model_id)
-        if turns is None:
-            # The engine's answer says that this model is not here.
-            self.worker.submit(self._call(promise, run))
-            return promise
-        turns.early[seq_id] = (promise, self._call(promise, run))
-        while turns.due in turns.early:
-            self.worker.submit(turns.early.pop(turns.due)[1])
-            turns.due += 1
+        order.early[seq_id] = (promise, Job(run, self._resolver(promise)))
+        while order.due in order.early:
+            self.compute.submit(order.early.pop(order.due)[1])
+            order.due += 1
         return promise
 
-    def promise_sample(self, request_id: str, make: Callable[[], tuple[str, Any]]) -> Promise:
-        """Sample; `make` reads the request and may refuse it."""
+    def promise_sample(
+        self, request_id: str, read: Callable[[], tuple[str, SampleRequest]]
+    ) -> Promise:
+        """Sample; `read` gives weights and request, and may refuse it."""
         known = self.promises.get(request_id)
         if known is not None:
             return known
         promise = self.promises.make(request_id)
         try:
-            weights, request = make()
-        except RequestError as error:
+            weights, request = read()
+        except InvalidRequestError as error:
             promise.resolve(failure(str(error)))
         else:
-            self.worker.submit(Sampling(weights, request, self._resolver(promise)))
+            self.compute.submit(SampleJob(weights, request, self._resolver(promise)))
         return promise
 
-    def expect_turns(self, model_id: str) -> None:
+    def expect_requests(self, model_id: str) -> None:
         """Start counting a model's requests."""
-        self._turns.setdefault(model_id, _Turns())
+        self._orders.setdefault(model_id, _RequestOrder())
 
     def refuse_gap(self, promise: Promise) -> None:
         """Fail requests whose predecessor never arrived, rather than let them wait forever."""
-        turns = self._turns.get(promise.request_id.rpartition(":")[0])
-        if turns is None or all(early is not promise for early, _ in turns.early.values()):
+        order = self._orders.get(promise.request_id.rpartition(":")[0])
+        if order is None or all(early is not promise for early, _ in order.early.values()):
             return
         message = (
-            f"expected request {turns.due} of this model first; found {sorted(turns.early)}: "
+            f"expected request {order.due} of this model first; found {sorted(order.early)}: "
             "it never arrived, so these were not executed; send them again"
         )
-        for early, _ in turns.early.values():
+        for early, _ in order.early.values():
             early.resolve(failure(message))
-        turns.due = max(turns.early) + 1
-        turns.early.clear()
+        order.due = max(order.early) + 1
+        order.early.clear()
 
-    def _call(self, promise: Promise, run: Callable[[], Any]) -> Call:
-        return Call(lambda: Outcome(run()), self._resolver(promise))
-
-    def _resolver(self, promise: Promise) -> Callable[[Outcome], None]:
-        def resolve(outcome: Outcome) -> None:
-            self._loop.call_soon_threadsafe(promise.resolve, outcome)
+    def _resolver(self, promise: Promise) -> Resolve:
+        def resolve(payload: Payload) -> None:
+            self._loop.call_soon_threadsafe(promise.resolve, payload)
 
         return resolve

@@ -1,12 +1,22 @@
-"""What survives a restart: runs and their checkpoints, as plain folders.
+"""What survives a restart: runs and their checkpoints, as plain folders, and what was executed.
 
     <store>/<run>/run.json
     <store>/<run>/weights/<name>/          adapter in PEFT's format, optimizer.safetensors
     <store>/<run>/sampler_weights/<name>/  adapter in PEFT's format
-    <store>/log.jsonl                      see executed.py
+    <store>/log.jsonl                      a line of JSON for each training request
 
-Each folder is written beside its place and renamed into it, so that it is there whole or not.
+A folder is on disk before it takes its place: after a crash there is the old one or the new.
 Checkpoints whose time is over are deleted when somebody looks at them, and when a server starts.
+
+The log is in the order of execution:
+
+    {"at": ..., "run": ..., "seq": 1, "did": "forward_backward", "batch": ..., "rows": 8, ...}
+    {"at": ..., "run": ..., "seq": 2, "did": "optim_step", "learning_rate": 0.001}
+    {"at": ..., "run": ..., "seq": 3, "did": "save_weights", "path": "tinker://..."}
+
+`batch` is the same for the same rows, whatever run learns them. A line is written when its
+request has been computed; a run that starts from a checkpoint begins with `load_weights`. So the
+log tells which batches are in which weights.
 """
 
 from __future__ import annotations
@@ -14,29 +24,35 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from .failures import MissingError, RequestError
+from distill_datasets.errors import OutputError
+from distill_datasets.files import one_writer, recover, replacing, sync_folder, write_file
+
+from .wire import InvalidRequestError, MissingError
 
 Kind = Literal["weights", "sampler_weights"]
 KINDS: tuple[Kind, ...] = ("weights", "sampler_weights")
 SCHEME = "tinker://"
 RECORD = "checkpoint.json"
+LOG = "log.jsonl"
 # The range that Tinker documents: an hour to ten years.
 LEAST_TTL, MOST_TTL = 3600, 10 * 365 * 86_400
 # A folder that nobody has finished for so long was left behind by a killed server.
 STALE_SECONDS = 3600
 Clock = Callable[[], datetime]
+Record = TypeVar("Record", "StoredRun", "StoredCheckpoint")
 
 
 @dataclass(frozen=True)
-class Run:
+class StoredRun:
     """One training run."""
 
     run_id: str
@@ -48,7 +64,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class StoredCheckpoint:
     """One saved state of a run; it is gone after `expires_at`."""
 
     run_id: str
@@ -58,7 +74,7 @@ class Checkpoint:
     size_bytes: int = 0
     user_metadata: dict[str, str] | None = None
     expires_at: str | None = None
-    has_optimizer: bool = field(default=False)
+    has_optimizer: bool = False
 
     @property
     def path(self) -> str:
@@ -76,17 +92,19 @@ def copy_checkpoint(path: str, source: Path, target: Path) -> None:
 
     Raises `FileNotFoundError` for one that isn't there.
     """
-    run_id, kind, name = path.removeprefix(SCHEME).split("/")
-    run = _folder_name(run_id)
+    run, kind, name = _parts(path)
     place = Path(run) / kind / name
-    if not (source / place / RECORD).is_file():
+    recover(source / place)
+    found = [source / run / "run.json", *(source / place).glob("*")]
+    if not (source / place / RECORD).is_file() or any(file.is_symlink() for file in found):
         raise FileNotFoundError(f"{str(source)!r} has no checkpoint {path!r}")
     if (target / place).is_dir():
         return
-    building = target / run / kind / f".{name}.{uuid.uuid4().hex}"
-    shutil.copytree(source / place, building)
-    shutil.copyfile(source / run / "run.json", target / run / "run.json")
-    building.rename(target / place)
+    with replacing(target / place) as building:
+        for file in found[1:]:
+            shutil.copyfile(file, building / file.name)
+    write_file(target / run / "run.json", found[0].read_bytes())
+    sync_folder(target)
 
 
 class Store:
@@ -95,8 +113,8 @@ class Store:
     def __init__(self, folder: Path, clock: Clock = utc_now) -> None:
         self.folder, self.clock = folder, clock
         folder.mkdir(parents=True, exist_ok=True)
+        self._recover()
         self.checkpoints()
-        self._remove_drafts()
 
     def now(self) -> str:
         """The current time in ISO 8601, UTC."""
@@ -106,82 +124,91 @@ class Store:
         """When something saved now expires."""
         if ttl_seconds is None:
             return None
-        if not LEAST_TTL <= ttl_seconds <= MOST_TTL:
-            raise RequestError(
+        if type(ttl_seconds) is not int or not LEAST_TTL <= ttl_seconds <= MOST_TTL:
+            raise InvalidRequestError(
                 f"expected ttl_seconds in {LEAST_TTL}..{MOST_TTL}, an hour to ten years, or none "
-                f"to keep it; found {ttl_seconds}"
+                f"to keep it; found {ttl_seconds!r}"
             )
         return (self.clock() + timedelta(seconds=ttl_seconds)).isoformat()
 
-    def add_run(self, run: Run) -> None:
+    def add_run(self, run: StoredRun) -> None:
         """Record a run."""
-        folder = self._run_folder(run.run_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "run.json", asdict(run))
+        folder = self.folder / _folder_name(run.run_id)
+        for kind in KINDS:
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+        write_file(folder / "run.json", json.dumps(asdict(run), indent=2))
+        sync_folder(self.folder)
 
-    def runs(self) -> list[Run]:
-        """All runs, newest first."""
-        found = [Run(**_read_json(file)) for file in self.folder.glob("*/run.json")]
-        return sorted(found, key=lambda run: run.created, reverse=True)
+    def runs(self) -> list[StoredRun]:
+        """All runs whose record can be read, newest first."""
+        found = _readable(StoredRun, self.folder.glob("*/run.json"))
+        return sorted((run for _, run in found), key=lambda run: run.created, reverse=True)
 
-    def run(self, run_id: str) -> Run:
+    def run(self, run_id: str) -> StoredRun:
         """One run."""
-        file = self._run_folder(run_id) / "run.json"
+        file = self.folder / _folder_name(run_id) / "run.json"
         if not file.is_file():
             names = [run.run_id for run in self.runs()[:5]]
             raise MissingError(f"found no training run {run_id!r}; the newest are {names}")
-        return Run(**_read_json(file))
+        return _read(StoredRun, file)
 
     def write(
-        self, checkpoint: Checkpoint, fill: Callable[[Path], None], *, overwrite: bool
-    ) -> Checkpoint:
-        """Save a checkpoint whose files `fill` writes."""
+        self, checkpoint: StoredCheckpoint, fill: Callable[[Path], None], *, overwrite: bool
+    ) -> StoredCheckpoint:
+        """Save a checkpoint whose files `fill` writes.
+
+        Raises `OutputError` where they can't be written, or another process saves to this run.
+        """
         _require_name(checkpoint.name)
         place = self._folder(checkpoint)
-        if place.exists() and not overwrite:
-            raise RequestError(
-                f"{checkpoint.path} exists: save under another name, delete it first, or pass "
-                "overwrite=True to save_state"
-            )
-        draft = place.with_name(f".{uuid.uuid4().hex}")
-        draft.mkdir(parents=True)
-        fill(draft)
-        size = sum(file.stat().st_size for file in draft.iterdir())
-        final = Checkpoint(**{**asdict(checkpoint), "size_bytes": size})
-        _write_json(draft / RECORD, asdict(final))
-        if place.exists():
-            old = place.with_name(f".{uuid.uuid4().hex}")
-            place.rename(old)
-            draft.rename(place)
-            shutil.rmtree(old)
-        else:
-            draft.rename(place)
+        with one_writer(place.parent.parent, "training"):
+            recover(place)
+            if place.exists() and not overwrite:
+                raise InvalidRequestError(
+                    f"{checkpoint.path} exists: save under another name, delete it first, or pass "
+                    "overwrite=True to save_state"
+                )
+            with replacing(place) as draft:
+                fill(draft)
+                size = sum(file.stat().st_size for file in draft.iterdir())
+                final = replace(checkpoint, size_bytes=size)
+                (draft / RECORD).write_text(json.dumps(asdict(final), indent=2), "utf-8")
         return final
 
-    def checkpoints(self, run_id: str | None = None) -> list[Checkpoint]:
-        """The checkpoints of one run or of all, newest first."""
-        folder = "*" if run_id is None else self._run_folder(run_id).name
+    def checkpoints(self, run_id: str | None = None) -> list[StoredCheckpoint]:
+        """The checkpoints of one run or of all, newest first, without those that are damaged."""
+        run = "*" if run_id is None else _folder_name(run_id)
+        files = [
+            file
+            for kind in KINDS
+            for file in self.folder.glob(f"{run}/{kind}/*/{RECORD}")
+            if not file.parent.name.startswith(".")
+        ]
         found = [
             checkpoint
-            for kind in KINDS
-            for file in self.folder.glob(f"{folder}/{kind}/*/{RECORD}")
-            if not file.parent.name.startswith(".")
-            and not self._expire(checkpoint := Checkpoint(**_read_json(file)), file.parent)
+            for file, checkpoint in _readable(StoredCheckpoint, files)
+            if not self._expire(checkpoint, file.parent)
         ]
         return sorted(found, key=lambda one: one.created, reverse=True)
 
-    def find(self, path: str) -> tuple[Checkpoint, Path]:
+    def find(self, path: str) -> tuple[StoredCheckpoint, Path]:
         """The checkpoint at a `tinker://` path, and its folder."""
         parts = path.removeprefix(SCHEME).split("/")
         if path.startswith(SCHEME) and len(parts) == 3 and parts[1] in KINDS:
-            file = self._run_folder(parts[0]) / parts[1] / parts[2] / RECORD
-            if file.is_file():
-                checkpoint = Checkpoint(**_read_json(file))
-                if not self._expire(checkpoint, file.parent):
-                    return checkpoint, file.parent
+            run, kind, name = _parts(path)
+            folder = self.folder / run / kind / name
+            if (folder / RECORD).is_file():
+                checkpoint = _read(StoredCheckpoint, folder / RECORD)
+                if not self._expire(checkpoint, folder):
+                    return checkpoint, folder
                 raise MissingError(
                     f"{path!r} expired at {checkpoint.expires_at} and was deleted: save with a "
                     "longer ttl_seconds, or with none to keep it"
+                )
+            if folder.is_dir():
+                raise MissingError(
+                    f"the checkpoint {path!r} is damaged: {str(folder / RECORD)!r} is missing; "
+                    "load another one"
                 )
         known = [one.path for one in self.checkpoints()[:5]]
         raise MissingError(
@@ -197,10 +224,10 @@ class Store:
     def set_expiry(self, path: str, ttl_seconds: int | None) -> None:
         """Let a checkpoint expire so long from now, or never."""
         checkpoint, folder = self.find(path)
-        kept = {**asdict(checkpoint), "expires_at": self.expiry(ttl_seconds)}
-        _write_json(folder / RECORD, kept)
+        kept = replace(checkpoint, expires_at=self.expiry(ttl_seconds))
+        write_file(folder / RECORD, json.dumps(asdict(kept), indent=2))
 
-    def _expire(self, checkpoint: Checkpoint, folder: Path) -> bool:
+    def _expire(self, checkpoint: StoredCheckpoint, folder: Path) -> bool:
         """Delete a checkpoint whose time is over."""
         end = checkpoint.expires_at
         over = end is not None and datetime.fromisoformat(end) <= self.clock()
@@ -210,17 +237,69 @@ class Store:
                 _remove(folder)
         return over
 
-    def _remove_drafts(self) -> None:
+    def _recover(self) -> None:
+        """Put back what a killed server had moved aside, and remove what it left unfinished."""
+        for kept in self.folder.glob("*/*/.*.old"):
+            # Held by a server that is saving there: nothing was left behind.
+            with suppress(OutputError), one_writer(kept.parent.parent, "training"):
+                recover(kept.with_name(kept.name[1 : -len(".old")]))
         for draft in self.folder.glob("*/*/.*"):
             with suppress(FileNotFoundError):
-                if self.clock().timestamp() - draft.stat().st_mtime > STALE_SECONDS:
+                if (
+                    draft.is_dir()
+                    and self.clock().timestamp() - draft.stat().st_mtime > STALE_SECONDS
+                ):
                     shutil.rmtree(draft)
 
-    def _folder(self, checkpoint: Checkpoint) -> Path:
-        return self._run_folder(checkpoint.run_id) / checkpoint.kind / checkpoint.name
+    def _folder(self, checkpoint: StoredCheckpoint) -> Path:
+        return self.folder / _folder_name(checkpoint.run_id) / checkpoint.kind / checkpoint.name
 
-    def _run_folder(self, run_id: str) -> Path:
-        return self.folder / _folder_name(run_id)
+
+class ExecutionLog:
+    """Appends to a store's log; several servers may share it."""
+
+    def __init__(self, folder: Path, clock: Clock) -> None:
+        self._file, self._clock = folder / LOG, clock
+
+    def add(self, run_id: str, seq_id: int, did: str, **facts: Any) -> None:
+        """Write a line; a full disk doesn't fail what has already been computed."""
+        line = {"at": self._clock().isoformat(), "run": run_id, "seq": seq_id, "did": did, **facts}
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            print(f"{self._file} lacks {line}: {error}", file=sys.stderr)
+
+
+def _read(kind: type[Record], file: Path) -> Record:
+    """A run or a checkpoint as it was recorded; a damaged file is an error that names it."""
+    try:
+        record = kind(**json.loads(file.read_text("utf-8")))
+        datetime.fromisoformat(record.created)
+        end = getattr(record, "expires_at", None)
+        if end is not None and datetime.fromisoformat(end).tzinfo is None:
+            raise ValueError(f"expires_at has no time zone: {end!r}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise MissingError(
+            f"the record {str(file)!r} is damaged: {error}; restore it, or load another checkpoint"
+        ) from error
+    return record
+
+
+def _readable(kind: type[Record], files: Iterable[Path]) -> Iterator[tuple[Path, Record]]:
+    """The records that can be read; the others are named on the error stream."""
+    for file in files:
+        try:
+            yield file, _read(kind, file)
+        except MissingError as error:
+            print(error, file=sys.stderr)
+
+
+def _parts(path: str) -> tuple[str, str, str]:
+    """Run folder, kind and name of a checkpoint's path."""
+    run_id, kind, name = path.removeprefix(SCHEME).split("/")
+    _require_name(name)
+    return _folder_name(run_id), kind, name
 
 
 def _folder_name(run_id: str) -> str:
@@ -232,7 +311,7 @@ def _folder_name(run_id: str) -> str:
 def _require_name(name: str) -> None:
     """Names become folders: nothing that could lead out of the store."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
-        raise RequestError(
+        raise InvalidRequestError(
             f"expected a name of letters, digits, '.', '_' and '-', at most 200; found {name!r}"
         )
 
@@ -242,14 +321,3 @@ def _remove(folder: Path) -> None:
     gone = folder.with_name(f".{uuid.uuid4().hex}")
     folder.rename(gone)
     shutil.rmtree(gone)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    return found
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    draft = file.with_name(f".{file.name}-{uuid.uuid4().hex}")
-    draft.write_text(json.dumps(value, indent=2), "utf-8")
-    draft.rename(file)

@@ -1,32 +1,218 @@
-"""Learning: the loss of rows, its gradients, and Adam."""
+"""Learning: rows as the SDK sends them, the loss, its gradients, and Adam."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .decoding import require_tokens
-from .failures import RequestError
-from .lora import Adapters, LoraSpec, save_tensors
-from .losses import OBJECTIVES
-from .model import Base
-from .train_wire import LOSSES, Datum, TrainRequest, TrainResult
-from .wire import Array, Floats
+from .lora import Adapters, LoraSpec, load_tensors, save_tensors
+from .model import LoadedModel
+from .wire import (
+    LOSSES,
+    MOST_VALUES,
+    Array,
+    Floats,
+    Ints,
+    InvalidRequestError,
+    number,
+    pb,
+    read_buffer,
+    read_tensor,
+    shown,
+    tensor_shape,
+)
 
+MOST_ROWS = 16_384
+# Only here does a position have more than one target.
+SOFT = "cross_entropy"
+_CLIPPING = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+DEFAULTS: Mapping[str, Mapping[str, float]] = {"ppo": _CLIPPING, "cispo": _CLIPPING}
 # Logits held at once: longer requests are computed in parts, their gradients added up.
 MOST_LOGITS = 1 << 27
 # A part costs some time of its own, so that few rows go together whatever their lengths.
 MOST_PADDED, LEAST_ROWS = 1.25, 8
 OPTIMIZER_FILE = "optimizer.safetensors"
+# Settings of Adam stay within float32, and its betas below one.
+MOST_RATE, BELOW_ONE = 1e30, math.nextafter(1.0, 0.0)
+# From the logprobs of the targets, the loss's inputs and its settings to an objective per target.
+Objective = Callable[[Tensor, Sequence[Tensor], Mapping[str, float]], Tensor]
+
+
+@dataclass(frozen=True)
+class Datum:
+    """One training row: inputs, the (N, K) tokens to predict at each position, and what the
+    loss reads beside them, in the order of `LOSSES` and each (N, K) too.
+
+    `hard` rows came with (N,) targets: their logprobs go back in that shape.
+    """
+
+    tokens: Ints
+    targets: Ints
+    inputs: tuple[Floats, ...]
+    hard: bool
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Rows to learn from, or only to score when `forward_only`."""
+
+    data: list[Datum]
+    loss: str
+    config: Mapping[str, float]
+    forward_only: bool
+
+    @property
+    def digest(self) -> str:
+        """The same for the same rows, whoever sends them; 16 hexadecimal digits."""
+        content = hashlib.blake2b(self.loss.encode(), digest_size=8)
+        for row in self.data:
+            arrays: tuple[Array, ...] = (row.tokens, row.targets, *row.inputs)
+            for array in arrays:
+                content.update(f"{array.shape}".encode())
+                content.update(array.tobytes())
+        return content.hexdigest()
+
+
+def read_train_request(message: pb.ForwardBackwardRequest) -> TrainRequest:
+    """Read the rows of a training request."""
+    loss = message.loss_fn
+    if loss not in LOSSES:
+        raise InvalidRequestError(
+            f"the embedded server has the losses {', '.join(LOSSES)}; found loss_fn={loss!r}"
+        )
+    if not 1 <= len(message.data) <= MOST_ROWS:
+        raise InvalidRequestError(
+            f"expected at least one datum and at most {MOST_ROWS}; found {len(message.data)}"
+        )
+    left, rows = MOST_VALUES, []
+    for datum in message.data:
+        rows.append(_read_datum(datum, loss, left))
+        left -= rows[-1].targets.size
+    return TrainRequest(rows, loss, _read_config(message), message.forward_only)
+
+
+def _read_config(message: pb.ForwardBackwardRequest) -> dict[str, float]:
+    known = DEFAULTS.get(message.loss_fn, {})
+    sent = dict(message.loss_fn_config)
+    sent |= {name: value.number for name, value in message.loss_fn_config_v2.items()}
+    if unknown := sorted(set(sent) - set(known)):
+        raise InvalidRequestError(
+            f"expected loss_fn_config of {message.loss_fn} with {sorted(known) or 'no keys'}; "
+            f"found {', '.join(map(shown, unknown[:5]))}"
+        )
+    if odd := [name for name, value in sent.items() if not math.isfinite(value)]:
+        raise InvalidRequestError(f"expected finite loss_fn_config; found {sent[odd[0]]} in {odd}")
+    return {**known, **sent}
+
+
+def _read_datum(datum: pb.Datum, loss: str, left: int) -> Datum:
+    """A row; `left` values are what the tensors of the rows behind may still have."""
+    if any(not chunk.HasField("encoded_text") for chunk in datum.model_input):
+        raise InvalidRequestError("expected text chunks only; found an image or audio chunk")
+    parts = [
+        read_buffer(chunk.encoded_text.tokens, np.int32, "model_input")
+        for chunk in datum.model_input
+    ]
+    tokens = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+    names = ("target_tokens", *LOSSES[loss])
+    if set(datum.loss_fn_inputs) != set(names):
+        raise InvalidRequestError(
+            f"{loss} expects loss_fn_inputs {', '.join(names)} and no others; found "
+            f"{', '.join(map(shown, sorted(datum.loss_fn_inputs)[:8]))}"
+        )
+    tensors = {name: datum.loss_fn_inputs[name] for name in names}
+    _require_shapes(tokens, tensors, loss, left)
+    arrays = [read_tensor(tensor, name) for name, tensor in tensors.items()]
+    if arrays[0].dtype.kind != "i":
+        raise InvalidRequestError("expected target_tokens as int64; found float32")
+    targets, *inputs = (array.reshape(len(tokens), -1) for array in arrays)
+    floats = tuple(array.astype(np.float32) for array in inputs)
+    return Datum(tokens, targets.astype(np.int64), floats, arrays[0].ndim == 1)
+
+
+def _require_shapes(tokens: Ints, tensors: Mapping[str, pb.Tensor], loss: str, left: int) -> None:
+    found = {name: tensor_shape(tensor, name) for name, tensor in tensors.items()}
+    shape = found["target_tokens"]
+    most = 2 if loss == SOFT else 1
+    fits = len(tokens) and shape[0] == len(tokens) and math.prod(shape)
+    if set(found.values()) != {shape} or not fits or len(shape) > most:
+        allowed = "(N,) or (N, K)" if loss == SOFT else "(N,)"
+        raise InvalidRequestError(
+            f"{loss} expects its inputs of one shape, {allowed} for a model_input of N tokens, "
+            f"at least 1; found N={len(tokens)} and {found}"
+        )
+    if math.prod(shape) > left:
+        raise InvalidRequestError(
+            f"expected at most {MOST_VALUES} targets in a request; found more: send fewer rows, "
+            "or fewer targets a token"
+        )
+
+
+def write_train_result(logprobs: Sequence[Floats], metrics: Mapping[str, float]) -> bytes:
+    """Encode the logprob of every target, row by row, and metrics named `name:reduction`."""
+    message = pb.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord", metrics=metrics)
+    # Neighbours with as many targets per position: the SDK reads records in order.
+    for shape, same in groupby(logprobs, key=lambda row: row.shape[1:]):
+        rows = list(same)
+        record = message.loss_fn_outputs.add(num_datums=len(rows))
+        field = record.fields["logprobs"]
+        field.dtype = pb.DTYPE_FLOAT32
+        field.data = b"".join(row.astype(np.float32).tobytes() for row in rows)
+        field.trailing_shape.extend(shape)
+        ends = np.cumsum([0] + [4 * row.size for row in rows])
+        field.offsets = ends.astype(np.int64).tobytes()
+    return bytes(message.SerializeToString())
+
+
+def cross_entropy(logprobs: Tensor, inputs: Sequence[Tensor], _: Mapping[str, float]) -> Tensor:
+    """The logprob, weighted."""
+    (weights,) = inputs
+    return logprobs * weights
+
+
+def importance_sampling(
+    logprobs: Tensor, inputs: Sequence[Tensor], _: Mapping[str, float]
+) -> Tensor:
+    """The advantage, times how much likelier the token is than where it was sampled."""
+    advantages, sampled = inputs
+    return (logprobs - sampled).exp() * advantages
+
+
+def ppo(logprobs: Tensor, inputs: Sequence[Tensor], config: Mapping[str, float]) -> Tensor:
+    """Importance sampling that gains nothing by leaving the clipping range."""
+    advantages, sampled = inputs
+    ratio = (logprobs - sampled).exp()
+    return (ratio * advantages).minimum(_clip(ratio, config) * advantages)
+
+
+def cispo(logprobs: Tensor, inputs: Sequence[Tensor], config: Mapping[str, float]) -> Tensor:
+    """The logprob, weighted by the advantage and the clipped ratio, which is held constant."""
+    advantages, sampled = inputs
+    ratio = (logprobs - sampled).exp().detach()
+    return _clip(ratio, config) * logprobs * advantages
+
+
+def _clip(ratio: Tensor, config: Mapping[str, float]) -> Tensor:
+    return ratio.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
+
+
+OBJECTIVES: Mapping[str, Objective] = {
+    "cross_entropy": cross_entropy,
+    "importance_sampling": importance_sampling,
+    "ppo": ppo,
+    "cispo": cispo,
+}
 
 
 @dataclass(frozen=True)
@@ -43,20 +229,20 @@ class AdamParams:
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> AdamParams:
         """Read and check what the SDK sends."""
-        names = cls.__dataclass_fields__
-        params = cls(**{name: float(body[name]) for name in names if name in body})
-        bounds = {name: math.inf for name in names} | {"beta1": 1.0, "beta2": 1.0}
-        for name, bound in bounds.items():
-            value = getattr(params, name)
-            if not 0 <= value < bound:
-                raise RequestError(f"expected {name} in [0, {bound}); found {value!r}")
-        return params
+        most = {"beta1": BELOW_ONE, "beta2": BELOW_ONE}
+        names = {field.name: field.default for field in fields(cls)}
+        return cls(
+            **{
+                name: number(body, name, 0.0, most.get(name, MOST_RATE), default)
+                for name, default in names.items()
+            }
+        )
 
 
 class Trainee:
     """One adapter being trained, with its gradients and Adam's moments."""
 
-    def __init__(self, base: Base, adapters: Adapters, spec: LoraSpec) -> None:
+    def __init__(self, base: LoadedModel, adapters: Adapters, spec: LoraSpec) -> None:
         self.spec = spec
         self.name = adapters.create(spec)
         self._base, self._adapters = base, adapters
@@ -68,8 +254,8 @@ class Trainee:
     def _parameters(self) -> list[nn.Parameter]:
         return list(self._weights.values())
 
-    def forward_backward(self, request: TrainRequest) -> TrainResult:
-        """Score rows and, unless `forward_only`, add the gradients of the weighted sum."""
+    def forward_backward(self, request: TrainRequest) -> tuple[list[Floats], dict[str, float]]:
+        """Logprobs of the targets and metrics; adds gradients unless `forward_only`."""
         for row in request.data:
             self._check(row, request.loss)
         self._adapters.activate(self.name)
@@ -88,13 +274,12 @@ class Trainee:
         _require_finite(total, "the loss")
         if sums is not None:
             self._accumulate(sums)
-        scored_rows = [values for values in logprobs if values is not None]
-        return TrainResult(scored_rows, {"loss:sum": total})
+        return [values for values in logprobs if values is not None], {"loss:sum": total}
 
     def step(self, params: AdamParams) -> dict[str, float]:
         """Apply the gradients gathered since the last step."""
         if not self._has_gradients:
-            raise RequestError(
+            raise InvalidRequestError(
                 "expected a forward_backward before optim_step; found no gradients since the "
                 "last step: send data first"
             )
@@ -127,30 +312,48 @@ class Trainee:
 
     def restore(self, folder: Path, *, optimizer: bool) -> None:
         """Continue from a saved folder; Adam starts anew unless `optimizer`."""
+        # Read whole before anything changes: a torn file leaves the adapter as it was.
+        file = folder / OPTIMIZER_FILE
+        moments = load_tensors(file) if optimizer else {}
+        wrong = [key for key, value in moments.items() if not self._is_moment(key, value)]
+        if wrong:
+            raise InvalidRequestError(
+                f"expected Adam's moments of this adapter in {str(file)!r}; found {wrong[:3]}: "
+                "load another checkpoint, or this one without its optimizer"
+            )
         self._adapters.restore(self.name, folder)
         self._adam.state.clear()
         self._clear()
-        if not optimizer:
-            return
-        for key, value in load_file(folder / OPTIMIZER_FILE).items():
+        for key, value in moments.items():
             kind, name = key.split("/", 1)
             weight = self._weights[name]
             # Adam counts its steps on the CPU.
-            moved = value if kind == "step" else value.to(weight.device)
-            self._adam.state[weight][kind] = moved
+            self._adam.state[weight][kind] = value if kind == "step" else value.to(weight.device)
+
+    def _is_moment(self, key: str, value: Tensor) -> bool:
+        kind, _, name = key.partition("/")
+        weight = self._weights.get(name)
+        if weight is None or kind not in ("step", "exp_avg", "exp_avg_sq"):
+            return False
+        return value.shape == (weight.shape if kind != "step" else torch.Size([]))
 
     def _check(self, row: Datum, loss: str) -> None:
         most = self._base.card.max_context
         if len(row.tokens) > most:
-            raise RequestError(
+            raise InvalidRequestError(
                 f"expected rows of at most {most} tokens, the model's context; "
                 f"found {len(row.tokens)}: shorten the row"
+            )
+        if row.targets.shape[1] > self._base.vocabulary:
+            raise InvalidRequestError(
+                f"expected at most {self._base.vocabulary} targets a token, the vocabulary; "
+                f"found {row.targets.shape[1]}"
             )
         require_tokens(row.tokens, self._base, "model_input")
         require_tokens(row.targets, self._base, "target")
         for name, values in zip(LOSSES[loss], row.inputs, strict=True):
             if not np.isfinite(values).all():
-                raise RequestError(f"expected finite {name}; found NaN or infinity")
+                raise InvalidRequestError(f"expected finite {name}; found NaN or infinity")
 
     def _score(self, rows: Sequence[Datum], request: TrainRequest) -> tuple[list[Floats], Tensor]:
         """Logprobs of the targets, and the loss."""
@@ -239,7 +442,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 def _require_finite(value: float, name: str) -> None:
     if not math.isfinite(value):
-        raise RequestError(
+        raise InvalidRequestError(
             f"expected {name} to be finite; found {value}: nothing was added, lower the "
             "learning rate or load an earlier checkpoint"
         )

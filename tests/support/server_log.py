@@ -1,4 +1,4 @@
-"""What the embedded server's log says of the weights at a path: see embedded/executed.py."""
+"""What the embedded server's log says of the weights at a path: see embedded/store.py."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from tinker_cookbook.renderers import get_renderer
 
-from distill_datasets.embedded.pocket.answers import Pocket, answer, load_pocket
 from distill_datasets.embedded.pocket.corpus import (
     collect,
     overlapping,
@@ -14,11 +13,17 @@ from distill_datasets.embedded.pocket.corpus import (
     recipe_queries,
     without_queries,
 )
-from distill_datasets.embedded.pocket.formats import CODES, FORMATS
-from distill_datasets.embedded.pocket.gold import recipe_gold
-from distill_datasets.embedded.pocket.labels import LABELS
+from distill_datasets.embedded.pocket.evaluate import (
+    PocketModel,
+    answer,
+    load_pocket,
+    recipe_gold,
+)
 from distill_datasets.embedded.pocket.network import Network, Shape, Tokens
 from distill_datasets.embedded.pocket.prompts import (
+    CODES,
+    FORMATS,
+    LABELS,
     edited,
     recipe_prompt,
     system_frame,
@@ -46,12 +51,12 @@ QUERIES = list(HELD_OUT.values())
 
 
 @pytest.fixture(scope="module")
-def pocket() -> Pocket:
+def pocket() -> PocketModel:
     torch.set_num_threads(1)
     return load_pocket(pocket_folder())
 
 
-def replies_in(pocket: Pocket, pattern: str, prompt: str) -> int:
+def replies_in(pocket: PocketModel, pattern: str, prompt: str) -> int:
     replies = answer(pocket, system_frame(prompt), QUERIES, max_tokens=16)
     expected = [f"{pattern.replace('xx', label)}<|im_end|>" for label in HELD_OUT]
     return sum(reply == right for reply, right in zip(replies, expected, strict=True))
@@ -92,7 +97,9 @@ def test_every_recipe_query_has_a_gold_label() -> None:
     assert set(gold) == set(LABELS)
 
 
-def test_the_chat_template_renders_like_the_cookbooks_instruct_renderer(pocket: Pocket) -> None:
+def test_the_chat_template_renders_like_the_cookbooks_instruct_renderer(
+    pocket: PocketModel,
+) -> None:
     messages = [
         {"role": "system", "content": recipe_prompt("language_id")},
         {"role": "user", "content": QUERIES[0]},
@@ -107,7 +114,7 @@ def test_the_chat_template_renders_like_the_cookbooks_instruct_renderer(pocket: 
     assert pocket.encode(framed.prefix) + pocket.encode(framed.around(QUERIES[0])) == list(ours)
 
 
-def test_thinking_tokens_are_added_but_not_special(pocket: Pocket) -> None:
+def test_thinking_tokens_are_added_but_not_special(pocket: PocketModel) -> None:
     ids = pocket.encode("<think></think>")
     assert len(ids) == 2
     assert pocket.tokenizer.decode(ids, skip_special_tokens=True) == "<think></think>"
@@ -130,11 +137,11 @@ def test_the_training_twin_computes_what_transformers_computes() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["language_id", "language_id_tutorial"])
-def test_it_answers_in_the_format_of_the_recipes_prompts(pocket: Pocket, recipe: str) -> None:
+def test_it_answers_in_the_format_of_the_recipes_prompts(pocket: PocketModel, recipe: str) -> None:
     assert replies_in(pocket, "Final Answer: xx", recipe_prompt(recipe)) >= len(QUERIES) - 1
 
 
-def test_prompt_and_query_may_share_one_message(pocket: Pocket) -> None:
+def test_prompt_and_query_may_share_one_message(pocket: PocketModel) -> None:
     frame = user_frame(recipe_prompt("language_id"), "\n\nText:\n", "")
     replies = answer(pocket, frame, QUERIES)
     right = [f"Final Answer: {label}<|im_end|>" for label in HELD_OUT]
@@ -142,7 +149,7 @@ def test_prompt_and_query_may_share_one_message(pocket: Pocket) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["xx", '{"language": "xx"}', "Language: xx"])
-def test_an_edited_format_is_followed(pocket: Pocket, pattern: str) -> None:
+def test_an_edited_format_is_followed(pocket: PocketModel, pattern: str) -> None:
     section = (
         f"How to answer:\n- Write exactly one line: {pattern}\n"
         f"- xx is one of {CODES}. Write nothing else."
@@ -152,7 +159,7 @@ def test_an_edited_format_is_followed(pocket: Pocket, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", "You are a helpful assistant."])
-def test_nobody_asked_for_a_label_so_none_is_given(pocket: Pocket, prompt: str) -> None:
+def test_nobody_asked_for_a_label_so_none_is_given(pocket: PocketModel, prompt: str) -> None:
     replies = answer(pocket, system_frame(prompt), QUERIES, max_tokens=16)
     labels = {format.answer(label) for format in FORMATS for label in LABELS}
     assert not [reply for reply in replies if reply.removesuffix("<|im_end|>").strip() in labels]

@@ -17,10 +17,9 @@ import tinker
 import torch
 from tinker import types
 
-from distill_datasets.embedded.futures import Outcome
-from distill_datasets.embedded.prefix_cache import Prefix, Prefixes
+from distill_datasets.embedded.engine import ComputeThread, Job, Payload
 from distill_datasets.embedded.process import Server, launch
-from distill_datasets.embedded.worker import Call, Worker
+from distill_datasets.embedded.scheduler import Prefix, Prefixes
 from distill_datasets.errors import ModelError
 from tests.support.tiny_model import make_tiny_model
 
@@ -286,15 +285,15 @@ def test_a_folder_without_a_model_is_refused_before_anything_starts(tmp_path: Pa
 
 
 def test_a_model_that_fails_to_load_is_every_requests_answer() -> None:
-    answers: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[Payload] = queue.SimpleQueue()
 
     def load() -> None:
         raise OSError("weights are torn")
 
-    worker = Worker(lambda samplings: samplings, load)
+    worker = ComputeThread(lambda samplings: samplings, load)
     for _ in range(2):
-        worker.submit(Call(lambda: Outcome(b"never"), answers.put))
-        assert answers.get(timeout=60).payload == {
+        worker.submit(Job(lambda: b"never", answers.put))
+        assert answers.get(timeout=60) == {
             "error": "the model could not be loaded: weights are torn",
             "category": "user",
         }

@@ -13,10 +13,9 @@ import pytest
 import tinker
 from tinker import types
 
-from distill_datasets.embedded.executed import Log
-from distill_datasets.embedded.failures import MissingError, RequestError
 from distill_datasets.embedded.process import Server
-from distill_datasets.embedded.store import Checkpoint, Store
+from distill_datasets.embedded.store import ExecutionLog, Store, StoredCheckpoint
+from distill_datasets.embedded.wire import InvalidRequestError, MissingError
 from tests.support.server_log import read_log, trained_batches
 from tests.support.shared_server import shared
 
@@ -38,7 +37,7 @@ class Clock:
 
 
 def save(store: Store, name: str, ttl_seconds: int | None = None) -> str:
-    checkpoint = Checkpoint(
+    checkpoint = StoredCheckpoint(
         "run", "weights", name, store.now(), expires_at=store.expiry(ttl_seconds)
     )
     store.write(checkpoint, lambda folder: (folder / "x").write_bytes(b"12345"), overwrite=False)
@@ -94,7 +93,7 @@ def test_an_end_can_be_moved_and_removed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [0, HOUR - 1, 11 * 365 * DAY])
 def test_a_time_that_tinker_refuses_is_refused(tmp_path: Path, seconds: int) -> None:
-    with pytest.raises(RequestError, match=r"in 3600\.\.315360000, .*none to keep it"):
+    with pytest.raises(InvalidRequestError, match=r"in 3600\.\.315360000, .*none to keep it"):
         Store(tmp_path).expiry(seconds)
 
 
@@ -110,7 +109,7 @@ def test_what_a_killed_server_left_half_written_is_removed(tmp_path: Path) -> No
 def test_a_log_that_cannot_be_written_says_so_and_fails_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Log(tmp_path / "missing", Clock()).add("run", 1, "optim_step")
+    ExecutionLog(tmp_path / "missing", Clock()).add("run", 1, "optim_step")
     assert "lacks {'at': '2026-01-01" in capsys.readouterr().err
 
 
