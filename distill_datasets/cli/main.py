@@ -165,7 +165,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _require_runnable(options: argparse.Namespace) -> None:
     """Find out before anything is paid for what would stop the run later."""
-    from distill_datasets.evaluation.comparison import load_metrics
+    from distill_datasets.evaluation.metrics import Metrics
     from distill_datasets.generation.run import select_queries
     from distill_datasets.models.references import default_student
     from distill_datasets.recipes.loading import load_recipe
@@ -177,7 +177,7 @@ def _require_runnable(options: argparse.Namespace) -> None:
     student.settings_of(options)
     if options.version is not None:
         check_version(options.version)
-    load_metrics(asked.metrics)
+    Metrics.load(asked.metrics, (), ())
     require_splits(asked, select_queries(asked, options.limit, None), ("train", "test"))
 
 
