@@ -41,31 +41,26 @@ class ReferenceLikelihoods:
 
 @dataclass(frozen=True)
 class TeacherAnswer:
-    """One answer of the teacher: what it read and said, and what the student is to say instead."""
+    """One answer of the teacher, as two conversations that end with it.
+
+    `taught` is the prompt, the query and what the teacher said; `learned` the query alone and what
+    the student is to say.
+    """
 
     group: str
-    asked: "Sequence[Message]"
-    said: str
-    query: "Sequence[Message]"
-    response: str
+    taught: "Sequence[Message]"
+    learned: "Sequence[Message]"
 
     @classmethod
     def to(cls, recipe: "Recipe", row: "Mapping[str, Any]", said: str, response: str) -> Self:
         """What was said to a row's query, and what the student is to say."""
-        query = row["query"]
-        return cls(
-            row["group"], recipe.messages(query), said, recipe.student_messages(query), response
-        )
+        taught = [*recipe.messages(row["query"]), _assistant(said)]
+        learned = [*recipe.student_messages(row["query"]), _assistant(response)]
+        return cls(row["group"], taught, learned)
 
-    @property
-    def taught(self) -> "list[Message]":
-        """The conversation as the teacher had it."""
-        return [*self.asked, {"role": "assistant", "content": self.said}]
 
-    @property
-    def learned(self) -> "list[Message]":
-        """The conversation as the student is to have it."""
-        return [*self.query, {"role": "assistant", "content": self.response}]
+def _assistant(text: str) -> "Message":
+    return {"role": "assistant", "content": text}
 
 
 def reference_likelihoods(

@@ -22,8 +22,8 @@ from distill_datasets.errors import (
     SettingsError,
 )
 from distill_datasets.files import write_file
-from distill_datasets.generation.ledger import LEDGER, find_replies
-from distill_datasets.models.sampler import Sampling, digest, request_digest
+from distill_datasets.generation.ledger import LEDGER
+from distill_datasets.models.sampler import Sampling, digest
 from distill_datasets.schema import Message
 from distill_datasets.training.data import Rendered, cache_folder
 from distill_datasets.training.internalisation import (
@@ -37,6 +37,7 @@ from distill_datasets.training.objectives.teacher import (
     TeacherPrompts,
     connect_teacher,
     read_teacher_prompts,
+    teacher_texts,
 )
 from distill_datasets.training.settings import VALIDATION_LOSS
 from distill_datasets.training.student import PendingLoss, PendingSave, Student, bits_per_byte
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 _SLACK = 8  # tokens that an answer may be longer than the longest response, to be seen as other
 _AT_ONCE = 256  # requests
 _FILE = "bounds.json"  # in the training's folder, so that a rerun asks nobody
-_VERSION = 1  # of what is cached: raise it when the likelihoods come out differently
+_VERSION = 2  # of what is cached: raise it when the likelihoods come out differently
 _COLUMNS = ("query", "sample", "response", "group")
 
 
@@ -202,33 +203,10 @@ def _cached(
 def _answers(task: TrainingTask, prompts: TeacherPrompts, rows: Rendered) -> list[TeacherAnswer]:
     if missing := sorted({*_COLUMNS} - {*rows.plain.column_names}):
         raise DatasetError(f"{prompts.where!r} lacks a release's columns {missing}.")
-    kept = rows.plain.select_columns(list(_COLUMNS)).select(rows.kept).to_list()
-    said = _said(task, prompts, [(row["query"], row["sample"]) for row in kept])
-    found = []
-    for row, text in zip(kept, said, strict=True):
-        if text is None and not prompts.says(row["response"]):
-            raise DatasetError(
-                f"the ledger of {prompts.where!r} doesn't hold what its teacher said to "
-                f"{row['query'][:80]!r}. Publish with the ledger to have the score."
-            )
-        response = row["response"]
-        found.append(TeacherAnswer.to(prompts.recipe, row, text or response, response))
-    return found
-
-
-def _said(
-    task: TrainingTask, prompts: TeacherPrompts, asked: Sequence[tuple[str, int]]
-) -> list[str | None]:
-    """The teacher's own words for queries and sample numbers, where the ledger holds them."""
-    recipe, identity = prompts.recipe, task.source.manifest.get("identity")
-    if recipe.teachers or not identity:
-        return [None] * len(asked)
-    sampling = recipe.sampling_parameters
-    keys = [request_digest(identity, recipe.messages(query), sampling) for query, _ in asked]
-    replies = find_replies(prompts.folder, set(keys))
+    kept = rows.plain.select_columns(list(_COLUMNS)).select(rows.kept)
     return [
-        replies[key].samples[sample].text if key in replies else None
-        for key, (_, sample) in zip(keys, asked, strict=True)
+        TeacherAnswer.to(prompts.recipe, row, text, row["response"])
+        for row, text in zip(kept, teacher_texts(task, prompts, kept), strict=True)
     ]
 
 

@@ -14,14 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_datasets.errors import DatasetError, GenerationError
-from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import CachedClient
-from distill_datasets.generation.ledger import restore
-from distill_datasets.generation.rows import ask
-from distill_datasets.generation.teachers import PromptedModel
+from distill_datasets.errors import DatasetError
 from distill_datasets.models.scoring import Scorer, SoftLabels, split_conversation
-from distill_datasets.training.objectives import TrainingTask
 from distill_datasets.training.objectives.teacher import (
     LabelRequest,
     ReleasedRow,
@@ -100,67 +94,12 @@ def spoken_tokens(connection: "Connection", text: str) -> Tokens:
     return tuple(spoken)
 
 
-def teacher_texts(
-    task: TrainingTask, teacher: "Connection", prompts: TeacherPrompts, rows: "Dataset"
-) -> dict[tuple[str, str], str]:
-    """What the teacher said, by query and response, from the release's ledger where it has one.
-
-    Elsewhere it is asked again, once: the answers are journaled in the training's folder. Raises
-    `DatasetError` where it answers otherwise than before.
-    """
-    from distill_datasets.models.tinker import TinkerSampler
-
-    recipe = prompts.recipe
-    prompted = PromptedModel(
-        TinkerSampler(teacher),
-        recipe.sampling_parameters,
-        recipe.messages,
-        recipe.teacher_reader,
-        recipe.write_response,
-    )
-    with Journal(task.folder / "journal.sqlite") as journal:
-        restore(prompts.folder, journal)
-        answers = ask(_queries(rows), prompted, CachedClient(journal), title="teacher's words")
-    if failed := [error for error in answers["error"] if error]:
-        raise GenerationError(
-            f"{len(failed)} of the teacher's answers could not be had, the first for "
-            f"{failed[0]!r}. Run again: what was paid is kept."
-        )
-    columns = ("query", "response", "raw")
-    said = {
-        (query, response): raw
-        for query, response, raw in zip(*(answers[name] for name in columns), strict=True)
-    }
-    pairs = list(zip(rows["query"], rows["response"], strict=True))
-    if other := [query for query, response in pairs if (query, response) not in said]:
-        raise DatasetError(
-            f"The teacher answers {len(other)} of {len(pairs)} queries otherwise than in "
-            f"{prompts.where!r}, such as {other[0]!r}: expected its own words, which the "
-            "release's ledger carries. Publish with the ledger, or train with labels='scored'."
-        )
-    return said
-
-
 def require_choices(prompts: TeacherPrompts, rows: "Dataset") -> None:
     """Refuse responses that the recipe doesn't read as one of its choices."""
     reader = prompts.recipe.student_reader
     for query, response in zip(rows["query"], rows["response"], strict=True):
         if reader.read(response, "stop").answer not in prompts.choices:
             raise _outside(query, response, prompts.choices, prompts.where)
-
-
-def _queries(rows: "Dataset") -> "Dataset":
-    from datasets import Dataset, Features, Value
-
-    unique = dict(zip(rows["id"], rows["query"], strict=True))
-    columns = {
-        "id": list(unique),
-        "query": list(unique.values()),
-        "group": list(unique),
-        "reference": [None] * len(unique),
-        "split": ["train"] * len(unique),
-    }
-    return Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, Value("string"))))
 
 
 def _outside(query: str, response: str, known: Sequence[str], where: str) -> DatasetError:

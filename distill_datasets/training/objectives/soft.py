@@ -18,7 +18,6 @@ from distill_datasets.training.objectives import TrainingTask
 from distill_datasets.training.objectives.closed_set import (
     LabelScorer,
     require_choices,
-    teacher_texts,
 )
 from distill_datasets.training.objectives.targets import SoftExample, soft_batch, soft_targets
 from distill_datasets.training.objectives.teacher import (
@@ -33,6 +32,7 @@ from distill_datasets.training.objectives.teacher import (
     released_rows,
     require_own_words,
     score_key,
+    teacher_texts,
 )
 from distill_datasets.training.schedule import Step
 from distill_datasets.training.student import PendingStep
@@ -184,9 +184,9 @@ def _of_choices(
             "no exact probabilities. Train with labels='scored'."
         )
     require_choices(prompts, rows)
-    said = teacher_texts(task, teacher, prompts, rows)
+    said = dict(zip(_names(rows), teacher_texts(task, prompts, rows), strict=True))
     scorer = LabelScorer(teacher, task.student.connection, prompts)
-    return lambda row: scorer.request(row, said[row.query, row.response])
+    return lambda row: scorer.request(row, said[row.id, row.sample])
 
 
 def _of_responses(

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from distill_datasets.errors import DatasetError, ModelError, OutputError
+from distill_datasets.generation.ledger import find_replies
 from distill_datasets.hub.references import find_release
+from distill_datasets.models.sampler import request_digest
 from distill_datasets.models.scoring import SoftLabels, response_span
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.schema import Message
 from distill_datasets.training.objectives import TrainingTask
 from distill_datasets.training.schedule import choose_rows
 
@@ -107,10 +108,6 @@ class TeacherPrompts:
         """The only answers, where the recipe names them."""
         return self.recipe.answer.choices
 
-    def messages(self, query: str) -> list[Message]:
-        """The prompt with a query in it."""
-        return self.recipe.messages(query)
-
     def says(self, response: str) -> bool:
         """Whether a student's response is something that the teacher itself could have said."""
         read = self.recipe.teacher_reader.read(response, "stop")
@@ -141,6 +138,32 @@ class TeacherPrompts:
             f"reads as another choice when its answer is exchanged; found {text[-200:]!r}, read "
             f"as {answer!r}. Train with labels='scored', or with the objective 'sft'."
         )
+
+
+def teacher_texts(task: TrainingTask, prompts: TeacherPrompts, rows: "Dataset") -> list[str]:
+    """What the teacher itself said for each of a release's rows, out of the release's ledger.
+
+    Where that lacks it, a response that the teacher could have said itself stands for its words.
+    Raises `DatasetError` for any other row.
+    """
+    recipe, identity = prompts.recipe, task.source.manifest.get("identity")
+    columns = [rows[name] for name in ("query", "sample", "response")]
+    keys, replies = [""] * len(rows), {}
+    if identity and not recipe.teachers:
+        sampling = recipe.sampling_parameters
+        keys = [request_digest(identity, recipe.messages(query), sampling) for query in columns[0]]
+        replies = find_replies(prompts.folder, set(keys))
+    texts = []
+    for key, query, sample, response in zip(keys, *columns, strict=True):
+        samples = replies[key].samples if key in replies else ()
+        if sample >= len(samples) and not prompts.says(response):
+            raise DatasetError(
+                f"The ledger of {prompts.where!r} doesn't hold what its teacher said to "
+                f"{query[:80]!r}. Publish with the ledger; without one there is no "
+                "internalisation score, and soft labels need labels='scored'."
+            )
+        texts.append(samples[sample].text if sample < len(samples) else response)
+    return texts
 
 
 def read_teacher_prompts(task: TrainingTask, parts: Sequence[str] = ()) -> TeacherPrompts:
@@ -199,7 +222,7 @@ def connect_teacher(
 
 def prompt_tokens(teacher: "Connection", prompts: TeacherPrompts, query: str) -> list[int]:
     """The tokens that the teacher has read when it begins to answer."""
-    messages = [dict(message) for message in prompts.messages(query)]
+    messages = [dict(message) for message in prompts.recipe.messages(query)]
     rendered = teacher.renderer.build_generation_prompt(messages)  # type: ignore[arg-type]
     return [int(token) for token in rendered.to_ints()]
 

@@ -94,9 +94,7 @@ def test_settings_of_then_that_mean_the_default_go_on_and_others_are_named(old: 
     assert training.final_loss == pytest.approx(4.4404449835419655, rel=1e-5)
     config["settings"]["objective"]["temperature"] = 2.0
     file.write_text(json.dumps(config))
-    with pytest.raises(
-        OutputError, match=r"temperature is 2.0 there.*--out unfinished-2"
-    ):
+    with pytest.raises(OutputError, match=r"temperature is 2.0 there.*--out unfinished-2"):
         train("run/release", student="pocket", out="unfinished", settings=settings)
 
 

@@ -12,10 +12,15 @@ from distill_datasets.training.student import Student
 ANSWERS = [
     TeacherAnswer(
         group=query,
-        asked=[{"role": "system", "content": "One word."}, {"role": "user", "content": query}],
-        said="en",
-        query=[{"role": "user", "content": query}],
-        response="The answer is en and nothing else at all.",
+        taught=[
+            {"role": "system", "content": "One word."},
+            {"role": "user", "content": query},
+            {"role": "assistant", "content": "en"},
+        ],
+        learned=[
+            {"role": "user", "content": query},
+            {"role": "assistant", "content": "The answer is en and nothing else at all."},
+        ],
     )
     for query in ("the weather", "hello", "one two")
 ]
@@ -39,7 +44,7 @@ def test_the_score_of_three_models_is_made_of_their_likelihoods(model: str) -> N
 def test_what_is_not_defined_is_said_and_left_out(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    same = [replace(one, asked=one.query, said=one.response) for one in ANSWERS]
+    same = [replace(one, taught=one.learned) for one in ANSWERS]
     base = connect(model)
     assert (
         measure_internalisation(same, dict.fromkeys(("base", "teacher", "student"), base)) is None
