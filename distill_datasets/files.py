@@ -80,15 +80,19 @@ def writable_folder(path: str | Path) -> Path:
 
 
 @contextmanager
-def one_writer(folder: Path, work: str) -> Iterator[None]:
+def one_writer(folder: Path, work: str, *, beside: bool = False) -> Iterator[None]:
     """Hold a folder, made if need be, against every other process that would write there.
 
-    `work` names what is done there, in the message for the others. Raises `OutputError` at once
+    `work` names what is done there, in the message for the others. The lock is in the folder, or
+    `beside` one that is to be replaced as a whole. Raises `OutputError` at once
     where another holds it; the system lets go of it when a process dies, however it does.
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(writable_folder(folder) / _LOCK, timeout=0)
+    if beside:
+        writable_folder(folder.resolve().parent)
+    place = _sibling(folder, "lock") if beside else writable_folder(folder) / _LOCK
+    lock = FileLock(place, timeout=0)
     try:
         lock.acquire()
     except Timeout:

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 _SHARD_BYTES = 500_000_000
 _ROW_GROUP_BYTES = 32_000_000
 ROWS_PER_BATCH = 1_000
-# Text shrinks tenfold, repeated text a hundredfold; what is small in all does no harm.
-_HARMLESS_BYTES = 256_000_000
-_HARMLESS_ROWS = 10_000_000
-_MOST_FOR_A_BYTE = 1_000  # bytes, and rows
+# Limits for files of others: what is small in all does no harm. Text shrinks tenfold when it is
+# compressed, and repeated text a hundredfold; a value that is stored once may stand in many rows.
+_MOST_ROWS = 1_000_000, 100  # in all, and beyond that for each byte of the file
+_MOST_STORED = 16_000_000, 300  # bytes before compression
+_MOST_READ = 256_000_000, 1_000  # bytes in memory, one after another
+_BATCH_BYTES = 1_000_000_000  # of a column at once, if each row had its largest possible value
 
 
 class Shards:
@@ -91,41 +93,50 @@ def open_parquet(path: Path) -> "ParquetFile":
     from pyarrow.parquet import ParquetFile
 
     try:
-        file, size = ParquetFile(path), path.stat().st_size
+        file = ParquetFile(path)
     except (ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
     about = file.metadata
-    groups = [about.row_group(number) for number in range(about.num_row_groups)]
-    _check(path, size, about.num_rows, sum(group.total_byte_size for group in groups))
+    groups = (about.row_group(number) for number in range(about.num_row_groups))
+    _check(path, about.num_rows, "rows", _MOST_ROWS)
+    _check(path, sum(group.total_byte_size for group in groups), "bytes", _MOST_STORED)
     return file
 
 
 def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator["pa.RecordBatch"]:
-    """A file's rows, a thousand at a time; raises `DatasetError` as `open_parquet` does."""
+    """A file's rows, at most a thousand at a time; raises `DatasetError` as `open_parquet` does."""
     from pyarrow import ArrowException
 
-    size, read = path.stat().st_size if path.is_file() else 0, 0
-    batches = open_parquet(path).iter_batches(
-        ROWS_PER_BATCH, columns=list(columns) if columns else None
-    )
+    file, read = open_parquet(path), 0
+    rows = max(1, min(ROWS_PER_BATCH, _BATCH_BYTES // _largest_column(file)))
     try:
-        for batch in batches:
+        for batch in file.iter_batches(rows, columns=list(columns) if columns else None):
             read += batch.nbytes
-            _check(path, size, 0, read)
+            _check(path, read, "bytes in memory", _MOST_READ)
             yield batch
     except (ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
 
 
-def _check(path: Path, size: int, rows: int, read: int) -> None:
-    most_rows = _HARMLESS_ROWS + _MOST_FOR_A_BYTE * size
-    most_bytes = _HARMLESS_BYTES + _MOST_FOR_A_BYTE * size
-    if rows > most_rows or read > most_bytes:
-        found = f"{rows:,} rows" if rows > most_rows else f"{read:,} bytes"
+def _largest_column(file: "ParquetFile") -> int:
+    """The bytes of a row group's largest column, which no value in it exceeds."""
+    about = file.metadata
+    groups = (about.row_group(number) for number in range(about.num_row_groups))
+    sizes = (
+        group.column(number).total_uncompressed_size
+        for group in groups
+        for number in range(group.num_columns)
+    )
+    return max(sizes, default=1) or 1
+
+
+def _check(path: Path, found: int, what: str, limit: tuple[int, int]) -> None:
+    size = path.stat().st_size
+    most = limit[0] + limit[1] * size
+    if found > most:
         raise DatasetError(
-            f"{str(path)!r} has {size:,} bytes and unpacks to {found}: expected at most "
-            f"{most_rows:,} rows and {most_bytes:,} bytes. It is not read: get it again from "
-            "somebody you trust."
+            f"{str(path)!r} has {size:,} bytes and unpacks to {found:,} {what}: expected at most "
+            f"{most:,}. It is not read: get it again from somebody you trust."
         )
 
 

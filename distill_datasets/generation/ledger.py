@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.hub.references import find_release
+from distill_datasets.hub.references import Pinned, find_release
 from distill_datasets.models.sampler import Reply, Sampling, request_digest
 from distill_datasets.parquet import ROWS_PER_BATCH, read_batches
 from distill_datasets.recipes.recipe import Recipe
@@ -62,7 +62,7 @@ def replay(source: Path | str, out: Path | str, *, config: str | None = None) ->
     `source` and `config` are what `load_recipe` takes; one that carries no ledger gives none.
     Returns how many answers were new to the run. Nothing in `out` is made without any.
     """
-    release = find_release(source, (LEDGER,), config)
+    release = _find(source, config)
     if release is None or not any((release.path / LEDGER).glob("*.parquet")):
         return 0
     with Journal(Path(out) / "journal.sqlite") as journal:
@@ -87,9 +87,16 @@ def _within(column: "pa.Array", wanted: Collection[str]) -> "pa.Array":
 
 def ledger_digests(source: Path | str, *, config: str | None = None) -> set[str]:
     """The requests whose answers `replay` would bring; empty for one without a ledger."""
-    release = find_release(source, (LEDGER,), config)
+    release = _find(source, config)
     batches = _batches(release.path) if release else ()
     return {digest for _, batch in batches for digest in batch["digest"].to_pylist()}
+
+
+def _find(source: Path | str, config: str | None) -> Pinned | None:
+    try:
+        return find_release(source, (LEDGER,), config)
+    except DatasetError as error:
+        raise DatasetError(f"{error} Run without the ledger to buy every answer.") from error
 
 
 def first_requests(rows: "Dataset", recipe: Recipe, generation: Mapping[str, Any]) -> Iterator[str]:

@@ -1,12 +1,20 @@
-"""Releases and datasets by name: a folder here, or one commit of a repository on the Hub."""
+"""Releases and datasets by name: a folder here, or one commit of a repository on the Hub.
 
+What somebody else wrote is data: it names no file outside its own folder, and its files are those
+that its manifest was written for.
+"""
+
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.errors import HubError
+from distill_datasets.errors import DatasetError, HubError, OutputError
+from distill_datasets.files import write_file
 
 if TYPE_CHECKING:
     from distill_datasets.hub.client import HubDataset
@@ -40,7 +48,8 @@ def find_release(
     """A release's folder with `parts` of it: the folder, that of a run, or a Hub dataset's.
 
     `config` names one of several releases in one place. Of a Hub dataset only the manifest, the
-    recipe and the parts are downloaded. None for what is no release.
+    recipe and the parts are downloaded. None for what is no release. Raises `DatasetError` where
+    a file of the parts is not the one that the manifest was written for; see `check_files`.
     """
     path, inside = Path(given).expanduser(), folder_of(config)
     commit, folders = None, [path / inside, path / "release"]
@@ -48,8 +57,82 @@ def find_release(
         wanted = ["manifest.json", *(f"{part}/*" for part in ("recipe", *parts))]
         found = _fetch(str(given), [inside + pattern for pattern in wanted])
         commit, folders = found.commit, [found.path / inside]
-    releases = (Pinned(folder, commit) for folder in folders if _is_release(folder))
-    return next(releases, None)
+    release = next((Pinned(folder, commit) for folder in folders if _is_release(folder)), None)
+    if release and parts:
+        check_files(release.path, parts)
+    return release
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path `name` in a folder that somebody else may have written.
+
+    Raises `DatasetError` where it lies elsewhere: by an absolute path, by `..`, or through a
+    link. The links of the Hub's cache, within that cache, are its own.
+    """
+    from huggingface_hub import constants
+
+    path, root = folder / name, folder.resolve()
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise _outside(folder, name, "it names a path outside")
+    found = path.resolve()
+    if found.is_relative_to(root):
+        return path
+    cache = Path(constants.HF_HUB_CACHE).expanduser()
+    cached = path.absolute().is_relative_to(cache.absolute())
+    if cached and found.is_relative_to(cache.resolve()):
+        return path
+    raise _outside(folder, name, f"it is a link to {str(found)!r}")
+
+
+def check_files(release: Path, parts: Collection[str]) -> None:
+    """Compare the files in these folders of a release with the digests in its manifest.
+
+    Files that were compared before, and have the same time and size, are not read again. A
+    manifest of version 0.1 has no digests. Raises `DatasetError` that names the first file that
+    was changed, added or taken away, or that leads out of the folder.
+    """
+    listed = _digests(release)
+    names = sorted(
+        path.relative_to(release).as_posix()
+        for part in parts
+        for path in (release / part).rglob("*")
+        if not path.is_dir()
+    )
+    paths = [inside(release, name) for name in names]
+    if listed is None:
+        return
+    expected = {name for name in listed if name.partition("/")[0] in parts}
+    if missing := sorted(expected - {*names}):
+        raise _changed(release, missing[0], "is missing")
+    if added := [name for name in names if name not in expected]:
+        raise _changed(release, added[0], "was added")
+    digests = sorted((name, listed[name]) for name in expected)
+    with remembered(release, paths, digests) as known:
+        for name, path in zip(names, () if known else paths, strict=False):
+            with path.open("rb") as file:
+                if file_digest(file, "sha256").hexdigest() != listed[name]:
+                    raise _changed(release, name, "has other content")
+
+
+@contextmanager
+def remembered(release: Path, paths: Sequence[Path], facts: Any) -> Iterator[bool]:
+    """Whether a check of these files was passed before; what passes is noted in the user's cache.
+
+    Files are known by their time and size; `facts` are what they are checked against.
+    """
+    from huggingface_hub import constants
+
+    stats = [(str(path), path.stat()) for path in paths]
+    files = [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
+    seen = sha256(repr((files, facts)).encode()).hexdigest()
+    checked = (str(release.resolve()), type(facts).__name__, [name for name, _ in stats])
+    place = sha256(repr(checked).encode()).hexdigest()[:32]
+    note = Path(constants.HF_HOME).expanduser() / "distill_datasets" / "checked" / place
+    known = note.is_file() and note.read_text(encoding="utf-8") == seen
+    yield known
+    if not known:
+        with suppress(OutputError):  # a cache that can't be written costs another look
+            write_file(note, seen)
 
 
 def fetch_dataset(reference: str, config: str | None) -> Pinned:
@@ -66,6 +149,29 @@ def fetch_dataset(reference: str, config: str | None) -> Pinned:
     if patterns is not None:
         patterns += [*_ALWAYS, f"{folder_of(config)}manifest.json"]
     return Pinned(hub.snapshot(dataset, patterns), dataset.commit)
+
+
+def _digests(release: Path) -> Mapping[str, str] | None:
+    path = release / "manifest.json"
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8")).get("sha256")
+    except (ValueError, AttributeError) as error:
+        raise DatasetError(f"{str(path)!r} is no manifest: {error}. Publish again.") from error
+    return listed if isinstance(listed, Mapping) else None
+
+
+def _outside(folder: Path, name: str, how: str) -> DatasetError:
+    return DatasetError(
+        f"{str(folder)!r} names the file {name!r}, but {how}: expected a file in that folder. "
+        "Copy it there, or don't use what you were given."
+    )
+
+
+def _changed(release: Path, name: str, what: str) -> DatasetError:
+    return DatasetError(
+        f"{str(release / name)!r} {what}: it is not the file that {str(release)!r} was published "
+        "with, whose digest is in its manifest.json. Get the release again, or publish anew."
+    )
 
 
 def _is_release(folder: Path) -> bool:

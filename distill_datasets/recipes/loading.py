@@ -1,5 +1,6 @@
 """Finds recipes by name, folder or release, and says in sentences what is wrong with one."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -21,13 +22,38 @@ def load_recipe(source: str | Path, *, config: str | None = None) -> Recipe:
     `RecipeError` that names the wrong key and the closest valid one.
     """
     folder = _find(source, config)
-    fields = _read_yaml(folder / "recipe.yaml")
     prompt = folder / "prompt.md"
     if not prompt.is_file():
+        if without_prompt(folder.parent):
+            raise RecipeError(
+                f"The release {str(folder.parent)!r} was published without its prompt, so its "
+                "recipe can't be run. Ask its author for prompt.md, and put it into "
+                f"{str(folder)!r}; or train on the release, which needs no prompt."
+            )
         raise RecipeError(f"Recipe {str(folder)!r} has no prompt.md; write the teacher's prompt.")
+    return _load(folder, prompt.read_text(encoding="utf-8").strip())
+
+
+def load_released_recipe(release: Path) -> Recipe:
+    """A release's recipe to be described, with a stand-in for a prompt that wasn't published."""
+    folder = release / "recipe"
+    hidden = not (folder / "prompt.md").is_file() and without_prompt(release)
+    return _load(folder, "(not published)") if hidden else load_recipe(release)
+
+
+def without_prompt(release: Path) -> bool:
+    """Whether a folder holds a release that was published without its prompt."""
+    path = release / "manifest.json"
     try:
-        text = prompt.read_text(encoding="utf-8").strip()
-        return Recipe(**{**fields, "prompt": text, "folder": folder})
+        return json.loads(path.read_text(encoding="utf-8")).get("prompt") is False
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _load(folder: Path, prompt: str) -> Recipe:
+    fields = _read_yaml(folder / "recipe.yaml")
+    try:
+        return Recipe(**{**fields, "prompt": prompt, "folder": folder})
     except ValidationError as error:
         raise RecipeError(_explain(error, folder)) from error
 

@@ -69,6 +69,35 @@ def read_columns(recipe: Recipe) -> dict[str, list[str | None]]:
     return found
 
 
+def unused_columns(recipe: Recipe) -> list[str]:
+    """The columns of the queries' files in the recipe's folder that the recipe doesn't name."""
+    spec = recipe.queries
+    if not spec.file:
+        return []
+    lines = _lines(recipe)
+    columns = _line_columns(lines) if lines else _selected(recipe).column_names
+    used = {spec.group, spec.reference, spec.forced_split}
+    used |= {spec.query} if spec.query else {"text" if {*columns} == {"text"} else "query"}
+    return [name for name in columns if name not in used]
+
+
+def write_used_columns(recipe: Recipe, path: Path) -> dict[str, str]:
+    """Write the queries as lines of JSON that have the columns which the recipe uses.
+
+    Returns what the section `queries` says of such a file, but for its name.
+    """
+    spec = recipe.queries
+    names = {"group": spec.group, "reference": spec.reference, "split": spec.forced_split}
+    named = {role: name for role, name in names.items() if name is not None}
+    named["query"] = spec.query or "query"
+    with path.open("w", encoding="utf-8") as file:
+        for columns in _read(recipe):
+            for row in zip(*(columns[role] for role in named), strict=True):
+                cells = dict(zip(named.values(), row, strict=True))
+                file.write(json.dumps(cells, ensure_ascii=False) + "\n")
+    return {("forced_split" if role == "split" else role): name for role, name in named.items()}
+
+
 def _read(recipe: Recipe) -> Iterator[Columns]:
     """The columns of the source, a few rows at a time."""
     spec = recipe.queries

@@ -50,7 +50,8 @@ def dataset_card(
     `written` before, what people wrote is kept: the text outside the two marker comments, and the
     metadata that differs from what `card_metadata` gave for it, which stands beside it.
     """
-    facts = {"repo": None, "config": "default", "history": [], "panel": None, **manifest}
+    facts: dict[str, Any] = {"repo": None, "config": "default", "history": [], "panel": None}
+    facts |= {"prompt": True, "warnings": [], "from_ledger": [], **manifest}
     text = _fill("dataset.md", {**facts, "recipe": recipe, "example": example})
     begin, end = markers(facts["config"])
     metadata = {**card_metadata(manifest["splits"], recipe), **layout}

@@ -7,7 +7,7 @@ A part is a split, or `rejected`. Rows belong to one part, or to two where the r
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -16,10 +16,18 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.rows import stream
 from distill_datasets.generation.shards import Joined
+from distill_datasets.hub.references import check_files, remembered
 from distill_datasets.models.sampler import digest
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.diff import Fingerprints, published_rows
-from distill_datasets.releases.manifest import REJECTED
+from distill_datasets.releases.manifest import (
+    MANIFEST,
+    PARTS,
+    REJECTED,
+    read_manifest,
+    rejected_rows,
+)
+from distill_datasets.releases.quality import AnswerTally
 from distill_datasets.schema import failure_content, rejected_features, release_features
 
 if TYPE_CHECKING:
@@ -104,13 +112,16 @@ class Survey:
     errors: int = 0
     example: dict[str, Any] | None = None
     fingerprints: Fingerprints = field(default_factory=Fingerprints)
+    answers: AnswerTally = field(default_factory=AnswerTally)
     _digests: dict[str, Any] = field(default_factory=dict)
     _numbers: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def of(cls, contents: Iterable[tuple[tuple[str, ...], "pa.Table"]]) -> "Survey":
-        """Read contents once."""
-        found = cls()
+    def of(
+        cls, contents: Iterable[tuple[tuple[str, ...], "pa.Table"]], choices: Sequence[str] = ()
+    ) -> "Survey":
+        """Read contents once; `choices` are the only answers that the recipe allows."""
+        found = cls(answers=AnswerTally(choices))
         for parts, rows in contents:
             found._add(parts, rows)
         return found
@@ -133,6 +144,7 @@ class Survey:
     def _count(self, row: dict[str, Any]) -> None:
         self.kept += 1
         self.example = self.example or row
+        self.answers.add(row)
         if row["teacher_prompt_tokens"] is not None:
             self._numbers["counted"] += 1
             self._numbers["prompt_tokens"] += row["teacher_prompt_tokens"]
@@ -146,6 +158,11 @@ class Survey:
         first = ("train", "validation", "test")
         others = sorted(self.rows.keys() - {*first, REJECTED})
         return {name: self.rows[name] for name in (*first, *others) if self.rows[name]}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to know before training on the rows."""
+        return self.answers.warnings(self.rejected, self.errors)
 
     @property
     def mean_prompt_tokens(self) -> float | None:
@@ -168,6 +185,44 @@ class Survey:
 def survey_release(release: Path) -> Survey:
     """Read the rows of a release's folder once."""
     return Survey.of(((part,), rows) for part, rows in published_rows(release))
+
+
+def check_release(release: Path, parts: Collection[str] = (*PARTS, "recipe")) -> None:
+    """Check that a release's folder holds what its manifest was written for, in these parts.
+
+    The files' digests are compared, then the digest of the rows where they are all here; what was
+    checked and has not changed is not read again. Raises `DatasetError` that names the file, or
+    what the rows differ in.
+    """
+    manifest = read_manifest(release)
+    check_files(release, parts)
+    folders = ("data", REJECTED) if rejected_rows(manifest) else ("data",)
+    if not all((release / folder).is_dir() for folder in folders):
+        return  # of a Hub dataset not everything is downloaded
+    paths = sorted(path for folder in folders for path in (release / folder).glob("*.parquet"))
+    facts = "/".join(str(manifest.get(key)) for key in ("recipe_digest", "content_digest"))
+    with remembered(release, paths, facts) as known:
+        if known:
+            return
+        try:
+            found = survey_release(release)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DatasetError(
+                f"The rows in {str(release / 'data')!r} are not those of a release: {error!r}. Get "
+                "the release again, or publish anew."
+            ) from error
+        counted = {split: found.rows[split] for split in manifest["splits"]}
+        if counted != manifest["splits"]:
+            problem = f"the splits have {counted} rows, not {manifest['splits']}"
+        elif found.digest(str(manifest.get("recipe_digest"))) != manifest["content_digest"]:
+            problem = f"the rows do not have the digest {manifest['content_digest']}"
+        else:
+            return
+        raise DatasetError(
+            f"The rows in {str(release / 'data')!r} are not those that "
+            f"{str(release / MANIFEST)!r} was written for: {problem}. Get the release again, or "
+            "publish anew."
+        )
 
 
 def _digested(row: dict[str, Any]) -> list[Any]:

@@ -20,7 +20,7 @@ from distill_datasets.hub.client import (
 from distill_datasets.hub.references import folder_of
 from distill_datasets.hub.screening import require_clean, screen
 from distill_datasets.parquet import read_batches
-from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.loading import load_released_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.card_merge import LAYOUT, Halves, markers, read_card
 from distill_datasets.releases.cards import dataset_card
@@ -188,7 +188,7 @@ class _Outgoing:
 
 def _load(release: Path, repo: str, config: str, private: bool) -> _Outgoing:
     """Check everything that needs no network; raises `DatasetError`."""
-    manifest, recipe = read_manifest(release), load_recipe(release)
+    manifest, recipe = read_manifest(release), load_released_recipe(release)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", config) or config in _TAKEN_NAMES:
         raise DatasetError(
             f"{config!r} can't name a configuration: expected letters, digits, '.', '_' and '-', "

@@ -1,14 +1,16 @@
 """Answers become a release: a folder that `datasets` reads and the Hub can hold."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError, OutputError, VersionError
-from distill_datasets.files import recover, replacing
+from distill_datasets.files import one_writer, recover, replacing
 from distill_datasets.generation.ledger import (
     LEDGER,
     JournaledRows,
@@ -16,8 +18,10 @@ from distill_datasets.generation.ledger import (
     raw_answers,
 )
 from distill_datasets.generation.shards import Joined, find_parts, join_parts, join_summaries
+from distill_datasets.hub.references import inside
 from distill_datasets.parquet import Shards
 from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.queries import unused_columns, write_used_columns
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.card_merge import read_card
 from distill_datasets.releases.cards import card_metadata, dataset_card
@@ -51,7 +55,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Release:
-    """A published folder; `digest` names its rows and its recipe, not its files."""
+    """A published folder; `digest` names its rows and its recipe, not its files.
+
+    `warnings` are sentences about what in the rows can't teach a student.
+    """
 
     path: Path
     version: str
@@ -59,6 +66,7 @@ class Release:
     splits: Mapping[str, int]
     rejected: int
     why: str = ""
+    warnings: tuple[str, ...] = ()
 
     def push_to_hub(self, repo: str, **options: Any) -> "Pushed":
         """Push to a dataset repository: one commit, then a tag; see `push.push_release`."""
@@ -73,6 +81,7 @@ def publish(
     out: Path | str | None = None,
     version: str | None = None,
     ledger: bool = True,
+    prompt: bool = True,
 ) -> Release:
     """Write a run's answers as a release (default: `run/release`).
 
@@ -86,31 +95,37 @@ def publish(
     written. A row that failed is published with its error in the config `rejected`: run
     `generate` again first to ask for it. The raw answers go into the config `ledger`, for others
     to run the recipe without paying again, and where the recipe asks for `top_logprobs`, the
-    teacher's probabilities into the config `soft`; `ledger=False` leaves both out.
+    teacher's probabilities into the config `soft`; `ledger=False` leaves both out. Of the query
+    files, the release's recipe has the columns that it uses. With `prompt=False` the recipe goes
+    without the prompt's text: the release says its digest, and can't be made again from itself.
+    Raises `OutputError` where another process publishes to the same folder.
     """
     runs = [Path(run)] if isinstance(run, (str, Path)) else [Path(one) for one in run]
     folder = _release_folder(runs, out)
-    published = _published(folder)
     if version is not None:
         check_version(version)
-    answers = _load_answers(runs, ledger=ledger)
-    old = read_manifest(folder) if published else None
-    facts = _facts(answers, old)
-    change = None
-    if published and old:
-        mine = answers.survey.fingerprints
-        change = difference(old, facts, lambda: fingerprints_of(folder).changes(mine))
-        if change is None and version in (None, published.version):
-            return published
-        version = version or following(published.version, change.level if change else "patch")
-        if change and change.level != "patch" and version == published.version:
-            raise _taken(published, change)
-    facts["version"] = version or FIRST
-    facts["why"] = _why(old, change)
-    readme = folder / "README.md"
-    card = readme.read_text(encoding="utf-8") if readme.is_file() else None
-    with replacing(folder) as building:
-        _write(building, answers, facts, old, card)
+    with (
+        one_writer(folder, "release", beside=True),
+        TemporaryDirectory(prefix="distill-release-") as scratch,
+    ):
+        published = _published(folder)
+        old = read_manifest(folder) if published else None
+        answers = _load_answers(runs, ledger, Path(scratch))
+        facts = _facts(answers, old, prompt)
+        change = None
+        if published and old:
+            mine = answers.survey.fingerprints
+            change = difference(old, facts, lambda: fingerprints_of(folder).changes(mine))
+            if change is None and version in (None, published.version):
+                return published
+            version = version or following(published.version, change.level if change else "patch")
+            if change and change.level != "patch" and version == published.version:
+                raise _taken(published, change)
+        facts |= {"version": version or FIRST, "why": _why(old, change)}
+        readme = folder / "README.md"
+        card = readme.read_text(encoding="utf-8") if readme.is_file() else None
+        with replacing(folder) as building:
+            _write(building, answers, facts, old, card)
     return load_release(folder)
 
 
@@ -124,22 +139,30 @@ def load_release(path: Path | str) -> Release:
         facts["splits"],
         rejected_rows(facts),
         facts.get("why", ""),
+        tuple(facts.get("warnings", ())),
     )
 
 
 @dataclass(frozen=True)
 class _Answers:
-    """Rows, how they were made, the recipe, and one look at it all; `sources` go into a ledger."""
+    """Rows, how they were made, the recipe, and one look at it all; `sources` go into a ledger.
+
+    `carried` is the recipe as the release carries it.
+    """
 
     rows: "Dataset | Joined"
     generation: Mapping[str, Any]
     recipe: Recipe
+    carried: Recipe
     survey: Survey
     sources: Sequence[JournaledRows]
 
 
-def _load_answers(runs: Sequence[Path], *, ledger: bool) -> _Answers:
-    """What the folders of a run, or of its parts, hold; without a `ledger` no sources."""
+def _load_answers(runs: Sequence[Path], ledger: bool, scratch: Path) -> _Answers:
+    """What the folders of a run, or of its parts, hold; without a `ledger` no sources.
+
+    Files of the carried recipe may be in the folder `scratch`.
+    """
     from datasets import load_from_disk
 
     parts = find_parts(runs)
@@ -154,7 +177,7 @@ def _load_answers(runs: Sequence[Path], *, ledger: bool) -> _Answers:
     for part, some, summary in zip(parts, each, summaries, strict=True):
         _check(some, summary, recipe, part / "answers")
     rows = each[0] if len(parts) == 1 else join_parts(parts, each)
-    survey = Survey.of(answered_contents(rows, recipe))
+    survey = Survey.of(answered_contents(rows, recipe), recipe.answer.choices)
     if not survey.splits:
         reasons = dict(survey.rejected) | ({"failed": survey.errors} if survey.errors else {})
         raise DatasetError(
@@ -163,7 +186,20 @@ def _load_answers(runs: Sequence[Path], *, ledger: bool) -> _Answers:
         )
     journals = [(rows, part / "journal.sqlite") for rows, part in zip(each, parts, strict=True)]
     kept = [JournaledRows(*one) for one in journals if ledger and one[1].is_file()]
-    return _Answers(rows, generation, recipe, survey, kept)
+    return _Answers(rows, generation, recipe, _carried(recipe, scratch), survey, kept)
+
+
+def _carried(recipe: Recipe, scratch: Path) -> Recipe:
+    """The recipe without the columns of its queries that it doesn't use."""
+    if not unused_columns(recipe):
+        return recipe
+    name = "queries.jsonl"
+    columns = write_used_columns(recipe, scratch / name)
+    if recipe.judge:
+        judge = scratch / recipe.judge.prompt
+        judge.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(inside(recipe.folder, recipe.judge.prompt), judge)
+    return recipe.replace(queries={"file": name, **columns}, folder=scratch)
 
 
 def _check(rows: "Dataset", generation: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
@@ -226,16 +262,30 @@ def _write(
         manifest["ledger"] = _write_ledger(building, answers)
     if _has_soft_labels(answers):
         manifest[SOFT] = write_soft(building, answers.sources, answers.recipe, answers.generation)
-    answers.recipe.dump(building / "recipe")
+    for name in answers.carried.attachments:
+        inside(building / "recipe", name)
+    answers.carried.dump(building / "recipe")
+    if not manifest["prompt"]:
+        (building / "recipe" / "prompt.md").unlink()
+    manifest["sha256"] = _file_digests(building)
     (building / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     text = dataset_card(
         manifest,
-        answers.recipe,
+        answers.carried,
         example=answers.survey.example or {},
         layout=layout(building, manifest),
         written=[(read_card(card), (old or {}).get("card") or {})] if card is not None else [],
     )
     (building / "README.md").write_text(text, encoding="utf-8")
+
+
+def _file_digests(release: Path) -> dict[str, str]:
+    """The digest of every file by its name, but for manifest and card."""
+    found = {}
+    for path in sorted(path for path in release.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            found[path.relative_to(release).as_posix()] = file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _write_rows(building: Path, answers: _Answers) -> None:
@@ -269,9 +319,9 @@ def _has_soft_labels(answers: _Answers) -> bool:
     return bool(answers.sources and asked and not recipe.evidence)
 
 
-def _facts(answers: _Answers, old: Mapping[str, Any] | None) -> dict[str, Any]:
+def _facts(answers: _Answers, old: Mapping[str, Any] | None, prompt: bool) -> dict[str, Any]:
     """The manifest, but for what writing the release decides."""
-    found, generation, recipe = answers.survey, answers.generation, answers.recipe
+    found, generation, recipe = answers.survey, answers.generation, answers.carried
     known = old.get("ledger") if old else None
     return {
         "recipe": recipe.name,
@@ -279,6 +329,7 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None) -> dict[str, Any]:
         "content_digest": found.digest(recipe.digest),
         **{key: generation[key] for key in ("teacher", "identity", "renderer", "sampling")},
         **({"panel": generation["panel"]} if generation.get("panel") else {}),
+        "prompt": prompt,
         "prompt_sha256": sha256(recipe.prompt.encode()).hexdigest(),
         "columns": columns(release_features(recipe.evidence)),
         "splits": found.splits,
@@ -288,6 +339,8 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None) -> dict[str, Any]:
         "ledger": (known or 0) if answers.sources else None,
         **({SOFT: old[SOFT]} if old and SOFT in old else {}),
         "references": found.references,
+        "warnings": found.warnings,
+        **({"from_ledger": generation["from_ledger"]} if generation.get("from_ledger") else {}),
         "tokens": generation["tokens"],
         "cost": generation.get("cost"),
         "mean_prompt_tokens": found.mean_prompt_tokens,

@@ -15,7 +15,10 @@ _LEVELS: tuple[Level, ...] = ("major", "minor", "patch")
 # What a student would have to be trained and asked for in another way.
 _FORMAT = ("response", "answer")
 # What a manifest says about one release, not about what it holds.
-_OCCASION = ("version", "why", "history", "created", "versions", "files", "card", "config")
+_OCCASION = (
+    *("version", "why", "history", "created", "versions", "files", "card", "config"),
+    *("sha256", "warnings", "from_ledger"),
+)
 # What the reasons below say more about.
 _COVERED = ("content_digest", "recipe_digest", "prompt_sha256", "columns", "recipe_fields")
 
@@ -121,5 +124,10 @@ def _recipe_reasons(keys: Sequence[str]) -> list[str]:
 def _other_reasons(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What the card tells from the manifest."""
     ignored = (*_OCCASION, *_COVERED)
-    keys = [key for key in changed_keys(old, new) if key.partition(".")[0] not in ignored]
+    # A manifest of version 0.1 says nothing of the prompt, which is there.
+    keys = [
+        key
+        for key in changed_keys({"prompt": True, **old}, new)
+        if key.partition(".")[0] not in ignored
+    ]
     return [f"the card's facts changed: {', '.join(keys)}"] if keys else []

@@ -180,5 +180,6 @@ def test_what_is_no_release_is_refused(tmp_path: Path, name: str) -> None:
 def test_rows_without_an_id_are_refused(tmp_path: Path) -> None:
     path: Any = next((tmp_path / "old" / "release" / "data").iterdir())
     write_table(read_table(path).drop_columns(["id"]), path)
+    edit(tmp_path / "old" / "release", "manifest.json", '"sha256"', '"digests"')
     with pytest.raises(DatasetError, match=r"have no \['id'\]"):
         diff(tmp_path / "old", tmp_path / "old")
