@@ -17,6 +17,7 @@ from distill_datasets.models.sampler import Sampler, Sampling
 from distill_datasets.parquet import read_batches
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.releases.contents import check_release
 from distill_datasets.releases.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def read_held_out(dataset: str | Path, *, split: str, limit: int | None = None) 
             f"The release {str(folder)!r} has no recipe: expected recipe/recipe.yaml and "
             "recipe/prompt.md, which say how the teacher is asked. Publish it again."
         )
+    check_release(folder, ("data", "rejected", "recipe"))
     recipe = load_recipe(folder / "recipe")
     rejected = _read(folder / "rejected", "rejected", (*_COLUMNS, "split"))
     # With `same_rows` every row is in train and test, and a rejected row only says train.

@@ -24,6 +24,7 @@ from distill_datasets.recipes.loading import load_released_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.card_merge import LAYOUT, Halves, markers, read_card
 from distill_datasets.releases.cards import dataset_card
+from distill_datasets.releases.contents import check_release
 from distill_datasets.releases.diff import RowChanges, fingerprints_of
 from distill_datasets.releases.manifest import (
     MANIFEST,
@@ -98,6 +99,7 @@ def push_release(  # noqa: PLR0913 (where to, as what, who sees it, and what to 
         check_version(version)
     outgoing = _load(Path(release), repo, config, private)
     require_token()
+    check_release(Path(release))
     require_clean(screen(release), allow)
     ensure_repository(repo, kind="dataset", private=private)
     if create_pr and (waiting := _waiting_pull(outgoing, version)):

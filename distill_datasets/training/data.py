@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.errors import DatasetError, OutputError
 from distill_datasets.hub.references import Pinned, fetch_dataset, folder_of, is_reference
 from distill_datasets.models.sampler import digest
+from distill_datasets.releases.contents import check_release
 from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
@@ -222,6 +223,8 @@ def locate(dataset: str | Path, config: str | None = None) -> DatasetSource:
         path, commit = pinned.path, pinned.commit
     manifest_file = path / folder_of(config) / "manifest.json"
     manifest = json.loads(manifest_file.read_text("utf-8")) if manifest_file.is_file() else {}
+    if manifest:
+        check_release(manifest_file.parent, ("data",))
     # The Hub's cache gets more files of a commit when somebody asks for them.
     files = commit or _files_digest(path)
     released = "/".join(str(manifest[k]) for k in ("version", "content_digest") if k in manifest)

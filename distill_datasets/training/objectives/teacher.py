@@ -175,7 +175,7 @@ def read_teacher_prompts(task: TrainingTask, parts: Sequence[str] = ()) -> Teach
     pinned = reference
     if not source.path.is_file() and not Path(reference).expanduser().exists():
         pinned = f"{reference.partition('@')[0]}@{source.files}"
-    release = find_release(pinned, parts, task.settings.config)
+    release = find_release(pinned, (*parts, "recipe"), task.settings.config)
     if release is None or not (release.path / "recipe" / "recipe.yaml").is_file():
         raise DatasetError(
             f"{reference!r} doesn't say how its teacher is asked: expected a release with "
