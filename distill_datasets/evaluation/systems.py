@@ -59,7 +59,6 @@ def read_held_out(dataset: str | Path, *, split: str, limit: int | None = None) 
             f"The release {str(folder)!r} has no recipe: expected recipe/recipe.yaml and "
             "recipe/prompt.md, which say how the teacher is asked. Publish it again."
         )
-    check_release(folder, ("data", "rejected", "recipe"))
     recipe = load_recipe(folder / "recipe")
     rejected = _read(folder / "rejected", "rejected", (*_COLUMNS, "split"))
     # With `same_rows` every row is in train and test, and a rejected row only says train.
@@ -76,6 +75,7 @@ def read_held_out(dataset: str | Path, *, split: str, limit: int | None = None) 
             f"{str(folder)!r} has no rows in a split {split!r}; found {known}."
             + (" Raise the recipe's share of it, or add queries." if split == "test" else "")
         )
+    check_release(folder, ("data", "rejected", "recipe"))
     rows = _dataset(list(queries.values())[:limit], split)
     return HeldOut(str(dataset), found.commit, folder, manifest, recipe, split, rows)
 
