@@ -16,6 +16,7 @@ from distill_datasets.generation.run import generate
 from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
 from distill_datasets.releases.release import publish
 from distill_datasets.schema import Message
+from tests.conftest import edit
 
 TEST = {  # query: what is right, what the teacher says, and the student
     "rose": ("red", "red", "red"),
