@@ -79,6 +79,10 @@ def report_answers(made: "Generated") -> None:
     """Say what became of the rows; raises `GenerationError` where some are missing."""
     rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(made.rejected.items()))
     print(f"answers: {made.kept} kept" + (f", rejected: {rejected}" if rejected else ""))
+    if made.from_ledger:
+        from distill_datasets.generation.reuse import reuse_text
+
+        print(reuse_text(made.from_ledger))
     if first := made.first_token:
         late = f"95 % within {first['p95']:.2f} s"
         print(f"first token: {first['median']:.2f} s (median of {first['answers']:,}), {late}")

@@ -37,7 +37,9 @@ VALUES (?, ?, ?, ?, ?, ?)
 """
 _PUT = """
 INSERT INTO answers (digest, model, reply, bought_at) VALUES (?, ?, ?, ?)
-ON CONFLICT (digest) DO UPDATE SET times_bought = times_bought + 1
+ON CONFLICT (digest) DO UPDATE SET
+    reply = CASE WHEN times_bought = 0 THEN excluded.reply ELSE reply END,
+    times_bought = times_bought + 1
 """
 _ADD = """
 INSERT OR IGNORE INTO answers (digest, model, reply, bought_at, times_bought)
@@ -50,13 +52,17 @@ class Journal:
     """Raw answers keyed by request digest, in SQLite with a write-ahead log.
 
     Several processes may hold the same file. An answer is committed when `put` returns, so it
-    outlives a killed process. The first answer of a digest stays; a later one only counts up
-    `times_bought`, which is how double payment shows.
+    outlives a killed process. The first answer of a digest that was bought stays; a later one only
+    counts up `times_bought`, which is how double payment shows.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open or create the file; raises `OutputError` where it can't be written."""
+    def __init__(self, path: Path, *, bought_only: bool = False) -> None:
+        """Open or create the file; raises `OutputError` where it can't be written.
+
+        With `bought_only`, answers that were paid for elsewhere are not found.
+        """
         self.path = path
+        self._least = 1 if bought_only else 0
         self._coming: list[tuple[tuple[Any, ...], asyncio.Future[None]]] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +85,8 @@ class Journal:
     def get(self, digest: str) -> Reply | None:
         """The answer already paid for, if any."""
         row = self._database.execute(
-            "SELECT reply FROM answers WHERE digest = ?", (digest,)
+            "SELECT reply FROM answers WHERE digest = ? AND times_bought >= ?",
+            (digest, self._least),
         ).fetchone()
         return None if row is None else Reply.from_json(row[0])
 

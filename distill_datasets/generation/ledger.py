@@ -45,7 +45,7 @@ def raw_answers(
     seen: set[bytes] = set()
     for source in sources:
         with Journal(source.journal) as journal:
-            yield from _entries(journal, _requests(source.rows, recipe, generation), seen)
+            yield from _entries(journal, asked_requests(source.rows, recipe, generation), seen)
 
 
 def restore(release: Path, journal: Journal) -> int:
@@ -114,7 +114,7 @@ def first_requests(rows: "Dataset", recipe: Recipe, generation: Mapping[str, Any
             yield key
 
 
-def _requests(
+def asked_requests(
     rows: "Dataset", recipe: Recipe, generation: Mapping[str, Any]
 ) -> Iterator[list[str]]:
     """The digests of what was asked for the rows, a batch of rows at a time."""

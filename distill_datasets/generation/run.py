@@ -19,9 +19,10 @@ from distill_datasets.files import one_writer, replacing
 from distill_datasets.generation.batch_api import buy_in_batches
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient
-from distill_datasets.generation.ledger import JournaledRows, raw_answers, replay
+from distill_datasets.generation.ledger import JournaledRows, raw_answers
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rejections import FirstRows
+from distill_datasets.generation.reuse import ask_again, reused, take_over
 from distill_datasets.generation.rows import ROWS_FILE, Tally, ask, finish
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
@@ -42,7 +43,8 @@ class Generated:
     """What `generate` wrote: the run's folder, and what became of the rows.
 
     `first_token` has the `median` and the `p95` of the seconds to the first token, over all
-    `answers` of the folder's journal that were streamed.
+    `answers` of the folder's journal that were streamed. `from_ledger` says how many `answers`
+    came out of which release's ledger, its `source` at a `revision`, and how many were `bought`.
     """
 
     path: Path
@@ -50,6 +52,7 @@ class Generated:
     rejected: Mapping[str, int]
     errors: int
     first_token: Mapping[str, float] | None = None
+    from_ledger: Mapping[str, Any] | None = None
 
     @cached_property
     def rows(self) -> "Dataset":
@@ -73,46 +76,55 @@ def generate(
         generate("language_id", teacher="pocket", out="runs/demo")
 
     Writes `out/journal.sqlite` (raw answers, as they arrive) and `out/answers/` (all rows in the
-    queries' order, once every row has been asked). A row that fails is a row with an `error`,
-    asked again by the next call; answers in the journal are never asked again, and a finished run
-    is returned as it is. A `teacher` takes the place of all that the recipe names. Answers in the
-    ledger of a release are not asked for again. A spent budget of the `meter` ends the run, and a
-    later call goes on. Of a `share` of the queries the folder is a part's own in `out`: `publish`
-    joins the parts.
+    queries' order, once all were asked). A row that fails has an `error`, and is asked again by
+    the next call; nothing else is asked twice, and a finished run is returned as it is. A
+    `teacher` takes the place of all that the recipe names. Answers in the ledger of a release are
+    taken over. The parts that each `share` of the queries makes are joined by `publish`.
 
     Costs one request a query and teacher asked. Raises `OutputError` where another process is at
-    work in the folder, `GenerationError` when the first rows all fail alike, `BudgetReached`, and
-    whatever `load_recipe` and `open_sampler` raise, before any request.
+    work in the folder, `GenerationError` when the first rows all fail alike or are all rejected,
+    `BudgetReached`, and what `load_recipe` and `open_sampler` raise, before any request.
     """
     settings = settings or GenerateSettings()
     release = recipe if settings.ledger and not isinstance(recipe, Recipe) else None
-    teachers = open_teachers(recipe, teacher, stream=settings.stream, processes=settings.processes)
+    teachers = open_teachers(recipe, teacher, **settings.opening)
     folder = share.folder(out) if share else Path(out)
     fingerprint = _fingerprint(teachers, settings.limit, share)
-    if meter is None and (summary := _finished(folder, fingerprint)):
+    if meter is None and (summary := _finished(folder, fingerprint, settings)):
         return _generated(folder, summary)
     queries = select_queries(teachers.recipe, settings.limit, share)
     if meter is not None:
         meter.check(teachers.models)
-    with one_writer(folder, "run"):
+    with one_writer(folder, "run"), _new_answers(folder) as building:
         if release is not None:
-            replay(release, folder)
-        with Journal(folder / "journal.sqlite") as journal, _new_answers(folder) as building:
-            if settings.batch:
-                buy_in_batches(queries, teachers, journal, settings=settings, meter=meter)
-            client = CachedClient(journal, limits=settings.limits, meter=meter)
-            look = FirstRows(teachers.recipe, settings.stop_after_rejected).look
-            file = building / ROWS_FILE
-            rows = ask(queries, teachers, client, title="generate", file=file, look=look)
-            summary = _summary(teachers, Tally.of(rows), fingerprint)
-            summary["first_token"] = _quantiles(journal.first_tokens()) if settings.stream else None
-            if meter is not None:
-                answers = raw_answers([JournaledRows(rows, journal.path)], teachers.recipe, summary)
-                summary["cost"] = meter.statement(answers, journal)
-            _write(building, rows, teachers.recipe, summary)
-            if share:
-                share.record(queries, building)
+            take_over(release, folder)
+        with Journal(folder / "journal.sqlite", bought_only=not settings.ledger) as journal:
+            verified = ask_again(queries, teachers, journal, settings, meter)
+            rows = _answer(queries, teachers, journal, settings, meter, building / ROWS_FILE)
+            summary = _summary(teachers, rows, journal, meter)
+        summary["fingerprint"] = fingerprint
+        summary["first_token"] = summary["first_token"] if settings.stream else None
+        if verified and "from_ledger" in summary:
+            summary["from_ledger"]["verified"] = verified
+        _write(building, rows, teachers.recipe, summary)
+        if share:
+            share.record(queries, building)
     return _generated(folder, summary)
+
+
+def _answer(
+    queries: "Dataset",
+    teachers: Teachers,
+    journal: Journal,
+    settings: GenerateSettings,
+    meter: Meter | None,
+    file: Path,
+) -> "Dataset":
+    if settings.batch:
+        buy_in_batches(queries, teachers, journal, settings=settings, meter=meter)
+    client = CachedClient(journal, limits=settings.limits, meter=meter)
+    look = FirstRows(teachers.recipe, settings.stop_after_rejected).look
+    return ask(queries, teachers, client, title="generate", file=file, look=look)
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -145,18 +157,27 @@ def _is_whole(rows: Path) -> bool:
         return file.read() == _END
 
 
-def _finished(folder: Path, fingerprint: str | None) -> dict[str, Any] | None:
+def _finished(
+    folder: Path, fingerprint: str | None, settings: GenerateSettings
+) -> dict[str, Any] | None:
     """What an equal run made, where no row failed and none is priced: nothing is left to do."""
     if fingerprint is None or (summary := read_summary(folder)) is None:
         return None
     if summary.get("fingerprint") != fingerprint or summary["errors"] or "cost" in summary:
         return None
-    return summary
+    unwanted = settings.verify_ledger or not settings.ledger
+    return None if unwanted and "from_ledger" in summary else summary
 
 
 def _generated(folder: Path, summary: Mapping[str, Any]) -> Generated:
-    kept, rejected = summary["kept"], summary["rejected"]
-    return Generated(folder, kept, rejected, summary["errors"], summary["first_token"])
+    return Generated(
+        folder,
+        summary["kept"],
+        summary["rejected"],
+        summary["errors"],
+        summary["first_token"],
+        summary.get("from_ledger"),
+    )
 
 
 def select_queries(recipe: Recipe, limit: int | None, share: Share | None) -> "Dataset":
@@ -199,8 +220,11 @@ def _write(answers: Path, rows: "Dataset", recipe: Recipe, summary: Mapping[str,
     (answers / "generation.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _summary(teachers: Teachers, tally: Tally, fingerprint: str | None) -> dict[str, Any]:
-    return {
+def _summary(
+    teachers: Teachers, rows: "Dataset", journal: Journal, meter: Meter | None
+) -> dict[str, Any]:
+    tally = Tally.of(rows)
+    summary = {
         "recipe": teachers.recipe.name,
         "recipe_digest": teachers.recipe.digest,
         **teachers.facts,
@@ -211,8 +235,14 @@ def _summary(teachers: Teachers, tally: Tally, fingerprint: str | None) -> dict[
         "tokens": dict(tally.tokens),
         "created": datetime.now(UTC).date().isoformat(),
         "versions": {"distill-datasets": __version__, "datasets": version("datasets")},
-        "fingerprint": fingerprint,
+        "first_token": _quantiles(journal.first_tokens()),
     }
+    if taken := reused(journal, rows, teachers):
+        summary["from_ledger"] = taken
+    if meter is not None:
+        answers = raw_answers([JournaledRows(rows, journal.path)], teachers.recipe, summary)
+        summary["cost"] = meter.statement(answers, journal)
+    return summary
 
 
 def _quantiles(seconds: Sequence[float]) -> dict[str, float] | None:

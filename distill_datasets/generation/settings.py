@@ -1,6 +1,7 @@
 """How answers are asked for: how fast, how many, and by which way."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.settings import check, setting
@@ -25,12 +26,18 @@ class GenerateSettings:
     tokens_per_minute: float | None = setting(
         None, "most tokens a minute", group="speed", flag="tpm", above=0, unset="no limit"
     )
+    timeout: float | None = setting(
+        None, "seconds to wait for one answer", group="speed", above=0, unset="the model's own"
+    )
     processes: int = setting(
         1, "processes that make a Tinker teacher's requests", group="speed", at_least=1
     )
     limit: int | None = setting(None, "ask only the first N queries", at_least=1, unset="all")
     ledger: bool = setting(
         True, "buy every answer again, also where a release's ledger has it; publish without one"
+    )
+    verify_ledger: int = setting(
+        0, "answers out of a release's ledger to ask for again, to say how many agree", at_least=0
     )
     stop_after_rejected: int = setting(
         50, "end the run when its first N rows are all rejected; 0 never ends it", at_least=0
@@ -47,6 +54,11 @@ class GenerateSettings:
     def __post_init__(self) -> None:
         """Raises `SettingsError` for a value out of its range."""
         check(self)
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """How `open_sampler` opens the teachers."""
+        return {"stream": self.stream, "processes": self.processes, "timeout": self.timeout}
 
     @property
     def limits(self) -> Limits:

@@ -183,8 +183,14 @@ def join_summaries(parts: Sequence[Path], summaries: Sequence[dict[str, Any]]) -
                 )
     latest = max(summaries, key=lambda summary: str(summary["created"]))
     added = {key: _sum([one[key] for one in summaries]) for key in _COUNTS}
-    costs = [summary.get("cost") for summary in summaries]
-    return {**latest, **added, "cost": _sum_costs(costs)}
+    added["cost"] = _sum_costs([summary.get("cost") for summary in summaries])
+    if taken := [summary["from_ledger"] for summary in summaries if "from_ledger" in summary]:
+        added["from_ledger"] = {
+            "source": ", ".join(sorted({one["source"] for one in taken})),
+            "revision": ", ".join(sorted({one["revision"] for one in taken})),
+            **{name: sum(one[name] for one in taken) for name in ("answers", "bought")},
+        }
+    return {**latest, **added}
 
 
 def _parts_in(run: Path) -> list[Path]:

@@ -1,10 +1,11 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from distill_datasets.errors import (
     RejectedError,
     RetryableError,
 )
+from distill_datasets.files import one_writer
 from distill_datasets.generation import rows as row_module
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.pricing import Meter, Prices
@@ -27,6 +29,7 @@ from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.models.sampler import Echo, Reply, Sample, Sampling, Usage
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.releases.release import publish
 from distill_datasets.schema import Message
 from tests.conftest import edit
 
@@ -432,3 +435,51 @@ def test_ctrl_c_keeps_the_answers_in_flight(recipe_folder: Path, tmp_path: Path)
         assert "KeyboardInterrupt" in process.stderr.read()
     with Journal(tmp_path / "run/journal.sqlite") as journal:
         assert 150 <= len(journal) < 300
+
+
+def _damage_rows(answers: Path) -> None:
+    file = answers / "data-00000-of-00001.arrow"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "no data file": lambda answers: (answers / "data-00000-of-00001.arrow").unlink(),
+    "an empty data file": lambda answers: (answers / "data-00000-of-00001.arrow").write_bytes(b""),
+    "a torn data file": _damage_rows,
+    "an empty summary": lambda answers: (answers / "generation.json").write_text(""),
+    "a torn summary": lambda answers: (answers / "generation.json").write_text('{"kept": 20'),
+    "a summary of another kind": lambda answers: (answers / "generation.json").write_text("[]"),
+    "a summary without its counts": lambda answers: (answers / "generation.json").write_text("{}"),
+    "an unreadable state": lambda answers: (answers / "state.json").write_text("null"),
+    "no description": lambda answers: (answers / "dataset_info.json").unlink(),
+    "no recipe": lambda answers: shutil.rmtree(answers / "recipe"),
+    "no answers": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_answers_that_are_damaged_are_written_anew_and_nobody_is_asked(
+    damage: str, recipe_folder: Path, tmp_path: Path
+) -> None:
+    first = generate(recipe_folder, teacher=Echo(), out=tmp_path / "run")
+    rows = first.rows[:]
+    DAMAGES[damage](tmp_path / "run/answers")
+    teacher = Echo()
+    again = generate(recipe_folder, teacher=teacher, out=tmp_path / "run")
+    assert teacher.calls == 0
+    assert (again.kept, again.rejected) == (first.kept, first.rejected)
+    assert again.rows[:] == rows
+    assert publish(tmp_path / "run").splits
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    teacher = Echo()
+    with (
+        one_writer(tmp_path / "run", "run"),
+        pytest.raises(OutputError, match="Another process is at work in"),
+    ):
+        generate(recipe_folder, teacher=teacher, out=tmp_path / "run")
+    assert teacher.calls == 0
+    assert not (tmp_path / "run/answers").exists()
