@@ -75,8 +75,8 @@ def read_held_out(dataset: str | Path, *, split: str, limit: int | None = None) 
             f"{str(folder)!r} has no rows in a split {split!r}; found {known}."
             + (" Raise the recipe's share of it, or add queries." if split == "test" else "")
         )
-    check_release(folder, ("data", "rejected", "recipe"))
     rows = _dataset(list(queries.values())[:limit], split)
+    check_release(folder, ("data", "rejected", "recipe"))
     return HeldOut(str(dataset), found.commit, folder, manifest, recipe, split, rows)
 
 
