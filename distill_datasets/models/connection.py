@@ -83,13 +83,11 @@ class Connection:
         """The model's tokenizer; code that comes with it is never run."""
         try:
             return load_tokenizer(self.tokenizer_source)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # libraries raise anything over files of others
             raise ModelError(
-                f"The tokenizer of {self.reference!r} can't be loaded without running code of its "
-                f"own, which is never done: {error}"
-                if "trust_remote_code" in str(error)
-                else f"The tokenizer of {self.reference!r} can't be loaded: {error} A gated one "
-                "needs its licence accepted on the Hub and `hf auth login`."
+                f"The tokenizer of {self.reference!r} can't be loaded: {error} A gated one needs "
+                "its licence accepted on the Hub and `hf auth login`; code that comes with a model "
+                "is never run."
             ) from error
 
     @cached_property
@@ -103,23 +101,20 @@ class Connection:
 def load_tokenizer(source: str) -> Any:
     """A tokenizer by folder or name, loaded without running code that comes with it.
 
-    Raises `OSError` or `ValueError` where that can't be done.
+    Raises whatever the libraries do where that can't be done.
     """
     from tinker_cookbook import tokenizer_utils
-
-    if not Path(source).is_dir():
-        from transformers import AutoTokenizer
-
-        plain = source.partition(":")[0]
-        if tokenizer_utils.is_tokenizer_registered(source) or "/Inkling" in plain:
-            return tokenizer_utils.get_tokenizer(source)
-        if plain.startswith("meta-llama/Llama-3"):
-            # The same tokenizer, which needs no licence to be accepted.
-            plain = "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
-        return AutoTokenizer.from_pretrained(plain, trust_remote_code=False)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    name = source.partition(":")[0]
+    if not Path(source).is_dir():
+        if tokenizer_utils.is_tokenizer_registered(source) or "/Inkling" in name:
+            return tokenizer_utils.get_tokenizer(source)
+        if name.startswith("meta-llama/Llama-3"):
+            # The same tokenizer, which needs no licence to be accepted.
+            name = "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
+    where = source if Path(source).is_dir() else name
+    return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
 
 
 def connect_local(

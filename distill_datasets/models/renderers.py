@@ -76,12 +76,12 @@ class TextTokenizer:
         """Token ids; `options` are those of transformers."""
         first, *rest = text.split(self._mark)
         tokens = list(self._tokenizer.encode(first, **options)) if first or not rest else []
+        options["add_special_tokens"] = False
         for place, piece in enumerate(rest):
-            if piece:
-                plain = {**options, "add_special_tokens": False}
-                tokens += self._tokenizer.encode(
-                    piece, **plain, **({} if place % 2 else {"split_special_tokens": True})
-                )
+            if place % 2 == 0:  # between two marks
+                tokens += self._tokenizer.encode(piece, **options | {"split_special_tokens": True})
+            elif piece:
+                tokens += self._tokenizer.encode(piece, **options)
         return tokens
 
     def __getattr__(self, name: str) -> Any:

@@ -10,7 +10,7 @@ import asyncio
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,8 +27,9 @@ KNOWN = ("echo-large", "echo-small")
 class Fault:
     """What goes wrong with requests whose last message holds `text`: `times` of them.
 
-    A `status` is answered with `error` as the body's error; a `body` in place of everything. A
-    `hang` answers nothing until the server ends; `drop` closes the connection in mid-answer.
+    A `status` is answered with `error` as the body's error; a `body` in place of everything, in
+    `pieces` one after the other as a stream. A `hang` answers nothing until the server ends; `drop`
+    closes the connection in mid-answer.
     """
 
     text: str
@@ -36,7 +37,8 @@ class Fault:
     status: int = 0
     error: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
-    body: str | None = None
+    body: str | bytes | None = None
+    pieces: Sequence[bytes] = ()
     hang: bool = False
     drop: bool = False
 
@@ -73,6 +75,7 @@ class OpenAIServer:
         self.bodies: list[dict[str, Any]] = []
         self.refuses_max_tokens, self.moved_to = False, ""
         self.keys: list[str | None] = []
+        self.queries: list[str] = []  # of addresses, where there is any
         self.batches = Batches(self)
         self.url = ""
         self._ended = asyncio.Event()
@@ -110,6 +113,7 @@ class OpenAIServer:
     @web.middleware
     async def _authorized(self, request: web.Request, handler: Any) -> web.StreamResponse:
         self.keys.append(request.headers.get("Authorization"))
+        self.queries += filter(None, [request.query_string])
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return refusal(401, message="Incorrect API key", code="invalid_api_key")
         return await handler(request)
@@ -145,9 +149,19 @@ class OpenAIServer:
         if fault.drop:
             assert request.transport is not None
             request.transport.abort()
+        if fault.pieces:
+            return await self._in_pieces(request, fault)
         if fault.body is not None:
-            return web.Response(text=fault.body, status=fault.status or 200)
+            body = fault.body.encode() if isinstance(fault.body, str) else fault.body
+            return web.Response(body=body, status=fault.status or 200, headers=fault.headers)
         return refusal(fault.status, headers=fault.headers, **fault.error)
+
+    async def _in_pieces(self, request: web.Request, fault: Fault) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for piece in fault.pieces:
+            await response.write(piece)
+        return response
 
     def complete(self, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
         """The status and the completion of a request, as online and in a batch."""

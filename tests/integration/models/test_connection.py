@@ -1,4 +1,9 @@
 import asyncio
+import hashlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -6,7 +11,8 @@ import pytest
 
 from distill_datasets.embedded.process import Server, launch
 from distill_datasets.errors import AccessError, ModelError, ServiceError
-from distill_datasets.models.references import connect, open_sampler
+from distill_datasets.models.connection import digest_weights
+from distill_datasets.models.references import connect, find_training, open_sampler
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.schema import Message
 from tests.support.tiny_model import make_tiny_model
@@ -113,3 +119,122 @@ def test_other_weights_are_another_identity(model: Path, tmp_path: Path) -> None
     before = connect(f"embedded:{other}").identity
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
     assert connect(f"embedded:{other}").identity != before
+
+
+@pytest.fixture
+def settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model whose files were written a while ago, and a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("model-1.safetensors", "model-2.safetensors", "tokenizer.json"):
+        write(folder / name, name.encode(), 1_700_000_000)
+    return folder
+
+
+def write(file: Path, content: bytes, seconds: int) -> None:
+    file.write_bytes(content)
+    os.utime(file, (seconds, seconds))
+
+
+def whole_digest(folder: Path) -> str:
+    content = b"".join(file.read_bytes() for file in sorted(folder.iterdir()))
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def cached(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "cache").rglob("*.json"))
+
+
+def test_weights_are_read_once_while_their_files_stay(settled: Path, tmp_path: Path) -> None:
+    """What is remembered is told from what is read by a file that changes and hides it."""
+    before = digest_weights(settled)
+    assert before == whole_digest(settled)
+    assert len(cached(tmp_path)) == 1
+    write(settled / "model-1.safetensors", b"MODEL-1.safetensors", 1_700_000_000)
+    assert digest_weights(settled) == before
+    write(settled / "model-1.safetensors", b"MODEL-1.safetensors", 1_700_000_001)
+    assert digest_weights(settled) == whole_digest(settled) != before
+    write(settled / "model-3.safetensors", b"", 1_700_000_000)
+    assert digest_weights(settled) == whole_digest(settled)
+    assert len(cached(tmp_path)) == 1
+
+
+def test_files_that_were_written_just_now_are_not_remembered(settled: Path, tmp_path: Path) -> None:
+    (settled / "tokenizer.json").write_bytes(b"new")
+    assert digest_weights(settled) == whole_digest(settled)
+    assert not cached(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [b"", b"{", b"[]", b'{"files": 1}', b"\xff"])
+def test_a_damaged_cache_is_read_over(kept: bytes, settled: Path, tmp_path: Path) -> None:
+    digest_weights(settled)
+    (file,) = cached(tmp_path)
+    file.write_bytes(kept)
+    assert digest_weights(settled) == whole_digest(settled)
+    assert json.loads(file.read_text())["digest"] == whole_digest(settled)
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(
+    settled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert digest_weights(settled) == whole_digest(settled)
+
+
+def test_two_processes_may_remember_at_once(settled: Path, tmp_path: Path) -> None:
+    script = f"""
+from pathlib import Path
+from distill_datasets.models.connection import digest_weights
+print(digest_weights(Path({str(settled)!r})))
+"""
+    children = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [child.communicate()[0].strip() for child in children] == [whole_digest(settled)] * 2
+    (file,) = cached(tmp_path)
+    assert json.loads(file.read_text())["digest"] == whole_digest(settled)
+
+
+@pytest.mark.parametrize("key", ["tml-{}\r", "tml-{}\n", " tml-{} "])
+def test_a_key_with_blanks_around_it_is_trimmed(
+    key: str, server: Server, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINKER_BASE_URL", f" {server.url}/ ")
+    monkeypatch.setenv("TINKER_API_KEY", key.format(server.api_key.removeprefix("tml-")))
+    assert connect(f"tinker:{model}", renderer="qwen3_instruct").max_context == 512
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("“tml-secret-secret”", "a quotation mark at place 1 of 19"),
+        ("tml-secret secret", "a blank or a sign beyond ASCII at place 11"),
+        ("secret-secret", "begins with 'tml-'"),
+        (" \n", "needs a key: set TINKER_API_KEY"),
+    ],
+)
+def test_a_key_that_cannot_be_one_is_refused_unseen(
+    key: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINKER_API_KEY", key)
+    with pytest.raises(AccessError, match=said) as raised:
+        connect("tinker:Qwen/Qwen3-8B")
+    assert "secret" not in str(raised.value)
+
+
+def test_an_address_of_tinker_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINKER_API_KEY", "tml-any")
+    monkeypatch.setenv("TINKER_BASE_URL", "localhost:8000")
+    with pytest.raises(ModelError, match="TINKER_BASE_URL: expected https://"):
+        connect("tinker:Qwen/Qwen3-8B")
+
+
+def test_a_training_is_found_by_its_folder_or_the_runs(tmp_path: Path) -> None:
+    assert find_training(tmp_path) is None
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "checkpoints.jsonl").touch()
+    assert find_training(str(tmp_path)) == find_training(tmp_path / "train") == tmp_path / "train"
+    assert find_training("pocket") is None

@@ -1,7 +1,9 @@
 import asyncio
+import gzip
 import json
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -12,14 +14,17 @@ import pytest
 
 from distill_datasets.errors import (
     AccessError,
+    DistillError,
     ModelError,
     RejectedError,
+    RequestError,
     RetryableError,
     ServiceError,
 )
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.settings import GenerateSettings
+from distill_datasets.models.endpoint import MOST_BYTES
 from distill_datasets.models.openai.client import OpenAISampler
 from distill_datasets.models.openai.errors import read_allowance, read_retry_after
 from distill_datasets.models.references import open_sampler
@@ -344,6 +349,232 @@ def test_an_error_in_mid_stream_is_one(server: OpenAIServer) -> None:
     server.faults.append(Fault("one", body=lines))
     with pytest.raises(RejectedError, match="too long"):
         ask(server, stream=True)
+
+
+def event(delta: dict[str, Any], reason: str | None = None, **more: Any) -> bytes:
+    part = {"index": 0, "delta": delta, "finish_reason": reason}
+    return f"data: {json.dumps({'choices': [part], **more})}\n\n".encode()
+
+
+COUNTS = b'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}\n\n'
+END = [event({}, "stop"), COUNTS, b"data: [DONE]\n\n"]
+EMOJI = "ok \U0001f600 !"
+STREAMS = {
+    "pair over two events": [event({"content": "ok \ud83d"}), event({"content": "\ude00 !"}), *END],
+    "character over two pieces": [
+        'data: {"choices": [{"delta": {"content": "ok \U0001f600'.encode()[:-2],
+        "\U0001f600".encode()[-2:] + b' !"}}]}\n\n',
+        *END,
+    ],
+    "list of parts": [event({"content": [{"type": "text", "text": EMOJI}]}), *END],
+    "no delta": [b'data: {"choices": [{"delta": null}]}\n\n', event({"content": EMOJI}), *END],
+    "counts in every event": [event({"content": EMOJI}, usage={"prompt_tokens": 5}), *END],
+    "no end": [event({"content": EMOJI}), *END[:2]],
+    "carriage returns": [b"".join([event({"content": EMOJI}), *END]).replace(b"\n", b"\r")],
+    "both ends of a line": [b"".join([event({"content": EMOJI}), *END]).replace(b"\n", b"\r\n")],
+    "mark of byte order": [b"\xef\xbb\xbf" + event({"content": EMOJI}), *END],
+    "lines of one event": [event({"content": EMOJI}).replace(b", ", b",\ndata: "), *END],
+    "comments": [b": wait\n\n", b"event: x\n", event({"content": EMOJI}), *END],
+    "no blank lines": [b"".join([event({"content": EMOJI}), *END]).replace(b"\n\n", b"\n")],
+}
+
+
+@pytest.mark.parametrize("pieces", STREAMS.values(), ids=STREAMS)
+def test_a_stream_is_read_in_any_form(pieces: list[bytes], server: OpenAIServer) -> None:
+    server.faults.append(Fault("one", pieces=pieces))
+    (sample,) = ask(server, stream=True).samples
+    assert (sample.text, sample.stop_reason, sample.tokens) == (EMOJI, "stop", 3)
+
+
+def test_half_a_surrogate_pair_at_the_end_of_a_stream_is_replaced(server: OpenAIServer) -> None:
+    server.faults.append(Fault("one", pieces=[event({"content": "ok \ud83d"}), *END]))
+    assert ask(server, stream=True).samples[0].text == "ok \ufffd"
+
+
+def test_a_stream_without_counts_has_unknown_ones(server: OpenAIServer) -> None:
+    server.faults.append(Fault("one", pieces=[event({"content": "yes"}), END[0], END[2]]))
+    reply = ask(server, stream=True)
+    assert (reply.samples[0].text, reply.response_tokens) == ("yes", None)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [event({"content": "ye"}, usage={"prompt_tokens": 5, "completion_tokens": 1})],
+        [b"data: {\n\n", *END],
+        [b"data: 5\n\n", *END],
+        [b'data: {"choices": [5]}\n\n', *END],
+        [b": nothing\n\n"],
+        [b'data: {"choi'],
+    ],
+)
+def test_a_stream_that_is_none_may_be_asked_for_again(
+    pieces: list[bytes], server: OpenAIServer
+) -> None:
+    server.faults.append(Fault("one", pieces=pieces))
+    with pytest.raises(RetryableError) as raised:
+        ask(server, stream=True)
+    assert (raised.value.type, raised.value.most_attempts) == ("bad answer", 3)
+
+
+def test_a_server_that_does_not_stream_is_read_whole(server: OpenAIServer) -> None:
+    body = {"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}
+    headers = {"Content-Type": "application/json"}
+    server.faults.append(Fault("one", body=json.dumps(body), headers=headers))
+    assert ask(server, stream=True).samples[0].text == "yes"
+
+
+def large(size: int) -> bytes:
+    body = {"choices": [{"message": {"content": "x" * size}, "finish_reason": "stop"}]}
+    return json.dumps(body).encode()
+
+
+def test_an_answer_that_is_too_large_is_its_rows_failure(server: OpenAIServer) -> None:
+    server.faults.append(Fault("one", body=large(MOST_BYTES)))
+    with pytest.raises(RequestError, match="at most 16 MiB, unpacked, found a larger") as raised:
+        ask(server)
+    assert raised.value.type == "too large"
+    server.faults[:] = [Fault("one", body=large(MOST_BYTES - 1000))]
+    assert len(ask(server).samples[0].text) == MOST_BYTES - 1000
+
+
+def test_a_stream_that_is_too_large_is_its_rows_failure(server: OpenAIServer) -> None:
+    server.faults.append(Fault("one", pieces=[b"data: " + b"x" * (MOST_BYTES + 10)]))
+    with pytest.raises(RequestError, match="at most 16 MiB"):
+        ask(server, stream=True)
+
+
+def test_a_small_answer_that_unpacks_to_a_large_one_is_not_unpacked_whole(
+    server: OpenAIServer,
+) -> None:
+    packed = gzip.compress(bytes(512 << 20), compresslevel=1)
+    server.faults.append(Fault("one", body=packed, headers={"Content-Encoding": "gzip"}))
+    sampler = OpenAISampler("echo-small", base_url=server.url)
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError, match="at most 16 MiB"):
+            asyncio.run(sampler.sample([{"role": "user", "content": "one"}], Sampling()))
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_packed_answer_is_read(server: OpenAIServer) -> None:
+    packed = gzip.compress(large(1000))
+    server.faults.append(Fault("one", body=packed, headers={"Content-Encoding": "gzip"}))
+    assert ask(server).samples[0].text == "x" * 1000
+
+
+@pytest.mark.parametrize("status", [302, 401, 403, 404, 405, 418, 421, 424, 426, 451, 460, 499])
+def test_no_status_of_one_row_among_answers_ends_the_run(status: int, server: OpenAIServer) -> None:
+    """All are asked at once: the odd one is refused before any other is answered."""
+    server.faults.append(Fault("odd", status=status, error={"message": "odd"}))
+    sampler = OpenAISampler("echo-small", base_url=server.url)
+
+    async def all_of_them() -> list[Any]:
+        queries = ["odd", "good", "odd", "fine"]
+        asked = (sampler.sample([{"role": "user", "content": one}], Sampling()) for one in queries)
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    first, good, second, fine = asyncio.run(all_of_them())
+    assert [type(one) for one in (good, fine)] == [Reply, Reply]
+    for refused in (first, second):
+        assert isinstance(refused, RetryableError)
+        assert "odd" in str(refused)
+
+
+def test_a_refusal_that_all_rows_get_ends_the_run_however_many_are_asked(
+    server: OpenAIServer,
+) -> None:
+    server.faults.append(Fault("", status=404, error={"message": "no such path"}))
+    sampler = OpenAISampler("echo-small", base_url=server.url)
+
+    async def all_of_them() -> list[Any]:
+        asked = (sampler.sample([{"role": "user", "content": "x"}], Sampling()) for _ in range(5))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    assert [type(one) for one in asyncio.run(all_of_them())] == [ModelError] * 5
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_key_that_the_server_repeats_is_in_no_error(
+    stream: bool, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "team-7f3a9c21-gateway"
+    said = {"message": f"Incorrect API key provided: {key}"}
+    sampler = OpenAISampler("echo-small", base_url=server.url, api_key=f" {key}\r\n", stream=stream)
+    for fault in (
+        Fault("one", status=401, error=said),
+        Fault("one", status=400, error=said),
+        Fault("one", status=500, error=said),
+        Fault("one", body=f"<html>{key}</html>"),
+        Fault("one", body=json.dumps({"error": said})),
+        Fault("one", body=f"data: {json.dumps({'error': said})}\n\n"),
+    ):
+        server.faults[:] = [fault]
+        with pytest.raises(DistillError) as raised:
+            asyncio.run(sampler.sample([{"role": "user", "content": "one"}], Sampling()))
+        assert key not in str(raised.value)
+        assert "[hidden]" in str(raised.value)
+    assert server.keys[-1] == f"Bearer {key}"
+
+
+def test_a_time_out_may_be_set_and_changed_between_requests(server: OpenAIServer) -> None:
+    server.faults.append(Fault("hang", hang=True))
+    sampler = open_openai(server, timeout=0.05)
+
+    async def one_after_the_other() -> tuple[RetryableError, Reply]:
+        with pytest.raises(RetryableError, match=r"within 0\.05 s") as raised:
+            await sampler.sample([{"role": "user", "content": "hang"}], Sampling())
+        sampler.endpoint.timeout = 30
+        return raised.value, await sampler.sample([{"role": "user", "content": "go"}], Sampling())
+
+    error, reply = asyncio.run(one_after_the_other())
+    assert (error.type, reply.samples[0].text) == ("time-out", "go")
+
+
+def open_openai(server: OpenAIServer, timeout: float) -> OpenAISampler:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_BASE_URL", server.url)
+        found = open_sampler("openai:echo-small", timeout=timeout)
+    assert isinstance(found, OpenAISampler)
+    return found
+
+
+def test_the_query_of_a_base_url_goes_with_every_request(server: OpenAIServer) -> None:
+    for url in ("?api-version=1", "/?api-version=1", "/chat/completions?api-version=1"):
+        sampler = OpenAISampler("echo-small", base_url=f" {server.url}{url} ")
+        sampler.reach()
+        asyncio.run(sampler.sample([{"role": "user", "content": "hi"}], Sampling()))
+        assert sampler.identity == OpenAISampler("echo-small", base_url=server.url).identity
+    assert server.queries == ["api-version=1"] * 6
+
+
+def test_a_proxy_that_is_dead_is_named_and_a_living_one_is_used(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving() as gone:
+        dead = gone.url.removesuffix("/v1").replace("http://", "http://me:secret@")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://llm.internal/v1")
+    monkeypatch.setenv("ALL_PROXY", dead)
+    sampler = OpenAISampler("echo-small")
+    asked = [{"role": "user", "content": "hi"}]
+    with pytest.raises(
+        ServiceError, match=r"through the proxy http://127\.0\.0\.1:\d+.* \(ALL_P"
+    ) as at_once:
+        sampler.reach()
+    with pytest.raises(
+        RetryableError, match=r"proxy http://127\.0\.0\.1:\d+.* \(ALL_PROXY\)"
+    ) as later:
+        asyncio.run(sampler.sample(asked, Sampling()))
+    assert "secret" not in f"{at_once.value} {later.value}"
+    monkeypatch.setenv("ALL_PROXY", server.url.removesuffix("/v1"))  # it answers for any host
+    OpenAISampler("echo-small").reach()
+    reply = asyncio.run(OpenAISampler("echo-small").sample(asked, Sampling()))
+    assert reply.samples[0].text == "hi"
+    monkeypatch.setenv("ALL_PROXY", dead)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.0/8")
+    OpenAISampler("echo-small", base_url=server.url).reach()
 
 
 def test_newer_models_get_the_name_of_the_length_limit_that_they_know(

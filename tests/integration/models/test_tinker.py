@@ -197,6 +197,7 @@ def status_error(kind: type[tinker.APIStatusError], status: int) -> tinker.APISt
 GIVEN_UP = [
     (status_error(tinker.RateLimitError, 429), "rate limit", 429),
     (status_error(tinker.InternalServerError, 503), "server error", 503),
+    (status_error(tinker.APIStatusError, 418), "server error", 418),
     (tinker.APITimeoutError(httpx.Request("POST", "http://canned")), "time-out", None),
     (
         tinker.APIConnectionError(message="no route", request=httpx.Request("GET", "http://x")),
@@ -206,7 +207,9 @@ GIVEN_UP = [
 ]
 
 
-@pytest.mark.parametrize(("error", "type", "status"), GIVEN_UP, ids=[one[1] for one in GIVEN_UP])
+@pytest.mark.parametrize(
+    ("error", "type", "status"), GIVEN_UP, ids=[str(one[0]) for one in GIVEN_UP]
+)
 def test_what_the_sdk_gave_up_on_may_be_asked_again(
     error: Exception, type: str, status: int | None
 ) -> None:
@@ -238,3 +241,13 @@ def test_a_local_server_that_ended_is_noticed_while_the_sdk_still_tries(
 def test_settings_that_the_protocol_lacks_are_refused(canned: TinkerSampler) -> None:
     with pytest.raises(ModelError, match="without `sampling.extra`, found"):
         ask(canned, extra='{"top_a": 1}')
+
+
+def test_an_answer_that_takes_too_long_may_be_asked_for_again(answer: list[int]) -> None:
+    with tinker_endpoint.running(answer, delay=600) as url:
+        service = tinker.ServiceClient(base_url=url, api_key=tinker_endpoint.KEY)
+        folder = str(resources.pocket())
+        connection = Connection("tinker:canned", service, "canned", folder, "qwen3_instruct")
+        with pytest.raises(RetryableError) as raised:
+            ask(TinkerSampler(connection, timeout=0.1))
+    assert raised.value.type == "time-out"
