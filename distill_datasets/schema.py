@@ -1,5 +1,6 @@
 """The columns of answers and releases."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -12,6 +13,18 @@ class Message(TypedDict):
 
     role: Literal["system", "user", "assistant"]
     content: str
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def whole_text(text: str) -> str:
+    """A text that a column can hold: JSON may bring halves of surrogate pairs, which are joined,
+    or U+FFFD where one is alone.
+    """
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", errors="replace")
 
 
 # One row a sample. Where these are read: a row with an `error` was not answered, a row with a

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
 
+from distill_datasets.schema import whole_text
+
 TRUNCATED = "truncated"
 EMPTY = "empty"
 UNPARSABLE = "unparsable"
@@ -90,8 +92,9 @@ class Reader:
         if value is None or (isinstance(value, str) and not value.strip()):
             return Parsed(rejection=EMPTY)
         if isinstance(value, str):
-            return self._chosen(value.strip())
-        return self._chosen(json.dumps(_ordered(value, schema), ensure_ascii=False))
+            return self._chosen(whole_text(value).strip())
+        written = json.dumps(_ordered(value, schema), ensure_ascii=False)
+        return self._chosen(whole_text(written))
 
 
 def open_validator(schema: Any) -> Any:

@@ -14,6 +14,7 @@ from distill_datasets.errors import RecipeError
 from distill_datasets.hub.references import fetch_dataset
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import SplitShares
+from distill_datasets.schema import whole_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -271,6 +272,8 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 found = json.loads(line)
+                if "\\ud" in line.lower():  # maybe half a surrogate pair
+                    found = json.loads(whole_text(json.dumps(found, ensure_ascii=False)))
             except ValueError as error:
                 raise _unreadable(path, number, str(error)) from error
             if not isinstance(found, dict):

@@ -18,8 +18,8 @@ from distill_datasets.errors import (
     RetryableError,
     ServiceError,
 )
-from distill_datasets.models.openai.wire import whole_text
 from distill_datasets.models.sampler import Allowance
+from distill_datasets.schema import whole_text
 
 _MOST_SAID = 2000  # characters of what a server said
 _NO_CREDIT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}

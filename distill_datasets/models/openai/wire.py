@@ -24,7 +24,7 @@ from distill_datasets.models.sampler import (
     Usage,
     split_thoughts,
 )
-from distill_datasets.schema import Message
+from distill_datasets.schema import Message, whole_text
 
 _OURS = frozenset({"messages", "model", "n", "stream", "stream_options"})
 _ATTEMPTS = 3  # for an answer that can't be read
@@ -44,7 +44,6 @@ _FAILED = re.compile(
 )
 _REASONING = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
 _TOOLS = frozenset({"tool_calls", "function_call", "tool_use"})
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _TOKEN_ID = re.compile(r"token_id:(\d+)")
 
 
@@ -129,13 +128,6 @@ def parse(text: bytes | str) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise bad_answer(repr(text[:200]))
     return body
-
-
-def whole_text(text: str) -> str:
-    """A text whose halves of surrogate pairs are joined, or U+FFFD where one is alone."""
-    if not _SURROGATE.search(text):
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", errors="replace")
 
 
 def bad_answer(found: str) -> RetryableError:

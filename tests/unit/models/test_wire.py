@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import RejectedError, RetryableError, ServiceError
-from distill_datasets.models.openai.wire import parse, read_reply, whole_text
+from distill_datasets.models.openai.wire import parse, read_reply
 from distill_datasets.models.sampler import Logprobs, Reply, Sample, Sampling, Usage
+from distill_datasets.schema import whole_text
 
 COUNTED = {"prompt_tokens": 5, "completion_tokens": 3}
 

@@ -125,6 +125,15 @@ def test_lines_of_json_are_read_as_they_are_written(recipe_folder: Path) -> None
     assert rows["group"][:] == [rows["id"][0], "x", rows["id"][2]]
 
 
+def test_half_a_surrogate_pair_in_a_query_is_replaced(recipe_folder: Path) -> None:
+    (recipe_folder / "queries.jsonl").write_text(
+        '{"query": "x \\ud83d y", "family": "\\uDE00"}\n{"query": "\\ud83d\\ude00"}\n'
+    )
+    rows = load_queries(load_recipe(recipe_folder))
+    assert rows["query"][:] == ["x \ufffd y", "\U0001f600"]
+    assert rows["group"][0] == "\ufffd"
+
+
 @pytest.mark.parametrize("line", ["[1]", '{"query": "a"', '"text"'])
 def test_a_line_that_is_no_object_is_named(recipe_folder: Path, line: str) -> None:
     (recipe_folder / "queries.jsonl").write_text(f'{{"query": "one"}}\n{line}\n')
