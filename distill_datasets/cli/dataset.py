@@ -222,6 +222,22 @@ def diff(options: argparse.Namespace) -> None:
     print(json.dumps(found.data, indent=2, ensure_ascii=False) if options.json else found.text())
 
 
+def show(options: argparse.Namespace) -> None:
+    """Print rows of a run or a release."""
+    from distill_datasets.releases.show import Which, print_rows
+    from distill_datasets.releases.show import show as read
+
+    which: Which = "rejected" if options.rejected else "errors" if options.errors else "all"
+    rows = read(options.source, which=which, query=options.query, limit=options.n)
+    if options.json:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))
+    elif rows:
+        print_rows(rows)
+    else:
+        print("no such row", file=sys.stderr)
+
+
 def add_generate(parser: argparse.ArgumentParser) -> None:
     """What decides what is asked, of whom, how fast, and for how much."""
     parser.add_argument(
@@ -336,3 +352,18 @@ def add_diff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("new", help="another")
     parser.add_argument("--config", help="the configuration, where a repository has several")
     parser.add_argument("--json", action="store_true", help="print it for programs")
+
+
+def add_show(parser: argparse.ArgumentParser) -> None:
+    """The flags of `show`."""
+    parser.add_argument(
+        "source", help="a run's folder, a release, or a Hub dataset as name@revision"
+    )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--rejected", action="store_true", help="only rows that can't be used")
+    kind.add_argument("--errors", action="store_true", help="only rows that failed")
+    parser.add_argument("--query", metavar="TEXT", help="only rows whose query contains this")
+    parser.add_argument(
+        "-n", type=count, default=20, metavar="N", help="how many rows (default: 20)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each row")

@@ -293,6 +293,12 @@ _VERBS = {
         ("push runs/qwen me/student", "push runs/qwen me/student --public --yes"),
         usage="training repo [flags]",
     ),
+    "show": _Verb(
+        "show rows: query, the teacher's words, answer, reason, tokens",
+        dataset.show,
+        (dataset.add_show,),
+        ("show runs/support --rejected", "show me/support@v1.0.0 --query refund --json"),
+    ),
     "diff": _Verb(
         "say what changed between two releases",
         dataset.diff,

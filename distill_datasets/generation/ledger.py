@@ -101,7 +101,7 @@ def _find(source: Path | str, config: str | None) -> Pinned | None:
 
 def first_requests(rows: "Dataset", recipe: Recipe, generation: Mapping[str, Any]) -> Iterator[str]:
     """The digest of what was asked first for each row; the samples of one request share it."""
-    asked = _asked(recipe, generation)
+    asked = who_was_asked(recipe, generation)
     columns = rows.select_columns(["query", "sample", "requests"])
     key = ""
     for batch in columns.iter(batch_size=ROWS_PER_BATCH):
@@ -118,7 +118,7 @@ def asked_requests(
     rows: "Dataset", recipe: Recipe, generation: Mapping[str, Any]
 ) -> Iterator[list[str]]:
     """The digests of what was asked for the rows, a batch of rows at a time."""
-    asked = _asked(recipe, generation)
+    asked = who_was_asked(recipe, generation)
     columns = rows.select_columns(["query", "sample", "requests"])
     for batch in columns.iter(batch_size=ROWS_PER_BATCH):
         found: list[str] = []
@@ -131,7 +131,7 @@ def asked_requests(
         yield found
 
 
-def _asked(recipe: Recipe, generation: Mapping[str, Any]) -> Sequence[tuple[str, Sampling]]:
+def who_was_asked(recipe: Recipe, generation: Mapping[str, Any]) -> Sequence[tuple[str, Sampling]]:
     """Whose answers a row may have that doesn't say it: of one teacher, or of a row that failed."""
     panel = generation.get("panel")
     if panel is None:

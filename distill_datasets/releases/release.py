@@ -340,7 +340,7 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None, prompt: bool) -> di
         **({SOFT: old[SOFT]} if old and SOFT in old else {}),
         "references": found.references,
         "warnings": found.warnings,
-        **({"from_ledger": generation["from_ledger"]} if generation.get("from_ledger") else {}),
+        **({"from_ledger": [generation["from_ledger"]]} if "from_ledger" in generation else {}),
         "tokens": generation["tokens"],
         "cost": generation.get("cost"),
         "mean_prompt_tokens": found.mean_prompt_tokens,

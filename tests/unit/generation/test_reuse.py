@@ -98,3 +98,13 @@ def test_no_more_are_asked_again_than_wanted(release: Path, tmp_path: Path) -> N
     assert made.from_ledger is not None
     assert made.from_ledger["verified"] == {"asked": 2, "agree": 2}
     assert teacher.calls == 2
+
+
+def test_a_release_and_its_card_say_whose_answers_they_are(release: Path, tmp_path: Path) -> None:
+    generate(str(release), teacher=Echo(), out=tmp_path / "mine")
+    made = publish(tmp_path / "mine").path
+    (taken,) = json.loads((made / "manifest.json").read_text())["from_ledger"]
+    assert (taken["source"], taken["answers"], taken["bought"]) == (str(release), 6, 0)
+    assert (
+        "6 of the answers here were not asked for in this run" in (made / "README.md").read_text()
+    )
