@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -393,7 +394,11 @@ async def load_weights(request: web.Request) -> web.Response:
 def _page(
     request: web.Request, found: Sequence[Any], limit: int
 ) -> tuple[Sequence[Any], dict[str, int]]:
-    asked = {name: int(value) for name, value in request.query.items() if value.isdecimal()}
+    # What is no number is refused by name.
+    asked = {
+        name: int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else value
+        for name, value in request.query.items()
+    }
     offset = whole(asked, "offset", 0, MOST_SEQUENCE, 0)
     limit = whole(asked, "limit", 0, MOST_SEQUENCE, limit)
     cursor = {"offset": offset, "limit": limit, "total_count": len(found)}

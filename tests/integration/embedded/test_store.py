@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,11 +18,14 @@ import tinker
 from tinker import types
 
 from distill_datasets.embedded.process import Server
-from distill_datasets.embedded.store import ExecutionLog, Store, StoredCheckpoint
+from distill_datasets.embedded.store import ExecutionLog, Store, StoredCheckpoint, copy_checkpoint
 from distill_datasets.embedded.wire import InvalidRequestError, MissingError
+from distill_datasets.errors import OutputError
+from distill_datasets.files import one_writer
 from tests.support.server_log import read_log, trained_batches
 from tests.support.shared_server import shared
 
+ROOT = Path(__file__).parents[3]
 HOUR, DAY = 3600, 86_400
 ADAM = types.AdamParams(learning_rate=1e-3)
 
@@ -244,3 +251,174 @@ def test_the_server_states_what_it_trains(server: Server, service: tinker.Servic
     most = model["max_lora_rank"]
     with pytest.raises(tinker.RequestFailedError, match=rf"rank in 1\.\.{most}; found {most + 1}"):
         service.create_lora_training_client("tiny", rank=most + 1).result(60)
+
+
+# Saves "new" over "old" and, in a process of its own for each point, dies at the n-th operation.
+DIE = """
+import os, signal, sys
+from pathlib import Path
+from distill_datasets.embedded.store import Store, StoredCheckpoint
+
+folder, store = Path(sys.argv[1]), None
+
+def save(store, content):
+    checkpoint = StoredCheckpoint("run", "weights", "state", store.now())
+    def fill(folder):
+        (folder / "adapter").write_text(content)
+        (folder / "optimizer").write_text(content)
+    store.write(checkpoint, fill, overwrite=True)
+
+def read(store):
+    checkpoint, place = store.find("tinker://run/weights/state")
+    return {(place / name).read_text() for name in ("adapter", "optimizer")}
+
+for point in range(1000):
+    store = Store(folder / str(point))
+    save(store, "old")
+    child = os.fork()
+    if not child:
+        left = point
+        def die(event, arguments):
+            global left
+            if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.unlink"):
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(die)
+        save(store, "new")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(*read(Store(store.folder)), flush=True)
+    save(store, "next")
+    assert read(store) == {"next"}
+    if not os.WIFSIGNALED(status):
+        break
+"""
+
+
+def test_a_save_that_is_killed_at_any_point_leaves_the_old_state_or_the_new(
+    tmp_path: Path,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", DIE, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.splitlines()
+    assert len(found) > 10
+    # One word a line: never a mixture; and the old state until the new one is whole.
+    assert found == ["old"] * found.count("old") + ["new"] * found.count("new")
+    assert {"old", "new"} == set(found)
+
+
+def test_what_is_not_synced_is_not_needed_after_a_power_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy at each rename, in which files that were not synced are empty."""
+    source, synced, copies = tmp_path / "store", set(), []
+    real_sync, real_rename = os.fsync, Path.rename
+
+    def sync(handle: int) -> None:
+        real_sync(handle)
+        synced.add(os.fstat(handle).st_ino)
+
+    def copy(place: str, target: str) -> None:
+        content = Path(place).read_bytes() if Path(place).stat().st_ino in synced else b""
+        Path(target).write_bytes(content)
+
+    def rename(place: Path, target: Path) -> Path:
+        moved = real_rename(place, target)
+        copies.append(tmp_path / f"copy-{len(copies)}")
+        shutil.copytree(source, copies[-1], copy_function=copy)
+        return moved
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(Path, "replace", rename)
+    store = Store(source)
+    for content in (b"old", b"new"):
+        checkpoint = StoredCheckpoint("run", "weights", "state", store.now())
+        store.write(
+            checkpoint,
+            lambda folder, content=content: (folder / "x").write_bytes(content) and None,
+            overwrite=True,
+        )
+    store.set_expiry("tinker://run/weights/state", DAY)
+    monkeypatch.undo()
+    found = []
+    for place in copies:
+        _, folder = Store(place).find("tinker://run/weights/state")
+        found.append((folder / "x").read_bytes())
+    assert found == [b"old", b"old", b"new", b"new"]
+
+
+def test_a_damaged_record_is_named_and_hides_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(tmp_path)
+    good, bad = save(store, "good"), save(store, "bad")
+    record = tmp_path / "run/weights/bad/checkpoint.json"
+    for content in ("", "{", "[]", '{"name": 1}', '{"created": "yesterday"}', "\x00" * 40):
+        record.write_text(content)
+        with pytest.raises(MissingError, match=r"bad/checkpoint.json' is damaged"):
+            store.find(bad)
+        assert names(Store(tmp_path)) == ["good"]
+        assert "bad/checkpoint.json' is damaged" in capsys.readouterr().err
+    record.unlink()
+    with pytest.raises(MissingError, match=r"damaged: .*checkpoint.json' is missing"):
+        store.find(bad)
+    assert store.find(good)
+
+
+@pytest.mark.parametrize(
+    "path", ["tinker://../weights/x", "tinker://run/weights/..", "tinker://run/weights/.lock"]
+)
+def test_a_path_leads_nowhere_outside_the_store(tmp_path: Path, path: str) -> None:
+    (tmp_path / "checkpoint.json").write_text("{}")
+    with pytest.raises(InvalidRequestError, match="expected a name of letters"):
+        Store(tmp_path / "store").find(path)
+    with pytest.raises(InvalidRequestError, match="expected a name of letters"):
+        copy_checkpoint(path, tmp_path, tmp_path / "other")
+
+
+def test_a_full_disk_is_said_and_leaves_the_old_state(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    path = save(store, "state")
+
+    def fill(folder: Path) -> None:
+        (folder / "x").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoint = StoredCheckpoint("run", "weights", "state", store.now())
+    with pytest.raises(OutputError, match=r"No space left.*what lay there before is still there"):
+        store.write(checkpoint, fill, overwrite=True)
+    assert (store.find(path)[1] / "x").read_bytes() == b"12345"
+
+
+def test_two_processes_do_not_save_to_one_run_at_once(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with (
+        one_writer(tmp_path / "run", "training"),
+        pytest.raises(OutputError, match="Another process is at work"),
+    ):
+        save(store, "state")
+    assert save(store, "state")
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("damage", ["torn", "missing", "empty"])
+def test_a_damaged_checkpoint_is_named_and_changes_nothing(
+    service: tinker.ServiceClient, store: Path, file: str, damage: str
+) -> None:
+    client = trainee(service)
+    learn(client, 0)
+    path = client.save_state("whole").result(60).path
+    before = client.forward(rows(5), "cross_entropy").result(60).metrics
+    run, kind, name = path.removeprefix("tinker://").split("/")
+    place = store / run.replace(":", "_") / kind / name / file
+    content = {"torn": place.read_bytes()[:-50], "empty": b""}
+    place.unlink()
+    if damage in content:
+        place.write_bytes(content[damage])
+    with pytest.raises(tinker.RequestFailedError, match=rf"whole/{file}' can't be read"):
+        service.create_training_client_from_state_with_optimizer(path).result(60)
+    assert client.forward(rows(5), "cross_entropy").result(60).metrics == before

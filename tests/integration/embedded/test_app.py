@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import select
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import tinker
@@ -20,7 +23,8 @@ from tinker import types
 from distill_datasets.embedded.engine import ComputeThread, Job, Payload
 from distill_datasets.embedded.process import Server, launch
 from distill_datasets.embedded.scheduler import Prefix, Prefixes
-from distill_datasets.errors import ModelError
+from distill_datasets.embedded.wire import LARGEST_BODY, LARGEST_JSON, pb
+from distill_datasets.errors import ModelError, OutputError
 from tests.support.tiny_model import make_tiny_model
 
 PROMPT = [70, 71, 72, 73, 74, 75]
@@ -63,7 +67,11 @@ Ask = Callable[..., types.SampleResponse]
 @pytest.fixture
 def ask(client: tinker.SamplingClient) -> Ask:
     def ask(
-        prompt: list[int], num_samples: int = 1, score: int | None = None, **params: object
+        prompt: list[int],
+        num_samples: int = 1,
+        score: int | None = None,
+        top: int = 0,
+        **params: object,
     ) -> types.SampleResponse:
         settings = types.SamplingParams(**{"max_tokens": 6, "stop": [], **params})
         return client.sample(
@@ -72,6 +80,7 @@ def ask(client: tinker.SamplingClient) -> Ask:
             settings,
             include_prompt_logprobs=score is not None,
             prompt_logprobs_last_n=score or None,
+            topk_sample_logprobs=top,
         ).result(60)
 
     return ask
@@ -299,6 +308,29 @@ def test_a_model_that_fails_to_load_is_every_requests_answer() -> None:
         }
 
 
+@pytest.mark.parametrize(
+    ("error", "said", "category"),
+    [
+        (MemoryError(), "out of memory: send fewer or shorter rows", "server"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory", "server"),
+        (OutputError("Can't write: No space left"), "Can't write: No space left", "user"),
+    ],
+)
+def test_a_request_that_exhausts_the_machine_is_told_so(
+    error: Exception, said: str, category: str
+) -> None:
+    answers: queue.SimpleQueue[Payload] = queue.SimpleQueue()
+
+    def run() -> bytes:
+        raise error
+
+    ComputeThread(lambda samplings: samplings, lambda: None).submit(Job(run, answers.put))
+    answer = answers.get(timeout=60)
+    assert isinstance(answer, dict)
+    assert said in answer["error"]
+    assert answer["category"] == category
+
+
 def test_closing_ends_the_child_and_may_be_repeated(model: Path) -> None:
     server = launch(model, name="tiny")
     assert server.alive
@@ -327,3 +359,160 @@ def test_the_child_ends_when_its_parent_is_killed(model: Path) -> None:
             assert select.select([handle], [], [], 30)[0], "the child outlived its parent"
         finally:
             os.close(handle)
+
+
+def post(server: Server, path: str, content: bytes, **headers: str) -> httpx.Response:
+    return httpx.post(
+        f"{server.url}/api/v1/{path}",
+        content=content,
+        headers={"X-API-Key": server.api_key, **headers},
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("path", ["asample", "create_session", "optim_step", "load_weights"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"session_id": NaN}', "finite numbers"),
+        (b"[]", "expected a JSON object"),
+        (b"\xff", "expected JSON"),
+        (b" " * (LARGEST_JSON + 1), f"at most {LARGEST_JSON} bytes of JSON"),
+        (b" " * (LARGEST_BODY + 1), f"at most {LARGEST_BODY} bytes in a request"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_refused(
+    server: Server, path: str, content: bytes, said: str
+) -> None:
+    answer = post(server, path, content)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("asample", {}, "expected sampling_session_id as a text"),
+        ("asample", {"sampling_session_id": "x", "seq_id": "1"}, "seq_id in"),
+        ("asample", {"sampling_session_id": "x", "seq_id": -1}, "seq_id in"),
+        ("asample", {"sampling_session_id": ["x"], "seq_id": 1}, "sampling_session_id as a text"),
+        ("create_session", {"display_name": "x" * 5000}, "at most 4096 characters"),
+        ("create_session", {"user_metadata": "x"}, "user_metadata as an object"),
+        ("create_model", {"session_id": 5}, "session_id as a text"),
+        ("create_sampling_session", {"session_id": "gone"}, "found no session"),
+        ("optim_step", {"model_id": "x", "seq_id": 10**30}, "seq_id in"),
+        ("get_info", {"model_id": "../../etc"}, "expected a name of letters"),
+        ("weights_info", {"tinker_path": "tinker://../weights/x"}, "expected a name of letters"),
+        ("retrieve_future", {"request_id": 7}, "request_id as a text"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(
+    server: Server, path: str, body: dict[str, object], said: str
+) -> None:
+    answer = post(server, path, json.dumps(body).encode())
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]
+
+
+def test_a_compressed_body_is_bounded_by_what_it_becomes(server: Server) -> None:
+    pump = zlib.compressobj()
+    content = b"".join(pump.compress(b" " * (1 << 20)) for _ in range(300)) + pump.flush()
+    assert len(content) < 1 << 20
+    answer = post(server, "asample", content, **{"Content-Encoding": "deflate"})
+    assert (answer.status_code, f"{LARGEST_BODY} bytes" in answer.text) == (400, True)
+    torn = post(server, "asample", b"no zlib", **{"Content-Encoding": "deflate"})
+    assert torn.status_code == 400
+
+
+def test_a_listing_has_no_negative_page(server: Server) -> None:
+    for query in ("offset=-1", "limit=-3", "limit=many", "limit=1e9"):
+        answer = httpx.get(
+            f"{server.url}/api/v1/training_runs?{query}", headers={"X-API-Key": server.api_key}
+        )
+        assert answer.status_code == 400, query
+        assert "expected" in answer.json()["error"]
+
+
+def peak_memory(server: Server) -> int:
+    """The most bytes that the child ever had in memory."""
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) << 10
+
+
+def test_a_few_bytes_that_name_a_huge_tensor_take_no_memory(
+    service: tinker.ServiceClient, server: Server
+) -> None:
+    model_id = service.create_lora_training_client("tiny", rank=1).result(60).get_info().model_id
+    before = peak_memory(server)
+    for number, shape in enumerate(([2, 10**9], [2, 2**62], [-2, -(10**9)])):
+        message = pb.ForwardBackwardRequest(model_id=model_id, loss_fn="cross_entropy")
+        message.seq_id = number + 1
+        datum = message.data.add()
+        datum.model_input.add().encoded_text.tokens = np.array([5, 6], np.int32).tobytes()
+        for name, kind in (("target_tokens", pb.DTYPE_INT64), ("weights", pb.DTYPE_FLOAT32)):
+            part = datum.loss_fn_inputs[name]
+            part.dtype = kind
+            part.shape.extend(shape)
+            part.sparse_csr.crow_indices = np.zeros(3, np.int64).tobytes()
+        content = message.SerializeToString()
+        assert len(content) < 250
+        promised = post(server, "forward_backward", content).json()
+        found = post(server, "retrieve_future", json.dumps(promised).encode()).json()
+        assert "of at most" in found["error"] or "of shape (N,) or (N, K)" in found["error"]
+    assert peak_memory(server) - before < 200 << 20
+    assert server.alive
+
+
+def test_samples_that_memory_cannot_hold_are_refused(ask: Ask) -> None:
+    with pytest.raises(tinker.RequestFailedError, match=r"num_samples in 1\.\.1024; found 1000000"):
+        ask(PROMPT, 10**6)
+    with pytest.raises(tinker.RequestFailedError, match="likeliest tokens in a response"):
+        ask(PROMPT, 1000, max_tokens=500, top=200)
+
+
+def foreign(folder: Path, model: Path, **config: object) -> Path:
+    """A model whose author wrote Python that leaves a mark when it runs."""
+    for file in model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    code = f"open({str(folder / 'ran')!r}, 'w')\nclass Thing:\n    pass\n"
+    (folder / "thing.py").write_text(code)
+    written = json.loads((folder / "config.json").read_text())
+    classes = {name: "thing.Thing" for name in ("AutoConfig", "AutoModelForCausalLM")}
+    written |= {"auto_map": classes, **config}
+    (folder / "config.json").write_text(json.dumps(written))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["thing.Thing", None]}, "tokenizer_class": "Thing"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def sampled(folder: Path) -> list[list[int]]:
+    with launch(folder, name="foreign") as server:
+        service = tinker.ServiceClient(base_url=server.url, api_key=server.api_key)
+        client = service.create_sampling_client(base_model="foreign").result(60)
+        params = types.SamplingParams(max_tokens=3, temperature=0, stop=["zzz"])
+        return tokens(client.sample(types.ModelInput.from_ints(PROMPT), 1, params).result(60))
+
+
+def test_a_model_of_a_known_kind_runs_without_its_authors_code(
+    tmp_path: Path, model: Path, network: torch.nn.Module
+) -> None:
+    assert sampled(foreign(tmp_path, model)) == [greedy(network, PROMPT, 3)]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_that_needs_its_authors_code_is_refused(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(tinker.RequestFailedError, match="could not be loaded"):
+        sampled(foreign(tmp_path, model, model_type="thing"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_no_weights(tmp_path: Path, model: Path) -> None:
+    for file in model.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"found no \*.safetensors"):
+        launch(tmp_path, name="pickled")

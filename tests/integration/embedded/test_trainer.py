@@ -11,6 +11,8 @@ import tinker
 import torch
 from tinker import types
 
+from distill_datasets.embedded.trainer import MOST_ROWS, AdamParams, read_train_request
+from distill_datasets.embedded.wire import MOST_VALUES, InvalidRequestError, pb
 from tests.support.shared_server import shared
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
@@ -260,3 +262,87 @@ def test_what_a_loss_lacks_is_named(client: tinker.TrainingClient) -> None:
     assert "no keys" in refusal(client, sampled, "importance_sampling", beta=1.0)
     nan = datum(tokens, **{**flat, "logprobs": flat["logprobs"] * np.nan})
     assert "expected finite logprobs" in refusal(client, nan, "ppo")
+
+
+KINDS = {
+    "f": (pb.DTYPE_FLOAT32, np.float32),
+    "i": (pb.DTYPE_INT64, np.int64),
+    "s": (pb.DTYPE_INT32, np.int32),
+}
+
+
+def message(rows: int = 1, loss: str = "cross_entropy", **inputs: tuple) -> object:
+    """A request in protobuf: each input as its kind, its shape, and its values or None."""
+    found = pb.ForwardBackwardRequest(loss_fn=loss)
+    for _ in range(rows):
+        datum = found.data.add()
+        datum.model_input.add().encoded_text.tokens = np.array([5, 6], np.int32).tobytes()
+        for name, (kind, shape, values) in inputs.items():
+            part = datum.loss_fn_inputs[name]
+            part.dtype, as_numpy = KINDS[kind]
+            part.shape.extend(shape)
+            if values is None:
+                part.sparse_csr.crow_indices = np.zeros(len(shape) + 1, np.int64).tobytes()
+            else:
+                part.dense = np.array(values, as_numpy).tobytes()
+    return found
+
+
+TARGETS, WEIGHTS = ("i", [2], [7, 8]), ("f", [2], [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (message(target_tokens=("f", [2], [7, 8]), weights=WEIGHTS), "target_tokens as int64"),
+        (message(target_tokens=("i", [2], [7]), weights=WEIGHTS), "says; found 1"),
+        (message(target_tokens=("i", [2, 0], []), weights=("f", [2, 0], [])), "of one shape"),
+        (message(target_tokens=TARGETS, weights=("f", [2, 1], [1, 1])), "of one shape"),
+        (message(0), f"at least one datum and at most {MOST_ROWS}; found 0"),
+        (message(MOST_ROWS + 1), f"at most {MOST_ROWS}; found {MOST_ROWS + 1}"),
+        # Each of these is small; together they are not.
+        (
+            message(9, target_tokens=("i", [2, 1 << 21], None), weights=("f", [2, 1 << 21], None)),
+            f"at most {MOST_VALUES} targets in a request",
+        ),
+    ],
+)
+def test_rows_are_held_against_their_limits(asked: object, said: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        read_train_request(asked)
+    assert said in str(caught.value)
+
+
+def test_weights_may_be_whole_numbers_and_targets_of_32_bits() -> None:
+    asked = message(target_tokens=("s", [2], [7, 8]), weights=("i", [2], [0, 1]))
+    (row,) = read_train_request(asked).data
+    assert row.targets.tolist() == [[7], [8]]
+    assert row.inputs[0].tolist() == [[0.0], [1.0]]
+
+
+def test_settings_of_a_loss_are_finite() -> None:
+    asked = message(loss="ppo")
+    asked.loss_fn_config_v2["clip_low_threshold"].number = float("nan")
+    asked.data.pop()
+    asked.data.extend(sampled_message().data)
+    with pytest.raises(InvalidRequestError, match="finite loss_fn_config; found nan"):
+        read_train_request(asked)
+
+
+def sampled_message() -> object:
+    return message(target_tokens=TARGETS, advantages=WEIGHTS, logprobs=WEIGHTS)
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0, 1e38, "fast", True, [1]])
+def test_a_learning_rate_is_a_number_that_weights_survive(rate: object) -> None:
+    with pytest.raises(InvalidRequestError, match="expected learning_rate in"):
+        AdamParams.read({"learning_rate": rate})
+    for beta in (1.0, -0.1):
+        with pytest.raises(InvalidRequestError, match="expected beta1 in"):
+            AdamParams.read({"beta1": beta})
+
+
+def test_more_targets_than_the_vocabulary_has_are_refused(client: tinker.TrainingClient) -> None:
+    targets, weights = np.full((2, 600), 7), np.ones((2, 600), np.float32)
+    said = refusal(client, datum([5, 6], target_tokens=targets, weights=weights), "cross_entropy")
+    assert "at most 512 targets a token, the vocabulary; found 600" in said
