@@ -20,23 +20,9 @@ _PRESETS = {"poc": (8, 100), "debug": (10, 50)}  # rows, steps
 class ObjectiveSettings:
     """How a prompt is distilled.
 
-    `name`: "sft" learns the responses; "soft" the teacher's `top_k` probabilities at each of their
-    tokens; "on_policy" has the student answer without the prompt, and the teacher, who sees it,
-    judge every token.
-
-    `teacher` scores: a model reference; None is the release's own teacher. It must have the
-    student's tokenizer, but for the labels "choices".
-
-    For "soft": `alpha` is the share of the hard labels, and `labels` says where the probabilities
-    come from. "choices" are the exact ones of a closed answer set, "stored" those that generation
-    kept, "scored" the teacher reads each response under its prompt; "auto" takes the first of
-    these that the release allows.
-
-    For "on_policy": `kl` "reverse" corrects the student's `top_k` probabilities at each place that
-    it reaches, or with 0 the sampled token alone; "forward" teaches the teacher's `top_k` there.
-    `samples` answers of at most `max_tokens` (the recipe's, when None) are sampled for each query,
-    with weights that are at most `stale` steps old (0 or 1): with 1 the next batch is sampled while
-    this one is learned.
+    "sft" learns the responses; "soft" the teacher's probabilities at each of their tokens;
+    "on_policy" has the student answer without the prompt, and the teacher, who sees it, judge every
+    token. A scoring teacher must have the student's tokenizer, but for the labels "choices".
     """
 
     name: Literal["sft", "soft", "on_policy"] = setting(
@@ -62,13 +48,21 @@ class ObjectiveSettings:
         0.0, "share of hard labels among soft ones", at_least=0, at_most=1, flag=False
     )
     labels: Literal["auto", "choices", "stored", "scored"] = setting(
-        "auto", "where soft labels come from", group="objective"
+        "auto",
+        "source of soft labels: exact ones of a closed answer set (choices), those that generation "
+        "kept (stored), the teacher reading each response (scored), or the first of these that the "
+        "release allows",
+        group="objective",
     )
     kl: Literal["reverse", "forward"] = setting(
         "reverse", "the divergence that on-policy training lowers", group="objective"
     )
-    samples: int = setting(1, "answers a query, on policy", at_least=1, flag=False)
-    max_tokens: int | None = setting(None, "tokens of a sampled answer", at_least=1, flag=False)
+    samples: int = setting(
+        1, "answers that are sampled for a query, on policy", at_least=1, flag=False
+    )
+    max_tokens: int | None = setting(
+        None, "tokens of a sampled answer", at_least=1, flag=False, unset="the recipe's"
+    )
     stale: int = setting(
         1, "age of the sampling weights in steps", at_least=0, at_most=1, flag=False
     )
@@ -99,30 +93,12 @@ class ObjectiveSettings:
 class TrainSettings:
     """How to train; None leaves it to the model or to the length of the run.
 
-    Size. Without `epochs` there are two, or as many as make 60 steps: few rows need many passes.
-    `preset` "poc" is 8 rows and 100 steps, "debug" 10 rows and 50 steps; `max_rows`, `epochs` and
-    `max_steps` win over it. `batch_tokens` fills batches up to so many tokens, rows of similar
-    length together, instead of `batch_size` rows. `max_length` is in tokens: longer rows are left
-    out and counted, never cut.
+    `max_rows`, `epochs` and `max_steps` win over a `preset`, `batch_tokens` over `batch_size`. Rows
+    are never cut, and the last batch of an epoch may be smaller. The best checkpoint is the one
+    with the lowest `select` where that ends in "loss", else with the highest; it and the final one
+    stay on the server.
 
-    Learning. The rate rises over `warmup_steps`, then follows `schedule`. `weight_decay` and
-    `grad_clip` (the gradient's greatest norm) are 0 for none. `normalization` "token" weighs every
-    response token of a batch alike, "example" every response. `seed` decides the order of the
-    rows, and without `lora_seed` the first LoRA weights.
-
-    Stopping and keeping. Every `evaluate_every` steps (by default ten times a run) the validation
-    rows are measured, with `internalisation` also against base and teacher, where the dataset is a
-    release whose teacher can score; `select` names the number that the best checkpoint has
-    (validation_loss, accuracy, internalisation), the lowest where it ends in "loss", else the
-    highest. Training stops after `patience` measurements without an improvement of
-    `min_improvement`. A full checkpoint is kept every `save_every` steps, and between those the
-    newest state every `rolling_every`. A server deletes both after `ttl_seconds` (0 for never; by
-    default a week on a hosted server, and never on this machine), the best and the final one it
-    keeps.
-
-    `ahead` batches are queued behind the one that is being learned; 0 waits for each.
-    `price_per_million` training tokens is in your currency. `config` is a configuration of the
-    dataset.
+        TrainSettings(rank=16, learning_rate=1e-4, patience=3)
     """
 
     preset: Literal["poc", "debug"] | None = setting(
@@ -136,7 +112,9 @@ class TrainSettings:
         unset="two, or as many as make 60 steps",
     )
     batch_size: int = setting(32, "rows a step", group="size", at_least=1)
-    batch_tokens: int | None = setting(None, "tokens a step", at_least=1, flag=False)
+    batch_tokens: int | None = setting(
+        None, "tokens a step, in rows of similar length", at_least=1, flag=False
+    )
     max_length: int | None = setting(
         None,
         "tokens a row; longer rows are left out and counted",
@@ -158,11 +136,15 @@ class TrainSettings:
     )
     warmup_steps: int = setting(0, "linear warm-up steps", group="learning", at_least=0)
     weight_decay: float = setting(0.0, "Adam's weight decay", group="learning", at_least=0)
-    grad_clip: float = setting(0.0, "the gradient's greatest norm", at_least=0, flag=False)
-    normalization: Literal["token", "example"] = setting("token", "the loss's mean", flag=False)
+    grad_clip: float = setting(
+        0.0, "the gradient's greatest norm, 0 for any", at_least=0, flag=False
+    )
+    normalization: Literal["token", "example"] = setting(
+        "token", "what weighs alike in a batch: every response token, or every response", flag=False
+    )
     seed: int = setting(0, "seed of the rows' order and the first weights", group="learning")
     rank: int = setting(32, "rank of the LoRA adapter", group="learning", at_least=1)
-    lora_seed: int | None = setting(None, "seed of the first weights alone", flag=False)
+    lora_seed: int | None = setting(None, "seed of the first weights", flag=False, unset="seed")
     train_attention: bool = setting(True, "adapt the attention layers", flag=False)
     train_mlp: bool = setting(True, "adapt the MLP layers", flag=False)
     train_unembed: bool = setting(True, "adapt the output embeddings", flag=False)
@@ -191,11 +173,21 @@ class TrainSettings:
         at_least=1,
         unset="train to the end",
     )
-    min_improvement: float = setting(0.0, "the least improvement", at_least=0, flag=False)
-    save_every: int = setting(100, "steps between kept checkpoints", at_least=1, flag=False)
-    rolling_every: int = setting(20, "steps between rolling states", at_least=1, flag=False)
-    ttl_seconds: int | None = setting(None, "life of checkpoints", at_least=0, flag=False)
-    ahead: int = setting(2, "batches queued ahead", at_least=0, flag=False)
+    min_improvement: float = setting(
+        0.0, "the least improvement that counts for patience", at_least=0, flag=False
+    )
+    save_every: int = setting(100, "steps between checkpoints that stay", at_least=1, flag=False)
+    rolling_every: int = setting(
+        20, "steps between states that replace each other", at_least=1, flag=False
+    )
+    ttl_seconds: int | None = setting(
+        None,
+        "seconds after which a server deletes checkpoints, 0 for never",
+        at_least=0,
+        flag=False,
+        unset="a week on a hosted server, never on this machine",
+    )
+    ahead: int = setting(2, "batches queued behind the one that is learned", at_least=0, flag=False)
     track: Literal["wandb", "trackio", "tensorboard"] | None = setting(
         None, "an experiment tracker that gets the numbers too", group="reporting"
     )

@@ -1,6 +1,6 @@
 """A training's numbers as curves, as a line of text, and in the tracker that was named."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
@@ -42,15 +42,16 @@ def open_tracker(name: str | None, folder: Path, config: Mapping[str, Any]) -> T
     A training that is continued goes on in the same run of the tracker. Weights & Biases and
     TensorBoard keep their files in `folder`.
     """
-    trackers: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
-        "wandb": _Wandb,
-        "trackio": _Trackio,
-        "tensorboard": _TensorBoard,
-    }
     if name is None:
         return _Nothing()
+    known = digest([str(folder.resolve())])[:16]
     try:
-        return trackers[name](folder, config)
+        if name == "tensorboard":
+            return _TensorBoard(folder)
+        if name == "trackio":
+            run = f"{folder.name}-{known[:8]}"
+            return _TrackedRun(name, name=run, config=dict(config), embed=False)
+        return _TrackedRun(name, name=folder.name, id=known, dir=str(folder), config=dict(config))
     except ImportError as error:
         raise SettingsError(_INSTALL.format(name=name) + f" ({error})") from error
 
@@ -69,30 +70,11 @@ class _Nothing:
         """Nothing is left."""
 
 
-class _Wandb:
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        self._run = import_module("wandb").init(
-            project=_PROJECT,
-            name=folder.name,
-            id=_run_id(folder),
-            resume="allow",
-            dir=str(folder),
-            config=dict(config),
-        )
+class _TrackedRun:
+    """A run of Weights & Biases or Trackio, which share these methods."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _Trackio:
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        name = f"{folder.name}-{_run_id(folder)[:8]}"
-        self._run = import_module("trackio").init(
-            project=_PROJECT, name=name, resume="allow", config=dict(config), embed=False
-        )
+    def __init__(self, package: str, **options: Any) -> None:
+        self._run = import_module(package).init(project=_PROJECT, resume="allow", **options)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -102,7 +84,7 @@ class _Trackio:
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder / "tensorboard"))
@@ -113,10 +95,6 @@ class _TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
-
-
-def _run_id(folder: Path) -> str:
-    return digest([str(folder.resolve())])[:16]
 
 
 def draw_curves(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
