@@ -139,15 +139,28 @@ def find_training(reference: str | Path) -> Path | None:
     return next((place for place in places if (place / _CHECKPOINTS).is_file()), None)
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def read_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A training folder's configuration, and the line of its best checkpoint.
 
     Raises `ModelError` where no checkpoint is finished.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    # A killed training may leave its last line unfinished.
-    *lines, _ = (folder / _CHECKPOINTS).read_text(encoding="utf-8").split("\n")
-    best = [line for line in map(json.loads, lines) if line["best"]]
+    config = _json_object((folder / "config.json").read_text(encoding="utf-8", errors="replace"))
+    # A killed training may leave its last line unfinished, a crash one that is damaged.
+    *lines, _ = (folder / _CHECKPOINTS).read_text(encoding="utf-8", errors="replace").split("\n")
+    best = [line for line in map(_json_object, lines) if line.get("best") and "sampler" in line]
+    if "student" not in config:
+        raise ModelError(
+            f"{str(folder / 'config.json')!r} is not a training's, or damaged: run `train` again "
+            "into that folder, which writes it anew."
+        )
     if not best:
         raise ModelError(f"{folder} holds no finished checkpoint: run `train` again to finish it.")
     return config, best[-1]

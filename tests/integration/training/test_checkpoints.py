@@ -396,3 +396,18 @@ def test_another_training_is_not_taken_for_one_whose_configuration_is_gone(
     with pytest.raises(ModelError, match="is of another training: settings is"):
         train(dataset, student=model, out=out, settings=replace(LONGER, seed=1))
     assert TrainingFolder(out).checkpoints == begun
+
+
+def test_a_training_folder_answers_in_spite_of_a_damaged_line_and_says_what_else_is_damaged(
+    whole: TrainingResult, model: str, tmp_path: Path
+) -> None:
+    for name in ("config.json", "checkpoints.jsonl"):
+        shutil.copy(whole.path / name, tmp_path)
+    with (tmp_path / "checkpoints.jsonl").open("a") as file:
+        file.write('\0\0\0\n{"best": true}\n{"name": "st')
+    assert references.connect(tmp_path).model_path == whole.best.sampler
+    (tmp_path / "config.json").write_text("")
+    with pytest.raises(
+        ModelError, match="config.json' is not a training's, or damaged: run `train`"
+    ):
+        references.connect(tmp_path)
