@@ -127,7 +127,8 @@ def test_lines_of_json_are_read_as_they_are_written(recipe_folder: Path) -> None
 
 def test_half_a_surrogate_pair_in_a_query_is_replaced(recipe_folder: Path) -> None:
     (recipe_folder / "queries.jsonl").write_text(
-        '{"query": "x \\ud83d y", "family": "\\uDE00"}\n{"query": "\\ud83d\\ude00"}\n'
+        '{"query": "x \\ud83d y", "family": "\\uDE00", "colour": "red"}\n'
+        '{"query": "\\ud83d\\ude00"}\n'
     )
     rows = load_queries(load_recipe(recipe_folder))
     assert rows["query"][:] == ["x \ufffd y", "\U0001f600"]
