@@ -146,13 +146,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from distill_datasets.files import writable_folder
-    from distill_datasets.models.references import connect
+    from distill_datasets.training.trainer import require_settings
 
-    _require_runnable(options)
+    splits = _require_runnable(options)
     out = writable_folder(options.out)
     folders = student.training_folders(out)
     # The student's server keeps its checkpoints with the run, and answers for the teacher too.
-    connect(options.student, store=folders[-1] / "checkpoints")
+    store, settings = folders[-1] / "checkpoints", student.settings_of(options)
+    require_settings(options.student, settings, splits=splits, store=store)
     dataset.report_answers(dataset.ask_teachers(options))
     dataset.make_release(out, version=options.version, ledger=options.ledger is not False)
     options.dataset = out / "release"
@@ -163,8 +164,8 @@ def _run(options: argparse.Namespace) -> None:
     _list_files(out, trained)
 
 
-def _require_runnable(options: argparse.Namespace) -> None:
-    """Find out before anything is paid for what would stop the run later."""
+def _require_runnable(options: argparse.Namespace) -> set[str]:
+    """Find out before anything is paid for what would stop the run later; the release's splits."""
     from distill_datasets.evaluation.metrics import Metrics
     from distill_datasets.generation.run import select_queries
     from distill_datasets.models.references import default_student
@@ -178,7 +179,9 @@ def _require_runnable(options: argparse.Namespace) -> None:
     if options.version is not None:
         check_version(options.version)
     Metrics.load(asked.metrics, (), ())
-    require_splits(asked, select_queries(asked, options.limit, None), ("train", "test"))
+    queries = select_queries(asked, options.limit, None)
+    require_splits(asked, queries, ("train", "test"))
+    return set(queries.unique("split"))
 
 
 def _train_in_run(options: argparse.Namespace, folders: Sequence[Path]) -> Path:

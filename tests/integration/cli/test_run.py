@@ -93,3 +93,26 @@ def test_an_unknown_metric_stops_a_run_before_anybody_is_asked(
     assert run(recipe, tmp_path / "run", "--student", "pocket") == 2
     assert "nosuch" in capsys.readouterr().err
     assert not server.asked
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--rank", "100000"], "rank must be at most"),
+        (["--max-length", "513"], "max_length must be at most 512"),
+        (["--validation-split", "dev", "--patience", "2"], "has no split 'dev'"),
+    ],
+)
+def test_a_student_that_can_not_be_trained_so_stops_a_run_before_anybody_is_asked(
+    flags: list[str],
+    expected: str,
+    server: OpenAIServer,
+    model: str,
+    recipe_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = recipe_of(recipe_folder, 24)
+    assert run(recipe, tmp_path / "run", "--student", model, *flags) == 2
+    assert expected in capsys.readouterr().err
+    assert not server.asked
