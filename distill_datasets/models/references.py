@@ -150,16 +150,19 @@ def _json_object(text: str) -> dict[str, Any]:
 def read_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A training folder's configuration, and the line of its best checkpoint.
 
-    Raises `ModelError` where no checkpoint is finished.
+    Raises `ModelError` where no checkpoint is finished, or where a file is damaged.
     """
-    config = _json_object((folder / "config.json").read_text(encoding="utf-8", errors="replace"))
+    path = folder / "config.json"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    config = _json_object(text)
     # A killed training may leave its last line unfinished, a crash one that is damaged.
     *lines, _ = (folder / _CHECKPOINTS).read_text(encoding="utf-8", errors="replace").split("\n")
-    best = [line for line in map(_json_object, lines) if line.get("best") and "sampler" in line]
-    if "student" not in config:
+    rows = [line for line in map(_json_object, lines) if isinstance(line.get("sampler"), str)]
+    best = [row for row in rows if row.get("best")]
+    if not all(isinstance(config.get(name), str) for name in ("student", "renderer")):
         raise ModelError(
-            f"{str(folder / 'config.json')!r} is not a training's, or damaged: run `train` again "
-            "into that folder, which writes it anew."
+            f"{str(path)!r} is not a training's, or damaged: run `train` again into that folder, "
+            "which writes it anew."
         )
     if not best:
         raise ModelError(f"{folder} holds no finished checkpoint: run `train` again to finish it.")

@@ -40,7 +40,7 @@ def languages(folder: Path, model: str, **changes: Any) -> Recipe:
     return Recipe(**{**fields, **changes})
 
 
-def release(folder: Path, model: str, **changes: Any) -> Path:
+def release(folder: Path, model: str, *, ledger: bool = True, **changes: Any) -> Path:
     """Eight rows to train on and four to validate with, and a ledger with what was said."""
     recipe = languages(folder / "recipe", model, **changes)
     connection = connect(model)
@@ -57,7 +57,7 @@ def release(folder: Path, model: str, **changes: Any) -> Path:
             key = request_digest(identity, recipe.messages(query), recipe.sampling_parameters)
             journal.put(key, identity, said(connection, recipe, text))
     run = write_run(folder / "run", rows, recipe, teacher=model, identity=identity)
-    return publish(run).path
+    return publish(run, ledger=ledger).path
 
 
 def said(connection: Connection, recipe: Recipe, text: str) -> Reply:

@@ -334,7 +334,7 @@ class ScoreStore:
         self._database.close()
 
     def _unwritable(self, error: Exception) -> OutputError:
-        return OutputError(
-            f"Can't write the scores {str(self.path)!r}: {error}. Free some space or choose "
-            "another --out, and run again: what is stored is not paid again."
-        )
+        remedy = "Free some space or choose another --out, and run again: what is stored is kept."
+        if "not a database" in str(error) or "malformed" in str(error):
+            remedy = "It is damaged: delete it and run again, which scores all rows anew."
+        return OutputError(f"Can't use the scores {str(self.path)!r}: {error}. {remedy}")

@@ -155,4 +155,8 @@ def test_a_killed_training_goes_on_to_the_very_same_steps(
         patch.setattr(OnPolicyObjective, "submit", killed)
         train(tiny_release, student=model, out=tmp_path / "out", settings=chosen)
     again = train(tiny_release, student=model, out=tmp_path / "out", settings=chosen)
-    assert metrics(again) == pytest.approx(metrics(whole), abs=1e-5)
+    for exactly in ("sampled_tokens", "ended"):
+        assert metrics(again, exactly) == metrics(whole, exactly)
+    # A busy server puts other requests into a batch, which moves the last bits of a float32; a
+    # single other token would move a loss by a hundredth at least.
+    assert metrics(again) == pytest.approx(metrics(whole), abs=2e-4)

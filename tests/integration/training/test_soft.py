@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 
-from distill_datasets.errors import DatasetError, ModelError
+from distill_datasets.errors import DatasetError, ModelError, OutputError
 from distill_datasets.models.references import connect
 from distill_datasets.models.scoring import Scorer, require_same_tokenizer
 from distill_datasets.releases.release import load_release, publish
@@ -226,14 +226,10 @@ def test_a_response_that_the_teacher_would_not_say_is_not_scored(
         shutil.rmtree(tmp_path / "out")
 
 
-def test_a_response_outside_the_choices_is_named(
-    tiny_release: Path, model: str, tmp_path: Path
-) -> None:
+def test_a_response_outside_the_choices_is_named(model: str, tmp_path: Path) -> None:
     """The recipe in the release knows one language less than its rows."""
-    path = shutil.copytree(tiny_release, tmp_path / "copy")
-    recipe = path / "recipe" / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("  - es\n", ""))
-    assert "- es" not in recipe.read_text()
+    answer = {"pattern": r"Final Answer: (?P<answer>\w+)$", "choices": ["en", "de", "fr"]}
+    path = release(tmp_path / "made", model, answer=answer)
     with pytest.raises(DatasetError, match="none of the recipe's choices.*'Final Answer: es'"):
         soft_examples(training_task(path, model, tmp_path, settings()))
 
@@ -273,3 +269,59 @@ def test_scores_are_in_the_trainings_own_folder(
 ) -> None:
     soft_examples(training_task(tiny_release, model, tmp_path, settings(labels="scored")))
     assert (tmp_path / SCORES).is_file()
+
+
+@pytest.mark.parametrize(
+    ("objective", "remedy"),
+    [
+        ({"labels": "scored"}, "Train with a larger top_k."),
+        ({"labels": "stored", "top_k": 2}, "Generate with more `sampling.top_logprobs`"),
+        ({"labels": "choices"}, "mend the prompt or the choices."),
+    ],
+)
+def test_labels_that_hold_little_of_the_teachers_probability_are_warned_of(
+    objective: dict[str, Any],
+    remedy: str,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A random model spreads its probability; what is stored holds exp(-0.5) + exp(-1.25)."""
+    path = release(tmp_path / "made", model, sampling={"top_logprobs": 2})
+    examples = soft_examples(training_task(path, model, tmp_path, settings(**objective)))
+    kept = np.mean([one.labels.kept for one in examples.values()])
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert f"hold {kept:.2f} of the teacher's probability on average" in warning
+    assert remedy in warning
+
+
+def test_labels_that_hold_most_of_it_are_not(
+    tiny_release: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    most = settings(labels="scored", top_k=400)
+    soft_examples(training_task(tiny_release, model, tmp_path, most))
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_choices_need_the_teachers_own_words(model: str, tmp_path: Path) -> None:
+    """Without the ledger nobody knows what it said where the student says something else."""
+    path = release(tmp_path / "made", model, ledger=False, response="It is {{ answer }}.")
+    with pytest.raises(DatasetError, match="doesn't hold what its teacher said.*labels='scored'"):
+        soft_examples(training_task(path, model, tmp_path, settings()))
+
+
+def test_a_response_in_the_teachers_own_words_needs_no_ledger(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    bare = release(tmp_path / "bare", model, ledger=False)
+    without = soft_examples(training_task(bare, model, tmp_path / "without", settings()))
+    with_it = soft_examples(training_task(tiny_release, model, tmp_path / "with", settings()))
+    for place, example in with_it.items():
+        assert np.array_equal(example.labels.ids, without[place].labels.ids)
+        assert np.allclose(example.labels.logprobs, without[place].labels.logprobs, atol=1e-2)
+
+
+def test_a_damaged_file_of_scores_is_named(tiny_release: Path, model: str, tmp_path: Path) -> None:
+    (tmp_path / SCORES).write_bytes(b"no database, but of some length" * 100)
+    with pytest.raises(OutputError, match=r"scores.sqlite'.*delete it"):
+        soft_examples(training_task(tiny_release, model, tmp_path, settings(labels="scored")))

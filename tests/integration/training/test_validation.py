@@ -1,7 +1,6 @@
 """The internalisation score while training, with a tiny random model as its own teacher."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,10 +134,10 @@ def test_a_dataset_that_is_no_release_has_none_and_says_why(
 
 
 def test_without_the_teachers_own_words_there_is_none(
-    labels: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bare = shutil.copytree(labels, tmp_path / "bare")
-    shutil.rmtree(bare / "ledger")
+    said = "The answer is {{ answer }} and nothing else at all."
+    bare = release(tmp_path / "bare", model, ledger=False, response=said)
     assert "doesn't hold what its teacher said" in refused(bare, model, tmp_path, capsys)
 
 

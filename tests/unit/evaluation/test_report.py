@@ -619,3 +619,42 @@ def test_tokens_that_no_server_counts_are_unknown() -> None:
     answers = {"teacher": Dataset.from_dict(rows | counts)}
     found = Comparison(answers, Metrics({})).tokens("teacher")
     assert found == {"prompt_mean": None, "response_mean": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", ""),
+        ("config.json", "[]"),
+        ("config.json", '{"student": "pocket"}'),
+        ("config.json", '{"student": 7, "renderer": "plain"}'),
+        ("checkpoints.jsonl", "{\n"),
+        ("checkpoints.jsonl", '{"name": "final"}\n'),
+        ("checkpoints.jsonl", '{"best": true, "sampler": null}\n'),
+        ("checkpoints.jsonl", "7\n"),
+    ],
+)
+def test_a_damaged_training_folder_is_named_before_anything_is_asked(
+    name: str, content: str, trained: Path
+) -> None:
+    (trained / "train" / name).write_text(content)
+    asked = teacher()
+    with pytest.raises(ModelError, match=r"(damaged|no finished checkpoint): run `train` again"):
+        measure(trained, student=trained, teacher=asked, out=trained)
+    assert asked.asked == []
+
+
+@pytest.mark.parametrize("student", ["no/such/folder", "embedded", "tinker:", ""])
+def test_a_student_that_is_none_is_refused_before_anything_is_asked(
+    student: str, run: Path
+) -> None:
+    asked = teacher()
+    with pytest.raises(ModelError):
+        compare(run, student=student, teacher=asked)
+    assert asked.asked == []
+
+
+def test_an_empty_folder_is_no_student(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="empty"):
+        compare(run, student=tmp_path / "empty")
