@@ -80,7 +80,7 @@ def report_answers(made: "Generated") -> None:
     rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(made.rejected.items()))
     print(f"answers: {made.kept} kept" + (f", rejected: {rejected}" if rejected else ""))
     if made.from_ledger:
-        from distill_datasets.generation.reuse import reuse_text
+        from distill_datasets.generation.ledger import reuse_text
 
         print(reuse_text(made.from_ledger))
     if first := made.first_token:

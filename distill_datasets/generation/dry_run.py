@@ -19,9 +19,6 @@ from distill_datasets.generation.estimate import (
     PlannedRequests,
     SampledRequest,
     Span,
-    amount_span,
-    bytes_span,
-    count_span,
     disk_bytes,
     follow_up,
     load_of,
@@ -111,7 +108,7 @@ class DryRun:
             aligned(self._cells()),
             "",
             f"time      {self._time()}",
-            f"disk      {bytes_span(self.disk)}",
+            f"disk      {self.disk.text(_bytes)}",
         ]
         if self.sampled:
             lines += [f"sampled   {self._paid()}", *(f"          {one}" for one in self.sampled)]
@@ -124,13 +121,13 @@ class DryRun:
             yield [
                 load.model,
                 f"{load.requests:,}",
-                count_span(load.prompt),
+                load.prompt.text(_count),
                 load.source,
-                count_span(load.response),
-                amount_span(load.cost) if load.cost else "no price",
+                load.response.text(_count),
+                load.cost.text(amount_text) if load.cost else "no price",
             ]
         if len(self.loads) > 1 and self.cost:
-            yield ["all", "", "", "", "", amount_span(self.cost)]
+            yield ["all", "", "", "", "", self.cost.text(amount_text)]
         if self.priced_at:
             yield ["", "", "", "", "", f"at the prices of {self.priced_at}"]
 
@@ -379,3 +376,15 @@ def _notes(recipe: Recipe, plan: _Plan, sampled: Sequence[SampledRow]) -> Iterat
 def _short(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
+
+
+def _count(value: float) -> str:
+    return f"{round(value):,}"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1_000:
+            return f"{value:,.0f} {unit}"
+        value /= 1_000
+    return f"{value:,.1f} TB"

@@ -6,7 +6,6 @@ from math import sqrt
 
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.models.sampler import Reply, Sampler, Sampling
-from distill_datasets.progress import amount_text
 from distill_datasets.schema import Message
 
 # A token of UTF-8 text has about four bytes; from code and rare scripts to English prose it has
@@ -39,35 +38,12 @@ class Span:
         """The same, no wider than these bounds."""
         return Span(max(self.low, low), self.expected, min(self.high, high))
 
-
-def count_span(span: Span) -> str:
-    """A span of whole numbers, as people read it."""
-    return _span(span, lambda value: f"{round(value):,}")
-
-
-def amount_span(span: Span) -> str:
-    """A span of money, as people read it."""
-    return _span(span, amount_text)
-
-
-def bytes_span(span: Span) -> str:
-    """A span of bytes, as people read it."""
-    return _span(span, _bytes)
-
-
-def _span(span: Span, write: Callable[[float], str]) -> str:
-    bounds = f"{write(span.low)} to {write(span.high)}"
-    if span.expected is None:
-        return bounds
-    return write(span.expected) + ("" if span.low == span.high else f" ({bounds})")
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1_000:
-            return f"{value:,.0f} {unit}"
-        value /= 1_000
-    return f"{value:,.1f} TB"
+    def text(self, write: Callable[[float], str]) -> str:
+        """As people read it, each number written by a function."""
+        bounds = f"{write(self.low)} to {write(self.high)}"
+        if self.expected is None:
+            return bounds
+        return write(self.expected) + ("" if self.low == self.high else f" ({bounds})")
 
 
 def total(spans: Iterable[Span]) -> Span:
@@ -104,6 +80,16 @@ class SampledRequest:
     bought: bool
     expected: bool
 
+    @property
+    def prompt_tokens(self) -> int:
+        """As the server counted them; 0 where it didn't."""
+        return self.reply.usage.prompt_tokens or 0
+
+    @property
+    def response_tokens(self) -> int:
+        """Of all samples."""
+        return self.reply.response_tokens or 0
+
 
 def size_of(messages: Sequence[Message]) -> int:
     """Bytes of the texts."""
@@ -138,26 +124,19 @@ class PlannedRequests:
         if self.counted:
             found = scaled(self.counted, self.size, self.requests)
             return found, f"scaled from {len(self.counted):,} counted"
-        if made:
-            pairs = [(float(one.size), float(one.reply.usage.prompt_tokens or 0)) for one in made]
-            found = scaled(pairs, self.size, self.requests)
-            return found.within(
-                self._guess.low, self._guess.high
-            ), f"scaled from {len(pairs)} asked"
-        return self._guess, "guessed from bytes"
+        guess = Span(*(self.size / ratio for ratio in _BYTES_A_TOKEN))
+        if not made:
+            return guess, "guessed from bytes"
+        pairs = [(float(one.size), float(one.prompt_tokens)) for one in made]
+        found = scaled(pairs, self.size, self.requests).within(guess.low, guess.high)
+        return found, f"scaled from {len(pairs)} asked"
 
     def response(self, made: Sequence[SampledRequest]) -> Span:
         """The responses' tokens, between one each and the most allowed."""
-        bounds = Span(self.samples, None, self.most_tokens)
         if not made:
-            return bounds
-        pairs = [(1.0, float(response_tokens(one.reply))) for one in made]
-        return scaled(pairs, self.requests, self.requests).within(bounds.low, bounds.high)
-
-    @property
-    def _guess(self) -> Span:
-        low, expected, high = (self.size / ratio for ratio in _BYTES_A_TOKEN)
-        return Span(low, expected, high)
+            return Span(self.samples, None, self.most_tokens)
+        found = _each([one.response_tokens for one in made], self.requests)
+        return found.within(self.samples, self.most_tokens)
 
 
 @dataclass(frozen=True)
@@ -176,34 +155,22 @@ def load_of(
     planned: PlannedRequests, made: Sequence[SampledRequest], prices: Prices | None
 ) -> ModelLoad:
     """A model's load from its planned requests and those of it that were really made."""
-    prompt, source = planned.prompt(made)
-    response = planned.response(made)
-    share = _cached_share(made)
-    cost = _stated(made, planned.requests, prices) or _priced(
-        planned.sampler, prompt, response, share, prices
-    )
-    return ModelLoad(planned.sampler.model, planned.requests, prompt, response, source, cost)
+    sampler, requests = planned.sampler, planned.requests
+    (prompt, source), response = planned.prompt(made), planned.response(made)
+    cost = _cost(sampler, prompt, response, made, prices, requests)
+    return ModelLoad(sampler.model, requests, prompt, response, source, cost)
 
 
 def follow_up(
     made: Sequence[SampledRequest], asked: int, left: int, prices: Prices | None
 ) -> ModelLoad:
     """The load of a model that nobody can plan for, a judge's: as in the rows that were asked."""
-    sampler, rate = made[0].sampler, left / asked
-    requests = round(len(made) * rate)
-    prompts = [(1.0, float(one.reply.usage.prompt_tokens or 0)) for one in made]
-    responses = [(1.0, float(response_tokens(one.reply))) for one in made]
-    prompt = scaled(prompts, requests, requests).within(0, _doubled(prompts, requests))
-    response = scaled(responses, requests, requests).within(0, _doubled(responses, requests))
-    share = _cached_share(made)
-    cost = _stated(made, requests, prices) or _priced(sampler, prompt, response, share, prices)
+    sampler, requests = made[0].sampler, round(len(made) * left / asked)
+    prompt = _bounded([one.prompt_tokens for one in made], requests)
+    response = _bounded([one.response_tokens for one in made], requests)
+    cost = _cost(sampler, prompt, response, made, prices, requests)
     source = f"as in the {asked} rows asked"
     return ModelLoad(sampler.model, requests, prompt, response, source, cost)
-
-
-def response_tokens(reply: Reply) -> int:
-    """Of all samples."""
-    return reply.response_tokens or 0
 
 
 def disk_bytes(
@@ -216,13 +183,14 @@ def disk_bytes(
     fixed, texts = 0.0, Span.exactly(0.0)
     for one, load in zip(planned, loads, strict=False):
         fixed += one.requests * _STORED + one.samples * _ROW
-        of_model = [each for each in made if each.sampler.identity == one.sampler.identity]
-        pairs = [(1.0, float(_text_bytes(each.reply))) for each in of_model]
+        of_model = [each.reply for each in made if each.sampler.identity == one.sampler.identity]
+        sizes = [sum(len(sample.text.encode()) for sample in each.samples) for each in of_model]
         bound = one.most_tokens * _BYTES_A_TOKEN[1]
-        if pairs:
-            texts += scaled(pairs, one.requests, one.requests).within(0, bound)
-        else:
-            texts += Span(load.response.low, None, bound)
+        texts += (
+            _each(sizes, one.requests).within(0, bound)
+            if sizes
+            else Span(load.response.low, None, bound)
+        )
     expected = None if texts.expected is None else fixed + 3 * texts.expected
     return Span(fixed + 3 * texts.low, expected, fixed + 3 * texts.high)
 
@@ -243,37 +211,38 @@ def token_counter(sampler: Sampler) -> Callable[[Sequence[Message]], int] | None
     return count
 
 
-def _text_bytes(reply: Reply) -> int:
-    return sum(len(sample.text.encode()) for sample in reply.samples)
+def _each(amounts: Sequence[float], requests: int) -> Span:
+    """What requests come to, from the amounts of some."""
+    return scaled([(1.0, float(amount)) for amount in amounts], requests, requests)
 
 
-def _doubled(pairs: Sequence[tuple[float, float]], requests: int) -> float:
-    return 2 * requests * max(amount for _, amount in pairs)
+def _bounded(amounts: Sequence[float], requests: int) -> Span:
+    """The same, with at most twice the largest amount for each."""
+    return _each(amounts, requests).within(0, 2 * requests * max(amounts))
 
 
-def _cached_share(made: Sequence[SampledRequest]) -> float | None:
-    tokens = sum(one.reply.usage.prompt_tokens or 0 for one in made)
-    return sum(one.reply.usage.cached_tokens for one in made) / tokens if tokens else None
-
-
-def _stated(made: Sequence[SampledRequest], requests: int, prices: Prices | None) -> Span | None:
-    """What a provider that states its costs will take, where that is in the prices' currency."""
-    costs = [one.reply.usage.cost for one in made]
-    if not costs or None in costs or (prices is not None and prices.currency != "USD"):
-        return None
-    pairs = [(1.0, float(cost or 0)) for cost in costs]
-    return scaled(pairs, requests, requests).within(0, _doubled(pairs, requests))
-
-
-def _priced(
-    sampler: Sampler, prompt: Span, response: Span, cached: float | None, prices: Prices | None
+def _cost(  # noqa: PLR0913 (of one model, all that its cost depends on)
+    sampler: Sampler,
+    prompt: Span,
+    response: Span,
+    made: Sequence[SampledRequest],
+    prices: Prices | None,
+    requests: int,
 ) -> Span | None:
-    """By the price file: everything from the cache at best, and nothing at worst."""
+    """As providers stated it for the requests made, else by the price file.
+
+    By that, everything comes from the cache at best, and nothing at worst.
+    """
+    stated = [one.reply.usage.cost for one in made]
+    costs = [cost for cost in stated if cost is not None]
+    if costs and len(costs) == len(stated) and (prices is None or prices.currency == "USD"):
+        return _bounded(costs, requests)
     if prices is None:
         return None
-    price = prices.of(sampler.identity)
-    expected = None
+    price, expected = prices.of(sampler.identity), None
     if prompt.expected is not None and response.expected is not None:
-        expected = price.of(prompt.expected, prompt.expected * (cached or 0), response.expected)
+        tokens = sum(one.prompt_tokens for one in made)
+        share = sum(one.reply.usage.cached_tokens for one in made) / tokens if tokens else 0
+        expected = price.of(prompt.expected, prompt.expected * share, response.expected)
     low = price.of(prompt.low, prompt.low, response.low)
     return Span(low, expected, price.of(prompt.high, 0, response.high))

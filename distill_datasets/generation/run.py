@@ -19,10 +19,15 @@ from distill_datasets.files import one_writer, replacing
 from distill_datasets.generation.batch_api import buy_in_batches
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient
-from distill_datasets.generation.ledger import JournaledRows, raw_answers
+from distill_datasets.generation.ledger import (
+    JournaledRows,
+    ask_again,
+    raw_answers,
+    reused,
+    take_over,
+)
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rejections import FirstRows
-from distill_datasets.generation.reuse import ask_again, reused, take_over
 from distill_datasets.generation.rows import ROWS_FILE, Tally, ask, finish
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
