@@ -9,6 +9,7 @@ import pytest
 from distill_datasets.cli.main import main
 from tests.conftest import edit
 from tests.support.openai_server import OpenAIServer, serving
+from tests.support.training_runs import ROWS, write
 
 
 @pytest.fixture
@@ -116,3 +117,17 @@ def test_a_student_that_can_not_be_trained_so_stops_a_run_before_anybody_is_aske
     assert run(recipe, tmp_path / "run", "--student", model, *flags) == 2
     assert expected in capsys.readouterr().err
     assert not server.asked
+
+
+def test_a_student_that_is_not_named_is_that_of_the_training_it_starts_from(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = write(tmp_path / "dataset", train=ROWS[:9])
+    train = ["train", str(dataset), "--max-steps", "1", "--no-internalisation"]
+    assert main([*train, "--out", str(tmp_path / "unnamed")]) == 2
+    assert "Name the student with --student" in capsys.readouterr().err
+    assert main([*train, "--student", model, "--out", str(tmp_path / "first")]) == 0
+    following = ["--from", str(tmp_path / "first"), "--out", str(tmp_path / "second")]
+    assert main([*train, *following]) == 0
+    config = json.loads((tmp_path / "second/config.json").read_text())
+    assert config["student"] == model
