@@ -7,7 +7,6 @@ nothing varies, a bootstrap alone would claim certainty.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,26 +20,11 @@ _CELLS = 4_000_000  # weights in memory at once: 32 MB
 _LEAST_FINITE = 0.975  # of the draws
 
 
-class Estimate(Protocol):
-    """A value with its interval; the difference of two over the same rows is paired."""
-
-    @property
-    def value(self) -> float:
-        """The number on the rows themselves."""
-        ...
-
-    def interval(self) -> dict[str, float]:
-        """`value`, `low` and `high`; the value alone where the rows can't tell its interval."""
-        ...
-
-    def __sub__(self, other: Any) -> "Estimate":
-        """By how much this one is greater, row by row."""
-        ...
-
-
 @dataclass(frozen=True)
 class Proportion:
-    """The share of rows that are 1 and not 0, with Wilson's interval.
+    """The share of rows that are 1 and not 0, or the `difference` of two shares of the same rows.
+
+    The rows of a difference are 1, 0 or -1. Intervals are by as many rows as the groups are worth.
 
     >>> Proportion([1, 1, 1, 0], ["a", "b", "c", "d"]).interval()["low"]
     0.3006...
@@ -48,6 +32,7 @@ class Proportion:
 
     rows: Sequence[float]
     groups: Sequence[str]
+    difference: bool = False
 
     def __post_init__(self) -> None:
         """Raises `DatasetError` for no rows."""
@@ -60,36 +45,19 @@ class Proportion:
         return float(np.mean(self.rows))
 
     def interval(self) -> dict[str, float]:
-        """By as many rows as the groups are worth."""
-        low, high = wilson(self.value, effective_rows(self.rows, self.groups))
+        """`value`, `low` and `high`."""
+        n = effective_rows(self.rows, self.groups)
+        if self.difference:
+            rows = np.asarray(self.rows)
+            low, high = paired(float((rows > 0).mean()), float((rows < 0).mean()), n)
+        else:
+            low, high = wilson(self.value, n)
         return {"value": self.value, "low": low, "high": high}
 
-    def __sub__(self, other: "Proportion") -> "ProportionDifference":
+    def __sub__(self, other: "Estimate") -> "Proportion":
         """Row by row."""
-        return ProportionDifference(np.subtract(self.rows, other.rows).tolist(), self.groups)
-
-
-@dataclass(frozen=True)
-class ProportionDifference:
-    """The difference of two shares of the same rows, each of which is 1, 0 or -1."""
-
-    rows: Sequence[float]
-    groups: Sequence[str]
-
-    @property
-    def value(self) -> float:
-        """The mean."""
-        return float(np.mean(self.rows))
-
-    def interval(self) -> dict[str, float]:
-        """By as many rows as the groups are worth."""
-        rows, n = np.asarray(self.rows), effective_rows(self.rows, self.groups)
-        up, down = float((rows > 0).mean()), float((rows < 0).mean())
-        low, high = paired(up, down, n)
-        return {"value": self.value, "low": low, "high": high}
-
-    def __sub__(self, other: "ProportionDifference") -> "ProportionDifference":
-        raise TypeError("a difference of differences is no difference of shares")
+        assert isinstance(other, Proportion)
+        return Proportion(np.subtract(self.rows, other.rows).tolist(), self.groups, True)
 
 
 @dataclass(frozen=True)
@@ -106,8 +74,9 @@ class Bootstrap:
     n: float | None = None
     difference: bool = False
 
-    def __sub__(self, other: "Bootstrap") -> "Bootstrap":
+    def __sub__(self, other: "Estimate") -> "Bootstrap":
         """Resample by resample."""
+        assert isinstance(other, Bootstrap)
         n = None if self.n is None or other.n is None else min(self.n, other.n)
         return Bootstrap(self.value - other.value, self.draws - other.draws, n, difference=True)
 
@@ -125,6 +94,9 @@ class Bootstrap:
             else:
                 low, high = wilson(min(max(self.value, 0.0), 1.0), self.n)
         return {"value": self.value, "low": low, "high": high}
+
+
+Estimate = Proportion | Bootstrap
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:

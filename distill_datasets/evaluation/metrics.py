@@ -39,9 +39,6 @@ _MOST_ROWS = 30  # so few are worth reading one by one
 
 
 class _Metric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
-    """A prediction is an answer; None or an empty text is none."""
-
-    meaning = ""
     compared = True
 
     def _info(self) -> evaluate.MetricInfo:
@@ -49,9 +46,9 @@ class _Metric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
         text = datasets.Value("large_string")
         columns = ("predictions", "references") if self.compared else ("predictions",)
         return evaluate.MetricInfo(
-            description=self.meaning,
+            description=self.__doc__,
             citation="",
-            inputs_description="Texts; None where there is no answer.",
+            inputs_description="Texts; None or an empty text where there is no answer.",
             features=datasets.Features(dict.fromkeys(columns, text)),
         )
 
@@ -59,9 +56,7 @@ class _Metric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
         alone = [str(row) for row in range(len(predictions))]
         return {self.name: self.estimate(predictions, references, alone).value}
 
-    def estimate(
-        self, predictions: Answers, references: Answers, groups: Sequence[str]
-    ) -> Estimate:
+    def estimate(self, found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:
         """The value with its interval."""
         raise NotImplementedError
 
@@ -69,31 +64,22 @@ class _Metric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
 class Accuracy(_Metric):
     """The share of rows whose prediction equals the reference; no answer is wrong."""
 
-    meaning = "Share of rows whose prediction equals the reference; no answer is wrong."
-
-    def estimate(  # noqa: D102
-        self, predictions: Answers, references: Answers, groups: Sequence[str]
-    ) -> Proportion:
-        pairs = zip(predictions, references, strict=True)
-        return Proportion([float(bool(found) and found == right) for found, right in pairs], groups)
+    def estimate(self, found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:  # noqa: D102
+        pairs = zip(found, right, strict=True)
+        return Proportion([float(bool(text) and text == known) for text, known in pairs], groups)
 
 
 class Agreement(Accuracy):
-    """Accuracy against another system's answers; where it gave none, nobody agrees."""
-
-    meaning = "Share of rows whose prediction equals the teacher's answer, where it gave one."
+    """Accuracy against the teacher's answers; where it gave none, nobody agrees."""
 
 
 class Answered(_Metric):
     """The share of rows with an answer, right or wrong."""
 
-    meaning = "Share of rows with an answer, right or wrong."
     compared = False
 
-    def estimate(  # noqa: D102
-        self, predictions: Answers, references: Answers, groups: Sequence[str]
-    ) -> Proportion:
-        return Proportion([float(bool(found)) for found in predictions], groups)
+    def estimate(self, found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:  # noqa: D102
+        return Proportion([float(bool(text)) for text in found], groups)
 
 
 class MacroF1(_Metric):
@@ -104,18 +90,14 @@ class MacroF1(_Metric):
     resample the classes are those that its own references hold.
     """
 
-    meaning = "Plain mean of F1 over the classes that occur in the references."
-
-    def estimate(  # noqa: D102
-        self, predictions: Answers, references: Answers, groups: Sequence[str]
-    ) -> Bootstrap:
-        classes = sorted({expected for expected in references if expected})
+    def estimate(self, found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:  # noqa: D102
+        classes = sorted({known for known in right if known})
         if not classes:
             raise DatasetError("macro_f1 needs references, and found none; use `agreement`.")
         place = {name: index for index, name in enumerate(classes)}
         other = len(classes)
-        truth = np.array([place.get(expected or "", other) for expected in references])
-        guess = np.array([place.get(found or "", other) for found in predictions])
+        truth = np.array([place.get(known or "", other) for known in right])
+        guess = np.array([place.get(text or "", other) for text in found])
         hits = np.where(truth == guess, truth, other)
 
         def macro_f1(weights: Floats) -> Floats:
@@ -138,7 +120,7 @@ def _totals(weights: Floats, codes: NDArray[np.int64], size: int) -> Floats:
     return np.stack([np.bincount(codes, row, minlength=size + 1)[:size] for row in weights])
 
 
-_OURS: dict[str, type[_Metric]] = {
+_OURS = {
     "accuracy": Accuracy,
     "macro_f1": MacroF1,
     "answered": Answered,
@@ -328,11 +310,10 @@ class Comparison:
     @cached_property
     def estimates(self) -> dict[str, dict[str, Estimate]]:
         """Each system's metrics; those that need references are absent where there are none."""
-        return {system: dict(self._estimates(system)) for system in self.answers}
+        return {system: self._estimates(answers) for system, answers in self.predictions.items()}
 
-    def _estimates(self, system: str) -> dict[str, Estimate]:
+    def _estimates(self, answers: Answers) -> dict[str, Estimate]:
         rows = self.labelled
-        answers = self.predictions[system]
         groups = [self.groups[row] for row in rows]
         given, right = ([texts[row] for row in rows] for texts in (answers, self.references))
         found: dict[str, Estimate] = {}

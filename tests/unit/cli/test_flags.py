@@ -3,7 +3,11 @@
 import argparse
 from dataclasses import fields
 
+import pytest
+
 from distill_datasets.cli.flags import add_settings, read_settings
+from distill_datasets.errors import SettingsError
+from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.settings import described
 from distill_datasets.training.settings import ObjectiveSettings, TrainSettings
 
@@ -51,3 +55,21 @@ def test_a_help_text_says_the_default() -> None:
     words = " ".join(parser.format_help().split())
     assert "--warmup-steps N linear warm-up steps (default: 0)" in words
     assert "(default: two, or as many as make 60 steps)" in words
+
+
+def test_a_metric_of_ones_own_may_be_given_several_times() -> None:
+    parser = argparse.ArgumentParser()
+    add_settings(parser, MeasureSettings)
+    given = parser.parse_args(["--metric", "own.py:Length", "--metric", "own.py:Rouge"])
+    settings = read_settings(given, MeasureSettings, split="edge")
+    assert settings == MeasureSettings("edge", metrics=("own.py:Length", "own.py:Rouge"))
+    assert read_settings(parser.parse_args([]), MeasureSettings) == MeasureSettings()
+    assert "--split" not in parser.format_help()
+
+
+@pytest.mark.parametrize(("flag", "value"), [("limit", 0), ("concurrency", 0), ("limit", -3)])
+def test_rows_and_requests_are_counted_from_one(flag: str, value: int) -> None:
+    parser = argparse.ArgumentParser()
+    add_settings(parser, MeasureSettings)
+    with pytest.raises(SettingsError, match=f"{flag} must be at least 1; found {value}"):
+        read_settings(parser.parse_args([f"--{flag}", str(value)]), MeasureSettings)
