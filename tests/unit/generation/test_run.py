@@ -1,10 +1,6 @@
 import asyncio
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,24 +106,6 @@ def test_a_second_run_asks_nothing(recipe: Recipe, tmp_path: Path) -> None:
     second = generate(recipe, teacher=teacher, out=tmp_path / "run")
     assert teacher.calls == 0
     assert second.rows.to_dict() == first.rows.to_dict()
-
-
-_AGAIN = """
-import sys
-from pathlib import Path
-from distill_datasets.generation.run import generate
-from distill_datasets.models.sampler import Echo
-
-made = generate(Path(sys.argv[1]), teacher=Echo(), out=Path(sys.argv[2]))
-print(made.kept, dict(made.rejected), made.errors, "datasets" in sys.modules)
-"""
-
-
-def test_a_finished_run_is_known_by_its_summary_alone(recipe_folder: Path, tmp_path: Path) -> None:
-    made = generate(recipe_folder, teacher=Echo(), out=tmp_path / "run")
-    command = [sys.executable, "-c", _AGAIN, recipe_folder, tmp_path / "run"]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert said.strip() == f"{made.kept} {dict(made.rejected)} 0 False"
 
 
 def test_what_was_edited_in_the_recipe_is_in_the_answers_folder_without_asking(
@@ -349,92 +327,6 @@ def test_an_output_folder_that_cannot_be_written_costs_nothing(
     with pytest.raises(OutputError, match="Can't write to"):
         generate(recipe, teacher=teacher, out=tmp_path / "file" / "run")
     assert teacher.calls == []
-
-
-_KILLED = """
-import asyncio, sys
-from pathlib import Path
-from distill_datasets import GenerateSettings, generate
-from distill_datasets.models.sampler import Echo
-
-SETTINGS = GenerateSettings(concurrency=4)
-
-class Slow(Echo):
-    async def sample(self, messages, sampling):
-        if self.calls == 150:
-            print("half", flush=True)
-            await asyncio.Event().wait()
-        return await super().sample(messages, sampling)
-
-generate(Path(sys.argv[1]), teacher=Slow(), out=Path(sys.argv[2]), settings=SETTINGS)
-"""
-
-
-def test_after_kill_9_only_the_requests_in_flight_are_asked_again(
-    recipe_folder: Path, tmp_path: Path
-) -> None:
-    recipe = many(recipe_folder, 300)
-    arguments = [sys.executable, "-c", _KILLED, str(recipe_folder), str(tmp_path / "run")]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "half\n"
-        os.kill(process.pid, signal.SIGKILL)
-    with Journal(tmp_path / "run/journal.sqlite") as journal:
-        paid = len(journal)
-    assert 140 <= paid <= 150
-    teacher = Echo()
-    made = generate(recipe, teacher=teacher, out=tmp_path / "run")
-    assert teacher.calls == 300 - paid
-    assert made.kept == 300
-    with Journal(tmp_path / "run/journal.sqlite") as journal:
-        assert {times for _, times in journal} == {1}
-
-
-_INTERRUPTED = """
-import asyncio, signal, sys
-from pathlib import Path
-from distill_datasets import GenerateSettings, generate
-from distill_datasets.models.sampler import Echo
-
-SETTINGS = GenerateSettings(concurrency=4)
-
-class Held(Echo):
-    said = False
-
-    async def sample(self, messages, sampling):
-        if self.calls == 150 and not self.said:
-            self.said = True
-            print("half", flush=True)
-        while self.calls >= 150 and not Path(sys.argv[3]).exists():
-            await asyncio.sleep(0.01)
-        return await super().sample(messages, sampling)
-
-def interrupt(number, frame):
-    print("caught", flush=True)
-    raise KeyboardInterrupt
-
-signal.signal(signal.SIGINT, interrupt)  # a parent in the background hands down a deaf ear
-generate(Path(sys.argv[1]), teacher=Held(), out=Path(sys.argv[2]), settings=SETTINGS)
-"""
-
-
-def test_ctrl_c_keeps_the_answers_in_flight(recipe_folder: Path, tmp_path: Path) -> None:
-    many(recipe_folder, 300)
-    paths = [str(recipe_folder), str(tmp_path / "run"), str(tmp_path / "go on")]
-    with subprocess.Popen(
-        [sys.executable, "-c", _INTERRUPTED, *paths],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.readline() == "half\n"
-        os.kill(process.pid, signal.SIGINT)
-        assert process.stdout.readline() == "caught\n"
-        (tmp_path / "go on").touch()
-        assert "KeyboardInterrupt" in process.stderr.read()
-    with Journal(tmp_path / "run/journal.sqlite") as journal:
-        assert 150 <= len(journal) < 300
 
 
 def _damage_rows(answers: Path) -> None:
