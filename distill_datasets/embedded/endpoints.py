@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -60,23 +60,24 @@ def _sequence(body: Body, name: str = "seq_id") -> int:
 # Sessions
 
 
-@routes.get("/api/v1/healthz")
-async def healthz(_: web.Request) -> web.Response:
-    """Say that the server is up."""
-    return web.json_response({"status": "ok"})
+def _answer_always(said: dict[str, str]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response(said)
+
+    return answer
 
 
-@routes.post("/api/v1/client/config")
-@routes.post("/api/v1/client/dynamic_config")
-async def client_config(_: web.Request) -> web.Response:
-    """Set the SDK's switches; the defaults are the simplest and fastest for loopback."""
-    return web.json_response({})
-
-
-@routes.post("/api/v1/telemetry")
-async def telemetry(_: web.Request) -> web.Response:
-    """Accept the SDK's events and drop them."""
-    return web.json_response({"status": "accepted"})
+# The client's switches stay at their defaults, the simplest and fastest for loopback; its events
+# are dropped; sessions live as long as the server.
+for _place, _said in {
+    "client/config": {},
+    "client/dynamic_config": {},
+    "telemetry": {"status": "accepted"},
+    "session_heartbeat": {"type": "session_heartbeat"},
+    "sessions/{session_id}/finish": {},
+}.items():
+    routes.post(f"/api/v1/{_place}")(_answer_always(_said))
+routes.get("/api/v1/healthz")(_answer_always({"status": "ok"}))
 
 
 @routes.get("/api/v1/get_server_capabilities")
@@ -104,18 +105,6 @@ async def create_session(request: web.Request) -> web.Response:
     session = Session(session_id, dict(section(body, "user_metadata")) or None, name)
     service.sessions.setdefault(session_id, session)
     return web.json_response({"type": "create_session", "session_id": session_id})
-
-
-@routes.post("/api/v1/session_heartbeat")
-async def heartbeat(_: web.Request) -> web.Response:
-    """Keep a session alive; sessions here live as long as the server."""
-    return web.json_response({"type": "session_heartbeat"})
-
-
-@routes.post("/api/v1/sessions/{session_id}/finish")
-async def finish_session(_: web.Request) -> web.Response:
-    """Take note that a client is done."""
-    return web.json_response({})
 
 
 @routes.get("/api/v1/sessions")

@@ -226,9 +226,9 @@ class SparseLayout:
 def _require_shape(shape: Sequence[Any], name: str) -> tuple[int, ...]:
     """A shape of one or two dimensions whose values fit into a request."""
     if not 1 <= len(shape) <= 2 or not all(type(one) is int and one >= 0 for one in shape):
+        found = ", ".join(map(shown, shape[:3]))
         raise InvalidRequestError(
-            f"expected {name} of shape (N,) or (N, K); found shape {shown(list(shape))[:200]} "
-            f"{[shown(one) for one in shape[:3]]}"
+            f"expected {name} of shape (N,) or (N, K); found {len(shape)} dimensions, ({found})"
         )
     if math.prod(shape) > MOST_VALUES:
         raise InvalidRequestError(

@@ -12,7 +12,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from distill_datasets.files import write_file
+
 from .corpus import Corpus, LabelledQuery, QuerySource, load_corpus, recipe_queries, split_corpus
 from .evaluate import evaluate
-from .network import Muon, Network, Shape, Tokens
+from .network import Network, Shape, Tokens
 from .prompts import (
     CONTROL_TOKENS,
     END_OF_TEXT,
@@ -306,24 +308,6 @@ COPY_SHARES = ((0.25, 0.25), (0.5, 0.1), (1.0, 0.04))
 REPORT_EVERY = 50
 
 
-@dataclass
-class LossMeter:
-    """Counts of a training run, and a running mean of the loss by kind of group."""
-
-    steps: int = 0
-    cpu_seconds: float = 0.0
-    losses: dict[str, float] = field(default_factory=dict)
-
-    def note(self, kind: str, loss: float) -> None:
-        """Fold the loss of one group into the running mean of its kind."""
-        self.losses[kind] = 0.97 * self.losses.get(kind, loss) + 0.03 * loss
-
-    def line(self) -> str:
-        """Return one line of progress for people."""
-        losses = "  ".join(f"{kind} {loss:.3f}" for kind, loss in sorted(self.losses.items()))
-        return f"step {self.steps}  {self.cpu_seconds / 60:.1f} CPU min  {losses}"
-
-
 def learning_rate(share: float, step: int) -> float:
     """Return the rate at a share of the budget: warm-up, a plateau, then a line downwards."""
     decay = max(FINAL_RATE, (1 - share) / (1 - STABLE_SHARE)) if share > STABLE_SHARE else 1.0
@@ -331,35 +315,30 @@ def learning_rate(share: float, step: int) -> float:
 
 
 def train(
-    network: Network,
-    source: BatchSource,
-    *,
-    cpu_seconds: float,
-    report: Callable[[str], None],
-) -> LossMeter:
-    """Train until the process has used `cpu_seconds` more."""
+    network: Network, source: BatchSource, *, cpu_seconds: float, report: Callable[[str], None]
+) -> int:
+    """Train until the process has used `cpu_seconds` more; the number of steps."""
     matrices, others = _parameters(network)
-    muon = Muon(matrices)
+    muon = torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
-    progress = LossMeter()
-    start = time.process_time()
-    while (share := progress.cpu_seconds / cpu_seconds) < 1:
-        rate = learning_rate(share, progress.steps)
+    means: dict[str, float] = {}
+    start, step = time.process_time(), 0
+    while (share := (time.process_time() - start) / cpu_seconds) < 1:
         copying = next(copy for end, copy in COPY_SHARES if share < end)
         batch = source.draw(FIRST_SIZES if share < BRIEF_SHARE else LATER_SIZES, copying=copying)
         losses = _backward(network, batch)
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        adam.param_groups[0]["lr"] = rate
-        adam.step()
-        muon.step(rate)
-        adam.zero_grad(set_to_none=True)
+        for optimizer in (adam, muon):
+            optimizer.param_groups[0]["lr"] = learning_rate(share, step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
         for kind, loss in zip(batch.kinds, losses, strict=True):
-            progress.note(kind, loss)
-        progress.steps += 1
-        progress.cpu_seconds = time.process_time() - start
-        if progress.steps % REPORT_EVERY == 0:
-            report(progress.line())
-    return progress
+            means[kind] = 0.97 * means.get(kind, loss) + 0.03 * loss
+        if step % REPORT_EVERY == 0:
+            told = "  ".join(f"{kind} {loss:.3f}" for kind, loss in sorted(means.items()))
+            report(f"step {step}  {share:.0%} of the time  {told}")
+    return step
 
 
 def _parameters(network: Network) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -420,26 +399,24 @@ def build(out: Path, *, cpu_minutes: float, seed: int) -> None:
     queries = QuerySource(training_corpus, forbidden=recipe_queries(), seed=seed + 1)
     network = Network(Shape(vocabulary=len(tokenizer)))
     _report(f"{len(list(corpus.lines()))} texts, {len(tokenizer)} tokens; training starts")
-    progress = train(
+    steps = train(
         network,
         BatchSource(tokenizer, queries, seed=seed + 2),
         cpu_seconds=cpu_minutes * 60 - time.process_time(),
         report=_report,
     )
-    _report(f"trained {progress.steps} steps in {time.process_time() / 60:.1f} CPU minutes in all")
+    _report(f"trained {steps} steps in {time.process_time() / 60:.1f} CPU minutes in all")
     save(network, tokenizer, out)
 
 
 def save(network: Network, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write a model folder that transformers loads; each file appears complete or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
     model = as_transformers(network, tokenizer).half()
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for path in sorted(Path(folder).iterdir()):
-            path.chmod(0o644)  # safetensors writes files that only their owner may read
-            path.replace(out / path.name)
+            write_file(out / path.name, path.read_bytes())
 
 
 def as_transformers(network: Network, tokenizer: PreTrainedTokenizerFast) -> Any:

@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
 
-from .prompts import OTHER, label_of
+from .prompts import OTHER, label_of, phrases
 
 OWN_SENTENCES = Path(__file__).parent / "corpus"
 DEV_SHARE = 0.05
@@ -238,20 +238,7 @@ NAMES = (
     "Samsung Netflix Carlos Ahmed Yuki Ivan Elena Nguyen Smith Müller García Dubois Yılmaz WhatsApp"
 )
 EMOJIS = "😀 😂 🙏 🎉 👍 ❤️ 🔥 😭"
-CODE_FRAMES = (
-    'print("{}")',
-    "# {}\nx = x + 1",
-    "// {}",
-    "total += n;  // {}",
-    "/* {} */ int main() {{ return 0; }}",
-    "const message = '{}';",
-    'System.out.println("{}");',
-    "def run(): return '{}'",
-    '{{"text": "{}"}}',
-    "<p>{}</p>",
-    "raise ValueError('{}')",
-    "if ok: say('{}')",
-)
+CODE_FRAMES = phrases("code_frames")
 
 
 @dataclass(frozen=True)

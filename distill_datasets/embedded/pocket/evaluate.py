@@ -62,23 +62,6 @@ EDGE_GOLD = (
 TUTORIAL_LINES = (1, *range(3, 10), *range(12, 16))
 
 
-@dataclass(frozen=True)
-class Score:
-    """Shares of right and of well-formed answers."""
-
-    accuracy: float
-    well_formed: float
-    count: int
-
-    def numbers(self) -> dict[str, float]:
-        """Return the score for JSON."""
-        return {
-            "accuracy": round(self.accuracy, 4),
-            "well_formed": round(self.well_formed, 4),
-            "count": self.count,
-        }
-
-
 def recipe_gold() -> list[str]:
     """Return the label of every recipe query, by its position and the prompts' rules."""
     cycle = [label_of(CYCLE[place % len(CYCLE)]) for place in range(CYCLED)]
@@ -87,14 +70,15 @@ def recipe_gold() -> list[str]:
     return cycle + EDGE_GOLD
 
 
-def score(replies: Sequence[str], gold: Sequence[str], format: Format) -> Score:
-    """Compare answers with the gold labels, written in a format."""
+def score(replies: Sequence[str], gold: Sequence[str], format: Format) -> dict[str, float]:
+    """The shares of right and of well-formed answers, by gold labels written in a format."""
     allowed = {format.answer(label) + TURN_END for label in LABELS}
     right = sum(
         reply == format.answer(label) + TURN_END for reply, label in zip(replies, gold, strict=True)
     )
-    formed = sum(reply in allowed for reply in replies)
-    return Score(right / len(gold), formed / len(gold), len(gold))
+    formed, count = sum(reply in allowed for reply in replies), len(gold)
+    shares = {"accuracy": round(right / count, 4), "well_formed": round(formed / count, 4)}
+    return {**shares, "count": count}
 
 
 ROWS = 64
@@ -347,8 +331,8 @@ def _long_prompt(pocket: PocketModel) -> dict[str, object]:
     queries, gold = recipe_queries(), recipe_gold()
     replies = answer(pocket, system_frame(recipe_prompt("language_id")), queries)
     result: dict[str, object] = {
-        "lines 1-2000": score(replies[:CYCLED], gold[:CYCLED], FINAL).numbers(),
-        "edge lines 2001-2100": score(replies[CYCLED:], gold[CYCLED:], FINAL).numbers(),
+        "lines 1-2000": score(replies[:CYCLED], gold[:CYCLED], FINAL),
+        "edge lines 2001-2100": score(replies[CYCLED:], gold[CYCLED:], FINAL),
     }
     for slot, language in enumerate(CYCLE):
         places = range(slot, CYCLED, len(CYCLE))
@@ -371,7 +355,7 @@ def _tutorial_prompt(pocket: PocketModel) -> dict[str, object]:
     right = sum(replies[place] == FINAL.answer(gold[place]) + TURN_END for place in places)
     return {
         "tutorial sentences": f"{right} of {len(places)}",
-        "lines 1-2000": score(replies[:CYCLED], gold[:CYCLED], FINAL).numbers(),
+        "lines 1-2000": score(replies[:CYCLED], gold[:CYCLED], FINAL),
     }
 
 
@@ -380,7 +364,7 @@ def _measure(
 ) -> dict[str, float]:
     """Score every n-th recipe query; n should not share a factor with the cycle of 15."""
     queries, gold = recipe_queries()[first:CYCLED:every], recipe_gold()[first:CYCLED:every]
-    return score(answer(pocket, frame, queries, max_tokens=16), gold, format).numbers()
+    return score(answer(pocket, frame, queries, max_tokens=16), gold, format)
 
 
 def _placements(pocket: PocketModel) -> dict[str, object]:
@@ -462,7 +446,7 @@ def _own_held_out(pocket: PocketModel) -> dict[str, object]:
     for language, texts in dev.items():
         label = label_of(language)
         replies = answer(pocket, frame, texts)
-        result[language] = score(replies, [label] * len(texts), FINAL).numbers()
+        result[language] = score(replies, [label] * len(texts), FINAL)
     return result
 
 
