@@ -1,16 +1,19 @@
-"""Secrets in text: a scanner that knows the keys of several hundred services, and two rules more.
+"""Secrets in text: a scanner that knows the keys of several hundred services, and a few rules more.
 
 The scanner is Kingfisher, run on a private temporary file: it validates nothing, asks for no
-update and opens no connection.
+update and opens no connection. The rules find what it leaves out, and the values of this
+machine's own keys.
 """
 
 import json
 import math
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from distill_datasets.errors import ScreeningError
@@ -25,7 +28,30 @@ _OPTIONS = (
 _CLEAN, _FOUND = (0,), (200, 205)  # its exit codes
 _NOT_IN_KEYS = bytes.maketrans(b"()[]{}<>*|,!?", b" " * 13)
 _SENTENCE_END = re.compile(rb"\.(?=\s|\Z)|(?<=[\w-]{16}):(?=\s)")
-_TINKER_KEY = re.compile(r"tml-[A-Za-z0-9_-]{24,}")
+# Values that have a shape of their own, wherever they stand.
+_SHAPES = {
+    "tinker-api-key": r"tml-[A-Za-z0-9_-]{24,}",
+    "aws-access-key-id": r"A(?<![A-Za-z0-9]A)(?:KIA|SIA)[A-Z0-9]{16}(?![A-Za-z0-9])",
+    "telegram-bot-token": r"(?<![\w:/-])\d{8,10}:[A-Za-z0-9_-]{35}(?![\w-])",
+    "discord-webhook": r"discord(?:app)?\.com/api/(?:v\d+/)?webhooks/\d{15,21}/[\w-]{30,}",
+}
+_URL_USER = re.compile(r"(?<=://)[^\s/:@'\"<>{}$*]{1,80}:[^\s/:@'\"<>{}$*]{3,200}(?=@\w)")
+_AUTHORIZATION = re.compile(
+    r"authorization[\"'`]?\s{0,3}[:=]\s{0,3}[\"'`]?(?:bearer|basic|token)\s{1,3}"
+    r"([A-Za-z0-9._~+/=-]{8,2000})",
+    re.ASCII | re.IGNORECASE,
+)
+_PASSWORD = re.compile(
+    r"(?:pass(?:word|wort|wd|phrase)|contraseña|mot de passe)[\"'`*]{0,3}"
+    r"\s{0,3}(?:is\s{1,3}|ist\s{1,3}|=>|:=|[:=])\s{0,3}[\"'`]?([^\s\"'`<>{}()$,;|]{6,100})",
+    re.IGNORECASE,
+)
+_PLACEHOLDER = re.compile(
+    r"your|example|placeholder|change.?me|redacted|secret|user(?:name)?:pass|x{4}|\*{3}|\.{3}", re.I
+)
+# The names of keys in the environment, and how long a value is at least.
+_OWN_KEYS = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
+_OWN_LENGTH = 8
 # A value is only suspicious behind a word such as these; long random names are common elsewhere.
 _ASSIGNED = re.compile(
     r"(?:api[_-]?key|access[_-]?key|secret|token|passw(?:or)?d|passwd|credentials?)[\w-]{0,20}"
@@ -52,11 +78,28 @@ def scanned(text: str) -> Iterator[tuple[str, int, str]]:
 
 def matched(text: str) -> Iterator[tuple[str, int, str]]:
     """Rule, offset and value of what the scanner leaves out."""
-    for found in _TINKER_KEY.finditer(text):
-        yield "tinker-api-key", found.start(), found[0]
-    for found in _ASSIGNED.finditer(text):
-        if _is_random(found[1]):
-            yield "assigned-secret", found.start(1), found[1]
+    for rule, pattern, likely in _RULES:
+        for found in pattern.finditer(text):
+            group = pattern.groups
+            value = found[group].rstrip(".:!?") if rule == "password" else found[group]
+            if likely(value):
+                yield rule, found.start(group), value
+
+
+def own_keys() -> dict[str, str]:
+    """The keys that this machine uses, by where they come from.
+
+    That is the environment's variables whose names say so, and the Hub's token.
+    """
+    from huggingface_hub import get_token
+
+    found = {name: value for name, value in os.environ.items() if _OWN_KEYS.search(name)}
+    token = None
+    with suppress(ValueError, OSError):
+        token = get_token()
+    found |= {"the Hub's token": token} if token else {}
+    trimmed = {name: value.strip().strip("\"'“”‘’") for name, value in found.items()}
+    return {name: value for name, value in trimmed.items() if len(value) >= _OWN_LENGTH}
 
 
 def _without_prose(text: str) -> bytes:
@@ -89,6 +132,12 @@ def _scan(file: Path) -> str:
     return run.stdout
 
 
+def _is_unlike_words(value: str) -> bool:
+    """Whether a value is more than letters and hyphens, and no stand-in for one."""
+    mixed = re.search(r"[A-Za-z]", value) and re.search(r"[^A-Za-z_-]", value)
+    return bool(mixed) and not _PLACEHOLDER.search(value)
+
+
 def _is_random(value: str) -> bool:
     """Whether one part of a value mixes small letters, capitals and digits as no word does."""
     return any(
@@ -102,3 +151,16 @@ def _is_random(value: str) -> bool:
 def _bits(text: str) -> float:
     shares = [count / len(text) for count in Counter(text).values()]
     return -sum(share * math.log2(share) for share in shares)
+
+
+def _is_password(value: str) -> bool:
+    return len(value) >= 6 and _is_unlike_words(value)
+
+
+_RULES: tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...] = (
+    *((rule, re.compile(shape, re.ASCII), lambda _: True) for rule, shape in _SHAPES.items()),
+    ("url-credentials", _URL_USER, lambda value: not _PLACEHOLDER.search(value)),
+    ("authorization-header", _AUTHORIZATION, _is_unlike_words),
+    ("password", _PASSWORD, _is_password),
+    ("assigned-secret", _ASSIGNED, _is_random),
+)

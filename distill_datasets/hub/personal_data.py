@@ -6,26 +6,57 @@ own: a checksum, a registry of number plans, a range of addresses.
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-KINDS = ("email", "phone", "card", "iban", "ip")
+KINDS = ("email", "phone", "card", "iban", "ip", "ssn", "tax-id")
 
 # Without one of these signs no pattern below can match; most texts are done with here.
-_NUMBERS = re.compile(r"\d(?:[ \t.()/:-]{0,2}\d){5}|\d\.\d{1,3}\.\d|:[0-9a-fA-F]{0,4}:")
+_NUMBERS = re.compile(
+    r"\d(?:[ \t.()/:-]{0,2}\d){5}|\d\.\d{1,3}\.\d|:[0-9a-fA-F]{0,4}:|[A-Z]{6}\d\d[A-Z]"
+)
 
-# A domain that RFC 2606 and RFC 6761 keep for examples belongs to nobody.
+# A domain that RFC 2606 and RFC 6761 keep for examples belongs to nobody. What a colon and a path
+# follow is a place that git copies from.
 _EMAIL = re.compile(
     r"(?<![\w.%+-])[\w%+-][\w.%+-]{0,63}@(?!example\.)(?:[a-z0-9-]{1,63}\.){1,8}"
-    r"(?!(?:example|invalid|test|localhost|png|jpe?g|gif|svg|webp)\b)[a-z]{2,24}(?![\w-])",
+    r"(?!(?:example|invalid|test|localhost|png|jpe?g|gif|svg|webp)\b)[a-z]{2,24}"
+    r"(?![\w-]|:[\w~.-]+/)",
     re.ASCII | re.IGNORECASE,
 )
 _EXAMPLE_DOMAIN = re.compile(r"(?:@|\.)example\.(?:com|net|org)\Z", re.IGNORECASE)
 _INTERNATIONAL = re.compile(r"(?<![\w+])\+[1-9](?:[ \t().-]{0,2}\d){6,14}(?!\d)")
-# As they are written in North America; other national forms look like any other number.
 _NORTH_AMERICAN = re.compile(
     r"(?<![\w.+/-])(?:\([2-9]\d{2}\) ?|[2-9]\d{2}([-. ]))[2-9]\d{2}(?(1)\1|-)\d{4}(?![\w/-]|\.\d)"
+)
+# As they are written elsewhere: with a nought in front and in groups, or behind a word.
+_NATIONAL = re.compile(
+    r"(?<![\w.,+/:-])\(?0\d{1,5}\)?[ /.-]{1,2}\d{2,8}(?:[ .-]\d{1,5}){0,4}(?![\w/-]|[.,:]\d)"
+)
+_CALLED = re.compile(
+    r"(?:phone|mobile|cell|whatsapp|call(?: me| us)?(?: at| on)?|tel(?:e[fp]h?on[eo]?)?|handy"
+    r"|m[oó]vil|fax|ruf(?: an)?|t[eé]l[eé]phone)\.?"
+    r"(?: ?(?:no|nr|number|nummer|is|ist|es|est|:)\.?){0,2}[ \t]{0,2}"
+    r"(\(?\d(?:[ ./()-]{0,2}\d){7,12})(?![\w-]|[.,:]\d)",
+    re.IGNORECASE,
+)
+_DATE = re.compile(r"\d{1,4}[./-]\d{1,2}[./-]\d{1,4}(?:\D|\Z)")
+_REGIONS = (
+    "US",
+    "GB",
+    "DE",
+    "FR",
+    "ES",
+    "IT",
+    "NL",
+    "BE",
+    "AT",
+    "CH",
+    "IN",
+    "AU",
+    "BR",
+    "MX",
+    "JP",
 )
 _CARD = re.compile(
     r"(?<![\w.,+-])(?:\d{13,16}|\d{4}([ -])\d{4}\1\d{4}\1\d{4}|\d{4}([ -])\d{6}\2\d{5})"
@@ -37,12 +68,21 @@ _CARD_PLANS = re.compile(
     r"|3[47]\d{13}|(?:6011|64[4-9]\d|65\d\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}"
 )
 _IBAN = re.compile(r"(?<![A-Z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
-_IBAN_LENGTHS = (
-    "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DK18 DO28 "
-    "EE20 EG29 ES24 FI18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HR21 HU28 IE22 IL23 IQ23 IS26 "
-    "IT27 JO30 KW30 KZ20 LB28 LC32 LI21 LT20 LU20 LV21 LY25 MC27 MD24 ME22 MK19 MR27 MT31 MU30 "
-    "NL18 NO15 PK24 PL28 PS29 PT25 QA29 RO24 RS22 SA24 SC31 SE24 SI19 SK24 SM27 ST25 SV28 TL23 "
-    "TN24 TR26 UA29 VA22 VG24 XK20"
+# Tax and social insurance numbers whose shape says what they are, and those that need a word.
+_SSN = re.compile(r"(?<![\w.,-])\d{3}([- ])\d{2}\1\d{4}(?![\w-]|[.,]\d)")
+_CODICE_FISCALE = re.compile(r"(?<!\w)[A-Z]{6}\d{2}[A-Z]\d{2}[A-Z]\d{3}[A-Z](?!\w)")
+_DNI = re.compile(r"(?<![\w-])(?:\d{8}|[XYZ]-?\d{7})-?[A-Z](?![\w-])")
+_CPF = re.compile(r"(?<![\w.-])\d{3}\.\d{3}\.\d{3}-\d{2}(?![\w-])")
+_NINO = re.compile(r"(?<!\w)[A-CEGHJ-PR-TW-Z]{2}([ ]?)\d{2}\1\d{2}\1\d{2}\1[A-D](?!\w)")
+_TAX_WORD = (
+    r"(?:tax(?:payer)?[ -]?(?:id(?:entification)?|no|number|file number)|social security"
+    r"|steuer(?:liche)?[ -]?id\w*|steuer[ -]?(?:nr|nummer)|\bid[ -]?nr\b|num[eé]ro fiscal"
+    r"|\b(?:T[FI]N|EIN|PAN|SSN|ITIN|NIF|UTR|BSN|SIN|PESEL|CPF)\b)"
+)
+_NAMED_TAX_ID = re.compile(
+    _TAX_WORD + r"(?: ?(?:no|nr|number|nummer|is|ist|#|:|\()\.?){0,3}[ \t]{0,2}"
+    r"([A-Z]{0,5}\d(?:[ ./-]?\d){3,12}[A-Z]?)(?![\w-])",
+    re.IGNORECASE,
 )
 _IP4 = re.compile(r"(?<![\w.-])\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)", re.ASCII)
 _IP6 = re.compile(r"(?<![\w:.])[23][0-9a-f]{3}(?::[0-9a-f]{0,4}){3,7}(?![\w:])", re.IGNORECASE)
@@ -52,10 +92,13 @@ def personal_data(text: str) -> Iterator[tuple[str, int, str]]:
     """Kind, offset and value of everything found in a text."""
     if "@" not in text and not _NUMBERS.search(text):
         return
+    seen: set[int] = set()
     for kind, pattern, confirmed in _PATTERNS:
         for found in pattern.finditer(text):
-            if confirmed(found[0]):
-                yield kind, found.start(), found[0]
+            group = 1 if pattern in (_CALLED, _NAMED_TAX_ID) else 0
+            if found.end() not in seen and confirmed(found[group]):
+                seen.add(found.end())
+                yield kind, found.start(group), found[group]
 
 
 def _is_email(value: str) -> bool:
@@ -63,33 +106,62 @@ def _is_email(value: str) -> bool:
 
 
 def _is_phone(value: str) -> bool:
+    return _is_phone_of(value, (None if value.startswith("+") else "US",))
+
+
+def _is_national_phone(value: str) -> bool:
+    if _DATE.match(value) or (value.isdigit() and len(value) < 9):
+        return False
+    return _is_phone_of(value, _REGIONS)
+
+
+def _is_phone_of(value: str, regions: Sequence[str | None]) -> bool:
     import phonenumbers
 
-    try:
-        number = phonenumbers.parse(value, None if value.startswith("+") else "US")
-    except phonenumbers.NumberParseException:
-        return False
-    return bool(phonenumbers.is_valid_number(number))
+    for region in regions:
+        try:
+            if phonenumbers.is_valid_number(phonenumbers.parse(value, region)):
+                return True
+        except phonenumbers.NumberParseException:
+            continue
+    return False
 
 
 def _is_card(value: str) -> bool:
+    from stdnum import luhn
+
     digits = "".join(re.findall(r"\d", value))
-    if not _CARD_PLANS.fullmatch(digits):
-        return False
-    doubled = [int(digit) * (1 + place % 2) for place, digit in enumerate(reversed(digits))]
-    return sum(number - 9 * (number > 9) for number in doubled) % 10 == 0
+    return bool(_CARD_PLANS.fullmatch(digits) and luhn.is_valid(digits))
 
 
 def _is_iban(value: str) -> bool:
-    code = value.replace(" ", "")
-    if _iban_lengths().get(code[:2]) != len(code):
-        return False
-    return int("".join(str(int(sign, 36)) for sign in code[4:] + code[:4])) % 97 == 1
+    from stdnum import iban
+
+    return bool(iban.is_valid(value, check_country=False))
 
 
-@cache
-def _iban_lengths() -> dict[str, int]:
-    return {entry[:2]: int(entry[2:]) for entry in _IBAN_LENGTHS.split()}
+def _is_ssn(value: str) -> bool:
+    from stdnum.us import ssn
+
+    return bool(ssn.is_valid(value.replace(" ", "-")))
+
+
+def _is_codice_fiscale(value: str) -> bool:
+    from stdnum.it import codicefiscale
+
+    return bool(codicefiscale.is_valid(value))
+
+
+def _is_dni(value: str) -> bool:
+    from stdnum.es import dni, nie
+
+    return bool(dni.is_valid(value) or nie.is_valid(value))
+
+
+def _is_cpf(value: str) -> bool:
+    from stdnum.br import cpf
+
+    return bool(cpf.is_valid(value))
 
 
 def _is_public_ip(value: str) -> bool:
@@ -102,10 +174,27 @@ def _is_public_ip(value: str) -> bool:
     return address.is_global and not address.is_multicast and not small
 
 
+def _is_long(value: str) -> bool:
+    """What a word calls a tax number is one, if it is as long as they are."""
+    return len(re.findall(r"\w", value)) >= 8
+
+
+def _always(value: str) -> bool:
+    return True
+
+
 _PATTERNS: tuple[tuple[str, re.Pattern[str], Callable[[Any], bool]], ...] = (
     ("email", _EMAIL, _is_email),
+    ("ssn", _SSN, _is_ssn),
+    ("tax-id", _CPF, _is_cpf),
+    ("tax-id", _CODICE_FISCALE, _is_codice_fiscale),
+    ("tax-id", _DNI, _is_dni),
+    ("tax-id", _NINO, _always),
+    ("tax-id", _NAMED_TAX_ID, _is_long),
     ("phone", _INTERNATIONAL, _is_phone),
     ("phone", _NORTH_AMERICAN, _is_phone),
+    ("phone", _NATIONAL, _is_national_phone),
+    ("phone", _CALLED, _is_national_phone),
     ("card", _CARD, _is_card),
     ("iban", _IBAN, _is_iban),
     ("ip", _IP4, _is_public_ip),

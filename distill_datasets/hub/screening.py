@@ -115,6 +115,7 @@ class _Found:
 
     _findings: dict[str, Finding] = field(default_factory=dict)
     _distinct: Counter[str] = field(default_factory=Counter)
+    _own: dict[str, str] = field(default_factory=credentials.own_keys)
 
     def add(self, page: Sequence[_Text]) -> None:
         """Look through some texts."""
@@ -126,6 +127,13 @@ class _Found:
         for kind, sign, value in credentials.matched(text):
             place = bisect_right(by_sign, sign) - 1
             self._note(kind, value, page[place].where_of(sign - by_sign[place]))
+        for name, value in self._own.items():
+            sign = text.find(value)
+            while sign >= 0:
+                place = bisect_right(by_sign, sign) - 1
+                where = page[place].where_of(sign - by_sign[place])
+                self._note(f"the value of {name}", value, where)
+                sign = text.find(value, sign + len(value))
         for part in page:
             for kind, sign, value in personal.personal_data(part.text):
                 self._note(kind, value, part.where_of(sign))

@@ -99,6 +99,16 @@ def test_no_finding_shows_the_value(tmp_path: Path) -> None:
         f"api_key: {invented('', 32)}",
         f"aws_secret_access_key = {invented('', 40)}",
         f'{{"client_secret": "{invented("", 24)}"}}',
+        f"id {invented('AKIA', 16, string.ascii_uppercase + string.digits)} alone",
+        f"bot 123456789:{invented('AA', 33)}, say",
+        f"Authorization: Bearer {invented('', 24)}",
+        f'{{"authorization": "Basic {invented("", 20)}=="}}',
+        f"https://discord.com/api/webhooks/123456789012345678/{invented('', 68)}",
+        f"https://discordapp.com/api/v10/webhooks/123456789012345678/{invented('', 68)}",
+        "password: hunter2!",
+        "My password is Tr0ub4dor&3.",
+        '"Passwort": "Sommer2024"',
+        f"postgres://ann:{invented('', 12)}@db.host.net:5432/x",
     ],
 )
 def test_what_the_scanner_leaves_out_is_found_too(text: str) -> None:
@@ -113,6 +123,20 @@ def test_what_the_scanner_leaves_out_is_found_too(text: str) -> None:
         ("phone", "Ruf an: +49 30 901820"),
         ("phone", "call (415) 703-9123 or don't"),
         ("phone", "call 415-703-9123"),
+        ("phone", "Büro 030 901820-0, danke"),
+        ("phone", "ring 020 7946 0958 today"),
+        ("phone", "06 12 34 56 78"),
+        ("phone", "Telefon: 089/9980000"),
+        ("phone", "mi móvil es 612 34 56 78"),
+        ("phone", "WhatsApp 98765 43210"),
+        ("ssn", "my number is 536-90-4399"),
+        ("tax-id", "SSN: 536904399"),
+        ("tax-id", "Steuer-ID 36 574 261 809"),
+        ("tax-id", "EIN 91-1144442"),
+        ("tax-id", "CPF 390.533.447-05"),
+        ("tax-id", "54362315K"),
+        ("tax-id", "RCCMNL83S18D969H"),
+        ("tax-id", "NI number AB 12 34 56 C"),
         ("card", "4111 1111 1111 1111"),
         ("card", "paid with 378282246310005 today"),
         ("iban", "DE89 3704 0044 0532 0130 00"),
@@ -137,11 +161,36 @@ def test_personal_data_is_found(kind: str, text: str) -> None:
         "password: correct-horse-battery-staple, token = step-000057, api_key: YOUR_API_KEY_HERE",
         "secret: BERT-base-uncased-2019, Token: الجملة, contraseña: ninguna",
         "वह १८८० में पैदा हुआ, ३०४५६७८९०१२, 电话号码是保密的",
+        "git clone git@github.com:org/repo.git, ssh://git@host:22/x, https://user@host/x",
+        "On 01.02.2024 and 03-04-2024 at 07:30, 05/06/2024 12:00, ISBN 0-306-40615-2",
+        "password: required, Password: ********, password: your_password1, password: string",
+        "Authorization: Bearer $TOKEN, authorization: Bearer <token>, Authorization: Basic your-1",
+        "http://user:pass@example, AKIA is a prefix, 12:30, ratio 123456789:short",
+        "the tax number is secret, a phone call at 10, call 12345678 times, 000-12-3456, 12345678A",
     ],
 )
 def test_ordinary_text_raises_nothing(text: str) -> None:
     assert not list(personal_data(text))
     assert not list(matched(text))
+
+
+def test_the_machines_own_keys_are_found_whatever_they_look_like(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"OPENAI_API_KEY": "team-llm-gateway\r", "SOME_SERVICE_SECRET": "“open sesame”"}
+    for name, value in {**keys, "SHORT_TOKEN": "abc", "HOME_PAGE": "not-a-key"}.items():
+        monkeypatch.setenv(name, value)
+    said = "Incorrect API key provided: team-llm-gateway. abc, not-a-key, open sesame!"
+    place = release(tmp_path / "release", id=["a"], error=[{"type": "x", "message": said}])
+    findings = screen(place)
+    assert [one.kind for one in findings] == [
+        "the value of OPENAI_API_KEY",
+        "the value of SOME_SERVICE_SECRET",
+    ]
+    assert all(one.secret and "row a, column error" in one.where for one in findings)
+    with pytest.raises(ScreeningError) as raised:
+        require_clean(findings)
+    assert "team-llm" not in str(raised.value) and "sesame" not in str(raised.value)
 
 
 def test_real_sentences_in_fifteen_languages_raise_nothing(tmp_path: Path) -> None:
