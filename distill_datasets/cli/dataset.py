@@ -178,9 +178,19 @@ def publish(options: argparse.Namespace) -> None:
                 f"`distill-datasets push {run} me/student`."
             )
     runs = options.run[0] if len(options.run) == 1 else options.run
-    release = make_release(runs, out=options.out, version=options.version, ledger=options.ledger)
+    release = make_release(
+        runs,
+        out=options.out,
+        version=options.version,
+        ledger=options.ledger,
+        prompt=options.prompt,
+    )
     if options.push_to_hub is None:
         return
+    from distill_datasets.releases.push import outgoing_text
+
+    seen = {"config": options.config, "private": options.private}
+    print(outgoing_text(release.path, options.push_to_hub, **seen))
     confirm_push(str(release.path), options.push_to_hub, options)
     pushed = release.push_to_hub(
         options.push_to_hub,
@@ -202,6 +212,8 @@ def make_release(run: Any, **how: Any) -> "Release":
     release = write(run, **how)
     splits = ", ".join(f"{rows} {split}" for split, rows in release.splits.items())
     print(f"release {release.version}: {splits}; {release.rejected} rejected ({release.path})")
+    for warning in release.warnings:
+        print(f"publish: warning: {warning}", file=sys.stderr)
     return release
 
 
@@ -309,6 +321,12 @@ def add_publish(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--no-ledger", dest="ledger", action="store_false", help="leave the raw answers out"
+    )
+    parser.add_argument(
+        "--no-prompt",
+        dest="prompt",
+        action="store_false",
+        help="leave the prompt's text out: nobody can make the release again from itself",
     )
     hub = parser.add_argument_group("the Hub")
     hub.add_argument(

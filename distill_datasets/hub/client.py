@@ -168,9 +168,13 @@ def require_token() -> None:
 
 @contextmanager
 def explained(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turns the client's exceptions into ours, which say what to do."""
+    """Turns the client's exceptions into ours, which say what to do and show no secret.
+
+    A token that no request could carry is refused first.
+    """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 
+    _check_token()
     try:
         yield
     except DistillError:
@@ -189,11 +193,30 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
         raise _local(error, repo, revision) from error
 
 
+def _check_token() -> None:
+    from huggingface_hub import get_token
+
+    if not re.fullmatch(r"[!-~]*", get_token() or ""):
+        raise RepositoryError(
+            "The Hub token holds signs that no token has, such as blanks or curly quotes: set "
+            "HF_TOKEN again to the bare token, or run `hf auth login`."
+        )
+
+
 def endpoint() -> str:
-    """The Hub's address: HF_ENDPOINT as it was when the client was imported."""
+    """The Hub's address to be shown: HF_ENDPOINT as it was when the client was imported."""
     from huggingface_hub import constants
 
-    return str(constants.ENDPOINT)
+    return _shown(constants.ENDPOINT)
+
+
+def _shown(text: object) -> str:
+    """A text without the token, and without the user in an address."""
+    from huggingface_hub import get_token
+
+    bare = re.sub(r"://[^\s/@]+@", "://", str(text))
+    token = get_token()
+    return bare.replace(token, "(the token)") if token else bare
 
 
 def no_token() -> str:
@@ -270,7 +293,7 @@ def _refused(error: "HfHubHTTPError", repo: str, revision: str | None) -> HubErr
         RevisionNotFoundError,
     )
 
-    said = error.server_message or f"status {error.response.status_code}"
+    said = _shown(error.server_message or f"status {error.response.status_code}")
     if isinstance(error, GatedRepoError):
         return RepositoryError(
             f"{repo!r} is gated: accept its terms at {endpoint()}, then try again."
@@ -351,14 +374,14 @@ def _unreached(error: BaseException, repo: str) -> HubError:
     if str(error).endswith("Hub is not supported") or "xet" in str(error).lower():
         return HubError(_xet(error, repo))
     return HubError(
-        f"Can't reach {endpoint()} for {repo!r}: {error}. Check the network and HF_ENDPOINT, "
-        "then run the same again: what was uploaded is not uploaded twice."
+        f"Can't reach {endpoint()} for {repo!r}: {_shown(error)}. Check the network and "
+        "HF_ENDPOINT, then run the same again: what was uploaded is not uploaded twice."
     )
 
 
 def _xet(error: BaseException, repo: str) -> str:
     return (
-        f"The upload to {repo!r} through Xet failed: {error}. Run again with "
+        f"The upload to {repo!r} through Xet failed: {_shown(error)}. Run again with "
         "HF_HUB_DISABLE_XET=1, which uploads through LFS."
     )
 
@@ -369,8 +392,8 @@ def _local(error: OSError, repo: str, revision: str | None) -> HubError | Output
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         where = os.environ.get("HF_HOME", "~/.cache/huggingface")
         return OutputError(
-            f"Can't write the Hub's cache: {error}. Free some space, or set HF_HOME (now {where}) "
-            "to a folder with more."
+            f"Can't write the Hub's cache: {_shown(error)}. Free some space, or set HF_HOME "
+            f"(now {where}) to a folder with more."
         )
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         at = f" at {revision}" if revision else ""

@@ -4,7 +4,6 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,9 @@ from distill_datasets.hub.client import (
     require_token,
     wait_after,
 )
-from distill_datasets.hub.references import folder_of
+from distill_datasets.hub.references import folder_of, inside
 from distill_datasets.hub.screening import require_clean, screen
-from distill_datasets.parquet import read_batches
+from distill_datasets.parquet import open_parquet, read_batches
 from distill_datasets.recipes.loading import load_released_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.card_merge import LAYOUT, Halves, markers, read_card
@@ -50,6 +49,7 @@ from distill_datasets.releases.versions import (
     history,
     order,
 )
+from distill_datasets.tables import aligned
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd
@@ -125,22 +125,47 @@ def push_release(  # noqa: PLR0913 (where to, as what, who sees it, and what to 
     )
 
 
+def outgoing_text(
+    release: Path, repo: str, *, config: str = "default", private: bool = True
+) -> str:
+    """What `push_release` would send where, and who sees it: every file with its rows and columns.
+
+    Raises `DatasetError` as `push_release` does before it needs the network.
+    """
+    outgoing = _load(Path(release), repo, config, private)
+    rows = [["file", "rows", "size", "columns"]]
+    for name, path in outgoing.files.items():
+        shape = ["", ""]
+        if path.suffix == ".parquet":
+            file = open_parquet(path)
+            shape = [f"{file.metadata.num_rows:,}", ", ".join(file.schema_arrow.names)]
+        rows.append([folder_of(config) + name, shape[0], _size(path.stat().st_size), shape[1]])
+    total = sum(path.stat().st_size for path in outgoing.files.values())
+    prompt = "with the teacher's prompt" if outgoing.manifest.get("prompt", True) else "no prompt"
+    seen = "private: its owners see it" if private else "public: everybody sees it"
+    return (
+        f"{repo} ({seen}) gets {len(outgoing.files)} files of {_size(total)}, {prompt}, and "
+        f"{MANIFEST} and {README}:\n{aligned(rows)}"
+    )
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 100_000 else f"{size / 1e3:,.1f} kB"
+
+
 @dataclass(frozen=True)
 class _Outgoing:
-    """A release on its way to `repo`, where it will be called `config`."""
+    """A release on its way to `repo`, where it will be called `config`.
+
+    `files` are all but manifest, card and hidden files, by their names in the release.
+    """
 
     release: Path
     repo: str
     config: str
     manifest: Mapping[str, Any]
     recipe: Recipe
-
-    @cached_property
-    def files(self) -> dict[str, Path]:
-        """Everything but manifest and card, by its name in the release."""
-        paths = sorted(path for path in self.release.rglob("*") if path.is_file())
-        named = {path.relative_to(self.release).as_posix(): path for path in paths}
-        return {name: at for name, at in named.items() if name not in (README, MANIFEST)}
+    files: Mapping[str, Path]
 
     @property
     def title(self) -> str:
@@ -203,7 +228,17 @@ def _load(release: Path, repo: str, config: str, private: bool) -> _Outgoing:
             f"{str(release)!r} states no licence, so it can't be published for everybody: set "
             "`license:` in the recipe and publish again, or push it as private."
         )
-    return _Outgoing(release, repo, config, manifest, recipe)
+    return _Outgoing(release, repo, config, manifest, recipe, _files(release))
+
+
+def _files(release: Path) -> dict[str, Path]:
+    found = {}
+    for path in sorted(path for path in release.rglob("*") if not path.is_dir()):
+        name = path.relative_to(release)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if not hidden and name.as_posix() not in (README, MANIFEST):
+            found[name.as_posix()] = inside(release, name.as_posix())
+    return found
 
 
 def _waiting_pull(outgoing: _Outgoing, version: str | None) -> Pushed | None:

@@ -1,6 +1,7 @@
 """Answers become a release: a folder that `datasets` reads and the Hub can hold."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -340,7 +341,7 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None, prompt: bool) -> di
         **({SOFT: old[SOFT]} if old and SOFT in old else {}),
         "references": found.references,
         "warnings": found.warnings,
-        **({"from_ledger": [generation["from_ledger"]]} if "from_ledger" in generation else {}),
+        **_from_ledger(generation),
         "tokens": generation["tokens"],
         "cost": generation.get("cost"),
         "mean_prompt_tokens": found.mean_prompt_tokens,
@@ -349,3 +350,13 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None, prompt: bool) -> di
         "recipe_fields": recipe.model_dump(mode="json"),
         "card": card_metadata(found.splits, recipe),
     }
+
+
+def _from_ledger(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Whose answers were taken over; of a folder on this machine no more than its name."""
+    taken = generation.get("from_ledger")
+    if not taken:
+        return {}
+    on_hub = re.fullmatch(r"[0-9a-f]{40}", str(taken["revision"]))
+    source = taken["source"] if on_hub else Path(taken["source"]).resolve().name
+    return {"from_ledger": [{**taken, "source": source}]}

@@ -272,6 +272,8 @@ def test_rows_of_others_are_not_mixed_in(hub: Hub, tmp_path: Path) -> None:
     [
         (REPO, {"HF_TOKEN": None}, {}, "hf auth login"),
         (REPO, {"HF_TOKEN": "hf_wrong"}, {}, "refused the token"),
+        (REPO, {"HF_TOKEN": "“hf_me”"}, {}, "The Hub token holds signs that no token has"),
+        (REPO, {"HF_TOKEN": "hf me"}, {}, "The Hub token holds signs that no token has"),
         (REPO, {"HF_TOKEN": "hf_me_read"}, {}, "is read-only: set HF_TOKEN"),
         ("nowhere/greetings", {}, {}, "'me' may not publish under 'nowhere'"),
         ("me/model", {}, {}, "is a model on the Hub"),
@@ -291,6 +293,31 @@ def test_each_refusal_is_a_sentence_that_says_what_to_do(
     assert says in found["says"], found
     assert found["says"].endswith(".") and "\n" not in found["says"]
     assert found["exit"] == (1 if "HF_HUB_OFFLINE" in env else 2)
+
+
+@pytest.mark.parametrize("around", ["{}\r", "{}\n", " {} "])
+def test_blanks_around_a_token_are_no_part_of_it(around: str, hub: Hub, tmp_path: Path) -> None:
+    env: dict[str, str | None] = {"HF_TOKEN": around.format(hub.token)}
+    assert push(hub, release_of(tmp_path / "one", range(1)), env=env)["tag"] == "v1.0.0"
+
+
+def test_the_user_in_the_hubs_address_is_never_shown(hub: Hub, tmp_path: Path) -> None:
+    env: dict[str, str | None] = {"HF_ENDPOINT": "http://ann:s3cretive@127.0.0.1:9"}
+    gone = push(hub, release_of(tmp_path / "one", range(1)), env=env)
+    assert gone["exit"] == 1 and "s3cretive" not in gone["says"] and "ann" not in gone["says"]
+
+
+def test_a_changed_or_linked_file_is_never_sent(hub: Hub, tmp_path: Path) -> None:
+    release = release_of(tmp_path / "one", range(9))
+    (tmp_path / "secret.txt").write_text("mine")
+    (release.path / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    linked = push(hub, release)
+    assert linked["error"] == "DatasetError" and "is a link to" in linked["says"]
+    (release.path / "notes.txt").unlink()
+    (release.path / "recipe" / "prompt.md").write_text("Another.")
+    changed = push(hub, release)
+    assert "recipe/prompt.md' has other content" in changed["says"]
+    assert not hub.log()
 
 
 def test_nothing_is_published_for_everybody_without_a_licence(hub: Hub, tmp_path: Path) -> None:

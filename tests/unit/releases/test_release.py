@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,24 @@ from huggingface_hub import DatasetCard
 from pyarrow.parquet import ParquetFile, read_table, write_table
 
 from distill_datasets import parquet as shards
-from distill_datasets.errors import DatasetError, OutputError, VersionError
+from distill_datasets.errors import DatasetError, OutputError, RecipeError, VersionError
+from distill_datasets.files import one_writer
+from distill_datasets.generation.run import generate
+from distill_datasets.models.sampler import Echo
 from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.contents import Survey, answered_contents, survey_release
+from distill_datasets.releases.contents import (
+    Survey,
+    answered_contents,
+    check_release,
+    survey_release,
+)
 from distill_datasets.releases.diff import diff, published_rows
+from distill_datasets.releases.push import outgoing_text
 from distill_datasets.releases.release import load_release, publish
 from distill_datasets.schema import answer_features, rejected_features, release_features
+from tests.conftest import edit
 
 PROMPT = "You sort greetings by language. Answer with one word, always, in `lower case`."
 UNUSUAL = 'say "hi",\n\tor ```bye``` — 👩‍👩‍👧 שלום עולم \\ | {{ x }} \u2028 end'
@@ -557,3 +569,96 @@ def test_rows_are_written_as_they_come_and_not_held(
         split.add(pa.table({"text": ["x" * 200]}, schema=schema))
         assert not split._waiting
     assert split.close() == 5
+
+
+def test_of_the_queries_a_release_carries_only_the_columns_that_its_recipe_uses(
+    tmp_path: Path, recipe_folder: Path
+) -> None:
+    path = recipe_folder / "queries.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row |= {"customer": f"Ann {number}", "ticket": number}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate(recipe_folder, teacher=Echo(), out=tmp_path / "run")
+    release = publish(tmp_path / "run")
+    carried = load_recipe(release.path)
+    lines = (release.path / "recipe" / str(carried.queries.file)).read_text().splitlines()
+    assert [{*json.loads(line)} for line in lines] == [{"query", "family", "colour"}] * 6
+    assert not any(b"Ann" in path.read_bytes() for path in release.path.rglob("*.*"))
+    original = load_queries(load_recipe(recipe_folder))
+    assert load_queries(carried).to_list() == original.to_list()
+    manifest = json.loads((release.path / "manifest.json").read_text("utf-8"))
+    assert carried.digest == manifest["recipe_digest"]
+    teacher = Echo()
+    generate(release.path, teacher=teacher, out=tmp_path / "again")
+    again = publish(tmp_path / "again")
+    assert (teacher.calls, again.digest) == (0, release.digest)
+
+
+def test_the_columns_of_a_table_and_its_sidecar_become_one_file(
+    tmp_path: Path, recipe_folder: Path
+) -> None:
+    (recipe_folder / "queries.csv").write_text("text,secret\nhello,1\ngood day,2\nbye,3\n")
+    (recipe_folder / "side.csv").write_text("kind,more\na,x\nb,y\nc,z\n")
+    edit(
+        recipe_folder,
+        "recipe.yaml",
+        "{file: queries.jsonl, group: family, reference: colour}",
+        "{file: queries.csv, sidecar: side.csv, query: text, group: kind, rows: [1, 3]}",
+    )
+    recipe = load_recipe(recipe_folder)
+    rows = [answer(number, query=text) for number, text in enumerate(("hello", "bye"))]
+    carried = load_recipe(publish(write_run(tmp_path / "run", rows, recipe)).path)
+    assert load_queries(carried).to_list() == load_queries(recipe).to_list()
+    assert carried.attachments == ("queries.jsonl",)
+    assert "secret" not in (carried.folder / "queries.jsonl").read_text()
+
+
+def test_a_release_without_its_prompt_says_so_and_gives_its_digest(
+    tmp_path: Path, recipe: Recipe
+) -> None:
+    run = write_run(tmp_path / "run", map(answer, range(3)), recipe)
+    release = publish(run, prompt=False)
+    for path in release.path.rglob("*"):
+        assert path.is_dir() or PROMPT.encode() not in path.read_bytes()
+    manifest = json.loads((release.path / "manifest.json").read_text("utf-8"))
+    card = (release.path / "README.md").read_text("utf-8")
+    assert manifest["prompt"] is False
+    assert manifest["prompt_sha256"] == sha256(PROMPT.encode()).hexdigest()
+    assert f"It is not published; its SHA-256 is `{manifest['prompt_sha256']}`." in card
+    assert "distill-datasets generate" not in card
+    for place in (release.path, release.path / "recipe"):
+        with pytest.raises(RecipeError, match="published without its prompt.*Ask its author"):
+            load_recipe(place)
+    check_release(release.path)
+    assert publish(run, prompt=False) == release
+    with_it = publish(run)
+    assert (with_it.version, with_it.digest) == ("1.0.1", release.digest)
+    assert load_recipe(with_it.path).prompt == PROMPT
+
+
+def test_one_process_publishes_to_a_folder_at_a_time(tmp_path: Path, recipe: Recipe) -> None:
+    run = write_run(tmp_path / "run", map(answer, range(3)), recipe)
+    with (
+        one_writer(run / "release", "release", beside=True),
+        pytest.raises(OutputError, match="Another process is at work"),
+    ):
+        publish(run)
+    assert publish(run).version == "1.0.0"
+
+
+def test_what_a_push_would_send_is_told_with_its_columns_and_who_sees_it(
+    tmp_path: Path, recipe: Recipe
+) -> None:
+    run = write_run(tmp_path / "run", map(answer, range(9)), recipe.replace(license="mit"))
+    release = publish(run)
+    (release.path / ".env").write_text("not sent")
+    text = outgoing_text(release.path, "me/greetings", private=False)
+    assert "me/greetings (public: everybody sees it) gets 7 files" in text
+    assert "with the teacher's prompt" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("data/train-"))
+    assert "3" in line.split() and "id, query, response, messages, answer" in line
+    assert "recipe/queries.txt" in text and ".env" not in text
+    hidden = outgoing_text(publish(run, prompt=False).path, "me/greetings", config="en")
+    assert "private: its owners see it" in hidden and "no prompt" in hidden
+    assert "en/data/train-" in hidden and "prompt.md" not in hidden

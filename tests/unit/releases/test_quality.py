@@ -1,0 +1,102 @@
+"""Publishing says which rows can't teach, in the summary, the manifest and the card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.releases.quality import AnswerTally
+from distill_datasets.releases.release import publish
+from tests.support.releases import greetings
+from tests.unit.releases.test_release import answer, write_run
+
+
+def tally(answers: list[str], choices: tuple[str, ...] = ()) -> AnswerTally:
+    found = AnswerTally(choices)
+    for number, text in enumerate(answers):
+        found.add({"query": f"q{number}", "sample": 0, "answer": text, "response": text})
+    return found
+
+
+def test_one_answer_for_many_queries_is_told_where_any_text_is_allowed() -> None:
+    texts = [f"text {number}" for number in range(88)]
+    (warning,) = tally([*texts, *["I can't help with that."] * 12]).warnings({}, 0)
+    assert warning.startswith('the answer "I can\'t help with that." stands for 12 of 100 distinct')
+    assert not tally([*texts, *["Thank you."] * 9]).warnings({}, 0)
+
+
+def test_samples_of_one_query_with_one_answer_count_once() -> None:
+    found = AnswerTally()
+    for sample in range(5):
+        found.add({"query": "q", "sample": sample, "answer": None, "response": "the same"})
+    assert not found.warnings({}, 0)
+
+
+def test_of_a_closed_set_one_answer_may_be_frequent_but_not_nearly_all() -> None:
+    choices = ("yes", "no")
+    assert not tally(["yes"] * 80 + ["no"] * 20, choices).warnings({}, 0)
+    (warning,) = tally(["yes"] * 97 + ["no"] * 3, choices).warnings({}, 0)
+    assert warning == (
+        "nearly all answers are alike: the answer 'yes' stands for 97 of 100 distinct queries (97%)"
+    )
+
+
+def test_choices_that_never_occur_are_named() -> None:
+    (warning,) = tally(["en", "fr"] * 6, ("en", "fr", "de", "es")).warnings({}, 0)
+    assert warning == "2 of 4 choices never occur: 'de', 'es'"
+
+
+def test_equal_queries_with_different_answers_are_counted() -> None:
+    found = AnswerTally(("en", "fr"))
+    for query, text in (("a", "en"), ("a", "fr"), ("b", "en"), ("b", "en"), ("c", "fr")):
+        found.add({"query": query, "sample": 0, "answer": text, "response": text})
+    (warning,) = found.warnings({}, 0)
+    assert warning == "1 query is there more than once, with different answers"
+
+
+@pytest.mark.parametrize(
+    ("rejected", "errors", "says"),
+    [
+        ({"truncated": 8}, 0, "8 of 10 rows can't be used (8 truncated): raise sampling.max_"),
+        ({"unparsable": 3}, 2, "5 of 7 rows can't be used (3 unparsable, 2 not answered)"),
+        ({"unparsable": 2}, 0, None),
+    ],
+)
+def test_mostly_rejected_rows_are_told(
+    rejected: dict[str, int], errors: int, says: str | None
+) -> None:
+    found = tally(["one", "two"]).warnings(rejected, errors)
+    assert [warning.startswith(says or "") for warning in found] == ([True] if says else [])
+
+
+def test_summary_manifest_and_card_say_the_same(tmp_path: Path) -> None:
+    recipe = greetings(tmp_path / "recipe", response="{{ text }}")
+    release = publish(write_run(tmp_path / "run", map(answer, range(9)), recipe))
+    (warning,) = release.warnings
+    assert warning.startswith("the answer 'en' stands for 9 of 9 distinct queries (100%)")
+    assert json.loads((release.path / "manifest.json").read_text())["warnings"] == [warning]
+    assert f"- **Look at this before you train:** {warning}." in (
+        release.path / "README.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_rows_that_teach_are_published_without_a_word(tmp_path: Path) -> None:
+    rows = [answer(number, response=f"r{number}", raw=f"r{number}") for number in range(9)]
+    recipe: Recipe = greetings(tmp_path / "recipe", response="{{ text }}")
+    release = publish(write_run(tmp_path / "run", rows, recipe))
+    assert release.warnings == ()
+    assert "before you train" not in (release.path / "README.md").read_text(encoding="utf-8")
+
+
+def test_answers_out_of_another_release_are_told_by_their_source(tmp_path: Path) -> None:
+    came: dict[str, Any] = {"source": "me/other", "revision": "0" * 40, "answers": 1234}
+    run = write_run(
+        tmp_path / "run", map(answer, range(3)), greetings(tmp_path / "recipe"), from_ledger=came
+    )
+    release = publish(run)
+    assert json.loads((release.path / "manifest.json").read_text())["from_ledger"] == [came]
+    card = (release.path / "README.md").read_text(encoding="utf-8")
+    assert "1,234 of the answers here were not asked for in this run" in card
+    assert f"`me/other` at `{'0' * 40}`" in card
