@@ -1,5 +1,6 @@
 """What a report compares, and on which rows: base, teacher and student on a split of a release."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 UNCACHED = "teacher, uncached"
 _TIMED_ROWS = 20
 _COLUMNS = ("id", "query", "group", "reference")
+_SPLIT = re.compile(r"\w+([.-]\w+)*")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ def read_held_out(dataset: str | Path, *, split: str, limit: int | None = None) 
     Raises `DatasetError` for a folder that is no release or a damaged one, and for an unknown or
     empty split.
     """
+    if not _SPLIT.fullmatch(split):
+        raise DatasetError(
+            f"A split can't be named {split!r}, after which a report is named: expected letters, "
+            "digits, '_', '.' and '-'."
+        )
     found = _find(dataset)
     folder, manifest = found.path, read_manifest(found.path)
     if not (folder / "recipe" / "recipe.yaml").is_file():

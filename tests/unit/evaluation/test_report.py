@@ -658,3 +658,9 @@ def test_an_empty_folder_is_no_student(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="empty"):
         compare(run, student=tmp_path / "empty")
+
+
+@pytest.mark.parametrize("split", ["../../x", "a/b", "", ".", "..", "*", "x\n", "[a-z]"])
+def test_a_split_of_somebody_elses_names_no_file_elsewhere(split: str, run: Path) -> None:
+    with pytest.raises(DatasetError, match="A split can't be named"):
+        compare(run, settings=MeasureSettings(split))
