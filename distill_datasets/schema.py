@@ -22,7 +22,7 @@ def whole_text(text: str) -> str:
     """A text that a column can hold: JSON may bring halves of surrogate pairs, which are joined,
     or U+FFFD where one is alone.
     """
-    if not _SURROGATE.search(text):
+    if text.isascii() or not _SURROGATE.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", errors="replace")
 

@@ -126,12 +126,12 @@ class Reply:
     def to_json(self) -> str:
         """One line of JSON, read back by `from_json`; what says nothing is left out."""
         kept: dict[str, Any] = {
-            "samples": [_without(asdict(sample), _SILENT) for sample in self.samples],
-            "usage": _without(asdict(self.usage), _SILENT),
+            "samples": [_stated(sample) for sample in self.samples],
+            "usage": _stated(self.usage),
         }
         if self.first_token_seconds is not None:
             kept["first_token_seconds"] = self.first_token_seconds
-        return json.dumps(kept, ensure_ascii=False)
+        return json.dumps(kept, ensure_ascii=False, default=asdict)
 
     @classmethod
     def from_json(cls, text: str) -> "Reply":
@@ -151,6 +151,11 @@ def total(counts: Iterable[int | None]) -> int | None:
 
 
 _SILENT = {"reasoning": None, "logprobs": None, "reasoning_tokens": 0, "cost": None}
+
+
+def _stated(value: Sample | Usage) -> dict[str, Any]:
+    # Not `asdict`, which copies deeply: there may be thousands of log-probabilities.
+    return _without({name: getattr(value, name) for name in value.__slots__}, _SILENT)
 
 
 def _without(fields: dict[str, Any], silent: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ _FILTERED = re.compile(
     "content_filter(ed)?|safety|recitation|sensitive|blocklist|prohibited_content|spii|refusal|"
     "image_safety|guardrails?(_intervened)?"
 )
+_NO_LETTERS = re.compile("[^a-z]+")
 _FAILED = re.compile(
     "error|abort(ed)?|cancell?ed|failed|timeout|network_error|insufficient_system_resource"
 )
@@ -175,17 +176,16 @@ def read_reply(
 def _read_choice(choice: Mapping[str, Any]) -> tuple[str, str | None, Any]:
     """A choice's text, its reasoning, and why the model stopped."""
     said = choice.get("finish_reason")
-    reason = re.sub(r"[^a-z]+", "_", str(said or "").lower()).strip("_")
+    reason = _NO_LETTERS.sub("_", str(said or "").lower()).strip("_")
     message = choice.get("message") or choice.get("delta") or {}
     content = message.get("content", choice.get("text"))
     parts = [_part(one) for one in (content if isinstance(content, list) else [content])]
-    text, inner, refusal = (
-        whole_text("".join(text for kind, text in parts if kind == wanted))
-        for wanted in ("text", "thinking", "refusal")
-    )
-    refusal = whole_text(_told(message.get("refusal"))) or refusal
+    joined = dict.fromkeys(("text", "thinking", "refusal"), "")
+    for kind, piece in parts:
+        joined[kind] = joined.get(kind, "") + piece
+    text, refusal = whole_text(joined["text"]), _told(message.get("refusal")) or joined["refusal"]
     if _FILTERED.fullmatch(reason) or refusal:
-        held = refusal or "The provider's filter held the answer back."
+        held = whole_text(refusal) or "The provider's filter held the answer back."
         raise RejectedError(held, type="content policy")
     if _FAILED.fullmatch(reason):
         error = RetryableError(f"The server stopped the answer: {reason}", type="server error")
@@ -197,8 +197,8 @@ def _read_choice(choice: Mapping[str, Any]) -> tuple[str, str | None, Any]:
             type="bad request",
         )
     thoughts, text = split_thoughts(text)
-    told = (whole_text(_told(message.get(name))) for name in _REASONING)
-    reasoning = next(filter(None, told), None) or inner or thoughts
+    told = next((found for name in _REASONING if (found := _told(message.get(name)))), "")
+    reasoning = whole_text(told or joined["thinking"]) or thoughts
     cut_off = _LENGTH.fullmatch(reason) is not None
     if not text and not reasoning and (not message or not (cut_off or reason == "stop")):
         raise bad_answer(f"finish_reason {said!r} and message {choice.get('message')!r}")
