@@ -107,9 +107,9 @@ class MacroF1(_Metric):
             values: Floats = (f1 * present).sum(axis=1) / np.maximum(present.sum(axis=1), 1)
             return values
 
-        # A mean over classes is as certain as its rarest class lets it be.
+        # A mean over classes is as certain as its rarest class, and as the groups, let it be.
         of_class = Counter(code for code, _ in set(zip(truth.tolist(), groups, strict=True)))
-        n = other**2 / sum(1 / of_class[code] for code in range(other))
+        n = min(len(set(groups)), other**2 / sum(1 / of_class[code] for code in range(other)))
         value = float(macro_f1(np.ones((1, len(truth))))[0])
         draws = [macro_f1(weights) for weights in resamples(groups, _RESAMPLES)]
         return Bootstrap(value, np.concatenate(draws), n)

@@ -135,6 +135,15 @@ def test_macro_f1_of_all_right_is_as_uncertain_as_its_rarest_class() -> None:
     assert interval["low"] < 0.6
 
 
+def test_groups_that_hold_every_class_bound_macro_f1_as_they_do_accuracy() -> None:
+    """21 texts in 15 languages, all right: what holds of one translation holds of the others."""
+    labels = [f"label {row % 15}" for row in range(315)]
+    groups = [f"text {row // 15}" for row in range(315)]
+    for name in ("accuracy", "macro_f1"):
+        interval = one(name, [*labels], labels, groups).interval()
+        assert interval["low"] == pytest.approx(0.8453609, abs=1e-6)  # Wilson's of 21 of 21
+
+
 def test_the_same_rows_give_the_same_interval_again() -> None:
     assert one("macro_f1", *rows(50, 0.6, 4)).interval() == (
         one("macro_f1", *rows(50, 0.6, 4)).interval()
