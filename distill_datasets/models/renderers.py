@@ -4,6 +4,7 @@ With each of them a text stays text: a control token of the chat format that is 
 message is encoded as the characters that it is made of.
 """
 
+import copy
 import re
 import secrets
 from collections.abc import Sequence
@@ -84,6 +85,11 @@ class TextTokenizer:
                 tokens += self._tokenizer.encode(piece, **options)
         return tokens
 
+    @property
+    def backend_tokenizer(self) -> Any:
+        """What renderers of the cookbook from 0.6.1 on copy, to encode content as characters."""
+        return _ContentTokenizer(self._tokenizer.backend_tokenizer, self._mark)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # while it is unpickled there is no tokenizer yet
             raise AttributeError(name)
@@ -91,6 +97,28 @@ class TextTokenizer:
 
     def __len__(self) -> int:
         return len(self._tokenizer)
+
+
+class _ContentTokenizer:
+    """A backend tokenizer whose user has every control token split; marks add nothing to that."""
+
+    encode_special_tokens = False
+
+    def __init__(self, backend: Any, mark: str) -> None:
+        self._backend, self._mark = backend, mark
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_ContentTokenizer":
+        return _ContentTokenizer(copy.deepcopy(self._backend, memo), self._mark)
+
+    def encode(self, text: str, **options: Any) -> Any:
+        if self.encode_special_tokens and not self._backend.encode_special_tokens:
+            self._backend.encode_special_tokens = True
+        return self._backend.encode(text.replace(self._mark, ""), **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._backend, name)
 
 
 class _TextRenderer:
