@@ -18,7 +18,7 @@
     │   └── RejectedError (ValueError)      and this one never will
     ├── PriceError (ValueError)          a price file is wrong, or nobody says what a model costs
     ├── BudgetReached (InterruptedError) what may be spent is spent; what was bought is kept
-    ├── PendingError (InterruptedError)  a provider's batches take their time: run again later
+    ├── PendingError (InterruptedError)  a provider takes its time: run again later
     └── GenerationError (RuntimeError)   rows fail alike: going on would only cost money
 
 `except DistillError` catches all of them; each also refines the standard exception in brackets.
@@ -98,7 +98,7 @@ class BudgetReached(DistillError, InterruptedError):
 
 
 class PendingError(DistillError, InterruptedError):
-    """Batches are being worked on at a provider; a later run reads what they answer."""
+    """A provider takes its time: its batches, or a limit that ends much later. Run again then."""
 
     exit_code = 75  # what `sysexits.h` calls a temporary failure
 
@@ -144,7 +144,15 @@ class RejectedError(RequestError, ValueError):
 
 
 # What no later request of the same run would escape.
-FATAL = (AccessError, BudgetReached, ModelError, OutputError, PriceError, ServiceError)
+FATAL = (
+    AccessError,
+    BudgetReached,
+    ModelError,
+    OutputError,
+    PendingError,
+    PriceError,
+    ServiceError,
+)
 
 
 def nearest(found: str, valid: list[str]) -> str:

@@ -13,6 +13,7 @@ from distill_datasets.errors import (
     OutputError,
     PendingError,
     PriceError,
+    RejectedError,
     RequestError,
     ServiceError,
 )
@@ -90,6 +91,8 @@ class _Rounds:
         self.journal, self.table, self.settings, self.meter = journal, table, settings, meter
         self._most = _MOST
         self._fruitless = 0
+        self._workers: dict[str, BatchWorker] = {}  # by the sampler's identity
+        self._progress: Progress
 
     async def run(self, queries: "Dataset", teachers: Answerer) -> None:
         """Until everything that a batch can answer is in the journal."""
@@ -98,6 +101,11 @@ class _Rounds:
         while True:
             with Progress("look for answers", len(queries)) as progress:
                 files = _BatchFiles(self.journal, self.table, progress, most=self._most)
+                files.rejected = {
+                    digest: error
+                    for worker in self._workers.values()
+                    for digest, error in worker.rejected.items()
+                }
                 await files.fill(queries, teachers)
             if files.others and not files.samplers:
                 raise ModelError(
@@ -112,45 +120,42 @@ class _Rounds:
         batches = [batch for batch in self.table.open if batch.key in files.needed]
         lost = [batch for batch in batches if not batch.name and batch.key not in files.planned]
         requests = sum(batch.requests for batch in batches)
-        with Progress("batches", requests, unit="requests", meter=self.meter) as progress:
-            workers = {
-                identity: self._worker(sampler, progress)
-                for identity, sampler in files.samplers.items()
-            }
+        with Progress("batches", requests, unit="requests", meter=self.meter) as self._progress:
+            for identity, sampler in files.samplers.items():
+                if identity not in self._workers:
+                    self._workers[identity] = self._worker(sampler)
             for batch in lost:
-                await workers[batch.identity].recover(batch)
+                await self._workers[batch.identity].recover(batch)
             if lost:
                 return
-            started = [await workers[batch.identity].submit(batch) for batch in batches]
-            await self._attend(started, workers, progress)
+            await self._attend([await self._workers[b.identity].submit(b) for b in batches])
 
-    def _worker(self, sampler: Sampler, progress: Progress) -> BatchWorker:
+    def _worker(self, sampler: Sampler) -> BatchWorker:
         provider = _provider_of(sampler)
         assert provider is not None
 
         def bought(reply: Reply) -> None:
-            progress.advance(0, tokens=reply.tokens)
+            self._progress.advance(0, tokens=reply.tokens)
             if self.meter:
                 self.meter.count(sampler, reply, batch=True)
 
         rest = self.settings.poll
         return BatchWorker(provider, self.journal, self.table, rest_seconds=rest, bought=bought)
 
-    async def _attend(
-        self, batches: Sequence[BatchJob], workers: Mapping[str, BatchWorker], progress: Progress
-    ) -> None:
+    async def _attend(self, batches: Sequence[BatchJob]) -> None:
         """Look after batches until all are over."""
         waiting, seen = list(batches), Counter[str]()
         whole, refused = BatchOutcome(), 0
         while waiting:
             for batch in list(waiting):
-                state = await workers[batch.identity].look(batch)
+                worker = self._workers[batch.identity]
+                state = await worker.look(batch)
                 note = f"{len(waiting)} open, {state.status}"
-                progress.advance(state.done - seen[batch.key], note=note)
+                self._progress.advance(state.done - seen[batch.key], note=note)
                 seen[batch.key] = state.done
                 if state.over:
                     waiting.remove(batch)
-                    whole = whole.with_(await _end(batch, state, workers[batch.identity]))
+                    whole = whole.with_(await _end(batch, state, worker))
                     refused = max(refused, batch.requests if state.too_much else 0)
             if waiting and not self.settings.wait:
                 raise PendingError(_pending(waiting))
@@ -203,7 +208,7 @@ class _BatchFiles(CachedClient):
     A full file is a planned batch in the table. `samplers` are those asked, by identity, and
     `needed` the keys of all batches that must be over before another answer can be given, those
     `planned` here among them. Requests to a sampler that has no batches are left to be asked one
-    by one, and are `others`.
+    by one, and are `others`. What is `rejected` is not asked for again.
     """
 
     def __init__(
@@ -216,6 +221,7 @@ class _BatchFiles(CachedClient):
         self.needed: set[str] = set()
         self.planned: set[str] = set()
         self.others = 0
+        self.rejected: Mapping[str, RejectedError] = {}
         self._files: dict[tuple[str, Sampling], _BatchFile] = {}
 
     async def sample(
@@ -225,6 +231,8 @@ class _BatchFiles(CachedClient):
         key = request_digest(sampler.identity, messages, sampling)
         if known := self._known(key):
             return known
+        if key in self.rejected:
+            raise self.rejected[key]
         provider = _provider_of(sampler)
         if provider is None:
             self.others += 1

@@ -4,7 +4,7 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -164,7 +164,8 @@ class BatchOutcome:
 class BatchWorker:
     """Handles one provider's batches; whatever it does can be done again after a crash.
 
-    `bought` is told of every reply as it is journaled.
+    `bought` is told of every reply that is journaled. `rejected` has the requests that the
+    provider rejects, by digest, as long as it has answered no other: they aren't final.
     """
 
     def __init__(
@@ -179,6 +180,8 @@ class BatchWorker:
         """`rest_seconds` lie between two attempts at a call that failed."""
         self.provider, self.journal, self.table = provider, journal, table
         self.rest_seconds, self.bought = rest_seconds, bought
+        self.rejected: dict[str, RejectedError] = {}
+        self._answered = False
 
     async def recover(self, batch: BatchJob) -> None:
         """Find out whether a batch of an earlier process was ever started; forget it if not."""
@@ -220,6 +223,10 @@ class BatchWorker:
                 whole = whole.with_(await self._insist(read))
             except RejectedError as error:
                 whole = whole.with_(BatchOutcome(problem=f"its answers can't be had: {error}"))
+        if self._answered:
+            for digest, rejection in self.rejected.items():
+                self.journal.reject(digest, batch.identity, rejection)
+            self.rejected.clear()
         self.table.close_batch(batch.key)
         if whole.fatal is not None:
             raise whole.fatal
@@ -240,36 +247,33 @@ class BatchWorker:
 
     async def _read(self, file: str, batch: BatchJob, digests: frozenset[str]) -> BatchOutcome:
         """Journal one of a batch's files."""
-        found = BatchOutcome()
-        async for line in self.provider.lines(file):
-            digest, answer = self.provider.read(line, batch.sampling)
-            if digest is None:  # a damaged line: its request is asked again
-                found = found.with_(BatchOutcome(problem=str(answer)))
-                continue
-            if digest not in digests:
-                raise ServiceError(f"The batch {batch.name} answers what it was not asked.")
-            if isinstance(answer, Reply):
-                self._keep(digest, batch, answer)
-                found = found.with_(BatchOutcome(answered=1))
-            elif isinstance(answer, RejectedError):
-                self._reject(digest, batch, answer)
-                found = found.with_(BatchOutcome(answered=1))
-            elif isinstance(answer, RequestError):
-                found = found.with_(BatchOutcome(problem=str(answer)))
-            else:
-                found = found.with_(BatchOutcome(fatal=answer))
+        found, replies = BatchOutcome(), list[tuple[str, Reply]]()
+        try:
+            async for line in self.provider.lines(file):
+                digest, answer = self.provider.read(line, batch.sampling)
+                if digest is not None and digest not in digests:
+                    raise ServiceError(f"The batch {batch.name} answers what it was not asked.")
+                if isinstance(answer, Reply):
+                    replies.append((str(digest), answer))
+                elif isinstance(answer, RejectedError):
+                    self.rejected[str(digest)] = answer
+                if isinstance(answer, Reply | RejectedError):
+                    found = found.with_(BatchOutcome(answered=1))
+                elif isinstance(answer, RequestError):  # a damaged line has no digest
+                    found = found.with_(BatchOutcome(problem=str(answer)))
+                else:
+                    found = found.with_(BatchOutcome(fatal=answer))
+        finally:
+            self._keep(batch, replies)
         return found
 
-    def _keep(self, digest: str, batch: BatchJob, reply: Reply) -> None:
+    def _keep(self, batch: BatchJob, replies: Sequence[tuple[str, Reply]]) -> None:
         # A file is read again where its first reading broke off.
-        if self.journal.entry(digest) is None:
-            self.journal.put(digest, batch.identity, reply, batch=True)
+        new = [(key, reply) for key, reply in replies if self.journal.entry(key) is None]
+        self.journal.put_all(batch.identity, new, batch=True)
+        for _, reply in new:
             self.bought(reply)
-
-    def _reject(self, digest: str, batch: BatchJob, error: RejectedError) -> None:
-        self.journal.reject(
-            digest, batch.identity, type=error.type, status=error.status, message=str(error)
-        )
+        self._answered = self._answered or bool(replies)
 
     def _file(self, key: str) -> Path:
         return self.table.folder / f"{key}.jsonl"

@@ -1,29 +1,47 @@
-"""Answers: from the journal where they are, from a sampler where not, each once."""
+"""Answers: from the journal where they are, from a sampler where not, each paid once.
+
+`CachedClient.sample` owns the whole life of a request: it looks into the journal, joins an equal
+request that is under way, waits for room in the budget and for a place within the sampler's rate
+limit, asks, puts the answer on disk, gives the place back, and asks again what may succeed later.
+"""
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, nullcontext
+from datetime import datetime, timedelta
 from itertools import count
+from threading import Thread
 from typing import Any, TypeVar
 
-from distill_datasets.errors import RejectedError, RequestError, RetryableError
+from distill_datasets.errors import (
+    PendingError,
+    RejectedError,
+    RequestError,
+    RetryableError,
+    ServiceError,
+)
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.pricing import Meter
-from distill_datasets.generation.rate_limit import Limits
+from distill_datasets.generation.rate_limit import Limits, RateLimit, Ticket
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
 from distill_datasets.progress import Progress
 from distill_datasets.schema import Message
 
 T = TypeVar("T")
 
-_ATTEMPTS = 8
-_PATIENCE = 600.0  # seconds that one request may rest between its attempts, in all
-_FIRST_REST, _LONGEST_REST = 0.5, 60.0  # seconds, before jitter
-_RESTING = 8  # times the concurrency: so many requests may rest beside those at work
+_ATTEMPTS = 8  # of a request, not counting tries while the sampler refuses everybody
+_WAIT_IN_ALL = 600.0  # seconds that a request waits between attempts, and a run for a sampler
+_WAIT_FOR_FIRST = 120.0  # seconds that a run waits for a sampler that has never answered
+_LONGEST_WAIT = 300.0  # seconds that a server may ask to wait
+_FIRST_REST, _LONGEST_REST = 0.5, 60.0  # seconds between two attempts, before jitter
+_RESTING = 8  # times the concurrency: so many requests may rest beside those under way
 _CHARACTERS = 4  # of a prompt, in a token; the limit corrects it by what the server counts
 _REFUSALS = (429, 503, 529)  # statuses of a server that has too much to do
+_TIMEOUT, _LEAST_TIMEOUT = 600.0, 60.0  # seconds: a sampler's own, and the least of those learned
+_NEARLY_ALL, _TIMES, _REPLIES = 0.99, 10, 50  # share of answers, times as long, and how many say so
 
 
 def run_in_thread(make: Callable[[], Awaitable[T]], *, stop: Callable[[], None] | None = None) -> T:
@@ -42,43 +60,73 @@ def run_in_thread(make: Callable[[], Awaitable[T]], *, stop: Callable[[], None] 
         began.set_result((asyncio.get_running_loop(), task))
         return await make()
 
-    with ThreadPoolExecutor(1) as thread:
-        future = thread.submit(lambda: asyncio.run(made()))
+    def end() -> None:
+        loop, task = began.result()
+        loop.call_soon_threadsafe(stop or task.cancel)
+
+    return work_in_thread(lambda: asyncio.run(made()), stop=end)
+
+
+def work_in_thread(work: Callable[[], T], *, stop: Callable[[], None]) -> T:
+    """The result of a function that runs in another thread.
+
+    On Ctrl-C `stop` is called and the function runs to its end; a second Ctrl-C leaves it alone,
+    to end with the process.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
         try:
-            return future.result()
-        except BaseException:
-            if not future.done():
-                loop, task = began.result()
-                loop.call_soon_threadsafe(stop or task.cancel)
-            raise
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    try:
+        return done.result()
+    except BaseException:
+        if not done.done():
+            stop()
+            wait([done])
+        raise
 
 
 class CachedClient:
     """One journal for everything that is asked; two who ask the same share one request.
 
     Every sampler is asked as fast as it allows, and with no more requests at once than `limits`
-    do. What may succeed later is asked again, with patience, while others go on.
+    do. What may succeed later is asked again while others go on.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (where answers are kept, how fast, and for how much)
         self,
         journal: Journal,
         progress: Progress | None = None,
         *,
         limits: Limits | None = None,
         meter: Meter | None = None,
+        timeout: float | None = None,
+        ask_rejected_again: bool = False,
     ) -> None:
-        """`progress` is told of the tokens that were bought, not of rows."""
-        self.journal, self.meter = journal, meter
+        """`progress` is told of the tokens that were bought, not of rows.
+
+        `timeout` is in seconds, for a whole answer; without one it is ten times what nearly all
+        answers of a sampler take, and at least a minute. What an earlier run found rejected for
+        good is asked for only with `ask_rejected_again`.
+        """
+        self.journal, self.meter, self.timeout = journal, meter, timeout
         self.progress = progress or Progress("ask", 0)
         self.limits = limits or Limits()
-        # For whoever starts much work: a turn for each piece, given back while a request of it
-        # waits for another attempt.
-        self.turns = asyncio.Semaphore(self.limits.concurrency)
+        self.ask_rejected_again = ask_rejected_again
+        self.places = Places(self.limits.concurrency)  # for whoever works on many rows
+        self.rejected_before = 0  # requests that an earlier run found rejected for good
         self._stopped = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asked: dict[str, asyncio.Event] = {}
         self._resting: set[asyncio.Future[None]] = set()
+        self._answered: set[str] = set()  # identities
+        self._rejected: dict[str, tuple[str, RejectedError]] = {}  # not in the journal, by digest
+        self._timeouts: dict[str, _LearnedTimeout] = {}
 
     @property
     def stopped(self) -> bool:
@@ -91,17 +139,19 @@ class CachedClient:
         Requests in flight go on to their end.
         """
         self._stopped = True
+        in_flight = sum(limit.in_flight for limit in self.limits.samplers.values())
+        self.progress.advance(0, note=f"stopping: {in_flight} requests under way")
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._send_home)
+            self._loop.call_soon_threadsafe(self._end_waiting)
 
     async def sample(
         self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
     ) -> Reply:
-        """The journal's answer, or a bought one, which is in the journal before anyone reads it.
+        """The journal's answer, or a bought one, which is on disk before anyone reads it.
 
         Raises `RejectedError` for what was rejected, now or by an earlier run; `RetryableError`
-        when no attempt succeeded; `BudgetReached`; `InterruptedError` after `stop`; and whatever
-        else the sampler raises.
+        when no attempt succeeded; `BudgetReached`; `PendingError` for a server that asks to come
+        back much later; `InterruptedError` after `stop`; and whatever else the sampler raises.
         """
         self._check()
         self._loop = self._loop or asyncio.get_running_loop()
@@ -114,7 +164,7 @@ class CachedClient:
                 return known
         self._asked[key] = asyncio.Event()
         try:
-            reply = await self._insist(key, sampler, messages, sampling)
+            reply = await self._ask_until_answered(key, sampler, messages, sampling)
         finally:
             self._asked.pop(key).set()
         self.progress.advance(0, tokens=reply.tokens)
@@ -122,88 +172,221 @@ class CachedClient:
 
     def _known(self, key: str) -> Reply | None:
         found = self.journal.get(key)
-        if found is None and (rejection := self.journal.rejection(key)):
-            raise rejection
+        if found is None and key in self._rejected:
+            raise self._rejected[key][1]
+        before = None if found or self.ask_rejected_again else self.journal.rejection(key)
+        if before is not None:
+            self.rejected_before += 1
+            raise before
         return found
 
-    async def _insist(
+    async def _ask_until_answered(
         self, key: str, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
     ) -> Reply:
-        """Ask until there is an answer, or a reason to stop asking."""
-        waited = 0.0
+        limit = self.limits.of(sampler.identity)
+        rested, counted = 0.0, 0
         for attempt in count(1):
+            paused = limit.paused
             try:
                 return await self._ask(key, sampler, messages, sampling)
             except RejectedError as error:
-                self.journal.reject(
-                    key,
-                    sampler.identity,
-                    type=error.type,
-                    status=error.status,
-                    message=str(error),
-                )
+                self._reject(key, sampler.identity, error)
                 raise
             except RetryableError as error:
                 error.attempts = attempt
-                rest = _rest(attempt, error.retry_after)
-                if attempt == _ATTEMPTS or waited + rest > _PATIENCE:
+                self._check_wait(limit, sampler, error)
+                # What is refused like everything else says nothing about this request.
+                counted += not (paused and limit.paused)
+                rest = 0.0 if limit.paused else _rest(counted, error.retry_after)
+                most = min(_ATTEMPTS, error.most_attempts or _ATTEMPTS)
+                if counted >= most or rested + rest > _WAIT_IN_ALL:
                     raise
-            waited += rest
-            await self._wait(rest)
+            rested += rest
+            if rest:
+                await self._rest(rest)
         raise AssertionError("a loop without an end has ended")
 
     async def _ask(
         self, key: str, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
     ) -> Reply:
         """One attempt, in its place within the budget and the limit of the sampler."""
-        gate = self.limits.gate(sampler.identity)
-        meter = self.meter
+        limit, meter = self.limits.of(sampler.identity), self.meter
         async with meter.room(sampler, messages, sampling) if meter else nullcontext():
-            ticket = await gate.enter(_estimate(messages) if self.limits.tokens_per_minute else 0)
+            ticket = await limit.enter(_estimate(messages) if self.limits.tokens_per_minute else 0)
             try:
                 self._check()
-                reply = await sampler.sample(messages, sampling)
-                await self.journal.put_together(key, sampler.identity, reply)
+                reply = await self._answer_in_time(sampler, messages, sampling)
             except RequestError as error:
-                if error.status in _REFUSALS:
-                    gate.refuse(ticket, getattr(error, "retry_after", None))
-                else:
-                    gate.fail(ticket)
+                _end(limit, ticket, error)
                 raise
             except BaseException:
-                gate.fail(ticket)
+                limit.fail(ticket)
                 raise
-            gate.accept(ticket, reply.tokens, reply.allowance)
+            limit.accept(ticket, reply.tokens, reply.allowance)
+            await self.journal.store(key, sampler.identity, reply)
+            if sampler.identity not in self._answered:
+                self._remember_rejections(sampler.identity)
             if meter:
                 meter.count(sampler, reply)
         return reply
 
-    async def _wait(self, seconds: float) -> None:
-        """Rest between two attempts; the turn is another's meanwhile, unless too many rest."""
+    async def _answer_in_time(
+        self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
+    ) -> Reply:
+        """The sampler's answer, within the user's time-out or one learned from other answers."""
+        endpoint = getattr(sampler, "endpoint", None)
+        if endpoint is not None and self.timeout is not None:
+            endpoint.timeout = self.timeout
+        if endpoint is None or endpoint.timeout != _TIMEOUT:
+            return await sampler.sample(messages, sampling)
+        timeout = self._timeouts.setdefault(sampler.identity, _LearnedTimeout())
+        return await timeout.within(sampler.sample(messages, sampling))
+
+    def _reject(self, key: str, identity: str, error: RejectedError) -> None:
+        """Remember what is rejected; for later runs only if the sampler answers others."""
+        if identity in self._answered:
+            self.journal.reject(key, identity, error)
+        else:
+            self._rejected[key] = identity, error
+
+    def _remember_rejections(self, identity: str) -> None:
+        self._answered.add(identity)
+        for key, (whose, error) in list(self._rejected.items()):
+            if whose == identity:
+                self.journal.reject(key, identity, error)
+                del self._rejected[key]
+
+    def _check_wait(self, limit: RateLimit, sampler: Sampler, error: RetryableError) -> None:
+        """Raises what ends a run, where the sampler refuses everybody for too long."""
+        known, asked = sampler.identity in self._answered, error.retry_after or 0.0
+        if asked > _LONGEST_WAIT and (limit.paused or not (known or limit.in_flight)):
+            back = datetime.now().astimezone() + timedelta(seconds=asked)
+            raise PendingError(
+                f"{sampler.model!r} asks to come back in {timedelta(seconds=round(asked))} h "
+                f"({error}). Everything that was paid for is kept: run the same command again "
+                f"after {back:%Y-%m-%d %H:%M}."
+            ) from error
+        if limit.paused_seconds > (_WAIT_IN_ALL if known else _WAIT_FOR_FIRST):
+            raise ServiceError(
+                f"{sampler.model!r} has refused everything for {limit.paused_seconds:.0f} s, at "
+                f"last with: {error}. Everything that was paid for is kept: run the same command "
+                "again when it is back."
+            ) from error
+
+    async def _rest(self, seconds: float) -> None:
+        """Wait between two attempts; the place is another's meanwhile, unless too many rest."""
         assert self._loop is not None
-        yields = len(self._resting) < _RESTING * self.limits.concurrency
+        lent = len(self._resting) < _RESTING * self.limits.concurrency
         resting = self._loop.create_future()
         self._resting.add(resting)
         timer = self._loop.call_later(seconds, _finish, resting)
-        if yields:
-            self.turns.release()
         try:
-            await resting
+            with self.places.lent() if lent else nullcontext():
+                await resting
         finally:
             timer.cancel()
             self._resting.discard(resting)
-            if yields:
-                await self.turns.acquire()
         self._check()
 
     def _check(self) -> None:
         if self._stopped:
             raise InterruptedError("stopped before this was asked")
 
-    def _send_home(self) -> None:
-        self.limits.close()
+    def _end_waiting(self) -> None:
+        for limit in self.limits.samplers.values():
+            limit.close()
         for resting in self._resting:
             _finish(resting)
+
+
+class Places:
+    """Places for rows that are worked on, given in the order of coming.
+
+    Whoever waits for something else than a sampler lends its place, and has it back at once.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count, self._taken = count, 0
+        self._door, self._freed = asyncio.Lock(), asyncio.Event()
+
+    async def acquire(self) -> None:
+        """Wait for a place."""
+        async with self._door:
+            while self._taken >= self._count:
+                self._freed.clear()
+                await self._freed.wait()
+            self._taken += 1
+
+    def release(self) -> None:
+        """Give a place back."""
+        self._taken -= 1
+        self._freed.set()
+
+    async def __aenter__(self) -> None:
+        """Wait for a place."""
+        await self.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        """Give it back."""
+        self.release()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """A place is another's meanwhile."""
+        self.release()
+        try:
+            yield
+        finally:
+            self._taken += 1
+
+
+class _LearnedTimeout:
+    """Ends requests that take many times as long as nearly all others of their sampler."""
+
+    def __init__(self) -> None:
+        self._took: deque[float] = deque(maxlen=1000)
+        self._waiting: dict[asyncio.Timeout, float] = {}  # when each began
+        self._seconds = _TIMEOUT
+
+    async def within(self, answer: Awaitable[Reply]) -> Reply:
+        """The answer; raises `RetryableError` where it doesn't come in time."""
+        began = asyncio.get_running_loop().time()
+        timeout = asyncio.timeout_at(began + self._seconds)
+        try:
+            async with timeout:
+                self._waiting[timeout] = began
+                reply = await answer
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            said = f"No whole answer within {self._seconds:.0f} s, where most take far less"
+            raise RetryableError(said, type="time-out") from error
+        finally:
+            self._waiting.pop(timeout, None)
+        self._took.append(asyncio.get_running_loop().time() - began)
+        if len(self._took) % _REPLIES == 0:
+            self._learn()
+        return reply
+
+    def _learn(self) -> None:
+        late = sorted(self._took)[int(_NEARLY_ALL * (len(self._took) - 1))]
+        self._seconds = min(_TIMEOUT, max(_LEAST_TIMEOUT, _TIMES * late))
+        for timeout, began in self._waiting.items():
+            if not timeout.expired():
+                timeout.reschedule(began + self._seconds)
+
+
+def _end(limit: RateLimit, ticket: Ticket, error: RequestError) -> None:
+    """Tell a limit what an attempt that failed says about the server."""
+    status = error.status or 0
+    if isinstance(error, RejectedError):
+        limit.accept(ticket)  # the server is at work
+    elif status in _REFUSALS:
+        limit.refuse(ticket, getattr(error, "retry_after", None))
+    elif status >= 500 or error.type == "connection":
+        limit.refuse(ticket, getattr(error, "retry_after", None), load=False)
+    else:
+        limit.fail(ticket)
 
 
 def _rest(attempt: int, retry_after: float | None) -> float:

@@ -8,11 +8,11 @@ their turn, and a slow one holds back no other place.
 """
 
 import asyncio
+import gc
 import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import FATAL, DistillError, GenerationError, RequestError
-from distill_datasets.generation.client import CachedClient
-from distill_datasets.generation.garbage import collect_rarely
+from distill_datasets.generation.client import CachedClient, work_in_thread
 from distill_datasets.generation.teachers import Answerer
 from distill_datasets.models.sampler import digest
 from distill_datasets.progress import Progress
@@ -38,6 +37,8 @@ _VERSION = 2  # goes into every fingerprint: raise it when rows come out differe
 _QUERIES_AT_A_PLACE, _PLACES = 128, 900
 _ROWS_AT_ONCE = 1_000  # that are read back
 _ALIKE = 20  # failures that end a run in which nothing was answered
+_OBJECTS = 50_000  # made between two searches for cycles; Python's own number is 700
+_MOST_TOKENS = 2**31 - 1
 _TOKENS = ("prompt", "cached", "response")
 
 
@@ -58,16 +59,13 @@ def ask(
     such as `AccessError` and `BudgetReached`, and `GenerationError` where the first rows all fail
     alike. `look` sees the rows of each query when they come, and may raise one to end the run.
     """
-    with collect_rarely(), Progress(title, len(queries), meter=client.meter) as progress:
+    with _collect_rarely(), Progress(title, len(queries), meter=client.meter) as progress:
         client.progress = progress
         rows = _Rows(queries, teachers, client, look)
-        with ThreadPoolExecutor(1) as thread:
-            mapped = thread.submit(rows.map, file)
-            try:
-                answered = mapped.result()
-            except BaseException:
-                rows.stop()
-                raise
+        answered = work_in_thread(lambda: rows.map(file), stop=rows.stop)
+        if client.rejected_before:
+            note = f"{client.rejected_before} rejected for good before: --ask-again asks them again"
+            progress.advance(0, note=note)
     if rows.fatal is not None:
         raise rows.fatal
     return answered
@@ -140,12 +138,16 @@ class _Rows:
         async with self._starting:
             batch = self.queries[part]
             for row in zip(*batch.values(), strict=True):
-                await self.client.turns.acquire()
+                await self.client.places.acquire()
                 self._started += 1
                 query = dict(zip(batch, row, strict=True))
                 tasks.append(asyncio.create_task(self._one(query)))
         rows = [row for task in tasks for row in await task]
-        return pa.Table.from_pylist(rows, schema=answer_features().arrow_schema)
+        schema = answer_features().arrow_schema
+        try:
+            return pa.Table.from_pylist(rows, schema=schema)
+        except (ValueError, OverflowError):  # an answer of an earlier version, or a sampler's own
+            return pa.Table.from_pylist([_storable(row) for row in rows], schema=schema)
 
     async def _one(self, query: dict[str, Any]) -> list[dict[str, Any]]:
         asked = {**query, "teacher": self.teachers.model, "sample": 0}
@@ -164,7 +166,7 @@ class _Rows:
                 self._look(failed)
             return [{**asked, "error": failed}]
         finally:
-            self.client.turns.release()
+            self.client.places.release()
         self.client.progress.advance(1)
         self._answered += 1
         return [{**asked, **row} for row in rows]
@@ -183,6 +185,34 @@ class _Rows:
                 "kept."
             )
         )
+
+
+def _storable(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without counts that nobody can have counted, and with text that can be written."""
+    fields = dict(row)
+    for name, value in row.items():
+        if isinstance(value, int) and abs(value) > _MOST_TOKENS:
+            fields[name] = None
+        elif isinstance(value, str):
+            fields[name] = value.encode(errors="replace").decode()
+        elif isinstance(value, Mapping):
+            fields[name] = _storable(value)
+    return fields
+
+
+@contextmanager
+def _collect_rarely() -> Iterator[None]:
+    """Search for unreachable cycles less often: much is made here, and little of it is cyclic.
+
+    A quarter more rows a second; costs some megabytes. What was set before is set again.
+    """
+    before = gc.get_threshold()
+    if 0 < before[0] < _OBJECTS:
+        gc.set_threshold(_OBJECTS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _failure(error: Exception) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class Interview:
     ) -> tuple[ParsedReply[T], str]:
         """What a reply holds, and what is wrong with one that can't be read."""
         try:
-            async with self._client.turns:
+            async with self._client.places:
                 reply = await self._client.sample(self.sampler, messages, sampling)
         except (*FATAL, InterruptedError):
             self._client.stop()

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import count
 from typing import Protocol
 
-from distill_datasets.generation.rate_limit import Limit, Ticket
+from distill_datasets.generation.rate_limit import Limits, RateLimit, Ticket
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,21 @@ class Queueing:
 
 
 @dataclass
+class OutOfOrder:
+    """Refuses everything from one moment to another, and answers everything else."""
+
+    begins: float
+    ends: float
+    seconds: float = 0.2
+    retry_after: float | None = None
+
+    def ask(self, now: float) -> Served:
+        if self.begins <= now < self.ends:
+            return Served(0.005, True, self.retry_after)
+        return Served(self.seconds)
+
+
+@dataclass
 class HeavyTailed:
     """Answers everything, each after another time."""
 
@@ -108,6 +123,7 @@ class HeavyTailed:
 class Outcome:
     """How a simulated run went."""
 
+    limit: RateLimit
     seconds: float = 0.0
     requests: int = 0
     refused: int = 0
@@ -115,20 +131,21 @@ class Outcome:
     starts: list[float] = field(default_factory=list)
 
 
-def simulate(limit: Limit, server: Server, rows: int, cost: float = 0.0) -> Outcome:
-    """Ask the server `rows` things through a limit; refused ones come again after a rest.
+def simulate(limits: Limits, server: Server, rows: int, cost: float = 0.0) -> Outcome:
+    """Ask the server `rows` things within limits; refused ones come again after a rest.
 
     `cost` is the client's own time for a request, in seconds.
     """
-    return _Simulation(limit, server, rows, cost).run()
+    return _Simulation(limits, server, rows, cost).run()
 
 
 class _Simulation:
-    def __init__(self, limit: Limit, server: Server, rows: int, cost: float) -> None:
-        self.limit, self.server, self.waiting, self.cost = limit, server, rows, cost
-        self.outcome, self.dice, self.order = Outcome(), random.Random(3), count()
-        self.events: list[tuple[float, int, Callable[[float], None]]] = []
+    def __init__(self, limits: Limits, server: Server, rows: int, cost: float) -> None:
         self.now = self.busy = 0.0
+        limits.clock = lambda: self.now
+        self.limit, self.server, self.waiting, self.cost = limits.of("it"), server, rows, cost
+        self.outcome, self.dice, self.order = Outcome(self.limit), random.Random(3), count()
+        self.events: list[tuple[float, int, Callable[[float], None]]] = []
         self.planned = float("inf")  # when the next start is looked at again
 
     def run(self) -> Outcome:
@@ -146,7 +163,7 @@ class _Simulation:
         heapq.heappush(self.events, (moment, next(self.order), what))
 
     def start(self) -> None:
-        while self.waiting and (seconds := self.limit.wait(self.now)) is not None:
+        while self.waiting and (seconds := self.limit.wait()) is not None:
             seconds = max(seconds, self.busy - self.now)
             if seconds > 0:
                 if self.now + seconds < self.planned:
@@ -155,7 +172,7 @@ class _Simulation:
                 return
             self.waiting -= 1
             served = self.server.ask(self.now)
-            ticket = self.limit.start(self.now)
+            ticket = self.limit.start()
             self.at(self.now + served.seconds, partial(self.end, ticket, served))
             self.outcome.requests += 1
             self.outcome.refused += served.refused
@@ -166,10 +183,12 @@ class _Simulation:
 
     def end(self, ticket: Ticket, served: Served, now: float) -> None:
         if not served.refused:
-            self.limit.accept(ticket, now)
+            self.limit.accept(ticket)
             return
-        self.limit.refuse(ticket, now, served.retry_after)
-        self.at(now + (served.retry_after or 0.0) + self.dice.uniform(0, 0.5), self.again)
+        self.limit.refuse(ticket, served.retry_after)
+        rest = (served.retry_after or 0.0) + self.dice.uniform(0, 0.5)
+        # As the client does: what everyone is refused waits at the limit, not by itself.
+        self.at(now + (0.0 if self.limit.paused else rest), self.again)
 
     def again(self, now: float) -> None:
         self.waiting += 1

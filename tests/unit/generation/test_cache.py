@@ -1,13 +1,14 @@
 import asyncio
+import os
+import shutil
 import sqlite3
-import subprocess
-import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from distill_datasets.errors import OutputError
+from distill_datasets.errors import OutputError, RejectedError
 from distill_datasets.generation.cache import Journal
 from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage, digest, request_digest
 from distill_datasets.schema import Message
@@ -30,41 +31,11 @@ def test_a_second_purchase_keeps_the_first_answer_and_is_counted(tmp_path: Path)
         assert list(journal) == [("a", 2)]
 
 
-_BUYING = """
-import sys
-from pathlib import Path
-from distill_datasets.generation.cache import Journal
-from distill_datasets.models.sampler import Reply, Sample, Usage
-
-name = sys.argv[2]
-with Journal(Path(sys.argv[1])) as journal:
-    for row in range(300):
-        for digest in (f"{name}{row}", f"both {row}"):
-            if journal.get(digest) is None:
-                journal.put(digest, name, Reply((Sample(digest, "stop", 1),), Usage(1, 0)))
-        journal.reject(f"no {row}", name, type="bad request", status=400, message=name)
-        assert journal.get(f"{name}{row}").samples[0].text == f"{name}{row}"
-"""
-
-
-def test_two_processes_buy_into_one_journal_and_lose_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "journal.sqlite"
-    buyers = [subprocess.Popen([sys.executable, "-c", _BUYING, str(path), name]) for name in "ab"]
-    assert [buyer.wait() for buyer in buyers] == [0, 0]
-    with Journal(path) as journal:
-        assert len(journal) == 900
-        for digest, times in journal:
-            found = journal.get(digest)
-            assert found is not None and found.samples[0].text == digest
-            assert times in (1, 2)
-        assert all(journal.rejection(f"no {row}") for row in range(300))
-
-
 def test_answers_that_come_together_are_all_on_disk_before_anyone_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
 
     async def keep(journal: Journal, digest: str) -> int:
-        await journal.put_together(digest, "m", REPLY)
+        await journal.store(digest, "m", REPLY)
         with Journal(path) as other:
             return sum(other.get(one) == REPLY for one in "abc")
 
@@ -78,7 +49,7 @@ def test_answers_that_come_together_are_all_on_disk_before_anyone_goes_on(tmp_pa
 
 def test_answers_that_cannot_be_kept_are_an_error_for_everyone_who_waits(tmp_path: Path) -> None:
     async def work(journal: Journal) -> list[object]:
-        both = (journal.put_together(digest, "m", REPLY) for digest in "ab")
+        both = (journal.store(digest, "m", REPLY) for digest in "ab")
         return await asyncio.gather(*both, return_exceptions=True)
 
     with Journal(tmp_path / "journal.sqlite") as journal:
@@ -108,8 +79,8 @@ def test_an_answer_paid_for_elsewhere_is_kept_as_bought_zero_times(tmp_path: Pat
 def test_a_rejection_is_remembered_with_its_reason(tmp_path: Path) -> None:
     with Journal(tmp_path / "journal.sqlite") as journal:
         assert journal.rejection("a") is None
-        journal.reject("a", "m", type="context length", status=400, message="too long")
-        journal.reject("a", "m", type="other", status=None, message="a later one changes nothing")
+        journal.reject("a", "m", RejectedError("too long", type="context length", status=400))
+        journal.reject("a", "m", RejectedError("a later one changes nothing", type="other"))
     with Journal(tmp_path / "journal.sqlite") as journal:
         known = journal.rejection("a")
         assert known is not None
@@ -127,8 +98,141 @@ def test_a_journal_of_an_earlier_version_gets_room_for_rejections(tmp_path: Path
         database.execute("INSERT INTO answers VALUES ('a', 'm', ?, 0.0, 1)", (REPLY.to_json(),))
     database.close()
     with Journal(path) as journal:
-        journal.reject("b", "m", type="bad request", status=400, message="no")
+        journal.reject("b", "m", RejectedError("no", type="bad request", status=400))
         assert journal.get("a") == REPLY and journal.rejection("b") is not None
+
+
+def test_a_journal_says_its_format_and_a_later_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    with Journal(path) as journal:
+        journal.put("a", "m", REPLY)
+        assert journal._one("PRAGMA user_version") == (1,)
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA user_version = 2")
+    with pytest.raises(OutputError, match="later version .*format 2, this one knows 1"):
+        Journal(path)
+
+
+def test_an_answer_is_on_disk_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, order = tmp_path / "journal.sqlite", list[str]()
+    log, sync = Path(f"{path}-wal"), os.fsync
+
+    def synced(file: int) -> None:
+        sync(file)
+        if os.path.samestat(os.fstat(file), log.stat()):
+            order.append("synced")
+
+    async def store(journal: Journal, digest: str) -> None:
+        await journal.store(digest, "m", REPLY)
+        order.append("stored")
+
+    async def work(journal: Journal) -> None:
+        await asyncio.gather(*(store(journal, str(row)) for row in range(50)))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    with Journal(path) as journal:
+        asyncio.run(work(journal))
+        assert order == ["synced", *["stored"] * 50]  # once for all
+        journal.put("another", "m", REPLY)
+        assert order[-1] == "synced"
+
+
+def test_a_disk_that_fails_is_an_error_for_everyone_who_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    async def work(journal: Journal) -> list[object]:
+        both = (journal.store(digest, "m", REPLY) for digest in "ab")
+        return await asyncio.gather(*both, return_exceptions=True)
+
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        monkeypatch.setattr(os, "fsync", fail)
+        assert [type(found) for found in asyncio.run(work(journal))] == [OutputError] * 2
+
+
+def test_a_copy_of_the_files_holds_all_that_was_stored_when_it_was_made(tmp_path: Path) -> None:
+    """What a power loss leaves: the files as they were at any moment."""
+    path = tmp_path / "run" / "journal.sqlite"
+
+    async def store(journal: Journal, number: int) -> None:
+        await journal.store(str(number), "m", REPLY)
+        acknowledged.append(number)
+        if number % 9 == 0:
+            copy = tmp_path / f"copy {number}"
+            shutil.copytree(path.parent, copy)
+            copies.append((copy, set(acknowledged)))
+
+    async def work(journal: Journal) -> None:
+        for first in range(0, 60, 6):
+            await asyncio.gather(*(store(journal, first + one) for one in range(6)))
+
+    acknowledged: list[int] = []
+    copies: list[tuple[Path, set[int]]] = []
+    with Journal(path) as journal:
+        asyncio.run(work(journal))
+    assert len(copies) == 7
+    for copy, stored in copies:
+        with Journal(copy / path.name) as journal:
+            assert stored <= {int(digest) for digest, _ in journal}
+
+
+def test_an_answer_that_cannot_be_read_is_forgotten_and_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "journal.sqlite"
+    with Journal(path) as journal:
+        for digest in "abc":
+            journal.put(digest, "m", REPLY)
+        for digest, text in (("a", "{torn"), ("b", '{"samples": 3}')):
+            journal._database.execute(
+                "UPDATE answers SET reply = ? WHERE digest = ?", (text, digest)
+            )
+    with Journal(path) as journal:
+        assert [reply for *_, reply, _ in journal.bought()] == ['{"samples": 3}', REPLY.to_json()]
+        assert journal.entry("a") is None and journal.first_tokens() == []
+        assert [journal.get(digest) for digest in "abc"] == [None, None, REPLY]
+        journal.put("a", "m", REPLY)
+        assert journal.get("a") == REPLY
+    assert capsys.readouterr().err.count("can't be read: such rows are asked again") == 1
+
+
+@pytest.mark.parametrize("torn", ["its end", "a page", "many pages"])
+def test_of_a_damaged_journal_all_that_can_be_read_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], torn: str
+) -> None:
+    path = tmp_path / "journal.sqlite"
+    with Journal(path) as journal:
+        journal.put_all("m", [(f"digest {row}", REPLY) for row in range(2000)])
+        journal.reject("no", "m", RejectedError("no", type="bad request", status=400))
+    content = bytearray(path.read_bytes())
+    page, pages = 4096, len(content) // 4096
+    if torn == "its end":
+        content = content[: len(content) * 3 // 4]
+    for place in {"a page": [pages // 2], "many pages": range(9, pages, 9)}.get(torn, []):
+        content[place * page : (place + 1) * page] = b"\xff" * page
+    path.write_bytes(content)
+    with Journal(path) as journal:
+        kept = len(journal)
+        assert 600 < kept < 2000
+        assert all(journal.get(digest) == REPLY for digest, _ in journal)
+        journal.put("new", "m", REPLY)
+    with Journal(path) as journal:
+        assert len(journal) == kept + 1
+    said = capsys.readouterr().err
+    assert said.count("was damaged") == 1 and f"{kept:,} answers were saved" in said
+    assert (tmp_path / "journal.sqlite.damaged").read_bytes().startswith(content)
+
+
+def test_a_file_that_is_no_journal_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    path.write_bytes(b"my diary " * 1000)
+    with pytest.raises(OutputError, match="nobody can read"):
+        Journal(path)
+    assert path.read_bytes() == b"my diary " * 1000
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ import pytest
 from distill_datasets.errors import (
     AccessError,
     BudgetReached,
+    PendingError,
     RejectedError,
     RequestError,
     RetryableError,
+    ServiceError,
 )
 from distill_datasets.generation import client as buying
 from distill_datasets.generation.cache import Journal
@@ -88,11 +90,87 @@ def test_after_eight_attempts_it_is_a_failure_that_the_next_run_asks_again(
     assert len(sampler.calls) == 9
 
 
-def test_nobody_waits_for_a_server_that_asks_for_an_hour(journal: Journal) -> None:
-    sampler = Failing({"a": [busy(3600.0)]})
-    with pytest.raises(RetryableError) as caught:
+def test_nobody_waits_for_a_server_that_asks_for_a_day(journal: Journal) -> None:
+    sampler = Failing({"a": [busy(86400.0, status=429)]})
+    with pytest.raises(PendingError, match=r"come back in 1 day, 0:00:00 h .*kept: run .* after 2"):
         bought(journal, lambda client: client.sample(sampler, ask("a"), SAMPLING))
-    assert caught.value.attempts == 1
+    assert sampler.calls == ["a"]
+
+
+def test_a_single_row_that_shall_wait_for_a_day_fails_while_others_are_answered(
+    journal: Journal,
+) -> None:
+    sampler = Failing({"a": [busy(86400.0, status=429)]})
+
+    async def work(client: CachedClient) -> list[Any]:
+        asked = (client.sample(sampler, ask(text), SAMPLING) for text in "bac")
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    one, failed, other = bought(journal, work)
+    assert isinstance(one, Reply) and isinstance(other, Reply)
+    assert isinstance(failed, RetryableError) and failed.attempts == 1
+
+
+def test_an_answer_that_cannot_be_read_is_asked_for_as_often_as_it_allows(journal: Journal) -> None:
+    def unreadable() -> RetryableError:
+        error = RetryableError("no choices", type="bad answer")
+        error.most_attempts = 3
+        return error
+
+    sampler = Failing({"a": [unreadable() for _ in range(9)], "b": [unreadable()]})
+    with pytest.raises(RetryableError, match="no choices") as caught:
+        bought(journal, lambda client: client.sample(sampler, ask("a"), SAMPLING))
+    assert caught.value.attempts == 3
+    bought(journal, lambda client: client.sample(sampler, ask("b"), SAMPLING))
+    assert sampler.calls == ["a"] * 3 + ["b"] * 2
+
+
+def out_of_order(**options: Any) -> RetryableError:
+    return RetryableError("refused", type="connection", **options)
+
+
+@pytest.mark.parametrize("failure", [busy, out_of_order])
+def test_tries_while_everybody_is_refused_are_no_attempts_of_one_row(
+    journal: Journal, failure: Callable[[], RetryableError]
+) -> None:
+    class Broken(Failing):
+        async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
+            if len(self.calls) < 60:
+                self.calls.append(messages[-1]["content"])
+                raise failure()
+            return await super().sample(messages, sampling)
+
+    sampler, limits = Broken(), Limits(clock=_Hurried())
+
+    async def work(client: CachedClient) -> list[Any]:
+        asked = (client.sample(sampler, ask(str(row)), SAMPLING) for row in range(10))
+        return await asyncio.gather(*asked)
+
+    assert len(bought(journal, work, limits=limits)) == 10
+
+
+class _Hurried:
+    """A clock that is far ahead whenever it is looked at."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.5
+        return self.now
+
+
+def test_a_sampler_that_refuses_everybody_for_minutes_ends_the_run(journal: Journal) -> None:
+    class Broken(Failing):
+        async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
+            raise busy(status=503)
+
+    async def work(client: CachedClient) -> list[Any]:
+        asked = (client.sample(Broken(), ask(str(row)), SAMPLING) for row in range(10))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    found = bought(journal, work, limits=Limits(clock=_Hurried()))
+    assert {type(one) for one in found} == {ServiceError}
+    assert "has refused everything for 1" in str(found[0])
 
 
 def test_the_server_says_how_long_to_rest_at_least() -> None:
@@ -105,9 +183,9 @@ def test_a_request_that_rests_holds_back_nobody(journal: Journal) -> None:
 
     async def work(client: CachedClient) -> None:
         async def one(text: str) -> None:
-            await client.turns.acquire()
+            await client.places.acquire()
             await client.sample(sampler, ask(text), SAMPLING)
-            client.turns.release()
+            client.places.release()
 
         await asyncio.gather(*(one(text) for text in ("first", "second", "third")))
 
@@ -122,11 +200,11 @@ def test_only_so_many_rest_beside_those_at_work(journal: Journal) -> None:
     async def work(client: CachedClient) -> None:
         async def one(text: str) -> None:
             await client.sample(sampler, ask(text), SAMPLING)
-            client.turns.release()
+            client.places.release()
 
         tasks = []
         for text in texts:
-            await client.turns.acquire()
+            await client.places.acquire()
             assert len(tasks) - sum(task.done() for task in tasks) <= 1 + buying._RESTING
             tasks.append(asyncio.create_task(one(text)))
         await asyncio.gather(*tasks)
@@ -135,16 +213,57 @@ def test_only_so_many_rest_beside_those_at_work(journal: Journal) -> None:
     assert len(sampler.calls) == 60
 
 
-def test_what_is_rejected_is_never_asked_again(journal: Journal) -> None:
+def refused_and_answered(
+    journal: Journal, sampler: Failing, texts: str, **options: Any
+) -> list[Any]:
+    async def work(client: CachedClient) -> list[Any]:
+        asked = (client.sample(sampler, ask(text), SAMPLING) for text in texts)
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    found: list[Any] = bought(journal, work, **options)
+    return found
+
+
+@pytest.mark.parametrize("texts", ["ab", "ba"])
+def test_what_is_rejected_among_answers_is_never_asked_again(journal: Journal, texts: str) -> None:
     refusal = RejectedError("against the policy", type="content policy", status=400)
     sampler = Failing({"a": [refusal]})
-    for _ in range(2):
-        with pytest.raises(RejectedError, match="against the policy") as caught:
-            bought(journal, lambda client: client.sample(sampler, ask("a"), SAMPLING))
-        known = (caught.value.type, caught.value.status, caught.value.attempts)
-        assert known == ("content policy", 400, 1)
-    assert sampler.calls == ["a"]
-    assert len(journal) == 0
+    refused_and_answered(journal, sampler, texts)
+    with pytest.raises(RejectedError, match="against the policy") as caught:
+        bought(journal, lambda client: client.sample(sampler, ask("a"), SAMPLING))
+    known = (caught.value.type, caught.value.status, caught.value.attempts)
+    assert known == ("content policy", 400, 1)
+    assert sorted(sampler.calls) == ["a", "b"]
+    assert len(journal) == 1
+
+
+def test_what_a_sampler_rejects_that_answers_nobody_is_asked_again_by_the_next_run(
+    journal: Journal,
+) -> None:
+    refusal = RejectedError("too long", type="context length", status=400)
+    sampler = Failing({text: [refusal] for text in "abc"})
+    found = refused_and_answered(journal, sampler, "abca")
+    assert [type(one) for one in found] == [RejectedError] * 4
+    assert sampler.calls == ["a", "b", "c"]
+    found = refused_and_answered(journal, sampler, "abc")
+    assert [type(one) for one in found] == [Reply] * 3
+
+
+def test_what_was_rejected_for_good_is_asked_again_where_that_is_wanted(journal: Journal) -> None:
+    refusal = RejectedError("too long", type="context length", status=400)
+    sampler = Failing({"a": [refusal]})
+    refused_and_answered(journal, sampler, "ab")
+    (again,) = refused_and_answered(journal, sampler, "a", ask_rejected_again=True)
+    assert isinstance(again, Reply)
+    (known,) = refused_and_answered(journal, sampler, "a")
+    assert isinstance(known, Reply)
+    assert sorted(sampler.calls) == ["a", "a", "b"]
+
+
+def test_what_cannot_be_stored_fails_and_takes_nothing_else_with_it(journal: Journal) -> None:
+    found = refused_and_answered(journal, Failing(), ["one", "half of a \ud83d pair", "two"])  # type: ignore[arg-type]
+    assert [type(one) for one in found] == [Reply, UnicodeEncodeError, Reply]
+    assert len(journal) == 2
 
 
 def test_equal_requests_share_a_rejection_too(journal: Journal) -> None:
@@ -173,7 +292,7 @@ def test_every_way_to_end_frees_the_place(journal: Journal) -> None:
     async def work(client: CachedClient) -> int:
         asked = (client.sample(sampler, ask(str(number)), SAMPLING) for number in range(5))
         await asyncio.gather(*asked, return_exceptions=True)
-        return client.limits.gate("failing").limit.in_flight
+        return client.limits.of("failing").in_flight
 
     assert bought(journal, work, limits=Limits(2)) == 0
 

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, load_from_disk
 
-from distill_datasets.generation.garbage import collect_rarely
-from distill_datasets.generation.rows import ROWS_FILE, Tally, finish, stream
+from distill_datasets.generation.rows import ROWS_FILE, Tally, _collect_rarely, finish, stream
 from distill_datasets.schema import answer_features
 
 FAILURE = {"type": "time-out", "status": None, "message": "too slow", "attempts": 8}
@@ -70,7 +69,7 @@ def test_rows_are_read_a_few_at_a_time_and_in_their_order(
 
 def test_what_was_set_for_the_garbage_collector_is_set_again() -> None:
     before = gc.get_threshold()
-    with pytest.raises(KeyError), collect_rarely():
+    with pytest.raises(KeyError), _collect_rarely():
         assert gc.get_threshold()[0] > before[0]
         raise KeyError
     assert gc.get_threshold() == before
