@@ -98,23 +98,20 @@ class CachedClient:
     do. What may succeed later is asked again while others go on.
     """
 
-    def __init__(  # noqa: PLR0913 (where answers are kept, how fast, and for how much)
+    def __init__(
         self,
         journal: Journal,
         progress: Progress | None = None,
         *,
         limits: Limits | None = None,
         meter: Meter | None = None,
-        timeout: float | None = None,
         ask_rejected_again: bool = False,
     ) -> None:
         """`progress` is told of the tokens that were bought, not of rows.
 
-        `timeout` is in seconds, for a whole answer; without one it is ten times what nearly all
-        answers of a sampler take, and at least a minute. What an earlier run found rejected for
-        good is asked for only with `ask_rejected_again`.
+        What an earlier run found rejected for good is asked for only with `ask_rejected_again`.
         """
-        self.journal, self.meter, self.timeout = journal, meter, timeout
+        self.journal, self.meter = journal, meter
         self.progress = progress or Progress("ask", 0)
         self.limits = limits or Limits()
         self.ask_rejected_again = ask_rejected_again
@@ -235,8 +232,6 @@ class CachedClient:
     ) -> Reply:
         """The sampler's answer, within the user's time-out or one learned from other answers."""
         endpoint = getattr(sampler, "endpoint", None)
-        if endpoint is not None and self.timeout is not None:
-            endpoint.timeout = self.timeout
         if endpoint is None or endpoint.timeout != _TIMEOUT:
             return await sampler.sample(messages, sampling)
         timeout = self._timeouts.setdefault(sampler.identity, _LearnedTimeout())

@@ -24,7 +24,8 @@ from statistics import median
 from distill_datasets.errors import SettingsError
 from distill_datasets.models.sampler import Allowance
 
-_RAMP = 0.0005  # seconds between the first requests, at the beginning and after a pause
+_AT_ONCE = 16  # requests, at the beginning and after a pause
+_RAMP = 0.0005  # seconds between those that follow, until there are as many as may be
 _LONGEST_RAMP = 0.12  # seconds for all of them
 _SOME, _HOLD = 3, 0.05  # so many refused in a row hold back the others for so many seconds
 _MANY = 8  # refused in a row pause all others
@@ -152,7 +153,8 @@ class RateLimit:
             seconds = min(until) - now
         else:
             began, first = self._ramp
-            ramp = min(self._started - first, self.cap) * min(_RAMP, _LONGEST_RAMP / self.cap)
+            late = max(0, min(self._started - first, self.cap) - _AT_ONCE)
+            ramp = late * min(_RAMP, _LONGEST_RAMP / self.cap)
             left = self._left_until if self._left < 1 else now
             paced = self._pacing.wait(now) if self._pacing else 0.0
             self._binding = self._binding or paced > 0

@@ -127,7 +127,8 @@ def _answer(
 ) -> "Dataset":
     if settings.batch:
         buy_in_batches(queries, teachers, journal, settings=settings, meter=meter)
-    client = CachedClient(journal, limits=settings.limits, meter=meter)
+    again = settings.ask_again
+    client = CachedClient(journal, limits=settings.limits, meter=meter, ask_rejected_again=again)
     look = FirstRows(teachers.recipe, settings.stop_after_rejected).look
     return ask(queries, teachers, client, title="generate", file=file, look=look)
 

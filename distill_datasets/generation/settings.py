@@ -27,7 +27,11 @@ class GenerateSettings:
         None, "most tokens a minute", group="speed", flag="tpm", above=0, unset="no limit"
     )
     timeout: float | None = setting(
-        None, "seconds to wait for one answer", group="speed", above=0, unset="the model's own"
+        None,
+        "seconds to wait for one answer",
+        group="speed",
+        above=0,
+        unset="ten times what nearly all answers take, and at least 60",
     )
     processes: int = setting(
         1, "processes that make a Tinker teacher's requests", group="speed", at_least=1
@@ -38,6 +42,9 @@ class GenerateSettings:
     )
     verify_ledger: int = setting(
         0, "answers out of a release's ledger to ask for again, to say how many agree", at_least=0
+    )
+    ask_again: bool = setting(
+        False, "ask again what the endpoint rejected for good in an earlier run"
     )
     stop_after_rejected: int = setting(
         50, "end the run when its first N rows are all rejected; 0 never ends it", at_least=0
