@@ -179,14 +179,20 @@ class OwnMetric:
     def estimates(
         self, predictions: Answers, references: Answers, groups: Sequence[str]
     ) -> dict[str, Estimate]:
-        """Each number with its bootstrap: computed 201 times, on rows that are really repeated."""
+        """Each number with its bootstrap: computed 201 times, on rows that are really repeated.
+
+        Where it can't be computed on a resample, there is no draw.
+        """
         whole = self.numbers(predictions, references)
         draws: dict[str, list[float]] = {name: [] for name in whole}
         for chunk in resamples(groups, _RESAMPLES_OF_OWN):
             for weights in chunk:
                 places = np.repeat(np.arange(len(predictions)), weights.astype(int)).tolist()
                 drawn = ([texts[place] for place in places] for texts in (predictions, references))
-                found = self.numbers(*drawn)
+                try:
+                    found = self.numbers(*drawn)
+                except SettingsError:
+                    found = {}
                 for name, values in draws.items():
                     values.append(found.get(name, np.nan))
         return {name: Bootstrap(whole[name], np.array(values)) for name, values in draws.items()}

@@ -246,6 +246,22 @@ def test_a_function_is_a_metric_and_may_give_several_numbers(own: Callable[[str]
     assert numbers["short"].interval() == {"value": 1.0}
 
 
+@pytest.mark.parametrize(("often", "has"), [(0.99, True), (0.5, False)])
+def test_a_resample_without_a_number_is_no_draw(often: float, has: bool) -> None:
+    """As of a correlation where all rows are drawn alike."""
+    generator = np.random.default_rng(0)
+
+    def spread(predictions: list[str], references: list[str]) -> float:
+        if predictions == list("abcd"):
+            return 4.0
+        if generator.random() > often:
+            raise ValueError("no two rows differ")
+        return float(len(set(predictions)))
+
+    [number] = load_own_metric(spread).estimates([*"abcd"], [*"abcd"], [*"wxyz"]).values()
+    assert (number.value, "low" in number.interval()) == (4.0, has)
+
+
 def test_python_takes_functions_and_modules_themselves() -> None:
     def exact(predictions: list[str], references: list[str]) -> float:
         return float(predictions == references)
