@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DatasetError, HubError, OutputError
@@ -91,6 +91,7 @@ def check_files(release: Path, parts: Collection[str]) -> None:
     manifest of version 0.1 has no digests. Raises `DatasetError` that names the first file that
     was changed, added or taken away, or that leads out of the folder.
     """
+    _check_card(release)
     listed = _digests(release)
     names = sorted(
         path.relative_to(release).as_posix()
@@ -145,10 +146,31 @@ def fetch_dataset(reference: str, config: str | None) -> Pinned:
 
     dataset = _resolve(reference)
     path = hub.snapshot(dataset, ["README.md"])
+    _check_card(path)
     patterns = _data_files(_configs(path / "README.md"), config)
     if patterns is not None:
         patterns += [*_ALWAYS, f"{folder_of(config)}manifest.json"]
     return Pinned(hub.snapshot(dataset, patterns), dataset.commit)
+
+
+def _check_card(folder: Path) -> None:
+    """Raise `DatasetError` for a card by which `load_dataset` would read files elsewhere here."""
+    for config in _configs(folder / "README.md"):
+        for pattern in (*_texts(config.get("data_files")), *_texts(config.get("data_dir"))):
+            local = not pattern.startswith(("https://", "http://", "hf://"))
+            leads_out = "://" in pattern or pattern.startswith(("/", "~", "file:"))
+            if local and (leads_out or ".." in PurePath(pattern).parts):
+                raise _outside(folder, pattern, "its card names it as data")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in what a card says of its files, however it says it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for one in value.values() for text in _texts(one))
+    elif isinstance(value, list):
+        yield from (text for one in value for text in _texts(one))
 
 
 def _digests(release: Path) -> Mapping[str, str] | None:
@@ -205,9 +227,9 @@ def _configs(readme: Path) -> list[Mapping[str, Any]]:
         return []
     try:
         configs = DatasetCard.load(readme).data.to_dict().get("configs")
-    except (ValueError, YAMLError):
+    except (ValueError, TypeError, YAMLError):
         return []  # `load_dataset` says what is wrong with it
-    return [one for one in configs or [] if isinstance(one, Mapping)]
+    return [one for one in configs if isinstance(one, Mapping)] if isinstance(configs, list) else []
 
 
 def _data_files(configs: Sequence[Mapping[str, Any]], config: str | None) -> list[str] | None:

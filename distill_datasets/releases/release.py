@@ -123,10 +123,7 @@ def publish(
             if change and change.level != "patch" and version == published.version:
                 raise _taken(published, change)
         facts |= {"version": version or FIRST, "why": _why(old, change)}
-        readme = folder / "README.md"
-        card = readme.read_text(encoding="utf-8") if readme.is_file() else None
-        with replacing(folder) as building:
-            _write(building, answers, facts, old, card)
+        _replace(folder, answers, facts, old)
     return load_release(folder)
 
 
@@ -246,6 +243,16 @@ def _why(old: Mapping[str, Any] | None, change: Change | None) -> str:
     if change:
         return change.why
     return f"the same content as {old['version']}" if old else "the first release"
+
+
+def _replace(
+    folder: Path, answers: _Answers, facts: Mapping[str, Any], old: Mapping[str, Any] | None
+) -> None:
+    """Write the release in the place of the old one, of whose card what people wrote is kept."""
+    readme = folder / "README.md"
+    card = readme.read_text(encoding="utf-8") if readme.is_file() else None
+    with replacing(folder) as building:
+        _write(building, answers, facts, old, card)
 
 
 def _write(

@@ -152,6 +152,13 @@ def test_the_links_of_the_hubs_cache_are_its_own(
         check_files(repository / "snapshots" / "0", ["data"])
 
 
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../secret.jsonl", "file:///etc/passwd"])
+def test_a_card_that_names_files_elsewhere_is_refused(path: str, release: Release) -> None:
+    edit(release.path, "README.md", "path: data/train-*", f"path: {path}")
+    with pytest.raises(DatasetError, match="its card names it as data"):
+        check_release(release.path)
+
+
 def test_a_recipe_that_names_the_data_overwrites_nothing(tmp_path: Path, release: Release) -> None:
     """Whether the recipe is refused or its file is, no file outside `recipe/` is written."""
     train = next(release.path.glob("data/train-*"))
