@@ -22,6 +22,7 @@ log tells which batches are in which weights.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -42,6 +43,7 @@ Kind = Literal["weights", "sampler_weights"]
 KINDS: tuple[Kind, ...] = ("weights", "sampler_weights")
 SCHEME = "tinker://"
 RECORD = "checkpoint.json"
+LORA_FIELDS = {"rank", "seed", "train_unembed", "train_mlp", "train_attn"}
 LOG = "log.jsonl"
 # The range that Tinker documents: an hour to ten years.
 LEAST_TTL, MOST_TTL = 3600, 10 * 365 * 86_400
@@ -260,6 +262,11 @@ class ExecutionLog:
 
     def __init__(self, folder: Path, clock: Clock) -> None:
         self._file, self._clock = folder / LOG, clock
+        with suppress(OSError), self._file.open("r+b") as file:
+            # A killed server may have left half a line: what follows stands on lines of its own.
+            if size := file.seek(0, os.SEEK_END):
+                file.seek(size - 1)
+                file.write(b"" if file.read() == b"\n" else b"\n")
 
     def add(self, run_id: str, seq_id: int, did: str, **facts: Any) -> None:
         """Write a line; a full disk doesn't fail what has already been computed."""
@@ -276,6 +283,8 @@ def _read(kind: type[Record], file: Path) -> Record:
     try:
         record = kind(**json.loads(file.read_text("utf-8")))
         datetime.fromisoformat(record.created)
+        if isinstance(record, StoredRun) and not set(record.lora) >= LORA_FIELDS:
+            raise ValueError(f"expected lora with {sorted(LORA_FIELDS)}; found {record.lora!r}")
         end = getattr(record, "expires_at", None)
         if end is not None and datetime.fromisoformat(end).tzinfo is None:
             raise ValueError(f"expires_at has no time zone: {end!r}")

@@ -312,7 +312,7 @@ class PromptScoring:
 
     @property
     def asked(self) -> bool:
-        """Whether anything is."""
+        """Whether any score is asked for."""
         return self.logprobs or bool(self.top) or self.targets is not None
 
     def own(self, length: int) -> int:
@@ -322,7 +322,7 @@ class PromptScoring:
         return length - 1 if self.last_n is None else self.last_n
 
     def reach(self, length: int) -> int:
-        """The same, and those where a target is named."""
+        """How many at the end are scored, or have a target named for them."""
         if self.targets is None:
             return self.own(length)
         return max(self.own(length), length - 1 - self.targets.first)

@@ -18,7 +18,13 @@ import tinker
 from tinker import types
 
 from distill_datasets.embedded.process import Server
-from distill_datasets.embedded.store import ExecutionLog, Store, StoredCheckpoint, copy_checkpoint
+from distill_datasets.embedded.store import (
+    ExecutionLog,
+    Store,
+    StoredCheckpoint,
+    StoredRun,
+    copy_checkpoint,
+)
 from distill_datasets.embedded.wire import InvalidRequestError, MissingError
 from distill_datasets.errors import OutputError
 from distill_datasets.files import one_writer
@@ -367,6 +373,31 @@ def test_a_damaged_record_is_named_and_hides_nothing_else(
     with pytest.raises(MissingError, match=r"damaged: .*checkpoint.json' is missing"):
         store.find(bad)
     assert store.find(good)
+
+
+def test_a_damaged_run_is_named_and_hides_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(tmp_path)
+    layout = {"rank": 4, "seed": 1, "train_unembed": True, "train_mlp": True, "train_attn": True}
+    for name in ("good", "bad"):
+        store.add_run(StoredRun(name, "tiny", "abc", layout, store.now()))
+    record = tmp_path / "bad/run.json"
+    for content in ("", "{}", record.read_text().replace('"rank"', '"runk"')):
+        record.write_text(content)
+        with pytest.raises(MissingError, match=r"bad/run.json' is damaged"):
+            store.run("bad")
+        assert [run.run_id for run in store.runs()] == ["good"]
+        assert "bad/run.json' is damaged" in capsys.readouterr().err
+
+
+def test_half_a_line_in_the_log_spoils_no_other(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    for content, lines in ((b"", 1), (b'{"at": 1}\n', 2), (b'{"at": 1}\n{"at', 3)):
+        log.write_bytes(content)
+        ExecutionLog(tmp_path, Clock()).add("run", 1, "optim_step")
+        assert len(log.read_text().splitlines()) == lines
+        assert json.loads(log.read_text().splitlines()[-1])["did"] == "optim_step"
 
 
 @pytest.mark.parametrize(
