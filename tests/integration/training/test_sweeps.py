@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from distill_datasets.errors import DatasetError, ModelError, SettingsError
+from distill_datasets.errors import DatasetError, ModelError, OutputError, SettingsError
+from distill_datasets.files import one_writer
 from distill_datasets.models import connection as connections
 from distill_datasets.training import validation
 from distill_datasets.training.sweeps import Sweep, SweepTrial, sweep
@@ -132,3 +133,12 @@ def test_a_training_that_failed_is_shown_and_never_the_best(tmp_path: Path) -> N
     assert made.table().splitlines()[1].endswith("the loss became nan")
     with pytest.raises(ModelError, match="the first failed with: the loss became nan"):
         _ = Sweep(tmp_path, [failed]).best
+
+
+def test_two_sweeps_never_share_a_folder(dataset: Path, model: str, tmp_path: Path) -> None:
+    with (
+        one_writer(tmp_path / "out", "sweep"),
+        pytest.raises(OutputError, match="Another process.*for this sweep"),
+    ):
+        swept(dataset, model, tmp_path / "out", rank=[2])
+    assert not list((tmp_path / "out").glob("rank-2"))

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from distill_datasets.errors import SettingsError
 from distill_datasets.training.schedule import (
     Schedule,
     Selection,
@@ -14,8 +13,7 @@ from distill_datasets.training.schedule import (
     plan_steps,
     why_it_ended,
 )
-from distill_datasets.training.settings import TrainSettings, decisive, unlike_default
-from distill_datasets.training.tracking import sparkline
+from distill_datasets.training.settings import TrainSettings
 
 LENGTHS = [5 + 7 * place % 60 for place in range(230)]
 
@@ -127,37 +125,3 @@ def test_why_it_ended_names_the_steps_or_the_patience() -> None:
         "no improvement of 0.001 in 2 validations (best at step 60)"
     )
     assert why_it_ended(stale, settings, 98, 98) == "all 98 steps done"
-
-
-def test_what_changes_no_weight_may_change_between_two_runs() -> None:
-    assert decisive(asdict(TrainSettings(ahead=0, track="wandb", ttl_seconds=None))) == decisive({})
-    assert unlike_default(asdict(TrainSettings(rank=8, ahead=0))) == {"rank": 8}
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"preset": "huge"},
-        {"batch_tokens": 0},
-        {"patience": 0},
-        {"min_improvement": -1.0},
-        {"ttl_seconds": 60},
-        {"track": "mlflow"},
-        {"ahead": -1},
-    ],
-)
-def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError, match=next(iter(wrong))):
-        TrainSettings(**wrong)
-
-
-def test_nothing_to_adapt_is_refused() -> None:
-    with pytest.raises(SettingsError, match="Nothing to train"):
-        TrainSettings(train_attention=False, train_mlp=False, train_unembed=False)
-
-
-def test_a_sparkline_shows_the_shape_in_a_bounded_width() -> None:
-    assert sparkline([3.0, 2.0, 1.0]) == "█▅▁"
-    assert sparkline([1.0, 1.0]) == "▁▁"
-    assert sparkline([]) == ""
-    assert len(sparkline(range(1000), width=16)) == 16

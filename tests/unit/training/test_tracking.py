@@ -1,4 +1,4 @@
-"""Trackers, as far as they can be tried without installing any."""
+"""Trackers, as far as they can be tried without installing any, and losses as a line of text."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.training.tracking import open_tracker, require_tracker
+from distill_datasets.training.tracking import open_tracker, require_tracker, sparkline
 
 NEEDS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "torch.utils.tensorboard"}
 
@@ -41,3 +41,10 @@ def test_tensorboard_gets_every_number_at_its_step(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(one.step, one.value) for one in events.Scalars("loss")] == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_sparkline_shows_the_shape_in_a_bounded_width() -> None:
+    assert sparkline([3.0, 2.0, 1.0]) == "█▅▁"
+    assert sparkline([1.0, 1.0]) == "▁▁"
+    assert sparkline([]) == ""
+    assert len(sparkline(range(1000), width=16)) == 16

@@ -1,0 +1,44 @@
+"""Which settings are refused, and which decide a training."""
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from distill_datasets.errors import SettingsError
+from distill_datasets.training.settings import TrainSettings, decisive, unlike_default
+
+
+def test_what_changes_no_weight_may_change_between_two_runs() -> None:
+    assert decisive(asdict(TrainSettings(ahead=0, track="wandb", ttl_seconds=None))) == decisive({})
+    assert unlike_default(asdict(TrainSettings(rank=8, ahead=0))) == {"rank": 8}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"preset": "huge"},
+        {"batch_tokens": 0},
+        {"patience": 0},
+        {"min_improvement": -1.0},
+        {"ttl_seconds": 60},
+        {"track": "mlflow"},
+        {"ahead": -1},
+    ],
+)
+def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(wrong))):
+        TrainSettings(**wrong)
+
+
+def test_nothing_to_adapt_is_refused() -> None:
+    with pytest.raises(SettingsError, match="Nothing to train"):
+        TrainSettings(train_attention=False, train_mlp=False, train_unembed=False)
+
+
+def test_settings_that_the_first_version_wrote_mean_what_they_meant() -> None:
+    old = asdict(TrainSettings(rank=8)) | {"preset": "production"}
+    old["objective"] = {**old["objective"], "temperature": 1.0}
+    assert decisive(old) == decisive(asdict(TrainSettings(rank=8)))
+    softened = {**old, "objective": {**old["objective"], "temperature": 2.0}}
+    assert "objective" in unlike_default(softened) and "objective" not in unlike_default(old)
