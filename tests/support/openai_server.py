@@ -17,6 +17,9 @@ from typing import Any, Literal
 
 from aiohttp import web
 
+from distill_datasets.models.openai.client import OpenAISampler
+from distill_datasets.models.sampler import Reply, Sampling
+from distill_datasets.schema import Message
 from tests.support.openai_batches import Batches
 
 HOST = "127.0.0.1"
@@ -254,3 +257,21 @@ def serving(*, key: str | None = None) -> Iterator[OpenAIServer]:
         yield server
     finally:
         server.stop()
+
+
+ASKED: list[Message] = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": ""}]
+
+
+def ask(
+    server: OpenAIServer,
+    query: str = "one two three",
+    *,
+    model: str = "echo-small",
+    stream: bool = False,
+    timeout: float = 20,
+    **sampling: Any,
+) -> Reply:
+    """A client's answer to a query behind a prompt."""
+    sampler = OpenAISampler(model, base_url=server.url, stream=stream, timeout=timeout)
+    messages: list[Message] = [ASKED[0], {"role": "user", "content": query}]
+    return asyncio.run(sampler.sample(messages, Sampling(**sampling)))

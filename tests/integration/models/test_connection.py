@@ -12,7 +12,7 @@ import pytest
 from distill_datasets.embedded.process import Server, launch
 from distill_datasets.errors import AccessError, ModelError, ServiceError
 from distill_datasets.models.connection import digest_weights
-from distill_datasets.models.references import connect, find_training, open_sampler
+from distill_datasets.models.references import connect, open_sampler
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.schema import Message
 from tests.support.tiny_model import make_tiny_model
@@ -230,11 +230,3 @@ def test_an_address_of_tinker_that_is_none_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TINKER_BASE_URL", "localhost:8000")
     with pytest.raises(ModelError, match="TINKER_BASE_URL: expected https://"):
         connect("tinker:Qwen/Qwen3-8B")
-
-
-def test_a_training_is_found_by_its_folder_or_the_runs(tmp_path: Path) -> None:
-    assert find_training(tmp_path) is None
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "checkpoints.jsonl").touch()
-    assert find_training(str(tmp_path)) == find_training(tmp_path / "train") == tmp_path / "train"
-    assert find_training("pocket") is None
