@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DistillError, GenerationError, SettingsError
 from distill_datasets.files import writable_folder
-from distill_datasets.generation.run import generate, read_summary
+from distill_datasets.generation.rows import read_summary
+from distill_datasets.generation.run import generate
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
 from distill_datasets.models.sampler import Sampler

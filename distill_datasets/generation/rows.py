@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import SEEK_END
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ _ALIKE = 20  # failures that end a run in which nothing was answered
 _OBJECTS = 50_000  # made between two searches for cycles; Python's own number is 700
 _MOST_TOKENS = 2**31 - 1
 _TOKENS = ("prompt", "cached", "response")
+_SUMMARY = {"recipe_digest", "rows", "errors"}  # what `generation.json` has at least
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow's
 
 
 def ask(
@@ -278,6 +281,32 @@ def finish(rows: "Dataset", folder: Path) -> None:
     state |= {"_data_files": [{"filename": ROWS_FILE}], "_fingerprint": rows._fingerprint}
     text = json.dumps(state, indent=2, sort_keys=True)
     (folder / "state.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """What a run's folder says of its answers; None where its files are not as it says.
+
+    Whatever is missing, torn or unreadable is written anew from the journal.
+    """
+    answers = folder / "answers"
+    recipe = [answers / "recipe" / name for name in ("recipe.yaml", "prompt.md")]
+    try:
+        summary, state, _ = (
+            json.loads((answers / name).read_text(encoding="utf-8"))
+            for name in ("generation.json", "state.json", "dataset_info.json")
+        )
+        files = [answers / one["filename"] for one in state["_data_files"]]
+        whole = all(map(Path.is_file, recipe)) and files and all(map(_has_its_end, files))
+        return summary if whole and summary.keys() >= _SUMMARY else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _has_its_end(rows: Path) -> bool:
+    """Whether a file of rows ends as it was written to its end; without a library to read it."""
+    with rows.open("rb") as file:
+        file.seek(-len(_END), SEEK_END)
+        return file.read() == _END
 
 
 def _write_nothing(rows: "Dataset", path: Path) -> None:

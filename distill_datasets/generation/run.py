@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
-from os import SEEK_END
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from distill_datasets.generation.ledger import (
 )
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rejections import FirstRows
-from distill_datasets.generation.rows import ROWS_FILE, Tally, ask, finish
+from distill_datasets.generation.rows import ROWS_FILE, Tally, ask, finish, read_summary
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
 from distill_datasets.generation.teachers import Teachers, open_teachers
@@ -38,9 +37,6 @@ from distill_datasets.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_KEYS = {"recipe_digest", "rows", "kept", "rejected", "errors", "first_token"}  # of a summary
-_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow's
 
 
 @dataclass(frozen=True)
@@ -133,41 +129,13 @@ def _answer(
     return ask(queries, teachers, client, title="generate", file=file, look=look)
 
 
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """What a run's folder says of its answers; None where its files are not as it says.
-
-    Whatever is missing, torn or unreadable is written anew from the journal.
-    """
-    answers = folder / "answers"
-    needed = [
-        folder / "journal.sqlite",
-        answers / "recipe/recipe.yaml",
-        answers / "recipe/prompt.md",
-    ]
-    try:
-        summary, state, _ = (
-            json.loads((answers / name).read_text(encoding="utf-8"))
-            for name in ("generation.json", "state.json", "dataset_info.json")
-        )
-        files = [answers / one["filename"] for one in state["_data_files"]]
-        whole = all(map(Path.is_file, needed)) and files and all(map(_is_whole, files))
-        return summary if whole and summary.keys() >= _KEYS else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-
-
-def _is_whole(rows: Path) -> bool:
-    """Whether a file of rows ends as it was written to its end; without a library to read it."""
-    with rows.open("rb") as file:
-        file.seek(-len(_END), SEEK_END)
-        return file.read() == _END
-
-
 def _finished(
     folder: Path, fingerprint: str | None, settings: GenerateSettings
 ) -> dict[str, Any] | None:
     """What an equal run made, where no row failed and none is priced: nothing is left to do."""
-    if fingerprint is None or (summary := read_summary(folder)) is None:
+    if fingerprint is None or not (folder / "journal.sqlite").is_file():
+        return None
+    if (summary := read_summary(folder)) is None:
         return None
     if summary.get("fingerprint") != fingerprint or summary["errors"] or "cost" in summary:
         return None

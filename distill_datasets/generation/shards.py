@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from distill_datasets.errors import DatasetError, RecipeError
-from distill_datasets.generation.rows import stream
+from distill_datasets.generation.rows import read_summary, stream
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,10 +86,13 @@ class Share:
 def find_parts(runs: Sequence[Path]) -> list[Path]:
     """The run folders that hold answers: those given, or the parts in them, in their order.
 
-    Raises `DatasetError` for a folder with neither, and where the parts are not every share of
-    one whole, once each.
+    Raises `DatasetError` for a folder with neither, for damaged answers, and where the parts are
+    not every share of one whole, once each.
     """
     found = [part for run in runs for part in _parts_in(run)]
+    for part in found:
+        if read_summary(part) is None:
+            raise _damaged(part)
     if len(found) == 1 and not (found[0] / "answers" / _SHARE).is_file():
         return found
     by_share = _by_share(found)
@@ -220,7 +223,10 @@ def _by_share(parts: Sequence[Path]) -> dict[Share, Path]:
             raise DatasetError(
                 f"{str(part)!r} is a whole run, not a part of one: publish it by itself."
             )
-        share = Share(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            share = Share(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise _damaged(part) from error
         other = next(iter(found), share)
         if share.count != other.count:
             raise DatasetError(
@@ -235,13 +241,23 @@ def _by_share(parts: Sequence[Path]) -> dict[Share, Path]:
     return found
 
 
+def _damaged(part: Path) -> DatasetError:
+    return DatasetError(
+        f"{str(part / 'answers')!r} is damaged: its files are not as its generation.json says. "
+        "Run `generate` again: it writes them anew, and asks for nothing that is in the journal."
+    )
+
+
 def _places(part: Path, rows: "Dataset") -> "np.ndarray[Any, Any]":
     """For each row its query's place; the samples of one query stand together."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    places = np.load(part / "answers" / _PLACES)
+    try:
+        places = np.load(part / "answers" / _PLACES)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(part) from error
     ids = rows.select_columns(["id"]).with_format("arrow")[:]["id"].combine_chunks()
     ends = pc.run_end_encode(ids, run_end_type=pa.int64()).run_ends.to_numpy()
     if len(ends) != len(places):

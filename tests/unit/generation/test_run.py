@@ -11,6 +11,7 @@ from datasets import config, load_from_disk
 from distill_datasets.errors import (
     AccessError,
     BudgetReached,
+    DatasetError,
     GenerationError,
     OutputError,
     RejectedError,
@@ -356,6 +357,8 @@ def test_answers_that_are_damaged_are_written_anew_and_nobody_is_asked(
     first = generate(recipe_folder, teacher=Echo(), out=tmp_path / "run")
     rows = first.rows[:]
     DAMAGES[damage](tmp_path / "run/answers")
+    with pytest.raises(DatasetError, match="is damaged|has no answers"):
+        publish(tmp_path / "run")
     teacher = Echo()
     again = generate(recipe_folder, teacher=teacher, out=tmp_path / "run")
     assert teacher.calls == 0

@@ -230,3 +230,11 @@ def cost_of(release: Release) -> dict[str, object] | None:
         "cost"
     ]
     return cost
+
+
+@pytest.mark.parametrize("file", ["share.json", "places.npy"])
+def test_a_part_that_is_damaged_is_named(file: str, recipe: Recipe, tmp_path: Path) -> None:
+    in_parts(recipe, tmp_path / "run", [1, 2], 2)
+    (tmp_path / "run/part-00002-of-00002/answers" / file).write_bytes(b"")
+    with pytest.raises(DatasetError, match="part-00002-of-00002/answers' is damaged"):
+        publish(tmp_path / "run")
