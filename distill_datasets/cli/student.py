@@ -54,6 +54,14 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
         "--student", help="a training folder (default: the last in RUN) or a reference"
     )
     parser.add_argument("--out", type=Path, help="where the report goes (default: RUN)")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the untrained model (default: what the student was trained from)",
+    )
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="the model with the prompt (default: the release's)"
+    )
     parser.add_argument("--split", help="the held-out split (default: test, and any other)")
     add_flags(parser, MeasureSettings)
 
@@ -179,7 +187,7 @@ def measure(options: argparse.Namespace) -> None:
     out = options.out or run
     for split in [options.split] if options.split else _held_out(dataset):
         settings = read_settings(options, MeasureSettings, split=split)
-        report = compare(dataset, student=student, out=out, settings=settings)
+        report = compare(dataset, student=student, out=out, settings=settings, **_named(options))
         _show(report, split)
 
 
@@ -189,6 +197,10 @@ def training_folders(run: Path) -> list[Path]:
     while (following := run / f"train-{len(folders) + 1}").exists():
         folders.append(following)
     return folders
+
+
+def _named(options: argparse.Namespace) -> dict[str, str | None]:
+    return {name: getattr(options, name, None) for name in ("base", "teacher")}
 
 
 def _held_out(dataset: str | Path) -> list[str]:

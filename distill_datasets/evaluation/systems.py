@@ -264,7 +264,7 @@ def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answerer:
     elif not isinstance(released, str):
         raise DatasetError(
             f"The manifest of {held_out.reference!r} doesn't name its teacher: name it with "
-            "`teacher`, or publish again."
+            "`teacher` (--teacher), or publish again."
         )
     else:
         sampler = _open(released, manifest.get("renderer"))
@@ -336,5 +336,5 @@ def _base_of(student: Sampler, training: TrainedStudent | None) -> tuple[str, st
         return f"tinker:{connection.base_model}", connection.renderer_name
     raise ModelError(
         f"{student.model!r} doesn't say what it was trained from: expected a training folder or "
-        "tinker://<run>/sampler_weights/<name>. Name the untrained model with `base`."
+        "tinker://<run>/sampler_weights/<name>. Name the untrained model with `base` (--base)."
     )

@@ -11,6 +11,7 @@ from distill_datasets import progress
 from distill_datasets.cli.main import main
 from tests.support.openai_server import OpenAIServer, serving
 from tests.support.training_runs import ROWS, write
+from tests.unit.evaluation.test_report import make_run
 
 PRICES = """\
 date: 2026-11-01
@@ -181,6 +182,17 @@ def test_a_sweep_shows_a_table_with_the_best_marked(
 def test_measure_says_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
     error = refusal(capsys, "measure", "--dataset", "some/release")
     assert "needs a run's folder, or all of --dataset, --student and --out; found 1" in error
+
+
+@pytest.mark.parametrize("flag", ["--base", "--teacher", "--metric"])
+def test_measure_takes_each_system_and_metrics_by_name(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    release = make_run(tmp_path) / "release"
+    named = ["measure", "--dataset", release, "--student", "pocket", "--out", tmp_path / "out"]
+    others = [word for other in {"--base", "--teacher"} - {flag} for word in (other, "pocket")]
+    assert "'nonsense'" in refusal(capsys, *named, *others, flag, "nonsense")
+    assert not (tmp_path / "out" / "journal.sqlite").exists()
 
 
 @pytest.mark.parametrize("verb", ["run", "generate", "train", "sweep", "publish", "measure"])
