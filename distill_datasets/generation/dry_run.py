@@ -174,9 +174,8 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
 
     Tokens are counted where a model's tokenizer is on this machine, and guessed from bytes
     otherwise. `sample` rows, drawn at random and always the same, are asked for real and paid
-    for: they say what responses cost and how long they take. Those answers go into the journal of
-    `out`, where the run finds them; without `out` they are only shown. Raises what `generate`
-    raises, and `PriceError` for a model without a price before anything is asked.
+    for; their answers go into the journal of `out`, where the run finds them. Raises what
+    `generate` raises, and `PriceError` for a model without a price before anything is asked.
     """
     settings = settings or GenerateSettings()
     teachers = open_teachers(recipe, teacher)
@@ -193,7 +192,6 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
     sampled, made = _ask_some(teachers, _draw(queries, sample), journal, settings, meter)
     plan = _plan(teachers, queries, journal, answered)
     loads = _loads(plan, made, sum(one.text is not None for one in sampled), priced)
-    stated = any(one.reply.usage.cost is not None for one in made)
     return DryRun(
         recipe=teachers.recipe.name,
         queries=len(queries),
@@ -203,7 +201,7 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
         concurrency=settings.concurrency,
         seconds=_seconds(sampled, plan.rows_left, settings.concurrency),
         disk=disk_bytes(list(plan.by_model.values()), made, loads),
-        currency=priced.currency if priced else ("USD" if stated else None),
+        currency=priced.currency if priced else _stated_currency(made),
         priced_at=priced.date.isoformat() if priced else None,
         sampled=tuple(sampled),
         sample_cost=meter.spent if meter else _stated_cost(made),
@@ -346,6 +344,10 @@ def _seconds(sampled: Sequence[SampledRow], rows_left: int, concurrency: int) ->
         return None
     mean = sum(times) / len(times)
     return mean * max(rows_left / concurrency, 1.0) if rows_left else 0.0
+
+
+def _stated_currency(made: Sequence[SampledRequest]) -> str | None:
+    return "USD" if any(one.reply.usage.cost is not None for one in made) else None
 
 
 def _stated_cost(made: Sequence[SampledRequest]) -> float | None:

@@ -192,7 +192,7 @@ def reused(journal: Journal, rows: "Dataset", teachers: Teachers) -> dict[str, A
     return {**origin, "answers": answers, "bought": bought} if answers else None
 
 
-def ask_again(
+def verify_answers(
     queries: "Dataset",
     teachers: Teachers,
     journal: Journal,

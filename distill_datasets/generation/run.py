@@ -20,10 +20,10 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient
 from distill_datasets.generation.ledger import (
     JournaledRows,
-    ask_again,
     raw_answers,
     reused,
     take_over,
+    verify_answers,
 )
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rejections import FirstRows
@@ -100,7 +100,7 @@ def generate(
         if release is not None:
             take_over(release, folder)
         with Journal(folder / "journal.sqlite", bought_only=not settings.ledger) as journal:
-            verified = ask_again(queries, teachers, journal, settings, meter)
+            verified = verify_answers(queries, teachers, journal, settings, meter)
             rows = _answer(queries, teachers, journal, settings, meter, building / ROWS_FILE)
             summary = _summary(teachers, rows, journal, meter)
         summary["fingerprint"] = fingerprint
