@@ -92,7 +92,7 @@ class ComputeThread:
 
     def __init__(self, run_batch: RunBatch, prepare: Callable[[], None]) -> None:
         self._run_batch, self._prepare = run_batch, prepare
-        self._waiting: deque[Job | SampleJob] = deque()
+        self._waiting: deque[Job | SampleJob] = deque([Job(self._load, self._loaded)])
         self._changed = threading.Condition()
         self._broken: Payload | None = None
         threading.Thread(target=self._work, name="compute", daemon=True).start()
@@ -104,13 +104,17 @@ class ComputeThread:
             self._changed.notify()
 
     def _work(self) -> None:
-        try:
-            self._prepare()
-        except Exception as error:  # a model that can't be loaded is every request's answer
-            traceback.print_exc(file=sys.stderr)
-            self._broken = failure(f"the model could not be loaded: {error}")
         while True:
             self._serve(*self._take())
+
+    def _load(self) -> Payload:
+        self._prepare()
+        return {}
+
+    def _loaded(self, found: Payload) -> None:
+        """A model that can't be loaded is every request's answer."""
+        if isinstance(found, dict) and "error" in found:
+            self._broken = failure(f"the model could not be loaded: {found['error']}")
 
     def _take(self) -> tuple[Job | SampleJob, list[SampleJob]]:
         """The oldest job, and if it is a sampling all that may run with it."""

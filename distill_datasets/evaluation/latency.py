@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from distill_datasets.errors import DistillError, GenerationError, RequestError
+from distill_datasets.generation.client import outcome
 from distill_datasets.models.sampler import Reply, Sampler, Sampling
 from distill_datasets.progress import Progress
 from distill_datasets.schema import Message
@@ -67,15 +68,14 @@ async def _times(timed: Mapping[str, TimedSystem], progress: Progress) -> dict[s
     for place in range(len(next(iter(timed.values())).requests)):
         for name, one in timed.items():
             began = time.perf_counter()
-            try:
-                await one.requests[place]()
-            except Exception as error:
-                if isinstance(error, DistillError) and not isinstance(error, RequestError):
-                    raise
+            failed = await outcome(one.requests[place]())
+            if isinstance(failed, Exception):
+                if isinstance(failed, DistillError) and not isinstance(failed, RequestError):
+                    raise failed
                 raise GenerationError(
-                    f"A request failed while timing {one.model!r}: {error}. Run again: "
+                    f"A request failed while timing {one.model!r}: {failed}. Run again: "
                     "answers are kept, only the timing starts anew."
-                ) from error
+                ) from failed
             times[name].append(1000 * (time.perf_counter() - began))
             progress.advance()
     return times

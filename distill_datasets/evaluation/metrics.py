@@ -7,7 +7,8 @@ user names: see `MeasureSettings`.
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -153,13 +154,9 @@ class OwnMetric:
         Raises `SettingsError` where it raises anything, or gives no finite number.
         """
         found, expected = ([text or "" for text in texts] for texts in (predictions, references))
-        try:
+        expects = "lists of texts, predictions and references; no answer is an empty text"
+        with _foreign(f"The metric {self.name!r} can't compare these texts", expects):
             given = self.compute(found, expected)
-        except Exception as error:
-            raise SettingsError(
-                f"The metric {self.name!r} can't compare these texts: {error!r}. Expected one "
-                "that takes lists of texts, predictions and references; no answer is an empty text."
-            ) from error
         results = given if isinstance(given, Mapping) else {self.name: given}
         numbers = {
             str(key): float(value)
@@ -242,11 +239,18 @@ def _run_file(path: Path) -> ModuleType:
         raise SettingsError(f"There is no file {str(path)!r} to load a metric from.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look for their module here
-    try:
+    with _foreign(f"{str(path)!r} can't be run for its metric", "a file that Python runs"):
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise SettingsError(f"{str(path)!r} can't be run for its metric: {error!r}.") from error
     return module
+
+
+@contextmanager
+def _foreign(problem: str, expects: str) -> Iterator[None]:
+    """Tells whatever a user's own code raises as an error of the settings that name it."""
+    try:
+        yield
+    except Exception as error:
+        raise SettingsError(f"{problem}: {error!r}. Expected {expects}.") from error
 
 
 @dataclass(frozen=True)

@@ -123,14 +123,9 @@ class BatchTable:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        with _kept(self.path):
+        with _kept(self.path), self._database:
             self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._database.execute("COMMIT")
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
+            yield
 
     def __enter__(self) -> Self:
         """The table itself."""

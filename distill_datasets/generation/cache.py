@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -100,7 +100,8 @@ class Journal:
         database = sqlite3.connect(
             self.path, timeout=60, isolation_level=None, check_same_thread=False
         )
-        try:
+        with ExitStack() as unopened:
+            unopened.callback(database.close)
             database.execute("PRAGMA journal_mode = WAL")
             (version,) = database.execute("PRAGMA user_version").fetchone()
             if version > _FORMAT:
@@ -120,9 +121,7 @@ class Journal:
             database.execute("PRAGMA synchronous = NORMAL")
             # Moving pages from the log into the file waits for the disk: seldom, 40 MB at once.
             database.execute("PRAGMA wal_autocheckpoint = 10000")
-        except BaseException:
-            database.close()
-            raise
+            unopened.pop_all()
         return database
 
     def get(self, digest: str) -> Reply | None:
@@ -311,14 +310,9 @@ class Journal:
 
 def _transact(database: sqlite3.Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> int:
     """All or none; how many rows were changed."""
-    database.execute("BEGIN IMMEDIATE")
-    try:
-        changed = database.executemany(statement, rows).rowcount
-        database.execute("COMMIT")
-    except BaseException:
-        database.execute("ROLLBACK")
-        raise
-    return changed
+    with database:
+        database.execute("BEGIN IMMEDIATE")
+        return database.executemany(statement, rows).rowcount
 
 
 def _damage(found: str) -> sqlite3.DatabaseError:

@@ -10,13 +10,14 @@ import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import datetime, timedelta
 from itertools import count
 from threading import Thread
 from typing import Any, TypeVar
 
 from distill_datasets.errors import (
+    FATAL,
     PendingError,
     RejectedError,
     RequestError,
@@ -67,6 +68,20 @@ def run_in_thread(make: Callable[[], Awaitable[T]], *, stop: Callable[[], None] 
     return work_in_thread(lambda: asyncio.run(made()), stop=end)
 
 
+async def outcome(work: Awaitable[T]) -> T | Exception:
+    """What came of one request or one row: its result, or its failure as a value.
+
+    Raised, a failure would throw away what runs beside it. What no other would escape (`FATAL`) is
+    raised.
+    """
+    try:
+        return await work
+    except FATAL:
+        raise
+    except Exception as error:
+        return error
+
+
 def work_in_thread(work: Callable[[], T], *, stop: Callable[[], None]) -> T:
     """The result of a function that runs in another thread.
 
@@ -84,11 +99,10 @@ def work_in_thread(work: Callable[[], T], *, stop: Callable[[], None]) -> T:
     Thread(target=run, daemon=True).start()
     try:
         return done.result()
-    except BaseException:
-        if not done.done():
+    finally:
+        if not done.done():  # interrupted
             stop()
             wait([done])
-        raise
 
 
 class CachedClient:
@@ -210,15 +224,16 @@ class CachedClient:
         limit, meter = self.limits.of(sampler.identity), self.meter
         async with meter.room(sampler, messages, sampling) if meter else nullcontext():
             ticket = await limit.enter(_estimate(messages) if self.limits.tokens_per_minute else 0)
-            try:
-                self._check()
-                reply = await self._answer_in_time(sampler, messages, sampling)
-            except RequestError as error:
-                _end(limit, ticket, error)
-                raise
-            except BaseException:
-                limit.fail(ticket)
-                raise
+            with ExitStack() as unanswered:
+                unanswered.callback(limit.fail, ticket)
+                try:
+                    self._check()
+                    reply = await self._answer_in_time(sampler, messages, sampling)
+                except RequestError as error:
+                    unanswered.pop_all()
+                    _end(limit, ticket, error)
+                    raise
+                unanswered.pop_all()
             limit.accept(ticket, reply.tokens, reply.allowance)
             await self.journal.store(key, sampler.identity, reply)
             if sampler.identity not in self._answered:

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import FATAL, DistillError, GenerationError, RequestError
-from distill_datasets.generation.client import CachedClient, work_in_thread
+from distill_datasets.generation.client import CachedClient, outcome, work_in_thread
 from distill_datasets.generation.teachers import Answerer
 from distill_datasets.models.sampler import digest
 from distill_datasets.progress import Progress
@@ -154,22 +154,22 @@ class _Rows:
 
     async def _one(self, query: dict[str, Any]) -> list[dict[str, Any]]:
         asked = {**query, "teacher": self.teachers.model, "sample": 0}
+        answering = self.teachers.answer(query["query"], self.client, query["reference"])
         try:
-            rows = await self.teachers.answer(query["query"], self.client, query["reference"])
-            if self._look_at:
+            rows = await outcome(answering)
+            if self._look_at and not isinstance(rows, Exception):
                 self._look_at([{**asked, **row} for row in rows])
         except (*FATAL, GenerationError) as error:
             self.stop(error)
             return [{**asked, "error": _failure(error)}]
-        except Exception as error:
-            # A row's failure is a value: raised out of `map` it would throw away every other row.
-            failed = _failure(error)
-            if not isinstance(error, InterruptedError):
+        finally:
+            self.client.places.release()
+        if isinstance(rows, Exception):
+            failed = _failure(rows)
+            if not isinstance(rows, InterruptedError):
                 self.client.progress.advance(1)
                 self._look(failed)
             return [{**asked, "error": failed}]
-        finally:
-            self.client.places.release()
         self.client.progress.advance(1)
         self._answered += 1
         return [{**asked, **row} for row in rows]

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from distill_datasets import resources
 from distill_datasets.errors import FATAL, GenerationError
-from distill_datasets.generation.client import CachedClient
+from distill_datasets.generation.client import CachedClient, outcome
 from distill_datasets.models.sampler import Sampler, Sampling
 from distill_datasets.recipes.prompt import render
 from distill_datasets.recipes.recipe import Recipe
@@ -122,14 +122,14 @@ class Interview:
         """What a reply holds, and what is wrong with one that can't be read."""
         try:
             async with self._client.places:
-                reply = await self._client.sample(self.sampler, messages, sampling)
+                reply = await outcome(self._client.sample(self.sampler, messages, sampling))
+            if isinstance(reply, InterruptedError):
+                raise reply
         except (*FATAL, InterruptedError):
             self._client.stop()
             raise
-        except Exception as error:
-            # Whatever else a sampler raises is this request's failure, and a value: raised, it
-            # would throw away those beside it.
-            return ParsedReply(None, error=f"{type(error).__name__}: {error}"), ""
+        if isinstance(reply, Exception):
+            return ParsedReply(None, error=f"{type(reply).__name__}: {reply}"), ""
         sample = reply.samples[0]
         if sample.stop_reason == "length":
             return ParsedReply(None, sample.text), "it was cut off, and must be shorter"

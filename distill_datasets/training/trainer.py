@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill_datasets.errors import ModelError, OutputError, SettingsError
 from distill_datasets.progress import Progress
@@ -514,11 +514,15 @@ def _connect(
 @contextmanager
 def _session(connection: "Connection", out: str | Path) -> Iterator[None]:
     """Ends the session with the server; a failed one is not waited for, it may be what failed."""
+    ending: Literal["success", "errored", "interrupted"] = "errored"
     try:
         yield
-    except BaseException as error:
-        connection.service.close("errored" if isinstance(error, Exception) else "interrupted")
-        if isinstance(error, KeyboardInterrupt):
-            error.add_note(f"Train again with out={str(out)!r} to continue.")
+        ending = "success"
+    except KeyboardInterrupt as interrupt:
+        ending = "interrupted"
+        interrupt.add_note(f"Train again with out={str(out)!r} to continue.")
         raise
-    connection.service.close("success").result()
+    finally:
+        closed = connection.service.close(ending)
+        if ending == "success":
+            closed.result()

@@ -7,6 +7,7 @@ under its prompt.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from distill_datasets.errors import DatasetError
@@ -58,11 +59,10 @@ class SoftObjective:
         """
         self._task = task
         self._store = ScoreStore(task.folder / SCORES)
-        try:
+        with ExitStack() as unopened:
+            unopened.callback(self._store.close)
             self._keys = get_labels(task, self._store)
-        except BaseException:
-            self._store.close()
-            raise
+            unopened.pop_all()
 
     def examples(self, places: Sequence[int]) -> list[SoftExample]:
         """The rows at these places of the training rows."""

@@ -303,7 +303,7 @@ def test_a_model_that_fails_to_load_is_every_requests_answer() -> None:
     for _ in range(2):
         worker.submit(Job(lambda: b"never", answers.put))
         assert answers.get(timeout=60) == {
-            "error": "the model could not be loaded: weights are torn",
+            "error": "the model could not be loaded: OSError: weights are torn",
             "category": "user",
         }
 
