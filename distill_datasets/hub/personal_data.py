@@ -93,9 +93,14 @@ def personal_data(text: str) -> Iterator[tuple[str, int, str]]:
     if "@" not in text and not _NUMBERS.search(text):
         return
     seen: set[int] = set()
+    lowered = text.lower()
+    capitals = lowered != text
     for kind, pattern, confirmed in _PATTERNS:
+        words, needs_capitals = _NEEDED.get(pattern, ((), False))
+        if (needs_capitals and not capitals) or (words and not any(w in lowered for w in words)):
+            continue
+        group = 1 if words else 0
         for found in pattern.finditer(text):
-            group = 1 if pattern in (_CALLED, _NAMED_TAX_ID) else 0
             if found.end() not in seen and confirmed(found[group]):
                 seen.add(found.end())
                 yield kind, found.start(group), found[group]
@@ -200,3 +205,11 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str], Callable[[Any], bool]], ...] = (
     ("ip", _IP4, _is_public_ip),
     ("ip", _IP6, _is_public_ip),
 )
+# What a text must have for a pattern to be worth trying: one of some words, or a capital letter.
+_CALL_WORDS = ("phon", "fon", "tel", "mobil", "móvil", "movil", "cell", "whatsapp", "call")
+_TAX_WORDS = ("tax", "tin", "tfn", "ein", "pan", "ssn", "social", "steuer", "id", "nif", "utr")
+_NEEDED: dict[re.Pattern[str], tuple[tuple[str, ...], bool]] = {
+    _CALLED: ((*_CALL_WORDS, "handy", "fax", "ruf"), False),
+    _NAMED_TAX_ID: ((*_TAX_WORDS, "bsn", "sin", "pesel", "fiscal", "cpf"), False),
+    **dict.fromkeys((_CODICE_FISCALE, _DNI, _NINO, _IBAN), ((), True)),
+}

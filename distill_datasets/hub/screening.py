@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 from distill_datasets.errors import ScreeningError
 from distill_datasets.hub import credentials
 from distill_datasets.hub import personal_data as personal
+from distill_datasets.parquet import read_batches
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _PAGE_SIGNS = 16_000_000
 _PAGE_TEXTS = 200_000
-_ROWS_PER_BATCH = 1_000
 _MOST_OF_A_KIND = 1_000
 _MOST_SHOWN = 20
 _SKIPPED_COLUMNS = ("id", "digest")  # digests of ours: they hold nothing that could be read
@@ -207,10 +207,9 @@ def _lines(path: Path, name: str) -> Iterator[_Text]:
 
 def _cells(path: Path, name: str) -> Iterator[_Text]:
     import pyarrow as pa
-    from pyarrow.parquet import ParquetFile
 
     first = 0
-    for batch in ParquetFile(path).iter_batches(_ROWS_PER_BATCH):
+    for batch in read_batches(path):
         rows = pa.Table.from_batches([batch])
         numbers = list(range(first, first + len(rows)))
         ids = rows["id"].to_pylist() if "id" in rows.column_names else numbers
