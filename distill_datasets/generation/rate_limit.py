@@ -24,9 +24,9 @@ from statistics import median
 from distill_datasets.errors import SettingsError
 from distill_datasets.models.sampler import Allowance
 
-_AT_ONCE = 16  # requests, at the beginning and after a pause
-_RAMP = 0.0005  # seconds between those that follow, until there are as many as may be
-_LONGEST_RAMP = 0.12  # seconds for all of them
+# The first requests, at the beginning and after a pause, start in groups: after so many of all
+# comes a gap in which refusals come back, of twice the time that the group took.
+_GROUPS, _GAP, _LONGEST_GAP = (0.25, 0.5), 0.03, 0.3
 _SOME, _HOLD = 3, 0.05  # so many refused in a row hold back the others for so many seconds
 _MANY = 8  # refused in a row pause all others
 _PROBES = (0.1, 1.0)  # seconds between two tries in a pause, at least and at most
@@ -90,7 +90,7 @@ class RateLimit:
         )
         self._ratio = self._tokens_each = 1.0  # tokens, to those reckoned with, and of a request
         self._left, self._left_until = float("inf"), now  # what headers allow, and until when
-        self._ramp, self._hold_until = (now, 0), now  # when a ramp began, and with which start
+        self._ramp_first, self._group_began, self._hold_until = 0, now, now
         self._refused: set[int] = set()  # numbers, of late
         self._latency = self._refusal_latency = 0.0
         self._pause: float | None = None  # when the last of many was refused
@@ -152,13 +152,10 @@ class RateLimit:
             until = [self._probe_at, *([self._probe[0] + quiet] if self._probe else [])]
             seconds = min(until) - now
         else:
-            began, first = self._ramp
-            late = max(0, min(self._started - first, self.cap) - _AT_ONCE)
-            ramp = late * min(_RAMP, _LONGEST_RAMP / self.cap)
             left = self._left_until if self._left < 1 else now
             paced = self._pacing.wait(now) if self._pacing else 0.0
             self._binding = self._binding or paced > 0
-            seconds = max(began + ramp - now, self._hold_until - now, left - now, paced)
+            seconds = max(self._hold_until - now, left - now, paced)
         if self._requests:
             seconds = max(seconds, self._requests.wait(now))
         if self._tokens:
@@ -173,8 +170,15 @@ class RateLimit:
             self._probe = self._probe or (now, self.in_flight)
             self._probe_at = now + min(max(2 * self._latency, _PROBES[0]), _PROBES[1])
         if not self._started:
-            self._ramp, self._period = (now, 0), now
+            self._period = now
+        if self._started == self._ramp_first:
+            self._group_began = now
         self._started += 1
+        if self._started - self._ramp_first in [int(share * self.cap) for share in _GROUPS]:
+            gap = max(_GAP, 2 * (now - self._group_began))
+            self._group_began = now + gap
+            if gap < _LONGEST_GAP:  # a group that took longer needs no gap
+                self._hold_until = now + gap
         self.in_flight += 1
         self._accepted += 1
         self._left -= 1
@@ -270,14 +274,14 @@ class RateLimit:
         if passed and work < pause and (pause <= _BRIEF or known):
             rate = max(estimate, self.rate * _MUCH_LESS) if self.rate else estimate
             # Timers are late by a millisecond or so: a little is made up for at once.
-            self._pacing, self._step = Bucket(rate, 0.02, now), _STEPS[0]
+            self._pacing, self._step = Bucket(rate, 0.02, now), 2 * _STEPS[0]
             self._shortest = max(_ROUND_TRIP, length / 2)  # a limit by the minute shows late
             if beside < self._held:  # it may be their number that is limited
                 self.size = max(1.0, min(self.size, self._held))
         self._estimate, self._pause, self._probe = estimate, None, None
         self._refused.clear()
         self._period, self._accepted = began, self._started - self._pause_number
-        self._ramp = (now, self._started)
+        self._ramp_first = self._started
         self._open_round_trip(now)
 
     def _unusual(self) -> bool:
@@ -295,7 +299,7 @@ class RateLimit:
     def _close_round_trip(self, ticket: Ticket, now: float) -> None:
         """Judge a round trip when it is over: what started in it has begun to be answered."""
         length, decided = now - self._round_trip, self._replies + self._refusals
-        few = decided < max(_REPLIES, self.size / 2)
+        few = decided < max(_REPLIES, self.size)
         if ticket.number < self._first or length < self._shortest or few:
             return
         rate, unusual = self._replies / length, self._unusual()

@@ -57,17 +57,14 @@ def write_recipe(folder: Path, rows: int) -> Path:
 
 def ours(work: Work) -> tuple[float, int]:
     """`generate`, with its journal, its limits and its answers folder."""
-    from distill_datasets.generation.garbage import collect_rarely
-
     run = work.folder / "run"
-    with collect_rarely():  # as the command line does
-        if not run.is_dir():  # a finished run needs none of it
-            import datasets  # noqa: F401 - start-up, not work
+    if not run.is_dir():  # a finished run needs none of it
+        import datasets  # noqa: F401 - start-up, not work
 
-        from distill_datasets import progress
-        from distill_datasets.generation.run import generate
-        from distill_datasets.generation.settings import GenerateSettings
-        from distill_datasets.models.openai.client import OpenAISampler
+    from distill_datasets import progress
+    from distill_datasets.generation.run import generate
+    from distill_datasets.generation.settings import GenerateSettings
+    from distill_datasets.models.openai.client import OpenAISampler
 
     progress.use("json")
     teacher = OpenAISampler("bench", base_url=work.url, timeout=work.timeout)

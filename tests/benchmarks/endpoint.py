@@ -28,9 +28,10 @@ TOKENS = 50
 class Faults:
     """What the endpoint does to requests; shares are of 1, times in seconds.
 
-    `rejected` is a share of the prompts, the other shares are of requests. `limit` is how many
-    requests it answers in any one second. The `straggler` is a prompt's ending that takes
-    `straggles` to answer.
+    `rejected` and each kind of `odd` answer are a share of the prompts, the other shares are of
+    requests. `limit` is how many requests it answers in any one second. From `breaks` on, after
+    the first request, everything is refused for the time of an `outage`. The `straggler` is a
+    prompt's ending that takes `straggles` to answer.
     """
 
     latency: float = 0.2
@@ -38,7 +39,10 @@ class Faults:
     refused: float = 0.0
     hangs: float = 0.0
     rejected: float = 0.0
+    odd: float = 0.0
     limit: int = 0
+    breaks: float = 0.0
+    outage: float = 0.0
     straggler: str = ""
     straggles: float = 10.0
     hang: float = 30.0
@@ -52,21 +56,13 @@ class Endpoint:
         self.counts: Counter[str] = Counter()
         self.sold: Counter[bytes] = Counter()
         self.hopeless: Counter[bytes] = Counter()
+        self.unreadable: set[bytes] = set()
         self.recent: deque[float] = deque()
         self.in_flight = self.most_in_flight = 0
         self.connections: set[asyncio.Transport] = set()
         self.first = self.last = self.last_other = 0.0
-        message = {"role": "assistant", "content": ANSWER}
-        self.body = json.dumps(
-            {
-                "id": "bench",
-                "object": "chat.completion",
-                "created": 0,
-                "model": "bench",
-                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-                "usage": {"prompt_tokens": 160, "completion_tokens": TOKENS, "total_tokens": 210},
-            }
-        ).encode()
+        self.body = completion()
+        self.odd_ones = [completion(**changed) for changed in ODD]
 
     async def chat(self, request: web.Request) -> web.Response:
         """One completion, or a fault."""
@@ -90,6 +86,10 @@ class Endpoint:
         if int.from_bytes(key[:4], "big") / 2**32 < faults.rejected:
             self.hopeless[key] += 1
             return _refusal(400, "content_policy_violation", "against the content policy")
+        broken = time.monotonic() - self.first - faults.breaks
+        if 0 <= broken < faults.outage:
+            self.counts["refused"] += 1
+            return _refusal(503, "unavailable", "out of order", {})
         if faults.limit and not self._allowed():
             self.counts["refused"] += 1
             return _refusal(429, "rate_limit_exceeded", "too many requests")
@@ -109,7 +109,11 @@ class Endpoint:
         self.counts["answered"] += 1
         self.last = time.monotonic()
         self.last_other = self.last_other if slow else self.last
-        return web.Response(body=self.body, content_type="application/json")
+        kind = int(int.from_bytes(key[4:], "big") / 2**32 / faults.odd) if faults.odd else len(ODD)
+        if kind in (0, len(ODD) - 1):
+            self.unreadable.add(key)
+        body = self.odd_ones[kind] if kind < len(ODD) else self.body
+        return web.Response(body=body, content_type="application/json")
 
     def _allowed(self) -> bool:
         now = time.monotonic()
@@ -129,7 +133,9 @@ class Endpoint:
                 "in_flight": self.in_flight,
                 "connections": len(self.connections),
                 "most_in_flight": self.most_in_flight,
+                "most_sold": max(self.sold.values(), default=0),
                 "sold_twice": sum(count - 1 for count in self.sold.values()),
+                "unreadable": len(self.unreadable),
                 "hopeless": len(self.hopeless),
                 "hopeless_requests": sum(self.hopeless.values()),
                 "seconds": self.last - self.first,
@@ -138,8 +144,41 @@ class Endpoint:
         )
 
 
-def _refusal(status: int, code: str, message: str) -> web.Response:
-    headers = {"Retry-After": "1"} if status == 429 else None
+def completion(usage: Any = None, **choice: Any) -> bytes:
+    """A whole answer; `choice` changes its choice, and None leaves it without any."""
+    message = {"role": "assistant", "content": ANSWER}
+    fields = {"index": 0, "message": message, "finish_reason": "stop", **choice}
+    usage = {
+        "prompt_tokens": 160,
+        "completion_tokens": TOKENS,
+        "total_tokens": 210,
+        **(usage or {}),
+    }
+    whole = {"id": "bench", "object": "chat.completion", "created": 0, "model": "bench"}
+    choices = [] if choice.get("index", 0) is None else [fields]
+    return json.dumps({**whole, "choices": choices, "usage": usage}).encode()
+
+
+def _said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+# Answers that real servers give; the first and the last can't be read, all others can.
+ODD: list[dict[str, Any]] = [
+    {"index": None},
+    *({"finish_reason": reason} for reason in ("eos_token", "", None, "STOP", "end_turn")),
+    {"message": _said(f"{ANSWER} \ud83d")},
+    {"message": _said(f"<think>Is it blue? No.</think>{ANSWER}")},
+    {"usage": {"prompt_tokens": "160", "completion_tokens": None}},
+    {"usage": {"prompt_tokens": 10**30}},
+]
+
+
+def _refusal(
+    status: int, code: str, message: str, headers: dict[str, str] | None = None
+) -> web.Response:
+    if headers is None:
+        headers = {"Retry-After": "1"} if status == 429 else {}
     error = {"error": {"message": message, "code": code, "type": code}}
     return web.json_response(error, status=status, headers=headers)
 
