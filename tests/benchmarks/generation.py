@@ -202,9 +202,8 @@ def kills(options: Options) -> bool:
         allowed = lost = 0
         for point in range(1, 21):
             process = start("ours", served, Path(scratch), options, options.rows)
-            while served.stats()["answered"] < point * step + allowed and process.poll() is None:
+            while (stored := _answers_in(journal)) < point * step and process.poll() is None:
                 time.sleep(0.01)
-            stored = _answers_in(journal)
             allowed += served.stats()["connections"]
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -222,6 +221,8 @@ def _answers_in(journal: Path) -> int:
     if not journal.is_file():
         return 0
     with closing(sqlite3.connect(f"file:{journal}?mode=ro", uri=True, timeout=60)) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchone():
+            return 0
         return int(database.execute("SELECT count(*) FROM answers").fetchone()[0])
 
 

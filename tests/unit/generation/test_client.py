@@ -372,6 +372,32 @@ def test_a_meter_hears_of_everything_bought_and_ends_it(journal: Journal) -> Non
     assert sampler.calls == ["a", "a", "b"]
 
 
+def test_an_answer_that_takes_many_times_as_long_as_nearly_all_others_is_asked_for_again(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass
+    class Address:
+        timeout: float = 600.0
+
+    class Stuck(Failing):
+        endpoint = Address()
+
+        async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
+            if messages[-1]["content"] == "stuck" and "stuck" not in self.calls:
+                self.calls.append("stuck")
+                await asyncio.Event().wait()
+            return await super().sample(messages, sampling)
+
+    async def work(client: CachedClient) -> list[Any]:
+        texts = ["stuck", *map(str, range(2 * buying._REPLIES))]
+        return await asyncio.gather(*(client.sample(sampler, ask(t), SAMPLING) for t in texts))
+
+    monkeypatch.setattr(buying, "_LEAST_TIMEOUT", 0.02)
+    sampler = Stuck()
+    assert len(bought(journal, work)) == 1 + 2 * buying._REPLIES
+    assert sampler.calls.count("stuck") == 2
+
+
 def test_a_coroutine_runs_apart_from_a_running_loop() -> None:
     async def outer() -> int:
         inner = asyncio.get_running_loop()

@@ -1,4 +1,7 @@
 import gc
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +9,10 @@ import pytest
 from datasets import Dataset, load_from_disk
 
 from distill_datasets.generation.rows import ROWS_FILE, Tally, _collect_rarely, finish, stream
-from distill_datasets.schema import answer_features
+from distill_datasets.generation.run import generate
+from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
+from distill_datasets.schema import Message, answer_features
+from tests.conftest import edit
 
 FAILURE = {"type": "time-out", "status": None, "message": "too slow", "attempts": 8}
 
@@ -65,6 +71,29 @@ def test_rows_are_read_a_few_at_a_time_and_in_their_order(
         pieces = list(stream(some))
         assert max(map(len, pieces)) == 3
         assert [name for piece in pieces for name in piece["id"].to_pylist()] == list(order)
+
+
+@dataclass
+class Odd:
+    """Answers with more tokens than there are, and with half of a pair."""
+
+    model: str = "odd"
+    identity: str = "odd"
+
+    async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
+        return Reply((Sample("colour red", "stop", 10**30),), Usage(10**30, 0))
+
+
+def test_counts_that_nobody_can_have_counted_are_unknown_in_rows_now_and_later(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    edit(recipe_folder, "prompt.md", "Name the colour", "Say the colour")
+    for _ in range(2):
+        made = generate(recipe_folder, teacher=Odd(), out=tmp_path / "run")
+        assert made.errors == 0 and len(made.rows) == 6
+        for name in ("teacher_prompt_tokens", "teacher_response_tokens"):
+            assert made.rows[name][:] == [None] * 6
+        shutil.rmtree(tmp_path / "run/answers")
 
 
 def test_what_was_set_for_the_garbage_collector_is_set_again() -> None:
