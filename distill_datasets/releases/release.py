@@ -161,16 +161,10 @@ def _load_answers(runs: Sequence[Path], ledger: bool, scratch: Path) -> _Answers
 
     Files of the carried recipe may be in the folder `scratch`.
     """
-    from datasets import load_from_disk
-
     parts = find_parts(runs)
     folder = parts[0] / "answers"
     recipe = load_recipe(folder)
-    each = [load_from_disk(str(part / "answers")) for part in parts]
-    summaries = [
-        json.loads((part / "answers" / "generation.json").read_text(encoding="utf-8"))
-        for part in parts
-    ]
+    each, summaries = zip(*(_read_answers(part / "answers") for part in parts), strict=True)
     generation = summaries[0] if len(parts) == 1 else join_summaries(parts, summaries)
     for part, some, summary in zip(parts, each, summaries, strict=True):
         _check(some, summary, recipe, part / "answers")
@@ -185,6 +179,24 @@ def _load_answers(runs: Sequence[Path], ledger: bool, scratch: Path) -> _Answers
     journals = [(rows, part / "journal.sqlite") for rows, part in zip(each, parts, strict=True)]
     kept = [JournaledRows(*one) for one in journals if ledger and one[1].is_file()]
     return _Answers(rows, generation, recipe, _carried(recipe, scratch), survey, kept)
+
+
+def _read_answers(folder: Path) -> tuple["Dataset", dict[str, Any]]:
+    """The rows that `generate` wrote, and what it said of them."""
+    from datasets import load_from_disk
+
+    try:
+        rows = load_from_disk(str(folder))
+        summary = json.loads((folder / "generation.json").read_text(encoding="utf-8"))
+        rows.select(range(min(1, len(rows)))).to_list()
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise DatasetError(
+            f"{str(folder)!r} is damaged ({error!r}). Run `generate` again: it writes the rows "
+            "anew from the journal, and asks for nothing that is in it."
+        ) from error
+    if not isinstance(summary, dict):
+        raise DatasetError(f"{str(folder / 'generation.json')!r} is damaged: `generate` again.")
+    return rows, summary
 
 
 def _carried(recipe: Recipe, scratch: Path) -> Recipe:

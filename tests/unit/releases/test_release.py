@@ -662,3 +662,19 @@ def test_what_a_push_would_send_is_told_with_its_columns_and_who_sees_it(
     hidden = outgoing_text(publish(run, prompt=False).path, "me/greetings", config="en")
     assert "private: its owners see it" in hidden and "no prompt" in hidden
     assert "en/data/train-" in hidden and "prompt.md" not in hidden
+
+
+@pytest.mark.parametrize("name", ["generation.json", "state.json", "data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]"])
+def test_a_damaged_folder_of_answers_is_named_with_what_to_do(
+    name: str, content: bytes | None, tmp_path: Path, recipe: Recipe
+) -> None:
+    run = write_run(tmp_path / "run", map(answer, range(3)), recipe)
+    path = run / "answers" / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(DatasetError, match="`generate`"):
+        publish(run)
+    assert not (run / "release").exists()
