@@ -155,7 +155,7 @@ FATAL = (
 )
 
 
-def nearest(found: str, valid: list[str]) -> str:
-    """A question that names the closest valid word, where one is close."""
-    close = get_close_matches(found, valid, n=1, cutoff=0.5)
+def nearest(found: str, valid: list[str], cutoff: float = 0.5) -> str:
+    """A question that names the closest valid word, where one is close (1 is equal)."""
+    close = get_close_matches(found, valid, n=1, cutoff=cutoff)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,15 +1,14 @@
 """Which of several answers to one query is kept, by majority, verifier or judge."""
 
 import asyncio
-import re
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 from distill_datasets.errors import FATAL
 from distill_datasets.models.sampler import Reply, Sample, Sampler, Sampling, request_digest, total
+from distill_datasets.recipes.parsing import find_all
 from distill_datasets.recipes.prompt import holds, render
 from distill_datasets.schema import Message
 
@@ -172,17 +171,16 @@ class ScoringModel:
         sampling = asdict(self.sampling)
         return [self.sampler.identity, sampling, self.prompt, self.pattern, list(self.scale)]
 
-    @cached_property
-    def _expression(self) -> re.Pattern[str]:
-        return re.compile(self.pattern)
-
     def messages(self, **fields: str | None) -> list[Message]:
         """What the judge sees for one answer."""
         return [{"role": "user", "content": render(self.prompt, **fields)}]
 
     def score(self, said: Sample) -> float | None:
         """The score in what the judge said; what was cut off holds none."""
-        found = [match["score"] for match in self._expression.finditer(said.text)]
+        try:
+            found = [match["score"] for match in find_all(self.pattern, said.text)]
+        except TimeoutError:
+            return None
         if said.stop_reason == "length" or not found:
             return None
         try:

@@ -1,9 +1,10 @@
 """Finds recipes by name, folder or release, and says in sentences what is wrong with one."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
+from warnings import warn
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -11,15 +12,25 @@ from pydantic import BaseModel, ValidationError
 from distill_datasets import resources
 from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.hub.references import find_release
-from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.prompt import is_jinja
+from distill_datasets.recipes.recipe import PROMPT_LIMIT, Recipe
+from distill_datasets.recipes.tables import read_text
+
+_YAML_LIMIT = 1 << 20  # bytes
+_VALUES, _DEPTH = 100_000, 64  # that a recipe's YAML has at most, and how deep they lie
+_TEXT, _INT, _BOOL, _MERGE = (
+    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "bool", "merge")
+)
 
 
-def load_recipe(source: str | Path, *, config: str | None = None) -> Recipe:
+def load_recipe(source: str | Path, *, config: str | None = None, trust: bool = False) -> Recipe:
     """A recipe by its name (of those that ship), its folder, or a release that carries it.
 
     A release is a folder or a Hub dataset such as `me/name@v1.0.0`, of which only the recipe and
     the manifest are downloaded; `config` names one of several in one repository. Raises
-    `RecipeError` that names the wrong key and the closest valid one.
+    `RecipeError` that names the wrong key and the closest valid one; and, without `trust`, for a
+    release whose queries are neither in its own folder nor pinned: it would decide which of your
+    files, or of the datasets that you may read, are sent to a teacher and published.
     """
     folder = _find(source, config)
     prompt = folder / "prompt.md"
@@ -31,14 +42,17 @@ def load_recipe(source: str | Path, *, config: str | None = None) -> Recipe:
                 f"{str(folder)!r}; or train on the release, which needs no prompt."
             )
         raise RecipeError(f"Recipe {str(folder)!r} has no prompt.md; write the teacher's prompt.")
-    return _load(folder, prompt.read_text(encoding="utf-8").strip())
+    recipe = _load(folder, read_text(prompt, limit=PROMPT_LIMIT).strip())
+    if not trust and is_copy(folder, "manifest.json"):
+        _check_sources(recipe)
+    return recipe
 
 
 def load_released_recipe(release: Path) -> Recipe:
     """A release's recipe to be described, with a stand-in for a prompt that wasn't published."""
     folder = release / "recipe"
     hidden = not (folder / "prompt.md").is_file() and without_prompt(release)
-    return _load(folder, "(not published)") if hidden else load_recipe(release)
+    return _load(folder, "(not published)") if hidden else load_recipe(release, trust=True)
 
 
 def without_prompt(release: Path) -> bool:
@@ -50,12 +64,42 @@ def without_prompt(release: Path) -> bool:
         return False
 
 
+def is_copy(folder: Path, *beside: str) -> bool:
+    """Whether a recipe's folder is part of a release or of a run, of which it names a file."""
+    place = folder.absolute()
+    return place.name == "recipe" and any((place.parent / name).is_file() for name in beside)
+
+
 def _load(folder: Path, prompt: str) -> Recipe:
-    fields = _read_yaml(folder / "recipe.yaml")
+    path = folder / "recipe.yaml"
+    root = _compose(path)
+    fields = _fields(path, root)
+    copied = is_copy(folder, "manifest.json", "generation.json")
+    if "template" not in fields and copied and is_jinja(prompt):
+        # Version 0.1 took every prompt for a template, and didn't say so.
+        fields["template"] = "jinja"
     try:
-        return Recipe(**{**fields, "prompt": prompt, "folder": folder})
+        recipe = Recipe(**{**fields, "prompt": prompt, "folder": folder})
     except ValidationError as error:
-        raise RecipeError(_explain(error, folder)) from error
+        raise RecipeError(_explain(error, folder, root)) from error
+    if recipe.template is None and "{%" in prompt and is_jinja(prompt):
+        warn(
+            f"prompt.md in {str(folder)!r} is sent as it is written, '{{%' and all: write "
+            "'template: jinja' into recipe.yaml to have it filled, or 'template: text'.",
+            stacklevel=3,
+        )
+    return recipe
+
+
+def _check_sources(recipe: Recipe) -> None:
+    spec = recipe.queries
+    unpinned = f"{spec.package}/{spec.member}" if spec.package and not spec.sha256 else None
+    if outside := spec.path or spec.hub or unpinned:
+        raise RecipeError(
+            f"The recipe {recipe.name!r} comes from a release, and its queries would be read from "
+            f"{outside!r}, with your rights, and sent to its teacher. If you want that, say so: "
+            "--trust (in Python, load_recipe(..., trust=True))."
+        )
 
 
 def shipped_recipes() -> list[Recipe]:
@@ -86,20 +130,89 @@ def _find(source: str | Path, config: str | None) -> Path:
     )
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
+def _compose(path: Path) -> yaml.Node:
+    """The YAML of a recipe; raises `RecipeError` for what no recipe needs, such as endless aliases.
+
+    Its nodes know where they stand and how they are written.
+    """
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        root = yaml.compose(read_text(path, limit=_YAML_LIMIT), Loader=yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode):
+            raise RecipeError(f"{path}: expected keys and values.")
+        if _size(path, root, {}, 0) > _VALUES:
+            raise RecipeError(f"{path} comes to over {_VALUES:,} values with its aliases.")
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
-    if not isinstance(fields, Mapping):
-        raise RecipeError(f"{path}: expected keys and values, found {type(fields).__name__}.")
+    except RecursionError as error:
+        raise RecipeError(f"{path} is nested more than {_DEPTH} levels deep.") from error
+    return root
+
+
+def _size(path: Path, node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """How many values a node comes to with its aliases written out."""
+    if depth > _DEPTH:
+        raise RecipeError(f"{path} is nested more than {_DEPTH} levels deep.")
+    if id(node) not in known:
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(path, node, (_TEXT, _MERGE, _INT) if depth > 1 else (_TEXT, _MERGE))
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        below = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
+        known[id(node)] = 1 + sum(_size(path, one, known, depth + 1) for one in below)
+    return known[id(node)]
+
+
+def _check_keys(path: Path, node: yaml.MappingNode, allowed: Sequence[str]) -> None:
+    seen: dict[str, int] = {}
+    for key, _ in node.value:
+        line, written = key.start_mark.line + 1, str(key.value)
+        if key.tag not in allowed:
+            raise RecipeError(
+                f"Line {line} of {path}: YAML takes the key {written:.80} for something else than "
+                f"text: put it in quotes, '{written:.80}'."
+            )
+        if written in seen and key.tag != _MERGE:
+            raise RecipeError(
+                f"Line {line} of {path}: the key {written!r} stands in line {seen[written]} "
+                "already: keep one of them."
+            )
+        seen[written] = line
+
+
+def _fields(path: Path, root: yaml.Node) -> dict[str, Any]:
+    try:
+        fields: dict[str, Any] = yaml.SafeLoader("").construct_document(root)
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
     for reserved in ("prompt", "folder"):
         if reserved in fields:
             raise RecipeError(f"{path}: {reserved!r} is not a key; the prompt is in prompt.md.")
+    for section, key in (("answer", "json_schema"), ("sampling", "extra")):
+        _check_words(path, _child(_child(root, section), key))
     return fields
 
 
-def _explain(error: ValidationError, folder: Path) -> str:
+def _check_words(path: Path, node: yaml.Node | None) -> None:
+    """Where anything may stand, `no` is as likely a word as a truth value."""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag == _BOOL and node.value.lower() not in ("true", "false"):
+            raise RecipeError(
+                f"Line {node.start_mark.line + 1} of {path}: YAML takes {node.value} for a truth "
+                f"value: put it in quotes, '{node.value}', or write true or false."
+            )
+    elif isinstance(node, yaml.CollectionNode):
+        for part in node.value:
+            _check_words(path, part[1] if isinstance(part, tuple) else part)
+
+
+def _child(node: yaml.Node | None, part: str | int) -> yaml.Node | None:
+    """What stands at a key or a place of a node."""
+    if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+        return node.value[part] if part < len(node.value) else None
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return next((value for key, value in pairs if key.value == part), None)
+
+
+def _explain(error: ValidationError, folder: Path, root: yaml.Node) -> str:
     """Every problem on a line, with the closest valid key for one that is unknown."""
     lines = [f"Recipe {str(folder)!r} can't be used:"]
     for problem in error.errors():
@@ -113,8 +226,22 @@ def _explain(error: ValidationError, folder: Path) -> str:
         else:
             message = problem["msg"].removeprefix("Value error, ")
             found = f" (found {problem['input']!r:.300})" if problem["loc"] else ""
-            lines.append(f"  {where}: {message}{found}.")
+            lines.append(f"  {where}: {message}{found}.{_hint(problem, root)}")
     return "\n".join(lines)
+
+
+def _hint(problem: Any, root: yaml.Node) -> str:
+    """What to write in the place of what YAML or the recipe takes for something else."""
+    node: yaml.Node | None = root
+    for part in problem["loc"]:
+        node = _child(node, part)
+    if not isinstance(node, yaml.ScalarNode):
+        return ""
+    if problem["type"] == "string_type" and node.style is None:
+        return f" Text that YAML takes for something else stands in quotes: '{node.value:.80}'."
+    if problem["type"] == "tuple_type":
+        return f" Write a list: [{node.value:.80}]."
+    return ""
 
 
 def _keys_at(location: Sequence[str | int]) -> list[str]:

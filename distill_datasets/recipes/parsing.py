@@ -1,11 +1,16 @@
 """From a response's text to an answer, or to a rejection with its reason."""
 
+import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from time import monotonic
 from typing import Any, NoReturn
+
+import regex
 
 from distill_datasets.schema import whole_text
 
@@ -14,6 +19,15 @@ EMPTY = "empty"
 UNPARSABLE = "unparsable"
 OFF_SCHEMA = "off schema"
 OUTSIDE_CHOICES = "outside choices"
+
+_VERSION = 2  # of how JSON is read and written: raise it when answers come out differently
+_SECONDS = 1.0  # that one pattern or schema may take on one text
+_LONGEST = 1_000_000  # characters that a pattern is searched for in
+_LARGEST = 100_000  # what the repeats of a pattern may multiply its length to
+_EXACT = 2**53  # from here on not every whole number is a float
+_FENCE = re.compile(r"^[ \t]*```[\w-]*[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+_PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]])*\]|\{(\d*)(?:,(\d*))?\}|.", re.DOTALL)
+_deadline: ContextVar[float] = ContextVar("deadline")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,26 +43,24 @@ class Reader:
     """Reads answers out of responses.
 
     `pattern` is a regular expression with a group named `answer`, searched for in the text;
-    None takes the whole text. With `json_schema` (JSON text) what it finds is read as JSON, and
-    the answer is the value at `field` (`a.b` lies within `a`), or the whole of it. Text is an
-    answer as it is; other values are as JSON, keys in the schema's order. `choices`, when given,
-    are the only answers.
+    None takes the whole text. With `json_schema` (JSON text) what it finds is read as JSON, bare
+    or in the one code fence of the text, and the answer is the value at `field` (`a.b` lies within
+    `a`), or the whole of it. Text is an answer as it is; other values are as JSON, keys in the
+    schema's order. `choices`, when given, are the only answers. `recipe` names whose pattern it
+    is, where one takes too long.
     """
 
     pattern: str | None = None
     choices: tuple[str, ...] = ()
     json_schema: str | None = None
     field: str | None = None
+    recipe: str = dataclasses.field(default="", compare=False)
 
     @property
     def parts(self) -> Sequence[Any]:
         """JSON values that name everything that an answer depends on but the text."""
-        form = [] if self.json_schema is None else [self.json_schema, self.field]
+        form = [] if self.json_schema is None else [self.json_schema, self.field, _VERSION]
         return [self.pattern, self.choices, *form]
-
-    @cached_property
-    def _expression(self) -> re.Pattern[str]:
-        return re.compile(self.pattern or r"(?s)(?P<answer>.*)")
 
     @cached_property
     def _schema(self) -> Any:
@@ -56,76 +68,237 @@ class Reader:
 
     @cached_property
     def _validator(self) -> Any:
-        return open_validator(self._schema)
+        return _open_validator(self._schema)
 
     def read(self, text: str, stop_reason: str) -> Parsed:
-        """The answer in `text`; a response cut off by the token limit is never an answer."""
+        """The answer in `text`; a response cut off by the token limit is never an answer.
+
+        What takes a pattern or a schema longer than a second is a rejection that says so.
+        """
         if stop_reason == "length":
             return Parsed(rejection=TRUNCATED)
         if not text.strip():
             return Parsed(rejection=EMPTY)
-        match = self._expression.search(text.strip())
-        if match is None or not (match["answer"] or "").strip():
-            return Parsed(rejection=UNPARSABLE)
-        found = match["answer"].strip()
-        if self.json_schema is None:
-            return self._chosen(found)
-        return self._read_json(found)
+        try:
+            found = self._found(text.strip())
+            if not found:
+                return Parsed(rejection=UNPARSABLE)
+            return self._chosen(found) if self.json_schema is None else self._read_json(found)
+        except TimeoutError as error:
+            return Parsed(rejection=f"{error} of recipe {self.recipe!r} took over {_SECONDS:g} s")
+
+    def _found(self, text: str) -> str | None:
+        if self.pattern is None:
+            return text
+        match = next(find_all(self.pattern, text), None)
+        return match["answer"].strip() if match and match["answer"] else None
 
     def _chosen(self, answer: str) -> Parsed:
+        answer = whole_text(answer)
         if self.choices and answer not in self.choices:
             return Parsed(rejection=OUTSIDE_CHOICES)
         return Parsed(answer=answer)
 
     def _read_json(self, text: str) -> Parsed:
         try:
-            value = json.loads(text, parse_constant=_no_constant)
+            value = _load(text)
         except (ValueError, RecursionError):
             return Parsed(rejection=UNPARSABLE)
-        if not self._validator.is_valid(value):
+        if not self._fits(value):
             return Parsed(rejection=OFF_SCHEMA)
-        schema = self._schema
         for name in self.field.split(".") if self.field else ():
             if not isinstance(value, dict) or name not in value:
                 return Parsed(rejection=OFF_SCHEMA)
-            value, schema = value[name], _property(schema, name)
+            value = value[name]
         if value is None or (isinstance(value, str) and not value.strip()):
             return Parsed(rejection=EMPTY)
+        return self._chosen(self.write(value))
+
+    def _fits(self, value: Any) -> bool:
+        _deadline.set(monotonic() + _SECONDS)
+        try:
+            return bool(self._validator.is_valid(value))
+        except RecursionError:
+            return False  # a schema that refers to itself without end holds for nothing
+
+    def write(self, value: Any) -> str:
+        """A value as answers are written, so that equal ones are equal as text."""
         if isinstance(value, str):
-            return self._chosen(whole_text(value).strip())
-        written = json.dumps(_ordered(value, schema), ensure_ascii=False)
-        return self._chosen(whole_text(written))
+            return value.strip()
+        schema = self._schema
+        for name in self.field.split(".") if self.field else ():
+            schema = _property(schema, name)
+        return json.dumps(_canonical(value, schema), ensure_ascii=False, default=str)
 
 
-def open_validator(schema: Any) -> Any:
-    """Validates values; fetches nothing, so that a schema can only refer to itself."""
-    from jsonschema.validators import Draft202012Validator, validator_for
+def find_all(pattern: str, text: str) -> "Iterator[regex.Match[str]]":
+    """Matches of a pattern; raises `TimeoutError` for one that takes over a second."""
+    if len(text) > _LONGEST:
+        raise TimeoutError("the pattern, on a text this long,")
+    try:
+        yield from _compiled(pattern).finditer(text, timeout=_SECONDS)
+    except TimeoutError:
+        raise TimeoutError("the pattern") from None
+
+
+@cache
+def _compiled(pattern: str) -> "regex.Pattern[str]":
+    return regex.compile(pattern)
+
+
+def check_pattern(pattern: str, group: str | None = None) -> str:
+    """The pattern; raises `ValueError` for no regular expression or one without the group."""
+    if (size := _expanded(pattern)) > _LARGEST:
+        raise ValueError(
+            f"a regular expression whose repeats come to {size:,} pieces; expected at most "
+            f"{_LARGEST:,}"
+        )
+    try:
+        re.compile(pattern)
+        groups = _compiled(pattern).groupindex
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    if group is not None and group not in groups:
+        raise ValueError(f"expected a group (?P<{group}>…), found {sorted(groups)}")
+    return pattern
+
+
+def _expanded(pattern: str) -> int:
+    """How many pieces a pattern has with its counted repeats written out, within one another."""
+    sizes, last = [0], 0
+    for piece in _PIECE.finditer(pattern):
+        if piece[0] == "(":
+            sizes.append(0)
+        elif piece[0] == ")" and len(sizes) > 1:
+            last = sizes.pop()
+            sizes[-1] += last
+        elif piece[1] or piece[2]:
+            times = max(int(count) for count in (piece[1], piece[2]) if count)
+            sizes[-1] += last * (times - 1)
+            last *= times
+        else:
+            last = 1
+            sizes[-1] += 1
+    return sum(sizes)
+
+
+def _load(text: str) -> Any:
+    """JSON, as it is or in the only code fence of a text."""
+    text = text.strip().strip("\ufeff")
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except ValueError:
+        fences = _FENCE.findall(text)
+        if len(fences) != 1:
+            raise
+        return json.loads(fences[0], parse_constant=_no_constant)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _open_validator(schema: Any) -> Any:
+    """Validates values; fetches nothing, so that a schema can only refer to itself.
+
+    Its patterns and references end at the deadline, as many as there are.
+    """
+    from jsonschema.validators import Draft202012Validator, extend, validator_for
     from referencing import Registry
 
-    return validator_for(schema, default=Draft202012Validator)(schema, registry=Registry())
+    kind = validator_for(schema, default=Draft202012Validator)
+    own: dict[str, Callable[..., Any]] = {
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": _additional_properties,
+    }
+    for name in ("$ref", "$dynamicRef"):
+        if name in kind.VALIDATORS:
+            own[name] = _in_time(kind.VALIDATORS[name])
+    make: Any = extend  # which has no types
+    return make(kind, own)(schema, registry=Registry())
+
+
+def _check_time() -> float:
+    """Seconds that are left."""
+    if (left := _deadline.get() - monotonic()) <= 0:
+        raise TimeoutError("the schema")
+    return left
+
+
+def _in_time(keyword: Callable[..., Any]) -> Callable[..., Any]:
+    def check(*given: Any) -> Any:
+        _check_time()
+        return keyword(*given)
+
+    return check
+
+
+def _matches(pattern: str, text: str) -> bool:
+    try:
+        return _compiled(pattern).search(text, timeout=_check_time()) is not None
+    except TimeoutError:
+        raise TimeoutError("the schema") from None
+
+
+def _pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[Any]:
+    from jsonschema import ValidationError
+
+    if isinstance(value, str) and not _matches(pattern, value):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def _pattern_properties(validator: Any, patterns: Any, value: Any, schema: Any) -> Iterator[Any]:
+    for pattern, part in patterns.items() if isinstance(value, dict) else ():
+        for name, one in value.items():
+            if _matches(pattern, name):
+                yield from validator.descend(one, part, path=name, schema_path=pattern)
+
+
+def _additional_properties(validator: Any, rest: Any, value: Any, schema: Any) -> Iterator[Any]:
+    known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+    for name, one in value.items() if isinstance(value, dict) else ():
+        if name not in known and not any(_matches(pattern, name) for pattern in patterns):
+            yield from validator.descend(one, rest, path=name)
 
 
 def check_schema(schema: Mapping[str, Any], field: str | None) -> None:
     """Raise `ValueError` for what is no JSON schema, or has no such `field`."""
     from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import Draft202012Validator, validator_for
     from referencing import Registry
     from referencing.exceptions import Unresolvable
     from referencing.jsonschema import DRAFT202012
 
     try:
-        open_validator(schema).check_schema(schema)
+        validator_for(schema, default=Draft202012Validator).check_schema(dict(schema))
     except SchemaError as error:
         raise ValueError(f"not a JSON schema: at {error.json_path}, {error.message}") from error
     whole = DRAFT202012.create_resource(schema)
     place = whole.id() or ""
     resolver = Registry().with_resource(place, whole).resolver(place)
-    for reference in _references(schema):
-        try:
-            resolver.lookup(reference)
-        except Unresolvable as error:
-            raise ValueError(
-                f"the schema refers to {reference!r}, which it lacks; define it under $defs"
-            ) from error
+    for key, value in _keywords(schema):
+        for pattern in _patterns(key, value):
+            check_pattern(pattern)
+        if key == "$ref" and isinstance(value, str):
+            try:
+                resolver.lookup(value)
+            except Unresolvable as error:
+                raise ValueError(
+                    f"the schema refers to {value!r}, which it lacks; define it under $defs"
+                ) from error
+    if {key for key, _ in _keywords(schema)} >= {"patternProperties", "unevaluatedProperties"}:
+        raise ValueError("patternProperties and unevaluatedProperties can't be used together")
+    _check_field(schema, field)
+
+
+def _patterns(key: str, value: Any) -> list[str]:
+    if key == "pattern" and isinstance(value, str):
+        return [value]
+    return list(value) if key == "patternProperties" and isinstance(value, Mapping) else []
+
+
+def _check_field(schema: Any, field: str | None) -> None:
     for name in field.split(".") if field else ():
         known = schema.get("properties")
         if isinstance(known, Mapping) and name not in known:
@@ -133,13 +306,15 @@ def check_schema(schema: Mapping[str, Any], field: str | None) -> None:
         schema = _property(schema, name)
 
 
-def _references(schema: Any) -> list[str]:
+def _keywords(schema: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of a schema with its value, at any depth."""
     if isinstance(schema, Mapping):
-        own = [schema["$ref"]] if isinstance(schema.get("$ref"), str) else []
-        return own + [found for part in schema.values() for found in _references(part)]
-    if isinstance(schema, Sequence) and not isinstance(schema, str):
-        return [found for part in schema for found in _references(part)]
-    return []
+        yield from schema.items()
+        for part in schema.values():
+            yield from _keywords(part)
+    elif isinstance(schema, Sequence) and not isinstance(schema, str):
+        for part in schema:
+            yield from _keywords(part)
 
 
 def _property(schema: Any, name: str) -> Any:
@@ -147,20 +322,19 @@ def _property(schema: Any, name: str) -> Any:
     return found or {}
 
 
-def _ordered(value: Any, schema: Any) -> Any:
-    """The same value, its keys in the order of the schema's, then the others' own order sorted.
+def _canonical(value: Any, schema: Any) -> Any:
+    """The same value with its keys in the order of the schema's, then the others' own sorted.
 
     A student that learns the whole object learns one order, which is what a strict server keeps.
+    Whole numbers have no point: 1 and 1.0 are one value.
     """
     if isinstance(value, list):
         items = schema.get("items") if isinstance(schema, Mapping) else None
-        return [_ordered(item, items) for item in value]
+        return [_canonical(item, items) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
+        return int(value)
     if not isinstance(value, dict):
         return value
     known = list((schema.get("properties") or {}) if isinstance(schema, Mapping) else {})
     names = [name for name in known if name in value] + sorted(set(value) - set(known))
-    return {name: _ordered(value[name], _property(schema, name)) for name in names}
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    return {name: _canonical(value[name], _property(schema, name)) for name in names}

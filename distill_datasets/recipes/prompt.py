@@ -1,72 +1,197 @@
-"""Jinja in a sandbox, since a recipe may have been written by anybody."""
+"""Prompts are text with placeholders; Jinja, where a recipe asks for it, is held to limits.
 
+A recipe may have been written by anybody. Templates and expressions that can only take as long as
+they are, are computed here; whatever has loops, calls or arithmetic is computed in a process of
+its own (`jinja_process`), which ends when it takes too much time or memory.
+"""
+
+import atexit
+import json
 import re
+import subprocess
+import sys
+from collections.abc import Collection, Mapping
 from functools import cache
-from typing import Any
+from multiprocessing import Pipe
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, meta
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta, nodes
+from jinja2 import pass_context as with_context
 from jinja2.environment import TemplateExpression
+from jinja2.parser import Parser
 from jinja2.sandbox import SandboxedEnvironment
 
 from distill_datasets.errors import RecipeError, nearest
 
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+_PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
 _LONE_FIELD = re.compile(r"\{\{ *(\w+) *\}\}")
-_JINJA = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
+# Without these two, Jinja computes constants such as `'x' * 3000000000` when it reads a template.
+_JINJA = SandboxedEnvironment(
+    undefined=StrictUndefined, optimized=False, finalize=with_context(lambda context, value: value)
+)
+_LARGEST = 64 << 20  # characters of a filled template
+_LONGEST = 1 << 20  # characters of a Jinja template
+_SECONDS = 5.0  # for one template and row
 # What computing an expression over text may raise.
 _FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+
+# Nothing made of these takes longer, or makes more, than the template and its fields are long.
+_CHEAP = (
+    *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.Name, nodes.Const, nodes.If),
+    *(nodes.CondExpr, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not, nodes.Concat),
+    *(nodes.Test, nodes.Filter, nodes.Getitem, nodes.Slice, nodes.Tuple, nodes.List),
+)
+_CHEAP_FILTERS = {"upper", "lower", "trim", "length", "count", "first", "last", "title", "string"}
+_CHEAP_FILTERS |= {"capitalize", "default", "d", "int", "float", "tojson", "e", "escape", "safe"}
+
+
+def placeholders_of(text: str) -> set[str]:
+    """The names between double braces, which may be placeholders."""
+    return set(_PLACEHOLDER.findall(text))
+
+
+def fill(text: str, fields: Mapping[str, str]) -> str:
+    """The text with each of its placeholders that `fields` names replaced; else as it is."""
+    uses = [match[1] for match in _PLACEHOLDER.finditer(text) if match[1] in fields]
+    if len(text) + sum(len(fields[name]) for name in uses) > _LARGEST:
+        raise RecipeError(f"A prompt comes to over {_LARGEST:,} characters with its query.")
+    return _PLACEHOLDER.sub(lambda match: fields.get(match[1], match[0]), text)
+
+
+def is_jinja(prompt: str) -> bool:
+    """Whether Jinja takes a prompt over `query`, and makes more of it than `fill` does."""
+    try:
+        tokens = [(kind, value) for _, kind, value in _JINJA.lex(prompt)]
+        if fields_of(prompt) - {"query"}:
+            return False
+    except (TemplateError, RecursionError):
+        return False
+    plain = {("variable_begin", "{{"), ("variable_end", "}}"), ("name", "query")}
+    return any(kind not in ("data", "whitespace") for kind, value in set(tokens) - plain)
 
 
 def fields_of(template: str) -> set[str]:
     """The names that a template takes."""
+    if len(template) > _LONGEST:
+        raise TemplateSyntaxError(f"it has over {_LONGEST:,} characters", 1)
     return set(meta.find_undeclared_variables(_JINJA.parse(template)))
 
 
 def fields_of_expression(expression: str) -> set[str]:
     """The names that an expression takes."""
-    return fields_of("{{ " + expression + " }}")
+    return {one.name for one in _all_nodes(_parsed(expression)) if isinstance(one, nodes.Name)}
 
 
 def render(template: str, **fields: Any) -> str:
-    """A template, filled."""
+    """A recipe's template, filled; raises `RecipeError` where it can't be, or not in time."""
     # Most are a field and nothing else, for which Jinja would make a context each time.
     if (lone := _LONE_FIELD.fullmatch(template)) and lone[1] in fields:
         return str(fields[lone[1]])
+    if not _is_cheap(template, expression=False):
+        return str(_apart("template", template, fields))
+    uses = sum(1 for _ in _JINJA.parse(template).find_all(nodes.Name)) if _large(fields) else 0
+    if uses * sum(len(str(value)) for value in fields.values()) > _LARGEST:
+        raise RecipeError(f"A template comes to over {_LARGEST:,} characters with its fields.")
+    try:
+        return _compiled(template).render(fields)
+    except _FAILURES as error:
+        raise _failed("template", template, f"{type(error).__name__}: {error}") from error
+
+
+def render_ours(template: str, **fields: Any) -> str:
+    """A template that comes with the package, filled."""
     return _compiled(template).render(fields)
 
 
 def holds(expression: str, **fields: Any) -> bool:
     """Whether an expression is true of these fields; `RecipeError` where it can't be told."""
+    if not _is_cheap(expression, expression=True):
+        return bool(_apart("expression", expression, fields))
     try:
         return bool(_expression(expression)(fields))
     except _FAILURES as error:
-        raise RecipeError(
-            f"The expression {expression!r} can't be computed: {type(error).__name__}: {error}. "
-            f"Expected one that holds or not for every row, also for {fields}. Mend it and run "
-            "again: nothing is asked twice."
-        ) from error
+        said = f"{type(error).__name__}: {error}"
+        raise _failed("expression", expression, said, fields) from error
+
+
+def _failed(
+    kind: str, text: str, said: str, fields: Mapping[str, Any] | None = None
+) -> RecipeError:
+    shown = f", also for {fields}" if fields else ""
+    return RecipeError(
+        f"The {kind} {text[:300]!r} can't be computed: {said}. Expected one that can be for every "
+        f"row{shown:.1000}. Mend it and run again: nothing is asked twice."
+    )
 
 
 def check_template(text: str, known: set[str], where: str) -> None:
     """Raise `ValueError` for what is no template, or takes a name that is not `known`."""
     try:
         _check_fields(fields_of(text), known, where)
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         raise ValueError(f"{where} is not a Jinja template: {error}") from error
 
 
 def check_expression(text: str, known: set[str], where: str) -> None:
     """Raise `ValueError` for what is no expression, or takes a name that is not `known`."""
     try:
-        _expression(text)
         _check_fields(fields_of_expression(text), known, where)
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         raise ValueError(f"{where} is not a Jinja expression: {error}") from error
+
+
+def check_placeholders(prompt: str, known: Collection[str]) -> None:
+    """Raise `ValueError` for what is nearly a placeholder, or a template that isn't declared."""
+    for name in sorted(placeholders_of(prompt) - set(known)):
+        close = nearest(name.lower(), sorted(known), cutoff=0.75)
+        if close:
+            raise ValueError(
+                f"prompt.md uses the unknown field {name!r}.{close} Known: {sorted(known)}. "
+                "With 'template: text' it stays as it is written"
+            )
+    rest = _PLACEHOLDER.sub("", prompt)
+    if is_jinja(prompt) and "query" in fields_of(rest):
+        raise ValueError(
+            "prompt.md uses the query in a Jinja template: write 'template: jinja' to have it "
+            "filled, or 'template: text' to send it as it is written"
+        )
 
 
 def _check_fields(found: set[str], known: set[str], where: str) -> None:
     for field in sorted(found - known):
         hint = nearest(field, sorted(known))
         raise ValueError(f"{where} uses the unknown field {field!r}.{hint} Known: {sorted(known)}")
+
+
+def _large(fields: Mapping[str, Any]) -> bool:
+    return sum(len(str(value)) for value in fields.values()) > 1_000
+
+
+@cache
+def _is_cheap(text: str, *, expression: bool) -> bool:
+    tree = _parsed(text) if expression else _JINJA.parse(text)
+    return all(
+        isinstance(one, _CHEAP)
+        and (not isinstance(one, nodes.Filter) or (one.name in _CHEAP_FILTERS and not one.kwargs))
+        for one in _all_nodes(tree)
+    )
+
+
+def _all_nodes(tree: nodes.Node) -> list[nodes.Node]:
+    return [tree, *tree.find_all(nodes.Node)]
+
+
+def _parsed(expression: str) -> nodes.Node:
+    parser = Parser(_JINJA, expression, state="variable")
+    tree = parser.parse_expression()
+    if not parser.stream.eos:
+        raise TemplateSyntaxError("expected the end of the expression", 1)
+    return tree
 
 
 @cache
@@ -77,3 +202,57 @@ def _compiled(template: str) -> Template:
 @cache
 def _expression(expression: str) -> TemplateExpression:
     return _JINJA.compile_expression(expression, undefined_to_none=False)
+
+
+class _JinjaProcess:
+    """Computes what may take any time or memory, and is ended where it does."""
+
+    def __init__(self) -> None:
+        """Starts nothing."""
+        self._lock = Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+
+    def compute(self, kind: str, text: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The `value`, or the `error` that came in its place."""
+        with self._lock:
+            try:
+                if self._process is None or self._process.poll() is not None:
+                    self._start()
+                assert self._pipe is not None
+                self._pipe.send_bytes(json.dumps([kind, text, fields, _LARGEST]).encode())
+                if self._pipe.poll(_SECONDS):
+                    found: Mapping[str, Any] = json.loads(self._pipe.recv_bytes())
+                    return found
+                problem = f"it takes over {_SECONDS:g} s"
+            except (OSError, EOFError):
+                problem = "it takes too much memory"
+            self.end()
+            return {"error": problem}
+
+    def _start(self) -> None:
+        self._pipe, there = Pipe()
+        command = [sys.executable, str(Path(__file__).with_name("jinja_process.py"))]
+        with there:
+            number = there.fileno()
+            self._process = subprocess.Popen([*command, str(number)], pass_fds=[number])
+        self._pipe.recv_bytes()  # it says when it has started
+
+    def end(self) -> None:
+        """End the process; the next call starts another."""
+        if self._process is not None and self._pipe is not None:
+            self._pipe.close()
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+_JINJA_PROCESS = _JinjaProcess()
+atexit.register(_JINJA_PROCESS.end)
+
+
+def _apart(kind: str, text: str, fields: Mapping[str, Any]) -> Any:
+    found = _JINJA_PROCESS.compute(kind, text, fields)
+    if "error" in found:
+        raise _failed(kind, text, str(found["error"]))
+    return found["value"]

@@ -1,11 +1,11 @@
 """Reads a recipe's queries, wherever they are, into one table of text."""
 
-import importlib.resources
+import importlib.util
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import file_digest, sha256
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,18 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.errors import RecipeError
 from distill_datasets.hub.references import fetch_dataset
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.recipes.sections import SplitShares
-from distill_datasets.schema import whole_text
+from distill_datasets.recipes.sections import Queries, SplitShares
+from distill_datasets.recipes.tables import (
+    READERS,
+    ROWS,
+    Rows,
+    TableFormat,
+    as_text,
+    class_names,
+    is_conversation,
+    named_classes,
+    read_rows,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,23 +33,17 @@ if TYPE_CHECKING:
 Columns = Mapping[str, list[str | None]]
 _NAMES = ("id", "query", "group", "reference", "split")
 _IN_MEMORY = 64 << 20  # bytes; tables that are larger are on disk, and mapped
-_ROWS = 1_000  # that are read at a time
-_READERS = {
-    ".txt": "text",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}
+_KEYS = {"split": "forced_split"}  # where a role's column is named by another key
 
 
 def load_queries(recipe: Recipe) -> "Dataset":
     """The recipe's rows in their order: `id`, `query`, `group`, `reference`, `split`.
 
-    `id` is the digest of the query; a repeated query gets a numbered one, so that every row is
-    kept. `group` is the query's own id where the recipe names no group column. Many rows are on
-    disk, and mapped. Raises `RecipeError` that lists the columns found when one is missing, and
-    for a source that is absent, empty or not the pinned content.
+    Text is as it is written; a reference that is no text is written as answers are. `id` is the
+    digest of the query; a repeated query gets a numbered one, so that every row is kept. `group`
+    is the query's own id where the recipe names no group column. Many rows are on disk, and
+    mapped. Raises `RecipeError` that lists the columns found when one is missing, for a source
+    that is absent, empty, not the pinned content or wrong in a line, and for conversations.
     """
     return _tabulate(_read(recipe), recipe.split)
 
@@ -75,8 +79,7 @@ def unused_columns(recipe: Recipe) -> list[str]:
     spec = recipe.queries
     if not spec.file:
         return []
-    lines = _lines(recipe)
-    columns = _line_columns(lines) if lines else _selected(recipe).column_names
+    columns = _all_columns(recipe)
     used = {spec.group, spec.reference, spec.forced_split}
     used |= {spec.query} if spec.query else {"text" if {*columns} == {"text"} else "query"}
     return [name for name in columns if name not in used]
@@ -99,54 +102,88 @@ def write_used_columns(recipe: Recipe, path: Path) -> dict[str, str]:
     return {("forced_split" if role == "split" else role): name for role, name in named.items()}
 
 
+def read_lines(path: Path) -> Iterator[Rows]:
+    """The rows of a file of JSON lines, some at a time; raises `RecipeError` with the line."""
+    return read_rows(path, TableFormat())
+
+
 def _read(recipe: Recipe) -> Iterator[Columns]:
     """The columns of the source, a few rows at a time."""
     spec = recipe.queries
     names = {"query": spec.query, "group": spec.group, "reference": spec.reference}
     names["split"] = spec.forced_split
-    first = True
-    for rows in _pieces(recipe):
-        if first:
-            names["query"] = spec.query or ("text" if rows[0].keys() == {"text"} else "query")
-            _check_columns(recipe, names, rows[0])
-        first = False
-        yield {role: _values(rows, name) for role, name in names.items()}
-    if first:
+    pieces = _pieces(recipe)
+    first = next(pieces, None)
+    if first is None:
         raise RecipeError(f"The queries of recipe {recipe.name!r} are empty: nothing to ask.")
+    names["query"] = spec.query or ("text" if first[0].keys() == {"text"} else "query")
+    _check_columns(recipe, names, first[0])
+    write: Callable[[Any], str] = recipe.teacher_reader.write
+    number = 0
+    for rows in chain([first], pieces):
+        yield {
+            role: _texts(rows, name, role, number, write if role == "reference" else None)
+            for role, name in names.items()
+        }
+        number += len(rows)
 
 
-def _pieces(recipe: Recipe) -> Iterator[Sequence[Mapping[str, Any]]]:
-    """The source's rows, a few at a time."""
-    if path := _lines(recipe):
-        _check_file(path, recipe.queries.sha256)
-        yield from read_lines(path)
-        return
-    for piece in _selected(recipe).iter(batch_size=_ROWS):
-        yield [dict(zip(piece, row, strict=True)) for row in zip(*piece.values(), strict=True)]
-
-
-def _lines(recipe: Recipe) -> Path | None:
-    """The file, where it is one of JSON lines that is read as it is."""
-    path, spec = _file(recipe), recipe.queries
-    plain = path is not None and path.suffix == ".jsonl" and not spec.sidecar and spec.rows is None
-    return path if plain else None
-
-
-def _selected(recipe: Recipe) -> "Dataset":
-    """The source with its sidecar, and only the rows that the recipe names."""
-    from datasets import concatenate_datasets
-
-    source = _source(recipe)
-    spec = recipe.queries
-    if spec.sidecar:
-        sidecar = _read_file(recipe.folder / spec.sidecar)
-        if len(sidecar) != len(source):
+def _texts(
+    rows: Rows, name: str | None, role: str, before: int, write: Callable[[Any], str] | None
+) -> list[str | None]:
+    """The values of a column as text; `before` rows have come already."""
+    if name is None:
+        return [None] * len(rows)
+    found = []
+    for number, row in enumerate(rows, before + 1):
+        value = row.get(name)
+        if role == "query" and is_conversation(value):
             raise RecipeError(
-                f"The sidecar {spec.sidecar!r} has {len(sidecar)} rows and the queries "
-                f"{len(source)}; they are joined by position and must match."
+                f"Query {number} is a conversation: expected a text column as `queries.query`, "
+                f"found conversations in {name!r}. Name a column of text, with one query a row."
             )
-        source = concatenate_datasets([source, sidecar], axis=1)
-    return source if spec.rows is None else source.select([row - 1 for row in spec.rows])
+        if write and isinstance(value, bool | int | float | list | dict) and value == value:
+            value = write(value)
+        found.append(as_text(value, place=f"Query {number}", role=role))
+    return found
+
+
+def _pieces(recipe: Recipe) -> Iterator[Rows]:
+    """The source's rows with those of the sidecar, or only those that the recipe names."""
+    spec = recipe.queries
+    rows = _source(recipe)
+    if spec.sidecar:
+        rows = _joined(rows, _file_rows(spec, recipe.folder / spec.sidecar), spec.sidecar)
+    if spec.rows is not None:
+        wanted, found = set(spec.rows), {}
+        for number, row in enumerate(chain.from_iterable(rows), 1):
+            if number in wanted:
+                found[number] = row
+        if missing := sorted(wanted - set(found)):
+            raise RecipeError(f"The recipe names rows {missing}, which its queries don't have.")
+        rows = iter([[found[number] for number in spec.rows]] if spec.rows else [])
+    return rows
+
+
+def _joined(rows: Iterator[Rows], others: Iterator[Rows], name: str) -> Iterator[Rows]:
+    pairs = zip_longest(chain.from_iterable(rows), chain.from_iterable(others))
+    counts = Counter[bool]()
+
+    def both() -> Iterator[dict[str, Any]]:
+        for row, other in pairs:
+            counts.update({True: row is not None, False: other is not None})
+            yield {**(row or {}), **(other or {})}
+
+    joined = both()
+    while some := list(islice(joined, ROWS)):
+        if counts[True] != counts[False]:
+            for _ in joined:
+                pass
+            raise RecipeError(
+                f"The sidecar {name!r} has {counts[False]} rows and the queries {counts[True]}; "
+                "they are joined by position and must match."
+            )
+        yield some
 
 
 def _file(recipe: Recipe) -> Path | None:
@@ -158,29 +195,54 @@ def _file(recipe: Recipe) -> Path | None:
     return None
 
 
-def _source(recipe: Recipe) -> "Dataset":
+def _source(recipe: Recipe) -> Iterator[Rows]:
     spec = recipe.queries
     if path := _file(recipe):
-        return _read_file(path, spec.sha256)
-    from datasets import Dataset, load_dataset
+        return _file_rows(spec, path, spec.sha256)
+    if spec.hub:
+        folder = fetch_dataset(f"{spec.hub}@{spec.revision}", spec.config).path
+    else:
+        folder = _local(spec.path or "")
+        if folder.is_file():
+            return _file_rows(spec, folder, spec.sha256)
+    return _dataset_rows(spec, folder)
+
+
+def _dataset_rows(spec: Queries, folder: Path) -> Iterator[Rows]:
+    """The rows of a folder that `datasets` knows how to read; files of text are read as text."""
+    from datasets import Dataset, load_dataset, load_dataset_builder
     from datasets.exceptions import DatasetsError
 
-    folder = _hub_folder(recipe) if spec.hub else _local_folder(spec.path or "")
+    split = spec.split or "train"
     try:
-        rows = load_dataset(str(folder), spec.config, split=spec.split or "train")
+        builder = load_dataset_builder(str(folder), spec.config)
+        known = builder.config.data_files or {}
+        parts = [name.strip() for name in split.split("+")]
+        files = [Path(path) for part in parts for path in known.get(part, [])]
+        if files and all(path.suffix.lower() in READERS for path in files):
+            labels = class_names(builder.info.features or {})
+            pieces = chain.from_iterable(_file_rows(spec, path) for path in files)
+            return ([named_classes(row, labels) for row in rows] for rows in pieces)
+        if any(path.endswith((".csv", ".tsv")) for some in known.values() for path in some):
+            raise RecipeError(
+                f"The split {split!r} of {str(folder)!r} can't be read: expected the names of "
+                f"whole splits, of {sorted(map(str, known))}. Pick rows by `queries.rows`."
+            )
+        rows = load_dataset(str(folder), spec.config, split=split)
     except (DatasetsError, OSError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
         name = spec.hub or spec.path
         raise RecipeError(f"The queries {name!r} can't be read: {error}") from error
     assert isinstance(rows, Dataset)
-    return rows
+    labels = class_names(rows.features)
+    return (
+        [named_classes(dict(row), labels) for row in piece.to_pylist()]
+        for piece in rows.with_format("arrow").iter(batch_size=ROWS)
+    )
 
 
-def _hub_folder(recipe: Recipe) -> Path:
-    spec = recipe.queries
-    return fetch_dataset(f"{spec.hub}@{spec.revision}", spec.config).path
-
-
-def _local_folder(path: str) -> Path:
+def _local(path: str) -> Path:
     """By name `datasets` would take whatever version of a Hub dataset it finds."""
     folder = Path(path).expanduser()
     if not folder.exists():
@@ -192,29 +254,34 @@ def _local_folder(path: str) -> Path:
 
 
 def _in_package(package: str, member: str) -> Path:
-    try:
-        return Path(str(importlib.resources.files(package) / member))
-    except ModuleNotFoundError as error:
+    """A file of an installed package, which is found without running any of its code."""
+    top, *inner = package.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None or spec.origin is None or not spec.submodule_search_locations:
         raise RecipeError(
             f"The queries are in the package {package!r}, which isn't installed: "
-            f"`pip install {package.replace('_', '-')}`."
-        ) from error
+            f"`pip install {top.replace('_', '-')}`."
+        )
+    home = Path(spec.origin).parent
+    path = home.joinpath(*inner, member)
+    if not path.resolve().is_relative_to(home.resolve()):
+        raise RecipeError(f"{member!r} lies outside of the package {package!r}.")
+    return path
 
 
-def _read_file(path: Path, pinned: str | None = None) -> "Dataset":
-    from datasets import Dataset, load_dataset
+def _file_rows(spec: Queries, path: Path, pinned: str | None = None) -> Iterator[Rows]:
+    _check_file(path, pinned)
+    named = (spec.query, spec.group, spec.reference, spec.forced_split)
+    wanted = {name for name in named if name} | (set() if spec.query else {"query", "text"})
+    if path.suffix.lower() in (".csv", ".tsv") and spec.query is None:
+        wanted -= {"text"}
+    return read_rows(path, TableFormat(spec.encoding, spec.separator, wanted))
 
-    reader = _check_file(path, pinned)
-    rows = load_dataset(reader, data_files=str(path), split="train")
-    assert isinstance(rows, Dataset)
-    return rows
 
-
-def _check_file(path: Path, pinned: str | None) -> str:
-    """The name of the reader for a file that is there, not empty, and what was pinned."""
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise RecipeError(f"{path.name!r}: expected one of {sorted(_READERS)}, by its ending.")
+def _check_file(path: Path, pinned: str | None) -> None:
+    """Raise `RecipeError` for a file that isn't there, is empty, or not what was pinned."""
+    if path.suffix.lower() not in READERS:
+        next(read_rows(path, TableFormat()))
     if not path.is_file():
         raise RecipeError(f"There is no file {str(path)!r}; check the recipe's queries.")
     with path.open("rb") as file:
@@ -226,66 +293,23 @@ def _check_file(path: Path, pinned: str | None) -> str:
         file.seek(0)
         if not any(block.strip() for block in iter(lambda: file.read(1 << 20), b"")):
             raise RecipeError(f"The queries file {str(path)!r} is empty: nothing to ask.")
-    return reader
+
+
+def _all_columns(recipe: Recipe) -> list[str]:
+    """The columns of all rows; costs as much as reading them."""
+    return list(dict.fromkeys(name for rows in _pieces(recipe) for row in rows for name in row))
 
 
 def _check_columns(recipe: Recipe, names: Mapping[str, str | None], row: Mapping[str, Any]) -> None:
     """Lines of JSON may have more columns than their first."""
     if {*names.values()} - {*row, None}:
-        lines = _lines(recipe)
-        columns = _line_columns(lines) if lines else list(row)
+        columns = _all_columns(recipe)
         for role, name in names.items():
             if name is not None and name not in columns:
-                key = "forced_split" if role == "split" else role
                 raise RecipeError(
-                    f"The queries have no column {name!r} (the recipe's `queries.{key}`); found "
-                    f"{columns}."
+                    f"The queries have no column {name!r} (the recipe's "
+                    f"`queries.{_KEYS.get(role, role)}`); found {columns}."
                 )
-
-
-def _values(rows: Sequence[Mapping[str, Any]], name: str | None) -> list[str | None]:
-    if name is None:
-        return [None] * len(rows)
-    values = (row.get(name) for row in rows)
-    return [None if value is None or value == "" else str(value) for value in values]
-
-
-def read_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Some rows, again and again; a row may leave columns out.
-
-    Raises `RecipeError` with the line that is no object.
-    """
-    objects = _objects(path)
-    while rows := list(islice(objects, _ROWS)):
-        yield rows
-
-
-def _line_columns(path: Path) -> list[str]:
-    """The columns of all rows; costs as much as reading them."""
-    return list(dict.fromkeys(name for row in _objects(path) for name in row))
-
-
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                found = json.loads(line)
-                if "\\ud" in line.lower():  # maybe half a surrogate pair
-                    found = json.loads(whole_text(json.dumps(found, ensure_ascii=False)))
-            except ValueError as error:
-                raise _unreadable(path, number, str(error)) from error
-            if not isinstance(found, dict):
-                raise _unreadable(path, number, f"found {line.strip()[:80]!r}")
-            yield found
-
-
-def _unreadable(path: Path, number: int, found: str) -> RecipeError:
-    return RecipeError(
-        f"Line {number} of {str(path)!r} can't be read: expected a JSON object, {found}. Mend the "
-        "line, or name a file of another kind."
-    )
 
 
 def _tabulate(some: Iterable[Columns], split: SplitShares) -> "Dataset":

@@ -5,19 +5,24 @@ import shutil
 from functools import cached_property
 from hashlib import file_digest
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
 
-from distill_datasets.errors import RecipeError
+from distill_datasets.errors import RecipeError, nearest
+from distill_datasets.hub.references import inside
 from distill_datasets.models.sampler import Sampling, digest
 from distill_datasets.recipes.parsing import Reader
 from distill_datasets.recipes.prompt import (
     check_expression,
+    check_placeholders,
     check_template,
     fields_of,
     fields_of_expression,
+    fill,
+    is_jinja,
+    placeholders_of,
     render,
 )
 from distill_datasets.recipes.sections import (
@@ -31,9 +36,12 @@ from distill_datasets.recipes.sections import (
     SynthesisSection,
     Teacher,
 )
+from distill_datasets.recipes.tables import read_text
 from distill_datasets.schema import Message
 
-_METRICS = ("accuracy", "macro_f1", "answered", "agreement")
+PROMPT_LIMIT = 10 << 20  # bytes
+
+METRICS = ("accuracy", "macro_f1", "answered", "agreement")
 _VERIFIED = {"query", "text", "answer", "reference"}
 _JUDGED = {*_VERIFIED, "prompt"}
 _NEEDED = {"agreement": "majority", "verifier": "best", "judge": "best"}
@@ -44,7 +52,13 @@ _UNUSED: dict[str, Any] = {
     **{"teachers": [], "choose": "route"},
     **dict.fromkeys(("agreement", "verifier", "judge")),
 }
-_UNUSED_IN = {"answer": ("json_schema", "field"), "sampling": ("top_logprobs", "extra")}
+_UNUSED_IN = {
+    "answer": ("json_schema", "field"),
+    "sampling": ("top_logprobs", "extra"),
+    "queries": ("encoding", "separator"),
+}
+
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 
 
 class Recipe(Section):
@@ -76,6 +90,11 @@ class Recipe(Section):
     """The renderer of the teacher's conversation, where it isn't the model's own."""
     queries: Queries
     """Where the queries are: exactly one of `file`, `hub`, `path`, `package`."""
+    template: Literal["text", "jinja"] | None = None
+    """What the prompt is: text in which `{{ query }}` and the `variables` are replaced, or a
+    Jinja template over them."""
+    variables: dict[Identifier, str] = {}
+    """Texts by name, for the prompt."""
     answer: AnswerFormat = AnswerFormat()
     """How the teacher's text is read."""
     response: str = "{{ answer }}"
@@ -93,7 +112,7 @@ class Recipe(Section):
     """The terms under which the teacher's answers may be used."""
     languages: tuple[str, ...] = ()
     """The languages of the queries, as ISO codes."""
-    metrics: tuple[str, ...] = _METRICS
+    metrics: tuple[str, ...] = METRICS
     """The metrics of a report."""
     folder: Path = Field(default=Path(), exclude=True)
     prompt: str = Field(default="", exclude=True)
@@ -136,10 +155,32 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _templates(self) -> Self:
-        check_template(self.prompt, {"query"}, "prompt.md")
-        check_template(self.response, {"answer", "text"}, "response")
         if not self.prompt.strip():
             raise ValueError("prompt.md is empty")
+        if "query" in self.variables:
+            raise ValueError("variables can't name the query; choose another name")
+        known = {"query", *self.variables}
+        if self.template == "jinja":
+            check_template(self.prompt, known, "prompt.md")
+        elif self.template is None:
+            check_placeholders(self.prompt, known)
+        check_template(self.response, {"answer", "text"}, "response")
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_are_ours(self) -> Self:
+        if others := [name for name in self.metrics if name not in METRICS]:
+            raise ValueError(
+                f"metrics names {others}; expected some of {list(METRICS)}."
+                + nearest(others[0], list(METRICS))
+                + " A metric of your own is given with --metric path.py:Name"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attachments_are_inside(self) -> Self:
+        for name in self.attachments:
+            inside(self.folder, name)
         return self
 
     @property
@@ -169,10 +210,10 @@ class Recipe(Section):
     def judge_prompt(self) -> str:
         """The template of what the judge is asked."""
         assert self.judge
-        path = self.folder / self.judge.prompt
+        path = inside(self.folder, self.judge.prompt)
         if not path.is_file():
             raise ValueError(f"judge.prompt names {self.judge.prompt!r}, which {path.parent} lacks")
-        text = path.read_text(encoding="utf-8").strip()
+        text = read_text(path, limit=PROMPT_LIMIT).strip()
         if not text:
             raise ValueError(f"{self.judge.prompt} is empty; write the judge's prompt")
         return text
@@ -194,18 +235,25 @@ class Recipe(Section):
     @cached_property
     def asks_in_one_message(self) -> bool:
         """Whether the prompt holds the query: then it is one user message, else the system's."""
-        return "query" in fields_of(self.prompt)
+        jinja = self.template == "jinja"
+        return "query" in (fields_of(self.prompt) if jinja else placeholders_of(self.prompt))
 
     def messages(self, query: str) -> list[Message]:
         """What the teacher sees."""
         if self.asks_in_one_message:
-            return [{"role": "user", "content": render(self.prompt, query=query)}]
+            return [{"role": "user", "content": self._filled(query=query)}]
         system: Message = {"role": "system", "content": self._system_text}
         return [system, *self.student_messages(query)]
 
     @cached_property
     def _system_text(self) -> str:
-        return render(self.prompt)
+        return self._filled()
+
+    def _filled(self, **fields: str) -> str:
+        fields = {**self.variables, **fields}
+        return (
+            render(self.prompt, **fields) if self.template == "jinja" else fill(self.prompt, fields)
+        )
 
     @staticmethod
     def student_messages(query: str) -> list[Message]:
@@ -220,7 +268,8 @@ class Recipe(Section):
     def teacher_reader(self) -> Reader:
         """Reads the teacher's text."""
         answer = self.answer
-        return Reader(answer.pattern, answer.choices, answer.schema_text, answer.field)
+        form = answer.schema_text
+        return Reader(answer.pattern, answer.choices, form, answer.field, recipe=self.name)
 
     @property
     def student_reader(self) -> Reader:
@@ -232,7 +281,8 @@ class Recipe(Section):
         pattern = first + "(?P<answer>.+?)" + "(?P=answer)".join(rest)
         # A field's value is text like any other; a whole object is an object for the student too.
         form = None if self.answer.field else self.answer.schema_text
-        return Reader(rf"(?s)\A\s*{pattern}\s*\Z", self.answer.choices, form)
+        whole = rf"(?s)\A\s*{pattern}\s*\Z"
+        return Reader(whole, self.answer.choices, form, recipe=self.name)
 
     @property
     def sampling_parameters(self) -> Sampling:
@@ -256,8 +306,16 @@ class Recipe(Section):
         for name, unused in _UNUSED.items():
             if fields[name] == unused:
                 del fields[name]
+        declared = {"variables": dict(self.variables)} if self.variables else {}
         files = {name: _file_digest(self.folder / name) for name in self.attachments}
+        fields.update(declared, **self._kept_jinja)
         return digest({**fields, "prompt": self.prompt, "files": files})
+
+    @property
+    def _kept_jinja(self) -> dict[str, str]:
+        """What a release says of a prompt that Jinja would change and that is text."""
+        kept = self.template != "jinja" and is_jinja(self.prompt)
+        return {"template": "text"} if kept else {}
 
     @property
     def attachments(self) -> tuple[str, ...]:
@@ -269,6 +327,7 @@ class Recipe(Section):
         """Write the recipe so that `load_recipe(folder)` reads it back with the same digest."""
         folder.mkdir(parents=True, exist_ok=True)
         fields = self.model_dump(mode="json", exclude_defaults=True)
+        fields.update(self._kept_jinja)
         text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
         (folder / "prompt.md").write_text(self.prompt + "\n", encoding="utf-8")

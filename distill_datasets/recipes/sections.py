@@ -3,10 +3,11 @@
 import json
 import re
 from hashlib import sha256
-from pathlib import PurePosixPath
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -16,10 +17,26 @@ from pydantic import (
 )
 
 from distill_datasets.models.sampler import Sampling
-from distill_datasets.recipes.parsing import check_schema
+from distill_datasets.recipes.parsing import check_pattern, check_schema
 
 Choice = Literal["route", "majority", "best"]
 Word = Annotated[str, Field(min_length=1)]
+Temperature = Annotated[float, Field(ge=0, le=100)]
+MaxTokens = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+def in_folder(name: str) -> str:
+    """The name of a file within the recipe's folder; raises `ValueError` for any other place."""
+    for path in (PurePosixPath(name), PureWindowsPath(name)):
+        if path.anchor or ".." in path.parts or not path.name:
+            raise ValueError(
+                "expected a file in the recipe's folder; queries elsewhere are named by "
+                "queries.path"
+            )
+    return name
+
+
+FileName = Annotated[str, AfterValidator(in_folder)]
 
 
 class Section(BaseModel):
@@ -31,15 +48,15 @@ class Section(BaseModel):
 class Queries(Section):
     """Where the queries are."""
 
-    file: str | None = None
+    file: FileName | None = None
     """A file in the recipe's folder."""
     hub: str | None = None
     """A dataset on the Hub, by its id; it needs a `revision`."""
     path: str | None = None
-    """Anything that `datasets` reads: a file, a folder, a URL."""
-    package: str | None = None
+    """A file or a folder anywhere on this machine."""
+    package: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")] | None = None
     """An installed Python package that has the file; it needs a `member`."""
-    member: str | None = None
+    member: FileName | None = None
     """The file's path in the package."""
     revision: str | None = None
     """A commit or a tag of the Hub dataset."""
@@ -47,7 +64,7 @@ class Queries(Section):
     """A configuration of the Hub dataset."""
     split: str | None = None
     """A split of the source."""
-    sidecar: str | None = None
+    sidecar: FileName | None = None
     """A file in the recipe's folder whose columns are joined to the queries by position."""
     sha256: str | None = None
     """The digest of the file's content; other content is refused."""
@@ -59,8 +76,12 @@ class Queries(Section):
     """The column of the right answers."""
     forced_split: str | None = None
     """A column that names a row's split, where the shares shall not decide."""
-    rows: tuple[int, ...] | None = None
-    """The places of the rows to take, from 0."""
+    encoding: str | None = None
+    """How files of text are encoded, where they are neither UTF-8 nor marked: `cp1252`."""
+    separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """What stands between the fields of a CSV file, where its header doesn't show it."""
+    rows: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """The places of the rows to take, from 1."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -96,7 +117,7 @@ class AnswerFormat(Section):
     @field_validator("pattern")
     @classmethod
     def _has_group(cls, pattern: str | None) -> str | None:
-        return None if pattern is None else with_group(pattern, "answer")
+        return None if pattern is None else check_pattern(pattern, "answer")
 
     @model_validator(mode="after")
     def _is_a_schema(self) -> Self:
@@ -142,21 +163,21 @@ class SplitShares(Section):
 class SamplingSection(Section):
     """How the teacher samples."""
 
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Temperature = 0.0
     """The sampling temperature; 0 takes the likeliest token."""
-    max_tokens: Annotated[int, Field(ge=1)] = 512
+    max_tokens: MaxTokens = 512
     """The most tokens of an answer."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Samples from the likeliest tokens of this total probability; 1 for all."""
-    top_k: int = -1
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] = -1
     """Samples from so many likely tokens; -1 for all."""
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """The seed, where the server takes one."""
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[str, ...], Field(max_length=100)] = ()
     """Texts that end an answer."""
-    n: Annotated[int, Field(ge=1)] = 1
+    n: Annotated[int, Field(ge=1, le=1_000)] = 1
     """Samples of a query."""
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=1_000)] | None = None
     """Keeps the log-probabilities of so many likely tokens in each place, for soft labels."""
     extra: dict[str, Any] | None = None
     """Whatever else the provider takes, as it names it."""
@@ -206,7 +227,7 @@ class Teacher(AskedModel):
 class Judge(AskedModel):
     """A model that scores the answers to choose from."""
 
-    prompt: str = "judge.md"
+    prompt: FileName = "judge.md"
     """A file in the recipe's folder: a Jinja template over `query`, `prompt` (the teacher's),
     `text`, `answer` and `reference`."""
     pattern: str = r"(?P<score>-?\d+(?:\.\d+)?)"
@@ -215,18 +236,10 @@ class Judge(AskedModel):
     scale: tuple[float, float] = (1.0, 10.0)
     """The lowest and the highest score; any other is none."""
 
-    @field_validator("prompt")
-    @classmethod
-    def _inside(cls, prompt: str) -> str:
-        path = PurePosixPath(prompt)
-        if path.is_absolute() or ".." in path.parts or not path.name:
-            raise ValueError("expected a file in the recipe's folder")
-        return prompt
-
     @field_validator("pattern")
     @classmethod
     def _has_group(cls, pattern: str) -> str:
-        return with_group(pattern, "score")
+        return check_pattern(pattern, "score")
 
     @model_validator(mode="after")
     def _one_answer(self) -> Self:
@@ -264,9 +277,9 @@ class SynthesisSection(Section):
     similarity: Annotated[float, Field(gt=0, le=1)] = 0.6
     """The share of common runs of five characters from which of two queries the later is
     dropped."""
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Temperature = 1.0
     """The sampling temperature."""
-    max_tokens: Annotated[int, Field(ge=1)] = 3000
+    max_tokens: MaxTokens = 3000
     """The most tokens of a reply."""
 
     @field_validator("topics", "styles", "lengths", "languages", "difficulties", "rules")
@@ -275,14 +288,3 @@ class SynthesisSection(Section):
         if twice := sorted({word for word in words if words.count(word) > 1}):
             raise ValueError(f"expected each value once, found twice: {twice}")
         return words
-
-
-def with_group(pattern: str, group: str) -> str:
-    """The pattern; raises `ValueError` for no regular expression or one without the group."""
-    try:
-        groups = re.compile(pattern).groupindex
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from error
-    if group not in groups:
-        raise ValueError(f"expected a group (?P<{group}>…), found {sorted(groups)}")
-    return pattern

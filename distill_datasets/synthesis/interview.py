@@ -10,7 +10,7 @@ from distill_datasets import resources
 from distill_datasets.errors import FATAL, GenerationError
 from distill_datasets.generation.client import CachedClient, outcome
 from distill_datasets.models.sampler import Sampler, Sampling
-from distill_datasets.recipes.prompt import render
+from distill_datasets.recipes.prompt import render_ours
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
 
@@ -103,14 +103,14 @@ class Interview:
         return await self._ask(text, self._listing, numbers(len(queries), len(rules)))
 
     def _request(self, template: str, **fields: Any) -> str:
-        return render(_template(template), **self._shared, **fields)
+        return render_ours(_template(template), **self._shared, **fields)
 
     async def _ask(self, text: str, sampling: Sampling, form: ReplyForm[T]) -> ParsedReply[T]:
         messages: list[Message] = [{"role": "user", "content": text}]
         reply, problem = await self._read(messages, sampling, form)
         if reply.value is not None or reply.error is not None or not reply.said:
             return reply
-        told = render(_template("again"), problem=problem, form=form.words)
+        told = render_ours(_template("again"), problem=problem, form=form.words)
         messages.append({"role": "assistant", "content": reply.said})
         messages.append({"role": "user", "content": told})
         again, _ = await self._read(messages, sampling, form)

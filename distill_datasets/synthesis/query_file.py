@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from distill_datasets import resources
 from distill_datasets.errors import OutputError, RecipeError
 from distill_datasets.files import replacing, write_file
-from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.loading import is_copy, load_recipe
 from distill_datasets.recipes.queries import load_queries, read_columns, read_lines
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Queries
@@ -68,6 +69,16 @@ class QueryFile:
     def queries_by_hand(self) -> list[str]:
         """The queries that no teacher wrote, in their order."""
         return [self.query(row) for row in self.rows if not self.is_written(row)]
+
+    @property
+    def samples(self) -> list[str]:
+        """The queries that `new` wrote for its own prompt, where the recipe has another."""
+        template = resources.builders() / "_template"
+        if self.recipe.prompt == (template / "prompt.md").read_text(encoding="utf-8").strip():
+            return []
+        lines = chain.from_iterable(read_lines(template / "queries.jsonl"))
+        known = {row["query"] for row in lines}
+        return [query for query in self.queries_by_hand if query in known]
 
     @property
     def written(self) -> list[Row]:
@@ -144,8 +155,7 @@ def _unwritable(recipe: Recipe) -> str | None:
         return "the recipe lies in no folder"
     if resources.builders().resolve() in folder.parents:
         return "the recipe comes with the package"
-    beside = [folder.parent / name for name in ("manifest.json", "generation.json")]
-    if folder.name == "recipe" and any(path.is_file() for path in beside):
+    if is_copy(folder, "manifest.json", "generation.json"):
         return "the recipe is part of a release or a run"
     if not spec.file or not spec.file.endswith(".jsonl"):
         return f"they are in {spec.file or spec.hub or spec.path or spec.package!r}"

@@ -8,6 +8,7 @@ from itertools import count, islice
 from pathlib import Path
 from random import Random
 from typing import Any
+from warnings import warn
 
 from distill_datasets.errors import RecipeError
 from distill_datasets.files import writable_folder, write_file
@@ -110,6 +111,12 @@ def synthesize(  # noqa: PLR0913 (whom to ask for how much, how fast, and where 
     if n < 0:
         raise RecipeError(f"Expected a number of queries of 0 or more, found {n}.")
     file = open_query_file(recipe, out)
+    if samples := len(file.samples):
+        warn(
+            f"{samples} of the queries in {str(file.path)!r} are the samples that `new` wrote for "
+            "another prompt: the teacher takes them for yours. Remove them, or replace them.",
+            stacklevel=2,
+        )
     asked = file.recipe.with_teacher(teacher) if isinstance(teacher, str) else file.recipe
     folder = writable_folder(file.recipe.folder / "synthesis")
     sampler = teacher if teacher and not isinstance(teacher, str) else _open(asked)

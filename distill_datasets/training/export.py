@@ -294,7 +294,7 @@ def recipe_of(trained: Trained) -> Recipe | None:
     on_hub = dataset_on_hub(trained.config)
     place = "@".join(on_hub) if on_hub else Path(trained.config["dataset"]["path"]).expanduser()
     try:
-        return load_recipe(place)
+        return load_recipe(place, trust=True)
     except RecipeError:
         return None
 

@@ -182,7 +182,7 @@ def read_teacher_prompts(task: TrainingTask, parts: Sequence[str] = ()) -> Teach
             "recipe/recipe.yaml and recipe/prompt.md in it, as `publish` writes it. Train on that "
             "release, or with the objective 'sft', which needs no prompt."
         )
-    return TeacherPrompts(reference, release.path, load_recipe(release.path / "recipe"))
+    return TeacherPrompts(reference, release.path, load_recipe(release.path / "recipe", trust=True))
 
 
 def connect_teacher(

@@ -34,8 +34,8 @@ def test_a_recipe_with_an_unknown_key_names_the_closest(
 def test_a_template_with_an_unknown_field_is_named(
     capsys: pytest.CaptureFixture[str], recipe_folder: Path, tmp_path: Path
 ) -> None:
-    (recipe_folder / "prompt.md").write_text("{{ question }}")
-    assert "unknown field 'question'" in fails(
+    (recipe_folder / "prompt.md").write_text("{{ querry }}")
+    assert "unknown field 'querry'" in fails(
         capsys, "generate", recipe_folder, "--out", tmp_path / "run"
     )
 

@@ -169,3 +169,80 @@ def test_a_student_of_whole_objects_is_read_as_the_teacher_is(recipe_folder: Pat
     expected = recipe.teacher_reader.read(said, "stop").answer
     assert recipe.student_reader.read(f"It is {same}.", "stop").answer == expected
     assert recipe.student_reader.read('It is {"label": 3}.', "stop").rejection == "off schema"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '```json\n{"label": "de"}\n```',
+        '```\n{"label": "de"}\n```\n',
+        'Here it is:\n\n```JSON\n{"label": "de"}\n```\nAnything else?',
+        '\ufeff{"label": "de"}',
+    ],
+)
+def test_json_is_read_in_the_one_fence_of_a_text(text: str) -> None:
+    assert reader("label").read(text, "stop").answer == "de"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'So: {"label": "de"}',
+        '```\n{"label": "de"}\n```\n```\n{"label": "en"}\n```',
+        '```json\n{"label": "de"}',
+    ],
+)
+def test_json_in_prose_or_in_several_fences_is_not_guessed(text: str) -> None:
+    assert reader("label").read(text, "stop").rejection == "unparsable"
+
+
+HALTS = "^(a|aa)+$"
+
+
+@pytest.mark.parametrize(
+    "slow",
+    [
+        Reader("(?P<answer>(a|aa)+)$", recipe="mine"),
+        Reader(json_schema=json.dumps({"type": "string", "pattern": HALTS}), recipe="mine"),
+        Reader(json_schema=json.dumps({"patternProperties": {HALTS: True}}), recipe="mine"),
+    ],
+)
+def test_a_pattern_without_end_is_a_rejection_that_names_the_recipe(
+    slow: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill_datasets.recipes.parsing._SECONDS", 0.05)
+    word = "a" * 60 + "b"
+    text = {None: word}.get(slow.json_schema, json.dumps(word))
+    if "Properties" in (slow.json_schema or ""):
+        text = json.dumps({word: 1})
+    assert "of recipe 'mine' took over 0.05 s" in (slow.read(text, "stop").rejection or "")
+
+
+def test_a_schema_whose_references_multiply_is_a_rejection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill_datasets.recipes.parsing._SECONDS", 0.05)
+    parts = {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(40)}
+    form = {"$defs": {**parts, "a40": {}}, "$ref": "#/$defs/a0"}
+    found = Reader(json_schema=json.dumps(form), recipe="mine").read("{}", "stop")
+    assert found.rejection == "the schema of recipe 'mine' took over 0.05 s"
+    assert Reader(json_schema='{"$ref": "#"}').read("{}", "stop").rejection == "off schema"
+
+
+def test_a_text_too_long_for_a_pattern_is_a_rejection() -> None:
+    found = Reader("(?P<answer>x)", recipe="mine").read("y" * 1_000_001, "stop")
+    assert "on a text this long" in (found.rejection or "")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(?P<answer>((((a{100}){100}){100}){100}))", "(?P<answer>" + "(?:" * 5_000]
+)
+def test_a_pattern_that_cannot_be_compiled_is_refused(recipe_folder: Path, pattern: str) -> None:
+    with pytest.raises(RecipeError, match="a regular expression"):
+        load_recipe(with_answer(recipe_folder, {"pattern": pattern}))
+
+
+def test_patterns_of_a_schema_and_their_additional_properties_hold() -> None:
+    form = {"patternProperties": {"^n": {"type": "number"}}, "additionalProperties": False}
+    strict = Reader(json_schema=json.dumps(form))
+    assert strict.read('{"n1": 2}', "stop").answer == '{"n1": 2}'
+    assert strict.read('{"n1": "x"}', "stop").rejection == "off schema"
+    assert strict.read('{"m": 2}', "stop").rejection == "off schema"

@@ -25,6 +25,7 @@ from distill_datasets.generation.run import generate
 from distill_datasets.models.sampler import Echo, Reply, Sampler, Sampling
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries
+from distill_datasets.recipes.scaffold import new_recipe
 from distill_datasets.schema import Message
 from distill_datasets.synthesis.rounds import _all
 from distill_datasets.synthesis.run import synthesize
@@ -32,9 +33,7 @@ from tests.conftest import edit
 from tests.support.openai_server import OpenAIServer
 from tests.support.synthesis_author import RULES, TOPICS, Author, kind_of
 
-PROMPT = (
-    'Name the {"colour"} of: {{ query }}\n\n```json\n["red", {% raw %}{{ x }}{% endraw %}]\n```'
-)
+PROMPT = 'Name the {"colour"} of: {{ query }}\n\n```json\n["red", {{ x }}, {# 1 #}]\n```'
 
 
 @pytest.fixture
@@ -502,3 +501,11 @@ def test_a_teacher_behind_an_endpoint_writes_queries(
     assert made.summary["teacher"] == "openai:echo-large"
     assert server.bodies[-1]["temperature"] == 0.0
     assert {body["temperature"] for body in server.bodies} == {0.0, 1.0}
+
+
+def test_samples_that_came_with_a_new_recipe_are_not_taken_for_ones_own(tmp_path: Path) -> None:
+    folder = new_recipe("mine", tmp_path / "mine")
+    assert len(synthesize(folder, n=0, teacher=Author()).summary["rules"]) == len(RULES)
+    (folder / "prompt.md").write_text("Name the colour.")
+    with pytest.warns(UserWarning, match="are the samples that `new` wrote for another prompt"):
+        synthesize(folder, n=0, teacher=Author())

@@ -1,0 +1,439 @@
+"""Rows of a file as they are written: CSV, JSON, lines of JSON or of text, Parquet, Excel.
+
+Readers such as those of pandas and `datasets` make numbers, dates and missing values of text that
+looks like them; nothing is changed here. Every reader gives some rows at a time, as dictionaries
+by column. What is wrong is a `RecipeError` that names the file and the line.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, time
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, NoReturn
+from zipfile import BadZipFile, ZipFile
+
+from distill_datasets.errors import RecipeError
+from distill_datasets.schema import whole_text
+
+Rows = list[dict[str, Any]]
+
+ROWS = 1_000  # that are read at a time
+SEPARATORS = (",", ";", "\t", "|")
+_MARKS = {
+    b"\xef\xbb\xbf": "utf-8-sig",
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+_BLOCK = 1 << 20
+_LONGEST = 1 << 28  # characters in one field of a CSV file
+_SAMPLE = 1 << 16  # characters that show which separator a file has
+# A compressed file may become this many bytes, or so many times its own size: a packed bomb is
+# refused long before memory ends, and no file of real text comes near.
+_UNPACKED, _TIMES = 256 << 20, 200
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """What a recipe says about a file that doesn't say it itself, and which columns it needs."""
+
+    encoding: str | None = None
+    separator: str | None = None
+    wanted: Collection[str] = ()
+
+
+class NumberAsWritten(float):
+    """A JSON number that isn't whole, with the digits that it has in its file."""
+
+    text: str
+
+    def __new__(cls, text: str) -> "NumberAsWritten":
+        """`text` is the literal."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+
+def read_rows(path: Path, form: TableFormat) -> Iterator[Rows]:
+    """The rows of a file by its ending, some at a time; raises `RecipeError`."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        old = " Save the workbook as .xlsx." if path.suffix.lower() == ".xls" else ""
+        raise RecipeError(f"{path.name!r}: expected one of {sorted(READERS)}, by its ending.{old}")
+    rows = reader(path, form)
+    while some := list(islice(rows, ROWS)):
+        yield some
+
+
+def read_text(path: Path, *, limit: int) -> str:
+    """A whole file of UTF-8 (or UTF-16 with a mark) without its mark, and of at most `limit` bytes.
+
+    Raises `RecipeError`.
+    """
+    if (size := path.stat().st_size) > limit:
+        raise RecipeError(f"{path} has {size:,} bytes; expected at most {limit:,}.")
+    with open_text(path, what="Save it as UTF-8") as file:
+        return file.read()
+
+
+def open_text(
+    path: Path,
+    encoding: str | None = None,
+    newline: str | None = None,
+    what: str = "Save it as UTF-8, or name its encoding under `queries` (encoding: cp1252, say)",
+) -> IO[str]:
+    """A file of text in the encoding that its mark shows, that is given, or UTF-8.
+
+    Raises `RecipeError` for other bytes, with `what` to do: guessing would change text.
+    """
+    found = _marked(path) or encoding or _unmarked(path)
+    try:
+        with path.open(encoding=found, newline="") as file:
+            while file.read(_BLOCK):
+                pass
+    except LookupError as error:
+        raise RecipeError(f"{str(path)!r}: there is no encoding {found!r}.") from error
+    except UnicodeError as error:
+        if found != "utf-8":
+            raise RecipeError(f"{path} can't be read as {found}: {error}.") from error
+        with path.open("rb") as lines:
+            line, content = next(one for one in enumerate(lines, 1) if not _is_utf8(one[1]))
+        shown = content.decode("cp1252", "replace").strip()[:80]
+        raise RecipeError(
+            f"{path} is not UTF-8: line {line} holds other bytes. {what}; "
+            f"as cp1252 the line reads {shown!r}."
+        ) from error
+    return path.open(encoding=found, newline=newline)
+
+
+def _marked(path: Path) -> str | None:
+    with path.open("rb") as file:
+        start = file.read(4)
+    return next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+
+
+def _unmarked(path: Path) -> str:
+    """Text has no zero bytes; in UTF-16 most letters of Western languages come with one."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    zeros = [start[place::2].count(0) for place in (0, 1)]
+    if max(zeros) > len(start) // 4:
+        return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
+    return "utf-8"
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _csv_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(_LONGEST)
+    separator, skip = _separator(path, form)
+    with open_text(path, form.encoding, newline="") as file:
+        for _ in range(skip):
+            file.readline()
+        header, before = None, skip
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                raise RecipeError(
+                    f"Line {before + 1} of {str(path)!r} can't be read: {error}. A quote that "
+                    "opens a field must close it, and one within is written twice."
+                ) from error
+            if row is None:
+                return
+            line, before = before + 1, skip + reader.line_num
+            if header is None:
+                header = _header(path, row)
+            elif row and len(row) != len(header):
+                raise RecipeError(
+                    f"Line {line} of {str(path)!r} has {len(row)} fields, and the header "
+                    f"{len(header)}: put text that holds {separator!r} into double quotes, or "
+                    "name another `separator` under `queries`."
+                )
+            elif row:
+                yield dict(zip(header, row, strict=True))
+
+
+def _header(path: Path, names: list[str]) -> list[str]:
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise RecipeError(f"{str(path)!r} has several columns of one name: {twice}. Rename them.")
+    return names
+
+
+def _separator(path: Path, form: TableFormat) -> tuple[str, int]:
+    """What stands between fields, and how many lines come before the header."""
+    with open_text(path, form.encoding, newline="") as file:
+        sample = file.read(_SAMPLE)
+    said = re.match(r"sep=(.)\r?\n", sample)  # as spreadsheets write it
+    if form.separator or said:
+        return form.separator or str(said and said[1]), 1 if said else 0
+    if path.suffix.lower() == ".tsv":
+        return "\t", 0
+    headers = {one: next(csv.reader(sample.splitlines(True), delimiter=one)) for one in SEPARATORS}
+    several = [one for one, names in headers.items() if len(names) > 1]
+    fitting = [one for one in several if set(form.wanted) <= set(headers[one])]
+    if len(fitting) > 1 or (len(several) > 1 and not fitting):
+        raise RecipeError(
+            f"{str(path)!r} may have its fields between {fitting or several}: name which, as "
+            "`separator` under `queries`."
+        )
+    return (fitting or several or [","])[0], 0
+
+
+def _text_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
+    """A row a line; blank lines at the end are none."""
+    with open_text(path, form.encoding) as file:
+        blank = 0
+        for line in file:
+            text = line.removesuffix("\n")
+            if not text.strip():
+                blank += 1
+                continue
+            yield from [{"text": ""}] * blank
+            blank = 0
+            yield {"text": text}
+
+
+def _json_line_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
+    with open_text(path, form.encoding) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _json_object(path, number, line)
+
+
+def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        found = load_json(line)
+        problem = f"found {line.strip()[:80]!r}"
+    except (ValueError, RecursionError) as error:
+        found, problem = None, str(error)
+    if not isinstance(found, dict):
+        raise RecipeError(
+            f"Line {number} of {str(path)!r} can't be read: expected a JSON object, {problem}. "
+            "Mend the line, or name a file of another kind."
+        )
+    return found
+
+
+def _json_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
+    """A list of objects, or an object a line."""
+    with open_text(path, form.encoding) as file:
+        text = file.read()
+    if not text.lstrip().startswith("["):
+        yield from _json_line_rows(path, form)
+        return
+    try:
+        found = load_json(text)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{str(path)!r} is not JSON: {error}.") from error
+    for place, row in enumerate(found, 1):
+        if not isinstance(row, dict):
+            raise RecipeError(f"Row {place} of {str(path)!r}: expected an object, found {row!r}.")
+        yield row
+
+
+def load_json(text: str) -> Any:
+    """A JSON value whose numbers keep their digits; raises `ValueError` for `NaN` and the like."""
+    return json.loads(text, parse_float=NumberAsWritten, parse_constant=_no_constant)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON; write null")
+
+
+def _parquet_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise RecipeError(f"{str(path)!r} is not Parquet: {error}.") from error
+    names = file.schema_arrow.names
+    wanted = [name for name in names if name in form.wanted] or names
+    allowed = _allowed(path)
+    described = file.metadata
+    parts = [described.row_group(place) for place in range(described.num_row_groups)]
+    declared = sum(part.total_byte_size for part in parts)
+    if declared > allowed or described.num_rows > max(10_000_000, path.stat().st_size):
+        raise _bomb(path, f"{described.num_rows:,} rows and {declared:,} bytes")
+    texts = [name for name in wanted if _is_text(file.schema_arrow.field(name).type)]
+    # A text that many rows share is held once, however many they are.
+    file = pq.ParquetFile(path, read_dictionary=texts)
+    labels = class_names(_features(file.schema_arrow.metadata))
+    size = 0
+    for batch in file.iter_batches(batch_size=ROWS, columns=wanted):
+        columns = [_values(column) for column in batch.columns]
+        for row in zip(*columns, strict=True):
+            size += sum(len(value) for value in row if isinstance(value, str | bytes))
+            if size > allowed:
+                raise _bomb(path, f"over {allowed:,} bytes")
+            fields = dict(zip(batch.schema.names, row, strict=True))
+            yield named_classes({name: fields.get(name) for name in names}, labels)
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _values(column: Any) -> list[Any]:
+    import pyarrow as pa
+
+    if not pa.types.is_dictionary(column.type):
+        return list(column.to_pylist())
+    known = column.dictionary.to_pylist()
+    return [None if place is None else known[place] for place in column.indices.to_pylist()]
+
+
+def _features(metadata: Mapping[bytes, bytes] | None) -> Mapping[str, Any]:
+    """What `datasets` has noted of its columns in a Parquet file."""
+    try:
+        found = json.loads((metadata or {}).get(b"huggingface", b"{}"))
+        return dict(found.get("info", {}).get("features") or {})
+    except (ValueError, AttributeError, TypeError):
+        return {}
+
+
+def class_names(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
+    """The names of the classes of columns that hold their numbers."""
+    described = {
+        name: feature if isinstance(feature, Mapping) else vars(feature)
+        for name, feature in features.items()
+        if isinstance(feature, Mapping) or hasattr(feature, "names")
+    }
+    return {name: one["names"] for name, one in described.items() if one.get("names")}
+
+
+def named_classes(row: dict[str, Any], labels: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """A row with the names of classes in the place of their numbers; -1 stands for none."""
+    for name, names in labels.items():
+        number = row.get(name)
+        if isinstance(number, int):
+            row[name] = names[number] if 0 <= number < len(names) else None
+    return row
+
+
+def _excel_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
+    """The first sheet, whose first row names the columns."""
+    try:
+        from openpyxl import load_workbook
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"{str(path)!r} needs the package that reads workbooks: "
+            "`pip install 'distill-datasets[excel]'`."
+        ) from error
+    try:
+        with ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > _allowed(path):
+            raise _bomb(path, f"{size:,} bytes")
+        book = load_workbook(path, read_only=True, data_only=True)
+    except (BadZipFile, KeyError, ValueError, OSError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"{str(path)!r} is no workbook: {error}.") from error
+    try:
+        header: list[str] = []
+        for row in book.worksheets[0].iter_rows():
+            values = [_cell(path, cell) for cell in row]
+            if not header:
+                names = ["" if value is None else str(value) for value in values]
+                header = _header(path, names) if any(names) else []
+            elif any(value is not None for value in values):
+                padded = [*values, *[None] * (len(header) - len(values))]
+                yield {name: value for name, value in zip(header, padded, strict=False) if name}
+    finally:
+        book.close()
+
+
+def _cell(path: Path, cell: Any) -> Any:
+    """A cell's value; numbers as their format shows them, where that only adds zeros."""
+    value: Any = cell.value
+    if cell.data_type == "e":
+        raise RecipeError(f"Cell {cell.coordinate} of {str(path)!r} holds the error {value}.")
+    if isinstance(value, datetime) and value.time() == time():
+        return value.date()
+    if type(value) not in (int, float):
+        return value
+    if abs(value) >= 10**15:  # digits that a spreadsheet keeps
+        raise RecipeError(
+            f"Cell {cell.coordinate} of {str(path)!r} holds a number whose last digits the "
+            "spreadsheet has rounded away: format the column as text and enter it again."
+        )
+    shown = re.fullmatch(r"(0+)(?:\.(0+))?", str(cell.number_format))
+    if shown:
+        places = len(shown[2] or "")
+        width = len(shown[1]) + (places + 1 if places else 0)
+        return f"{value:0{width}.{places}f}"
+    return int(value) if float(value).is_integer() else value
+
+
+def _allowed(path: Path) -> int:
+    return max(_UNPACKED, _TIMES * path.stat().st_size)
+
+
+def _bomb(path: Path, found: str) -> RecipeError:
+    return RecipeError(
+        f"{str(path)!r} has {path.stat().st_size:,} bytes and unpacks to {found}: it isn't read. "
+        "If that is right, write it as JSON lines."
+    )
+
+
+READERS: Mapping[str, Callable[[Path, TableFormat], Iterator[dict[str, Any]]]] = {
+    ".txt": _text_rows,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".json": _json_rows,
+    ".jsonl": _json_line_rows,
+    ".parquet": _parquet_rows,
+    ".xlsx": _excel_rows,
+}
+
+
+def as_text(value: Any, *, place: str, role: str) -> str | None:
+    """A value as text: what is written, or JSON for what is no text; None where it is empty.
+
+    `place` and `role` name the row and what it is for in the error, for bytes that are no text.
+    """
+    if value is None or value == "" or value != value:
+        return None
+    if isinstance(value, NumberAsWritten):
+        return value.text
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{place}: expected text as {role}, found bytes.") from error
+    if not isinstance(value, str):
+        value = to_json(value)
+    return whole_text(value) or None
+
+
+def to_json(value: Any) -> str:
+    """A value as JSON on one line; dates, times and decimals as text."""
+    if not isinstance(value, bool | int | float | list | dict):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages, or one message."""
+    messages: Iterable[Any] = value if isinstance(value, list) else [value]
+    keys = [set(one) for one in messages if isinstance(one, dict)]
+    return bool(keys) and all(
+        {"role", "content"} <= one or {"from", "value"} <= one for one in keys
+    )

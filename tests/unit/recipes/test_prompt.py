@@ -1,0 +1,97 @@
+from pathlib import Path
+
+import pytest
+
+from distill_datasets.errors import RecipeError
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.prompt import fill, is_jinja, render
+from tests.conftest import edit
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Answer as {{"name": "Ann"}}, please',
+        "v{{1,2}} and \\frac{a}{b}",
+        "Keep {# this #} and {#1",
+        "Write {% if urgent %}now{% endif %} in Liquid",
+        "Dear {{first_name}}, {{#each items}}{{this}}{{/each}}",
+        "{{{raw}}} {{ }} }} {{",
+        "{{-  name -}}",
+    ],
+)
+def test_braces_in_a_prompt_are_text(recipe_folder: Path, text: str) -> None:
+    (recipe_folder / "prompt.md").write_text(text)
+    messages = load_recipe(recipe_folder).messages("a rose")
+    assert [message["content"] for message in messages] == [text, "a rose"]
+    (recipe_folder / "prompt.md").write_text(text + " {{ query }}")
+    (message,) = load_recipe(recipe_folder).messages("a {{ query }} rose")
+    assert message["content"] == text + " a {{ query }} rose"
+
+
+def test_the_variables_that_a_recipe_declares_are_replaced(recipe_folder: Path) -> None:
+    edit(recipe_folder, "recipe.yaml", "license:", "variables: {shop: 'A {{ query }}'}\nlicense:")
+    (recipe_folder / "prompt.md").write_text("For {{ shop }}, {{other}}: {{query}}")
+    recipe = load_recipe(recipe_folder)
+    assert recipe.messages("?")[0]["content"] == "For A {{ query }}, {{other}}: ?"
+    recipe.dump(recipe_folder / "copy")
+    assert load_recipe(recipe_folder / "copy").digest == recipe.digest
+
+
+def test_variables_are_part_of_the_digest(recipe_folder: Path) -> None:
+    recipe = load_recipe(recipe_folder)
+    assert recipe.replace(variables={"a": "b"}).digest != recipe.digest
+    assert recipe.replace(template="text").digest == recipe.digest
+
+
+@pytest.mark.parametrize(
+    "text", ["Say {{ query | upper }}", "{% if query %}x{% endif %}", "{{- query }}"]
+)
+def test_the_query_in_a_template_that_is_not_declared_is_an_error(
+    recipe_folder: Path, text: str
+) -> None:
+    (recipe_folder / "prompt.md").write_text(text)
+    with pytest.raises(RecipeError, match="write 'template: jinja' .* or 'template: text'"):
+        load_recipe(recipe_folder)
+    edit(recipe_folder, "recipe.yaml", "license:", "template: text\nlicense:")
+    assert load_recipe(recipe_folder).messages("a")[0]["content"] == text
+
+
+def test_a_template_that_is_sent_as_it_is_written_is_warned_of(recipe_folder: Path) -> None:
+    (recipe_folder / "prompt.md").write_text("{% raw %}{{ x }}{% endraw %}")
+    with pytest.warns(UserWarning, match="sent as it is written"):
+        recipe = load_recipe(recipe_folder)
+    assert recipe.messages("a")[0]["content"] == "{% raw %}{{ x }}{% endraw %}"
+
+
+def test_a_release_of_version_0_1_is_filled_as_it_was(recipe_folder: Path, tmp_path: Path) -> None:
+    (recipe_folder / "prompt.md").write_text("{# why #}Do {% if query %}{{ query }}{% endif %}!")
+    old = recipe_folder.rename(tmp_path / "recipe")
+    (tmp_path / "manifest.json").write_text("{}")
+    recipe = load_recipe(old)
+    assert recipe.messages("it") == [{"role": "user", "content": "Do it!"}]
+
+
+def test_a_release_of_a_prompt_with_braces_is_the_same_text(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    (recipe_folder / "prompt.md").write_text("Keep {# this #}.")
+    recipe = load_recipe(recipe_folder)
+    recipe.dump(tmp_path / "recipe")
+    (tmp_path / "manifest.json").write_text("{}")
+    again = load_recipe(tmp_path / "recipe")
+    assert again.messages("a") == recipe.messages("a")
+    assert again.digest == recipe.digest
+
+
+def test_filling_is_jinja_s_where_there_is_nothing_but_the_query() -> None:
+    text = "A {b} of {{query}}, {{ query }}\nand {{  query  }}."
+    assert not is_jinja(text)
+    assert fill(text, {"query": "x {{ query }}"}) == render(text, query="x {{ query }}")
+
+
+def test_a_prompt_that_grows_without_measure_is_refused() -> None:
+    with pytest.raises(RecipeError, match="comes to over"):
+        fill("{{ query }}" * 1_000, {"query": "x" * 100_000})
+    with pytest.raises(RecipeError, match="comes to over"):
+        render("{{ query }}" * 1_000 + "!", query="x" * 100_000)
