@@ -222,13 +222,25 @@ def locate(dataset: str | Path, config: str | None = None) -> DatasetSource:
         pinned = _download(str(dataset), config)
         path, commit = pinned.path, pinned.commit
     manifest_file = path / folder_of(config) / "manifest.json"
-    manifest = json.loads(manifest_file.read_text("utf-8")) if manifest_file.is_file() else {}
-    if manifest:
+    manifest = _read_manifest(manifest_file) if manifest_file.is_file() else {}
+    if "content_digest" in manifest:
         check_release(manifest_file.parent, ("data",))
     # The Hub's cache gets more files of a commit when somebody asks for them.
     files = commit or _files_digest(path)
     released = "/".join(str(manifest[k]) for k in ("version", "content_digest") if k in manifest)
     return DatasetSource(str(dataset), path, commit or released or files, files, manifest)
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    """A release's manifest; empty for somebody else's file of that name."""
+    try:
+        manifest = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise DatasetError(
+            f"{str(file)!r} is damaged: expected JSON ({error}). Publish or download that release "
+            "again."
+        ) from error
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _download(reference: str, config: str | None) -> Pinned:

@@ -466,8 +466,10 @@ def _open_splits(
     splits = open_splits(source, settings)
     if before:
         splits["train"] = splits["train"].without(before.learned)
-    for warning in source.manifest.get("warnings", ()):
-        print(f"train: {source.reference} warns: {warning}", file=sys.stderr)
+    warnings = source.manifest.get("warnings")
+    for warning in warnings if isinstance(warnings, list) else ():
+        text = "".join(one if one.isprintable() else " " for one in str(warning))
+        print(f"train: {source.reference} warns: {text}", file=sys.stderr)
     return splits
 
 

@@ -31,6 +31,7 @@ from distill_datasets.training.schedule import plan_steps
 from distill_datasets.training.trainer import TrainingResult, TrainSettings, require_settings, train
 from tests.support.server_log import trained_batches
 from tests.support.shared_server import shared
+from tests.support.soft_releases import release
 from tests.support.training_runs import QUICK, ROWS, Rows, at_step, metrics, write
 
 # As it is before `model` has every connection served by the tests' own.
@@ -345,27 +346,31 @@ def test_it_runs_inside_a_running_event_loop(
     assert "async context" not in caplog.text
 
 
-def test_a_releases_renderer_and_version_are_kept(
-    dataset: Path, model: str, tmp_path: Path
-) -> None:
-    manifest = {"version": "1.2.0", "content_digest": "abc", "teacher": model, "renderer": "qwen3"}
-    (dataset / "manifest.json").write_text(json.dumps(manifest))
-    few = TrainSettings(max_steps=1, batch_size=8, rank=4)
-    train(dataset, student=model, out=tmp_path / "out", settings=few)
+def released(folder: Path, model: str, **facts: Any) -> tuple[Path, dict[str, Any]]:
+    """A release whose manifest says something more."""
+    path = release(folder, model)
+    manifest = json.loads((path / "manifest.json").read_text()) | facts
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path, manifest
+
+
+def test_a_releases_renderer_and_version_are_kept(model: str, tmp_path: Path) -> None:
+    path, manifest = released(tmp_path / "run", model, teacher=model, renderer="qwen3")
+    few = TrainSettings(max_steps=1, batch_size=8, rank=4, internalisation=False)
+    train(path, student=model, out=tmp_path / "out", settings=few)
     config = TrainingFolder(tmp_path / "out").config
     assert config is not None and config["renderer"] == "qwen3"
-    assert config["dataset"]["revision"] == "1.2.0/abc"
+    assert config["dataset"]["revision"] == f"{manifest['version']}/{manifest['content_digest']}"
 
 
 def test_what_a_release_warns_of_is_said_once(
-    dataset: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = {"version": "1.2.0", "content_digest": "abc", "warnings": ["Rows 3 and 4 differ."]}
-    (dataset / "manifest.json").write_text(json.dumps(manifest))
-    few = TrainSettings(max_steps=1, batch_size=8, rank=4)
+    path, _ = released(tmp_path / "run", model, warnings=["Rows 3\x1b[2J and 4."])
+    few = TrainSettings(max_steps=1, batch_size=8, rank=4, internalisation=False)
     for _ in range(2):
-        train(dataset, student=model, out=tmp_path / "out", settings=few)
-    assert capsys.readouterr().err.count("warns: Rows 3 and 4 differ.") == 1
+        train(path, student=model, out=tmp_path / "out", settings=few)
+    assert capsys.readouterr().err.count("warns: Rows 3 [2J and 4.") == 1
 
 
 @pytest.mark.parametrize(

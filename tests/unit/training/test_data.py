@@ -125,3 +125,18 @@ def test_json_lines_in_another_encoding_are_refused(tmp_path: Path) -> None:
 def test_a_column_that_is_read_as_dates_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="expected text in 'response'; found dates"):
         split(jsonl(tmp_path, {"query": "When?", "response": "2024-01-05"}))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
+def test_a_damaged_manifest_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+    jsonl(tmp_path, READ["plain"])
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(DatasetError, match="manifest.json' is damaged: expected JSON"):
+        locate(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"files": 3}'])
+def test_a_manifest_of_somebody_else_is_no_release(content: bytes, tmp_path: Path) -> None:
+    file = jsonl(tmp_path, READ["plain"])
+    (tmp_path / "manifest.json").write_bytes(content)
+    assert locate(tmp_path).path == file.parent
