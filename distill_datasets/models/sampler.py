@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 from distill_datasets.schema import Message
@@ -199,10 +200,14 @@ def digest(value: object) -> str:
 
 def request_digest(identity: str, messages: Sequence[Message], sampling: Sampling) -> str:
     """The key under which an answer is paid for once."""
+    return digest({"model": identity, "messages": list(messages), "sampling": _said(sampling)})
+
+
+@lru_cache(maxsize=64)
+def _said(sampling: Sampling) -> Mapping[str, Any]:
     # A field that is not used is no part of the key, so that a new field keeps paid answers.
     unused = {"top_logprobs": None, "json_schema": None, "extra": None}
-    fields = _without(asdict(sampling), unused)
-    return digest({"model": identity, "messages": list(messages), "sampling": fields})
+    return _without(asdict(sampling), unused)
 
 
 def split_thoughts(text: str) -> tuple[str | None, str]:
