@@ -83,10 +83,8 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     source = locate(dataset, settings.config)
     before = find_predecessor(start, str(student), only_new=only_new)
     settings = before.settled(settings) if before else settings
-    _require_outside(Path(out), source)
-    folder = TrainingFolder(out)
-    request = _request(str(student), source, settings)
-    request |= {"resumed": resume} if resume else {}
+    folder = _open_folder(Path(out), source)
+    request = _request(str(student), source, settings, resume)
     request |= {"start": {"path": before.path, "only_new": only_new}} if before else {}
     with folder.locked():
         folder.require_same(request)
@@ -445,12 +443,15 @@ def _open_objective(task: "TrainingTask") -> "Objective":
     return SupervisedObjective(task)
 
 
-def _request(student: str, source: DatasetSource, settings: TrainSettings) -> dict[str, Any]:
+def _request(
+    student: str, source: DatasetSource, settings: TrainSettings, resume: str | None
+) -> dict[str, Any]:
     """What is known without asking a server, as the folder's configuration begins."""
     return {
         "student": student,
         "settings": asdict(settings),
         "dataset": {"path": source.reference, "revision": source.revision, "files": source.files},
+        **({"resumed": resume} if resume else {}),
     }
 
 
@@ -473,11 +474,12 @@ def _open_splits(
     return splits
 
 
-def _require_outside(out: Path, source: DatasetSource) -> None:
+def _open_folder(out: Path, source: DatasetSource) -> TrainingFolder:
     if out.resolve().is_relative_to(source.path.resolve()):
         raise OutputError(
             f"{str(out)!r} lies inside the dataset, which it would change: choose another --out."
         )
+    return TrainingFolder(out)
 
 
 def _require_untrained(student: str, resume: str | None) -> None:
