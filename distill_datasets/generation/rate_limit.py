@@ -26,6 +26,7 @@ from distill_datasets.models.sampler import Allowance
 
 # The first requests, at the beginning and after a pause, start in groups: after so many of all
 # comes a gap in which refusals come back, of twice the time that the group took.
+_FEWEST = 16
 _GROUPS, _GAP, _LONGEST_GAP = (0.25, 0.5), 0.03, 0.3
 _SOME, _HOLD = 3, 0.05  # so many refused in a row hold back the others for so many seconds
 _MANY = 8  # refused in a row pause all others
@@ -174,7 +175,8 @@ class RateLimit:
         if self._started == self._ramp_first:
             self._group_began = now
         self._started += 1
-        if self._started - self._ramp_first in [int(share * self.cap) for share in _GROUPS]:
+        group = self._started - self._ramp_first
+        if group >= _FEWEST and group in [int(share * self.cap) for share in _GROUPS]:
             gap = max(_GAP, 2 * (now - self._group_began))
             self._group_began = now + gap
             if gap < _LONGEST_GAP:  # a group that took longer needs no gap
