@@ -11,7 +11,7 @@ from distill_datasets.errors import DistillError
 from distill_datasets.generation.settings import GenerateSettings
 
 # What a run in parts on Ray takes of the settings, and what it doesn't take of the other flags.
-_ON_RAY = ("concurrency",)
+_ON_RAY = ("concurrency", "trust")
 _NOT_ON_RAY = ("prices", "budget", "shard")
 _SPEED = ("concurrency", "requests_per_minute", "tokens_per_minute")
 # `run` publishes what it generates, so it stays until everything is answered.

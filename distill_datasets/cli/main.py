@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,8 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TINKER_TELEMETRY", "0")
+    # A warning of ours is a sentence for the user; where it was raised says nothing to them.
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     # Its only message repeats, among internals, what our error says.
     logging.getLogger("tinker.lib.retry_handler").setLevel(logging.CRITICAL)
 
@@ -173,7 +176,7 @@ def _require_runnable(options: argparse.Namespace) -> set[str]:
     from distill_datasets.recipes.queries import require_splits
     from distill_datasets.releases.versions import check_version
 
-    asked = load_recipe(options.recipe)
+    asked = load_recipe(options.recipe, trust=bool(options.trust))
     options.student = options.student or default_student(options.teacher or asked.teacher)
     student.settings_of(options)
     if options.version is not None:

@@ -178,7 +178,7 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
     `generate` raises, and `PriceError` for a model without a price before anything is asked.
     """
     settings = settings or GenerateSettings()
-    teachers = open_teachers(recipe, teacher)
+    teachers = open_teachers(recipe, teacher, trust=settings.trust)
     priced = Prices.load(prices) if isinstance(prices, str | Path) else prices
     meter = Meter(priced) if priced else None
     if meter:

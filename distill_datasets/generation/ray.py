@@ -96,13 +96,14 @@ def generate_on_ray(
         raise SettingsError(f"A run has at least one part, found parts={parts!r}.")
     folder = writable_folder(out).resolve()
     source = recipe if isinstance(recipe, Recipe) else str(recipe)
-    asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    settings = settings or GenerateSettings()
+    asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, trust=settings.trust)
     if teacher is not None:
         asked = asked.with_teacher(teacher if isinstance(teacher, str) else teacher.model)
     shares = [Share(number, parts) for number in range(1, parts + 1)]
     known = [outcome for share in shares if (outcome := _finished(share, folder, asked))]
     left = [share.number for share in shares if share.number not in {one.number for one in known}]
-    part = PartTask(source, teacher, str(folder), parts, settings or GenerateSettings())
+    part = PartTask(source, teacher, str(folder), parts, settings)
     with Progress("ray", parts, unit="parts", start=len(known)) as progress:
         for outcome in _run(part, left, workers):
             known.append(outcome)

@@ -88,7 +88,7 @@ def generate(
     """
     settings = settings or GenerateSettings()
     release = recipe if settings.ledger and not isinstance(recipe, Recipe) else None
-    teachers = open_teachers(recipe, teacher, **settings.opening)
+    teachers = open_teachers(recipe, teacher, trust=settings.trust, **settings.opening)
     folder = share.folder(out) if share else Path(out)
     fingerprint = _fingerprint(teachers, settings.limit, share)
     if meter is None and (summary := _finished(folder, fingerprint, settings)):

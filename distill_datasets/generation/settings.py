@@ -46,6 +46,9 @@ class GenerateSettings:
     ask_again: bool = setting(
         False, "ask again what the endpoint rejected for good in an earlier run"
     )
+    trust: bool = setting(
+        False, "read the queries that somebody else's recipe names outside its own folder"
+    )
     stop_after_rejected: int = setting(
         50, "end the run when its first N rows are all rejected; 0 never ends it", at_least=0
     )

@@ -223,15 +223,20 @@ Answerer = PromptedModel | Teachers  # answers queries with rows
 
 
 def open_teachers(
-    recipe: Recipe | str | Path, teacher: Sampler | str | None = None, **opening: Any
+    recipe: Recipe | str | Path,
+    teacher: Sampler | str | None = None,
+    *,
+    trust: bool = False,
+    **opening: Any,
 ) -> Teachers:
     """Open every model that a recipe asks, or one `teacher` in the place of its teachers.
 
-    `opening` goes to `open_sampler`; raises what that and `load_recipe` raise. Asks nobody.
+    `trust` goes to `load_recipe` and `opening` to `open_sampler`; raises what they raise. Asks
+    nobody.
     """
     from distill_datasets.models.references import open_sampler
 
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, trust=trust)
     if teacher is not None:
         recipe = recipe.with_teacher(teacher if isinstance(teacher, str) else teacher.model)
     given = None if isinstance(teacher, str) else teacher

@@ -14,6 +14,7 @@ from distill_datasets.errors import (
     DatasetError,
     GenerationError,
     OutputError,
+    RecipeError,
     RejectedError,
     RetryableError,
 )
@@ -378,3 +379,21 @@ def test_a_folder_that_another_process_writes_is_left_alone(
         generate(recipe_folder, teacher=teacher, out=tmp_path / "run")
     assert teacher.calls == 0
     assert not (tmp_path / "run/answers").exists()
+
+
+def test_queries_outside_a_release_are_asked_only_when_it_is_trusted(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    letters = tmp_path / "letters.jsonl"
+    (recipe_folder / "queries.jsonl").rename(letters)
+    edit(recipe_folder, "recipe.yaml", "file: queries.jsonl", f"path: '{letters}'")
+    release = tmp_path / "release"
+    release.mkdir()
+    recipe_folder.rename(release / "recipe")
+    (release / "manifest.json").write_text("{}")
+    source, teacher = release / "recipe", Echo()
+    with pytest.raises(RecipeError, match=f"{letters}.*--trust"):
+        generate(source, teacher=teacher, out=tmp_path / "run")
+    assert teacher.calls == 0
+    settings = GenerateSettings(trust=True, ledger=False)
+    assert generate(source, teacher=teacher, out=tmp_path / "run", settings=settings).kept == 4
