@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from distill_datasets.recipes import recipe, sections
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Section, Teacher
+from tests.support.source import parse
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
 _BEGIN, _END = "<!-- keys -->", "<!-- /keys -->"
@@ -23,7 +24,7 @@ _BEGIN, _END = "<!-- keys -->", "<!-- /keys -->"
 def meanings(module: ModuleType) -> dict[tuple[str, str], str]:
     """What stands under each field of a module's classes, by class and field."""
     found = {}
-    for node in ast.parse(inspect.getsource(module)).body:
+    for node in parse(inspect.getsource(module)).body:
         if isinstance(node, ast.ClassDef):
             for field, below in zip(node.body, node.body[1:], strict=False):
                 match field, below:

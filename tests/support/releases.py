@@ -7,8 +7,8 @@ from typing import Any
 
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.release import Release, publish
+from tests.integration.releases.test_release import PROMPT, answer, write_run
 from tests.support.hub_fixture import Hub
-from tests.unit.releases.test_release import PROMPT, answer, write_run
 
 PUSH = """
 import json, sys

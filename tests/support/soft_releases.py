@@ -15,8 +15,8 @@ from distill_datasets.training.data import locate, open_splits
 from distill_datasets.training.objectives import TrainingTask
 from distill_datasets.training.student import Student
 from distill_datasets.training.trainer import TrainSettings
+from tests.integration.releases.test_release import answer, write_run
 from tests.support.training_runs import LANGUAGES
-from tests.unit.releases.test_release import answer, write_run
 
 PROMPT = "Reply with the code of the language and nothing else: en, de, fr or es."
 SMALL = TrainSettings(epochs=3, batch_size=4, rank=4, learning_rate=1e-2, evaluate_every=50)

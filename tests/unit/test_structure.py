@@ -8,6 +8,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import distill_datasets
+from tests.support.source import parse
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "distill_datasets"
@@ -48,7 +49,7 @@ def folder_of(module: str) -> str:
 def imported(path: Path) -> Iterator[str]:
     """The modules of ours that a file imports, those inside functions too, by their full names."""
     here = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [one.name for one in node.names]
         elif isinstance(node, ast.ImportFrom):

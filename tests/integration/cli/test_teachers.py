@@ -9,9 +9,9 @@ import pytest
 
 from distill_datasets import progress
 from distill_datasets.cli.main import main
+from tests.integration.evaluation.test_report import make_run
 from tests.support.openai_server import OpenAIServer, serving
 from tests.support.training_runs import ROWS, write
-from tests.unit.evaluation.test_report import make_run
 
 PRICES = """\
 date: 2026-11-01

@@ -20,7 +20,7 @@ from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.release import publish
 from distill_datasets.schema import Message
 from tests.conftest import edit
-from tests.unit.releases.test_release import snapshot
+from tests.integration.releases.test_release import snapshot
 
 PRICES = Prices(
     date="2026-11-01",

@@ -9,8 +9,8 @@ import pytest
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.quality import AnswerTally
 from distill_datasets.releases.release import publish
+from tests.integration.releases.test_release import answer, write_run
 from tests.support.releases import greetings
-from tests.unit.releases.test_release import answer, write_run
 
 
 def tally(answers: list[str], choices: tuple[str, ...] = ()) -> AnswerTally:

@@ -18,8 +18,8 @@ from distill_datasets.releases.contents import check_release
 from distill_datasets.releases.diff import diff
 from distill_datasets.releases.release import Release, publish
 from tests.conftest import edit
+from tests.integration.releases.test_release import answer, write_run
 from tests.support.releases import release_of
-from tests.unit.releases.test_release import answer, write_run
 
 
 @pytest.fixture(autouse=True)
