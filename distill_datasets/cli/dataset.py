@@ -1,4 +1,4 @@
-"""The verbs that make a dataset, with their flags: generate, synthesize, publish, diff."""
+"""The verbs that make a dataset, with their flags, from `new` to `publish`, `show` and `diff`."""
 
 import argparse
 import json
@@ -385,3 +385,26 @@ def add_show(parser: argparse.ArgumentParser) -> None:
         "-n", type=count, default=20, metavar="N", help="how many rows (default: 20)"
     )
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each row")
+
+
+def list_recipes(options: argparse.Namespace) -> None:
+    """Name the recipes that ship, and what each is about."""
+    from distill_datasets.recipes.loading import shipped_recipes
+
+    for recipe in shipped_recipes():
+        print(f"{recipe.name:<24}{recipe.description}")
+
+
+def add_new(parser: argparse.ArgumentParser) -> None:
+    """The flags of `new`."""
+    parser.add_argument("name", help="the recipe's name")
+    parser.add_argument("--folder", type=Path, help="the folder to make (default: ./NAME)")
+
+
+def new(options: argparse.Namespace) -> None:
+    """Make a recipe's folder that runs as it is."""
+    from distill_datasets.recipes.scaffold import new_recipe
+
+    folder = new_recipe(options.name, options.folder)
+    print(f"made {folder}/: edit prompt.md, queries.jsonl and recipe.yaml, then")
+    print(f"  distill-datasets run {folder} --out runs/{folder.name}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill_datasets import __version__
-from distill_datasets.cli import dataset, recipe, student
+from distill_datasets.cli import dataset, student
 from distill_datasets.cli.flags import METAVARS
 from distill_datasets.errors import DistillError
 
@@ -316,14 +316,14 @@ _VERBS = {
     ),
     "recipes": _Verb(
         "list the recipes that ship",
-        recipe.list_recipes,
+        dataset.list_recipes,
         (),
         ("recipes", "run language_id --out runs/demo"),
     ),
     "new": _Verb(
         "start a recipe's folder that runs as it is",
-        recipe.new,
-        (recipe.add_new,),
+        dataset.new,
+        (dataset.add_new,),
         ("new support", "new support --folder recipes/support"),
     ),
     "serve": _Verb(

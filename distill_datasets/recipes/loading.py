@@ -13,8 +13,8 @@ from distill_datasets import resources
 from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.hub.references import find_release
 from distill_datasets.recipes.prompt import is_jinja
+from distill_datasets.recipes.query_files import read_text
 from distill_datasets.recipes.recipe import PROMPT_LIMIT, Recipe
-from distill_datasets.recipes.tables import read_text
 
 _YAML_LIMIT = 1 << 20  # bytes
 _VALUES, _DEPTH = 100_000, 64  # that a recipe's YAML has at most, and how deep they lie

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import RecipeError
 from distill_datasets.hub.references import fetch_dataset
-from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.recipes.sections import Queries, SplitShares
-from distill_datasets.recipes.tables import (
+from distill_datasets.recipes.query_files import (
     READERS,
     ROWS,
     Rows,
@@ -25,6 +23,8 @@ from distill_datasets.recipes.tables import (
     named_classes,
     read_rows,
 )
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.sections import Queries, SplitShares
 
 if TYPE_CHECKING:
     import pyarrow as pa

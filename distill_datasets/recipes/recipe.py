@@ -25,6 +25,7 @@ from distill_datasets.recipes.prompt import (
     placeholders_of,
     render,
 )
+from distill_datasets.recipes.query_files import read_text
 from distill_datasets.recipes.sections import (
     AnswerFormat,
     Choice,
@@ -36,7 +37,6 @@ from distill_datasets.recipes.sections import (
     SynthesisSection,
     Teacher,
 )
-from distill_datasets.recipes.tables import read_text
 from distill_datasets.schema import Message
 
 PROMPT_LIMIT = 10 << 20  # bytes

@@ -53,6 +53,11 @@ def manifest_text(manifest: Mapping[str, Any]) -> str:
     return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
 
 
+def write_manifest(release: Path, manifest: Mapping[str, Any]) -> None:
+    """Write manifest.json into a release's folder, as its last file but the card."""
+    (release / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
+
+
 def rejected_rows(manifest: Mapping[str, Any]) -> int:
     """How many rows were asked for and can't be used."""
     return int(sum(manifest["rejected"].values())) + int(manifest["errors"])

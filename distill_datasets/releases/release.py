@@ -33,9 +33,9 @@ from distill_datasets.releases.manifest import (
     REJECTED,
     columns,
     layout,
-    manifest_text,
     read_manifest,
     rejected_rows,
+    write_manifest,
 )
 from distill_datasets.releases.soft_labels import SOFT, write_soft
 from distill_datasets.releases.versions import (
@@ -288,7 +288,7 @@ def _write(
     if not manifest["prompt"]:
         (building / "recipe" / "prompt.md").unlink()
     manifest["sha256"] = _file_digests(building)
-    (building / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
+    write_manifest(building, manifest)
     text = dataset_card(
         manifest,
         answers.carried,
