@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo unit test check latest format clean
+.PHONY: demo unit test check latest newest-cookbook format clean
 
 demo: .venv/installed
 	$(BIN)/distill-datasets run language_id --teacher pocket --student pocket --out runs/demo
@@ -21,6 +21,14 @@ check: .venv/developing
 # The newest release of everything that pyproject.toml admits, in an environment of its own.
 latest: .venv-latest/developing
 	.venv-latest/bin/python -m pytest tests/unit
+
+# The cookbook's newest release asks for versions that don't go with the pinned ones: without its
+# dependencies it is tried by the tests that use it.
+newest-cookbook: .venv/developing
+	$(BIN)/python -m pip install --quiet --upgrade --target build/cookbook --no-deps tinker-cookbook==0.6.1
+	PYTHONPATH=build/cookbook:. $(BIN)/python -m pytest tests/unit/training \
+		tests/integration/models/test_renderers.py tests/integration/training/test_cookbook.py \
+		tests/integration/training/test_student.py
 
 format: .venv/developing
 	$(BIN)/ruff format .
@@ -44,4 +52,4 @@ format: .venv/developing
 	touch $@
 
 clean:
-	rm -rf .venv .venv-latest runs
+	rm -rf .venv .venv-latest build runs

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sqlite3
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -176,6 +177,7 @@ class BatchWorker:
         self.provider, self.journal, self.table = provider, journal, table
         self.rest_seconds, self.bought = rest_seconds, bought
         self.rejected: dict[str, RejectedError] = {}
+        self._unread: defaultdict[str, set[str]] = defaultdict(set)  # batches by request
         self._answered = False
 
     async def recover(self, batch: BatchJob) -> None:
@@ -250,7 +252,8 @@ class BatchWorker:
                     raise ServiceError(f"The batch {batch.name} answers what it was not asked.")
                 if isinstance(answer, Reply):
                     replies.append((str(digest), answer))
-                elif isinstance(answer, RejectedError):
+                answer = self._given_up(batch, digest, answer)
+                if isinstance(answer, RejectedError):
                     self.rejected[str(digest)] = answer
                 if isinstance(answer, Reply | RejectedError):
                     found = found.with_(BatchOutcome(answered=1))
@@ -261,6 +264,17 @@ class BatchWorker:
         finally:
             self._keep(batch, replies)
         return found
+
+    def _given_up(
+        self, batch: BatchJob, digest: str | None, answer: Reply | DistillError
+    ) -> Reply | DistillError:
+        """What can't be read again and again is rejected, in as many batches as the error says."""
+        if digest is None or not isinstance(answer, RetryableError) or not answer.most_attempts:
+            return answer
+        self._unread[digest].add(batch.key)
+        if len(self._unread[digest]) < answer.most_attempts:
+            return answer
+        return RejectedError(str(answer), type=answer.type, status=answer.status)
 
     def _keep(self, batch: BatchJob, replies: Sequence[tuple[str, Reply]]) -> None:
         # A file is read again where its first reading broke off.

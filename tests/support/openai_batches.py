@@ -139,8 +139,8 @@ class Batches:
                 self.expires[part] -= 1
                 return {**row, "error": {"code": "batch_expired", "message": "Not in time."}}
         if (fault := self.server.fault(text)) is not None:
-            body = {"error": dict(fault.error)}
-            return {**row, "response": {"status_code": fault.status, "body": body}}
+            body = json.loads(fault.body) if fault.body else {"error": dict(fault.error)}
+            return {**row, "response": {"status_code": fault.status or 200, "body": body}}
         self.worked[text] += 1
         status, body = self.server.complete(line["body"])
         return {**row, "response": {"status_code": status, "body": body}}

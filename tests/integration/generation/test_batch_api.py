@@ -272,6 +272,16 @@ def test_what_is_refused_to_every_row_ends_the_run(server: OpenAIServer, bought:
     assert server.batches.sizes() == [6, 6]
 
 
+def test_an_answer_that_is_none_in_three_batches_is_its_rows_rejection(
+    server: OpenAIServer, bought: Any, tmp_path: Path
+) -> None:
+    server.faults.append(Fault("sky", body='{"choices": []}'))
+    (error,) = filter(None, bought().rows["error"][:])
+    assert error["type"] == "bad answer" and "choices" in error["message"]
+    assert times_bought(tmp_path) == [1] * 5
+    assert server.batches.sizes() == [6, 1, 1]
+
+
 def test_what_is_refused_to_one_row_among_answers_is_its_rejection(
     server: OpenAIServer, bought: Any, tmp_path: Path
 ) -> None:
