@@ -109,7 +109,8 @@ def _incomplete(made: "Generated") -> DistillError:
     first = next(error for error in made.rows["error"] if error)
     return GenerationError(
         f"{made.errors} rows failed, the first with: {failure_text(first)}. Run the same command "
-        "again: it asks only for those that may yet succeed."
+        "again: it asks only for those that may yet succeed; --ask-again asks those too that were "
+        "rejected for good."
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from warnings import warn
 
 from distill_datasets.errors import RecipeError
-from distill_datasets.files import writable_folder, write_file
+from distill_datasets.files import one_writer, writable_folder, write_file
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient, run_in_thread
 from distill_datasets.generation.pricing import Meter
@@ -122,6 +122,7 @@ def synthesize(  # noqa: PLR0913 (whom to ask for how much, how fast, and where 
     sampler = teacher if teacher and not isinstance(teacher, str) else _open(asked)
     before = min(n, len(file.written))
     with (
+        one_writer(folder, "synthesis"),
         Journal(folder / "journal.sqlite") as journal,
         Progress("synthesize", n, unit="queries", start=before, meter=meter) as progress,
     ):

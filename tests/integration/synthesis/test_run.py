@@ -21,6 +21,7 @@ from distill_datasets.errors import (
     RecipeError,
     RejectedError,
 )
+from distill_datasets.files import one_writer
 from distill_datasets.generation.run import generate
 from distill_datasets.models.sampler import Echo, Reply, Sampler, Sampling
 from distill_datasets.recipes.loading import load_recipe
@@ -73,6 +74,15 @@ def test_a_prompt_without_queries_gets_as_many_as_wanted_and_generate_asks_them(
     answered = generate(recipe, teacher=Echo(), out=tmp_path / "run")
     assert answered.kept == 60
     assert answered.rows["query"][:] == [row["query"] for row in rows_of(recipe)]
+
+
+def test_a_recipe_that_another_process_writes_queries_for_is_left_alone(recipe: Path) -> None:
+    with (
+        one_writer(recipe / "synthesis", "synthesis"),
+        pytest.raises(OutputError, match="Another process is at work"),
+    ):
+        synthesize(recipe, n=60, teacher=Author())
+    assert not (recipe / "queries.jsonl").exists()
 
 
 def test_queries_say_what_was_asked_for_and_are_balanced(recipe: Path) -> None:
