@@ -11,12 +11,23 @@ from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import Any
 
-from jinja2 import StrictUndefined, Template
+from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.environment import TemplateExpression
 from jinja2.sandbox import SandboxedEnvironment
 
 MEMORY = 1 << 30  # bytes of addresses, of which Python itself takes some
 
+# Told to whoever asked; anything else ends this process, which is told too.
+_TEMPLATES_RAISE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TemplateError,
+    TypeError,
+    ValueError,
+)
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined)
 
 
@@ -31,7 +42,7 @@ def main(pipe: Connection) -> None:
             return
         try:
             answer: dict[str, Any] = {"value": compute(*json.loads(request))}
-        except Exception as error:  # whatever a template does is told to whoever asked for it
+        except _TEMPLATES_RAISE as error:
             answer = {"error": f"{type(error).__name__}: {error}"[:2_000]}
         pipe.send_bytes(json.dumps(answer).encode())
 
