@@ -1,4 +1,4 @@
-"""The HTTP application: who may enter, what a refusal looks like, and the child of `launch`."""
+"""The HTTP application: keys, refusals, and the entry point of the server's process."""
 
 from __future__ import annotations
 

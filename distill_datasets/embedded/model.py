@@ -1,4 +1,4 @@
-"""The frozen base model: what a folder promises, and the network itself.
+"""The frozen base model: checks a model folder, and loads its network.
 
 A model folder is data from somebody else: nothing in it runs, and no file outside it is read.
 """

@@ -1,4 +1,4 @@
-"""The server's state between requests: sessions, promised results, and the order of training."""
+"""The server's state between requests: sessions, uncollected results, order of training."""
 
 from __future__ import annotations
 

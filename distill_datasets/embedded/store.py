@@ -1,4 +1,4 @@
-"""What survives a restart: runs and their checkpoints, as plain folders, and what was executed.
+"""Training runs and checkpoints on disk, as plain folders, with a log of what was executed.
 
     <store>/<run>/run.json
     <store>/<run>/weights/<name>/          adapter in PEFT's format, optimizer.safetensors

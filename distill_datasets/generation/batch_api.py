@@ -1,4 +1,4 @@
-"""Answers out of a provider's batches, at half price and within a day, before `ask` reads them."""
+"""Buys answers in a provider's batches: half the price, within a day, into the journal."""
 
 import asyncio
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Answers: from the journal where they are, from a sampler where not, each paid once.
+"""Answers requests: out of the journal of paid answers (cache.py), else from a model.
 
 `CachedClient.sample` owns the whole life of a request: it looks into the journal, joins an equal
 request that is under way, waits for room in the budget and for a place within the sampler's rate

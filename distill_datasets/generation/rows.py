@@ -1,4 +1,4 @@
-"""Queries to answered rows: `datasets.map` over an async function, a row's failure a value.
+"""Turns queries into answered rows with `datasets.map`; a failure is a value in its row.
 
 The map goes over places, each the start of a few queries, rather than over the queries: `datasets`
 reads every batch and makes a task of it before the first is answered, and from a thousand on it

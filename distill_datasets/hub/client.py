@@ -1,4 +1,4 @@
-"""Access to the Hub: datasets at one commit, patience with a busy server, refusals explained."""
+"""Reads and writes the Hub: datasets at one commit, retries, refusals as sentences."""
 
 import errno
 import os

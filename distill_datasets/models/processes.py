@@ -1,4 +1,4 @@
-"""One sampler over several processes: a client of the SDK keeps one core busy, and no more.
+"""Spreads a sampler over processes, since a client of the Tinker SDK keeps one core busy.
 
 What a worker needs, the key included, goes through its standard input, and so do the requests; it
 ends when that closes, however its parent ended. Run as a module this is the worker.

@@ -1,4 +1,4 @@
-"""What a model reference names, and how to reach it; `open_sampler` is where verbs begin."""
+"""Resolves model references such as `openai:gpt-5`; `open_sampler` opens what one names."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Renderers: the cookbook's by name, and one for any model that brings its own chat template.
+"""Renders chats to tokens: by the Tinker Cookbook, or by a model's own chat template.
 
 With each of them a text stays text: a control token of the chat format that is written in a
 message is encoded as the characters that it is made of.

@@ -1,4 +1,4 @@
-"""Log-probabilities that a model gives to tokens which are already there, without sampling."""
+"""Log-probabilities that a model gives to a text that it did not sample."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager

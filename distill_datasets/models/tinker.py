@@ -1,4 +1,4 @@
-"""Tinker, and every server that speaks its protocol: ours on this machine among them."""
+"""Samples from Tinker, and from every server of its protocol, such as the one in embedded/."""
 
 import asyncio
 from collections.abc import Sequence

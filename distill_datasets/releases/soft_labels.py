@@ -1,4 +1,4 @@
-"""Soft labels that generation bought: a configuration of a release, beside its ledger.
+"""The teacher's log-probabilities that generation kept, as a configuration of a release.
 
 A row is kept where the student shall say exactly what the teacher's tokens say. A response that
 was written anew from the answer has no probabilities of its own.

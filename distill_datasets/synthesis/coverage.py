@@ -1,4 +1,4 @@
-"""What queries differ in, balanced for any number of them, and which rules they exercise."""
+"""Balances what synthesized queries differ in, and tells which rules of the prompt they test."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
