@@ -2,17 +2,20 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 if TYPE_CHECKING:
     from datasets import Features
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation, in OpenAI's form; `tool_calls` have their arguments as JSON."""
 
-    role: Literal["system", "user", "assistant"]
+    role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -18,8 +18,9 @@ class Sampling:
     `n` samples are asked for in one request. `top_k` of -1 and `top_p` of 1 leave the
     distribution whole. `stop` adds to the stop sequences of the model's own chat format.
     `top_logprobs` asks for the log-probability of every sampled token and of so many of the most
-    likely ones in its place. `json_schema` (JSON text) is the form that the text must have, and
-    `extra` (JSON text of an object) is whatever else a provider takes.
+    likely ones in its place. `json_schema` (JSON text) is the form that the text must have, `tools`
+    (JSON text of a list, in OpenAI's form) are those that may be called, and `extra` (JSON text of
+    an object) is whatever else a provider takes.
     """
 
     temperature: float = 1.0
@@ -32,6 +33,7 @@ class Sampling:
     top_logprobs: int | None = None
     json_schema: str | None = None
     extra: str | None = None
+    tools: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Logprobs:
 class Sample:
     """One sampled response; `tokens` counts its tokens, stop token and reasoning included.
 
+    Calls of tools are part of the `text`, as `conversations.write_calls` writes them.
     `tokens` is None where the server does not count. `reasoning` is what a thinking model said
     before its answer.
     """
@@ -206,7 +209,7 @@ def request_digest(identity: str, messages: Sequence[Message], sampling: Samplin
 @lru_cache(maxsize=64)
 def _said(sampling: Sampling) -> Mapping[str, Any]:
     # A field that is not used is no part of the key, so that a new field keeps paid answers.
-    unused = {"top_logprobs": None, "json_schema": None, "extra": None}
+    unused = dict.fromkeys(("top_logprobs", "json_schema", "extra", "tools"))
     return _without(asdict(sampling), unused)
 
 

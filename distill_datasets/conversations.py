@@ -1,0 +1,201 @@
+"""Conversations and tool calls as text, so that a query and a response are one text each.
+
+A conversation is the canonical JSON of its messages. A response that calls tools is its words and
+then a block for each call, in the form that Hermes and Qwen models write:
+
+    Let me look.
+    <tool_call>
+    {"name": "find_order", "arguments": {"id": "A-1"}}
+    </tool_call>
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from distill_datasets.schema import Message, whole_text
+
+_ROLES = {
+    **{name: name for name in ("system", "user", "assistant", "tool")},
+    **{"developer": "system", "human": "user", "gpt": "assistant", "model": "assistant"},
+    **{"bot": "assistant", "function": "tool", "observation": "tool", "tool_response": "tool"},
+}
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_BLOCK = re.compile(rf"\n?{_OPEN}(.*?){_CLOSE}", re.DOTALL)
+
+
+class Call(NamedTuple):
+    """A tool's name, and its arguments as JSON values."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The canonical JSON: equal calls are equal as text."""
+        said = {"name": self.name, "arguments": _canonical(self.arguments)}
+        return json.dumps(said, ensure_ascii=False)
+
+
+def write_calls(content: str, calls: Iterable[Call]) -> str:
+    """A response's words and its calls as one text; `split_calls` reads it."""
+    blocks = [f"{_OPEN}\n{call.text}\n{_CLOSE}" for call in calls]
+    return "\n".join([content.rstrip(), *blocks] if content.strip() else blocks)
+
+
+def split_calls(text: str) -> tuple[str, list[Call]]:
+    """The words and the calls of a response; raises `ValueError` for a call that can't be read."""
+    calls = [_call(json.loads(block, strict=False)) for block in _BLOCK.findall(text)]
+    content = _BLOCK.sub("", text)
+    if _OPEN in content or _CLOSE in content:
+        raise ValueError("a tool call without its beginning or end")
+    return content.strip(), calls
+
+
+def _call(said: Any) -> Call:
+    """A call in any of the forms that models and servers write."""
+    if isinstance(said, Mapping) and isinstance(said.get("function"), Mapping):
+        said = said["function"]
+    if not isinstance(said, Mapping) or not isinstance(said.get("name"), str) or not said["name"]:
+        raise ValueError(f"expected a call with a name, found {json.dumps(said)[:200]}")
+    arguments = said.get("arguments", said.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments, strict=False) if arguments.strip() else {}
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"expected arguments by name, found {json.dumps(arguments)[:200]}")
+    return Call(said["name"], arguments)
+
+
+def calls_text(calls: Iterable[Call]) -> str:
+    """Calls in one order and form, as answers are written: a JSON list, `[]` for none."""
+    return "[" + ", ".join(sorted(call.text for call in calls)) + "]"
+
+
+def read_calls(value: Any) -> list[Call]:
+    """Calls in OpenAI's form, or as `calls_text` writes them; raises `ValueError`."""
+    if isinstance(value, str):
+        value = json.loads(value) if value.strip() else []
+    if not isinstance(value, Sequence):
+        value = [] if value is None else [value]
+    return [_call(one) for one in value]
+
+
+def _canonical(value: Any) -> Any:
+    """The same JSON value with sorted keys; 1 and 1.0 are one number."""
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(value[key]) for key in sorted(value, key=str)}
+    if isinstance(value, list | tuple):
+        return [_canonical(one) for one in value]
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return int(value) if whole else value
+
+
+def tool_calls(calls: Iterable[Call], *, first: int = 1) -> list[dict[str, Any]]:
+    """Calls in OpenAI's form, numbered from `first`; the arguments are JSON text."""
+    return [
+        {
+            "id": f"call_{number}",
+            "type": "function",
+            "function": {
+                "name": call.name,
+                "arguments": json.dumps(_canonical(call.arguments), ensure_ascii=False),
+            },
+        }
+        for number, call in enumerate(calls, first)
+    ]
+
+
+def assistant_message(response: str, *, calls: bool, first: int = 1) -> Message:
+    """A response as a message; its blocks are calls only where `calls` says so.
+
+    Raises `ValueError` for a call that can't be read.
+    """
+    if not calls:
+        return {"role": "assistant", "content": response}
+    content, made = split_calls(response)
+    message: Message = {"role": "assistant", "content": content}
+    if made:
+        message["tool_calls"] = tool_calls(made, first=first)
+    return message
+
+
+def response_text(message: Mapping[str, Any]) -> str:
+    """What `assistant_message` made a message of."""
+    calls = read_calls(message.get("tool_calls"))
+    content = message.get("content") or ""
+    return write_calls(content, calls) if calls else content
+
+
+def to_text(messages: Sequence[Message]) -> str:
+    """A conversation as a query: `from_text` reads it back."""
+    return json.dumps([dict(one) for one in messages], ensure_ascii=False)
+
+
+def from_text(query: str) -> list[Message]:
+    """The messages of a query that `to_text` wrote."""
+    messages: list[Message] = json.loads(query)
+    return messages
+
+
+def shown(messages: Iterable[Mapping[str, Any]]) -> str:
+    """A conversation for a reader: a paragraph a message, after its role."""
+    return "\n\n".join(f"{one['role']}: {response_text(one)}" for one in messages)
+
+
+def read_messages(value: Any) -> list[Message]:
+    """Messages in any of the forms of chat datasets, in OpenAI's form.
+
+    `value` is a list, or JSON text of one. Roles and content may be called `from` and `value`;
+    content may come in parts of text; absent keys may be null, and others are left out. Raises
+    `ValueError` that says what was expected and found.
+    """
+    if isinstance(value, str):
+        value = json.loads(value)
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise ValueError(f"expected a list of messages, found {value!r:.200}")
+    return [_message(one) for one in value]
+
+
+def _message(given: Any) -> Message:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"expected a message with a role and content, found {given!r:.200}")
+    said = given.get("role") or given.get("from")
+    role = _ROLES.get(str(said).lower())
+    if role is None:
+        raise ValueError(f"expected a role of {[*_ROLES]}, found {said!r}")
+    content = given["content"] if given.get("content") is not None else given.get("value")
+    calls = given.get("tool_calls") or given.get("function_call")
+    message: Message = {"role": role, "content": _content(content, empty=bool(calls))}
+    if calls:
+        if role != "assistant":
+            raise ValueError(f"expected tool calls in messages of the assistant, found {role!r}")
+        message["tool_calls"] = _numbered(calls)
+    for name in ("tool_call_id", "name"):
+        if role == "tool" and isinstance(given.get(name), str):
+            message[name] = given[name]
+    return message
+
+
+def _numbered(calls: Any) -> list[dict[str, Any]]:
+    """Calls with the ids that they have, so that a tool's answer still names its own."""
+    given = [calls] if isinstance(calls, Mapping) else calls
+    made = tool_calls(read_calls(given))
+    for call, old in zip(made, json.loads(given) if isinstance(given, str) else given, strict=True):
+        if isinstance(old, Mapping) and isinstance(old.get("id"), str) and old["id"]:
+            call["id"] = old["id"]
+    return made
+
+
+def _content(content: Any, *, empty: bool) -> str:
+    if content is None and empty:
+        return ""
+    if isinstance(content, str):
+        return whole_text(content)
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"expected text as content, found {content!r:.200}")
+    return whole_text("".join(texts))
