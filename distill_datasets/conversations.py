@@ -195,7 +195,8 @@ def _content(content: Any, *, empty: bool) -> str:
     if isinstance(content, str):
         return whole_text(content)
     parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
+    given = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    texts = [text for text in given if isinstance(text, str)]
+    if len(texts) < len(given):
         raise ValueError(f"expected text as content, found {content!r:.200}")
     return whole_text("".join(texts))

@@ -385,7 +385,7 @@ def _conversation_reader(rows: "Dataset", where: str) -> RowReader:
 
 def _turns(value: Any, role: str, where: str, column: str) -> list[Message]:
     if isinstance(value, str) and role:
-        return [{"role": role, "content": value}]  # type: ignore[typeddict-item]
+        return [{"role": role, "content": value}]
     if isinstance(value, str):
         try:
             value = json.loads(value)
