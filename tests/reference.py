@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from distill_datasets.recipes import recipe, sections
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.recipes.sections import Section, Teacher
+from distill_datasets.recipes.sections import Check, Range, Section, Teacher
 from tests.support.source import parse
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
@@ -46,11 +46,13 @@ def keys() -> Iterator[tuple[str, FieldInfo, str]]:
                 continue
             homes = [one.__name__ for one in section.__mro__ if (one.__name__, name) in said]
             assert homes, f"{section.__name__}.{name} has no text under it that says what it means"
-            yield f"{prefix}{name}", field, said[homes[0], name]
+            yield f"{prefix}{field.alias or name}", field, said[homes[0], name]
             for inner in _sections(field.annotation):
-                # The sampling of one teacher has the keys of everybody's.
-                if name != "sampling" or not prefix:
-                    yield from of(inner, f"{prefix}{name}{'[]' if inner is Teacher else ''}.")
+                # The sampling of one teacher has the keys of everybody's; a range says its own.
+                if inner is not Range and (name != "sampling" or not prefix):
+                    yield from of(
+                        inner, f"{prefix}{name}{'[]' if inner in (Teacher, Check) else ''}."
+                    )
 
     return of(Recipe, "")
 
@@ -86,6 +88,8 @@ def _takes(annotation: Any, metadata: Any = ()) -> str:
         return ", ".join(f"`{part}`" for part in parts)
     if origin is tuple:
         return f"list of {_takes(parts[0])}"
+    if annotation is Range:
+        return "whole number or {min, max}"
     if _sections(annotation):
         return "section"
     names = {str: "text", int: "whole number", float: "number", bool: "true or false"}

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import regex
 
+from distill_datasets.conversations import calls_text, read_calls, split_calls
 from distill_datasets.schema import whole_text
 
 TRUNCATED = "truncated"
@@ -19,6 +20,7 @@ EMPTY = "empty"
 UNPARSABLE = "unparsable"
 OFF_SCHEMA = "off schema"
 OUTSIDE_CHOICES = "outside choices"
+UNKNOWN_TOOL = "unknown tool"
 
 _VERSION = 2  # of how JSON is read and written: raise it when answers come out differently
 _SECONDS = 1.0  # that one pattern or schema may take on one text
@@ -46,21 +48,25 @@ class Reader:
     None takes the whole text. With `json_schema` (JSON text) what it finds is read as JSON, bare
     or in the one code fence of the text, and the answer is the value at `field` (`a.b` lies within
     `a`), or the whole of it. Text is an answer as it is; other values are as JSON, keys in the
-    schema's order. `choices`, when given, are the only answers. `recipe` names whose pattern it
-    is, where one takes too long.
+    schema's order. `choices`, when given, are the only answers. With `tools` (JSON text of a list,
+    in OpenAI's form) the answer is the calls in the text, as `calls_text` writes them, `[]` for
+    none; each must be of a tool that is there, with arguments that fit its schema. `recipe` names
+    whose pattern it is, where one takes too long.
     """
 
     pattern: str | None = None
     choices: tuple[str, ...] = ()
     json_schema: str | None = None
     field: str | None = None
+    tools: str | None = None
     recipe: str = dataclasses.field(default="", compare=False)
 
     @property
     def parts(self) -> Sequence[Any]:
         """JSON values that name everything that an answer depends on but the text."""
         form = [] if self.json_schema is None else [self.json_schema, self.field, _VERSION]
-        return [self.pattern, self.choices, *form]
+        tools = [] if self.tools is None else ["tools", self.tools, _VERSION]
+        return [self.pattern, self.choices, *form, *tools]
 
     @cached_property
     def _schema(self) -> Any:
@@ -69,6 +75,12 @@ class Reader:
     @cached_property
     def _validator(self) -> Any:
         return _open_validator(self._schema)
+
+    @cached_property
+    def _tools(self) -> Mapping[str, Any]:
+        """What checks the arguments of each tool, by its name."""
+        known = [one["function"] for one in json.loads(self.tools or "[]")]
+        return {one["name"]: _open_validator(one["parameters"]) for one in known}
 
     def read(self, text: str, stop_reason: str) -> Parsed:
         """The answer in `text`; a response cut off by the token limit is never an answer.
@@ -80,6 +92,8 @@ class Reader:
         if not text.strip():
             return Parsed(rejection=EMPTY)
         try:
+            if self.tools is not None:
+                return self._read_calls(text)
             found = self._found(text.strip())
             if not found:
                 return Parsed(rejection=UNPARSABLE)
@@ -114,15 +128,31 @@ class Reader:
             return Parsed(rejection=EMPTY)
         return self._chosen(self.write(value))
 
-    def _fits(self, value: Any) -> bool:
+    def _read_calls(self, text: str) -> Parsed:
+        try:
+            _, calls = split_calls(text)
+        except (ValueError, RecursionError):
+            return Parsed(rejection=UNPARSABLE)
+        if any(call.name not in self._tools for call in calls):
+            return Parsed(rejection=UNKNOWN_TOOL)
+        if not all(self._fits(dict(one.arguments), self._tools[one.name]) for one in calls):
+            return Parsed(rejection=OFF_SCHEMA)
+        return Parsed(answer=calls_text(calls))
+
+    def _fits(self, value: Any, validator: Any = None) -> bool:
         _deadline.set(monotonic() + _SECONDS)
         try:
-            return bool(self._validator.is_valid(value))
+            return bool((validator or self._validator).is_valid(value))
         except RecursionError:
             return False  # a schema that refers to itself without end holds for nothing
 
     def write(self, value: Any) -> str:
-        """A value as answers are written, so that equal ones are equal as text."""
+        """A value as answers are written, so that equal ones are equal as text.
+
+        Raises `ValueError` where calls of tools are expected, and the value is something else.
+        """
+        if self.tools is not None:
+            return calls_text(read_calls(value))
         if isinstance(value, str):
             return value.strip()
         schema = self._schema

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets.conversations import calls_text, read_calls, read_messages, to_text
 from distill_datasets.errors import RecipeError
 from distill_datasets.hub.references import fetch_dataset
 from distill_datasets.recipes.query_files import (
@@ -81,7 +82,8 @@ def unused_columns(recipe: Recipe) -> list[str]:
         return []
     columns = _all_columns(recipe)
     used = {spec.group, spec.reference, spec.forced_split}
-    used |= {spec.query} if spec.query else {"text" if {*columns} == {"text"} else "query"}
+    own = spec.messages or spec.query
+    used |= {own} if own else {"text" if {*columns} == {"text"} else "query"}
     return [name for name in columns if name not in used]
 
 
@@ -93,13 +95,14 @@ def write_used_columns(recipe: Recipe, path: Path) -> dict[str, str]:
     spec = recipe.queries
     names = {"group": spec.group, "reference": spec.reference, "split": spec.forced_split}
     named = {role: name for role, name in names.items() if name is not None}
-    named["query"] = spec.query or "query"
+    named["query"] = spec.messages or spec.query or "query"
     with path.open("w", encoding="utf-8") as file:
         for columns in _read(recipe):
             for row in zip(*(columns[role] for role in named), strict=True):
                 cells = dict(zip(named.values(), row, strict=True))
                 file.write(json.dumps(cells, ensure_ascii=False) + "\n")
-    return {("forced_split" if role == "split" else role): name for role, name in named.items()}
+    keys = {**_KEYS, "query": "messages" if spec.messages else "query"}
+    return {keys.get(role, role): name for role, name in named.items()}
 
 
 def read_lines(path: Path) -> Iterator[Rows]:
@@ -110,20 +113,24 @@ def read_lines(path: Path) -> Iterator[Rows]:
 def _read(recipe: Recipe) -> Iterator[Columns]:
     """The columns of the source, a few rows at a time."""
     spec = recipe.queries
-    names = {"query": spec.query, "group": spec.group, "reference": spec.reference}
+    own = spec.messages or spec.query
+    names = {"query": own, "group": spec.group, "reference": spec.reference}
     names["split"] = spec.forced_split
     pieces = _pieces(recipe)
     first = next(pieces, None)
     if first is None:
         raise RecipeError(f"The queries of recipe {recipe.name!r} are empty: nothing to ask.")
-    names["query"] = spec.query or ("text" if first[0].keys() == {"text"} else "query")
+    names["query"] = own or ("text" if first[0].keys() == {"text"} else "query")
     _check_columns(recipe, names, first[0])
-    write: Callable[[Any], str] = recipe.teacher_reader.write
+    write: dict[str, Callable[[Any], str]] = {"reference": recipe.teacher_reader.write}
+    if recipe.tools:
+        write["reference"] = _calls
+    if spec.messages:
+        write["query"] = _conversation
     number = 0
     for rows in chain([first], pieces):
         yield {
-            role: _texts(rows, name, role, number, write if role == "reference" else None)
-            for role, name in names.items()
+            role: _texts(rows, name, role, number, write.get(role)) for role, name in names.items()
         }
         number += len(rows)
 
@@ -137,15 +144,38 @@ def _texts(
     found = []
     for number, row in enumerate(rows, before + 1):
         value = row.get(name)
-        if role == "query" and is_conversation(value):
+        if role == "query" and write is None and is_conversation(value):
             raise RecipeError(
                 f"Query {number} is a conversation: expected a text column as `queries.query`, "
-                f"found conversations in {name!r}. Name a column of text, with one query a row."
+                f"found conversations in {name!r}. Name that column as `queries.messages`."
             )
-        if write and isinstance(value, bool | int | float | list | dict) and value == value:
-            value = write(value)
+        kinds: tuple[type, ...] = (bool, int, float, list, dict)
+        if write in (_conversation, _calls):
+            kinds = (*kinds, str)  # text of JSON
+        if write and isinstance(value, kinds) and value == value:
+            try:
+                value = write(value)
+            except (ValueError, RecursionError) as error:
+                raise RecipeError(f"{role.capitalize()} {number}: {error}.") from error
         found.append(as_text(value, place=f"Query {number}", role=role))
     return found
+
+
+def _calls(value: Any) -> str:
+    """The calls that are right, as answers are written."""
+    return calls_text(read_calls(value))
+
+
+def _conversation(value: Any) -> str:
+    """A conversation to answer; the answer that it may end with already is left out."""
+    messages = read_messages(value)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages or messages[-1]["role"] == "system":
+        raise ValueError("expected a message of a user or a tool at the end, found none")
+    if not messages[-1]["content"].strip():
+        raise ValueError("its last message is empty")
+    return to_text(messages)
 
 
 def _pieces(recipe: Recipe) -> Iterator[Rows]:
@@ -271,9 +301,10 @@ def _in_package(package: str, member: str) -> Path:
 
 def _file_rows(spec: Queries, path: Path, pinned: str | None = None) -> Iterator[Rows]:
     _check_file(path, pinned)
-    named = (spec.query, spec.group, spec.reference, spec.forced_split)
-    wanted = {name for name in named if name} | (set() if spec.query else {"query", "text"})
-    if path.suffix.lower() in (".csv", ".tsv") and spec.query is None:
+    own = spec.messages or spec.query
+    named = (own, spec.group, spec.reference, spec.forced_split)
+    wanted = {name for name in named if name} | (set() if own else {"query", "text"})
+    if path.suffix.lower() in (".csv", ".tsv") and own is None:
         wanted -= {"text"}
     return read_rows(path, TableFormat(spec.encoding, spec.separator, wanted))
 

@@ -2,17 +2,21 @@
 
 import re
 import shutil
+from collections.abc import Sequence
 from functools import cached_property
 from hashlib import file_digest
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
 
+from distill_datasets.conversations import from_text, split_calls, write_calls
 from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.hub.references import inside
 from distill_datasets.models.sampler import Sampling, digest
+from distill_datasets.recipes.examples import read_examples
 from distill_datasets.recipes.parsing import Reader
 from distill_datasets.recipes.prompt import (
     check_expression,
@@ -28,20 +32,26 @@ from distill_datasets.recipes.prompt import (
 from distill_datasets.recipes.query_files import read_text
 from distill_datasets.recipes.sections import (
     AnswerFormat,
+    Check,
     Choice,
+    Examples,
+    FileName,
     Judge,
     Queries,
     SamplingSection,
     Section,
     SplitShares,
+    StudentView,
     SynthesisSection,
     Teacher,
 )
+from distill_datasets.recipes.tools import read_tools
 from distill_datasets.schema import Message
 
 PROMPT_LIMIT = 10 << 20  # bytes
 
-METRICS = ("accuracy", "macro_f1", "answered", "agreement")
+METRICS = ("accuracy", "macro_f1", "answered", "agreement")  # by default
+MEASURABLE = (*METRICS, "field_match", "ece", "brier")
 _VERIFIED = {"query", "text", "answer", "reference"}
 _JUDGED = {*_VERIFIED, "prompt"}
 _NEEDED = {"agreement": "majority", "verifier": "best", "judge": "best"}
@@ -49,13 +59,14 @@ _NEEDED = {"agreement": "majority", "verifier": "best", "judge": "best"}
 # What the digest is of. A key that is not used is no part of it, so that a new key keeps releases.
 _DIGESTED = ("name", "teacher", "queries", "answer", "response", "sampling", "split", "renderer")
 _UNUSED: dict[str, Any] = {
-    **{"teachers": [], "choose": "route"},
-    **dict.fromkeys(("agreement", "verifier", "judge")),
+    **{"teachers": [], "choose": "route", "turns": "last", "keep": []},
+    **dict.fromkeys(("agreement", "verifier", "judge", "tools", "examples")),
+    "student": StudentView().model_dump(mode="json"),
 }
 _UNUSED_IN = {
     "answer": ("json_schema", "field"),
     "sampling": ("top_logprobs", "extra"),
-    "queries": ("encoding", "separator"),
+    "queries": ("encoding", "separator", "messages"),
 }
 
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
@@ -95,6 +106,19 @@ class Recipe(Section):
     Jinja template over them."""
     variables: dict[Identifier, str] = {}
     """Texts by name, for the prompt."""
+    turns: Literal["last", "all"] = "last"
+    """What is answered of a conversation: its end, or every user's turn in order."""
+    tools: FileName | None = None
+    """A file in the recipe's folder: the tools that the teacher may call, as JSON in OpenAI's
+    form. The answer is the calls, and the response the teacher's words and calls."""
+    examples: Examples | None = None
+    """Examples that stand before every query; a file by its name alone, or with how to choose."""
+    student: StudentView = StudentView()
+    """What the student sees beside the query; without it, nothing."""
+    checks: tuple[Check, ...] = ()
+    """What the prompt demands and can be checked; each is a metric."""
+    keep: Literal["all checks"] | tuple[str, ...] = ()
+    """The checks that an answer must pass to be kept; any other is rejected."""
     answer: AnswerFormat = AnswerFormat()
     """How the teacher's text is read."""
     response: str = "{{ answer }}"
@@ -159,6 +183,8 @@ class Recipe(Section):
             raise ValueError("prompt.md is empty")
         if "query" in self.variables:
             raise ValueError("variables can't name the query; choose another name")
+        if self.tools and "response" in self.model_fields_set:
+            raise ValueError("with tools the response is what the teacher says: remove response")
         known = {"query", *self.variables}
         if self.template == "jinja":
             check_template(self.prompt, known, "prompt.md")
@@ -168,11 +194,43 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _metrics_are_ours(self) -> Self:
-        if others := [name for name in self.metrics if name not in METRICS]:
+    def _turns_are_possible(self) -> Self:
+        if (self.holds_conversations or self.examples) and self.asks_in_one_message:
             raise ValueError(
-                f"metrics names {others}; expected some of {list(METRICS)}."
-                + nearest(others[0], list(METRICS))
+                "prompt.md holds {{ query }}, which makes prompt and query one message: remove it "
+                "where queries are conversations or have examples before them"
+            )
+        if self.turns == "all" and not self.holds_conversations:
+            raise ValueError("'turns: all' needs conversations: name their column, messages")
+        if self.turns == "all" and (self.choose != "route" or self.sampling.n > 1):
+            raise ValueError("'turns: all' needs one answer a turn: one teacher, sampling.n of 1")
+        if self.tools and (self.answer != AnswerFormat()):
+            raise ValueError("with tools the answer is the calls: remove the section answer")
+        return self
+
+    @model_validator(mode="after")
+    def _checks_are_named(self) -> Self:
+        names = [check.name for check in self.checks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"several checks are called {twice}: give each its own name")
+        if taken := sorted({*names} & {*MEASURABLE}):
+            raise ValueError(f"checks are called {taken}, which are metrics: rename them")
+        wanted = () if self.keep == "all checks" else self.keep
+        if unknown := [name for name in wanted if name not in names]:
+            raise ValueError(
+                f"keep names {unknown}; expected some of {names}, or 'all checks'."
+                + nearest(unknown[0], names)
+            )
+        if self.keep == "all checks" and not names:
+            raise ValueError("keep: all checks needs checks, and there is none")
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_are_ours(self) -> Self:
+        if others := [name for name in self.metrics if name not in MEASURABLE]:
+            raise ValueError(
+                f"metrics names {others}; expected some of {list(MEASURABLE)}."
+                + nearest(others[0], list(MEASURABLE))
                 + " A metric of your own is given with --metric path.py:Name"
             )
         return self
@@ -238,12 +296,33 @@ class Recipe(Section):
         jinja = self.template == "jinja"
         return "query" in (fields_of(self.prompt) if jinja else placeholders_of(self.prompt))
 
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether a query is the text of a conversation; see `conversations.to_text`."""
+        return self.queries.messages is not None
+
+    def conversation(self, query: str) -> list[Message]:
+        """A query as messages."""
+        return from_text(query) if self.holds_conversations else [_from_user(query)]
+
     def messages(self, query: str) -> list[Message]:
         """What the teacher sees."""
         if self.asks_in_one_message:
-            return [{"role": "user", "content": self._filled(query=query)}]
-        system: Message = {"role": "system", "content": self._system_text}
-        return [system, *self.student_messages(query)]
+            return [_from_user(self._filled(query=query))]
+        return _below(self._system_text, self.example_turns, self.conversation(query))
+
+    @cached_property
+    def example_turns(self) -> list[Message]:
+        """The examples as turns before the query."""
+        if self.examples is None:
+            return []
+        found = read_examples(self.folder / self.examples.file, calls=self.tools is not None)
+        return list(chain.from_iterable(found))
+
+    @cached_property
+    def tools_text(self) -> str | None:
+        """The tools as JSON text, in OpenAI's form; None for none."""
+        return None if self.tools is None else read_tools(self.folder / self.tools)
 
     @cached_property
     def _system_text(self) -> str:
@@ -255,13 +334,29 @@ class Recipe(Section):
             render(self.prompt, **fields) if self.template == "jinja" else fill(self.prompt, fields)
         )
 
-    @staticmethod
-    def student_messages(query: str) -> list[Message]:
-        """What the student and the base see: the query, and no prompt."""
-        return [{"role": "user", "content": query}]
+    def student_messages(self, query: str) -> list[Message]:
+        """What the student and the base see: the query, and a short prompt where there is one."""
+        return _below(self.student_prompt, (), self.conversation(query))
+
+    @cached_property
+    def student_prompt(self) -> str | None:
+        """The short prompt of the student; None for none."""
+        if self.student.file is None:
+            return self.student.prompt
+        path = self.folder / self.student.file
+        if not path.is_file():
+            raise RecipeError(f"student.file names {self.student.file!r}, which isn't there.")
+        return read_text(path, limit=PROMPT_LIMIT).strip()
+
+    @property
+    def student_tools(self) -> str | None:
+        """The tools that the student is given, as JSON text."""
+        return self.tools_text if self.student.tools == "keep" else None
 
     def write_response(self, text: str, answer: str) -> str:
         """What the student shall say for a teacher's `text` read as `answer`."""
+        if self.tools:
+            return write_calls(*split_calls(text))
         return render(self.response, text=text.strip(), answer=answer)
 
     @property
@@ -269,12 +364,13 @@ class Recipe(Section):
         """Reads the teacher's text."""
         answer = self.answer
         form = answer.schema_text
-        return Reader(answer.pattern, answer.choices, form, answer.field, recipe=self.name)
+        tools = self.tools_text
+        return Reader(answer.pattern, answer.choices, form, answer.field, tools, recipe=self.name)
 
     @property
     def student_reader(self) -> Reader:
         """Reads what was trained on `write_response`: the whole text must have that form."""
-        if "text" in fields_of(self.response):
+        if self.tools or "text" in fields_of(self.response):
             return self.teacher_reader
         mark = "\x00"
         first, *rest = re.escape(self.write_response(mark, mark)).split(re.escape(mark))
@@ -287,11 +383,12 @@ class Recipe(Section):
     @property
     def sampling_parameters(self) -> Sampling:
         """The teacher's sampling as the protocol takes it."""
-        return self.sampling.parameters(self.answer.schema_text)
+        return self.sampling.parameters(self.answer.schema_text, self.tools_text)
 
     def sampling_of(self, teacher: Teacher) -> Sampling:
         """How one of `all_teachers` samples."""
-        return teacher.sampling_over(self.sampling).parameters(self.answer.schema_text)
+        sampling = teacher.sampling_over(self.sampling)
+        return sampling.parameters(self.answer.schema_text, self.tools_text)
 
     @cached_property
     def digest(self) -> str:
@@ -303,6 +400,9 @@ class Recipe(Section):
                     del fields[section][name]
         if form := self.answer.schema_text:
             fields["answer"]["json_schema"] = form  # with the order of its keys
+        del fields["answer"]["confidence"]  # is measured, and changes no row
+        if self.keep:
+            fields["checks"] = [_said(check) for check in self.checks]
         for name, unused in _UNUSED.items():
             if fields[name] == unused:
                 del fields[name]
@@ -319,14 +419,16 @@ class Recipe(Section):
 
     @property
     def attachments(self) -> tuple[str, ...]:
-        """The files of queries, and the judge's prompt, that lie in the recipe's folder."""
+        """The files beside prompt.md in the recipe's folder that the recipe names."""
         judged = self.judge.prompt if self.judge else None
-        return tuple(name for name in (self.queries.file, self.queries.sidecar, judged) if name)
+        shown = self.examples.file if self.examples else None
+        named = (self.queries.file, self.queries.sidecar, judged, self.tools, shown)
+        return tuple(name for name in (*named, self.student.file) if name)
 
     def dump(self, folder: Path) -> None:
         """Write the recipe so that `load_recipe(folder)` reads it back with the same digest."""
         folder.mkdir(parents=True, exist_ok=True)
-        fields = self.model_dump(mode="json", exclude_defaults=True)
+        fields = _said(self)
         fields.update(self._kept_jinja)
         text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
@@ -340,6 +442,28 @@ class Recipe(Section):
         """The recipe with some fields changed, validated again."""
         fields = {name: getattr(self, name) for name in type(self).model_fields}
         return Recipe(**{**fields, **changes})
+
+
+def _said(section: Section) -> dict[str, Any]:
+    """A section without its defaults, as it is written in a file."""
+    return section.model_dump(mode="json", exclude_defaults=True, by_alias=True)
+
+
+def _from_user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _below(
+    prompt: str | None, examples: Sequence[Message], conversation: Sequence[Message]
+) -> list[Message]:
+    """A conversation after a prompt and examples; a system message of its own follows the prompt's
+    text in one message.
+    """
+    own = conversation[0]["content"] if conversation[0]["role"] == "system" else None
+    texts = [text for text in (prompt, own) if text]
+    rest = conversation[1:] if own is not None else conversation
+    system: Message = {"role": "system", "content": "\n\n".join(texts)}
+    return [*([system] if texts else []), *examples, *rest]
 
 
 def _file_digest(path: Path) -> str:

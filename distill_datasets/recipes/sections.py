@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     field_serializer,
@@ -70,6 +71,8 @@ class Queries(Section):
     """The digest of the file's content; other content is refused."""
     query: str | None = None
     """The column of the queries."""
+    messages: str | None = None
+    """The column of the conversations, where queries are such; in the place of `query`."""
     group: str | None = None
     """The column of the groups: rows of one group are in one split."""
     reference: str | None = None
@@ -92,6 +95,8 @@ class Queries(Section):
             raise ValueError("a hub source needs a revision: a commit or a tag")
         if bool(self.package) != bool(self.member):
             raise ValueError("package and member go together")
+        if self.query and self.messages:
+            raise ValueError("name one of query (a column of texts) and messages (conversations)")
         return self
 
     @property
@@ -113,6 +118,8 @@ class AnswerFormat(Section):
     read as JSON. A strict server writes the keys in the schema's order."""
     field: str | None = None
     """The part of the JSON that is the answer, `a.b` within `a`; without it the whole object is."""
+    confidence: str | None = None
+    """The part of the JSON that holds the model's confidence, from 0 to 1."""
 
     @field_validator("pattern")
     @classmethod
@@ -123,8 +130,9 @@ class AnswerFormat(Section):
     def _is_a_schema(self) -> Self:
         if self.json_schema is not None:
             check_schema(self.json_schema, self.field)
-        elif self.field is not None:
-            raise ValueError("field is read out of JSON, and needs a json_schema")
+            check_schema(self.json_schema, self.confidence)
+        elif self.field is not None or self.confidence is not None:
+            raise ValueError("field (or confidence) is read out of JSON, and needs a json_schema")
         return self
 
     @property
@@ -182,13 +190,142 @@ class SamplingSection(Section):
     extra: dict[str, Any] | None = None
     """Whatever else the provider takes, as it names it."""
 
-    def parameters(self, json_schema: str | None = None) -> Sampling:
+    def parameters(self, json_schema: str | None = None, tools: str | None = None) -> Sampling:
         """As the protocol takes it."""
         fields = self.model_dump(exclude={"extra"})
         extra = None
         if self.extra is not None:
             extra = json.dumps(self.extra, sort_keys=True, ensure_ascii=False)
-        return Sampling(**fields, json_schema=json_schema, extra=extra)
+        return Sampling(**fields, json_schema=json_schema, extra=extra, tools=tools)
+
+
+class Examples(Section):
+    """Examples that stand before every query as turns of the conversation."""
+
+    file: FileName
+    """A file in the recipe's folder, with the columns `query` (or `messages`) and `response`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        return {"file": given} if isinstance(given, str) else given
+
+
+class StudentView(Section):
+    """What the student sees beside the query."""
+
+    prompt: str | None = None
+    """A short prompt."""
+    file: FileName | None = None
+    """A file in the recipe's folder that holds the short prompt."""
+    tools: Literal["drop", "keep"] = "drop"
+    """Whether the student is given the recipe's tools."""
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        if self.prompt is not None and self.file is not None:
+            raise ValueError("name one of prompt and file")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("prompt is empty; leave it out for a student without a prompt")
+        return self
+
+
+class Range(Section):
+    """The least and the most of something."""
+
+    min: Annotated[int, Field(ge=0)] = 0
+    """The least."""
+    max: Annotated[int, Field(ge=0)] | None = None
+    """The most; without it there is no limit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _exactly(cls, given: Any) -> Any:
+        return {"min": given, "max": given} if isinstance(given, int) else given
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"min goes before max, found {self.min} and {self.max}")
+        return self
+
+
+def _several(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
+
+
+Words = Annotated[tuple[Word, ...], BeforeValidator(_several), Field(min_length=1)]
+Pattern = Annotated[str, AfterValidator(check_pattern)]
+_CHECK_FACTS = ("name", "covers", "when")
+
+
+class Check(Section):
+    """Something that the prompt demands and that can be told of an answer: exactly one kind."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    """Its name, as a metric and in rejections."""
+    covers: str | None = None
+    """The rule of the prompt that it covers."""
+    when: Pattern | None = None
+    """A regular expression, searched for in the row's reference: only such rows are checked."""
+    matches: Pattern | None = None
+    """A regular expression that occurs in the text."""
+    not_matches: Pattern | None = None
+    """A regular expression that does not occur in the text."""
+    starts_with: Words | None = None
+    """What the text starts with: a text, or one of several."""
+    ends_with: Words | None = None
+    """What the text ends with: a text, or one of several."""
+    sentences: Range | None = None
+    """The number of sentences."""
+    words: Range | None = None
+    """The number of words."""
+    bullets: Range | None = None
+    """The number of bullet points."""
+    characters: Range | None = None
+    """The number of characters."""
+    json_form: Annotated[bool | dict[str, Any] | None, Field(alias="json")] = None
+    """`true` where the text is JSON, or the JSON schema that it fits."""
+    fields: Words | None = None
+    """Parts of the JSON, `a.b` within `a`, that equal the reference's."""
+    contains: Words | None = None
+    """Texts that all occur in the text, in upper or lower case."""
+    contains_any: Words | None = None
+    """Texts of which one occurs in the text, in upper or lower case."""
+    contains_reference: Literal[True] | None = None
+    """The row's reference occurs in the text, in upper or lower case."""
+    never: Words | None = None
+    """Texts of which none occurs in the text, in upper or lower case."""
+    language: Words | None = None
+    """The language of the text, as an ISO code, or one of several."""
+    choices: Words | None = None
+    """The answer is one of these."""
+    calls: Words | None = None
+    """Tools that are all called."""
+    never_calls: Literal[True] | Words | None = None
+    """Tools that are not called; `true` for none at all."""
+    ends: Literal[True] | None = None
+    """The answer ended by itself, and not at the token limit."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if len(self.model_fields_set - {*_CHECK_FACTS}) != 1:
+            kinds = sorted(
+                field.alias or name
+                for name, field in type(self).model_fields.items()
+                if name not in _CHECK_FACTS
+            )
+            found = sorted(self.model_fields_set - {*_CHECK_FACTS})
+            raise ValueError(f"expected exactly one of {kinds}; found {found}")
+        if isinstance(self.json_form, dict):
+            check_schema(self.json_form, None)
+        return self
+
+    @property
+    def kind(self) -> str:
+        """The one key that says what is checked."""
+        (name,) = self.model_fields_set - {*_CHECK_FACTS}
+        return name
 
 
 class AskedModel(Section):

@@ -244,7 +244,7 @@ def test_a_file_that_is_no_journal_is_left_as_it_is(tmp_path: Path) -> None:
     ],
 )
 def test_a_request_is_kept_under_the_digest_of_all_it_says(sampling: Sampling) -> None:
-    unset = {name for name in ("top_logprobs", "json_schema", "extra")} - {
+    unset = {name for name in ("top_logprobs", "json_schema", "extra", "tools")} - {
         name for name, value in asdict(sampling).items() if value is not None
     }
     said = {name: value for name, value in asdict(sampling).items() if name not in unset}

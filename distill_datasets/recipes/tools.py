@@ -1,0 +1,64 @@
+"""A recipe's tools: a JSON file of their schemas, in OpenAI's form."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill_datasets.errors import RecipeError
+from distill_datasets.recipes.parsing import check_schema
+from distill_datasets.recipes.query_files import read_text
+
+_LIMIT = 4 << 20  # bytes
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+
+
+def read_tools(path: Path) -> str:
+    """The tools in a file, as JSON text in one form.
+
+    Raises `RecipeError` that names the tool, for what is no list of tools with JSON schemas.
+    """
+    try:
+        given = json.loads(read_text(path, limit=_LIMIT))
+    except FileNotFoundError as error:
+        raise RecipeError(
+            f"The recipe names the tools {path.name!r}, which isn't there."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{str(path)!r} is not JSON: {error}.") from error
+    if not isinstance(given, list) or not given:
+        raise RecipeError(
+            f"{str(path)!r}: expected a list of tools in OpenAI's form, found {given!r:.200}. "
+            "`distill-datasets tools import` makes one of an OpenAPI document or of what an MCP "
+            "server lists."
+        )
+    tools = [_tool(one, f"{path}, tool {place}") for place, one in enumerate(given, 1)]
+    names = [tool["function"]["name"] for tool in tools]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(f"{str(path)!r} has several tools of one name: {twice}. Rename them.")
+    return json.dumps(tools, ensure_ascii=False)
+
+
+def _tool(given: Any, where: str) -> dict[str, Any]:
+    """A tool in one form; around the function may be `{"type": "function"}`, or nothing."""
+    function = given.get("function", given) if isinstance(given, Mapping) else None
+    if not isinstance(function, Mapping) or not _NAME.fullmatch(str(function.get("name", ""))):
+        raise RecipeError(
+            f"{where}: expected a function with a name of letters, digits, '_', '.' and '-', "
+            f"found {given!r:.200}."
+        )
+    parameters = function.get("parameters") or NO_PARAMETERS
+    try:
+        check_schema(parameters, None)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise RecipeError(f"{where} ({function['name']}): {error}.") from error
+    return {
+        "type": "function",
+        "function": {
+            "name": function["name"],
+            "description": str(function.get("description") or ""),
+            "parameters": parameters,
+        },
+    }
