@@ -17,6 +17,7 @@ from distill_datasets.hub.references import Pinned, find_release
 from distill_datasets.models.sampler import Sampler, Sampling
 from distill_datasets.parquet import read_batches
 from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.parsing import Reader, Reading
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.contents import check_release
 from distill_datasets.releases.manifest import read_manifest
@@ -269,16 +270,24 @@ def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answerer:
     else:
         sampler = _open(released, manifest.get("renderer"))
     sampling, reader = recipe.sampling_parameters, recipe.teacher_reader
-    return _greedy(PromptedModel(sampler, sampling, recipe.messages, reader, _as_said))
+    read = _as_said(reader)
+    return _greedy(PromptedModel(sampler, sampling, recipe.messages, read, reader.parts))
 
 
 def _unprompted(sampler: Sampler, recipe: Recipe) -> PromptedModel:
     reader = recipe.student_reader
-    return PromptedModel(sampler, greedy(recipe), recipe.student_messages, reader, _as_said)
+    asked = (greedy(recipe), recipe.student_messages)
+    return PromptedModel(sampler, *asked, _as_said(reader), reader.parts)
 
 
-def _as_said(text: str, answer: str) -> str:
-    return text
+def _as_said(reader: Reader) -> Callable[[str, str | None, str, str], Reading]:
+    """Reads answers, of which the response is the text as it was said."""
+
+    def read(query: str, reference: str | None, text: str, stop_reason: str) -> Reading:
+        parsed = reader.read(text, stop_reason)
+        return Reading(parsed.answer, None if parsed.answer is None else text, parsed.rejection)
+
+    return read
 
 
 def _greedy(asked: PromptedModel) -> PromptedModel:

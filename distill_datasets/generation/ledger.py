@@ -228,8 +228,8 @@ def verify_answers(
         replies = run_in_thread(ask_all, stop=client.stop)
         progress.advance(len(drawn))
     agree = sum(
-        _answers(model, journal.get(key)) == _answers(model, reply)
-        for (key, _, _), model, reply in zip(drawn, models, replies, strict=True)
+        _answers(model, query, journal.get(key)) == _answers(model, query, reply)
+        for (key, _, query), model, reply in zip(drawn, models, replies, strict=True)
     )
     return {"asked": len(drawn), "agree": agree}
 
@@ -304,6 +304,6 @@ def _takeable(
                     yield key, place, query
 
 
-def _answers(model: PromptedModel, reply: Reply | None) -> list[str | None]:
+def _answers(model: PromptedModel, query: str, reply: Reply | None) -> list[str | None]:
     samples = reply.samples if reply else ()
-    return [model.reader.read(one.text, one.stop_reason).answer for one in samples]
+    return [model.read(query, None, one.text, one.stop_reason).answer for one in samples]

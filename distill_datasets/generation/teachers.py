@@ -27,7 +27,7 @@ from distill_datasets.models.sampler import (
     request_digest,
 )
 from distill_datasets.recipes.loading import load_recipe
-from distill_datasets.recipes.parsing import Reader
+from distill_datasets.recipes.parsing import Reading
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import AskedModel, SamplingSection, Teacher
 from distill_datasets.schema import Message
@@ -37,6 +37,8 @@ from distill_datasets.schema import Message
 class PromptedModel:
     """A model with its prompt: the messages it gets, how it samples, how its text is read.
 
+    `read` is given a query, its reference if there is one, a text and why it ended, and
+    `reading_parts` are JSON values that name everything else that its result depends on.
     `weight` is its share of the queries or of the votes, where it is one of several teachers, and
     `key` names it to the queries.
     """
@@ -44,15 +46,15 @@ class PromptedModel:
     sampler: Sampler
     sampling: Sampling
     messages: Callable[[str], list[Message]]
-    reader: Reader
-    write: Callable[[str, str], str]
+    read: Callable[[str, str | None, str, str], Reading]
+    reading_parts: Sequence[Any]
     weight: float = 1.0
     key: str = ""
 
     @property
     def parts(self) -> Sequence[Any]:
         """JSON values that name everything its rows depend on but the queries."""
-        return [self.sampler.identity, asdict(self.sampling), *self.reader.parts]
+        return [self.sampler.identity, asdict(self.sampling), *self.reading_parts]
 
     @property
     def model(self) -> str:
@@ -77,12 +79,16 @@ class PromptedModel:
     ) -> list[dict[str, Any]]:
         """A row a sample; raises what the client raises."""
         reply = await client.sample(self.sampler, self.messages(query), self.sampling)
-        return [self.row(sample, reply, index) for index, sample in enumerate(reply.samples)]
+        return [
+            self.row(query, reference, sample, reply, index)
+            for index, sample in enumerate(reply.samples)
+        ]
 
-    def row(self, sample: Sample, reply: Reply, index: int) -> dict[str, Any]:
+    def row(
+        self, query: str, reference: str | None, sample: Sample, reply: Reply, index: int
+    ) -> dict[str, Any]:
         """The columns that one sample decides."""
-        parsed = self.reader.read(sample.text, sample.stop_reason)
-        response = None if parsed.answer is None else self.write(sample.text, parsed.answer)
+        reading = self.read(query, reference, sample.text, sample.stop_reason)
         return {
             "teacher": self.sampler.model,
             "sample": index,
@@ -91,9 +97,7 @@ class PromptedModel:
             "teacher_prompt_tokens": reply.usage.prompt_tokens,
             "teacher_cached_tokens": reply.usage.cached_tokens,
             "teacher_response_tokens": sample.tokens,
-            "answer": parsed.answer,
-            "response": response,
-            "rejection": parsed.rejection,
+            **reading._asdict(),
         }
 
 
@@ -192,7 +196,7 @@ class Teachers:
             requests.sample(one.sampler, one.messages(query), one.sampling) for one in self.members
         )
         samples = [
-            TeacherSample(one.row(sample, reply, 0), Fraction(str(one.weight)))
+            TeacherSample(one.row(query, reference, sample, reply, 0), Fraction(str(one.weight)))
             for one, reply in zip(self.members, replies, strict=True)
             for sample in reply.samples
         ]
@@ -276,8 +280,8 @@ def _member(recipe: Recipe, teacher: Teacher, sampler: Sampler) -> PromptedModel
         sampler,
         recipe.sampling_of(teacher),
         recipe.messages,
-        recipe.teacher_reader,
-        recipe.write_response,
+        recipe.read,
+        recipe.reading_parts,
         teacher.weight,
         digest([recipe.name, own]),
     )

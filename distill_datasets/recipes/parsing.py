@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, cached_property
 from time import monotonic
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import regex
 
@@ -37,6 +37,14 @@ class Parsed:
     """Exactly one of the two is set."""
 
     answer: str | None = None
+    rejection: str | None = None
+
+
+class Reading(NamedTuple):
+    """What became of a text: an answer and the response that is made of it, or a rejection."""
+
+    answer: str | None = None
+    response: str | None = None
     rejection: str | None = None
 
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import astuple
 from functools import cached_property
 from hashlib import file_digest
 from itertools import chain
@@ -17,7 +18,7 @@ from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.hub.references import inside
 from distill_datasets.models.sampler import Sampling, digest
 from distill_datasets.recipes.examples import read_examples
-from distill_datasets.recipes.parsing import Reader
+from distill_datasets.recipes.parsing import Reader, Reading
 from distill_datasets.recipes.prompt import (
     check_expression,
     check_placeholders,
@@ -353,13 +354,24 @@ class Recipe(Section):
         """The tools that the student is given, as JSON text."""
         return self.tools_text if self.student.tools == "keep" else None
 
+    def read(self, query: str, reference: str | None, text: str, stop_reason: str) -> Reading:
+        """The answer and the response in the teacher's text for a query, or why there is none."""
+        answer, rejection = astuple(self.teacher_reader.read(text, stop_reason))
+        response = None if answer is None else self.write_response(text, answer)
+        return Reading(answer, response, rejection)
+
+    @property
+    def reading_parts(self) -> list[Any]:
+        """JSON values that name everything that `read` depends on but what it is given."""
+        return [*self.teacher_reader.parts]
+
     def write_response(self, text: str, answer: str) -> str:
         """What the student shall say for a teacher's `text` read as `answer`."""
         if self.tools:
             return write_calls(*split_calls(text))
         return render(self.response, text=text.strip(), answer=answer)
 
-    @property
+    @cached_property
     def teacher_reader(self) -> Reader:
         """Reads the teacher's text."""
         answer = self.answer
@@ -367,7 +379,7 @@ class Recipe(Section):
         tools = self.tools_text
         return Reader(answer.pattern, answer.choices, form, answer.field, tools, recipe=self.name)
 
-    @property
+    @cached_property
     def student_reader(self) -> Reader:
         """Reads what was trained on `write_response`: the whole text must have that form."""
         if self.tools or "text" in fields_of(self.response):
