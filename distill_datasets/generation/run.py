@@ -165,7 +165,7 @@ def select_queries(recipe: Recipe, limit: int | None, share: Share | None) -> "D
 def _fingerprint(teachers: Teachers, limit: int | None, share: Share | None) -> str | None:
     """Names everything that the answers depend on; None where the queries are not pinned."""
     recipe = teachers.recipe
-    if not recipe.queries.pinned:
+    if not recipe.pinned:
         return None
     parts = [recipe.digest, recipe.model_dump(mode="json"), *teachers.parts]
     return digest([__version__, limit, str(share), parts])

@@ -1,7 +1,8 @@
 """Finds recipes by name, folder or release, and says in sentences what is wrong with one."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 from warnings import warn
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from distill_datasets import resources
 from distill_datasets.errors import RecipeError, nearest
-from distill_datasets.hub.references import find_release
+from distill_datasets.hub.references import find_release, inside
 from distill_datasets.recipes.prompt import is_jinja
 from distill_datasets.recipes.query_files import read_text
 from distill_datasets.recipes.recipe import PROMPT_LIMIT, Recipe
@@ -26,15 +27,17 @@ _TEXT, _INT, _BOOL, _MERGE = (
 def load_recipe(source: str | Path, *, config: str | None = None, trust: bool = False) -> Recipe:
     """A recipe by its name (of those that ship), its folder, or a release that carries it.
 
-    A release is a folder or a Hub dataset such as `me/name@v1.0.0`, of which only the recipe and
-    the manifest are downloaded; `config` names one of several in one repository. Raises
-    `RecipeError` that names the wrong key and the closest valid one; and, without `trust`, for a
-    release whose queries are neither in its own folder nor pinned: it would decide which of your
-    files, or of the datasets that you may read, are sent to a teacher and published.
+    `name:variant` is one of a recipe's variants, which is then part of its name. A release is a
+    folder or a Hub dataset such as `me/name@v1.0.0`, of which only the recipe and the manifest are
+    downloaded; `config` names one of several in one repository. Raises `RecipeError` that names
+    the wrong key and the closest valid one; and, without `trust`, for a release whose queries are
+    neither in its own folder nor pinned: it would decide which of your files, or of the datasets
+    that you may read, are sent to a teacher and published.
     """
+    source, variant = _split_variant(source)
     folder = _find(source, config)
     prompt = folder / "prompt.md"
-    if not prompt.is_file():
+    if not prompt.is_file() and not _has_members(folder):
         if without_prompt(folder.parent):
             raise RecipeError(
                 f"The release {str(folder.parent)!r} was published without its prompt, so its "
@@ -42,7 +45,8 @@ def load_recipe(source: str | Path, *, config: str | None = None, trust: bool = 
                 f"{str(folder)!r}; or train on the release, which needs no prompt."
             )
         raise RecipeError(f"Recipe {str(folder)!r} has no prompt.md; write the teacher's prompt.")
-    recipe = _load(folder, read_text(prompt, limit=PROMPT_LIMIT).strip())
+    text = read_text(prompt, limit=PROMPT_LIMIT).strip() if prompt.is_file() else ""
+    recipe = _load(folder, text, variant)
     if not trust and is_copy(folder, "manifest.json"):
         _check_sources(recipe)
     return recipe
@@ -70,16 +74,20 @@ def is_copy(folder: Path, *beside: str) -> bool:
     return place.name == "recipe" and any((place.parent / name).is_file() for name in beside)
 
 
-def _load(folder: Path, prompt: str) -> Recipe:
+def _load(folder: Path, prompt: str, variant: str | None = None) -> Recipe:
     path = folder / "recipe.yaml"
     root = _compose(path)
-    fields = _fields(path, root)
+    fields = _chosen(folder, _fields(path, root), variant)
+    members = _members(folder, fields.get("prompts"))
+    if members:
+        prompt = "\n\n".join(f"# {handle}\n\n{one.prompt}" for handle, one in members.items())
     copied = is_copy(folder, "manifest.json", "generation.json")
     if "template" not in fields and copied and is_jinja(prompt):
         # Version 0.1 took every prompt for a template, and didn't say so.
         fields["template"] = "jinja"
     try:
-        recipe = Recipe(**{**fields, "prompt": prompt, "folder": folder})
+        given = {"prompt": prompt, "folder": folder, "members": members}
+        recipe = Recipe(**{**fields, **given})
     except ValidationError as error:
         raise RecipeError(_explain(error, folder, root)) from error
     if recipe.template is None and "{%" in prompt and is_jinja(prompt):
@@ -91,7 +99,95 @@ def _load(folder: Path, prompt: str) -> Recipe:
     return recipe
 
 
+def variants_of(source: str | Path) -> list[str]:
+    """The names of a recipe's variants; none where it has none."""
+    folder = _find(source, None)
+    return list(
+        _variants(folder, _fields(folder / "recipe.yaml", _compose(folder / "recipe.yaml")))
+    )
+
+
+def _split_variant(source: str | Path) -> tuple[str | Path, str | None]:
+    """A recipe's name, and the variant behind the colon."""
+    if isinstance(source, Path) or Path(source).exists():
+        return source, None
+    name, _, variant = source.rpartition(":")
+    known = name and re.fullmatch(r"[A-Za-z0-9][\w.-]*", variant)
+    return (name, variant) if known else (source, None)
+
+
+def _variants(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Each variant's keys; raises `RecipeError` for what is no mapping of such."""
+    given = fields.get("variants") or {}
+    where = f"{folder / 'recipe.yaml'}, variants"
+    if isinstance(given, str):
+        path = inside(folder, given)
+        if not path.is_file():
+            raise RecipeError(f"{where}: there is no file {given!r} in the recipe's folder.")
+        given, where = _fields(path, _compose(path)), str(path)
+    for name, changes in given.items() if isinstance(given, dict) else [("", None)]:
+        if not isinstance(changes, dict) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(name)):
+            raise RecipeError(
+                f"{where}: expected names of letters, digits, '_', '.' and '-', each with the keys "
+                f"in which it differs; found {given!r:.200}."
+            )
+    return dict(given)
+
+
+def _chosen(folder: Path, fields: dict[str, Any], variant: str | None) -> dict[str, Any]:
+    """A recipe's keys with those of a variant; sections are laid over each other key by key."""
+    known = _variants(folder, fields)
+    fields.pop("variants", None)
+    if variant is None and known:
+        raise RecipeError(
+            f"The recipe {str(folder.name)!r} has variants: name one of {list(known)}, as "
+            f"{folder.name}:{next(iter(known))}, or all of them with --variant all."
+        )
+    if variant is None:
+        return fields
+    if variant not in known:
+        raise RecipeError(
+            f"The recipe {folder.name!r} has no variant {variant!r}; found {list(known)}."
+            + nearest(variant, list(known))
+        )
+    for key, value in known[variant].items():
+        both = isinstance(value, dict) and isinstance(fields.get(key), dict)
+        fields[key] = {**fields[key], **value} if both else value
+    named = known[variant].get("name", f"{fields.get('name', folder.name)}-{variant}")
+    return {**fields, "name": named, "variant": variant}
+
+
+def _has_members(folder: Path) -> bool:
+    path = folder / "recipe.yaml"
+    return bool(_fields(path, _compose(path)).get("prompts"))
+
+
+def _members(folder: Path, prompts: Any) -> dict[str, Recipe]:
+    """The recipes behind each handle: folders of this recipe's, or recipes that ship."""
+    members = {}
+    for handle, name in prompts.items() if isinstance(prompts, dict) else ():
+        place, variant = _split_variant(str(name))
+        home = inside(folder, str(place))
+        if not (home / "recipe.yaml").is_file():
+            home = resources.builders() / str(place)
+        if not (home / "recipe.yaml").is_file() or Path(str(place)).is_absolute():
+            raise RecipeError(
+                f"{folder / 'recipe.yaml'}, prompts: {name!r} is neither a folder of this recipe's "
+                f"nor one of those that ship, {[one.name for one in _shipped()]}."
+            )
+        if _has_members(home):
+            raise RecipeError(f"{folder / 'recipe.yaml'}, prompts: {name!r} has prompts itself.")
+        members[str(handle)] = (
+            load_recipe(home, trust=True)
+            if variant is None
+            else _load(home, read_text(home / "prompt.md", limit=PROMPT_LIMIT).strip(), variant)
+        )
+    return members
+
+
 def _check_sources(recipe: Recipe) -> None:
+    for member in recipe.members.values():
+        _check_sources(member)
     spec = recipe.queries
     unpinned = f"{spec.package}/{spec.member}" if spec.package and not spec.sha256 else None
     if outside := spec.path or spec.hub or unpinned:
@@ -103,8 +199,12 @@ def _check_sources(recipe: Recipe) -> None:
 
 
 def shipped_recipes() -> list[Recipe]:
-    """Every recipe that comes with the package, by name."""
-    return [load_recipe(folder) for folder in _shipped()]
+    """Every recipe that comes with the package, by name; of those with variants, each variant."""
+    found = []
+    for folder in _shipped():
+        names = [f":{name}" for name in variants_of(folder)] or [""]
+        found += [load_recipe(f"{folder.name}{name}") for name in names]
+    return found
 
 
 def _shipped() -> list[Path]:
@@ -183,7 +283,7 @@ def _fields(path: Path, root: yaml.Node) -> dict[str, Any]:
         fields: dict[str, Any] = yaml.SafeLoader("").construct_document(root)
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
-    for reserved in ("prompt", "folder"):
+    for reserved in ("prompt", "folder", "members"):
         if reserved in fields:
             raise RecipeError(f"{path}: {reserved!r} is not a key; the prompt is in prompt.md.")
     for section, key in (("answer", "json_schema"), ("sampling", "extra")):

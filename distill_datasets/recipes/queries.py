@@ -24,7 +24,7 @@ from distill_datasets.recipes.query_files import (
     named_classes,
     read_rows,
 )
-from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.recipe import Recipe, below
 from distill_datasets.recipes.sections import Queries, SplitShares
 
 if TYPE_CHECKING:
@@ -112,6 +112,11 @@ def read_lines(path: Path) -> Iterator[Rows]:
 
 def _read(recipe: Recipe) -> Iterator[Columns]:
     """The columns of the source, a few rows at a time."""
+    for handle, member in recipe.members.items():
+        for columns in _read(member):
+            yield _behind(handle, member, columns)
+    if recipe.members:
+        return
     spec = recipe.queries
     own = spec.messages or spec.query
     names = {"query": own, "group": spec.group, "reference": spec.reference}
@@ -133,6 +138,27 @@ def _read(recipe: Recipe) -> Iterator[Columns]:
             role: _texts(rows, name, role, number, write.get(role)) for role, name in names.items()
         }
         number += len(rows)
+
+
+def _behind(handle: str, member: Recipe, columns: Columns) -> Columns:
+    """Rows of one of several recipes: its handle is their system message, its splits stay."""
+    found: dict[str, list[str | None]] = {**columns, "query": [], "group": [], "split": []}
+    rows = zip(columns["query"], columns["group"], columns["split"], strict=True)
+    for number, (query, group, split) in enumerate(rows, 1):
+        if query is None or not query.strip():
+            raise RecipeError(f"Query {number} of {member.name!r} is empty: remove it or fill it.")
+        own = group or _own_name(query)
+        turns = below(handle, (), member.conversation(query))
+        found["query"].append(to_text(turns))
+        found["group"].append(f"{handle} {own}")
+        found["split"].append(
+            split or ("train" if member.split.same_rows else member.split.of(own))
+        )
+    return found
+
+
+def _own_name(query: str) -> str:
+    return sha256(query.encode()).hexdigest()[:16]
 
 
 def _texts(
@@ -372,7 +398,7 @@ class _RowMaker:
         import pyarrow as pa
 
         queries = [self._checked(text) for text in columns["query"]]
-        own = [sha256(query.encode()).hexdigest()[:16] for query in queries]
+        own = [_own_name(query) for query in queries]
         groups = [group or name for group, name in zip(columns["group"], own, strict=True)]
         splits = [
             forced or self._split(group)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from distill_datasets.conversations import from_text, split_calls, write_calls
+from distill_datasets.conversations import from_text, split_calls, to_text, write_calls
 from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.hub.references import inside
 from distill_datasets.models.sampler import Sampling, digest
@@ -37,6 +37,7 @@ from distill_datasets.recipes.sections import (
     Choice,
     Examples,
     FileName,
+    Handle,
     Judge,
     Queries,
     SamplingSection,
@@ -60,7 +61,7 @@ _NEEDED = {"agreement": "majority", "verifier": "best", "judge": "best"}
 # What the digest is of. A key that is not used is no part of it, so that a new key keeps releases.
 _DIGESTED = ("name", "teacher", "queries", "answer", "response", "sampling", "split", "renderer")
 _UNUSED: dict[str, Any] = {
-    **{"teachers": [], "choose": "route", "turns": "last", "keep": []},
+    **{"teachers": [], "choose": "route", "turns": "last", "keep": [], "prompts": {}},
     **dict.fromkeys(("agreement", "verifier", "judge", "tools", "examples")),
     "student": StudentView().model_dump(mode="json"),
 }
@@ -76,7 +77,8 @@ Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 class Recipe(Section):
     """What `recipe.yaml` and `prompt.md` say, validated.
 
-    `folder` is where the recipe lies; `prompt` is the text of `prompt.md`.
+    `folder` is where the recipe lies; `prompt` is the text of `prompt.md`; `members` are the
+    recipes behind the handles of `prompts`.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -100,8 +102,17 @@ class Recipe(Section):
     """How the teachers sample."""
     renderer: str | None = None
     """The renderer of the teacher's conversation, where it isn't the model's own."""
-    queries: Queries
+    queries: Queries = Queries()
     """Where the queries are: exactly one of `file`, `hub`, `path`, `package`."""
+    prompts: dict[Handle, str] = {}
+    """Several recipes in one student, each behind its handle, which is the student's prompt: by
+    the handle, a folder of this recipe's or a recipe that ships. In the place of `queries` and
+    prompt.md."""
+    variants: dict[str, dict[str, Any]] | FileName = {}
+    """Configurations of the recipe, by name: the keys in which each differs; or a YAML file of
+    them. One is chosen where the recipe is named, as `recipe:variant`."""
+    variant: str | None = None
+    """The variant that was chosen."""
     template: Literal["text", "jinja"] | None = None
     """What the prompt is: text in which `{{ query }}` and the `variables` are replaced, or a
     Jinja template over them."""
@@ -141,6 +152,7 @@ class Recipe(Section):
     """The metrics of a report."""
     folder: Path = Field(default=Path(), exclude=True)
     prompt: str = Field(default="", exclude=True)
+    members: dict[str, "Recipe"] = Field(default={}, exclude=True)
 
     @model_validator(mode="after")
     def _teachers_differ(self) -> Self:
@@ -179,12 +191,28 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _queries_are_somewhere(self) -> Self:
+        if not self.prompts:
+            if self.queries == Queries():
+                raise ValueError("the key 'queries' is missing")
+            return self
+        own = ("queries", "tools", "examples", "checks", "turns", "student", "answer", "response")
+        if found := [name for name in own if self._sets(name)]:
+            raise ValueError(f"with prompts, each of its recipes has its own {found}: remove them")
+        for name, member in self.members.items():
+            if member.prompts or member.turns == "all":
+                raise ValueError(
+                    f"{name!r} has prompts or 'turns: all': it can't be one of several"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _templates(self) -> Self:
         if not self.prompt.strip():
             raise ValueError("prompt.md is empty")
         if "query" in self.variables:
             raise ValueError("variables can't name the query; choose another name")
-        if self.tools and "response" in self.model_fields_set:
+        if self.tools and self._sets("response"):
             raise ValueError("with tools the response is what the teacher says: remove response")
         known = {"query", *self.variables}
         if self.template == "jinja":
@@ -205,7 +233,7 @@ class Recipe(Section):
             raise ValueError("'turns: all' needs conversations: name their column, messages")
         if self.turns == "all" and (self.choose != "route" or self.sampling.n > 1):
             raise ValueError("'turns: all' needs one answer a turn: one teacher, sampling.n of 1")
-        if self.tools and (self.answer != AnswerFormat()):
+        if self.tools and self._sets("answer"):
             raise ValueError("with tools the answer is the calls: remove the section answer")
         return self
 
@@ -241,6 +269,9 @@ class Recipe(Section):
         for name in self.attachments:
             inside(self.folder, name)
         return self
+
+    def _sets(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     @property
     def _sifts(self) -> bool:
@@ -300,7 +331,22 @@ class Recipe(Section):
     @property
     def holds_conversations(self) -> bool:
         """Whether a query is the text of a conversation; see `conversations.to_text`."""
-        return self.queries.messages is not None
+        return self.queries.messages is not None or bool(self.members)
+
+    def part(self, query: str) -> tuple["Recipe", str]:
+        """The recipe that a query is for, and the query as that recipe has it."""
+        if not self.members:
+            return self, query
+        first, *turns = from_text(query)
+        handle, _, own = first["content"].partition("\n\n")
+        member = self.members[handle]
+        if own:
+            turns = [{"role": "system", "content": own}, *turns]
+        return member, to_text(turns) if member.holds_conversations else turns[0]["content"]
+
+    def handle(self, query: str) -> str | None:
+        """The handle of the prompt that a query is for, where there are several."""
+        return from_text(query)[0]["content"].partition("\n\n")[0] if self.members else None
 
     def conversation(self, query: str) -> list[Message]:
         """A query as messages."""
@@ -308,9 +354,12 @@ class Recipe(Section):
 
     def messages(self, query: str) -> list[Message]:
         """What the teacher sees."""
+        if self.members:
+            member, own = self.part(query)
+            return member.messages(own)
         if self.asks_in_one_message:
             return [_from_user(self._filled(query=query))]
-        return _below(self._system_text, self.example_turns, self.conversation(query))
+        return below(self._system_text, self.example_turns, self.conversation(query))
 
     @cached_property
     def example_turns(self) -> list[Message]:
@@ -337,7 +386,7 @@ class Recipe(Section):
 
     def student_messages(self, query: str) -> list[Message]:
         """What the student and the base see: the query, and a short prompt where there is one."""
-        return _below(self.student_prompt, (), self.conversation(query))
+        return below(self.student_prompt, (), self.conversation(query))
 
     @cached_property
     def student_prompt(self) -> str | None:
@@ -405,29 +454,45 @@ class Recipe(Section):
     @cached_property
     def digest(self) -> str:
         """Changes with whatever changes a row; not with descriptions, licences or folders."""
-        fields = self.model_dump(mode="json", include={*_DIGESTED, *_UNUSED})
-        for section, names in _UNUSED_IN.items():
-            for name in names:
-                if fields[section][name] is None:
-                    del fields[section][name]
+        fields = self._fields_of_rows
         if form := self.answer.schema_text:
             fields["answer"]["json_schema"] = form  # with the order of its keys
-        del fields["answer"]["confidence"]  # is measured, and changes no row
-        if self.keep:
-            fields["checks"] = [_said(check) for check in self.checks]
-        for name, unused in _UNUSED.items():
-            if fields[name] == unused:
-                del fields[name]
+        if self.members:
+            fields["prompts"] = {name: member.digest for name, member in self.members.items()}
         declared = {"variables": dict(self.variables)} if self.variables else {}
         files = {name: _file_digest(self.folder / name) for name in self.attachments}
         fields.update(declared, **self._kept_jinja)
         return digest({**fields, "prompt": self.prompt, "files": files})
 
     @property
+    def _fields_of_rows(self) -> dict[str, Any]:
+        """The keys that change a row, as far as they are used."""
+        fields = self.model_dump(mode="json", include={*_DIGESTED, *_UNUSED})
+        for section, names in _UNUSED_IN.items():
+            for name in names:
+                if fields[section][name] is None:
+                    del fields[section][name]
+        del fields["answer"]["confidence"]  # is measured, and changes no row
+        if self.keep:
+            fields["checks"] = [_said(check) for check in self.checks]
+        return {
+            name: value
+            for name, value in fields.items()
+            if name not in _UNUSED or value != _UNUSED[name]
+        }
+
+    @property
     def _kept_jinja(self) -> dict[str, str]:
         """What a release says of a prompt that Jinja would change and that is text."""
         kept = self.template != "jinja" and is_jinja(self.prompt)
         return {"template": "text"} if kept else {}
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the recipe fixes every row of its queries."""
+        if self.members:
+            return all(member.pinned for member in self.members.values())
+        return self.queries.pinned
 
     @property
     def attachments(self) -> tuple[str, ...]:
@@ -442,9 +507,13 @@ class Recipe(Section):
         folder.mkdir(parents=True, exist_ok=True)
         fields = _said(self)
         fields.update(self._kept_jinja)
+        if self.members:  # which may be recipes that lie elsewhere
+            fields["prompts"] = {name: f"prompts/{one.name}" for name, one in self.members.items()}
         text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
         (folder / "prompt.md").write_text(self.prompt + "\n", encoding="utf-8")
+        for name, member in self.members.items():
+            member.dump(folder / fields["prompts"][name])
         for name in self.attachments:
             if (self.folder / name).resolve() != (folder / name).resolve():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -465,7 +534,7 @@ def _from_user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def _below(
+def below(
     prompt: str | None, examples: Sequence[Message], conversation: Sequence[Message]
 ) -> list[Message]:
     """A conversation after a prompt and examples; a system message of its own follows the prompt's

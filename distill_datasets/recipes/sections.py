@@ -40,6 +40,15 @@ def in_folder(name: str) -> str:
 FileName = Annotated[str, AfterValidator(in_folder)]
 
 
+def _is_handle(text: str) -> str:
+    if not text.strip() or "\n" in text or text != text.strip():
+        raise ValueError("a handle is one line of text, without blanks around it")
+    return text
+
+
+Handle = Annotated[str, AfterValidator(_is_handle), Field(max_length=100)]
+
+
 class Section(BaseModel):
     """Unknown keys are errors, and nothing changes after it was read."""
 
@@ -89,7 +98,7 @@ class Queries(Section):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         named = [key for key in ("file", "hub", "path", "package") if getattr(self, key)]
-        if len(named) != 1:
+        if len(named) > 1 or (self.model_fields_set and not named):
             raise ValueError(f"name exactly one of file, hub, path, package; found {named}")
         if self.hub and not self.revision:
             raise ValueError("a hub source needs a revision: a commit or a tag")

@@ -201,14 +201,19 @@ def _read_answers(folder: Path) -> tuple["Dataset", dict[str, Any]]:
 
 def _carried(recipe: Recipe, scratch: Path) -> Recipe:
     """The recipe without the columns of its queries that it doesn't use."""
+    if recipe.members:
+        members = {
+            handle: _carried(one, scratch / one.name) for handle, one in recipe.members.items()
+        }
+        return recipe.replace(members=members)
     if not unused_columns(recipe):
         return recipe
+    scratch.mkdir(exist_ok=True)
     name = "queries.jsonl"
     columns = write_used_columns(recipe, scratch / name)
-    if recipe.judge:
-        judge = scratch / recipe.judge.prompt
-        judge.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(inside(recipe.folder, recipe.judge.prompt), judge)
+    for other in {*recipe.attachments} - {recipe.queries.file, recipe.queries.sidecar}:
+        (scratch / other).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(inside(recipe.folder, other), scratch / other)
     return recipe.replace(queries={"file": name, **columns}, folder=scratch)
 
 
@@ -286,7 +291,8 @@ def _write(
         inside(building / "recipe", name)
     answers.carried.dump(building / "recipe")
     if not manifest["prompt"]:
-        (building / "recipe" / "prompt.md").unlink()
+        for prompt in (building / "recipe").rglob("prompt.md"):
+            prompt.unlink()
     manifest["sha256"] = _file_digests(building)
     write_manifest(building, manifest)
     text = dataset_card(
