@@ -269,25 +269,28 @@ def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answerer:
         )
     else:
         sampler = _open(released, manifest.get("renderer"))
-    sampling, reader = recipe.sampling_parameters, recipe.teacher_reader
-    read = _as_said(reader)
-    return _greedy(PromptedModel(sampler, sampling, recipe.messages, read, reader.parts))
+    asked = recipe.sampling_parameters, recipe.messages
+    read = _as_said(recipe, lambda part: part.teacher_reader)
+    return _greedy(PromptedModel(sampler, *asked, *read, recipe.fitted))
 
 
 def _unprompted(sampler: Sampler, recipe: Recipe) -> PromptedModel:
-    reader = recipe.student_reader
-    asked = (greedy(recipe), recipe.student_messages)
-    return PromptedModel(sampler, *asked, _as_said(reader), reader.parts)
+    asked = greedy(recipe), recipe.student_messages
+    read = _as_said(recipe, lambda part: part.student_reader)
+    return PromptedModel(sampler, *asked, *read, recipe.fitted_to_student)
 
 
-def _as_said(reader: Reader) -> Callable[[str, str | None, str, str], Reading]:
-    """Reads answers, of which the response is the text as it was said."""
+def _as_said(
+    recipe: Recipe, reader: Callable[[Recipe], Reader]
+) -> tuple[Callable[[str, str | None, str, str], Reading], list[Any]]:
+    """Reads answers, of which the response is the text as it was said; and its parts."""
 
     def read(query: str, reference: str | None, text: str, stop_reason: str) -> Reading:
-        parsed = reader.read(text, stop_reason)
+        parsed = reader(recipe.part(query)[0]).read(text, stop_reason)
         return Reading(parsed.answer, None if parsed.answer is None else text, parsed.rejection)
 
-    return read
+    parts = [*recipe.members.values()] or [recipe]
+    return read, [value for part in parts for value in reader(part).parts]
 
 
 def _greedy(asked: PromptedModel) -> PromptedModel:
@@ -324,7 +327,7 @@ def _timed(system: Answerer, queries: Sequence[str]) -> TimedSystem:
     asked = [(query, one) for query in queries for one in system.asked(query)]
     return TimedSystem(
         system.model,
-        [partial(one.sampler.sample, one.messages(query), one.sampling) for query, one in asked],
+        [partial(one.sampler.sample, *one.request(query)) for query, one in asked],
     )
 
 

@@ -302,7 +302,7 @@ def _plan(teachers: Teachers, queries: "Dataset", path: Path | None, answered: s
                 answered.add(key)  # who asks the same again shares the answer
                 planned = plan.by_model.setdefault(one.identity, PlannedRequests(one.sampler))
                 count = int(key[:8], 16) % every == 0
-                planned.add(one.messages(query), one.sampling, count=count)
+                planned.add(*one.request(query), count=count)
                 left = True
             plan.rows_left += left
             progress.advance(1)

@@ -124,6 +124,7 @@ def first_requests(rows: "Dataset", recipe: Recipe, generation: Mapping[str, Any
                 key = requests[0]
             elif not sample:
                 identity, how = asked[0]
+                how = recipe.fitted(query, how)
                 key = request_digest(identity, recipe.messages(query), how)
             yield key
 
@@ -141,7 +142,10 @@ def asked_requests(
                 found += requests
             elif not sample:  # the samples of one query came with one request
                 messages = recipe.messages(query)
-                found += [request_digest(identity, messages, how) for identity, how in asked]
+                found += [
+                    request_digest(identity, messages, recipe.fitted(query, how))
+                    for identity, how in asked
+                ]
         yield found
 
 
@@ -220,7 +224,7 @@ def verify_answers(
 
         async def ask_all() -> list[Reply]:
             requests = (
-                client.sample(model.sampler, model.messages(query), model.sampling)
+                client.sample(model.sampler, *model.request(query))
                 for model, query in zip(models, texts, strict=True)
             )
             return await asyncio.gather(*requests)

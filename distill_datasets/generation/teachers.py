@@ -38,7 +38,8 @@ class PromptedModel:
     """A model with its prompt: the messages it gets, how it samples, how its text is read.
 
     `read` is given a query, its reference if there is one, a text and why it ended, and
-    `reading_parts` are JSON values that name everything else that its result depends on.
+    `reading_parts` are JSON values that name everything else that its result depends on. `fitted`
+    is given a query and the sampling, of which a query's prompt may change the tools and the form.
     `weight` is its share of the queries or of the votes, where it is one of several teachers, and
     `key` names it to the queries.
     """
@@ -48,6 +49,7 @@ class PromptedModel:
     messages: Callable[[str], list[Message]]
     read: Callable[[str, str | None, str, str], Reading]
     reading_parts: Sequence[Any]
+    fitted: Callable[[str, Sampling], Sampling]
     weight: float = 1.0
     key: str = ""
 
@@ -68,7 +70,11 @@ class PromptedModel:
 
     def request_key(self, query: str) -> str:
         """The digest under which the journal has its reply to a query."""
-        return request_digest(self.sampler.identity, self.messages(query), self.sampling)
+        return request_digest(self.sampler.identity, *self.request(query))
+
+    def request(self, query: str) -> tuple[list[Message], Sampling]:
+        """What is asked for a query, and how."""
+        return self.messages(query), self.fitted(query, self.sampling)
 
     def asked(self, query: str) -> "Sequence[PromptedModel]":
         """Itself."""
@@ -78,7 +84,7 @@ class PromptedModel:
         self, query: str, client: Client, reference: str | None = None
     ) -> list[dict[str, Any]]:
         """A row a sample; raises what the client raises."""
-        reply = await client.sample(self.sampler, self.messages(query), self.sampling)
+        reply = await client.sample(self.sampler, *self.request(query))
         return [
             self.row(query, reference, sample, reply, index)
             for index, sample in enumerate(reply.samples)
@@ -193,7 +199,7 @@ class Teachers:
     ) -> dict[str, Any]:
         requests = RowRequests(client)
         replies = await all_of(
-            requests.sample(one.sampler, one.messages(query), one.sampling) for one in self.members
+            requests.sample(one.sampler, *one.request(query)) for one in self.members
         )
         samples = [
             TeacherSample(one.row(query, reference, sample, reply, 0), Fraction(str(one.weight)))
@@ -282,6 +288,7 @@ def _member(recipe: Recipe, teacher: Teacher, sampler: Sampler) -> PromptedModel
         recipe.messages,
         recipe.read,
         recipe.reading_parts,
+        recipe.fitted,
         teacher.weight,
         digest([recipe.name, own]),
     )

@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import cached_property
 from hashlib import file_digest
 from itertools import chain
@@ -344,6 +344,19 @@ class Recipe(Section):
             turns = [{"role": "system", "content": own}, *turns]
         return member, to_text(turns) if member.holds_conversations else turns[0]["content"]
 
+    def fitted(self, query: str, sampling: Sampling) -> Sampling:
+        """How the teacher samples for a query: with the tools and the form of its own prompt."""
+        if not self.members:
+            return sampling
+        member, _ = self.part(query)
+        form = member.answer.schema_text
+        return replace(sampling, tools=member.tools_text, json_schema=form)
+
+    def fitted_to_student(self, query: str, sampling: Sampling) -> Sampling:
+        """How the student samples for a query: with the tools that it is given."""
+        tools = self.part(query)[0].student_tools
+        return sampling if tools == sampling.tools else replace(sampling, tools=tools)
+
     def handle(self, query: str) -> str | None:
         """The handle of the prompt that a query is for, where there are several."""
         return from_text(query)[0]["content"].partition("\n\n")[0] if self.members else None
@@ -405,6 +418,9 @@ class Recipe(Section):
 
     def read(self, query: str, reference: str | None, text: str, stop_reason: str) -> Reading:
         """The answer and the response in the teacher's text for a query, or why there is none."""
+        if self.members:
+            member, own = self.part(query)
+            return member.read(own, reference, text, stop_reason)
         answer, rejection = astuple(self.teacher_reader.read(text, stop_reason))
         response = None if answer is None else self.write_response(text, answer)
         return Reading(answer, response, rejection)
@@ -412,6 +428,8 @@ class Recipe(Section):
     @property
     def reading_parts(self) -> list[Any]:
         """JSON values that name everything that `read` depends on but what it is given."""
+        if self.members:
+            return [[name, *member.reading_parts] for name, member in self.members.items()]
         return [*self.teacher_reader.parts]
 
     def write_response(self, text: str, answer: str) -> str:

@@ -151,7 +151,10 @@ def teacher_texts(task: TrainingTask, prompts: TeacherPrompts, rows: "Dataset") 
     keys, replies = [""] * len(rows), {}
     if identity and not recipe.teachers:
         sampling = recipe.sampling_parameters
-        keys = [request_digest(identity, recipe.messages(query), sampling) for query in columns[0]]
+        keys = [
+            request_digest(identity, recipe.messages(query), recipe.fitted(query, sampling))
+            for query in columns[0]
+        ]
         replies = find_replies(prompts.folder, set(keys))
     texts = []
     for key, query, sample, response in zip(keys, *columns, strict=True):
