@@ -119,7 +119,8 @@ def test_the_wheel_adds_one_top_level_name_and_ships_its_data(tmp_path: Path) ->
         "distill_datasets/embedded/pocket/tokenizer.json",
     } <= names
     script = (
-        "from distill_datasets.recipes.loading import shipped_recipes as s; print(s()[0].folder)"
+        "from distill_datasets.recipes.loading import load_recipe; "
+        "print(load_recipe('language_id').folder)"
     )
     run = subprocess.run(
         [sys.executable, "-P", "-c", script],
