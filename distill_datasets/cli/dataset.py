@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,28 @@ if TYPE_CHECKING:
     from distill_datasets.generation.run import Generated
     from distill_datasets.generation.shards import Share
     from distill_datasets.releases.release import Release
+
+
+def for_each_variant(work: Callable[[argparse.Namespace], None]) -> Callable[..., None]:
+    """A verb that takes --variant: all of them go into folders of their own."""
+
+    def work_on_each(options: argparse.Namespace) -> None:
+        if options.variant != "all":
+            named = f"{options.recipe}:{options.variant}" if options.variant else options.recipe
+            work(argparse.Namespace(**{**vars(options), "recipe": named}))
+            return
+        from distill_datasets.errors import SettingsError
+        from distill_datasets.recipes.loading import variants_of
+
+        names = variants_of(options.recipe)
+        if not names:
+            raise SettingsError(f"The recipe {options.recipe!r} has no variants: omit --variant.")
+        for name in names:
+            print(f"{options.recipe}:{name}")
+            own = {"recipe": f"{options.recipe}:{name}", "out": options.out / name}
+            work(argparse.Namespace(**{**vars(options), **own}))
+
+    return work_on_each
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -178,6 +201,11 @@ def publish(options: argparse.Namespace) -> None:
                 f"{str(run)!r} is a training, not a run: push its student with "
                 f"`distill-datasets push {run} me/student`."
             )
+    if library := _variants_in(options.run):
+        for run in library:
+            print(f"{run.name}:")
+            publish(argparse.Namespace(**{**vars(options), "run": [run]}))
+        return
     runs = options.run[0] if len(options.run) == 1 else options.run
     release = make_release(
         runs,
@@ -188,14 +216,17 @@ def publish(options: argparse.Namespace) -> None:
     )
     if options.push_to_hub is None:
         return
+    from distill_datasets.releases.manifest import read_manifest
     from distill_datasets.releases.push import outgoing_text
 
-    seen = {"config": options.config, "private": options.private}
+    variant = read_manifest(release.path)["recipe_fields"].get("variant")
+    config = options.config or variant or "default"
+    seen = {"config": config, "private": options.private}
     print(outgoing_text(release.path, options.push_to_hub, **seen))
     confirm_push(str(release.path), options.push_to_hub, options)
     pushed = release.push_to_hub(
         options.push_to_hub,
-        config=options.config,
+        config=config,
         version=options.version,
         private=options.private,
         create_pr=options.create_pr,
@@ -204,6 +235,16 @@ def publish(options: argparse.Namespace) -> None:
     place = pushed.pull_request or f"{pushed.repo}@{pushed.tag} ({pushed.commit})"
     done = "pushed" if pushed.changed else "nothing to push: the Hub has"
     print(f"{done} {pushed.version}: {place}\n  {pushed.why}")
+
+
+def _variants_in(runs: Sequence[Path]) -> list[Path]:
+    """The runs in a folder that `generate --variant all` made; none for any other folder."""
+    from distill_datasets.recipes.loading import load_recipe
+
+    if len(runs) != 1 or (runs[0] / "answers").exists():
+        return []
+    found = [path.parents[2] for path in sorted(runs[0].glob("*/answers/recipe/recipe.yaml"))]
+    return [run for run in found if load_recipe(run / "answers").variant == run.name]
 
 
 def make_release(run: Any, **how: Any) -> "Release":
@@ -259,6 +300,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--teacher", metavar="MODEL", help="a model reference (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--variant", metavar="NAME", help="a variant of the recipe; all: each in OUT/NAME"
     )
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
     add_money(parser)
@@ -335,8 +379,7 @@ def add_publish(parser: argparse.ArgumentParser) -> None:
     )
     hub.add_argument(
         "--config",
-        default="default",
-        help="the configuration's name in the repository (default: default)",
+        help="the configuration's name in the repository (default: the variant's, else default)",
     )
     hub.add_argument("--create-pr", action="store_true", help="push as a pull request")
     add_push_flags(hub)
@@ -386,6 +429,42 @@ def add_show(parser: argparse.ArgumentParser) -> None:
         "-n", type=count, default=20, metavar="N", help="how many rows (default: 20)"
     )
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each row")
+
+
+def add_tools(parser: argparse.ArgumentParser) -> None:
+    """The flags of `tools`."""
+    parser.add_argument("action", choices=("import",), help="import: write tools.json of a file")
+    parser.add_argument(
+        "source", type=Path, help="an OpenAPI document, or what an MCP server's tools/list answers"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("tools.json"), help="the file (default: tools.json)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="only the tools of these names (default: all)"
+    )
+
+
+def import_tools(options: argparse.Namespace) -> None:
+    """Write a recipe's tools.json of tools that are described in another form."""
+    from distill_datasets.errors import OutputError, RecipeError, nearest
+    from distill_datasets.files import write_file
+    from distill_datasets.recipes.tool_import import import_tools as read
+
+    tools = read(options.source)
+    names = [tool["function"]["name"] for tool in tools]
+    for name in options.only or ():
+        if name not in names:
+            raise RecipeError(f"There is no tool {name!r}; found {names}.{nearest(name, names)}")
+    kept = [one for one in tools if not options.only or one["function"]["name"] in options.only]
+    if options.out.exists():
+        raise OutputError(f"{str(options.out)!r} is there already: name another with --out.")
+    text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+    write_file(options.out, text)
+    print(
+        f"{len(kept)} tools, {len(text):,} characters ({options.out}): name the file in recipe.yaml"
+    )
+    print(f"  tools: {options.out.name}")
 
 
 def list_recipes(options: argparse.Namespace) -> None:

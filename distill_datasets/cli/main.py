@@ -224,7 +224,7 @@ def _list_files(out: Path, trained: Path) -> None:
 _VERBS = {
     "run": _Verb(
         "generate, publish, train and measure, in one go",
-        _run,
+        dataset.for_each_variant(_run),
         (
             dataset.add_generate,
             dataset.add_run_settings,
@@ -240,7 +240,7 @@ _VERBS = {
     ),
     "generate": _Verb(
         "ask the teachers every query, once",
-        dataset.generate,
+        dataset.for_each_variant(dataset.generate),
         (dataset.add_generate, dataset.add_generation_only, _add_progress),
         (
             "generate support --out runs/support --prices prices.yaml --budget 5.00",
@@ -325,6 +325,15 @@ _VERBS = {
         dataset.new,
         (dataset.add_new,),
         ("new support", "new support --folder recipes/support"),
+    ),
+    "tools": _Verb(
+        "write a recipe's tools.json of an OpenAPI document or an MCP server's list",
+        dataset.import_tools,
+        (dataset.add_tools,),
+        (
+            "tools import openapi.yaml --out support/tools.json",
+            "tools import listed.json --only find_order refund",
+        ),
     ),
     "serve": _Verb(
         "serve a local model over Tinker's protocol",

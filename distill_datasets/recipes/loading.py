@@ -230,13 +230,18 @@ def _find(source: str | Path, config: str | None) -> Path:
     )
 
 
-def _compose(path: Path) -> yaml.Node:
+def read_yaml(path: Path, *, limit: int = _YAML_LIMIT) -> dict[str, Any]:
+    """The keys and values of a YAML file of somebody else's; raises `RecipeError`."""
+    return _fields(path, _compose(path, limit))
+
+
+def _compose(path: Path, limit: int = _YAML_LIMIT) -> yaml.Node:
     """The YAML of a recipe; raises `RecipeError` for what no recipe needs, such as endless aliases.
 
     Its nodes know where they stand and how they are written.
     """
     try:
-        root = yaml.compose(read_text(path, limit=_YAML_LIMIT), Loader=yaml.SafeLoader)
+        root = yaml.compose(read_text(path, limit=limit), Loader=yaml.SafeLoader)
         if not isinstance(root, yaml.MappingNode):
             raise RecipeError(f"{path}: expected keys and values.")
         if _size(path, root, {}, 0) > _VALUES:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,16 @@ def read_tools(path: Path) -> str:
             "`distill-datasets tools import` makes one of an OpenAPI document or of what an MCP "
             "server lists."
         )
-    tools = [_tool(one, f"{path}, tool {place}") for place, one in enumerate(given, 1)]
+    return json.dumps(checked_tools(given, str(path)), ensure_ascii=False)
+
+
+def checked_tools(given: Sequence[Any], where: str) -> list[dict[str, Any]]:
+    """Tools in one form, each with a name of its own; raises `RecipeError` that names the tool."""
+    tools = [_tool(one, f"{where}, tool {place}") for place, one in enumerate(given, 1)]
     names = [tool["function"]["name"] for tool in tools]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise RecipeError(f"{str(path)!r} has several tools of one name: {twice}. Rename them.")
-    return json.dumps(tools, ensure_ascii=False)
+        raise RecipeError(f"{where!r} has several tools of one name: {twice}. Rename them.")
+    return tools
 
 
 def _tool(given: Any, where: str) -> dict[str, Any]:

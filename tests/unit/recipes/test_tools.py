@@ -1,0 +1,170 @@
+"""Tools of a recipe, and tools imported from other forms."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+from distill_datasets.errors import RecipeError
+from distill_datasets.recipes.parsing import Reader
+from distill_datasets.recipes.tool_import import import_tools
+from distill_datasets.recipes.tools import read_tools
+
+ORDER = {
+    "name": "find_order",
+    "description": "Finds an order.",
+    "parameters": {
+        "type": "object",
+        "properties": {"id": {"type": "string"}, "lines": {"type": "integer"}},
+        "required": ["id"],
+    },
+}
+PET = {"$ref": "#/components/schemas/Pet"}
+PETS: dict[str, Any] = {
+    "openapi": "3.0.3",
+    "paths": {
+        "/pets/{id}": {
+            "parameters": [{"$ref": "#/components/parameters/Id"}],
+            "get": {"operationId": "getPet", "summary": "One pet.", "description": "By its id."},
+            "put": {
+                "requestBody": {"$ref": "#/components/requestBodies/Pet"},
+                "responses": {200: {"description": "ok"}},
+            },
+        },
+        "/pets": {
+            "get": {
+                "operationId": "pets/list",
+                "parameters": [
+                    {"name": "limit", "in": "query", "description": "How many.", "schema": {
+                        "type": "integer", "minimum": 0, "exclusiveMinimum": True, "example": 3}},
+                ],
+            },
+            "x-note": "not a method",
+        },
+    },
+    "components": {
+        "parameters": {
+            "Id": {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+        },
+        "requestBodies": {
+            "Pet": {"content": {"application/json": {"schema": PET}}}
+        },
+        "schemas": {
+            "Pet": {
+                "type": "object",
+                "required": ["name"],
+                "properties": {
+                    "name": {"type": "string", "nullable": True},
+                    "parent": {"$ref": "#/components/schemas/Pet"},
+                    "kind": {"$ref": "#/components/schemas/Kind"},
+                },
+            },
+            "Kind": {"type": "string", "enum": ["cat", "dog"]},
+            "Unused": {"type": "string"},
+        },
+    },
+}  # fmt: skip
+
+
+def saved(tmp_path: Path, value: Any, name: str = "tools.json") -> Path:
+    path = tmp_path / name
+    write = yaml.safe_dump if name.endswith("yaml") else json.dumps
+    path.write_text(write(value), encoding="utf-8")
+    return path
+
+
+def test_tools_are_read_in_one_form_whatever_stands_around_their_functions(tmp_path: Path) -> None:
+    bare = {"name": "ping"}
+    tools = json.loads(read_tools(saved(tmp_path, [{"type": "function", "function": ORDER}, bare])))
+    assert tools[0] == {"type": "function", "function": ORDER}
+    assert tools[1]["function"]["parameters"] == {"type": "object", "properties": {}}
+
+
+@pytest.mark.parametrize(
+    ("tools", "says"),
+    [
+        ({"tools": []}, "expected a list of tools"),
+        ([], "expected a list of tools"),
+        ([{"name": "a b"}], "tool 1: expected a function with a name"),
+        ([ORDER, ORDER], "several tools of one name"),
+        ([{"name": "a", "parameters": {"type": "strin"}}], "tool 1 .a.: not a JSON schema"),
+        ([{"name": "a", "parameters": {"pattern": "("}}], "regular expression|not a .regex."),
+    ],
+)
+def test_what_is_no_list_of_tools_is_said(tmp_path: Path, tools: Any, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        read_tools(saved(tmp_path, tools))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "rejection"),
+    [
+        ("There is none.", "[]", None),
+        (
+            'Hm.<tool_call>{"name": "find_order", "arguments": {"lines": 2.0, "id": "a"}}'
+            "</tool_call>",
+            '[{"name": "find_order", "arguments": {"id": "a", "lines": 2}}]',
+            None,
+        ),
+        ('<tool_call>{"name": "find", "arguments": {}}</tool_call>', None, "unknown tool"),
+        ('<tool_call>{"name": "find_order", "arguments": {}}</tool_call>', None, "off schema"),
+        ('<tool_call>{"name": "find_order"', None, "unparsable"),
+    ],
+)
+def test_the_answer_is_the_calls_that_fit_their_schemas(
+    tmp_path: Path, text: str, answer: str | None, rejection: str | None
+) -> None:
+    found = Reader(tools=read_tools(saved(tmp_path, [ORDER]))).read(text, "stop")
+    assert (found.answer, found.rejection) == (answer, rejection)
+
+
+@pytest.mark.parametrize("name", ["api.yaml", "api.json"])
+def test_operations_of_an_openapi_document_become_tools(tmp_path: Path, name: str) -> None:
+    tools = {
+        one["function"]["name"]: one["function"]
+        for one in import_tools(saved(tmp_path, PETS, name))
+    }
+    assert sorted(tools) == ["getPet", "pets_list", "put_pets_id"]
+    assert tools["getPet"]["description"] == "One pet.\nBy its id."
+    assert tools["getPet"]["parameters"]["required"] == ["id"]
+    limit = tools["pets_list"]["parameters"]["properties"]["limit"]
+    assert limit == {"type": "integer", "exclusiveMinimum": 0, "description": "How many."}
+    pet = tools["put_pets_id"]["parameters"]
+    assert sorted(pet["properties"]) == ["id", "kind", "name", "parent"]
+    assert (sorted(pet["$defs"]), sorted(pet["required"])) == (["Kind", "Pet"], ["id", "name"])
+    valid = Draft202012Validator(pet)
+    assert valid.is_valid({"id": "1", "name": None, "parent": {"name": "x", "kind": "cat"}})
+    assert not valid.is_valid({"id": "1", "name": "x", "parent": {"name": "y", "kind": "cow"}})
+
+
+@pytest.mark.parametrize(
+    "around", [lambda one: one, lambda one: {"result": one}, lambda one: one["tools"]]
+)
+def test_what_an_mcp_server_lists_becomes_tools(tmp_path: Path, around: Any) -> None:
+    listed = {"tools": [{"name": "find_order", "title": "t", "description": "Finds an order.",
+                         "inputSchema": ORDER["parameters"], "annotations": {}}]}  # fmt: skip
+    assert import_tools(saved(tmp_path, around(listed))) == [
+        {"type": "function", "function": ORDER}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"info": {}}, "expected an OpenAPI document"),
+        ({"paths": {}}, "has no tools"),
+        ({"paths": {"/a": {"get": {"parameters": [{"$ref": "other.yaml#/x"}]}}}}, "bundle it"),
+        ({"paths": {"/a": {"$ref": "#/paths/~1a"}}}, "circle"),
+        (
+            {"paths": {"/a": {"get": {"parameters": [
+                {"name": "x", "in": "query", "schema": {"$ref": "#/components/schemas/No"}}]}}}},
+            "'No', which it lacks",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_imported_is_said(tmp_path: Path, given: Any, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        import_tools(saved(tmp_path, given))
