@@ -182,9 +182,10 @@ def _internalisation(
     }
     recipe = held_out.recipe
     answers = [
-        TeacherAnswer.to(recipe, row, row["raw"], recipe.write_response(row["raw"], row["answer"]))
+        TeacherAnswer.to(recipe, row, row["raw"], part.write_response(row["raw"], row["answer"]))
         for row in rows
         if row["answer"] is not None
+        for part, _ in [recipe.part(row["query"])]
     ]
     if not answers or len(connections) < len(systems):
         return None

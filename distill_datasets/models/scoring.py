@@ -195,18 +195,23 @@ class Scorer:
 
 
 def split_conversation(
-    connection: "Connection", conversation: Sequence[Mapping[str, Any]]
+    connection: "Connection", conversation: Sequence[Mapping[str, Any]], tools: str | None = None
 ) -> tuple[list[int], list[int]]:
     """The tokens before its last message, and that message's own."""
     from tinker_cookbook.renderers import TrainOnWhat
 
     messages: list[Any] = [dict(message) for message in conversation]
     rendered, weights = connection.renderer.build_supervised_example(
-        messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE
+        messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE, **given_tools(tools)
     )
     tokens = [int(token) for token in rendered.to_ints()]
     start, end = response_span(weights.tolist())
     return tokens[:start], tokens[start:end]
+
+
+def given_tools(tools: str | None) -> dict[str, Any]:
+    """The argument that gives a renderer tools, where there are any."""
+    return {"tools": tools} if tools else {}
 
 
 def response_span(weights: Sequence[float]) -> tuple[int, int]:
@@ -233,9 +238,12 @@ class Likelihood:
 
 
 def likelihoods(
-    connection: "Connection", conversations: Sequence[Sequence[Mapping[str, Any]]], *, title: str
+    connection: "Connection",
+    conversations: Sequence[tuple[Sequence[Mapping[str, Any]], str | None]],
+    *,
+    title: str,
 ) -> list[Likelihood]:
-    """Of the last message of each conversation, after all before it.
+    """Of the last message of each conversation, after all before it and its tools.
 
     Costs a request a conversation, whose prompt is read and from which nothing is sampled. Raises
     `ModelError`, `AccessError` or `ServiceError`.
@@ -245,7 +253,7 @@ def likelihoods(
     with Progress(title, len(conversations)) as progress:
         for first in range(0, len(conversations), _AT_ONCE):
             part = conversations[first : first + _AT_ONCE]
-            spans = [split_conversation(connection, conversation) for conversation in part]
+            spans = [split_conversation(connection, *one) for one in part]
             pending = [scorer.read(context, answer) for context, answer in spans]
             for (context, answer), request in zip(spans, pending, strict=True):
                 nats = -float(request.result().logprobs.sum())

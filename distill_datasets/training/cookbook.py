@@ -8,16 +8,16 @@ this gives it, the last, smaller batch of an epoch included.
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import chz
 import tinker
-from tinker_cookbook.renderers import Renderer, TrainOnWhat
-from tinker_cookbook.supervised.data import conversation_to_datum
+from tinker_cookbook.supervised.common import datum_from_model_input_weights
 from tinker_cookbook.supervised.types import ChatDatasetBuilder, SupervisedDataset
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.training.data import DatasetSplit, locate, open_split
+from distill_datasets.models.renderers import open_renderer
+from distill_datasets.training.data import DatasetSplit, Example, examples, locate, open_split
+from distill_datasets.training.settings import Turns
 
 _LOG = logging.getLogger(__name__)
 
@@ -26,7 +26,8 @@ _LOG = logging.getLogger(__name__)
 class DistilledDatasetBuilder(ChatDatasetBuilder):
     """A release, a folder, a file, or a Hub dataset `name@revision`, which is pinned to a commit.
 
-    Only the last message of a conversation is learned, the response. Rows longer than
+    The last message of a conversation is learned, the response, or with `turns` "all" every
+    message of the assistant; `common_config.train_on_what` is not asked. Rows longer than
     `common_config.max_length` are left out with a warning that counts them, where the cookbook
     would cut the response off. Without a validation split there is none to evaluate on. Raises
     `DatasetError` for what can't be trained on.
@@ -36,10 +37,12 @@ class DistilledDatasetBuilder(ChatDatasetBuilder):
     config: str | None = None
     train_split: str = "train"
     validation_split: str = "validation"
+    turns: Turns = "last"
 
     def __call__(self) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         """The training rows, and the validation rows where there are any."""
         source = locate(self.dataset, self.config)
+        source.require_turns(self.turns)
         splits = source.load(self.config)
         train = self._rows(open_split(source, self.config, self.train_split, splits))
         if not splits.get(self.validation_split):
@@ -48,54 +51,57 @@ class DistilledDatasetBuilder(ChatDatasetBuilder):
         return train, self._rows(held_out)
 
     def _rows(self, split: DatasetSplit) -> "DistilledDataset":
-        conversations, where = list(split.conversations), split.where
-        renderer, longest = self.renderer, self.common_config.max_length
-        kept = [
-            one for one in conversations if longest is None or _length(one, renderer) <= longest
+        where, longest = split.where, self.common_config.max_length
+        renderer = open_renderer(self.common_config.renderer_name, self.tokenizer)
+        rows = [
+            examples(one, renderer, self.turns, f"{where}, row {place}")
+            for place, one in enumerate(split.conversations)
         ]
-        if skipped := len(conversations) - len(kept):
+        kept = [
+            row for row in rows if longest is None or max(len(e.tokens) for e in row) <= longest
+        ]
+        if skipped := len(rows) - len(kept):
             _LOG.warning("%s: %d rows are longer than %s tokens", where, skipped, longest)
         if not kept:
             raise DatasetError(
-                f"{where} has no row of at most {longest} tokens, of {len(conversations)}. Raise "
+                f"{where} has no row of at most {longest} tokens, of {len(rows)}. Raise "
                 "max_length, or pick a model with a longer context."
             )
-        return DistilledDataset(kept, renderer, self.common_config.batch_size)
+        return DistilledDataset(kept, self.common_config.batch_size)
 
 
 class DistilledDataset(SupervisedDataset):
-    """Conversations in batches; the last one may be smaller."""
+    """Rows in batches; the last one may be smaller."""
 
-    def __init__(self, conversations: Sequence[Any], renderer: Renderer, batch_size: int) -> None:
+    def __init__(self, rows: Sequence[Sequence[Example]], batch_size: int) -> None:
         """Use `DistilledDatasetBuilder`."""
-        self._conversations, self._renderer = conversations, renderer
-        self._batch_size = batch_size
-        self._order: Sequence[int] = range(len(conversations))
+        self._rows, self._batch_size = rows, batch_size
+        self._order: Sequence[int] = range(len(rows))
 
     def __len__(self) -> int:
-        """DistilledDataset an epoch."""
-        return math.ceil(len(self._conversations) / self._batch_size)
+        """Batches an epoch."""
+        return math.ceil(len(self._rows) / self._batch_size)
 
     def get_batch(self, index: int) -> list[tinker.Datum]:
-        """The batch at this place of the epoch's order; every response weighs alike."""
+        """The batch at this place of the epoch's order; every example weighs alike.
+
+        A row is one, or one a turn where the renderer writes past turns in another way.
+        """
+        import torch
+
         places = self._order[index * self._batch_size : (index + 1) * self._batch_size]
         return [
-            conversation_to_datum(
-                self._conversations[place],
-                self._renderer,
-                None,
-                TrainOnWhat.LAST_ASSISTANT_MESSAGE,
+            datum_from_model_input_weights(
+                tinker.ModelInput.from_ints(list(one.tokens)),
+                torch.tensor(one.weights),
+                reduction="mean",
             )
             for place in places
+            for one in self._rows[place]
         ]
 
     def set_epoch(self, seed: int = 0) -> None:
         """Another order, decided by the seed."""
         import numpy as np
 
-        self._order = np.random.default_rng(seed).permutation(len(self._conversations)).tolist()
-
-
-def _length(conversation: Any, renderer: Renderer) -> int:
-    tokens, _ = renderer.build_supervised_example(conversation, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
-    return int(tokens.length)
+        self._order = np.random.default_rng(seed).permutation(len(self._rows)).tolist()

@@ -3,7 +3,8 @@
 import csv
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,11 +12,15 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets.chat_rows import Conversation, RowReader, conversation_reader
+from distill_datasets.conversations import response_text
 from distill_datasets.errors import DatasetError, OutputError
 from distill_datasets.hub.references import Pinned, fetch_dataset, folder_of, is_reference
 from distill_datasets.models.sampler import digest
+from distill_datasets.models.scoring import given_tools
 from distill_datasets.releases.contents import check_release
 from distill_datasets.schema import Message
+from distill_datasets.training.settings import TrainSettings, Turns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,23 +28,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from distill_datasets.models.connection import Connection
-    from distill_datasets.training.settings import TrainSettings
 
-_VERSION = 3  # of the rendered columns: raise it when they come out differently
+_VERSION = 4  # of the rendered columns: raise it when they come out differently
 _NO_ROWS = (IndexError, StopIteration)  # what `datasets` raises for a file without any
+_ALL, _LAST = "all_assistant_messages", "last_assistant_message"
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-
-
-RowReader = Callable[[Mapping[str, Any], int], list[Message]]  # a row and its number
-_CALLS = ("tool_calls", "function_call")  # empty where nothing was called
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
 class Example:
     """A rendered conversation; a token is learned as much as its weight says, 0 not at all.
 
-    `bytes` is the length of its response in UTF-8, which no tokenizer changes.
+    `bytes` is the length of what is learned in UTF-8, which no tokenizer changes.
     """
 
     tokens: Sequence[int]
@@ -65,6 +65,17 @@ class DatasetSource:
     revision: str
     files: str
     manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    def require_turns(self, turns: Turns) -> None:
+        """Refuse to learn turns of a release that its teacher didn't write."""
+        released = "content_digest" in self.manifest
+        if turns == "all" and released and self.manifest.get("turns", "last") != "all":
+            raise DatasetError(
+                f"{self.reference!r} can't be trained with turns='all': its recipe says `turns: "
+                "last`, so that the assistant's earlier turns are the queries' own, not the "
+                "teacher's. Train with turns='last', or say `turns: all` in the recipe, generate "
+                "and publish again."
+            )
 
     def load(self, config: str | None) -> "DatasetDict":
         """All splits of a configuration; a release's or the folder's own default without one."""
@@ -93,14 +104,15 @@ class DatasetSource:
 class Rendered:
     """A split as tokens; `skipped` rows are longer than allowed, and left out.
 
-    `plain` are the same rows as they came, which `read` turns into conversations.
+    A row is one example, or several where each of its turns is rendered apart. `plain` are the
+    same rows as they came, which `read` turns into conversations.
     """
 
     rows: "Dataset"
     kept: Sequence[int]
     skipped: int
     plain: "Dataset"
-    read: "RowReader"
+    read: RowReader
 
     def __len__(self) -> int:
         """The rows kept."""
@@ -109,17 +121,17 @@ class Rendered:
     @cached_property
     def lengths(self) -> list[int]:
         """The tokens of each kept row."""
-        lengths = _lengths(self.rows)
+        lengths = self.rows["length"][:]
         return [lengths[place] for place in self.kept]
 
     def examples(self, places: Sequence[int]) -> "list[Example]":
         """The kept rows at these places."""
         read = self.rows[[self.kept[place] for place in places]]
-        columns = (read[name] for name in ("tokens", "weights", "bytes"))
-        return [Example(*row) for row in zip(*columns, strict=True)]
+        rows = zip(*(read[name] for name in ("tokens", "weights", "bytes")), strict=True)
+        return [Example(*one) for row in rows for one in zip(*row, strict=True)]
 
-    def conversations(self, places: Sequence[int]) -> list[list[Message]]:
-        """The kept rows at these places, as messages that end with the response."""
+    def conversations(self, places: Sequence[int]) -> list[Conversation]:
+        """The kept rows at these places."""
         rows = [self.kept[place] for place in places]
         return [self.read(self.plain[row], row) for row in rows]
 
@@ -139,11 +151,11 @@ class DatasetSplit:
         self.name, self.rows = name, rows
         self.where = f"The split {name!r} of {source.reference!r}"
         self._key: tuple[str | None, ...] = (source.files, config, name)
-        self._read = _conversation_reader(rows, self.where)
+        self._read = conversation_reader(rows, self.where)
 
     @property
-    def conversations(self) -> Iterator[list[Message]]:
-        """Each row as messages that end with the response."""
+    def conversations(self) -> Iterator[Conversation]:
+        """Each row."""
         return map(self._read, self.rows, itertools.count())
 
     @property
@@ -168,7 +180,7 @@ class DatasetSplit:
         fewer._key = (*self._key, sha256(new.tobytes()).hexdigest())
         return fewer
 
-    def render(self, connection: "Connection", max_length: int) -> Rendered:
+    def render(self, connection: "Connection", max_length: int, turns: Turns = "last") -> Rendered:
         """Tokens and weights of every row, computed once and cached; only responses are learned.
 
         Raises `DatasetError` for a row that doesn't end with a response, and where no row is
@@ -179,26 +191,34 @@ class DatasetSplit:
         read, where, renderer = self._read, self.where, connection.renderer
 
         def tokens_and_weights(row: Mapping[str, Any], place: int) -> dict[str, Any]:
-            return _tokens_and_weights(read(row, place), renderer, f"{where}, row {place}")
+            made = examples(read(row, place), renderer, turns, f"{where}, row {place}")
+            lengths = [len(one.tokens) for one in made]
+            return {
+                "tokens": [one.tokens for one in made],
+                "weights": [one.weights for one in made],
+                "bytes": [one.bytes for one in made],
+                "length": sum(lengths),
+                "longest": max(lengths),
+            }
 
+        columns = {
+            "tokens": List(List(Value("int32"))),
+            "weights": List(List(Value("float32"))),
+            "bytes": List(Value("int32")),
+            **dict.fromkeys(("length", "longest"), Value("int32")),
+        }
         model = (connection.renderer_name, connection.tokenizer_source, connection.weights)
-        fingerprint = digest([_VERSION, *self._key, *model])[:32]
+        fingerprint = digest([_VERSION, *self._key, *model, turns])[:32]
         rendered = self.rows.map(
             tokens_and_weights,
             with_indices=True,
             remove_columns=self.rows.column_names,
-            features=Features(
-                {
-                    "tokens": List(Value("int32")),
-                    "weights": List(Value("float32")),
-                    "bytes": Value("int32"),
-                }
-            ),
+            features=Features(columns),
             new_fingerprint=fingerprint,
             cache_file_name=str(cache_folder() / f"{fingerprint}.arrow"),
             desc="render",
         )
-        lengths = _lengths(rendered)
+        lengths = rendered["longest"][:]
         kept = [place for place, length in enumerate(lengths) if length <= max_length]
         if not kept:
             raise DatasetError(
@@ -265,7 +285,7 @@ def _files_digest(path: Path) -> str:
     return content.hexdigest()
 
 
-def open_splits(source: DatasetSource, settings: "TrainSettings") -> dict[str, DatasetSplit]:
+def open_splits(source: DatasetSource, settings: TrainSettings) -> dict[str, DatasetSplit]:
     """The splits "train" and, if there is one, "validation", by the names the settings give them.
 
     A validation split that was asked for by another name than the default must be there.
@@ -343,95 +363,37 @@ def _csv_columns(file: Path) -> list[str]:
     return header
 
 
-def _conversation_reader(rows: "Dataset", where: str) -> RowReader:
-    """How to turn a row into a conversation that ends with the response.
+def examples(conversation: Conversation, renderer: Any, turns: Turns, where: str) -> list[Example]:
+    """What a conversation teaches: its last assistant message, or all of them.
 
-    Supported: `messages`; `query` and `response`; `prompt` and `completion`. Each is text or
-    messages, messages may be JSON text. Raises `DatasetError` that lists the columns of `rows`;
-    what it returns raises it for a row that holds something else.
+    All of them are one example where the chat format writes a message alike as an answer and as
+    history, and else one each, which ends with it. Raises `DatasetError` for a conversation that
+    doesn't end with a response, and for one that the renderer can't hold.
     """
-    columns = rows.column_names
-    pairs = (("query", "response"), ("prompt", "completion"))
-    pair = next((pair for pair in pairs if {*pair} <= {*columns}), None)
-    if "messages" not in columns and pair is None:
-        raise DatasetError(
-            f"{where} can't be trained on: expected a column 'messages', or 'query' and "
-            f"'response', or 'prompt' and 'completion'; found {sorted(columns)}. Rename the "
-            "columns (`dataset.rename_columns`) or pick another configuration."
-        )
-    parts = (
-        (("messages", ""),)
-        if pair is None or "messages" in columns
-        else (
-            (pair[0], "user"),
-            (pair[1], "assistant"),
-        )
-    )
-    for column, _ in parts:
-        kind = str(getattr(rows.features[column], "dtype", ""))
-        if kind.startswith(("timestamp", "date", "time")):
-            raise DatasetError(
-                f"{where} can't be trained on: expected text in {column!r}; found dates, which "
-                "`datasets` doesn't keep as they are written. Save the rows as Parquet with that "
-                "column as text."
-            )
-
-    def read(row: Mapping[str, Any], number: int) -> list[Message]:
-        place = f"{where}, row {number}"
-        return [one for column, role in parts for one in _turns(row[column], role, place, column)]
-
-    return read
+    messages, tools = conversation
+    _require_responses(messages, turns, where)
+    ends = [place for place, one in enumerate(messages, 1) if one["role"] == "assistant"]
+    if turns == "all" and len(ends) > 1:
+        with suppress(DatasetError):
+            return [_example(messages, tools, renderer, _ALL, where)]
+    else:
+        ends = ends[-1:]
+    return [_example(messages[:end], tools, renderer, _LAST, where) for end in ends]
 
 
-def _turns(value: Any, role: str, where: str, column: str) -> list[Message]:
-    if isinstance(value, str) and role:
-        return [{"role": role, "content": value}]
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            value = [value]
-    if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
-        expected = "text or messages" if role else "messages, a list of role and content"
-        raise DatasetError(
-            f"{where}: expected {expected} in {column!r}; found {value!r:.200}. Convert that "
-            "column (`dataset.map`) or leave such rows out (`dataset.filter`)."
-        )
-    return [_message(one, where) for one in value]
-
-
-def _message(message: Mapping[str, Any], where: str) -> Message:
-    """Arrow fills absent keys with None, which chat renderers take for content."""
-    found: Any = {key: value for key, value in message.items() if value is not None}
-    content = found.get("content")
-    if isinstance(content, list) and all(
-        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
-    ):
-        found["content"] = "".join(part["text"] for part in content)
-    calls = found.get("tool_calls") or found.get("function_call")
-    if calls or found.get("role") not in _ROLES or not isinstance(found.get("content"), str):
-        raise DatasetError(
-            f"{where}: expected messages with a role of {_ROLES} and text as content, without "
-            f"tool calls; found {found!r:.300}. Leave such rows out (`dataset.filter`)."
-        )
-    return {key: value for key, value in found.items() if key not in _CALLS}  # type: ignore[return-value]
-
-
-def _tokens_and_weights(messages: list[Message], renderer: Any, where: str) -> dict[str, Any]:
+def _example(
+    messages: list[Message], tools: str | None, renderer: Any, learned: str, where: str
+) -> Example:
     from jinja2 import TemplateError
     from tinker_cookbook.exceptions import TinkerCookbookError
     from tinker_cookbook.renderers import TrainOnWhat
 
-    last: Mapping[str, Any] = messages[-1] if messages else {}
-    if last.get("role") != "assistant" or not last.get("content"):
-        raise DatasetError(
-            f"{where}: expected a conversation that ends with a non-empty message of the "
-            f"assistant; found {last!r}. Leave such rows out (`dataset.filter`)."
-        )
     try:
         tokens, weights = renderer.build_supervised_example(
-            messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE
+            messages, TrainOnWhat(learned), **given_tools(tools)
         )
+    except DatasetError as error:
+        raise DatasetError(f"{where}: {error}") from error
     except (TinkerCookbookError, TemplateError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(
             f"{where}: the model's chat format can't hold this conversation ({error}). Leave such "
@@ -439,19 +401,31 @@ def _tokens_and_weights(messages: list[Message], renderer: Any, where: str) -> d
         ) from error
     if not float(weights[1:].sum()) > 0:
         raise DatasetError(f"{where}: the renderer gives its response no token to learn.")
-    size = len(last["content"].encode())
-    return {"tokens": tokens.to_ints(), "weights": weights.tolist(), "bytes": size}
+    said = _responses(messages if learned == _ALL else messages[-1:])
+    size = sum(len(response_text(one).encode()) for one in said)
+    return Example(tokens.to_ints(), weights.tolist(), size)
 
 
-def _row_key(conversation: Sequence[Mapping[str, Any]]) -> int:
-    text = json.dumps(conversation, sort_keys=True, ensure_ascii=False)
+def _responses(messages: Sequence[Message]) -> list[Message]:
+    return [one for one in messages if one["role"] == "assistant"]
+
+
+def _require_responses(messages: Sequence[Message], turns: Turns, where: str) -> None:
+    last: Mapping[str, Any] = messages[-1] if messages else {}
+    empty = [one for one in _responses(messages) if not one["content"] and "tool_calls" not in one]
+    if last.get("role") != "assistant" or last in empty or (empty and turns == "all"):
+        found = empty[0] if empty and turns == "all" else last
+        raise DatasetError(
+            f"{where}: expected a conversation that ends with a message of the assistant, and no "
+            f"response that is empty; found {found!r:.300}. Leave such rows out "
+            "(`dataset.filter`)."
+        )
+
+
+def _row_key(conversation: Conversation) -> int:
+    messages, tools = conversation
+    text = json.dumps([messages, tools] if tools else messages, sort_keys=True, ensure_ascii=False)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _lengths(rendered: "Dataset") -> list[int]:
-    import pyarrow.compute as compute
-
-    return list(compute.list_value_length(rendered.data.column("tokens")).to_pylist())
 
 
 def cache_folder() -> Path:

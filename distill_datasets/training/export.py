@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,11 @@ from distill_datasets.errors import (
     RepositoryError,
 )
 from distill_datasets.files import replacing
+from distill_datasets.models.scoring import given_tools
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.cards import dataset_on_hub, model_card
+from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -37,6 +39,7 @@ _SOMEBODY_WAS_FASTER = (409, 412)
 _MOST_TRIES = 10
 _EXAMPLE_QUERY = "Hello, how are you?"
 _MAX_TOKENS = 256
+_TOOLS = "tools.json"  # those that the student is given
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def export_adapter(
         weights = _weights_folder(trained, base, Path(scratch))
         with replacing(folder) as building:
             _write(building, weights, base, trained.folder / "loss.png")
+            if tools := _tools(recipe_of(trained)):
+                (building / _TOOLS).write_text(tools + "\n", encoding="utf-8")
             (building / "README.md").write_text(card, encoding="utf-8")
     return folder
 
@@ -322,17 +327,19 @@ def student_card(
     trained: Trained, base: AdapterBase, report: Mapping[str, Any] | None, repo: str
 ) -> str:
     """The model card; of folders on this machine it says no more than their names."""
+    recipe = recipe_of(trained)
+    conversation, tools = _example(recipe), _tools(recipe)
     published = {
         "repo": repo,
         "base_model": base.hub,
         "dtype": '"auto"' if trained.student.startswith("tinker:") else "torch.float32",
-        "query": _EXAMPLE_QUERY,
+        "conversation": json.dumps(conversation),
+        "tools": _TOOLS if tools else None,
         "max_tokens": _MAX_TOKENS,
-        "template": _template(trained, base),
+        "template": _template(trained, base, conversation, tools),
         "loss": (trained.folder / "loss.png").is_file(),
         "tied": _ties_embeddings(base),
     }
-    recipe = recipe_of(trained)
     training = _public_training(trained, base, recipe)
     shown = _public_report(report, training) if report else None
     return model_card(shown, training, recipe, published=published)
@@ -379,7 +386,20 @@ def _ties_embeddings(base: AdapterBase) -> bool:
     return bool(file and json.loads(file.read_text(encoding="utf-8")).get("tie_word_embeddings"))
 
 
-def _template(trained: Trained, base: AdapterBase) -> dict[str, Any] | None:
+def _example(recipe: Recipe | None) -> list[Message]:
+    """How the student is asked: behind its own short prompt, where it has one."""
+    prompt = recipe.student_prompt if recipe else None
+    system: list[Message] = [{"role": "system", "content": prompt}] if prompt else []
+    return [*system, {"role": "user", "content": _EXAMPLE_QUERY}]
+
+
+def _tools(recipe: Recipe | None) -> str | None:
+    return recipe.student_tools if recipe else None
+
+
+def _template(
+    trained: Trained, base: AdapterBase, conversation: Sequence[Message], tools: str | None
+) -> dict[str, Any] | None:
     """How the tokenizer's own chat template has to be called to make the prompt of the training.
 
     None where it can't make it: then the renderer of the training is needed.
@@ -388,9 +408,10 @@ def _template(trained: Trained, base: AdapterBase) -> dict[str, Any] | None:
     from distill_datasets.models.renderers import open_renderer
 
     tokenizer = load_tokenizer(str(base.folder or base.hub))
-    conversation: Any = [{"role": "user", "content": _EXAMPLE_QUERY}]
+    messages: list[Any] = [dict(one) for one in conversation]
     renderer = open_renderer(trained.config["renderer"], tokenizer)
-    wanted = renderer.build_generation_prompt(conversation).to_ints()
+    wanted = renderer.build_generation_prompt(messages, **given_tools(tools)).to_ints()
+    given = {"tools": json.loads(tools)} if tools else {}
     possible: tuple[dict[str, Any], ...] = (
         {},
         {"enable_thinking": False},
@@ -398,7 +419,7 @@ def _template(trained: Trained, base: AdapterBase) -> dict[str, Any] | None:
     )
     for arguments in possible if tokenizer.chat_template else ():
         made = tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=True, return_dict=False, **arguments
+            messages, add_generation_prompt=True, return_dict=False, **given, **arguments
         )
         if list(made) == wanted:
             return arguments

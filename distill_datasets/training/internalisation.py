@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from distill_datasets.conversations import assistant_message
 from distill_datasets.errors import DatasetError
 from distill_datasets.models.scoring import likelihoods
 from distill_datasets.statistics import Bootstrap, Floats, resamples
@@ -43,24 +44,25 @@ class ReferenceLikelihoods:
 class TeacherAnswer:
     """One answer of the teacher, as two conversations that end with it.
 
-    `taught` is the prompt, the query and what the teacher said; `learned` the query alone and what
-    the student is to say.
+    `taught` is the prompt, the query and what the teacher said; `learned` what the student sees of
+    the query, and is to say. Each has its tools, as JSON text.
     """
 
     group: str
     taught: "Sequence[Message]"
     learned: "Sequence[Message]"
+    taught_tools: str | None = None
+    learned_tools: str | None = None
 
     @classmethod
     def to(cls, recipe: "Recipe", row: "Mapping[str, Any]", said: str, response: str) -> Self:
         """What was said to a row's query, and what the student is to say."""
-        taught = [*recipe.messages(row["query"]), _assistant(said)]
-        learned = [*recipe.student_messages(row["query"]), _assistant(response)]
-        return cls(row["group"], taught, learned)
-
-
-def _assistant(text: str) -> "Message":
-    return {"role": "assistant", "content": text}
+        query = row["query"]
+        part = recipe.part(query)[0]
+        calls = part.tools is not None
+        taught = [*recipe.messages(query), assistant_message(said, calls=calls)]
+        learned = [*recipe.student_messages(query), assistant_message(response, calls=calls)]
+        return cls(row["group"], taught, learned, part.tools_text, part.student_tools)
 
 
 def reference_likelihoods(
@@ -71,14 +73,19 @@ def reference_likelihoods(
     Where a recipe rewrites what the teacher says, the teacher is asked about its own words: it
     gives the answer at least that likelihood.
     """
-    without = likelihoods(base, [one.learned for one in answers], title="base's likelihood")
-    taught = likelihoods(teacher, [one.taught for one in answers], title="teacher's likelihood")
+    without = likelihoods(base, _learned(answers), title="base's likelihood")
+    asked = [(one.taught, one.taught_tools) for one in answers]
+    taught = likelihoods(teacher, asked, title="teacher's likelihood")
     return ReferenceLikelihoods(
         groups=[one.group for one in answers],
         tokens=[one.tokens for one in without],
         base=[one.nats for one in without],
         teacher=[one.nats for one in taught],
     )
+
+
+def _learned(answers: Sequence[TeacherAnswer]) -> "list[tuple[Sequence[Message], str | None]]":
+    return [(one.learned, one.learned_tools) for one in answers]
 
 
 def measure_internalisation(
@@ -90,8 +97,7 @@ def measure_internalisation(
     score is not defined; a line on standard error says why.
     """
     ends = reference_likelihoods(answers, base=connections["base"], teacher=connections["teacher"])
-    learned = [one.learned for one in answers]
-    found = likelihoods(connections["student"], learned, title="student's likelihood")
+    found = likelihoods(connections["student"], _learned(answers), title="student's likelihood")
     student = [one.nats for one in found]
     systems = {"base": ends.base, "teacher": ends.teacher, "student": student}
     try:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from distill_datasets.errors import SettingsError
 from distill_datasets.settings import check, setting
 
+Turns = Literal["last", "all"]
 VALIDATION_LOSS = "validation_loss"
 _LEAST_TTL = 3600  # seconds: Tinker takes no less
 # What may change between two runs of one training: no weight depends on it.
@@ -207,6 +208,11 @@ class TrainSettings:
     config: str | None = setting(
         None, "a configuration of the dataset", group="dataset", unset="the dataset's own"
     )
+    turns: Turns = setting(
+        "last",
+        "the assistant's turns of a conversation that are learned: the last, or all",
+        group="dataset",
+    )
     train_split: str = setting("train", "the split to train on", group="dataset")
     validation_split: str = setting("validation", "the split to measure on", group="dataset")
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
@@ -214,6 +220,16 @@ class TrainSettings:
     def __post_init__(self) -> None:
         """Refuse what can't be trained, before anything is spent."""
         check(self)
+        if self.turns == "all" and self.objective.name != "sft":
+            raise SettingsError(
+                f"The objective {self.objective.name!r} learns one response a row: expected "
+                "turns='last', or the objective 'sft'."
+            )
+        if self.turns == "all" and self.select == "internalisation":
+            raise SettingsError(
+                "select can't be internalisation with turns='all': it is a score of "
+                "one response a row."
+            )
         if self.ttl_seconds and self.ttl_seconds < _LEAST_TTL:
             raise SettingsError(
                 f"ttl_seconds must be 0 or at least {_LEAST_TTL}, an hour; found "

@@ -335,7 +335,9 @@ def _plan(
 
     _require_validation("validation" in splits, repr(source.reference), settings)
     longest = require_trainable(connection, settings)
-    rendered = {role: split.render(connection, longest) for role, split in splits.items()}
+    rendered = {
+        role: split.render(connection, longest, settings.turns) for role, split in splits.items()
+    }
     learning_rate = settings.learning_rate or default_learning_rate(connection)
     steps = plan_steps(rendered["train"].lengths, settings, learning_rate)
     kept = rendered["train"].kept
@@ -464,6 +466,7 @@ def _open_splits(
     source: DatasetSource, settings: TrainSettings, before: "Predecessor | None"
 ) -> dict[str, DatasetSplit]:
     """The splits, without rows that `before` has learned; says what the release warns of."""
+    source.require_turns(settings.turns)
     splits = open_splits(source, settings)
     if before:
         splits["train"] = splits["train"].without(before.learned)

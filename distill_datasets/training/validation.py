@@ -9,10 +9,12 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from distill_datasets.chat_rows import Conversation
+from distill_datasets.conversations import calls_text, read_calls, split_calls
 from distill_datasets.errors import (
     DatasetError,
     HubError,
@@ -106,7 +108,10 @@ def _internalised(nats: Sequence[float], ends: ReferenceLikelihoods | None) -> d
 
 
 class AccuracyValidator:
-    """The share of rows whose greedy answer is the row's response, to the letter."""
+    """The share of rows whose greedy answer is the row's response, to the letter.
+
+    Of several turns that is the last one; calls of tools are equal in any order.
+    """
 
     def __init__(self, rows: Rendered) -> None:
         """Asks for no more tokens than the longest response needs."""
@@ -132,14 +137,30 @@ class AccuracyValidator:
     async def _share(self, student: Student, path: str) -> float:
         sampler, gate = student.sampler(path), asyncio.Semaphore(_AT_ONCE)
 
-        async def right(conversation: Sequence[Message]) -> bool:
-            *asked, response = conversation
+        async def right(conversation: Conversation) -> bool:
+            *asked, response = conversation.messages
+            sampling = replace(self._sampling, tools=conversation.tools)
             async with gate:
-                reply = await sampler.sample(asked, self._sampling)
-            return reply.samples[0].text.strip() == response["content"].strip()
+                reply = await sampler.sample(asked, sampling)
+            return _same(reply.samples[0].text, response)
 
         found = await asyncio.gather(*map(right, self._conversations))
         return sum(found) / len(found)
+
+
+def _same(text: str, response: Message) -> bool:
+    """Whether a text is a response: its words, and its calls in any order."""
+    wanted = response.get("tool_calls")
+    if not wanted:
+        return text.strip() == response["content"].strip()
+    try:
+        words, calls = split_calls(text)
+    except ValueError:
+        return False
+    return (words, calls_text(calls)) == (
+        response["content"].strip(),
+        calls_text(read_calls(wanted)),
+    )
 
 
 def open_validators(

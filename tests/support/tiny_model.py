@@ -14,18 +14,32 @@ CHAT = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# With tools, and as strict as templates of large models: a key that is there is taken at its word.
+# Between the marks of a generation is what an answer is made of.
+TOOLS_CHAT = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    "<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% generation %}{% if message['role'] == 'assistant' %}{{ message['content'] }}"
+    "{% if 'tool_calls' in message %}{% for call in message['tool_calls'] %}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}{% endif %}<|im_end|>{% endif %}{% endgeneration %}"
+    "{% if message['role'] != 'assistant' %}{{ message['content'] }}<|im_end|>{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-def make_tiny_model(folder: Path) -> Path:
+def make_tiny_model(folder: Path, chat: str = CHAT) -> Path:
     """Write a model folder of about 0.2 MB; the same weights every time."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = _tokenizer()
+    tokenizer.chat_template = chat
     config = Qwen3Config(
         vocab_size=512,
         hidden_size=64,
@@ -71,8 +85,6 @@ def _tokenizer():  # noqa: ANN202 - transformers' types are imported inside only
     core.train_from_iterator(TEXT.splitlines(), trainer)
     # As in Qwen3: text to the renderers, one token to the model.
     core.add_tokens([AddedToken(text, special=False) for text in ("<think>", "</think>")])
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
-    tokenizer.chat_template = CHAT
-    return tokenizer

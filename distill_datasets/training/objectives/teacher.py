@@ -17,7 +17,7 @@ from distill_datasets.errors import DatasetError, ModelError, OutputError
 from distill_datasets.generation.ledger import find_replies
 from distill_datasets.hub.references import find_release
 from distill_datasets.models.sampler import request_digest
-from distill_datasets.models.scoring import SoftLabels, response_span
+from distill_datasets.models.scoring import SoftLabels, given_tools, response_span
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.training.objectives import TrainingTask
@@ -108,12 +108,9 @@ class TeacherPrompts:
         """The only answers, where the recipe names them."""
         return self.recipe.answer.choices
 
-    def says(self, response: str) -> bool:
+    def says(self, query: str, response: str) -> bool:
         """Whether a student's response is something that the teacher itself could have said."""
-        read = self.recipe.teacher_reader.read(response, "stop")
-        if read.answer is None:
-            return False
-        return self.recipe.write_response(response, read.answer) == response.strip()
+        return self.recipe.read(query, None, response, "stop").response == response.strip()
 
     def wordings(self, text: str) -> list[Wording]:
         """A teacher's text with each of the choices in its answer's place.
@@ -159,7 +156,7 @@ def teacher_texts(task: TrainingTask, prompts: TeacherPrompts, rows: "Dataset") 
     texts = []
     for key, query, sample, response in zip(keys, *columns, strict=True):
         samples = replies[key].samples if key in replies else ()
-        if sample >= len(samples) and not prompts.says(response):
+        if sample >= len(samples) and not prompts.says(query, response):
             raise DatasetError(
                 f"The ledger of {prompts.where!r} doesn't hold what its teacher said to "
                 f"{query[:80]!r}. Publish with the ledger; without one there is no "
@@ -172,7 +169,7 @@ def teacher_texts(task: TrainingTask, prompts: TeacherPrompts, rows: "Dataset") 
 def read_teacher_prompts(task: TrainingTask, parts: Sequence[str] = ()) -> TeacherPrompts:
     """The recipe in the release that is trained on; of a Hub dataset these `parts` are fetched.
 
-    Raises `DatasetError` where there is none.
+    Raises `DatasetError` where there is none, and where a row is more than one response.
     """
     source, reference = task.source, task.source.reference
     pinned = reference
@@ -185,7 +182,13 @@ def read_teacher_prompts(task: TrainingTask, parts: Sequence[str] = ()) -> Teach
             "recipe/recipe.yaml and recipe/prompt.md in it, as `publish` writes it. Train on that "
             "release, or with the objective 'sft', which needs no prompt."
         )
-    return TeacherPrompts(reference, release.path, load_recipe(release.path / "recipe", trust=True))
+    recipe = load_recipe(release.path / "recipe", trust=True)
+    if recipe.turns == "all":
+        raise DatasetError(
+            f"The teacher of {reference!r} answered every turn of a conversation (`turns: all`), "
+            "and can be asked about one response a row only: train with the objective 'sft'."
+        )
+    return TeacherPrompts(reference, release.path, recipe)
 
 
 def connect_teacher(
@@ -225,8 +228,9 @@ def connect_teacher(
 
 def prompt_tokens(teacher: "Connection", prompts: TeacherPrompts, query: str) -> list[int]:
     """The tokens that the teacher has read when it begins to answer."""
-    messages = [dict(message) for message in prompts.recipe.messages(query)]
-    rendered = teacher.renderer.build_generation_prompt(messages)  # type: ignore[arg-type]
+    messages: list[Any] = [dict(message) for message in prompts.recipe.messages(query)]
+    tools = given_tools(prompts.recipe.part(query)[0].tools_text)
+    rendered = teacher.renderer.build_generation_prompt(messages, **tools)
     return [int(token) for token in rendered.to_ints()]
 
 
@@ -235,7 +239,8 @@ def require_own_words(prompts: TeacherPrompts, rows: "Dataset") -> None:
 
     It would find their first word all but impossible, and teach its own instead.
     """
-    strange = [response for response in rows["response"] if not prompts.says(response)]
+    said = zip(rows["query"], rows["response"], strict=True)
+    strange = [response for query, response in said if not prompts.says(query, response)]
     if strange:
         raise DatasetError(
             f"{len(strange)} of {len(rows)} responses in {prompts.where!r} are not what its "

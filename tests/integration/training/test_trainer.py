@@ -45,7 +45,7 @@ def dataset(tmp_path: Path) -> Path:
 
 
 def tokens_of(path: Path, model: str, split: str = "train") -> list[list[int]]:
-    return list(rendered(path, model, split).rows["tokens"])
+    return [tokens for (tokens,) in rendered(path, model, split).rows["tokens"]]
 
 
 def rendered(path: Path, model: str, split: str = "train") -> Rendered:

@@ -6,15 +6,24 @@ from typing import Any
 
 import pytest
 
+from distill_datasets.chat_rows import Conversation
 from distill_datasets.errors import DatasetError
 from distill_datasets.training.data import DatasetSplit, locate, open_splits
 from distill_datasets.training.settings import TrainSettings
 
 ASKED = {"role": "user", "content": "Where is it?"}
 SAID = {"role": "assistant", "content": "Here."}
-CALL = {"type": "function", "id": "7", "function": {"name": "look", "arguments": "{}"}}
-CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 TEXT_PARTS = [{"type": "text", "text": "Where "}, {"type": "text", "text": "is it?"}]
+ARGUMENTS = '{"id": "A-1", "note": null}'
+CALL = {"id": "7", "type": "function", "function": {"name": "look", "arguments": ARGUMENTS}}
+CALLED = [
+    ASKED,
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "3", "tool_call_id": "7", "name": "look"},
+    SAID,
+]
+TOOL = {"name": "look", "parameters": {"type": "object", "properties": {}}}
+TOOLS = json.dumps([{"type": "function", "function": TOOL}])
 
 
 def split(file: Path) -> DatasetSplit:
@@ -33,6 +42,13 @@ READ = {
     "parts": {"messages": [{**ASKED, "content": TEXT_PARTS}, SAID]},
     "no calls": {"messages": [ASKED, {**SAID, "tool_calls": []}]},
     "null keys": {"messages": [{**ASKED, "name": None}, {**SAID, "tool_calls": None}]},
+    "other keys": {"messages": [{**ASKED, "id": 4}, {**SAID, "weight": 1.0, "lang": "en"}]},
+    "ShareGPT": {
+        "conversations": [
+            {"from": "human", "value": "Where is it?"},
+            {"from": "gpt", "value": "Here."},
+        ]
+    },
     "mixed": {"prompt": [ASKED], "completion": "Here."},
     "both": {"messages": [ASKED, SAID], "prompt": "else", "completion": "else"},
 }
@@ -40,21 +56,73 @@ READ = {
 
 @pytest.mark.parametrize("case", READ)
 def test_what_people_have_is_read_as_a_conversation(case: str, tmp_path: Path) -> None:
-    assert list(split(jsonl(tmp_path, READ[case])).conversations) == [[ASKED, SAID]]
+    found = list(split(jsonl(tmp_path, READ[case])).conversations)
+    assert found == [Conversation([ASKED, SAID])]
+
+
+def as_object(message: dict[str, Any]) -> dict[str, Any]:
+    """With its arguments as an object and no words, as many datasets write a call."""
+    if "tool_calls" not in message:
+        return message
+    call = {**CALL, "function": {"name": "look", "arguments": json.loads(ARGUMENTS)}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+@pytest.mark.parametrize("form", [lambda one: one, as_object])
+def test_calls_and_their_results_are_part_of_a_conversation(form: Any, tmp_path: Path) -> None:
+    rows = jsonl(tmp_path, {"messages": list(map(form, CALLED))})
+    assert list(split(rows).conversations) == [Conversation(CALLED)]
+
+
+def test_keys_that_a_column_of_fixed_keys_fills_in_are_left_out(tmp_path: Path) -> None:
+    """In such a table every call has the arguments, and every tool the properties, of all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def called(name: str) -> dict[str, Any]:
+        calls = [{"function": {"name": "look", "arguments": {name: "A-1"}}}]
+        answer = {"role": "assistant", "content": None, "tool_calls": calls}
+        return {"messages": [ASKED, answer], "tools": [tool(name)]}
+
+    def tool(name: str) -> dict[str, Any]:
+        return {"name": "look", "parameters": {"properties": {name: {"type": "string"}}}}
+
+    table = pa.Table.from_pylist([called("id"), called("city")])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    read = list(split(tmp_path).conversations)
+    made = [one.messages[-1]["tool_calls"][0]["function"]["arguments"] for one in read]
+    assert made == ['{"id": "A-1"}', '{"city": "A-1"}']
+    given = [json.loads(one.tools or "")[0]["function"] for one in read]
+    assert given == [tool("id"), tool("city")]
+
+
+@pytest.mark.parametrize(
+    "given", [TOOLS, json.loads(TOOLS), [TOOL], json.dumps([TOOL]), [json.dumps(TOOL)], TOOL]
+)
+def test_tools_come_as_text_or_as_a_list(given: Any, tmp_path: Path) -> None:
+    rows = jsonl(tmp_path, {"messages": [ASKED, SAID], "tools": given})
+    assert [one.tools for one in split(rows).conversations] == [TOOLS]
+
+
+@pytest.mark.parametrize("given", [None, "", "[]", []])
+def test_a_row_without_tools_has_none(given: Any, tmp_path: Path) -> None:
+    rows = jsonl(tmp_path, {"messages": [ASKED, SAID], "tools": given})
+    assert [one.tools for one in split(rows).conversations] == [None]
 
 
 REFUSED = {
-    "a tool call": {"messages": [ASKED, CALLED]},
-    "a tool call before": {"messages": [ASKED, CALLED, {"role": "tool", "content": "3"}, SAID]},
     "null content": {"messages": [{**ASKED, "content": None}, SAID]},
-    "a role that is none": {"messages": [{**ASKED, "role": "human"}, SAID]},
+    "a role that is none": {"messages": [{**ASKED, "role": "narrator"}, SAID]},
     "an image": {"messages": [{**ASKED, "content": [{"type": "image_url", "url": "x"}]}, SAID]},
+    "a call of a user": {"messages": [{**ASKED, "tool_calls": [CALL]}, SAID]},
+    "a call without a name": {"messages": [ASKED, {**SAID, "tool_calls": [{"id": "7"}]}]},
     "a message that is text": {"messages": ["Where is it?", "Here."]},
-    "text that is no JSON": {"messages": "Where is it?"},
     "JSON that is no list": {"messages": '{"role": "user"}'},
+    "no messages": {"messages": []},
     "a null response": {"query": "Where?", "response": None},
     "a number": {"query": "Where?", "response": 7},
     "a list": {"prompt": "Where?", "completion": ["Here."]},
+    "tools without a name": {"messages": [ASKED, SAID], "tools": [{"look": "up"}]},
 }
 
 
@@ -63,15 +131,29 @@ def test_what_can_not_be_trained_is_one_sentence_with_file_and_row(
     case: str, tmp_path: Path
 ) -> None:
     file = jsonl(tmp_path, REFUSED[case])
-    with pytest.raises(DatasetError, match=r"rows.jsonl', row 0: expected .*; found "):
+    with pytest.raises(DatasetError, match=r"rows.jsonl', row 0: .*: expected .*[,;] found "):
         list(split(file).conversations)
+
+
+@pytest.mark.parametrize("text", ["Where is it?", "[" * 100_000])
+def test_text_that_is_no_json_is_refused_as_messages(text: str, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"rows.jsonl', row 0: 'messages': "):
+        list(split(jsonl(tmp_path, {"messages": text})).conversations)
 
 
 def test_the_row_is_counted_from_the_first(tmp_path: Path) -> None:
     good = {"messages": [ASKED, SAID]}
     file = jsonl(tmp_path, good, good, {"messages": [ASKED, {**SAID, "content": None}]})
-    with pytest.raises(DatasetError, match="row 2: expected messages"):
+    with pytest.raises(DatasetError, match="row 2: 'messages': expected text"):
         list(split(file).conversations)
+
+
+def test_rows_are_known_by_what_they_say_and_their_tools(tmp_path: Path) -> None:
+    row = {"messages": [ASKED, SAID]}
+    rows = [{**row, "tools": None}, {**row, "tools": TOOLS}, {**row, "tools": "[]"}]
+    bare, equipped, empty = split(jsonl(tmp_path, *rows)).keys
+    assert bare == empty != equipped
+    assert bare == split(jsonl(tmp_path, row)).keys[0] == 6580064235470280240  # as it always was
 
 
 def csv(folder: Path, text: str | bytes) -> Path:
@@ -86,17 +168,17 @@ def csv(folder: Path, text: str | bytes) -> Path:
 def test_a_csv_files_fields_are_text_as_written(code: str, tmp_path: Path) -> None:
     for rows in (csv(tmp_path, f"query,response\nWhere?,{code}\n"), tmp_path):
         (conversation,) = split(rows).conversations
-        assert conversation[1]["content"] == code
+        assert conversation.messages[1]["content"] == code
 
 
 def test_quoted_fields_hold_commas_quotes_and_lines(tmp_path: Path) -> None:
     (conversation,) = split(csv(tmp_path, 'query,response\n"a, ""b""\nc",d\n')).conversations
-    assert [one["content"] for one in conversation] == ['a, "b"\nc', "d"]
+    assert [one["content"] for one in conversation.messages] == ['a, "b"\nc', "d"]
 
 
 def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path: Path) -> None:
     (conversation,) = split(csv(tmp_path, "\ufeffquery,response\na,b\n")).conversations
-    assert conversation[0]["content"] == "a"
+    assert conversation.messages[0]["content"] == "a"
 
 
 @pytest.mark.parametrize(
