@@ -26,6 +26,7 @@ from distill_datasets.generation.estimate import (
     token_counter,
     total,
 )
+from distill_datasets.generation.examples import most_answers
 from distill_datasets.generation.ledger import ledger_digests
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.run import select_queries
@@ -365,6 +366,12 @@ def _notes(recipe: Recipe, plan: _Plan, sampled: Sequence[SampledRow]) -> Iterat
         )
         if recipe.judge:
             yield "What the judge would be asked is not in it: --sample shows that too."
+    if chosen := most_answers(recipe):
+        yield (
+            f"Choosing the examples takes up to {chosen:,} answers more, of which those of the "
+            "development rows with the choice are used again; the prompt tokens are those of the "
+            "first examples in the file."
+        )
     failed = [one.problem for one in sampled if one.text is None]
     if failed:
         yield f"{len(failed)} of {len(sampled)} sampled rows failed: {failed[0]}"

@@ -18,6 +18,7 @@ from distill_datasets.files import one_writer, replacing
 from distill_datasets.generation.batch_api import buy_in_batches
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient
+from distill_datasets.generation.examples import choose_examples
 from distill_datasets.generation.ledger import (
     JournaledRows,
     raw_answers,
@@ -90,6 +91,10 @@ def generate(
     release = recipe if settings.ledger and not isinstance(recipe, Recipe) else None
     teachers = open_teachers(recipe, teacher, trust=settings.trust, **settings.opening)
     folder = share.folder(out) if share else Path(out)
+    found = None
+    if teachers.recipe.examples and teachers.recipe.examples.choose:
+        with one_writer(folder, "run"):
+            teachers, found = choose_examples(teachers, folder / "journal.sqlite", settings, meter)
     fingerprint = _fingerprint(teachers, settings.limit, share)
     if meter is None and (summary := _finished(folder, fingerprint, settings)):
         return _generated(folder, summary)
@@ -104,6 +109,8 @@ def generate(
             rows = _answer(queries, teachers, journal, settings, meter, building / ROWS_FILE)
             summary = _summary(teachers, rows, journal, meter)
         summary["fingerprint"] = fingerprint
+        if found is not None:
+            summary["examples"] = found
         summary["first_token"] = summary["first_token"] if settings.stream else None
         if verified and "from_ledger" in summary:
             summary["from_ledger"]["verified"] = verified

@@ -9,6 +9,7 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 from distill_datasets.conversations import calls_text, read_calls, read_messages, to_text
 from distill_datasets.errors import RecipeError
@@ -134,9 +135,13 @@ def _read(recipe: Recipe) -> Iterator[Columns]:
         write["query"] = _conversation
     number = 0
     for rows in chain([first], pieces):
-        yield {
-            role: _texts(rows, name, role, number, write.get(role)) for role, name in names.items()
-        }
+        yield _without_examples(
+            recipe,
+            {
+                role: _texts(rows, name, role, number, write.get(role))
+                for role, name in names.items()
+            },
+        )
         number += len(rows)
 
 
@@ -155,6 +160,16 @@ def _behind(handle: str, member: Recipe, columns: Columns) -> Columns:
             split or ("train" if member.split.same_rows else member.split.of(own))
         )
     return found
+
+
+def _without_examples(recipe: Recipe, columns: Columns) -> Columns:
+    """Rows that are no examples: a student that is tested on what the prompt shows learns it."""
+    if not (examples := recipe.example_queries):
+        return columns
+    kept = [place for place, query in enumerate(columns["query"]) if query not in examples]
+    if left := len(columns["query"]) - len(kept):
+        warn(f"{left} queries are examples of the prompt, and left out of the rows.", stacklevel=2)
+    return {name: [values[place] for place in kept] for name, values in columns.items()}
 
 
 def _own_name(query: str) -> str:

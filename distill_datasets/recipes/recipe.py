@@ -379,8 +379,28 @@ class Recipe(Section):
         """The examples as turns before the query."""
         if self.examples is None:
             return []
-        found = read_examples(self.folder / self.examples.file, calls=self.tools is not None)
-        return list(chain.from_iterable(found))
+        known, rows = self.all_examples, self.examples.rows
+        if rows and max(rows) > len(known):
+            raise RecipeError(
+                f"examples.rows names row {max(rows)}, and {self.examples.file!r} has {len(known)}."
+            )
+        chosen = [known[row - 1] for row in rows] if rows else known[: self.examples.choose]
+        return list(chain.from_iterable(chosen))
+
+    @cached_property
+    def all_examples(self) -> list[list[Message]]:
+        """The turns of each example in the file, whether it is chosen or not."""
+        if self.examples is None:
+            return []
+        return read_examples(self.folder / self.examples.file, calls=self.tools is not None)
+
+    @cached_property
+    def example_queries(self) -> frozenset[str]:
+        """The examples' queries, none of which is a row's."""
+        asked = [turns[:-1] for turns in self.all_examples]
+        return frozenset(
+            to_text(turns) if self.holds_conversations else turns[-1]["content"] for turns in asked
+        )
 
     @cached_property
     def tools_text(self) -> str | None:

@@ -213,11 +213,29 @@ class Examples(Section):
 
     file: FileName
     """A file in the recipe's folder, with the columns `query` (or `messages`) and `response`."""
+    rows: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """The places of the rows to take, from 1, in the order in which they shall stand."""
+    choose: Annotated[int, Field(ge=1)] | None = None
+    """How many of the rows to take: which, and in which order, is found by trying."""
+    by: Literal["development"] | None = None
+    """What the choice is tried on: the rows of the split `validation` that have references."""
+    trials: Annotated[int, Field(ge=2, le=1_000)] = 16
+    """The most choices that are tried."""
 
     @model_validator(mode="before")
     @classmethod
     def _by_name(cls, given: Any) -> Any:
         return {"file": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.choose is None) != (self.by is None):
+            raise ValueError("choose and by go together: {choose: 4, by: development}")
+        if self.rows is not None and self.choose is not None:
+            raise ValueError("name one of rows (the choice) and choose (to have it found)")
+        if self.rows is not None and (not self.rows or len({*self.rows}) < len(self.rows)):
+            raise ValueError("rows names each row once, and at least one")
+        return self
 
 
 class StudentView(Section):

@@ -107,9 +107,7 @@ def _arguments(
     for one in parameters:
         if one.get("in") == "cookie" or "name" not in one:
             continue
-        inner = one.get("schema") or next(iter((one.get("content") or {}).values()), {}).get(
-            "schema"
-        )
+        inner = one.get("schema") or _first(one.get("content")).get("schema")
         schema = inner or {k: v for k, v in one.items() if k in _SIMPLE}
         name = "body" if one.get("in") == "body" else str(one["name"])
         properties[name] = _described(resolve.schema(schema), one.get("description"))

@@ -1,0 +1,154 @@
+"""Which examples stand before a recipe's queries, and in which order: found on development rows."""
+
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill_datasets.errors import RecipeError, RejectedError
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.client import CachedClient, outcome, run_in_thread
+from distill_datasets.generation.pricing import Meter
+from distill_datasets.generation.settings import GenerateSettings
+from distill_datasets.generation.teachers import Teachers
+from distill_datasets.progress import Progress
+from distill_datasets.recipes.queries import load_queries
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.sections import Examples
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Choice = tuple[int, ...]  # places in the file of examples, from 1
+
+_MOST_ROWS = 60  # of development, that one choice is tried on
+_FIRST_ROWS = 15  # that every choice is tried on; only the best go on
+_FINALISTS = 4
+
+
+def development_rows(recipe: Recipe) -> "Dataset":
+    """The rows that a choice is tried on; raises `RecipeError` where there are none.
+
+    They are of the split `validation`, and have references: never of `test`.
+    """
+    queries = load_queries(recipe)
+    rows = queries.filter(
+        lambda row: row["split"] == "validation" and row["reference"] is not None,
+        load_from_cache_file=False,
+        keep_in_memory=True,
+    )
+    if not len(rows):
+        raise RecipeError(
+            "examples.choose needs development rows: expected queries of the split `validation` "
+            "with a reference, found none. Add references, give `validation` a share under "
+            "`split:`, or name the examples yourself with `rows:`."
+        )
+    return rows.select(range(min(_MOST_ROWS, len(rows))))
+
+
+def choices(examples: Examples, available: int) -> list[Choice]:
+    """What is tried: the first examples as they stand in the file, then drawn ones, each once."""
+    wanted = examples.choose or 0
+    if wanted > available:
+        raise RecipeError(
+            f"examples.choose is {wanted}, and {examples.file!r} has {available} examples."
+        )
+    draw = random.Random(f"{examples.file} {wanted} {available}")
+    found = [tuple(range(1, wanted + 1))]
+    for _ in range(20 * examples.trials):  # where few differ, fewer are tried
+        one = tuple(draw.sample(range(1, available + 1), wanted))
+        if one not in found and len(found) < examples.trials:
+            found.append(one)
+    return found
+
+
+def choose_examples(
+    teachers: Teachers, journal: Path, settings: GenerateSettings, meter: Meter | None
+) -> tuple[Teachers, dict[str, Any]]:
+    """Teachers whose recipe has the best of the choices tried, and what was found.
+
+    Every choice answers the first development rows, and the best of them, with the file's own
+    order, answer all. A choice's score is the share of rows whose answer is the reference; of
+    equals the earlier is kept. Every answer is journaled: another call asks for nothing, and the
+    rows of the split `validation` are not paid again.
+    """
+    recipe = teachers.recipe
+    assert recipe.examples is not None
+    rows = development_rows(recipe)
+    tried = choices(recipe.examples, len(recipe.all_examples))
+    with (
+        Journal(journal) as kept,
+        Progress("choose examples", most_answers(recipe), meter=meter) as progress,
+    ):
+        client = CachedClient(kept, progress, limits=settings.limits, meter=meter)
+
+        async def right(some: Sequence[Choice], part: Sequence[int]) -> dict[Choice, int]:
+            return {
+                one: await _right(_with(teachers, one), client, rows.select(part)) for one in some
+            }
+
+        async def search() -> dict[Choice, float]:
+            few = min(_FIRST_ROWS, len(rows))
+            first = await right(tried, range(few))
+            best = sorted(tried, key=lambda one: -first[one])[:_FINALISTS]
+            rest = await right([*dict.fromkeys([tried[0], *best])], range(few, len(rows)))
+            return {one: (first[one] + more) / len(rows) for one, more in rest.items()}
+
+        found = run_in_thread(search, stop=client.stop)
+    chosen = max(found, key=found.__getitem__)
+    facts = {
+        "chosen": list(chosen),
+        "tried": len(tried),
+        "rows": len(rows),
+        "score": found[chosen],
+        "score_in_the_files_order": found[tried[0]],
+        "answers": _answers(len(tried), len(found), len(rows)),
+    }
+    print(
+        f"examples: {list(chosen)} of {len(recipe.all_examples)}: {found[chosen]:.3f} of "
+        f"{len(rows)} development rows right, {found[tried[0]]:.3f} in the file's order "
+        f"({len(tried)} choices tried)",
+        file=sys.stderr,
+    )
+    return _with(teachers, chosen), facts
+
+
+def _answers(tried: int, finalists: int, rows: int) -> int:
+    first = min(_FIRST_ROWS, rows)
+    return tried * first + finalists * (rows - first)
+
+
+def most_answers(recipe: Recipe) -> int:
+    """The most answers that choosing a recipe's examples takes; 0 where none are chosen."""
+    if recipe.examples is None or recipe.examples.choose is None:
+        return 0
+    tried = choices(recipe.examples, len(recipe.all_examples))
+    finalists = min(len(tried), _FINALISTS + 1)
+    return _answers(len(tried), finalists, len(development_rows(recipe)))
+
+
+def _with(teachers: Teachers, choice: Choice) -> Teachers:
+    recipe = teachers.recipe
+    assert recipe.examples is not None
+    recipe = recipe.replace(examples=Examples(file=recipe.examples.file, rows=choice))
+    members = tuple(replace(one, messages=recipe.messages) for one in teachers.members)
+    return replace(teachers, recipe=recipe, members=members)
+
+
+async def _right(teachers: Teachers, client: CachedClient, rows: "Dataset") -> int:
+    """How many rows are answered rightly; what the provider rejects for good is wrong."""
+    from asyncio import gather
+
+    async def right(query: str, reference: str) -> bool:
+        found = await outcome(teachers.answer(query, client, reference))
+        client.progress.advance(1)
+        if isinstance(found, Exception):
+            if not isinstance(found, RejectedError):
+                raise found  # a choice is not worse because a server was away
+            return False
+        return bool(found[0].get("answer") == reference)
+
+    pairs = zip(rows["query"], rows["reference"], strict=True)
+    return sum(await gather(*(right(*pair) for pair in pairs)))
