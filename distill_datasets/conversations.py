@@ -38,15 +38,24 @@ class Call(NamedTuple):
         return json.dumps(said, ensure_ascii=False)
 
 
-def write_calls(content: str, calls: Iterable[Call]) -> str:
-    """A response's words and its calls as one text; `split_calls` reads it."""
-    blocks = [f"{_OPEN}\n{call.text}\n{_CLOSE}" for call in calls]
+def write_calls(content: str, calls: Iterable[Call | str]) -> str:
+    """A response's words and its calls as one text; `split_calls` reads it.
+
+    A call that can't be read stands as the text that it is, and `split_calls` raises for it.
+    """
+    blocks = [_block(call if isinstance(call, str) else call.text) for call in calls]
     return "\n".join([content.rstrip(), *blocks] if content.strip() else blocks)
+
+
+def _block(text: str) -> str:
+    for mark in (_OPEN, _CLOSE):  # inside of a JSON string, where an escape is the same text
+        text = text.replace(mark, f"\\u003c{mark[1:]}")
+    return f"{_OPEN}\n{text}\n{_CLOSE}"
 
 
 def split_calls(text: str) -> tuple[str, list[Call]]:
     """The words and the calls of a response; raises `ValueError` for a call that can't be read."""
-    calls = [_call(json.loads(block, strict=False)) for block in _BLOCK.findall(text)]
+    calls = [_call(_json(block)) for block in _BLOCK.findall(text)]
     content = _BLOCK.sub("", text)
     if _OPEN in content or _CLOSE in content:
         raise ValueError("a tool call without its beginning or end")
@@ -61,12 +70,19 @@ def _call(said: Any) -> Call:
         raise ValueError(f"expected a call with a name, found {json.dumps(said)[:200]}")
     arguments = said.get("arguments", said.get("parameters"))
     if isinstance(arguments, str):
-        arguments = json.loads(arguments, strict=False) if arguments.strip() else {}
+        arguments = _json(arguments) if arguments.strip() else {}
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping):
         raise ValueError(f"expected arguments by name, found {json.dumps(arguments)[:200]}")
     return Call(said["name"], arguments)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text, strict=False)
+    except RecursionError as error:
+        raise ValueError("expected JSON of fewer levels") from error
 
 
 def calls_text(calls: Iterable[Call]) -> str:
@@ -120,6 +136,27 @@ def assistant_message(response: str, *, calls: bool, first: int = 1) -> Message:
     if made:
         message["tool_calls"] = tool_calls(made, first=first)
     return message
+
+
+def linked(messages: Sequence[Message]) -> list[Message]:
+    """Messages in which each answer of a tool names its call's id and tool, as formats want them.
+
+    Where it names none it answers the call that has none yet, in the calls' order.
+    """
+    found: list[Message] = []
+    waiting: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            waiting = list(message.get("tool_calls") or ())
+        elif message["role"] == "tool" and waiting:
+            id = message.get("tool_call_id")
+            call = next((one for one in waiting if id in (None, one.get("id"))), None)
+            if call is not None:
+                waiting.remove(call)
+                said: Any = {"tool_call_id": call.get("id"), "name": call["function"]["name"]}
+                message = {**said, **message}
+        found.append(message)
+    return found
 
 
 def response_text(message: Mapping[str, Any]) -> str:

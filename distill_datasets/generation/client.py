@@ -27,7 +27,7 @@ from distill_datasets.errors import (
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits, RateLimit, Ticket
-from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
+from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest, request_parts
 from distill_datasets.progress import Progress
 from distill_datasets.schema import Message
 
@@ -223,7 +223,9 @@ class CachedClient:
         """One attempt, in its place within the budget and the limit of the sampler."""
         limit, meter = self.limits.of(sampler.identity), self.meter
         async with meter.room(sampler, messages, sampling) if meter else nullcontext():
-            ticket = await limit.enter(_estimate(messages) if self.limits.tokens_per_minute else 0)
+            ticket = await limit.enter(
+                _estimate(messages, sampling) if self.limits.tokens_per_minute else 0
+            )
             with ExitStack() as unanswered:
                 unanswered.callback(limit.fail, ticket)
                 try:
@@ -412,5 +414,6 @@ def _finish(waiting: "asyncio.Future[None]") -> None:
         waiting.set_result(None)
 
 
-def _estimate(messages: Sequence[Message]) -> float:
-    return sum(len(message["content"]) for message in messages) / _CHARACTERS
+def _estimate(messages: Sequence[Message], sampling: Sampling) -> float:
+    texts, written = request_parts(messages, sampling)
+    return sum(map(len, [*texts, *written])) / _CHARACTERS

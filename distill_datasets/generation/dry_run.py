@@ -282,7 +282,9 @@ class _RowClient:
         known = self.shared.journal.entry(key) is not None
         reply = await self.shared.sample(sampler, messages, sampling)
         expected = key in self.expected
-        self.made.append(SampledRequest(sampler, size_of(messages), reply, not known, expected))
+        self.made.append(
+            SampledRequest(sampler, size_of(messages, sampling), reply, not known, expected)
+        )
         return reply
 
 

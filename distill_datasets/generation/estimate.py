@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 
 from distill_datasets.generation.pricing import Prices
-from distill_datasets.models.sampler import Reply, Sampler, Sampling
+from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_parts
 from distill_datasets.schema import Message
 
 # A token of UTF-8 text has about four bytes; from code and rare scripts to English prose it has
@@ -91,9 +91,10 @@ class SampledRequest:
         return self.reply.response_tokens or 0
 
 
-def size_of(messages: Sequence[Message]) -> int:
-    """Bytes of the texts."""
-    return sum(len(message["content"].encode()) for message in messages)
+def size_of(messages: Sequence[Message], sampling: Sampling) -> int:
+    """Bytes of what a request has a model read."""
+    texts, written = request_parts(messages, sampling)
+    return sum(len(text.encode()) for text in [*texts, *written])
 
 
 @dataclass
@@ -109,13 +110,13 @@ class PlannedRequests:
 
     def add(self, messages: Sequence[Message], sampling: Sampling, *, count: bool) -> None:
         """One request more, its tokens counted where the model has a tokenizer here."""
-        size = size_of(messages)
+        size = size_of(messages, sampling)
         self.requests += 1
         self.size += size
         self.samples += sampling.n
         self.most_tokens += sampling.n * sampling.max_tokens
         if count and (counter := token_counter(self.sampler)):
-            self.counted.append((size, counter(messages)))
+            self.counted.append((size, counter(messages, sampling)))
 
     def prompt(self, made: Sequence[SampledRequest]) -> tuple[Span, str]:
         """The prompts' tokens, and how they are known."""
@@ -195,7 +196,7 @@ def disk_bytes(
     return Span(fixed + 3 * texts.low, expected, fixed + 3 * texts.high)
 
 
-def token_counter(sampler: Sampler) -> Callable[[Sequence[Message]], int] | None:
+def token_counter(sampler: Sampler) -> Callable[[Sequence[Message], Sampling], int] | None:
     """How a sampler's prompts are counted here, as its server would; None where nothing can.
 
     Takes the chat format and the tokenizer of its connection; nothing is downloaded for others.
@@ -204,8 +205,8 @@ def token_counter(sampler: Sampler) -> Callable[[Sequence[Message]], int] | None
     if connection is None:
         return None
 
-    def count(messages: Sequence[Message]) -> int:
-        prompt = connection.renderer.build_generation_prompt([dict(one) for one in messages])
+    def count(messages: Sequence[Message], sampling: Sampling) -> int:
+        prompt = connection.renderer.build_generation_prompt(messages, tools=sampling.tools)
         return int(prompt.length)
 
     return count

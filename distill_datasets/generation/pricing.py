@@ -15,7 +15,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from distill_datasets.errors import BudgetReached, PriceError, nearest
 from distill_datasets.generation.cache import Journal
-from distill_datasets.models.sampler import Reply, Sampler, Sampling
+from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_parts
 from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ _PER = 1_000_000  # prices are for so many tokens
 _STATED = "USD"  # what providers state costs in
 _ROUNDING = 1 + 1e-9
 _FRAME = 16  # tokens that a chat format puts around a message
+_CATALOGUE = 1000  # and around its tools
+_JSON = 3  # times as many bytes as it may have elsewhere
 _SEPARATORS = ("/", "@", " ", "|")  # between a reference and what else an identity names
 
 
@@ -219,8 +221,11 @@ class Meter:
         """The most that a request can cost, where the price file says so."""
         if self.budget is None or self.prices is None:
             return None
-        # No tokenizer makes more tokens than bytes; a chat format adds a few to a message.
-        prompt = sum(len(message["content"].encode()) + _FRAME for message in messages)
+        # No tokenizer makes more tokens than bytes; a chat format adds a few to a message, says
+        # what tools are, and may write JSON with blanks and escapes.
+        texts, written = request_parts(messages, sampling)
+        prompt = sum(len(text.encode()) + _FRAME for text in texts)
+        prompt += sum(_JSON * len(text.encode()) + _CATALOGUE for text in written)
         return self.prices.of(model).of(prompt, 0, sampling.n * sampling.max_tokens)
 
     def _fits(self, model: str, most: float | None) -> bool:

@@ -25,9 +25,8 @@ from distill_datasets.models.tinker_sdk import (
 )
 
 if TYPE_CHECKING:
-    from tinker_cookbook.renderers import Renderer
-
     from distill_datasets.embedded.process import Server
+    from distill_datasets.models.renderers import TextRenderer
 
 _TEMPLATE = "distill_datasets/chat_template"
 _SERVERS: dict[str, "Server"] = {}
@@ -91,7 +90,7 @@ class Connection:
             ) from error
 
     @cached_property
-    def renderer(self) -> "Renderer":
+    def renderer(self) -> "TextRenderer":
         """The renderer, by its name; raises `ModelError` where the model can't be rendered for."""
         from distill_datasets.models.renderers import open_renderer
 

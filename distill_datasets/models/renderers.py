@@ -1,47 +1,50 @@
 """Renders chats to tokens: by the Tinker Cookbook, or by a model's own chat template.
 
 With each of them a text stays text: a control token of the chat format that is written in a
-message is encoded as the characters that it is made of.
+message, an argument of a call, or a description of a tool is encoded as the characters that it is
+made of.
 """
 
 import copy
+import json
 import re
 import secrets
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import count
 from typing import Any, cast
 
 import tinker
 import torch
-from jinja2 import TemplateError
 from tinker_cookbook.exceptions import TinkerCookbookError
 from tinker_cookbook.renderers import (
-    Message,
-    ParseTermination,
-    RenderContext,
     Renderer,
+    ToolCall,
     TrainOnWhat,
     ensure_text,
     get_renderer,
-    register_renderer,
+    get_text_content,
 )
-from tinker_cookbook.renderers.base import RenderedMessage
 
-from distill_datasets.errors import DatasetError, ModelError
+from distill_datasets.conversations import (
+    Call,
+    linked,
+    read_calls,
+    split_calls,
+    tool_calls,
+    write_calls,
+)
+from distill_datasets.errors import ModelError
+from distill_datasets.models.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
+from distill_datasets.models.chat_turns import marked, several_turns
 from distill_datasets.models.sampler import split_thoughts
+from distill_datasets.models.tool_words import in_words
 
-CHAT_TEMPLATE = "distill_datasets/chat_template"
-_PROBE = "distill_datasets_probe"
 _THOUGHTS = ("<think>", "</think>")  # a message may hold thoughts, which these are around
-_NO_SYSTEM = (
-    "This model's chat template has no system role ({reason}), so the prompt can't be said in one: "
-    "put prompt and query into one message, with {{{{ query }}}} in prompt.md, or name a renderer "
-    "that has one (`renderer:` or --renderer)."
-)
 
 
-def open_renderer(name: str, tokenizer: Any) -> Renderer:
-    """A renderer of the cookbook, or the chat template's, that takes messages as text.
+def open_renderer(name: str, tokenizer: Any) -> "TextRenderer":
+    """A renderer of the cookbook, or the chat template's, that takes messages in OpenAI's form.
 
     Raises `ModelError` for an unknown name, and for a tokenizer that the renderer can't use.
     """
@@ -52,7 +55,7 @@ def open_renderer(name: str, tokenizer: Any) -> Renderer:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"Unknown renderer {name!r}: {error}") from error
-    return cast(Renderer, _TextRenderer(renderer, encoder))
+    return TextRenderer(renderer, encoder)
 
 
 class TextTokenizer:
@@ -64,8 +67,9 @@ class TextTokenizer:
         marks = [str(token) for token in added.values() if getattr(token, "special", False)]
         found = sorted({*marks} - {*_THOUGHTS}, key=len, reverse=True)
         self._controls = re.compile("|".join(map(re.escape, found))) if found else None
-        # Nobody can write this into a query: it is another one in each process.
-        self._mark = f"\ufdd0{secrets.token_hex(8)}\ufdd1"
+        # Nobody can write this into a query: it is another one in each process. JSON has it as
+        # it is, since formats write calls and tools so.
+        self._mark = f"x{secrets.token_hex(16)}x"
 
     def protect(self, text: str) -> str:
         """A text in which `encode` recognises control tokens as written by somebody."""
@@ -121,22 +125,119 @@ class _ContentTokenizer:
         return getattr(self._backend, name)
 
 
-class _TextRenderer:
-    """A renderer whose messages are protected on their way in."""
+class TextRenderer:
+    """A renderer whose messages are OpenAI's, with calls and tools, and protected on their way in.
+
+    Tools are told in the format's own way where it has one, else in words; see `in_words`.
+    """
 
     def __init__(self, renderer: Renderer, encoder: TextTokenizer) -> None:
+        """Use `open_renderer`."""
         self._renderer, self._encoder = renderer, encoder
 
-    def build_generation_prompt(self, messages: Sequence[Any], *given: Any, **named: Any) -> Any:
-        return self._renderer.build_generation_prompt(self._protected(messages), *given, **named)
+    def build_generation_prompt(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: str | None = None
+    ) -> tinker.ModelInput:
+        """The tokens that ask for the next message; `tools` is JSON text of a list."""
+        return self._renderer.build_generation_prompt(self.conversation(messages, tools))
 
-    def build_supervised_example(self, messages: Sequence[Any], *given: Any, **named: Any) -> Any:
-        return self._renderer.build_supervised_example(self._protected(messages), *given, **named)
+    def build_supervised_example(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        train_on_what: TrainOnWhat = TrainOnWhat.LAST_ASSISTANT_MESSAGE,
+        *,
+        tools: str | None = None,
+    ) -> tuple[tinker.ModelInput, torch.Tensor]:
+        """Tokens, and how much each is learned, as `Renderer.build_supervised_example` gives them.
 
-    def _protected(self, messages: Sequence[Any]) -> list[Any]:
-        return [{**message, "content": self._text(message["content"])} for message in messages]
+        Of several messages that are learned, each stands after the very tokens that ask for it;
+        raises `DatasetError` where the format writes it otherwise once it is followed by others.
+        """
+        if train_on_what is TrainOnWhat.LAST_ASSISTANT_MESSAGE:
+            conversation = self.conversation(messages, tools)
+            return self._renderer.build_supervised_example(conversation, train_on_what)
+        learned = self.conversation(marked(messages, train_on_what), tools)
+        return several_turns(self._renderer, learned)
 
-    def _text(self, content: Any) -> Any:
+    def conversation(self, messages: Sequence[Mapping[str, Any]], tools: str | None) -> list[Any]:
+        """Messages in the cookbook's form, with what tells a model of its tools."""
+        ids, number = dict[str, str](), count()
+        given = [self._message(message, ids, number) for message in linked(cast(Any, messages))]
+        catalogue = self._protected(_specifications(tools))
+        if not catalogue and not any(
+            message["role"] == "tool" or "tool_calls" in message for message in given
+        ):
+            return given
+        if not self._has_tools:
+            has_system = getattr(self._renderer, "has_system", True)
+            return in_words(given, catalogue, has_system=has_system)
+        if not catalogue:
+            return given
+        leads = given[0]["role"] == "system"
+        prompt = ensure_text(given[0]["content"]) if leads else ""
+        before = self._renderer.create_conversation_prefix_with_tools(catalogue, prompt)
+        return [*before, *given[leads:]]
+
+    def read_response(self, tokens: Sequence[int]) -> tuple[str, str | None]:
+        """A sampled message's text, calls as `write_calls` has them, and the thoughts before it.
+
+        Calls that can't be read are kept as they were said, and `split_calls` raises for them.
+        """
+        message, _ = self._renderer.parse_response(list(tokens))
+        text, reasoning = get_text_content(message), _thoughts(message["content"])
+        unread = message.get("unparsed_tool_calls")
+        calls = read_calls([one.model_dump() for one in message.get("tool_calls") or ()])
+        if not calls and not unread:
+            return text, reasoning
+        said = self._said(tokens)
+        try:
+            found = split_calls(said)[1]
+        except ValueError:
+            return said if unread else write_calls(text, calls), reasoning
+        if found and (unread or found == calls):
+            return said, reasoning
+        return write_calls(text, [json.dumps(said)] if unread else calls), reasoning
+
+    def _said(self, tokens: Sequence[int]) -> str:
+        """A response as it came, without thoughts before it and the token that ended it."""
+        ended = tokens[-1:] and tokens[-1] in self._renderer.get_stop_sequences()
+        text = str(self._renderer.tokenizer.decode(list(tokens[:-1] if ended else tokens)))
+        return split_thoughts(text)[1]
+
+    @cached_property
+    def _has_tools(self) -> bool:
+        """Whether the chat format has a way of its own to tell of tools and calls."""
+        probe: Any = {"name": "a", "description": "", "parameters": {}}
+        try:
+            self._renderer.create_conversation_prefix_with_tools([probe])
+        except NotImplementedError:
+            return False
+        return True
+
+    def _message(
+        self, message: Mapping[str, Any], ids: dict[str, str], number: Iterator[int]
+    ) -> dict[str, Any]:
+        """A message in the cookbook's form, in which a call's id says its tool and number.
+
+        Kimi's format has a tool's name nowhere else, and no other format shows an id.
+        """
+        found = {key: value for key, value in message.items() if value is not None}
+        if id := found.get("tool_call_id"):
+            found["tool_call_id"] = self._encoder.protect(ids.get(id, id))
+        if name := found.get("name"):
+            found["name"] = self._encoder.protect(name)
+        found["content"] = self._content(message["content"])
+        if not (given := found.pop("tool_calls", None)):
+            return found
+        calls = read_calls(given)
+        protected = tool_calls(Call(*self._protected([*call])) for call in calls)
+        for call, made, one in zip(calls, protected, given, strict=True):
+            id = f"functions.{call.name}:{next(number)}"
+            ids[str(one.get("id"))], made["id"] = id, self._encoder.protect(id)
+        found["tool_calls"] = [ToolCall.model_validate(made) for made in protected]
+        return found
+
+    def _content(self, content: Any) -> Any:
         if isinstance(content, str):
             return self._encoder.protect(content)
         return [
@@ -147,119 +248,28 @@ class _TextRenderer:
             for part in content
         ]
 
+    def _protected(self, value: Any) -> Any:
+        """A JSON value whose texts, names too, are protected."""
+        if isinstance(value, str):
+            return self._encoder.protect(value)
+        if isinstance(value, Mapping):
+            return {self._protected(key): self._protected(one) for key, one in value.items()}
+        return [self._protected(one) for one in value] if isinstance(value, list) else value
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._renderer, name)
 
 
-class ChatTemplateRenderer(Renderer):
-    """Renders with the tokenizer's own template; only a last assistant message can be trained.
-
-    A response ends as the template ends it, which may be another token than the tokenizer's end
-    of text.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        """Raises `ModelError` for a tokenizer without a chat template or an end."""
-        super().__init__(tokenizer)
-        if not getattr(tokenizer, "chat_template", None):
-            raise ModelError(
-                "This model's tokenizer has no chat template: name a renderer (`renderer:` or "
-                "--renderer), for example 'role_colon', or use a model that was made for chats."
-            )
-        self._has_system: bool | None = None
-        self._end = self._find_end()
-
-    def get_stop_sequences(self) -> list[int]:  # noqa: D102 (the base class documents it)
-        end_of_text = self.tokenizer.eos_token_id
-        return list(dict.fromkeys([self._end, self._end if end_of_text is None else end_of_text]))
-
-    def build_generation_prompt(  # noqa: D102
-        self, messages: list[Message], role: str = "assistant", prefill: str | None = None
-    ) -> tinker.ModelInput:
-        tokens = self._tokens(messages)
-        if prefill:
-            tokens += self.tokenizer.encode(prefill, add_special_tokens=False)
-        return tinker.ModelInput.from_ints(tokens)
-
-    def build_supervised_example(  # noqa: D102
-        self,
-        messages: list[Message],
-        train_on_what: TrainOnWhat = TrainOnWhat.LAST_ASSISTANT_MESSAGE,
-    ) -> tuple[tinker.ModelInput, torch.Tensor]:
-        if train_on_what is not TrainOnWhat.LAST_ASSISTANT_MESSAGE:
-            raise ValueError(
-                f"The renderer {CHAT_TEMPLATE} trains the last assistant message only, not "
-                f"{train_on_what}."
-            )
-        asked = self._tokens(messages[:-1])
-        text = ensure_text(messages[-1]["content"])
-        answered = [*self.tokenizer.encode(text, add_special_tokens=False), self._end]
-        weights = torch.tensor([0.0] * len(asked) + [1.0] * len(answered))
-        return tinker.ModelInput.from_ints(asked + answered), weights
-
-    def parse_response(self, response: list[int]) -> tuple[Message, ParseTermination]:  # noqa: D102
-        ended = bool(response) and response[-1] in self.get_stop_sequences()
-        said = str(self.tokenizer.decode(response[:-1] if ended else response))
-        thoughts, text = split_thoughts(said)
-        content: Any = text
-        if thoughts:
-            content = [{"type": "thinking", "thinking": thoughts}, {"type": "text", "text": text}]
-        message = Message(role="assistant", content=content)
-        return message, ParseTermination.EOS if ended else ParseTermination.MALFORMED
-
-    def render_message(self, message: Message, ctx: RenderContext) -> RenderedMessage:
-        """Templates render whole conversations, not single messages."""
-        raise NotImplementedError(f"The renderer {CHAT_TEMPLATE} renders whole conversations only.")
-
-    def _tokens(self, messages: Sequence[Any]) -> list[int]:
-        """The prompt for the next message."""
-        if any(message["role"] == "system" for message in messages):
-            self._require_system()
-        try:
-            text = self._rendered(messages)
-        except TemplateError as error:
-            roles = [message["role"] for message in messages]
-            raise DatasetError(
-                f"This model's chat template refuses a conversation of {roles}: {error}. Bring "
-                "the messages into the order that it expects, or name another renderer."
-            ) from error
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def _rendered(self, messages: Sequence[Any], *, ask: bool = True) -> str:
-        given: Any = list(messages)
-        return str(
-            self.tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=ask)
-        )
-
-    def _require_system(self) -> None:
-        """Raises `ModelError` where the template refuses a system message, or leaves it out."""
-        if self._has_system:
-            return
-        probe = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "a"}]
-        try:
-            self._has_system = _PROBE in self._rendered(probe)
-        except TemplateError as error:
-            raise ModelError(_NO_SYSTEM.format(reason=error)) from error
-        if not self._has_system:
-            raise ModelError(_NO_SYSTEM.format(reason="it leaves such a message out"))
-
-    def _find_end(self) -> int:
-        """The control token with which the template ends an answer, else the end of text."""
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
-        after = ""
-        with suppress(TemplateError):  # as one raises that only asks
-            after = self._rendered(probe, ask=False).rpartition(_PROBE)[2]
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        tokens = self.tokenizer.encode(after, add_special_tokens=False) if after else []
-        end = next((token for token in tokens if token in added), self.tokenizer.eos_token_id)
-        if end is None:
-            raise ModelError(
-                "This model's tokenizer names no token that ends an answer, and its chat template "
-                "writes none: set `eos_token` in tokenizer_config.json, or name a renderer."
-            )
-        return int(end)
+def _thoughts(content: Any) -> str | None:
+    """What a thinking model said before its answer."""
+    parts = [] if isinstance(content, str) else content
+    return "".join(part["thinking"] for part in parts if part["type"] == "thinking") or None
 
 
-register_renderer(CHAT_TEMPLATE, lambda tokenizer, _: ChatTemplateRenderer(tokenizer))
+def _specifications(tools: str | None) -> list[Any]:
+    """Tools as the cookbook has them: each with a name, a description and parameters."""
+    nothing = {"description": "", "parameters": {"type": "object", "properties": {}}}
+    found = [tool["function"] for tool in json.loads(tools or "[]")]
+    return [tool | {name: nothing[name] for name in nothing if name not in tool} for tool in found]

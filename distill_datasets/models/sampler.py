@@ -213,6 +213,13 @@ def _said(sampling: Sampling) -> Mapping[str, Any]:
     return _without(asdict(sampling), unused)
 
 
+def request_parts(messages: Sequence[Message], sampling: Sampling) -> tuple[list[str], list[str]]:
+    """What a request has a model read: texts, and JSON (earlier calls, and the tools)."""
+    calls = [call["function"] for message in messages for call in message.get("tool_calls") or ()]
+    written = [json.dumps(call, ensure_ascii=False) for call in calls]
+    return [message["content"] for message in messages], [*written, *filter(None, [sampling.tools])]
+
+
 def split_thoughts(text: str) -> tuple[str | None, str]:
     """The reasoning and the answer of a text that begins with `<think>…</think>`.
 
@@ -252,7 +259,8 @@ class Echo:
         """Repeat the last message through the template, `n` times."""
         self.calls += 1
         await asyncio.sleep(self.delay)
-        words = sum(len(message["content"].split()) for message in messages)
+        texts, written = request_parts(messages, sampling)
+        words = sum(len(text.split()) for text in [*texts, *written])
         text = self.template.replace("{text}", messages[-1]["content"])
         sample = Sample(text, "stop", len(text.split()) + 1)
         return Reply((sample,) * sampling.n, Usage(words, 0))

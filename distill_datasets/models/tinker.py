@@ -1,6 +1,7 @@
 """Samples from Tinker, and from every server of its protocol, such as the one in embedded/."""
 
 import asyncio
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,24 +48,24 @@ class Prompts:
     """
 
     def __init__(self, renderer: Any) -> None:
-        """`renderer` is one of the cookbook's."""
+        """`renderer` is one that `open_renderer` opens."""
         self._renderer = renderer
         self._known: dict[tuple[Any, ...], _Surroundings | None] = {}
         self._encoder = getattr(renderer.tokenizer, "backend_tokenizer", None)
         self._controls = frozenset(_control_ids(renderer.tokenizer))
         self._by_lines = self._encoder is not None and _splits_at_lines(self._encoder)
 
-    def tokens(self, messages: Sequence[Message]) -> list[int]:
+    def tokens(self, messages: Sequence[Message], tools: str | None = None) -> list[int]:
         """The prompt that asks for the next message."""
         *before, last = messages
         content = last["content"]
-        key = (last["role"], *((one["role"], one["content"]) for one in before))
+        key = (tools, *map(_shape, before), *_shape({**last, "content": ""}))
         around = self._known.get(key)
         # Renderers may strip blanks; control tokens in a text may mean something to them.
         own = None if around is None or _blank_at_an_end(content) else self._text(around, content)
         if around is not None and own is not None and around.verified >= _VERIFIED:
             return [*around.head, *own, *around.tail]
-        rendered = self._render(messages)
+        rendered = self._render(messages, tools)
         whole = [token for chunk in rendered for token in chunk]
         if key not in self._known and len(self._known) < _MOST_SHAPES:
             self._known[key] = self._learn(rendered, content)
@@ -77,8 +78,8 @@ class Prompts:
         if not equal:
             self._known[key] = None
 
-    def _render(self, messages: Sequence[Message]) -> list[list[int]]:
-        prompt = self._renderer.build_generation_prompt([dict(message) for message in messages])
+    def _render(self, messages: Sequence[Message], tools: str | None) -> list[list[int]]:
+        prompt = self._renderer.build_generation_prompt(messages, tools=tools)
         return [list(chunk.tokens) for chunk in prompt.chunks]
 
     def _learn(self, chunks: Sequence[list[int]], content: str) -> _Surroundings | None:
@@ -130,6 +131,12 @@ class Prompts:
         assert self._encoder is not None
         ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
         return ids
+
+
+def _shape(message: Message) -> tuple[Any, ...]:
+    """All of a message, as a key: calls have their own, and answers of tools name theirs."""
+    rest = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return message["role"], message["content"], json.dumps(rest) if rest else ""
 
 
 def _blank_at_an_end(content: str) -> bool:
@@ -226,7 +233,7 @@ class TinkerSampler:
                 f"{self.model!r} takes no further settings: expected a recipe without "
                 f"`sampling.extra`, found {sampling.extra}."
             )
-        tokens = self._prompts.tokens(messages)
+        tokens = self._prompts.tokens(messages, sampling.tools)
         try:
             with self._standing.request(), sdk.explained(self.model), sdk.classified():
                 request = self.client.sample(
@@ -254,17 +261,14 @@ class TinkerSampler:
         )
 
     def _read(self, sequence: Any, sampling: Sampling) -> Sample:
-        from tinker_cookbook.renderers import get_text_content
-
-        message, _ = self.connection.renderer.parse_response(sequence.tokens)
-        text = get_text_content(message)
+        text, reasoning = self.connection.renderer.read_response(sequence.tokens)
         ends = [place for stop in sampling.stop if (place := text.find(stop)) >= 0]
         cut_off = not ends and sequence.stop_reason == "length"
         return Sample(
             text[: min(ends)] if ends else text,
             "length" if cut_off else "stop",
             len(sequence.tokens),
-            reasoning=_reasoning(message),
+            reasoning=reasoning,
             logprobs=None if sampling.top_logprobs is None else _logprobs(sequence),
         )
 
@@ -273,14 +277,6 @@ def _model_input(tokens: list[int]) -> tinker.ModelInput:
     """Not validated: a thousand numbers that are known to be numbers."""
     chunk = tinker.EncodedTextChunk.model_construct(tokens=tokens, type="encoded_text")
     return tinker.ModelInput.model_construct(chunks=[chunk])
-
-
-def _reasoning(message: Any) -> str | None:
-    """What a thinking model said before its answer."""
-    content = message["content"]
-    if isinstance(content, str):
-        return None
-    return "".join(part["thinking"] for part in content if part["type"] == "thinking") or None
 
 
 def _logprobs(sequence: Any) -> Logprobs:

@@ -1,7 +1,8 @@
 """A small OpenAI-compatible server on this machine: what it serves, what it saw, what goes wrong.
 
 It answers with the last message. Prompts carry the knobs, so that tests need no other channel:
-a `Fault` strikes the requests whose last message holds its text.
+a `Fault` strikes the requests whose last message holds its text, and where a request has tools a
+line `call NAME {"its": "arguments"}` of the last message is a call.
 """
 
 from __future__ import annotations
@@ -171,11 +172,17 @@ class OpenAIServer:
         if body["model"] not in KNOWN:
             said = f"The model `{body['model']}` does not exist"
             return 404, {"error": {"message": said, "code": "model_not_found"}}
-        text = self.answer.text.replace("{text}", body["messages"][-1]["content"])
+        text, calls = self.answer.text.replace("{text}", body["messages"][-1]["content"]), []
+        if body.get("tools"):
+            text, calls = called(text)
         count = 1 if "n" in self.answer.ignores else body.get("n", 1)
         choices = [self._choice(index, text, body) for index in range(count)]
+        for choice in choices if calls else ():
+            choice["message"] |= {"content": text or None, "tool_calls": calls}
+            choice["finish_reason"] = self.answer.finish_reason or "tool_calls"
+        said = [turn["content"] or "" for turn in body["messages"]]
         usage = {
-            "prompt_tokens": sum(len(turn["content"].split()) for turn in body["messages"]),
+            "prompt_tokens": sum(len(one.split()) for one in said),
             "completion_tokens": sum(len(words(text)) + 1 for _ in choices),
             **self.answer.usage,
         }
@@ -208,11 +215,14 @@ class OpenAIServer:
             message = {**choice["message"], "content": ""}
             lines.append({"index": choice["index"], "delta": message, "finish_reason": None})
             places = (choice.get("logprobs") or {}).get("content")
-            for place, word in enumerate(words(choice["message"]["content"])):
+            message.pop("tool_calls", None)
+            for place, word in enumerate(words(choice["message"]["content"] or "")):
                 part = {"index": choice["index"], "delta": {"content": word}}
                 if places:
                     part["logprobs"] = {"content": [places[place]]}
                 lines.append(part)
+            pieces = in_turns(choice["message"].get("tool_calls") or ())
+            lines += [{"index": choice["index"], "delta": {"tool_calls": [one]}} for one in pieces]
             lines.append({"index": choice["index"], "delta": {}, **only(choice, "finish_reason")})
         chunks = [{"object": "chat.completion.chunk", "choices": [line]} for line in lines]
         if "usage" in completion:
@@ -232,6 +242,28 @@ def words(text: str) -> list[str]:
     """The server's tokens: a word with the space before it."""
     first, *rest = text.split(" ")
     return [first, *(f" {word}" for word in rest)]
+
+
+def called(text: str) -> tuple[str, list[dict[str, Any]]]:
+    """The words of a text, and the calls that its other lines ask for."""
+    lines = text.split("\n")
+    asked = [line.split(" ", 2) for line in lines if line.startswith("call ")]
+    calls = [
+        {"id": f"call_{n}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for n, (_, name, arguments) in enumerate(asked)
+    ]
+    return "\n".join(line for line in lines if not line.startswith("call ")), calls
+
+
+def in_turns(calls: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Streamed pieces of calls: their beginnings, then a few characters of each in turn."""
+    for index, call in enumerate(calls):
+        yield {**call, "index": index, "function": {**call["function"], "arguments": ""}}
+    texts = [call["function"]["arguments"] for call in calls]
+    for start in range(0, max(map(len, texts), default=0), 5):
+        for index, text in enumerate(texts):
+            if piece := text[start : start + 5]:
+                yield {"index": index, "function": {"arguments": piece}}
 
 
 def likely(word: str, tops: int) -> dict[str, Any]:

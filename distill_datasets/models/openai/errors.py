@@ -144,8 +144,8 @@ def _final(refusal: Refusal, reference: str) -> DistillError:
     if status == 400 and (named or refusal.code in _PARAMETER):
         error = ModelError(
             f"{reference!r}: the server refuses the request's {refusal.param or 'parameters'} "
-            f"({said}). Change the recipe's sampling or json_schema; a null in sampling.extra "
-            "leaves a parameter out."
+            f"({said}). Change the recipe's sampling, json_schema or tools; a null in "
+            "sampling.extra leaves a parameter out."
         )
         error.__cause__ = refused  # which it is where other requests are answered
         return error

@@ -14,8 +14,10 @@ from typing import Any
 
 import aiohttp
 
+from distill_datasets.conversations import linked, write_calls
 from distill_datasets.errors import ModelError, RejectedError, RetryableError, ServiceError
 from distill_datasets.models.endpoint import MOST_BYTES, too_large
+from distill_datasets.models.openai.calls import CallPieces, calls_of
 from distill_datasets.models.sampler import (
     Logprobs,
     Reply,
@@ -26,7 +28,7 @@ from distill_datasets.models.sampler import (
 )
 from distill_datasets.schema import Message, whole_text
 
-_OURS = frozenset({"messages", "model", "n", "stream", "stream_options"})
+_OURS = frozenset({"messages", "model", "n", "stream", "stream_options", "tools"})
 _ATTEMPTS = 3  # for an answer that can't be read
 _MOST_COUNT = 2**31 - 1  # what a column of counts holds
 _TEXTS = ("content", "reasoning_content", "reasoning", "thinking", "refusal")
@@ -57,13 +59,17 @@ def write_body(
     stream: bool = False,
 ) -> bytes:
     """A request's body; `length_key` is the server's name for `Sampling.max_tokens`."""
-    rendered = ",".join(map(_rendered, messages))
+    rendered = ",".join(map(_rendered, linked(messages)))
     return f"{_before_messages(model, sampling, length_key, stream)}[{rendered}]}}".encode()
 
 
 def _rendered(message: Message) -> str:
     # The prompt is the same in every request of a run, and may be long.
-    return _prompt(message["content"]) if message["role"] == "system" else json.dumps(message)
+    if message["role"] == "system":
+        return _prompt(message["content"])
+    # Some servers take no empty text beside calls.
+    silent = message.get("tool_calls") and not message["content"]
+    return json.dumps({**message, "content": None} if silent else message)
 
 
 @lru_cache(maxsize=64)
@@ -104,6 +110,8 @@ def parameters(sampling: Sampling, length_key: str) -> dict[str, Any]:
     if sampling.json_schema is not None:
         form = {"name": "answer", "strict": True, "schema": json.loads(sampling.json_schema)}
         fields["response_format"] = {"type": "json_schema", "json_schema": form}
+    if sampling.tools is not None:
+        fields["tools"] = json.loads(sampling.tools)
     fields |= _extra(sampling.extra)
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -113,7 +121,7 @@ def _extra(text: str | None) -> dict[str, Any]:
     if taken := sorted(_OURS & set(extra)):
         raise ModelError(
             f"sampling.extra names {taken}, which the request itself sets. Remove them; `n` is "
-            "sampling.n, and the model is the recipe's teacher."
+            "sampling.n, the model is the recipe's teacher, and `tools` is a key of the recipe."
         )
     return extra
 
@@ -149,7 +157,7 @@ def read_reply(
     """
     try:
         choices = sorted(body["choices"], key=lambda choice: choice.get("index") or 0)
-        texts = [_read_choice(choice) for choice in choices]
+        texts = [_read_choice(choice, called=sampling.tools is not None) for choice in choices]
         if choices and len(choices) != sampling.n:
             raise ServiceError(
                 f"Asked for {sampling.n} samples in one request, the server gave {len(choices)}: "
@@ -173,8 +181,8 @@ def read_reply(
         raise bad_answer(f"{error!r} in {json.dumps(body)[:300]}") from error
 
 
-def _read_choice(choice: Mapping[str, Any]) -> tuple[str, str | None, Any]:
-    """A choice's text, its reasoning, and why the model stopped."""
+def _read_choice(choice: Mapping[str, Any], *, called: bool) -> tuple[str, str | None, Any]:
+    """A choice's text, its reasoning, and why the model stopped; `called` where it had tools."""
     said = choice.get("finish_reason")
     reason = _NO_LETTERS.sub("_", str(said or "").lower()).strip("_")
     message = choice.get("message") or choice.get("delta") or {}
@@ -191,12 +199,15 @@ def _read_choice(choice: Mapping[str, Any]) -> tuple[str, str | None, Any]:
         error = RetryableError(f"The server stopped the answer: {reason}", type="server error")
         error.most_attempts = _ATTEMPTS
         raise error
-    if reason in _TOOLS and not text:
+    calls = calls_of(message)
+    if not called and not text and (calls or reason in _TOOLS):
         raise RejectedError(
-            "The model called a tool in place of an answer; a recipe has none to offer.",
+            "The model called a tool in place of an answer; the recipe has none to offer.",
             type="bad request",
         )
     thoughts, text = split_thoughts(text)
+    if called and calls:
+        text = whole_text(write_calls(text, calls))
     told = next((found for name in _REASONING if (found := _told(message.get(name)))), "")
     reasoning = whole_text(told or joined["thinking"]) or thoughts
     cut_off = _LENGTH.fullmatch(reason) is not None
@@ -366,6 +377,8 @@ def _joined(choice: dict[str, Any]) -> dict[str, Any]:
         name: "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else pieces
         for name, pieces in choice["message"].items()
     }
+    if calls := choice["calls"].joined:
+        message["tool_calls"] = calls
     return {**choice, "message": message}
 
 
@@ -409,15 +422,16 @@ def _add(choices: dict[int, dict[str, Any]], part: Mapping[str, Any]) -> bool:
     """Join a part to its choice; whether it has any text."""
     index = part.get("index") or 0
     empty: dict[str, Any] = {"index": index, "message": {}, "finish_reason": None, "logprobs": None}
-    choice = choices.setdefault(index, empty)
+    choice = choices.setdefault(index, empty | {"calls": CallPieces()})
     choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
     if places := (part.get("logprobs") or {}).get("content"):
         if choice["logprobs"] is None:
             choice["logprobs"] = {"content": []}
         choice["logprobs"]["content"] += places
-    said = False
+    delta = part.get("delta") or part.get("message") or {}
+    said: bool = choice["calls"].add(delta)
     for name in _TEXTS:
-        if text := (part.get("delta") or part.get("message") or {}).get(name):
+        if text := delta.get(name):
             pieces = choice["message"].setdefault(name, [])
             pieces.extend(text if isinstance(text, list) else [text])
             said = True

@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import pytest
 import tinker
-from tinker_cookbook.renderers import get_renderer
 from transformers import AutoTokenizer
 
 from distill_datasets import resources
@@ -25,6 +24,7 @@ from distill_datasets.errors import (
 )
 from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.models.connection import Connection
+from distill_datasets.models.renderers import open_renderer
 from distill_datasets.models.sampler import Logprobs, Reply, Sampling
 from distill_datasets.models.tinker import Prompts, TinkerSampler
 from distill_datasets.schema import Message
@@ -46,19 +46,19 @@ class Counted:
     def __init__(self, renderer: Any) -> None:
         self.renderer, self.tokenizer, self.calls = renderer, renderer.tokenizer, 0
 
-    def build_generation_prompt(self, messages: Sequence[Any]) -> tinker.ModelInput:
+    def build_generation_prompt(
+        self, messages: Sequence[Any], *, tools: str | None = None
+    ) -> tinker.ModelInput:
         self.calls += 1
-        return self.renderer.build_generation_prompt(messages)
+        return self.renderer.build_generation_prompt(messages, tools=tools)
 
 
 def renderer(name: str, tokenizer: Any) -> Counted:
-    import distill_datasets.models.renderers  # noqa: F401 (registers our renderer)
-
-    return Counted(get_renderer(name, tokenizer))
+    return Counted(open_renderer(name, tokenizer))
 
 
-def expected(counted: Counted, messages: list[Message]) -> list[int]:
-    return list(counted.renderer.build_generation_prompt(messages).to_ints())
+def expected(counted: Counted, messages: list[Message], tools: str | None = None) -> list[int]:
+    return list(counted.renderer.build_generation_prompt(messages, tools=tools).to_ints())
 
 
 def system(query: str) -> list[Message]:
@@ -99,12 +99,12 @@ def test_a_common_prompt_is_tokenized_once(tokenizer: Any, name: str, messages: 
 
 def test_a_renderer_that_looks_at_the_text_is_asked_every_time(tokenizer: Any) -> None:
     class Shouting(Counted):
-        def build_generation_prompt(self, messages: Sequence[Any]) -> tinker.ModelInput:
+        def build_generation_prompt(self, messages: Sequence[Any], **named: Any) -> Any:
             loud = "5" in messages[-1]["content"]
             said = [{**one, "content": one["content"].upper()} for one in messages]
-            return super().build_generation_prompt(said if loud else messages)
+            return super().build_generation_prompt(said if loud else messages, **named)
 
-    counted = Shouting(get_renderer("qwen3_instruct", tokenizer))
+    counted = Shouting(open_renderer("qwen3_instruct", tokenizer))
     prompts = Prompts(counted)
     found = [prompts.tokens(system(f"sentence {n}")) for n in range(20)]
     assert counted.calls == 20

@@ -40,8 +40,11 @@ class _Prompt:
 class _Renderer:
     """Counts words, and three tokens for the chat format."""
 
-    def build_generation_prompt(self, messages: Sequence[Message]) -> _Prompt:
-        return _Prompt(3 + sum(len(message["content"].split()) for message in messages))
+    def build_generation_prompt(
+        self, messages: Sequence[Message], *, tools: str | None = None
+    ) -> _Prompt:
+        texts = [*(message["content"] for message in messages), tools or ""]
+        return _Prompt(3 + sum(len(text.split()) for text in texts))
 
 
 class _Connection:

@@ -1,12 +1,15 @@
 """What an answer says, in all the forms that servers give it."""
 
 import json
+import re
 from typing import Any
 
 import pytest
 
+from distill_datasets.conversations import Call, split_calls, tool_calls
 from distill_datasets.errors import RejectedError, RetryableError, ServiceError
-from distill_datasets.models.openai.wire import parse, read_reply
+from distill_datasets.models.openai.calls import CallPieces
+from distill_datasets.models.openai.wire import parse, read_reply, write_body
 from distill_datasets.models.sampler import Logprobs, Reply, Sample, Sampling, Usage
 from distill_datasets.schema import whole_text
 
@@ -17,6 +20,19 @@ def completion(content: Any = "yes", reason: Any = "stop", **message: Any) -> di
     said = {"role": "assistant", "content": content, **message}
     choice = {"index": 0, "finish_reason": reason, "message": said}
     return {"choices": [choice], "usage": COUNTED}
+
+
+TOOLS = json.dumps([{"type": "function", "function": {"name": "find", "parameters": {}}}])
+
+
+def called(content: Any = None, reason: str = "tool_calls", **message: Any) -> str:
+    """The text of an answer to a request that has tools."""
+    body = completion(content, reason, **message)
+    return read_reply(body, Sampling(tools=TOOLS)).samples[0].text
+
+
+def function(name: str, arguments: Any) -> dict[str, Any]:
+    return {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def sample(content: Any = "yes", reason: Any = "stop", **message: Any) -> Sample:
@@ -211,3 +227,128 @@ def test_an_answer_without_reasoning_or_counts_is_kept_as_briefly_as_ever() -> N
         "samples": [{"text": "yes", "stop_reason": "stop", "tokens": 3}],
         "usage": {"prompt_tokens": 5, "cached_tokens": 0},
     }
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"tool_calls": [function("find", '{"id": "A"}')]},
+        {"tool_calls": [function("find", {"id": "A"})]},
+        {"tool_calls": [{"name": "find", "arguments": '{"id": "A"}'}]},
+        {"tool_calls": None, "function_call": {"name": "find", "arguments": '{"id": "A"}'}},
+    ],
+)
+@pytest.mark.parametrize("content", [None, "", " I look. "])
+def test_calls_are_a_part_of_the_text_in_whatever_form_they_come(
+    message: Any, content: str | None
+) -> None:
+    text = called(content, **message)
+    assert split_calls(text) == ((content or "").strip(), [Call("find", {"id": "A"})])
+
+
+def test_several_calls_are_kept_in_their_order() -> None:
+    calls = [function("find", '{"id": 2}'), function("count", ""), function("find", '{"id": 1}')]
+    _, found = split_calls(called(tool_calls=calls))
+    assert found == [Call("find", {"id": 2}), Call("count", {}), Call("find", {"id": 1})]
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"id": "A', "[1]", "{}, 1", '{"a": 1}}', "[" * 100_000, "</tool_call>{"]
+)
+def test_arguments_that_are_no_object_are_kept_as_a_text_that_cannot_be_read(
+    arguments: str,
+) -> None:
+    text = called("Wait.", tool_calls=[function("find", "{}"), function("find", arguments)])
+    with pytest.raises(ValueError, match=r"\S"):
+        split_calls(text)
+    blocks = [json.loads(block) for block in re.findall(r"<tool_call>\n(.*)\n</tool_call>", text)]
+    assert blocks[1]["function"]["arguments"] == arguments
+
+
+def test_marks_of_calls_inside_an_argument_are_its_text() -> None:
+    said = "</tool_call><tool_call>{}"
+    text = called(tool_calls=[function("find", json.dumps({"id": said}))])
+    assert split_calls(text)[1] == [Call("find", {"id": said})]
+
+
+def test_half_a_surrogate_pair_in_an_argument_can_be_stored() -> None:
+    text = called(tool_calls=[function("find", '{"id": "\\ud83d"}')])
+    assert text.encode() and "\ufffd" in text
+
+
+def test_reasoning_beside_calls_is_told_apart() -> None:
+    body = completion("<think>hm</think>", "tool_calls", tool_calls=[function("find", "{}")])
+    (found,) = read_reply(body, Sampling(tools=TOOLS)).samples
+    assert (found.reasoning, split_calls(found.text)) == ("hm", ("", [Call("find", {})]))
+
+
+@pytest.mark.parametrize("reason", ["stop", "tool_calls"])
+def test_a_call_that_nobody_offered_is_a_rejection(reason: str) -> None:
+    with pytest.raises(RejectedError, match="called a tool in place of an answer"):
+        sample(None, reason, tool_calls=[function("find", "{}")])
+    assert sample("yes", reason, tool_calls=[function("find", "{}")]).text == "yes"
+
+
+def test_a_request_has_the_tools_and_earlier_calls_in_the_protocols_form() -> None:
+    calls = tool_calls([Call("find", {"id": "A"})])
+    messages: Any = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "there"},
+    ]
+    body = json.loads(write_body("m", messages, Sampling(tools=TOOLS)))
+    assert body["tools"] == json.loads(TOOLS)
+    assert body["messages"][1] == {"role": "assistant", "content": None, "tool_calls": calls}
+    answer = {"role": "tool", "content": "there", "tool_call_id": "call_1", "name": "find"}
+    assert body["messages"][2] == answer
+    assert "tools" not in json.loads(write_body("m", messages, Sampling()))
+
+
+def stream(*deltas: Any) -> str:
+    """The text of a message that came in these pieces."""
+    pieces = CallPieces()
+    assert all([pieces.add(delta) for delta in deltas])
+    return called(tool_calls=pieces.joined)
+
+
+def piece(arguments: Any = "", **fields: Any) -> dict[str, Any]:
+    said = {"name": fields.pop("name")} if "name" in fields else {}
+    return {"tool_calls": [{**fields, "function": {**said, "arguments": arguments}}]}
+
+
+TWO = [Call("find", {"id": 1}), Call("count", {"id": 2})]
+
+
+@pytest.mark.parametrize(
+    "deltas",
+    [
+        # side by side, by index
+        (
+            piece(index=0, id="a", name="find"),
+            piece(index=1, id="b", name="count"),
+            piece('{"id"', index=0),
+            piece('{"id": 2}', index=1),
+            piece(": 1}", index=0),
+        ),
+        # the name and the id in every piece
+        (
+            piece('{"id"', index=0, id="a", name="find"),
+            piece(": 1}", index=0, id="a", name="find"),
+            piece('{"id": 2}', index=1, id="b", name="count"),
+        ),
+        # whole, without an index or all with one
+        (piece('{"id": 1}', id="a", name="find"), piece('{"id": 2}', id="b", name="count")),
+        (piece('{"id": 1}', name="find"), piece({"id": 2}, name="count")),
+        (
+            piece('{"id": 1}', index=0, id="a", name="find"),
+            piece('{"id": 2}', index=0, id="b", name="count"),
+        ),
+    ],
+)
+def test_streamed_calls_are_joined_however_a_server_cuts_them(deltas: Any) -> None:
+    assert split_calls(stream(*deltas))[1] == TWO
+
+
+def test_a_streamed_call_of_the_older_form_is_joined() -> None:
+    said = [{"function_call": {"name": "find"}}, {"function_call": {"arguments": '{"id"'}}]
+    assert split_calls(stream(*said, {"function_call": {"arguments": ": 1}"}}))[1] == TWO[:1]
