@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from time import monotonic
 from typing import Any, NamedTuple, NoReturn
 
@@ -126,7 +126,7 @@ class Reader:
             value = _load(text)
         except (ValueError, RecursionError):
             return Parsed(rejection=UNPARSABLE)
-        if not self._fits(value):
+        if not _fits(value, self._validator):
             return Parsed(rejection=OFF_SCHEMA)
         for name in self.field.split(".") if self.field else ():
             if not isinstance(value, dict) or name not in value:
@@ -143,16 +143,9 @@ class Reader:
             return Parsed(rejection=UNPARSABLE)
         if any(call.name not in self._tools for call in calls):
             return Parsed(rejection=UNKNOWN_TOOL)
-        if not all(self._fits(dict(one.arguments), self._tools[one.name]) for one in calls):
+        if not all(_fits(dict(one.arguments), self._tools[one.name]) for one in calls):
             return Parsed(rejection=OFF_SCHEMA)
         return Parsed(answer=calls_text(calls))
-
-    def _fits(self, value: Any, validator: Any = None) -> bool:
-        _deadline.set(monotonic() + _SECONDS)
-        try:
-            return bool((validator or self._validator).is_valid(value))
-        except RecursionError:
-            return False  # a schema that refers to itself without end holds for nothing
 
     def write(self, value: Any) -> str:
         """A value as answers are written, so that equal ones are equal as text.
@@ -167,6 +160,34 @@ class Reader:
         for name in self.field.split(".") if self.field else ():
             schema = _property(schema, name)
         return json.dumps(_canonical(value, schema), ensure_ascii=False, default=str)
+
+
+def read_json(text: str) -> Any:
+    """The JSON value that a whole text is; raises `ValueError` or `RecursionError`."""
+    return json.loads(text, parse_constant=_no_constant)
+
+
+def value_text(value: Any) -> str:
+    """A JSON value as text, so that equal values are equal texts; 1 and 1.0 are one value."""
+    return json.dumps(_canonical(value, {}), ensure_ascii=False)
+
+
+def fits_schema(value: Any, schema: str) -> bool:
+    """Whether a value fits a schema (JSON text); raises `TimeoutError` after a second."""
+    return _fits(value, _validator_of(schema))
+
+
+@lru_cache(maxsize=256)
+def _validator_of(schema: str) -> Any:
+    return _open_validator(json.loads(schema))
+
+
+def _fits(value: Any, validator: Any) -> bool:
+    _deadline.set(monotonic() + _SECONDS)
+    try:
+        return bool(validator.is_valid(value))
+    except RecursionError:
+        return False  # a schema that refers to itself without end holds for nothing
 
 
 def find_all(pattern: str, text: str) -> "Iterator[regex.Match[str]]":
@@ -224,12 +245,12 @@ def _load(text: str) -> Any:
     """JSON, as it is or in the only code fence of a text."""
     text = text.strip().strip("\ufeff")
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return read_json(text)
     except ValueError:
         fences = _FENCE.findall(text)
         if len(fences) != 1:
             raise
-        return json.loads(fences[0], parse_constant=_no_constant)
+        return read_json(fences[0])
 
 
 def _no_constant(name: str) -> NoReturn:
