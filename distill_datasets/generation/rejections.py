@@ -6,6 +6,7 @@ from typing import Any
 
 from distill_datasets.errors import GenerationError
 from distill_datasets.generation.voting import NO_MAJORITY, NO_SCORE, NONE_PARSED, REFUSED
+from distill_datasets.recipes.checks import FAILED
 from distill_datasets.recipes.parsing import (
     EMPTY,
     OFF_SCHEMA,
@@ -59,6 +60,8 @@ def _remedy(reason: str, recipe: Recipe) -> str:
     answer = recipe.answer
     if reason == TRUNCATED:
         return f"raise sampling.max_tokens, which is {recipe.sampling.max_tokens}"
+    if reason.startswith(FAILED):
+        return _failed_check(reason.removeprefix(FAILED), recipe)
     if reason == OUTSIDE_CHOICES:
         return (
             f"ask in prompt.md for one of answer.choices {list(answer.choices)} word for word, or "
@@ -74,6 +77,17 @@ def _remedy(reason: str, recipe: Recipe) -> str:
             )
         return "ask in prompt.md for nothing but the JSON, or change answer.json_schema"
     return _OTHERS.get(reason, "look at prompt.md and at `answer:` in recipe.yaml")
+
+
+def _failed_check(name: str, recipe: Recipe) -> str:
+    """The checks of that name, of this recipe's or of those behind its handles."""
+    every = {check.name: check for check in recipe.all_checks.values()}
+    check = every[name]
+    rule = f" ({check.covers})" if check.covers else ""
+    return (
+        f"ask for what the check {name} demands{rule} in prompt.md, mend the check, "
+        f"{check.demand}, or leave it out of `keep`"
+    )
 
 
 _OTHERS = {

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from distill_datasets.errors import FATAL
 from distill_datasets.models.sampler import Reply, Sample, Sampler, Sampling, request_digest, total
+from distill_datasets.recipes.checks import FAILED
 from distill_datasets.recipes.parsing import find_all
 from distill_datasets.recipes.prompt import holds, render
 from distill_datasets.schema import Message
@@ -65,6 +66,12 @@ class Case:
     def parsed(self) -> list[TeacherSample]:
         """Those that can be used."""
         return [one for one in self.samples if one.answer is not None]
+
+    @property
+    def unusable(self) -> str:
+        """Why none of the samples can be used."""
+        reasons = [str(one.row["rejection"]) for one in self.samples]
+        return next((reason for reason in reasons if reason.startswith(FAILED)), NONE_PARSED)
 
     def fields(self, one: TeacherSample) -> dict[str, str | None]:
         """What a verifier's expression and a judge's template are over."""
@@ -139,7 +146,7 @@ class Majority:
         for one in case.parsed:
             votes[str(one.answer)] = votes.get(str(one.answer), Fraction(0)) + one.weight
         if not votes:
-            return Verdict(rejection=NONE_PARSED)
+            return Verdict(rejection=case.unusable)
         most = max(votes.values())
         share = most / sum(one.weight for one in case.samples)
         winners = [answer for answer, weight in votes.items() if weight == most]
@@ -210,7 +217,7 @@ class Best:
     async def choose(self, case: Case, requests: RowRequests) -> Verdict:
         """Sift, then ask the judge; what it is asked goes through `requests`."""
         if not case.parsed:
-            return Verdict(rejection=NONE_PARSED)
+            return Verdict(rejection=case.unusable)
         accepted = [
             one
             for one in case.parsed

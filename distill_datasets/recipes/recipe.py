@@ -17,6 +17,7 @@ from distill_datasets.conversations import from_text, split_calls, to_text, writ
 from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.hub.references import inside
 from distill_datasets.models.sampler import Sampling, digest
+from distill_datasets.recipes.checks import Said, check_all, first_failure, validate_checks
 from distill_datasets.recipes.examples import read_examples
 from distill_datasets.recipes.parsing import Reader, Reading
 from distill_datasets.recipes.prompt import (
@@ -239,19 +240,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _checks_are_named(self) -> Self:
-        names = [check.name for check in self.checks]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"several checks are called {twice}: give each its own name")
-        if taken := sorted({*names} & {*MEASURABLE}):
-            raise ValueError(f"checks are called {taken}, which are metrics: rename them")
-        wanted = () if self.keep == "all checks" else self.keep
-        if unknown := [name for name in wanted if name not in names]:
-            raise ValueError(
-                f"keep names {unknown}; expected some of {names}, or 'all checks'."
-                + nearest(unknown[0], names)
-            )
-        if self.keep == "all checks" and not names:
-            raise ValueError("keep: all checks needs checks, and there is none")
+        validate_checks(self.checks, self.keep, MEASURABLE, has_tools=self.tools is not None)
         return self
 
     @model_validator(mode="after")
@@ -262,6 +251,9 @@ class Recipe(Section):
                 + nearest(others[0], list(MEASURABLE))
                 + " A metric of your own is given with --metric path.py:Name"
             )
+        calibration = sorted({*self.metrics} & {"ece", "brier"})
+        if calibration and not (self.answer.confidence or self.members):
+            raise ValueError(f"{calibration} need answer.confidence, the field of the confidence")
         return self
 
     @model_validator(mode="after")
@@ -442,15 +434,49 @@ class Recipe(Section):
             member, own = self.part(query)
             return member.read(own, reference, text, stop_reason)
         answer, rejection = astuple(self.teacher_reader.read(text, stop_reason))
-        response = None if answer is None else self.write_response(text, answer)
-        return Reading(answer, response, rejection)
+        if answer is None:
+            return Reading(rejection=rejection)
+        said = Said(text, stop_reason, answer, reference, self.tools is not None)
+        if failure := first_failure(self.kept_checks, said):
+            return Reading(rejection=failure)
+        return Reading(answer, self.write_response(text, answer))
+
+    @cached_property
+    def kept_checks(self) -> list[Check]:
+        """The checks that an answer must pass to be kept."""
+        return [one for one in self.checks if self.keep == "all checks" or one.name in self.keep]
+
+    @property
+    def all_checks(self) -> dict[str, Check]:
+        """The checks by the names that reports give them; those of several prompts with theirs."""
+        members = {
+            f"{member.name}.{name}": check
+            for member in self.members.values()
+            for name, check in member.all_checks.items()
+        }
+        return members or {check.name: check for check in self.checks}
+
+    def check(
+        self,
+        query: str,
+        reference: str | None,
+        text: str,
+        stop_reason: str | None,
+        answer: str | None,
+    ) -> dict[str, bool | None]:
+        """Which of `all_checks` a text for a query passes; None where one says nothing of it."""
+        part, _ = self.part(query)
+        said = Said(text, stop_reason, answer, reference, part.tools is not None)
+        prefix = f"{part.name}." if self.members else ""
+        return {prefix + name: passed for name, passed in check_all(part.checks, said).items()}
 
     @property
     def reading_parts(self) -> list[Any]:
         """JSON values that name everything that `read` depends on but what it is given."""
         if self.members:
             return [[name, *member.reading_parts] for name, member in self.members.items()]
-        return [*self.teacher_reader.parts]
+        kept = [["checks", *map(_said, self.kept_checks)]] if self.kept_checks else []
+        return [*self.teacher_reader.parts, *kept]
 
     def write_response(self, text: str, answer: str) -> str:
         """What the student shall say for a teacher's `text` read as `answer`."""

@@ -19,6 +19,7 @@ from pydantic import (
 
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.recipes.parsing import check_pattern, check_schema
+from distill_datasets.recipes.text_units import LANGUAGES
 
 Choice = Literal["route", "majority", "best"]
 Word = Annotated[str, Field(min_length=1)]
@@ -296,7 +297,8 @@ class Check(Section):
     when: Pattern | None = None
     """A regular expression, searched for in the row's reference: only such rows are checked."""
     matches: Pattern | None = None
-    """A regular expression that occurs in the text."""
+    """A regular expression that occurs in the text. The text is the model's words, without calls
+    of tools, as they stand."""
     not_matches: Pattern | None = None
     """A regular expression that does not occur in the text."""
     starts_with: Words | None = None
@@ -304,27 +306,30 @@ class Check(Section):
     ends_with: Words | None = None
     """What the text ends with: a text, or one of several."""
     sentences: Range | None = None
-    """The number of sentences."""
+    """The number of sentences; an item of a list is one too."""
     words: Range | None = None
-    """The number of words."""
+    """The number of words; a Chinese or Japanese character is one."""
     bullets: Range | None = None
-    """The number of bullet points."""
+    """The number of bullet points; numbered items are none."""
     characters: Range | None = None
-    """The number of characters."""
+    """The number of characters, as a reader counts them."""
     json_form: Annotated[bool | dict[str, Any] | None, Field(alias="json")] = None
-    """`true` where the text is JSON, or the JSON schema that it fits."""
+    """`true` where the whole text is JSON, or the JSON schema that it fits."""
     fields: Words | None = None
-    """Parts of the JSON, `a.b` within `a`, that equal the reference's."""
+    """Parts of the answer's JSON, `a.b` within `a`, that equal the reference's; rows whose
+    reference is no JSON are not checked."""
     contains: Words | None = None
-    """Texts that all occur in the text, in upper or lower case."""
+    """Texts that all occur in the text, in upper or lower case, within words too."""
     contains_any: Words | None = None
-    """Texts of which one occurs in the text, in upper or lower case."""
+    """Texts of which one occurs in the text, in upper or lower case, within words too."""
     contains_reference: Literal[True] | None = None
-    """The row's reference occurs in the text, in upper or lower case."""
+    """The row's reference occurs in the text as a whole, in upper or lower case; rows without
+    one are not checked."""
     never: Words | None = None
-    """Texts of which none occurs in the text, in upper or lower case."""
+    """Texts of which none occurs in the text, in upper or lower case, within words neither."""
     language: Words | None = None
-    """The language of the text, as an ISO code, or one of several."""
+    """The language of the text, as an ISO code, or one of several; texts of a few words are not
+    checked."""
     choices: Words | None = None
     """The answer is one of these."""
     calls: Words | None = None
@@ -346,6 +351,8 @@ class Check(Section):
             raise ValueError(f"expected exactly one of {kinds}; found {found}")
         if isinstance(self.json_form, dict):
             check_schema(self.json_form, None)
+        if unknown := sorted({*(self.language or ())} - LANGUAGES):
+            raise ValueError(f"expected ISO codes of {sorted(LANGUAGES)}; found {unknown}")
         return self
 
     @property
@@ -353,6 +360,14 @@ class Check(Section):
         """The one key that says what is checked."""
         (name,) = self.model_fields_set - {*_CHECK_FACTS}
         return name
+
+    @property
+    def demand(self) -> str:
+        """What is checked, as it is written: `words: {max: 60}`."""
+        said = self.model_dump(
+            mode="json", include={self.kind}, by_alias=True, exclude_defaults=True
+        )
+        return json.dumps(said, ensure_ascii=False)[1:-1].replace('"', "", 2)
 
 
 class AskedModel(Section):

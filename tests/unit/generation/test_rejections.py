@@ -114,3 +114,16 @@ def test_the_texts_in_a_message_are_short_and_steer_no_terminal(recipe: Recipe) 
     assert "\x1b" not in said
     assert len(said) < 1_000
     assert "one of answer.choices ['red', 'blue']" in said
+
+
+def test_rows_that_fail_a_check_stop_a_run_and_say_which_rule_it_covers(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    brief = {"name": "brief", "words": {"max": 2}, "covers": "Say it in two words"}
+    checked = recipe.replace(checks=[brief], keep="all checks")
+    with pytest.raises(GenerationError) as stopped:
+        generate(checked, teacher=Says("It is colour red."), out=tmp_path / "run", settings=FEW)
+    said = str(stopped.value)
+    assert "Rejected: 50 check: brief" in said
+    assert "the check brief demands (Say it in two words) in prompt.md" in said
+    assert 'mend the check, words: {"max": 2}' in said

@@ -104,3 +104,14 @@ def test_a_verifier_that_reaches_into_python_is_refused(tmp_path: Path, models: 
     )
     assert made.errors == 4
     assert "SecurityError" in str(made.rows["error"][0])
+
+
+def test_an_answer_that_fails_a_check_is_not_among_those_to_choose_from(
+    tmp_path: Path, models: Models
+) -> None:
+    checks = {"checks": [{"name": "no_red", "never": "red"}], "keep": "all checks"}
+    made = run(
+        tmp_path, teachers=[{"model": "red", "weight": 2}, "right"], choose="majority", **checks
+    )
+    assert made.rejected == {"check: no_red": 2}
+    assert columns(made, "answer", "agreement")[1] == ("blue", 1 / 3)
