@@ -177,6 +177,19 @@ def from_text(query: str) -> list[Message]:
     return messages
 
 
+def below(
+    prompt: str | None, examples: Sequence[Message], conversation: Sequence[Message]
+) -> list[Message]:
+    """A conversation after a prompt and examples; a system message of its own follows the prompt's
+    text in one message.
+    """
+    own = conversation[0]["content"] if conversation[0]["role"] == "system" else None
+    texts = [text for text in (prompt, own) if text]
+    rest = conversation[1:] if own is not None else conversation
+    system: Message = {"role": "system", "content": "\n\n".join(texts)}
+    return [*([system] if texts else []), *examples, *rest]
+
+
 def shown(messages: Iterable[Mapping[str, Any]]) -> str:
     """A conversation for a reader: a paragraph a message, after its role."""
     return "\n\n".join(f"{one['role']}: {response_text(one)}" for one in messages)

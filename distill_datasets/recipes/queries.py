@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from warnings import warn
 
-from distill_datasets.conversations import calls_text, read_calls, read_messages, to_text
+from distill_datasets.conversations import below, calls_text, read_calls, read_messages, to_text
 from distill_datasets.errors import RecipeError
 from distill_datasets.hub.references import fetch_dataset
 from distill_datasets.recipes.query_files import (
@@ -25,7 +25,7 @@ from distill_datasets.recipes.query_files import (
     named_classes,
     read_rows,
 )
-from distill_datasets.recipes.recipe import Recipe, below
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Queries, SplitShares
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import astuple, replace
 from functools import cached_property
 from hashlib import file_digest
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from distill_datasets.conversations import from_text, split_calls, to_text, write_calls
+from distill_datasets.conversations import below, from_text, split_calls, to_text, write_calls
 from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.hub.references import inside
 from distill_datasets.models.sampler import Sampling, digest
@@ -47,6 +46,7 @@ from distill_datasets.recipes.sections import (
     StudentView,
     SynthesisSection,
     Teacher,
+    check_teachers,
 )
 from distill_datasets.recipes.tools import read_tools
 from distill_datasets.schema import Message
@@ -162,15 +162,7 @@ class Recipe(Section):
             raise ValueError(f"name exactly one of teacher and teachers; found {found}")
         if self.teachers and self.renderer:
             raise ValueError("each of several teachers has its own renderer: move it there")
-        places: dict[str, int] = {}
-        for place, teacher in enumerate(self.teachers, 1):
-            sampling = teacher.sampling_over(self.sampling).model_dump_json()
-            first = places.setdefault(f"{teacher.model} {teacher.renderer} {sampling}", place)
-            if first != place:
-                raise ValueError(
-                    f"teachers {first} and {place} are the same and would answer alike: keep one "
-                    "with the sum of their weights, or let them sample differently"
-                )
+        check_teachers(self.teachers, self.sampling)
         return self
 
     @model_validator(mode="after")
@@ -596,19 +588,6 @@ def _said(section: Section) -> dict[str, Any]:
 
 def _from_user(text: str) -> Message:
     return {"role": "user", "content": text}
-
-
-def below(
-    prompt: str | None, examples: Sequence[Message], conversation: Sequence[Message]
-) -> list[Message]:
-    """A conversation after a prompt and examples; a system message of its own follows the prompt's
-    text in one message.
-    """
-    own = conversation[0]["content"] if conversation[0]["role"] == "system" else None
-    texts = [text for text in (prompt, own) if text]
-    rest = conversation[1:] if own is not None else conversation
-    system: Message = {"role": "system", "content": "\n\n".join(texts)}
-    return [*([system] if texts else []), *examples, *rest]
 
 
 def _file_digest(path: Path) -> str:

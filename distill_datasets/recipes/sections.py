@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, Self
@@ -401,6 +402,19 @@ class Teacher(AskedModel):
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Its share of the queries, or of the votes."""
+
+
+def check_teachers(teachers: Sequence[Teacher], common: SamplingSection) -> None:
+    """Raise `ValueError` where two of several teachers would answer alike."""
+    places: dict[str, int] = {}
+    for place, teacher in enumerate(teachers, 1):
+        sampling = teacher.sampling_over(common).model_dump_json()
+        first = places.setdefault(f"{teacher.model} {teacher.renderer} {sampling}", place)
+        if first != place:
+            raise ValueError(
+                f"teachers {first} and {place} are the same and would answer alike: keep one "
+                "with the sum of their weights, or let them sample differently"
+            )
 
 
 class Judge(AskedModel):
