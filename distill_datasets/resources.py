@@ -24,3 +24,13 @@ def cards() -> Path:
 def pocket() -> Path:
     """The folder of the pocket model: weights, tokenizer, card."""
     return _PACKAGE / "embedded" / "pocket"
+
+
+# The recipes that `new` writes: what an answer is like.
+KINDS = {
+    "labels": "one of a few labels",
+    "text": "free text in a house style, with checks",
+    "json": "JSON by a schema",
+    "tools": "calls of tools",
+    "chat": "the next turn of a conversation",
+}

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.cli.flags import add_settings, count, flags_of, read_settings
 from distill_datasets.errors import DistillError
 from distill_datasets.generation.settings import GenerateSettings
+from distill_datasets.resources import KINDS
 
 # What a run in parts on Ray takes of the settings, and what it doesn't take of the other flags.
 _ON_RAY = ("concurrency", "trust")
 _NOT_ON_RAY = ("prices", "budget", "shard")
 _SPEED = ("concurrency", "requests_per_minute", "tokens_per_minute")
+_BYTES = 4  # of a prompt, in a token, where no tokenizer is at hand
+_SHOWN = 90  # characters of a description in the list of recipes
 # `run` publishes what it generates, so it stays until everything is answered.
 _NOT_IN_RUN = ("stream", "batch", "poll", "wait")
 
@@ -468,16 +471,42 @@ def import_tools(options: argparse.Namespace) -> None:
 
 
 def list_recipes(options: argparse.Namespace) -> None:
-    """Name the recipes that ship, and what each is about."""
-    from distill_datasets.recipes.loading import shipped_recipes
+    """Name the recipes that ship, what each is about, and what it takes."""
+    from itertools import groupby
 
-    for recipe in shipped_recipes():
-        print(f"{recipe.name:<24}{recipe.description}")
+    from distill_datasets.recipes.loading import shipped_recipes
+    from distill_datasets.recipes.queries import read_columns
+    from distill_datasets.tables import aligned
+
+    rows = [["recipe", "queries", "prompt", "what it shows"]]
+    for name, found in groupby(shipped_recipes(), key=lambda one: one.folder.name):
+        first, *others = found
+        queries = read_columns(first)["query"]
+        prompt = len(first.prompt_text(str(queries[0])).encode()) // _BYTES
+        rows.append([name, f"{len(queries):,}", f"{prompt:,}", _short(first.description)])
+        variants = [str(one.variant) for one in (first, *others) if one.variant]
+        rows += [["", "", "", f"{name}:{variant}"] for variant in variants]
+    print(aligned(rows))
+    print(
+        "\nA run asks the teacher once for each query. `prompt` is what that costs beside the "
+        "query, in tokens of four\nbytes; --dry-run says it in the model's own tokens, and money."
+    )
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else line[: _SHOWN - 1].rsplit(" ", 1)[0] + " …"
 
 
 def add_new(parser: argparse.ArgumentParser) -> None:
     """The flags of `new`."""
     parser.add_argument("name", help="the recipe's name")
+    parser.add_argument(
+        "--like",
+        choices=KINDS,
+        help=f"what an answer is: {'; '.join(f'{kind}, {what}' for kind, what in KINDS.items())} "
+        "(default: asks on a terminal, else labels)",
+    )
     parser.add_argument("--folder", type=Path, help="the folder to make (default: ./NAME)")
 
 
@@ -485,6 +514,22 @@ def new(options: argparse.Namespace) -> None:
     """Make a recipe's folder that runs as it is."""
     from distill_datasets.recipes.scaffold import new_recipe
 
-    folder = new_recipe(options.name, options.folder)
-    print(f"made {folder}/: edit prompt.md, queries.jsonl and recipe.yaml, then")
+    like = options.like or (_ask_kind() if sys.stdin.isatty() else "labels")
+    folder = new_recipe(options.name, options.folder, like=like)
+    files = ", ".join(sorted(path.name for path in folder.iterdir()))
+    print(f"made {folder}/ ({files}): all of it is a sample. Put your own in its place, then")
     print(f"  distill-datasets run {folder} --out runs/{folder.name}")
+
+
+def _ask_kind() -> str:
+    from distill_datasets.errors import RecipeError
+
+    print("What is an answer of yours like?")
+    for number, (kind, what) in enumerate(KINDS.items(), 1):
+        print(f"  {number}  {kind:<8}{what}")
+    said = input("Number or name [labels]: ").strip().lower() or "labels"
+    kinds = dict(enumerate(KINDS, 1))
+    kind = kinds.get(int(said), said) if said.isdecimal() else said
+    if kind not in KINDS:
+        raise RecipeError(f"Expected one of {[*KINDS]} or its number, found {said!r}.")
+    return kind

@@ -324,7 +324,7 @@ _VERBS = {
         "start a recipe's folder that runs as it is",
         dataset.new,
         (dataset.add_new,),
-        ("new support", "new support --folder recipes/support"),
+        ("new support", "new agent --like tools --folder recipes/agent"),
     ),
     "tools": _Verb(
         "write a recipe's tools.json of an OpenAPI document or an MCP server's list",

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Columns = Mapping[str, list[str | None]]
 _NAMES = ("id", "query", "group", "reference", "split")
 _IN_MEMORY = 64 << 20  # bytes; tables that are larger are on disk, and mapped
+_MOST_SAMPLES = 10_000  # queries of a file that may still hold those of a sample
 _KEYS = {"split": "forced_split"}  # where a role's column is named by another key
 
 
@@ -47,7 +48,22 @@ def load_queries(recipe: Recipe) -> "Dataset":
     mapped. Raises `RecipeError` that lists the columns found when one is missing, for a source
     that is absent, empty, not the pinned content or wrong in a line, and for conversations.
     """
-    return _tabulate(_read(recipe), recipe.split)
+    rows = _tabulate(_read(recipe), recipe.split)
+    if samples := len(_samples(recipe, rows)):
+        warn(
+            f"{samples} of the {len(rows)} queries of {recipe.name!r} are the samples that `new` "
+            "wrote for another prompt: put your own in their place.",
+            stacklevel=2,
+        )
+    return rows
+
+
+def _samples(recipe: Recipe, rows: "Dataset") -> list[str]:
+    """The queries of a recipe's own file that came with its folder, and are not for its prompt."""
+    from distill_datasets.recipes.scaffold import samples_among
+
+    own = recipe.queries.file == "queries.jsonl" and len(rows) <= _MOST_SAMPLES
+    return samples_among(rows["query"], recipe.prompt) if own else []
 
 
 def require_splits(recipe: Recipe, queries: "Dataset", needed: Sequence[str]) -> None:
@@ -355,7 +371,11 @@ def _check_file(path: Path, pinned: str | None) -> None:
     if path.suffix.lower() not in READERS:
         next(read_rows(path, TableFormat()))
     if not path.is_file():
-        raise RecipeError(f"There is no file {str(path)!r}; check the recipe's queries.")
+        raise RecipeError(
+            f"There is no file {str(path)!r}, which the recipe names for its queries: write it, or "
+            "let the teacher write some for the prompt: distill-datasets synthesize "
+            f"{path.parent} --n 200."
+        )
     with path.open("rb") as file:
         if pinned and (found := file_digest(file, "sha256").hexdigest()) != pinned:
             raise RecipeError(

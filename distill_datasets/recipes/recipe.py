@@ -358,6 +358,14 @@ class Recipe(Section):
             return [_from_user(self._filled(query=query))]
         return below(self._system_text, self.example_turns, self.conversation(query))
 
+    def prompt_text(self, query: str) -> str:
+        """All that the teacher sees beside a query: prompt, examples and tools, as one text."""
+        part, own = self.part(query)
+        if part.asks_in_one_message:
+            return part._filled(query="")
+        shown = part.messages(own)[: -len(part.conversation(own))]
+        return "\n".join([*(one["content"] for one in shown), part.tools_text or ""])
+
     @cached_property
     def example_turns(self) -> list[Message]:
         """The examples as turns before the query."""

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from distill_datasets.files import replacing, write_file
 from distill_datasets.recipes.loading import is_copy, load_recipe
 from distill_datasets.recipes.queries import load_queries, read_columns, read_lines
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.scaffold import samples_among
 from distill_datasets.recipes.sections import Queries
 from distill_datasets.synthesis.coverage import AXES
 
@@ -28,10 +28,15 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class QueryFile:
-    """The rows of a recipe whose queries are lines of JSON in its own folder."""
+    """The rows of a recipe whose queries are lines of JSON in its own folder.
+
+    Rows that `new` wrote for its own prompt, where the recipe has another, are not among them:
+    there are so many `samples`.
+    """
 
     recipe: Recipe
     rows: tuple[Row, ...]
+    samples: int = 0
 
     @property
     def path(self) -> Path:
@@ -71,14 +76,11 @@ class QueryFile:
         return [self.query(row) for row in self.rows if not self.is_written(row)]
 
     @property
-    def samples(self) -> list[str]:
-        """The queries that `new` wrote for its own prompt, where the recipe has another."""
-        template = resources.builders() / "_template"
-        if self.recipe.prompt == (template / "prompt.md").read_text(encoding="utf-8").strip():
-            return []
-        lines = chain.from_iterable(read_lines(template / "queries.jsonl"))
-        known = {row["query"] for row in lines}
-        return [query for query in self.queries_by_hand if query in known]
+    def without_samples(self) -> "QueryFile":
+        """The file without the rows that came with its recipe's folder."""
+        found = {*samples_among(self.queries_by_hand, self.recipe.prompt)}
+        rows = tuple(row for row in self.rows if self.query(row) not in found)
+        return QueryFile(self.recipe, rows, len(self.rows) - len(rows))
 
     @property
     def written(self) -> list[Row]:
@@ -146,7 +148,7 @@ def open_query_file(recipe: Recipe, out: str | Path | None) -> QueryFile:
     file = QueryFile(home, tuple(row for rows in read_lines(path) for row in rows))
     if file.rows:
         load_queries(home)
-    return file
+    return file.without_samples
 
 
 def _unwritable(recipe: Recipe) -> str | None:

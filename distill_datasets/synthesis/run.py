@@ -111,10 +111,10 @@ def synthesize(  # noqa: PLR0913 (whom to ask for how much, how fast, and where 
     if n < 0:
         raise RecipeError(f"Expected a number of queries of 0 or more, found {n}.")
     file = open_query_file(recipe, out)
-    if samples := len(file.samples):
+    if file.samples:
         warn(
-            f"{samples} of the queries in {str(file.path)!r} are the samples that `new` wrote for "
-            "another prompt: the teacher takes them for yours. Remove them, or replace them.",
+            f"{file.samples} of the queries in {str(file.path)!r} are the samples that `new` wrote "
+            "for another prompt: they are left out here. Remove them before you generate.",
             stacklevel=2,
         )
     asked = file.recipe.with_teacher(teacher) if isinstance(teacher, str) else file.recipe

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from distill_datasets.cli.main import main
+from distill_datasets.resources import KINDS
 from tests.conftest import edit
 
 
@@ -99,17 +100,22 @@ def test_training_on_something_that_is_no_dataset_says_so(
 def test_the_shipped_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     listed = capsys.readouterr().out
-    assert listed.count("language_id") == 2
-    assert "_template" not in listed
+    names = [line.split()[0] for line in listed.splitlines() if line and line[0] != " "]
+    assert {"language_id", "tool_call", "persona_template"} < {*names}
+    assert "_template" not in names
+    assert "persona_template:ada_lovelace" in listed
 
 
-def test_a_new_recipe_is_a_folder_that_loads(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize("like", KINDS)
+def test_a_new_recipe_of_each_kind_is_a_folder_that_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, like: str
 ) -> None:
-    folder = tmp_path / "mine"
-    assert main(["new", "mine", "--folder", str(folder)]) == 0
+    folder, run = tmp_path / "mine", str(tmp_path / "run")
+    assert main(["new", "mine", "--like", like, "--folder", str(folder)]) == 0
     assert "distill-datasets run" in capsys.readouterr().out
     assert "name: mine" in (folder / "recipe.yaml").read_text()
+    assert main(["generate", str(folder), "--out", run, "--limit", "8"]) == 0
+    assert "kept" in capsys.readouterr().out
     assert "is there already" in fails(capsys, "new", "mine", "--folder", folder)
 
 

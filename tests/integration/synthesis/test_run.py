@@ -517,5 +517,7 @@ def test_samples_that_came_with_a_new_recipe_are_not_taken_for_ones_own(tmp_path
     folder = new_recipe("mine", tmp_path / "mine")
     assert len(synthesize(folder, n=0, teacher=Author()).summary["rules"]) == len(RULES)
     (folder / "prompt.md").write_text("Name the colour.")
-    with pytest.warns(UserWarning, match="are the samples that `new` wrote for another prompt"):
-        synthesize(folder, n=0, teacher=Author())
+    with pytest.warns(UserWarning, match="are the samples that `new` wrote") as said:
+        made = synthesize(folder, n=0, teacher=Author())
+    assert made.summary["by_hand"] == 0
+    assert "they are left out here" in str(said[-1].message)
