@@ -208,6 +208,8 @@ class Recipe(Section):
         if self.tools and self._sets("response"):
             raise ValueError("with tools the response is what the teacher says: remove response")
         known = {"query", *self.variables}
+        if self.members:
+            return self
         if self.template == "jinja":
             check_template(self.prompt, known, "prompt.md")
         elif self.template is None:
@@ -309,6 +311,8 @@ class Recipe(Section):
     @cached_property
     def asks_in_one_message(self) -> bool:
         """Whether the prompt holds the query: then it is one user message, else the system's."""
+        if self.members:
+            return False
         jinja = self.template == "jinja"
         return "query" in (fields_of(self.prompt) if jinja else placeholders_of(self.prompt))
 

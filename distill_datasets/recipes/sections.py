@@ -463,8 +463,11 @@ class SynthesisSection(Section):
     """Languages of the queries; without them the recipe's `languages`."""
     difficulties: tuple[Word, ...] = ("typical", "demanding", "an edge case that is easily misread")
     """Difficulties of the queries."""
+    turns: tuple[Annotated[int, Field(ge=1, le=99)], ...] = (1, 3, 5)
+    """How many messages conversations have, where queries are such; the last is the user's."""
     rules: tuple[Word, ...] = ()
-    """Rules of the prompt that queries shall exercise; without them the teacher names some."""
+    """Rules of the prompt that queries shall exercise; without them the teacher names some. Each
+    tool, and what each check covers, is one more."""
     per_request: Annotated[int, Field(ge=1, le=50)] = 10
     """Queries that one request asks for."""
     similarity: Annotated[float, Field(gt=0, le=1)] = 0.6
@@ -474,6 +477,15 @@ class SynthesisSection(Section):
     """The sampling temperature."""
     max_tokens: MaxTokens = 3000
     """The most tokens of a reply."""
+
+    @field_validator("turns")
+    @classmethod
+    def _end_with_the_user(cls, turns: tuple[int, ...]) -> tuple[int, ...]:
+        if even := [count for count in turns if count % 2 == 0]:
+            raise ValueError(
+                f"expected odd numbers, since users speak first and last; found {even}"
+            )
+        return turns
 
     @field_validator("topics", "styles", "lengths", "languages", "difficulties", "rules")
     @classmethod

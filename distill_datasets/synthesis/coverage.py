@@ -7,7 +7,7 @@ from typing import Any
 
 from distill_datasets.recipes.recipe import Recipe
 
-AXES = ("topic", "style", "length", "language", "difficulty")
+AXES = ("topic", "style", "length", "language", "difficulty", "turns")
 
 Exercised = tuple[int, ...]
 
@@ -60,6 +60,7 @@ def axes_of(recipe: Recipe, topics: Sequence[str]) -> dict[str, Sequence[str]]:
         given.lengths,
         given.languages or recipe.languages,
         given.difficulties,
+        [str(count) for count in given.turns] if recipe.holds_conversations else (),
     )
     return {name: found for name, found in zip(AXES, values, strict=True) if found}
 

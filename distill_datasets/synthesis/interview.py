@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from distill_datasets import resources
+from distill_datasets.conversations import from_text, response_text, shown, to_text
 from distill_datasets.errors import FATAL, GenerationError
 from distill_datasets.generation.client import CachedClient, outcome
 from distill_datasets.models.sampler import Sampler, Sampling
@@ -63,12 +64,22 @@ class Interview:
         self.sampler, self._client = sampler, client
         common = recipe.sampling_of(recipe.all_teachers[0])
         self._listing = replace(
-            common, n=1, max_tokens=given.max_tokens, stop=(), top_logprobs=None, json_schema=None
+            common,
+            n=1,
+            max_tokens=given.max_tokens,
+            stop=(),
+            top_logprobs=None,
+            json_schema=None,
+            tools=None,
         )
         self._writing = replace(self._listing, temperature=given.temperature)
         self.count = given.per_request
+        self._chat = recipe.holds_conversations
         mark = "{{ query }}" if recipe.asks_in_one_message else None
-        self._shared = {"prompt": _json(recipe.prompt), "placeholder": mark}
+        prompt = recipe.prompt
+        if recipe.tools_text:
+            prompt += f"\n\nThe model may call these tools:\n\n{recipe.tools_text}"
+        self._shared = {"prompt": _json(prompt), "placeholder": mark}
 
     async def topics(self) -> list[str]:
         """What inputs are about, as the teacher sees it."""
@@ -87,19 +98,26 @@ class Interview:
             count=self.count,
             attributes=list(question.attributes.items()),
             rule=None if question.rule is None else _json(question.rule),
-            examples=_json(list(question.examples)) if question.examples else None,
+            examples=_json([*map(self._shown, question.examples)]) if question.examples else None,
             again=question.again,
+            chat=self._chat,
         )
+
+    def _shown(self, query: str) -> Any:
+        """A query by hand as the teacher shall write others."""
+        return [response_text(one) for one in from_text(query)] if self._chat else query
 
     async def queries(self, question: Question) -> ParsedReply[list[str]]:
         """The queries that a question brings."""
-        return await self._ask(self.request(question), self._writing, texts())
+        form = conversations() if self._chat else texts()
+        return await self._ask(self.request(question), self._writing, form)
 
     async def exercised(
         self, rules: Sequence[str], queries: Sequence[str]
     ) -> ParsedReply[list[tuple[int, ...] | None]]:
         """The numbers of the rules that each query exercises; None for what is no query."""
-        text = self._request("coverage", rules=_numbered(rules), queries=_numbered(queries))
+        texts = [shown(from_text(query)) for query in queries] if self._chat else queries
+        text = self._request("coverage", rules=_numbered(rules), queries=_numbered(texts))
         return await self._ask(text, self._listing, numbers(len(queries), len(rules)))
 
     def _request(self, template: str, **fields: Any) -> str:
@@ -184,6 +202,31 @@ def texts() -> ReplyForm[list[str]]:
         return _lines(text) if found is None else found
 
     return ReplyForm("a JSON list of strings", read)
+
+
+def conversations() -> ReplyForm[list[str]]:
+    """A JSON list of lists of strings, said by turns; the last of each is the user's.
+
+    One that ends otherwise is an empty text, which is no query.
+    """
+
+    def fitting(value: Any) -> list[str] | None:
+        if isinstance(value, dict) and len(value) == 1:
+            value = next(iter(value.values()))
+        lists = [[one] if isinstance(one, str) else one for one in value or ()]
+        turns = [_strings(one) for one in lists] if isinstance(value, list) else [None]
+        if not turns or None in turns:
+            return None
+        return [_conversation(one or []) for one in turns]
+
+    return ReplyForm("a JSON list of lists of strings", lambda text: _only(text, fitting))
+
+
+def _conversation(turns: Sequence[str]) -> str:
+    if len(turns) % 2 == 0 or not all(turns):
+        return ""
+    roles = ("user", "assistant")
+    return to_text([{"role": roles[n % 2], "content": turn} for n, turn in enumerate(turns)])
 
 
 def numbers(rows: int, highest: int) -> ReplyForm[list[tuple[int, ...] | None]]:

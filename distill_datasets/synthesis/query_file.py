@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from distill_datasets import resources
+from distill_datasets.conversations import from_text, read_messages, to_text
 from distill_datasets.errors import OutputError, RecipeError
 from distill_datasets.files import replacing, write_file
 from distill_datasets.recipes.loading import is_copy, load_recipe
@@ -48,9 +49,11 @@ class QueryFile:
         """What our columns are called: as the recipe says, and never as one of its own."""
         spec = self.recipe.queries
         by_hand = {name for row in self.rows if not self.is_written(row) for name in row}
-        taken = by_hand | {spec.query, spec.group, spec.reference, spec.forced_split}
+        named = {spec.query, spec.messages, spec.group, spec.reference, spec.forced_split}
+        taken = by_hand | named
         names = {own: f"{ORIGIN}_{own}" if own in taken else own for own in (*_OWN, "group")}
-        names["query"] = spec.query or ("text" if by_hand == {"text"} else "query")
+        own = spec.messages or spec.query
+        names["query"] = own or ("text" if by_hand == {"text"} else "query")
         names["group"] = spec.group or names["group"]
         return names
 
@@ -61,7 +64,10 @@ class QueryFile:
 
     def query(self, row: Row) -> str:
         """The row's query."""
-        return str(row.get(self.columns["query"]) or "")
+        found = row.get(self.columns["query"]) or ""
+        if found and self.recipe.holds_conversations:
+            return to_text(read_messages(found))
+        return str(found)
 
     def rules(self, row: Row) -> tuple[int, ...] | None:
         """The rules that the row says it exercises; None where it doesn't say."""
@@ -91,8 +97,9 @@ class QueryFile:
         """A row as the file has it, with an empty value for what only a person can fill."""
         spec = self.recipe.queries
         empty = dict.fromkeys(name for name in (spec.reference, spec.forced_split) if name)
+        query = fields["query"]
         return {
-            self.columns["query"]: fields["query"],
+            self.columns["query"]: from_text(query) if self.recipe.holds_conversations else query,
             **empty,
             **{self.columns[name]: fields.get(name) for name in ("group", *_OWN)},
         }
@@ -108,7 +115,7 @@ class QueryFile:
             before += "\n"
         manifest = self.recipe.folder / "recipe.yaml"
         changes = {"group": self.columns["group"]}
-        if self.columns["query"] != "query":
+        if self.columns["query"] != "query" and not self.recipe.holds_conversations:
             changes["query"] = self.columns["query"]
         old = manifest.read_text(encoding="utf-8")
         new = set_keys(old, "queries", changes)
@@ -177,23 +184,28 @@ def _copy(recipe: Recipe, out: Path) -> Recipe:
         return there
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{str(out)!r} is there and holds no recipe: choose another --out.")
-    spec = recipe.queries
+    spec, chat = recipe.queries, recipe.holds_conversations
     names = {name: name for name in ("group", "reference") if getattr(spec, name)}
     if spec.forced_split:
         names["forced_split"] = "split"
     with replacing(out) as folder:
         if not spec.file or (recipe.folder / spec.file).is_file():
-            lines = _lines(read_columns(recipe), ["query", *names.values()])
+            columns = {**read_columns(recipe)}
+            if chat:
+                columns["query"] = [from_text(str(query)) for query in columns["query"]]
+            lines = _lines(columns, ["query", *names.values()], chat=chat)
             (folder / "queries.jsonl").write_text(lines, encoding="utf-8")
         for name in set(recipe.attachments) - {spec.file, spec.sidecar}:
             shutil.copyfile(recipe.folder / name, folder / name)
-        queries = Queries.model_validate({"file": "queries.jsonl", "query": "query", **names})
+        column = {"messages": "messages"} if chat else {"query": "query"}
+        queries = Queries.model_validate({"file": "queries.jsonl", **column, **names})
         recipe.replace(queries=queries, folder=folder).dump(folder)
     return load_recipe(out)
 
 
-def _lines(columns: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
+def _lines(columns: Mapping[str, Sequence[Any]], names: Sequence[str], *, chat: bool) -> str:
     rows = zip(*(columns[name] for name in names), strict=True)
+    names = ["messages" if chat and name == "query" else name for name in names]
     return "".join(
         json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n" for row in rows
     )

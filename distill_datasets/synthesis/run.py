@@ -110,6 +110,11 @@ def synthesize(  # noqa: PLR0913 (whom to ask for how much, how fast, and where 
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if n < 0:
         raise RecipeError(f"Expected a number of queries of 0 or more, found {n}.")
+    if recipe.members:
+        raise RecipeError(
+            f"{recipe.name!r} has several prompts: let queries be written for each of its recipes, "
+            f"{sorted(one.name for one in recipe.members.values())}."
+        )
     file = open_query_file(recipe, out)
     if file.samples:
         warn(
@@ -139,6 +144,15 @@ def _open(recipe: Recipe) -> Sampler:
     return open_sampler(first.model, renderer=first.renderer)
 
 
+def more_rules(recipe: Recipe) -> list[str]:
+    """What queries shall exercise beside the prompt's rules: each tool, and what checks cover."""
+    tools = [one["function"] for one in json.loads(recipe.tools_text or "[]")]
+    return [
+        *(f"Calls the tool {one['name']}: {one['description']}".strip(": ") for one in tools),
+        *(check.covers for check in recipe.checks if check.covers),
+    ]
+
+
 class _SynthesisRun:
     """One call: what is in the file, what is asked, what is written."""
 
@@ -151,7 +165,8 @@ class _SynthesisRun:
 
     async def run(self, n: int, progress: Progress) -> QueryRounds:
         """Everything that is asked."""
-        rules = list(self.recipe.synthesis.rules) or await self.interview.rules()
+        given = list(self.recipe.synthesis.rules) or await self.interview.rules()
+        rules = list(dict.fromkeys([*given, *more_rules(self.recipe)]))
         duplicates = NearDuplicates(self.recipe.synthesis.similarity)
         for row in self.file.rows:
             duplicates.add(self.file.query(row))

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage, digest
 from distill_datasets.schema import Message
@@ -67,8 +68,8 @@ class Author:
             return self._judge(text)
         return f"```json\n{json.dumps(self._write(text), ensure_ascii=False)}\n```"
 
-    def _write(self, text: str) -> list[str]:
-        count = int(re.search(r"Write (\d+) inputs", text)[1])
+    def _write(self, text: str) -> list[Any]:
+        count = int(re.search(r"Write (\d+) (?:inputs|conversations)", text)[1])
         aimed = [number for number, rule in enumerate(self.rules, 1) if json.dumps(rule) in text]
         topic = re.search(r"- topic: (.*)", text)
         about = topic[1] if topic else "things"
@@ -79,6 +80,9 @@ class Author:
             easy = [number for number in MARKS if number not in self.hard]
             mark = MARKS.get((aimed or [easy[place % len(easy)]])[0], "") if place % 2 else ""
             written.append(f"{spoken}: what colour among {about} {mark}".strip())
+        if turns := re.search(r"- turns: (\d+)", text):
+            before = int(turns[1]) - 1
+            return [[f"{n} {one}" for n in range(before)] + [one] for one in written]
         return written
 
     def _judge(self, text: str) -> str:

@@ -521,3 +521,53 @@ def test_samples_that_came_with_a_new_recipe_are_not_taken_for_ones_own(tmp_path
         made = synthesize(folder, n=0, teacher=Author())
     assert made.summary["by_hand"] == 0
     assert "they are left out here" in str(said[-1].message)
+
+
+def test_conversations_are_written_with_the_numbers_of_turns_that_are_wanted(
+    recipe: Path, tmp_path: Path
+) -> None:
+    (recipe / "prompt.md").write_text("Name the colour that the user asks for.")
+    edit(recipe, "recipe.yaml", "queries.jsonl}", "queries.jsonl, messages: messages}")
+    (recipe / "queries.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "Hello, colour expert"}]}\n'
+    )
+    author = Author(hard=())
+    made = synthesize(recipe, n=60, teacher=author)
+    rows = rows_of(recipe)[1:]
+    assert made.kept == len(rows) == 60
+    assert {str(len(row["messages"])) for row in rows} == {*made.summary["balance"]["turns"]}
+    assert {"1", "3", "5"} == {row["turns"] for row in rows}
+    assert all(row["messages"][-1]["role"] == "user" for row in rows)
+    asked = [text for text in author.asked if kind_of(text) == "queries"]
+    assert '[["Hello, colour expert"]]' in asked[0]
+    assert generate(recipe, teacher=Echo(), out=tmp_path / "run").kept == 61
+    again = Author(hard=())
+    assert synthesize(recipe, n=60, teacher=again).new == 0 and not again.asked
+
+
+def test_queries_are_aimed_at_each_tool_and_at_what_each_check_covers(recipe: Path) -> None:
+    tool = {"name": "mix", "description": "Mixes two colours.", "parameters": {"type": "object"}}
+    (recipe / "tools.json").write_text(json.dumps([tool]))
+    (recipe / "prompt.md").write_text("Name the colour.")
+    with (recipe / "recipe.yaml").open("a") as keys:
+        keys.write(
+            "tools: tools.json\nchecks: [{name: polite, ends_with: '.', covers: Be polite}]\n"
+        )
+    author = Author(rules=(), hard=())
+    made = synthesize(recipe, n=20, teacher=author)
+    rules = [row["rule"] for row in made.summary["rules"]]
+    assert rules == ["Calls the tool mix: Mixes two colours.", "Be polite"]
+    asked = "\n".join(text for text in author.asked if kind_of(text) == "queries")
+    assert '"Be polite"' in asked
+    assert '\\"name\\": \\"mix\\"' in asked
+
+
+def test_several_prompts_get_their_queries_each_for_itself(recipe: Path) -> None:
+    home = recipe.parent / "all"
+    home.mkdir()
+    copy = "name: all\ndescription: d\nteacher: pocket\nprompts: {'[bare]': bare}\n"
+    (home / "recipe.yaml").write_text(copy)
+    shutil.copytree(recipe, home / "bare")
+    (home / "bare" / "queries.jsonl").write_text('{"query": "a"}\n')
+    with pytest.raises(RecipeError, match="has several prompts"):
+        synthesize(home, n=1, teacher=Author())
