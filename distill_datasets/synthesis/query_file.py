@@ -190,7 +190,7 @@ def _copy(recipe: Recipe, out: Path) -> Recipe:
         names["forced_split"] = "split"
     with replacing(out) as folder:
         if not spec.file or (recipe.folder / spec.file).is_file():
-            columns = {**read_columns(recipe)}
+            columns: dict[str, Sequence[Any]] = {**read_columns(recipe)}
             if chat:
                 columns["query"] = [from_text(str(query)) for query in columns["query"]]
             lines = _lines(columns, ["query", *names.values()], chat=chat)
