@@ -39,7 +39,7 @@ _SOMEBODY_WAS_FASTER = (409, 412)
 _MOST_TRIES = 10
 _EXAMPLE_QUERY = "Hello, how are you?"
 _MAX_TOKENS = 256
-_TOOLS = "tools.json"  # those that the student is given
+_TOOLS = "tools.json"  # those that the student is given; of several prompts, by their handles
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def export_adapter(
         with replacing(folder) as building:
             _write(building, weights, base, trained.folder / "loss.png")
             if tools := _tools(recipe_of(trained)):
-                (building / _TOOLS).write_text(tools + "\n", encoding="utf-8")
+                text = json.dumps(tools, ensure_ascii=False, indent=1) + "\n"
+                (building / _TOOLS).write_text(text, encoding="utf-8")
             (building / "README.md").write_text(card, encoding="utf-8")
     return folder
 
@@ -328,13 +329,16 @@ def student_card(
 ) -> str:
     """The model card; of folders on this machine it says no more than their names."""
     recipe = recipe_of(trained)
-    conversation, tools = _example(recipe), _tools(recipe)
+    prompt, tools = _asked(recipe)
+    system: list[Message] = [{"role": "system", "content": prompt}] if prompt else []
+    conversation: list[Message] = [*system, {"role": "user", "content": _EXAMPLE_QUERY}]
     published = {
         "repo": repo,
         "base_model": base.hub,
         "dtype": '"auto"' if trained.student.startswith("tinker:") else "torch.float32",
         "conversation": json.dumps(conversation),
         "tools": _TOOLS if tools else None,
+        "handle": json.dumps(prompt) if recipe and recipe.members else None,
         "max_tokens": _MAX_TOKENS,
         "template": _template(trained, base, conversation, tools),
         "loss": (trained.folder / "loss.png").is_file(),
@@ -386,15 +390,23 @@ def _ties_embeddings(base: AdapterBase) -> bool:
     return bool(file and json.loads(file.read_text(encoding="utf-8")).get("tie_word_embeddings"))
 
 
-def _example(recipe: Recipe | None) -> list[Message]:
-    """How the student is asked: behind its own short prompt, where it has one."""
-    prompt = recipe.student_prompt if recipe else None
-    system: list[Message] = [{"role": "system", "content": prompt}] if prompt else []
-    return [*system, {"role": "user", "content": _EXAMPLE_QUERY}]
+def _tools(recipe: Recipe | None) -> Any:
+    """The tools that the student is given, as JSON; None for none."""
+    if recipe is None or not recipe.members:
+        tools = recipe.student_tools if recipe else None
+        return json.loads(tools) if tools else None
+    given = {handle: _tools(member) for handle, member in recipe.members.items()}
+    return {handle: tools for handle, tools in given.items() if tools} or None
 
 
-def _tools(recipe: Recipe | None) -> str | None:
-    return recipe.student_tools if recipe else None
+def _asked(recipe: Recipe | None) -> tuple[str | None, str | None]:
+    """The short prompt and the tools behind which the card's example asks the student."""
+    if recipe is None:
+        return None, None
+    if not recipe.members:
+        return recipe.student_prompt, recipe.student_tools
+    handle = next(iter(_tools(recipe) or recipe.members))
+    return handle, recipe.members[handle].student_tools
 
 
 def _template(

@@ -16,7 +16,7 @@ from distill_datasets.models.references import connect
 from distill_datasets.training.export import export_adapter, push_student
 from distill_datasets.training.trainer import TrainSettings, train
 from tests.support.hub_fixture import Hub
-from tests.support.tiny_model import make_tiny_model
+from tests.support.tiny_model import TOOLS_CHAT, make_tiny_model
 
 # PEFT warns that an adapter beside tied embeddings can't be merged, which nobody does here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*")
@@ -25,7 +25,17 @@ QUERIES = ["the sky is blue", "what language is this", "one two three", "Le ciel
 PROMPT = "You are a helpful assistant. Reply with the code of the language and nothing else."
 
 
-def dataset(folder: Path, *, licence: str = "license: cc-by-4.0\n", prompt: str = PROMPT) -> Path:
+TOOL = {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}
+VIEW = "tools: tools.json\nstudent: {prompt: '[codes]', tools: keep}\n"
+
+
+def dataset(
+    folder: Path,
+    *,
+    licence: str = "license: cc-by-4.0\n",
+    prompt: str = PROMPT,
+    view: str = "",
+) -> Path:
     """What training and the card need of a release."""
     (folder / "data").mkdir(parents=True)
     rows = [{"query": query, "response": f"code {n}"} for n, query in enumerate(QUERIES * 4)]
@@ -39,14 +49,15 @@ def dataset(folder: Path, *, licence: str = "license: cc-by-4.0\n", prompt: str 
     (folder / "recipe" / "prompt.md").write_text(prompt)
     (folder / "recipe" / "recipe.yaml").write_text(
         "name: codes\ndescription: Which code?\nteacher: pocket\n"
-        f"queries: {{file: queries.jsonl}}\n{licence}languages: [en]\n"
+        f"queries: {{file: queries.jsonl}}\n{licence}languages: [en]\n{view}"
     )
+    (folder / "recipe" / "tools.json").write_text(json.dumps([TOOL]))
     return folder
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("private-models") / "tiny")
+    return make_tiny_model(tmp_path_factory.mktemp("private-models") / "tiny", TOOLS_CHAT)
 
 
 @pytest.fixture(scope="module")
@@ -286,10 +297,8 @@ def commits(hub: Hub) -> int:
     return len(hub.log("/commit/", method="POST"))
 
 
-def test_the_code_on_the_card_gives_the_checkpoints_answer(
-    finished: Path, hub: Hub, tmp_path: Path
-) -> None:
-    adapter = export_adapter(finished, tmp_path / "out", base_model="base/")
+def printed_by_the_card(hub: Hub, adapter: Path, more: str = "") -> str:
+    """What its code and `more` print for the first query, where the adapter is on the Hub."""
     assert push_exported(hub, adapter).endswith("True")
     files = hub.files("me/student", kind="models")
     assert {"README.md", "adapter_config.json", "base/model.safetensors"} <= set(files)
@@ -297,11 +306,36 @@ def test_the_code_on_the_card_gives_the_checkpoints_answer(
     assert code is not None
     query = "Hello, how are you?"
     text = code[1].replace(query, QUERIES[0]).replace("max_new_tokens=256", "max_new_tokens=16")
-    done = hub.run(text)
+    done = hub.run(text + more)
     assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_code_on_the_card_gives_the_checkpoints_answer(
+    finished: Path, hub: Hub, tmp_path: Path
+) -> None:
+    adapter = export_adapter(finished, tmp_path / "out", base_model="base/")
     tokenizer = connect(finished / "train").tokenizer
     expected = tokenizer.decode(asked(finished / "train")[0], skip_special_tokens=True)
-    assert done.stdout.strip() == expected.strip()
+    assert printed_by_the_card(hub, adapter) == expected.strip()
+
+
+def test_the_code_on_the_card_shows_the_student_its_prompt_and_tools(
+    run: Path, hub: Hub, tmp_path: Path
+) -> None:
+    config = json.loads((run / "train" / "config.json").read_text())
+    config["dataset"]["path"] = str(dataset(run / "equipped", view=VIEW))
+    (run / "train" / "config.json").write_text(json.dumps(config))
+    adapter = export_adapter(run, tmp_path / "out", base_model="base/")
+    tools = [{"type": "function", "function": TOOL}]
+    assert json.loads((adapter / "tools.json").read_text()) == tools
+    text = (adapter / "README.md").read_text()
+    assert "behind its own short prompt as the system's: `[codes]`; give it its tools." in text
+    messages = [{"role": "system", "content": "[codes]"}, {"role": "user", "content": QUERIES[0]}]
+    renderer = connect(run / "train").renderer
+    shown = renderer.build_generation_prompt(messages, tools=json.dumps(tools)).to_ints()
+    printed = printed_by_the_card(hub, adapter, "print(prompt[0].tolist())")
+    assert json.loads(printed.splitlines()[-1]) == shown
 
 
 def test_pushed_again_nothing_changes_and_what_people_wrote_stays(

@@ -230,6 +230,35 @@ def test_the_model_card_says_what_was_trained_on_what(recipe: Recipe) -> None:
     assert recipe.prompt in card
 
 
+def viewed(recipe: Recipe, **changes: Any) -> str:
+    """How a reader shall ask the student."""
+    card = model_card(REPORT, TRAINING, recipe.replace(**changes))
+    (line,) = [line for line in card.splitlines() if "Ask it with" in line]
+    return line[line.index("Ask it with") :]
+
+
+def test_the_model_card_says_what_the_student_sees(recipe: Recipe) -> None:
+    tool = {"name": "look", "parameters": {"type": "object"}}
+    (recipe.folder / "tools.json").write_text(json.dumps([tool]), encoding="utf-8")
+    equipped: Any = {"answer": {}, "tools": "tools.json"}
+    assert viewed(recipe) == "Ask it with the query alone, as the user's message."
+    assert viewed(recipe, student={"prompt": "[hi]"}) == (
+        "Ask it with the query, as the user's message, behind its own short prompt as the "
+        "system's: `[hi]`."
+    )
+    assert viewed(recipe, **equipped, student={"tools": "keep"}) == (
+        "Ask it with the query, as the user's message; give it its tools."
+    )
+    assert viewed(recipe, **equipped, queries={"file": "queries.txt", "messages": "m"}) == (
+        "Ask it with the conversation alone. It knows its tools without their catalogue."
+    )
+    behind = {"members": {"[a]": recipe, "[b]": recipe}, "prompts": {"[a]": "a", "[b]": "b"}}
+    assert viewed(recipe, **behind, queries={}, answer={}, license=None) == (
+        "Ask it with the conversation, behind the handle of one of its prompts as the system's "
+        "message: `[a]`, `[b]`."
+    )
+
+
 def test_the_model_card_warns_when_the_rows_were_trained_on(recipe: Recipe) -> None:
     tutorial = recipe.replace(split={"same_rows": True})
     assert "Those rows were also trained on" in model_card(REPORT, TRAINING, tutorial)
