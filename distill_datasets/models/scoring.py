@@ -202,16 +202,11 @@ def split_conversation(
 
     messages: list[Any] = [dict(message) for message in conversation]
     rendered, weights = connection.renderer.build_supervised_example(
-        messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE, **given_tools(tools)
+        messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE, tools=tools
     )
     tokens = [int(token) for token in rendered.to_ints()]
     start, end = response_span(weights.tolist())
     return tokens[:start], tokens[start:end]
-
-
-def given_tools(tools: str | None) -> dict[str, Any]:
-    """The argument that gives a renderer tools, where there are any."""
-    return {"tools": tools} if tools else {}
 
 
 def response_span(weights: Sequence[float]) -> tuple[int, int]:

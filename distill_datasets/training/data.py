@@ -17,7 +17,6 @@ from distill_datasets.conversations import response_text
 from distill_datasets.errors import DatasetError, OutputError
 from distill_datasets.hub.references import Pinned, fetch_dataset, folder_of, is_reference
 from distill_datasets.models.sampler import digest
-from distill_datasets.models.scoring import given_tools
 from distill_datasets.releases.contents import check_release
 from distill_datasets.schema import Message
 from distill_datasets.training.settings import TrainSettings, Turns
@@ -390,7 +389,7 @@ def _example(
 
     try:
         tokens, weights = renderer.build_supervised_example(
-            messages, TrainOnWhat(learned), **given_tools(tools)
+            messages, TrainOnWhat(learned), tools=tools
         )
     except DatasetError as error:
         raise DatasetError(f"{where}: {error}") from error

@@ -18,7 +18,6 @@ from distill_datasets.errors import (
     RepositoryError,
 )
 from distill_datasets.files import replacing
-from distill_datasets.models.scoring import given_tools
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.cards import dataset_on_hub, model_card
@@ -420,9 +419,9 @@ def _template(
     from distill_datasets.models.renderers import open_renderer
 
     tokenizer = load_tokenizer(str(base.folder or base.hub))
-    messages: list[Any] = [dict(one) for one in conversation]
+    messages = [dict(one) for one in conversation]
     renderer = open_renderer(trained.config["renderer"], tokenizer)
-    wanted = renderer.build_generation_prompt(messages, **given_tools(tools)).to_ints()
+    wanted = renderer.build_generation_prompt(messages, tools=tools).to_ints()
     given = {"tools": json.loads(tools)} if tools else {}
     possible: tuple[dict[str, Any], ...] = (
         {},

@@ -17,7 +17,7 @@ from distill_datasets.errors import DatasetError, ModelError, OutputError
 from distill_datasets.generation.ledger import find_replies
 from distill_datasets.hub.references import find_release
 from distill_datasets.models.sampler import request_digest
-from distill_datasets.models.scoring import SoftLabels, given_tools, response_span
+from distill_datasets.models.scoring import SoftLabels, response_span
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.training.objectives import TrainingTask
@@ -229,8 +229,8 @@ def connect_teacher(
 def prompt_tokens(teacher: "Connection", prompts: TeacherPrompts, query: str) -> list[int]:
     """The tokens that the teacher has read when it begins to answer."""
     messages: list[Any] = [dict(message) for message in prompts.recipe.messages(query)]
-    tools = given_tools(prompts.recipe.part(query)[0].tools_text)
-    rendered = teacher.renderer.build_generation_prompt(messages, **tools)
+    tools = prompts.recipe.part(query)[0].tools_text
+    rendered = teacher.renderer.build_generation_prompt(messages, tools=tools)
     return [int(token) for token in rendered.to_ints()]
 
 

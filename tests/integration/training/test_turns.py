@@ -1,5 +1,6 @@
 """Conversations of several turns: which tokens are learned, with the cookbook as the truth."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ TURNS: list[Any] = [
     {"role": "user", "content": "Thanks."},
     {"role": "assistant", "content": "Bye."},
 ]
+CALL = {"name": "look", "arguments": '{"id": "A-1"}'}
+CALLS: list[Any] = [
+    {"role": "user", "content": "Where is it?"},
+    {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": CALL}]},
+]
+TOOLS = json.dumps([{"type": "function", "function": {"name": "look", "parameters": {}}}])
 RENDERERS = ["role_colon", "qwen3", "qwen3_instruct", "qwen3_disable_thinking", CHAT_TEMPLATE]
 ALL = replace(TrainSettings(max_steps=2, batch_size=2, rank=4, internalisation=False), turns="all")
 
@@ -82,6 +89,32 @@ def test_no_word_of_a_user_is_learned(name: str, tokenizer: Any) -> None:
     )
     for message in TURNS:
         assert (message["content"] in learned) == (message["role"] == "assistant")
+
+
+@pytest.mark.parametrize("tools", [TOOLS, None])
+@pytest.mark.parametrize("name", RENDERERS)
+def test_a_call_is_learned_with_the_bytes_that_it_has_as_text(
+    name: str, tools: str | None, tokenizer: Any
+) -> None:
+    """The tools are read, and no token of them is learned."""
+    renderer = open_renderer(name, tokenizer)
+    (made,) = examples(Conversation(CALLS, tools), renderer, "last", "row 0")
+    asked = renderer.build_generation_prompt(CALLS[:1], tools=tools).to_ints()
+    assert made.tokens[: len(asked)] == asked
+    assert made.weights == [0.0] * len(asked) + [1.0] * (len(made.tokens) - len(asked))
+    said = '<tool_call>\n{"name": "look", "arguments": {"id": "A-1"}}\n</tool_call>'
+    assert said in tokenizer.decode(made.tokens[len(asked) :])
+    assert made.bytes == len(said)
+
+
+def test_accuracy_compares_calls(model: str, tmp_path: Path) -> None:
+    rows = [{"messages": CALLS, "tools": TOOLS}, {"messages": TURNS, "tools": None}]
+    settings = replace(
+        ALL, turns="last", select="accuracy", learning_rate=1e-2, max_steps=60, evaluate_every=60
+    )
+    dataset = write(tmp_path / "data", train=rows, validation=rows)
+    training = train(dataset, student=model, out=tmp_path / "out", settings=settings)
+    assert metrics(training, "accuracy")[60] == 1.0
 
 
 def test_an_earlier_turn_that_is_empty_is_refused_only_where_it_is_learned(tokenizer: Any) -> None:
