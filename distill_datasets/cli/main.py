@@ -8,11 +8,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill_datasets import __version__
 from distill_datasets.cli import dataset, student
 from distill_datasets.cli.flags import METAVARS
 from distill_datasets.errors import DistillError
+
+if TYPE_CHECKING:
+    from distill_datasets.recipes.recipe import Recipe
 
 _EPILOG = """\
 model references:
@@ -151,12 +155,12 @@ def _run(options: argparse.Namespace) -> None:
     from distill_datasets.files import writable_folder
     from distill_datasets.training.trainer import require_settings
 
-    splits = _require_runnable(options)
+    recipe, splits = _require_runnable(options)
     out = writable_folder(options.out)
     folders = student.training_folders(out)
     # The student's server keeps its checkpoints with the run, and answers for the teacher too.
     store, settings = folders[-1] / "checkpoints", student.settings_of(options)
-    require_settings(options.student, settings, splits=splits, store=store)
+    require_settings(options.student, settings, splits=splits, turns=recipe.turns, store=store)
     dataset.report_answers(dataset.ask_teachers(options))
     dataset.make_release(out, version=options.version, ledger=options.ledger is not False)
     options.dataset = out / "release"
@@ -167,8 +171,11 @@ def _run(options: argparse.Namespace) -> None:
     _list_files(out, trained)
 
 
-def _require_runnable(options: argparse.Namespace) -> set[str]:
-    """Find out before anything is paid for what would stop the run later; the release's splits."""
+def _require_runnable(options: argparse.Namespace) -> "tuple[Recipe, set[str]]":
+    """Find out before anything is paid for what would stop the run later.
+
+    Returns the recipe and the release's splits.
+    """
     from distill_datasets.evaluation.metrics import Metrics
     from distill_datasets.generation.run import select_queries
     from distill_datasets.models.references import default_student
@@ -184,7 +191,7 @@ def _require_runnable(options: argparse.Namespace) -> set[str]:
     Metrics.load(asked.metrics, (), ())
     queries = select_queries(asked, options.limit, None)
     require_splits(asked, queries, ("train", "test"))
-    return set(queries.unique("split"))
+    return asked, set(queries.unique("split"))
 
 
 def _train_in_run(options: argparse.Namespace, folders: Sequence[Path]) -> Path:

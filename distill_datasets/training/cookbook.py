@@ -16,7 +16,14 @@ from tinker_cookbook.supervised.types import ChatDatasetBuilder, SupervisedDatas
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.models.renderers import open_renderer
-from distill_datasets.training.data import DatasetSplit, Example, examples, locate, open_split
+from distill_datasets.training.data import (
+    DatasetSplit,
+    Example,
+    examples,
+    locate,
+    open_split,
+    require_turns,
+)
 from distill_datasets.training.settings import Turns
 
 _LOG = logging.getLogger(__name__)
@@ -42,7 +49,7 @@ class DistilledDatasetBuilder(ChatDatasetBuilder):
     def __call__(self) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         """The training rows, and the validation rows where there are any."""
         source = locate(self.dataset, self.config)
-        source.require_turns(self.turns)
+        require_turns(self.turns, source.turns, repr(source.reference))
         splits = source.load(self.config)
         train = self._rows(open_split(source, self.config, self.train_split, splits))
         if not splits.get(self.validation_split):

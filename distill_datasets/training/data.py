@@ -65,16 +65,11 @@ class DatasetSource:
     files: str
     manifest: Mapping[str, Any] = field(default_factory=dict)
 
-    def require_turns(self, turns: Turns) -> None:
-        """Refuse to learn turns of a release that its teacher didn't write."""
+    @property
+    def turns(self) -> Turns:
+        """The assistant's turns that may be learned: of a release those that its teacher wrote."""
         released = "content_digest" in self.manifest
-        if turns == "all" and released and self.manifest.get("turns", "last") != "all":
-            raise DatasetError(
-                f"{self.reference!r} can't be trained with turns='all': its recipe says `turns: "
-                "last`, so that the assistant's earlier turns are the queries' own, not the "
-                "teacher's. Train with turns='last', or say `turns: all` in the recipe, generate "
-                "and publish again."
-            )
+        return "last" if released and self.manifest.get("turns") != "all" else "all"
 
     def load(self, config: str | None) -> "DatasetDict":
         """All splits of a configuration; a release's or the folder's own default without one."""
@@ -282,6 +277,16 @@ def _files_digest(path: Path) -> str:
             while block := stream.read(1 << 20):
                 content.update(block)
     return content.hexdigest()
+
+
+def require_turns(learned: Turns, answered: Turns, dataset: str) -> None:
+    """Refuse to learn turns that the teacher of a dataset didn't answer."""
+    if learned == "all" and answered != "all":
+        raise DatasetError(
+            f"{dataset} can't be trained with turns='all': its recipe says `turns: last`, so that "
+            "the assistant's earlier turns are the queries' own, not the teacher's. Train with "
+            "turns='last', or say `turns: all` in the recipe, generate and publish again."
+        )
 
 
 def open_splits(source: DatasetSource, settings: TrainSettings) -> dict[str, DatasetSplit]:

@@ -19,6 +19,7 @@ from distill_datasets.training.data import (
     Rendered,
     locate,
     open_splits,
+    require_turns,
 )
 from distill_datasets.training.folder import (
     SavedCheckpoint,
@@ -33,7 +34,7 @@ from distill_datasets.training.schedule import (
     default_learning_rate,
     plan_steps,
 )
-from distill_datasets.training.settings import VALIDATION_LOSS, TrainSettings
+from distill_datasets.training.settings import VALIDATION_LOSS, TrainSettings, Turns
 from distill_datasets.training.tracking import open_tracker, require_tracker, sparkline
 
 if TYPE_CHECKING:
@@ -107,19 +108,22 @@ def require_settings(
     settings: TrainSettings,
     *,
     splits: Collection[str] | None = None,
+    turns: Turns = "all",
     store: Path | None = None,
 ) -> None:
     """Refuse what `train` would refuse, before a dataset is paid for.
 
     Checks the student, its rank, context and objective on its server, and the tracker; with the
-    names of the `splits` that the dataset will have, also what is measured. `store` is where a
-    local server keeps checkpoints. Raises what `train` raises.
+    names of the `splits` that the dataset will have, also what is measured. `turns` are those that
+    its recipe answers, `store` is where a local server keeps checkpoints. Raises what `train`
+    raises.
     """
     from distill_datasets.models.references import connect
     from distill_datasets.training.student import require_trainable
 
     _require_untrained(student, None)
     require_tracker(settings.track)
+    require_turns(settings.turns, turns, "The dataset")
     if splits is not None:
         _require_validation(settings.validation_split in splits, "The dataset", settings)
     require_trainable(connect(student, renderer=settings.renderer, store=store), settings)
@@ -466,7 +470,7 @@ def _open_splits(
     source: DatasetSource, settings: TrainSettings, before: "Predecessor | None"
 ) -> dict[str, DatasetSplit]:
     """The splits, without rows that `before` has learned; says what the release warns of."""
-    source.require_turns(settings.turns)
+    require_turns(settings.turns, source.turns, repr(source.reference))
     splits = open_splits(source, settings)
     if before:
         splits["train"] = splits["train"].without(before.learned)

@@ -15,7 +15,7 @@ from distill_datasets.errors import DatasetError, SettingsError
 from distill_datasets.models.renderers import CHAT_TEMPLATE, open_renderer
 from distill_datasets.training.data import examples
 from distill_datasets.training.settings import ObjectiveSettings
-from distill_datasets.training.trainer import TrainSettings, train
+from distill_datasets.training.trainer import TrainSettings, require_settings, train
 from tests.support.soft_releases import release
 from tests.support.training_runs import metrics, write
 
@@ -161,6 +161,8 @@ def test_turns_that_the_teacher_did_not_write_are_not_learned(model: str, tmp_pa
     dataset = release(tmp_path / "release", model)
     with pytest.raises(DatasetError, match="its recipe says `turns: last`.*queries' own"):
         train(dataset, student=model, out=tmp_path / "out", settings=ALL)
+    with pytest.raises(DatasetError, match="The dataset can't be trained with turns='all'"):
+        require_settings(model, ALL, turns="last")  # before it is made
 
 
 def test_objectives_of_one_response_a_row_refuse_all_turns() -> None:

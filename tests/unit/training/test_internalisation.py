@@ -1,10 +1,16 @@
 """How much of the prompt is in the weights: the number."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from distill_datasets.conversations import to_text
 from distill_datasets.errors import DatasetError
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.training.internalisation import (
     ReferenceLikelihoods,
+    TeacherAnswer,
     internalisation,
     per_token,
 )
@@ -48,3 +54,33 @@ def test_an_answer_that_the_prompt_makes_no_likelier_leaves_nothing_to_internali
             )
     with pytest.raises(DatasetError, match="no answers"):
         internalisation([], ReferenceLikelihoods([], [], [], []))
+
+
+def test_an_answer_stands_in_what_teacher_and_student_see(tmp_path: Path) -> None:
+    """The teacher's prompt and tools, the student's short prompt, the calls of both as calls."""
+    tool = {"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}
+    (tmp_path / "tools.json").write_text(json.dumps([tool]))
+    recipe = Recipe(
+        name="support",
+        description="Support.",
+        teacher="pocket",
+        queries={"file": "queries.jsonl", "messages": "messages"},
+        tools="tools.json",
+        student={"prompt": "[support]"},
+        prompt="Look before you answer.",
+        folder=tmp_path,
+    )
+    asked = [{"role": "user", "content": "Where is it?"}]
+    said = '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'
+    row = {"query": to_text(asked), "group": "a"}  # type: ignore[arg-type]
+    answer = TeacherAnswer.to(recipe, row, said, said)
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    taught = {"role": "system", "content": "Look before you answer."}
+    assert [*answer.taught] == [taught, *asked, called]
+    assert [*answer.learned] == [{"role": "system", "content": "[support]"}, *asked, called]
+    assert json.loads(answer.taught_tools or "")[0]["function"]["name"] == "look"
+    assert answer.learned_tools is None
+    kept = TeacherAnswer.to(recipe.replace(student={"tools": "keep"}), row, said, said)
+    assert kept.learned_tools == answer.taught_tools
+    assert [*kept.learned] == [*asked, called]
