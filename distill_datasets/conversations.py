@@ -21,6 +21,8 @@ _ROLES = {
     **{"developer": "system", "human": "user", "gpt": "assistant", "model": "assistant"},
     **{"bot": "assistant", "function": "tool", "observation": "tool", "tool_response": "tool"},
 }
+_CALLING = ("function_call", "tool_call")  # roles of the assistant's messages that are calls
+_JSON = re.compile(r"\s*(\{|\[\s*[\[{\]\"])")
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _BLOCK = re.compile(rf"\n?{_OPEN}(.*?){_CLOSE}", re.DOTALL)
 
@@ -198,55 +200,128 @@ def shown(messages: Iterable[Mapping[str, Any]]) -> str:
 def read_messages(value: Any) -> list[Message]:
     """Messages in any of the forms of chat datasets, in OpenAI's form.
 
-    `value` is a list, or JSON text of one. Roles and content may be called `from` and `value`;
-    content may come in parts of text; absent keys may be null, and others are left out. Raises
+    `value` is a list of messages, one message, columns of them, or JSON text of these; other text
+    is a user's message. Roles and content may be called `from` and `value`, content may come in
+    parts of text, and calls in a message's text as `write_calls` writes them. Absent keys may be
+    null, and others are left out. A call, and a tool's message, that has no id is given one. Raises
     `ValueError` that says what was expected and found.
     """
     if isinstance(value, str):
-        value = json.loads(value)
+        value = _loaded(value) if _JSON.match(value) else {"role": "user", "content": value}
+    if isinstance(value, Mapping) and value.keys() & {"role", "from"}:
+        value = _rows(value)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise ValueError(f"expected a list of messages, found {value!r:.200}")
-    return [_message(one) for one in value]
+    return _linked([_message(one) for one in value])
+
+
+def with_answers(
+    messages: Sequence[Message], answers: Sequence[str], *, calls: bool
+) -> list[Message]:
+    """A conversation up to the user's message after as many as there are answers.
+
+    Each answer stands behind its message; the messages hold none of the assistant's.
+    """
+    found: list[Message] = []
+    left = [*answers]
+    for message in messages:
+        found.append(message)
+        if message["role"] == "user":
+            if not left:
+                break
+            found.append(assistant_message(left.pop(0), calls=calls))
+    return found
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected messages as JSON, found {text!r:.80} ({error})") from error
+
+
+def _rows(given: Mapping[str, Any]) -> list[Any]:
+    """One message, or the messages whose columns these are."""
+    columns = {name: value for name, value in given.items() if isinstance(value, list)}
+    if not isinstance(given.get("role", given.get("from")), list):
+        return [given]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _message(given: Any) -> Message:
+    if isinstance(given, str) and _JSON.match(given):
+        given = _loaded(given)
     if not isinstance(given, Mapping):
         raise ValueError(f"expected a message with a role and content, found {given!r:.200}")
-    said = given.get("role") or given.get("from")
-    role = _ROLES.get(str(said).lower())
+    said = str(given.get("role") or given.get("from")).lower()
+    role = "assistant" if said in _CALLING else _ROLES.get(said)
     if role is None:
         raise ValueError(f"expected a role of {[*_ROLES]}, found {said!r}")
-    content = given["content"] if given.get("content") is not None else given.get("value")
-    calls = given.get("tool_calls") or given.get("function_call")
-    message: Message = {"role": role, "content": _content(content, empty=bool(calls))}
+    text, calls = _said(given, role, said in _CALLING)
+    message: Message = {"role": role, "content": text}
     if calls:
         if role != "assistant":
             raise ValueError(f"expected tool calls in messages of the assistant, found {role!r}")
-        message["tool_calls"] = _numbered(calls)
+        message["tool_calls"] = _with_ids(calls)
     for name in ("tool_call_id", "name"):
-        if role == "tool" and isinstance(given.get(name), str):
+        if role == "tool" and given.get(name) and isinstance(given[name], str):
             message[name] = given[name]
     return message
 
 
-def _numbered(calls: Any) -> list[dict[str, Any]]:
-    """Calls with the ids that they have, so that a tool's answer still names its own."""
-    given = [calls] if isinstance(calls, Mapping) else calls
-    made = tool_calls(read_calls(given))
-    for call, old in zip(made, json.loads(given) if isinstance(given, str) else given, strict=True):
-        if isinstance(old, Mapping) and isinstance(old.get("id"), str) and old["id"]:
-            call["id"] = old["id"]
+def _said(given: Mapping[str, Any], role: str, calling: bool) -> tuple[str, Any]:
+    """A message's words, and its calls in whatever form they are."""
+    content = given["content"] if given.get("content") is not None else given.get("value")
+    if calling:
+        return "", given.get("tool_calls") or content
+    text, calls = _content(content, role), given.get("tool_calls") or given.get("function_call")
+    return (
+        split_calls(text) if role == "assistant" and _OPEN in text and not calls else (text, calls)
+    )
+
+
+def _with_ids(calls: Any) -> list[dict[str, Any]]:
+    """Calls with the ids that they have, or an empty one."""
+    given = json.loads(calls) if isinstance(calls, str) else calls
+    given = [given] if isinstance(given, Mapping | Call) else given
+    made = tool_calls(one if isinstance(one, Call) else _call(_parsed(one)) for one in given)
+    for call, old in zip(made, map(_parsed, given), strict=True):
+        known = old.get("id") if isinstance(old, Mapping) else None
+        call["id"] = known if isinstance(known, str) else ""
     return made
 
 
-def _content(content: Any, *, empty: bool) -> str:
-    if content is None and empty:
+def _parsed(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _linked(messages: list[Message]) -> list[Message]:
+    """Calls without an id numbered; a tool's message without one is the next call's."""
+    number, waiting = 0, list[str]()
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            number += 1
+            call["id"] = call["id"] or f"call_{number}"
+            waiting.append(call["id"])
+        if message["role"] == "tool":
+            answered = message.get("tool_call_id") or (waiting[0] if waiting else None)
+            if answered in waiting:
+                waiting.remove(answered)
+            if answered is not None:
+                message["tool_call_id"] = answered
+    return messages
+
+
+def _content(content: Any, role: str) -> str:
+    if content is None and role in ("assistant", "tool"):
         return ""
     if isinstance(content, str):
         return whole_text(content)
     parts = content if isinstance(content, list) else [content]
     given = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
     texts = [text for text in given if isinstance(text, str)]
-    if len(texts) < len(given):
-        raise ValueError(f"expected text as content, found {content!r:.200}")
-    return whole_text("".join(texts))
+    if len(texts) == len(given):
+        return whole_text("".join(texts))
+    if role == "tool":  # what a tool returns is any JSON value
+        return whole_text(json.dumps(content, ensure_ascii=False))
+    raise ValueError(f"expected text as content, found {content!r:.200}")
