@@ -18,6 +18,7 @@ class Message(TypedDict):
     name: NotRequired[str]
 
 
+EARLIER = "earlier_responses"  # of a conversation's turns before the last, where all are answered
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -85,39 +86,48 @@ _REJECTED_COLUMNS = (
 )
 
 
-def _features(columns: Sequence[str]) -> "Features":
-    from datasets import Features, List, Value
+def _features(columns: Sequence[str], *, calls: bool = False) -> "Features":
+    from datasets import Features, Json, List, Value
 
     failure = {"type": "string", "status": "int32", "message": "string", "attempts": "int32"}
+    message = {"role": Value("string"), "content": Value("string")}
+    if calls:
+        function = {"name": Value("string"), "arguments": Json()}
+        call = {"id": Value("string"), "type": Value("string"), "function": function}
+        message |= {"tool_calls": List(call), "tool_call_id": Value("string")}
+        message |= {"name": Value("string")}
     nested = {
         "error": {name: Value(kind) for name, kind in failure.items()},
-        "messages": List({"role": Value("string"), "content": Value("string")}),
+        "messages": List(message),
         "requests": List(Value("string")),
+        EARLIER: List(Value("string")),
     }
-    return Features({name: nested.get(name) or Value(_ANSWER_COLUMNS[name]) for name in columns})
+    kinds = {"tools": "string", "handle": "string", **_ANSWER_COLUMNS}
+    return Features({name: nested.get(name) or Value(kinds[name]) for name in columns})
 
 
-def answer_features() -> "Features":
-    """One row a sample, as `generate` writes it.
+def answer_features(added: Sequence[str] = ()) -> "Features":
+    """One row a sample, as `generate` writes it, and columns that some recipes add.
 
     `requests` holds the digests of what was asked for the row, where that was more than one
     teacher's request.
     """
-    return _features((*_ANSWER_COLUMNS, "requests"))
+    return _features((*_ANSWER_COLUMNS, "requests", *added))
 
 
-def release_features(evidence: Sequence[str] = ()) -> "Features":
+def release_features(added: Sequence[str] = (), *, calls: bool = False) -> "Features":
     """A released row: the query, what the student shall say, and never the teacher's prompt.
 
-    `evidence` names columns that say how a row was chosen; see `Recipe.evidence`. No column is
-    called `label`, `prompt` or `completion`: TRL refuses those beside `messages`.
+    `added` names further columns, such as those that say how a row was chosen; see
+    `Recipe.added_columns`. Where there may be `calls` of tools, messages have a place for them. No
+    column is called `label`, `prompt` or `completion`: TRL refuses those beside `messages`.
     """
-    return _features((*_RELEASE_COLUMNS, *evidence))
+    return _features((*_RELEASE_COLUMNS, *added), calls=calls)
 
 
-def rejected_features(evidence: Sequence[str] = ()) -> "Features":
+def rejected_features(added: Sequence[str] = ()) -> "Features":
     """A row that was asked and can't be used, with the reason."""
-    return _features((*_REJECTED_COLUMNS, *evidence))
+    return _features((*_REJECTED_COLUMNS, *added))
 
 
 def failure_text(failure: Mapping[str, Any]) -> str:

@@ -12,7 +12,14 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from distill_datasets.conversations import below, from_text, split_calls, to_text, write_calls
+from distill_datasets.conversations import (
+    below,
+    from_text,
+    split_calls,
+    to_text,
+    with_answers,
+    write_calls,
+)
 from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.hub.references import inside
 from distill_datasets.models.sampler import Sampling, digest
@@ -49,7 +56,7 @@ from distill_datasets.recipes.sections import (
     check_teachers,
 )
 from distill_datasets.recipes.tools import read_tools
-from distill_datasets.schema import Message
+from distill_datasets.schema import EARLIER, Message
 
 PROMPT_LIMIT = 10 << 20  # bytes
 
@@ -308,6 +315,24 @@ class Recipe(Section):
         scores = ("score",) if self.judge else ()
         return ("candidates", *scores) if self.choose == "best" else ()
 
+    @property
+    def answer_columns(self) -> tuple[str, ...]:
+        """The columns that answers have in this recipe beyond those of every other."""
+        return (EARLIER,) if self.turns == "all" else ()
+
+    @property
+    def added_columns(self) -> tuple[str, ...]:
+        """The columns that a release has in this recipe beyond those of every other."""
+        recipes = [self, *self.members.values()]
+        tools = ("tools",) if any(one.student_tools for one in recipes) else ()
+        handle = ("handle",) if self.members else ()
+        return (*self.evidence, *self.answer_columns, *tools, *handle)
+
+    @property
+    def may_hold_calls(self) -> bool:
+        """Whether messages may call tools, or bring what a tool returned."""
+        return self.tools is not None or self.holds_conversations
+
     @cached_property
     def asks_in_one_message(self) -> bool:
         """Whether the prompt holds the query: then it is one user message, else the system's."""
@@ -349,18 +374,32 @@ class Recipe(Section):
         """The handle of the prompt that a query is for, where there are several."""
         return from_text(query)[0]["content"].partition("\n\n")[0] if self.members else None
 
-    def conversation(self, query: str) -> list[Message]:
-        """A query as messages."""
-        return from_text(query) if self.holds_conversations else [_from_user(query)]
+    def conversation(self, query: str, earlier: Sequence[str] = ()) -> list[Message]:
+        """A query as messages; of one whose turns are all answered, up to the first turn after
+        those with an `earlier` response.
+        """
+        if not self.holds_conversations:
+            return [_from_user(query)]
+        messages = from_text(query)
+        if self.turns == "last":
+            return messages
+        return with_answers(messages, earlier, calls=self.tools is not None)
 
-    def messages(self, query: str) -> list[Message]:
+    def turns_of(self, query: str) -> int:
+        """How many answers a query asks for."""
+        if self.turns == "last":
+            return 1
+        return sum(message["role"] == "user" for message in from_text(query))
+
+    def messages(self, query: str, earlier: Sequence[str] = ()) -> list[Message]:
         """What the teacher sees."""
         if self.members:
             member, own = self.part(query)
             return member.messages(own)
         if self.asks_in_one_message:
             return [_from_user(self._filled(query=query))]
-        return below(self._system_text, self.example_turns, self.conversation(query))
+        conversation = self.conversation(query, earlier)
+        return below(self.system_text, self.example_turns, conversation)
 
     def prompt_text(self, query: str) -> str:
         """All that the teacher sees beside a query: prompt, examples and tools, as one text."""
@@ -404,7 +443,8 @@ class Recipe(Section):
         return None if self.tools is None else read_tools(self.folder / self.tools)
 
     @cached_property
-    def _system_text(self) -> str:
+    def system_text(self) -> str:
+        """The prompt, where it is a system message."""
         return self._filled()
 
     def _filled(self, **fields: str) -> str:
@@ -413,9 +453,9 @@ class Recipe(Section):
             render(self.prompt, **fields) if self.template == "jinja" else fill(self.prompt, fields)
         )
 
-    def student_messages(self, query: str) -> list[Message]:
+    def student_messages(self, query: str, earlier: Sequence[str] = ()) -> list[Message]:
         """What the student and the base see: the query, and a short prompt where there is one."""
-        return below(self.student_prompt, (), self.conversation(query))
+        return below(self.student_prompt, (), self.conversation(query, earlier))
 
     @cached_property
     def student_prompt(self) -> str | None:

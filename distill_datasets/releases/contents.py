@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets.conversations import assistant_message
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.rows import stream
 from distill_datasets.generation.shards import Joined
@@ -28,11 +29,16 @@ from distill_datasets.releases.manifest import (
     rejected_rows,
 )
 from distill_datasets.releases.quality import AnswerTally
-from distill_datasets.schema import failure_content, rejected_features, release_features
+from distill_datasets.schema import (
+    Message,
+    failure_content,
+    rejected_features,
+    release_features,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*")  # what `datasets` can name
 _TAKEN_NAMES = ("all", REJECTED)
@@ -62,7 +68,7 @@ def answered_contents(
             rows_of_split = kept.filter(pc.equal(kept["split"], split))
             yield ("train", "test") if twice else (split,), _released(rows_of_split, recipe)
         if len(dropped):
-            schema = rejected_features(recipe.evidence).arrow_schema
+            schema = features_of(REJECTED, recipe).arrow_schema
             yield (REJECTED,), dropped.select(schema.names).cast(schema)
 
 
@@ -81,22 +87,70 @@ def _check(kept: "pa.Table") -> None:
             )
 
 
+def features_of(part: str, recipe: Recipe) -> "Features":
+    """The columns of a split, or of what was rejected."""
+    if part != REJECTED:
+        return release_features(recipe.added_columns, calls=recipe.may_hold_calls)
+    return rejected_features((*recipe.evidence, *recipe.answer_columns))
+
+
 def _released(kept: "pa.Table", recipe: Recipe) -> "pa.Table":
     import pyarrow as pa
+    from datasets.table import array_cast
 
-    schema = release_features(recipe.evidence).arrow_schema
-    pairs = zip(kept["query"].to_pylist(), kept["response"].to_pylist(), strict=True)
-    messages = [
-        [*recipe.student_messages(query), {"role": "assistant", "content": response}]
-        for query, response in pairs
-    ]
-    if any(message["role"] == "system" for turns in messages for message in turns):
+    schema = features_of("train", recipe).arrow_schema
+    named = ("query", "response", *recipe.answer_columns)
+    rows = list(zip(*(kept[name].to_pylist() for name in named), strict=True))
+    messages = [_messages(recipe, *row) for row in rows]
+    kind = schema.field("messages").type
+    column = array_cast(pa.array(messages, type=_stored(kind)), kind)
+    kept = kept.append_column("messages", column)
+    of_query = {
+        "tools": lambda query: recipe.part(query)[0].student_tools,
+        "handle": recipe.handle,
+    }
+    for name, value in of_query.items():
+        if name in schema.names:
+            cells = [value(query) for query, *_ in rows]
+            kept = kept.append_column(name, pa.array(cells, pa.string()))
+    return kept.select(schema.names).cast(schema)
+
+
+def _messages(
+    recipe: Recipe, query: str, response: str, earlier: Sequence[str] = ()
+) -> list[Message]:
+    """What the student learns: the conversation as it sees it, and what it shall say."""
+    asked = recipe.student_messages(query, earlier)
+    if _shows_prompt(recipe, query, [message["content"] for message in asked]):
         raise DatasetError(
-            "A row's messages hold a system message: expected what the student sees, which is "
-            "the query alone. Mend `Recipe.student_messages`."
+            f"The row of the query {query[:80]!r} holds the teacher's prompt: expected what the "
+            "student sees, which is the conversation without it. Remove the prompt from the "
+            "queries, and from `student`."
         )
-    column = pa.array(messages, type=schema.field("messages").type)
-    return kept.append_column("messages", column).select(schema.names).cast(schema)
+    calls = recipe.part(query)[0].tools is not None
+    first = 1 + sum(len(message.get("tool_calls", ())) for message in asked)
+    return [*asked, assistant_message(response, calls=calls, first=first)]
+
+
+def _shows_prompt(recipe: Recipe, query: str, texts: Sequence[str]) -> bool:
+    """Whether texts hold what only the teacher shall see; a row's own system message is none."""
+    member, own = recipe.part(query)
+    if member.asks_in_one_message:
+        (shown,) = member.messages(own)
+        return shown["content"] != own and shown["content"] in texts
+    prompt = member.system_text
+    return any(text == prompt or text.startswith(f"{prompt}\n") for text in texts)
+
+
+def _stored(kind: "pa.DataType") -> "pa.DataType":
+    """A type with text in the place of JSON, of which Python values can be made an array."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.ListType):
+        return pa.list_(_stored(kind.value_type))
+    if isinstance(kind, pa.StructType):
+        return pa.struct([(part.name, _stored(part.type)) for part in kind])
+    return kind.storage_type if isinstance(kind, pa.ExtensionType) else kind
 
 
 @dataclass

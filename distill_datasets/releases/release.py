@@ -26,7 +26,7 @@ from distill_datasets.recipes.queries import unused_columns, write_used_columns
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.card_merge import read_card
 from distill_datasets.releases.cards import card_metadata, dataset_card
-from distill_datasets.releases.contents import Survey, answered_contents
+from distill_datasets.releases.contents import Survey, answered_contents, features_of
 from distill_datasets.releases.diff import FINGERPRINTS, fingerprints_of
 from distill_datasets.releases.manifest import (
     MANIFEST,
@@ -46,7 +46,7 @@ from distill_datasets.releases.versions import (
     following,
     history,
 )
-from distill_datasets.schema import answer_features, rejected_features, release_features
+from distill_datasets.schema import answer_features
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -218,7 +218,7 @@ def _carried(recipe: Recipe, scratch: Path) -> Recipe:
 
 
 def _check(rows: "Dataset", generation: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
-    if missing := answer_features().keys() - rows.features.keys():
+    if missing := answer_features(recipe.answer_columns).keys() - rows.features.keys():
         raise DatasetError(
             f"{str(folder)!r} lacks the columns {sorted(missing)}; found {rows.column_names}. "
             "Run `generate` again."
@@ -315,11 +315,10 @@ def _file_digests(release: Path) -> dict[str, str]:
 
 
 def _write_rows(building: Path, answers: _Answers) -> None:
-    evidence = answers.recipe.evidence
-    schema = release_features(evidence).arrow_schema
+    schema = features_of("train", answers.recipe).arrow_schema
     shards = {name: Shards(building / "data", name, schema) for name in answers.survey.splits}
     if answers.survey.rows[REJECTED]:
-        schema = rejected_features(evidence).arrow_schema
+        schema = features_of(REJECTED, answers.recipe).arrow_schema
         shards[REJECTED] = Shards(building / REJECTED, REJECTED, schema)
     for parts, rows in answered_contents(answers.rows, answers.recipe):
         for part in parts:
@@ -357,7 +356,7 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None, prompt: bool) -> di
         **({"panel": generation["panel"]} if generation.get("panel") else {}),
         "prompt": prompt,
         "prompt_sha256": sha256(recipe.prompt.encode()).hexdigest(),
-        "columns": columns(release_features(recipe.evidence)),
+        "columns": columns(features_of("train", recipe)),
         "splits": found.splits,
         "kept": found.kept,
         "rejected": dict(sorted(found.rejected.items())),

@@ -170,12 +170,12 @@ def test_the_prompt_is_in_no_column_of_no_row(tmp_path: Path, recipe: Recipe) ->
     assert '"system"' not in text
 
 
-def test_a_system_message_in_a_row_is_refused(
+def test_a_row_that_would_show_the_prompt_is_refused(
     tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     system = {"role": "system", "content": PROMPT}
-    monkeypatch.setattr(Recipe, "student_messages", staticmethod(lambda query: [system]))
-    with pytest.raises(DatasetError, match="system message"):
+    monkeypatch.setattr(Recipe, "student_messages", staticmethod(lambda *query: [system]))
+    with pytest.raises(DatasetError, match="holds the teacher's prompt"):
         publish(write_run(tmp_path / "run", [answer(0)], recipe))
 
 
