@@ -4,14 +4,22 @@ import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from hashlib import file_digest, sha256
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from warnings import warn
 
-from distill_datasets.conversations import below, calls_text, read_calls, read_messages, to_text
+from distill_datasets.conversations import (
+    below,
+    calls_text,
+    from_text,
+    read_calls,
+    read_messages,
+    to_text,
+)
 from distill_datasets.errors import RecipeError
 from distill_datasets.hub.references import fetch_dataset
 from distill_datasets.recipes.query_files import (
@@ -46,13 +54,23 @@ def load_queries(recipe: Recipe) -> "Dataset":
     digest of the query; a repeated query gets a numbered one, so that every row is kept. `group`
     is the query's own id where the recipe names no group column. Many rows are on disk, and
     mapped. Raises `RecipeError` that lists the columns found when one is missing, for a source
-    that is absent, empty, not the pinned content or wrong in a line, and for conversations.
+    that is absent, empty, not the pinned content or wrong in a line, and for conversations in a
+    column of texts. Warns of messages that are left out since the teacher is to write them.
     """
-    rows = _tabulate(_read(recipe), recipe.split)
+    left_out = Counter[str]()
+    rows = _tabulate(_read(recipe, left_out), recipe.split)
     if samples := len(_samples(recipe, rows)):
         warn(
             f"{samples} of the {len(rows)} queries of {recipe.name!r} are the samples that `new` "
             "wrote for another prompt: put your own in their place.",
+            stacklevel=2,
+        )
+    if left_out:
+        what = "every message of an assistant" if recipe.turns == "all" else "the last answer"
+        warn(
+            f"{left_out['messages']:,} messages are left out of {left_out['conversations']:,} of "
+            f"the {len(rows):,} conversations of recipe {recipe.name!r}: {what}, which the "
+            "teacher writes anew.",
             stacklevel=2,
         )
     return rows
@@ -92,16 +110,22 @@ def read_columns(recipe: Recipe) -> dict[str, list[str | None]]:
     return found
 
 
-def unused_columns(recipe: Recipe) -> list[str]:
-    """The columns of the queries' files in the recipe's folder that the recipe doesn't name."""
+def holds_more(recipe: Recipe) -> bool:
+    """Whether the queries' files in the recipe's folder hold what the recipe doesn't use: columns,
+    or parts of conversations.
+    """
     spec = recipe.queries
     if not spec.file:
-        return []
+        return False
     columns = _all_columns(recipe)
     used = {spec.group, spec.reference, spec.forced_split}
     own = spec.messages or spec.query
     used |= {own} if own else {"text" if {*columns} == {"text"} else "query"}
-    return [name for name in columns if name not in used]
+    if {*columns} - used or not spec.messages:
+        return bool({*columns} - used)
+    texts = (text for part in _read(recipe) for text in part["query"])
+    given = (row[spec.messages] for row in chain.from_iterable(_pieces(recipe)))
+    return any(text and from_text(text) != value for text, value in zip(texts, given, strict=True))
 
 
 def write_used_columns(recipe: Recipe, path: Path) -> dict[str, str]:
@@ -127,10 +151,10 @@ def read_lines(path: Path) -> Iterator[Rows]:
     return read_rows(path, TableFormat())
 
 
-def _read(recipe: Recipe) -> Iterator[Columns]:
-    """The columns of the source, a few rows at a time."""
+def _read(recipe: Recipe, left_out: Counter[str] | None = None) -> Iterator[Columns]:
+    """The columns of the source, a few rows at a time; counts what is left out of them."""
     for handle, member in recipe.members.items():
-        for columns in _read(member):
+        for columns in _read(member, left_out):
             yield _behind(handle, member, columns)
     if recipe.members:
         return
@@ -144,11 +168,12 @@ def _read(recipe: Recipe) -> Iterator[Columns]:
         raise RecipeError(f"The queries of recipe {recipe.name!r} are empty: nothing to ask.")
     names["query"] = own or ("text" if first[0].keys() == {"text"} else "query")
     _check_columns(recipe, names, first[0])
-    write: dict[str, Callable[[Any], str]] = {"reference": recipe.teacher_reader.write}
-    if recipe.tools:
-        write["reference"] = _calls
+    reference = _Writer(_calls, json=True) if recipe.tools else _Writer(recipe.teacher_reader.write)
+    write = {"reference": reference}
     if spec.messages:
-        write["query"] = _conversation
+        every, counted = recipe.turns == "all", Counter[str]() if left_out is None else left_out
+        conversation = partial(_conversation, every_turn=every, left_out=counted)
+        write["query"] = _Writer(conversation, json=True)
     number = 0
     for rows in chain([first], pieces):
         yield _without_examples(
@@ -159,6 +184,18 @@ def _read(recipe: Recipe) -> Iterator[Columns]:
             },
         )
         number += len(rows)
+
+
+class _Writer(NamedTuple):
+    """How a value of a column becomes text; a text is a value too where it is `json`."""
+
+    write: Callable[[Any], str]
+    json: bool = False
+
+    def takes(self, value: Any) -> bool:
+        """Whether a value isn't a text already, or missing."""
+        kinds = (bool, int, float, list, dict, *((str,) if self.json and value else ()))
+        return isinstance(value, kinds) and value == value
 
 
 def _behind(handle: str, member: Recipe, columns: Columns) -> Columns:
@@ -193,7 +230,7 @@ def _own_name(query: str) -> str:
 
 
 def _texts(
-    rows: Rows, name: str | None, role: str, before: int, write: Callable[[Any], str] | None
+    rows: Rows, name: str | None, role: str, before: int, writer: _Writer | None
 ) -> list[str | None]:
     """The values of a column as text; `before` rows have come already."""
     if name is None:
@@ -201,17 +238,14 @@ def _texts(
     found = []
     for number, row in enumerate(rows, before + 1):
         value = row.get(name)
-        if role == "query" and write is None and is_conversation(value):
+        if role == "query" and writer is None and is_conversation(value):
             raise RecipeError(
                 f"Query {number} is a conversation: expected a text column as `queries.query`, "
                 f"found conversations in {name!r}. Name that column as `queries.messages`."
             )
-        kinds: tuple[type, ...] = (bool, int, float, list, dict)
-        if write in (_conversation, _calls):
-            kinds = (*kinds, str)  # text of JSON
-        if write and isinstance(value, kinds) and value == value:
+        if writer and writer.takes(value):
             try:
-                value = write(value)
+                value = writer.write(value)
             except (ValueError, RecursionError) as error:
                 raise RecipeError(f"{role.capitalize()} {number}: {error}.") from error
         found.append(as_text(value, place=f"Query {number}", role=role))
@@ -220,18 +254,36 @@ def _texts(
 
 def _calls(value: Any) -> str:
     """The calls that are right, as answers are written."""
-    return calls_text(read_calls(value))
+    try:
+        return calls_text(read_calls(value))
+    except ValueError as error:
+        raise ValueError(
+            f'expected a list of calls, [{{"name": …, "arguments": {{…}}}}] or [] for none, found '
+            f"{value!r:.200} ({error})"
+        ) from error
 
 
-def _conversation(value: Any) -> str:
-    """A conversation to answer; the answer that it may end with already is left out."""
-    messages = read_messages(value)
+def _conversation(value: Any, *, every_turn: bool, left_out: Counter[str]) -> str:
+    """A conversation to answer, without what the teacher is to say: the answer at its end, or
+    those of `every_turn`.
+    """
+    given = read_messages(value)
+    messages = list(given)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
+    if every_turn:
+        messages = [one for one in messages if one["role"] != "assistant"]
+        if any(one["role"] == "tool" for one in messages):
+            raise ValueError(
+                "a tool's message answers a call that the teacher may not make where it answers "
+                "every turn; leave out 'turns: all', or the row"
+            )
     if not messages or messages[-1]["role"] == "system":
         raise ValueError("expected a message of a user or a tool at the end, found none")
-    if not messages[-1]["content"].strip():
+    if any(not one["content"].strip() for one in messages[-1:] if one["role"] == "user"):
         raise ValueError("its last message is empty")
+    if len(messages) < len(given):
+        left_out.update(conversations=1, messages=len(given) - len(messages))
     return to_text(messages)
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import astuple, replace
 from functools import cached_property
 from hashlib import file_digest

@@ -23,7 +23,7 @@ from distill_datasets.parquet import open_parquet, read_batches
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.manifest import REJECTED, read_manifest, rejected_rows
-from distill_datasets.schema import failure_content
+from distill_datasets.schema import EARLIER, failure_content
 from distill_datasets.tables import aligned
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ _CONTENT = (
     *("teacher", "raw", "rejection", "error"),
     *("candidates", "agreement", "score"),
 )
+_ADDED = (EARLIER,)  # columns that few recipes have, and that are content where they hold anything
+_COMPARED = (*_CONTENT, *_ADDED)
 _COUNTS = ("teacher_prompt_tokens", "teacher_cached_tokens", "teacher_response_tokens")
 _LENGTHS = ("prompt_tokens", "response_tokens", "response_characters")
 _SIDES = ("old", "new")
@@ -146,7 +148,8 @@ class Fingerprints:
 
     def add(self, parts: Sequence[str], row: Mapping[str, Any]) -> None:
         """Note a row that is in these parts."""
-        content = _line([_value(name, row.get(name)) for name in _CONTENT])
+        added = [_value(name, row[name]) for name in _ADDED if row.get(name)]
+        content = _line([*(_value(name, row.get(name)) for name in _CONTENT), *added])
         placed = 0
         for part in parts:
             placed ^= _hash(part.encode() + b"\n" + content)
@@ -251,8 +254,8 @@ class _RowPairs:
             for old, new in self._database.execute(
                 f"SELECT old.content, new.content FROM {_BOTH} WHERE old.content != new.content"
             ):
-                hashes = (struct.unpack(f"{len(_CONTENT)}q", side) for side in (old, new))
-                pairs = zip(_CONTENT, *hashes, strict=True)
+                hashes = (struct.unpack(f"{len(_COMPARED)}q", side) for side in (old, new))
+                pairs = zip(_COMPARED, *hashes, strict=True)
                 found.update(name for name, before, after in pairs if before != after)
         return dict(found.most_common())
 
@@ -302,7 +305,7 @@ def _records(release: Path) -> Iterator[tuple[Any, ...]]:
                 row["sample"],
                 part,
                 row.get("answer"),
-                _hashes(_value(name, row.get(name)) for name in _CONTENT),
+                _hashes(_value(name, row.get(name)) for name in _COMPARED),
                 _hashes(counts),
                 counts[0],
                 counts[2],
@@ -311,6 +314,8 @@ def _records(release: Path) -> Iterator[tuple[Any, ...]]:
 
 
 def _value(column: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
     return failure_content(value) if column == "error" else value
 
 

@@ -22,7 +22,7 @@ from distill_datasets.generation.shards import Joined, find_parts, join_parts, j
 from distill_datasets.hub.references import inside
 from distill_datasets.parquet import Shards
 from distill_datasets.recipes.loading import load_recipe
-from distill_datasets.recipes.queries import unused_columns, write_used_columns
+from distill_datasets.recipes.queries import holds_more, write_used_columns
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.card_merge import read_card
 from distill_datasets.releases.cards import card_metadata, dataset_card
@@ -200,18 +200,19 @@ def _read_answers(folder: Path) -> tuple["Dataset", dict[str, Any]]:
 
 
 def _carried(recipe: Recipe, scratch: Path) -> Recipe:
-    """The recipe without the columns of its queries that it doesn't use."""
+    """The recipe without what its queries hold beyond what it uses."""
     if recipe.members:
         members = {
             handle: _carried(one, scratch / one.name) for handle, one in recipe.members.items()
         }
         return recipe.replace(members=members)
-    if not unused_columns(recipe):
+    if not holds_more(recipe):
         return recipe
     scratch.mkdir(exist_ok=True)
-    name = "queries.jsonl"
+    others = {*recipe.attachments} - {recipe.queries.file, recipe.queries.sidecar}
+    name = "queries.jsonl" if "queries.jsonl" not in others else "used-queries.jsonl"
     columns = write_used_columns(recipe, scratch / name)
-    for other in {*recipe.attachments} - {recipe.queries.file, recipe.queries.sidecar}:
+    for other in others:
         (scratch / other).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(inside(recipe.folder, other), scratch / other)
     return recipe.replace(queries={"file": name, **columns}, folder=scratch)
@@ -354,6 +355,7 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None, prompt: bool) -> di
         "content_digest": found.digest(recipe.digest),
         **{key: generation[key] for key in ("teacher", "identity", "renderer", "sampling")},
         **({"panel": generation["panel"]} if generation.get("panel") else {}),
+        **({"turns": recipe.turns} if recipe.turns == "all" else {}),
         "prompt": prompt,
         "prompt_sha256": sha256(recipe.prompt.encode()).hexdigest(),
         "columns": columns(features_of("train", recipe)),

@@ -13,7 +13,7 @@ Level = Literal["major", "minor", "patch"]
 _VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)")
 _LEVELS: tuple[Level, ...] = ("major", "minor", "patch")
 # What a student would have to be trained and asked for in another way.
-_FORMAT = ("response", "answer")
+_FORMAT = ("response", "answer", "student")
 # What a manifest says about one release, not about what it holds.
 _OCCASION = (
     *("version", "why", "history", "created", "versions", "files", "card", "config"),
