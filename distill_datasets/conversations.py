@@ -197,6 +197,16 @@ def shown(messages: Iterable[Mapping[str, Any]]) -> str:
     return "\n\n".join(f"{one['role']}: {response_text(one)}" for one in messages)
 
 
+def readable(query: str) -> str:
+    """A query for a reader: a conversation in paragraphs, other text as it is."""
+    if not query.startswith('[{"role": "'):
+        return query
+    try:
+        return shown(from_text(query))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return query  # of another origin
+
+
 def read_messages(value: Any) -> list[Message]:
     """Messages in any of the forms of chat datasets, in OpenAI's form.
 

@@ -19,6 +19,7 @@ from distill_datasets.generation.client import CachedClient, run_in_thread
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.teachers import PromptedModel, Teachers
+from distill_datasets.generation.turns import Request, known_requests
 from distill_datasets.hub.references import Pinned, find_release
 from distill_datasets.models.sampler import Reply, Sampling, request_digest
 from distill_datasets.parquet import ROWS_PER_BATCH, read_batches
@@ -59,7 +60,8 @@ def raw_answers(
     seen: set[bytes] = set()
     for source in sources:
         with Journal(source.journal) as journal:
-            yield from _entries(journal, asked_requests(source.rows, recipe, generation), seen)
+            asked = asked_requests(source.rows, recipe, generation, journal)
+            yield from _entries(journal, asked, seen)
 
 
 def restore(release: Path, journal: Journal) -> int:
@@ -113,15 +115,20 @@ def _find(source: Path | str, config: str | None) -> Pinned | None:
         raise DatasetError(f"{error} Run without the ledger to buy every answer.") from error
 
 
-def first_requests(rows: "Dataset", recipe: Recipe, generation: Mapping[str, Any]) -> Iterator[str]:
-    """The digest of what was asked first for each row; the samples of one request share it."""
+def answering_requests(
+    rows: "Dataset", recipe: Recipe, generation: Mapping[str, Any]
+) -> Iterator[str]:
+    """The digest of what each row's text answers; the samples of one request share it.
+
+    Of a row that was chosen among several answers it is none in particular.
+    """
     asked = who_was_asked(recipe, generation)
     columns = rows.select_columns(["query", "sample", "requests"])
     key = ""
     for batch in columns.iter(batch_size=ROWS_PER_BATCH):
         for query, sample, requests in zip(*batch.values(), strict=True):
             if requests:
-                key = requests[0]
+                key = requests[-1]
             elif not sample:
                 identity, how = asked[0]
                 how = recipe.fitted(query, how)
@@ -130,9 +137,12 @@ def first_requests(rows: "Dataset", recipe: Recipe, generation: Mapping[str, Any
 
 
 def asked_requests(
-    rows: "Dataset", recipe: Recipe, generation: Mapping[str, Any]
+    rows: "Dataset", recipe: Recipe, generation: Mapping[str, Any], journal: Journal
 ) -> Iterator[list[str]]:
-    """The digests of what was asked for the rows, a batch of rows at a time."""
+    """The digests of what was asked for the rows, a batch of rows at a time.
+
+    The answers in the `journal` say what was asked for a row that failed after some of its turns.
+    """
     asked = who_was_asked(recipe, generation)
     columns = rows.select_columns(["query", "sample", "requests"])
     for batch in columns.iter(batch_size=ROWS_PER_BATCH):
@@ -141,11 +151,8 @@ def asked_requests(
             if requests:
                 found += requests
             elif not sample:  # the samples of one query came with one request
-                messages = recipe.messages(query)
-                found += [
-                    request_digest(identity, messages, recipe.fitted(query, how))
-                    for identity, how in asked
-                ]
+                for one in asked:
+                    found += [each.key for each in known_requests(recipe, one, query, journal.get)]
         yield found
 
 
@@ -189,7 +196,7 @@ def reused(journal: Journal, rows: "Dataset", teachers: Teachers) -> dict[str, A
             "again: it is written anew."
         ) from error
     taken, seen = _taken(journal), set[str]()
-    for requests in asked_requests(rows, teachers.recipe, teachers.facts):
+    for requests in asked_requests(rows, teachers.recipe, teachers.facts, journal):
         seen.update(requests)
     answers = len(seen & taken)
     bought = sum(journal.get(key) is not None for key in seen - taken)
@@ -210,11 +217,10 @@ def verify_answers(
     """
     if not settings.verify_ledger:
         return None
-    drawn = nsmallest(settings.verify_ledger, _takeable(queries, teachers, _taken(journal)))
+    takeable = _takeable(queries, teachers, journal)
+    drawn = nsmallest(settings.verify_ledger, takeable, key=lambda one: one[0].key)
     if not drawn:
         return {"asked": 0, "agree": 0}
-    texts = [query for _, _, query in drawn]
-    models = [teachers.asked(query)[place] for _, place, query in drawn]
     with (
         tempfile.TemporaryDirectory() as scratch,
         Journal(Path(scratch, "journal")) as fresh,
@@ -224,16 +230,16 @@ def verify_answers(
 
         async def ask_all() -> list[Reply]:
             requests = (
-                client.sample(model.sampler, *model.request(query))
-                for model, query in zip(models, texts, strict=True)
+                client.sample(model.sampler, request.messages, request.sampling)
+                for request, model, _ in drawn
             )
             return await asyncio.gather(*requests)
 
         replies = run_in_thread(ask_all, stop=client.stop)
         progress.advance(len(drawn))
     agree = sum(
-        _answers(model, query, journal.get(key)) == _answers(model, query, reply)
-        for (key, _, query), model, reply in zip(drawn, models, replies, strict=True)
+        _answers(model, query, journal.get(request.key)) == _answers(model, query, reply)
+        for (request, model, query), reply in zip(drawn, replies, strict=True)
     )
     return {"asked": len(drawn), "agree": agree}
 
@@ -299,13 +305,16 @@ def _taken(journal: Journal) -> set[str]:
 
 
 def _takeable(
-    queries: "Dataset", teachers: Teachers, taken: set[str]
-) -> Iterator[tuple[str, int, str]]:
+    queries: "Dataset", teachers: Teachers, journal: Journal
+) -> Iterator[tuple[Request, PromptedModel, str]]:
+    taken = _taken(journal)
     for some in queries.select_columns(["query"]).iter(batch_size=1_000):
         for query in some["query"]:
-            for place, model in enumerate(teachers.asked(query)):
-                if (key := model.request_key(query)) in taken:
-                    yield key, place, query
+            for model in teachers.asked(query):
+                asked = model.identity, model.sampling
+                for request in known_requests(teachers.recipe, asked, query, journal.get):
+                    if request.key in taken:
+                        yield request, model, query
 
 
 def _answers(model: PromptedModel, query: str, reply: Reply | None) -> list[str | None]:

@@ -1,9 +1,11 @@
 """Rows that are all rejected: what the teacher said, and what would help."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distill_datasets.conversations import readable
 from distill_datasets.errors import GenerationError
 from distill_datasets.generation.voting import NO_MAJORITY, NO_SCORE, NONE_PARSED, REFUSED
 from distill_datasets.recipes.checks import FAILED
@@ -50,13 +52,15 @@ def explain_rejections(rejected: Sequence[Mapping[str, Any]], recipe: Recipe) ->
     reasons = Counter(str(row["rejection"]) for row in rejected)
     counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     shown = "".join(
-        f"\n  {_short(row['query'])}\n    -> {_short(row['raw'])}" for row in rejected[:_SHOWN]
+        f"\n  {_short(readable(row['query']))}\n    -> {_short(row['raw'])}"
+        for row in rejected[:_SHOWN]
     )
     help = "; ".join(filter(None, (_remedy(reason, recipe) for reason in reasons)))
     return f"Rejected: {counted}. The teacher said:{shown}\nWhat would help: {help}."
 
 
 def _remedy(reason: str, recipe: Recipe) -> str:
+    reason = re.sub(r"^turn \d+: ", "", reason)
     answer = recipe.answer
     if reason == TRUNCATED:
         return f"raise sampling.max_tokens, which is {recipe.sampling.max_tokens}"

@@ -56,7 +56,7 @@ def ask(
 ) -> "Dataset":
     """Answer rows of `id`, `query`, `group`, `reference`, `split`, in their order.
 
-    One row a sample, with `schema.answer_features()`, in memory or in an Arrow `file`. Safe inside
+    One row a sample, with `schema.answer_features`, in memory or in an Arrow `file`. Safe inside
     a running event loop: the sampling runs on a loop of its own in another thread. Ctrl-C waits
     for the requests in flight, so that what was paid is kept. Raises what no row would escape,
     such as `AccessError` and `BudgetReached`, and `GenerationError` where the first rows all fail
@@ -92,9 +92,9 @@ class _Rows:
         """Answer all queries on an event loop of this thread's own, into memory or a file."""
         from datasets import Dataset
 
-        count = len(self.queries)
+        count, features = len(self.queries), answer_features(self.teachers.columns)
         if not count:
-            return Dataset.from_dict({n: [] for n in answer_features()}, answer_features())
+            return Dataset.from_dict({name: [] for name in features}, features)
         size = max(_QUERIES_AT_A_PLACE, -(-count // _PLACES))
         places = Dataset.from_dict({"first": range(0, count, size)})
 
@@ -109,7 +109,7 @@ class _Rows:
                     batched=True,
                     batch_size=1,
                     remove_columns=places.column_names,
-                    features=answer_features(),
+                    features=features,
                     new_fingerprint=self._fingerprint(),
                     load_from_cache_file=False,
                     keep_in_memory=file is None,
@@ -146,7 +146,7 @@ class _Rows:
                 query = dict(zip(batch, row, strict=True))
                 tasks.append(asyncio.create_task(self._one(query)))
         rows = [row for task in tasks for row in await task]
-        schema = answer_features().arrow_schema
+        schema = answer_features(self.teachers.columns).arrow_schema
         try:
             return pa.Table.from_pylist(rows, schema=schema)
         except (ValueError, OverflowError):  # an answer of an earlier version, or a sampler's own
@@ -200,6 +200,8 @@ def _storable(row: Mapping[str, Any]) -> dict[str, Any]:
             fields[name] = value.encode(errors="replace").decode()
         elif isinstance(value, Mapping):
             fields[name] = _storable(value)
+        elif isinstance(value, list):
+            fields[name] = [text.encode(errors="replace").decode() for text in value]
     return fields
 
 

@@ -8,6 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from distill_datasets.conversations import readable
+from distill_datasets.generation.turns import why_over
 from distill_datasets.generation.voting import (
     Best,
     Case,
@@ -30,7 +32,7 @@ from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.parsing import Reading
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import AskedModel, SamplingSection, Teacher
-from distill_datasets.schema import Message
+from distill_datasets.schema import EARLIER, Message
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,30 @@ class PromptedModel:
     `reading_parts` are JSON values that name everything else that its result depends on. `fitted`
     is given a query and the sampling, of which a query's prompt may change the tools and the form.
     `weight` is its share of the queries or of the votes, where it is one of several teachers, and
-    `key` names it to the queries.
+    `key` names it to the queries. Where every turn of a conversation is answered, `turns` counts
+    those of a query, and `messages` is also given the responses to the turns before.
     """
 
     sampler: Sampler
     sampling: Sampling
-    messages: Callable[[str], list[Message]]
+    messages: Callable[..., list[Message]]
     read: Callable[[str, str | None, str, str], Reading]
     reading_parts: Sequence[Any]
     fitted: Callable[[str, Sampling], Sampling]
     weight: float = 1.0
     key: str = ""
+    turns: Callable[[str], int] | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that its rows have beyond those of every other."""
+        return (EARLIER,) if self.turns else ()
 
     @property
     def parts(self) -> Sequence[Any]:
         """JSON values that name everything its rows depend on but the queries."""
-        return [self.sampler.identity, asdict(self.sampling), *self.reading_parts]
+        turns = ["turns"] if self.turns else []
+        return [self.sampler.identity, asdict(self.sampling), *self.reading_parts, *turns]
 
     @property
     def model(self) -> str:
@@ -72,9 +82,9 @@ class PromptedModel:
         """The digest under which the journal has its reply to a query."""
         return request_digest(self.sampler.identity, *self.request(query))
 
-    def request(self, query: str) -> tuple[list[Message], Sampling]:
-        """What is asked for a query, and how."""
-        return self.messages(query), self.fitted(query, self.sampling)
+    def request(self, query: str, *earlier: Sequence[str]) -> tuple[list[Message], Sampling]:
+        """What is asked for a query, and how; after `earlier` responses, if there are any."""
+        return self.messages(query, *earlier), self.fitted(query, self.sampling)
 
     def asked(self, query: str) -> "Sequence[PromptedModel]":
         """Itself."""
@@ -84,11 +94,34 @@ class PromptedModel:
         self, query: str, client: Client, reference: str | None = None
     ) -> list[dict[str, Any]]:
         """A row a sample; raises what the client raises."""
+        if self.turns:
+            return [await self._answer_turns(self.turns(query), query, client, reference)]
         reply = await client.sample(self.sampler, *self.request(query))
         return [
             self.row(query, reference, sample, reply, index)
             for index, sample in enumerate(reply.samples)
         ]
+
+    async def _answer_turns(
+        self, turns: int, query: str, client: Client, reference: str | None
+    ) -> dict[str, Any]:
+        """One row: the response to the last turn, after those to the turns before it.
+
+        Of a turn that is rejected, or that calls a tool, no other follows.
+        """
+        requests, earlier = RowRequests(client), list[str]()
+        for number in range(1, turns + 1):
+            last = number == turns
+            messages, sampling = self.request(query, earlier)
+            reply = await requests.sample(self.sampler, messages, sampling)
+            row = self.row(query, reference if last else None, reply.samples[0], reply, 0)
+            problem = row["rejection"] or (None if last else why_over(row["response"], sampling))
+            if problem:
+                row |= {"rejection": f"turn {number}: {problem}", "answer": None, "response": None}
+            if problem or last:
+                break
+            earlier.append(row["response"])
+        return {**row, **requests.tokens(), EARLIER: earlier, "requests": requests.requests}
 
     def row(
         self, query: str, reference: str | None, sample: Sample, reply: Reply, index: int
@@ -121,6 +154,11 @@ class Teachers:
     recipe: Recipe
     members: tuple[PromptedModel, ...]
     choice: Majority | Best | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that their rows have beyond those of every other."""
+        return self.recipe.answer_columns
 
     @property
     def several(self) -> bool:
@@ -191,7 +229,7 @@ class Teachers:
         (teacher,) = self.asked(query)
         first, *others = await teacher.answer(query, client, reference)
         if self.several:
-            first = {**first, "requests": [teacher.request_key(query)]}
+            first = {"requests": [teacher.request_key(query)], **first}
         return [first, *others]
 
     async def _chosen(
@@ -207,7 +245,7 @@ class Teachers:
             for sample in reply.samples
         ]
         prompt = self.members[0].messages(query)[0]["content"]
-        case = Case(query, prompt, reference, samples)
+        case = Case(readable(query), prompt, reference, samples)
         verdict = await choice.choose(case, requests)
         if verdict.chosen is not None:
             decided = dict(verdict.chosen.row)
@@ -291,6 +329,7 @@ def _member(recipe: Recipe, teacher: Teacher, sampler: Sampler) -> PromptedModel
         recipe.fitted,
         teacher.weight,
         digest([recipe.name, own]),
+        recipe.turns_of if recipe.turns == "all" else None,
     )
 
 

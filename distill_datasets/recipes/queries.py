@@ -140,7 +140,9 @@ def write_used_columns(recipe: Recipe, path: Path) -> dict[str, str]:
     with path.open("w", encoding="utf-8") as file:
         for columns in _read(recipe):
             for row in zip(*(columns[role] for role in named), strict=True):
-                cells = dict(zip(named.values(), row, strict=True))
+                cells: dict[str, Any] = dict(zip(named.values(), row, strict=True))
+                if spec.messages and (text := cells[spec.messages]):
+                    cells[spec.messages] = from_text(text)
                 file.write(json.dumps(cells, ensure_ascii=False) + "\n")
     keys = {**_KEYS, "query": "messages" if spec.messages else "query"}
     return {keys.get(role, role): name for role, name in named.items()}

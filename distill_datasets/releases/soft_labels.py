@@ -12,7 +12,7 @@ import numpy as np
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.ledger import JournaledRows, first_requests
+from distill_datasets.generation.ledger import JournaledRows, answering_requests
 from distill_datasets.models.sampler import Logprobs
 from distill_datasets.models.scoring import SoftLabels
 from distill_datasets.parquet import ROWS_PER_BATCH, Shards, read_batches
@@ -56,7 +56,7 @@ def write_soft(
     facts = {"rows": 0, "rewritten": 0, "without_ids": 0}
     shards = None
     for source in sources:
-        keys = first_requests(source.rows, recipe, generation)
+        keys = answering_requests(source.rows, recipe, generation)
         with Journal(source.journal) as answers:
             for batch in _batches(answers, source.rows, keys, facts):
                 shards = shards or Shards(folder / SOFT, SOFT, soft_features().arrow_schema)

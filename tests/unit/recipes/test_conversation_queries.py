@@ -1,0 +1,153 @@
+"""Conversations as queries, in the forms in which datasets hold them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, Features, Json, List
+from pyarrow.parquet import write_table
+
+from distill_datasets.conversations import from_text
+from distill_datasets.errors import RecipeError
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.queries import load_queries
+from tests.support.conversations import said, talks, user
+
+CALL = {"name": "find_order", "arguments": {"id": "A-1", "deep": {"n": 1}}}
+MESSAGES = [
+    {"role": "system", "content": "It is Monday."},
+    user("Where is my order?"),
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {
+                "id": "call_1",
+                "type": "function",
+                "function": {"name": CALL["name"], "arguments": '{"deep": {"n": 1}, "id": "A-1"}'},
+            }
+        ],
+    },
+    {"role": "tool", "content": '{"state": "sent"}', "tool_call_id": "call_1"},
+]
+PLAIN = {"type": "function", "function": CALL}
+SHAREGPT = [
+    {"from": "system", "value": "It is Monday."},
+    {"from": "human", "value": "Where is my order?"},
+    {"from": "function_call", "value": json.dumps(CALL)},
+    {"from": "observation", "value": '{"state": "sent"}'},
+]
+FORMS: dict[str, Any] = {
+    "OpenAI's": MESSAGES,
+    "with nulls and other keys": [
+        {**one, "name": None, "weight": 1, "tool_calls": one.get("tool_calls")} for one in MESSAGES
+    ],
+    "ShareGPT's": SHAREGPT,
+    "Hermes'": [
+        *SHAREGPT[:2],
+        {"from": "gpt", "value": f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"},
+        {"from": "tool", "value": '{"state": "sent"}'},
+    ],
+    "without ids": [
+        *MESSAGES[:2],
+        {"role": "assistant", "content": None, "tool_calls": [PLAIN]},
+        {"role": "tool", "content": {"state": "sent"}},
+    ],
+    "in parts": [
+        {**one, "content": [{"type": "text", "text": one["content"]}]} for one in MESSAGES
+    ],
+    "JSON text": json.dumps(MESSAGES),
+    "in columns": {
+        "role": [one["role"] for one in MESSAGES],
+        "content": [one["content"] for one in MESSAGES],
+        "tool_calls": [one.get("tool_calls") for one in MESSAGES],
+    },
+}
+
+
+def queries(folder: Path) -> list[str]:
+    return list(load_queries(load_recipe(folder))["query"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_conversation_is_one_text_whatever_its_form(tmp_path: Path, form: str) -> None:
+    (text,) = queries(talks(tmp_path / "recipe", [{"messages": FORMS[form]}]))
+    assert from_text(text) == MESSAGES
+
+
+def test_what_datasets_and_parquet_hold_is_read(tmp_path: Path) -> None:
+    text = queries(talks(tmp_path / "recipe", [MESSAGES]))
+    nested = Dataset.from_list([{"messages": MESSAGES}])
+    write_table(nested.data.table, tmp_path / "nested.parquet")
+    as_json = Dataset.from_list(
+        [{"messages": MESSAGES}], features=Features({"messages": List(Json())})
+    )
+    as_json.to_parquet(str(tmp_path / "folder" / "data" / "train.parquet"))
+    for path in ("nested.parquet", "folder"):
+        source = {"path": str(tmp_path / path), "messages": "messages"}
+        assert queries(talks(tmp_path / "other", [], queries=source)) == text
+
+
+def test_a_text_among_conversations_is_a_users_message(tmp_path: Path) -> None:
+    rows: list[Any] = [{"messages": "[support] Hi"}, {"messages": user("Hi")}, [user("Hi")]]
+    first, *others = map(from_text, queries(talks(tmp_path / "recipe", rows)))
+    assert first == [user("[support] Hi")]
+    assert others == [[user("Hi")]] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ('[{"role": "user"', "expected messages as JSON, found"),
+        ([{"role": "narrator", "content": "Once"}], "expected a role of .* found 'narrator'"),
+        ([said("Hello")], "expected a message of a user or a tool at the end"),
+        ([user(" ")], "its last message is empty"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "expected text as content"),
+        (7, "expected a list of messages, found 7"),
+    ],
+)
+def test_what_is_no_conversation_is_an_error_with_its_row(
+    tmp_path: Path, row: Any, says: str
+) -> None:
+    folder = talks(tmp_path / "recipe", [[user("Hi")], {"messages": row}])
+    with pytest.raises(RecipeError, match=f"Query 2: {says}"):
+        queries(folder)
+
+
+def test_an_empty_conversation_is_an_empty_query(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="Query 1 is empty"):
+        queries(talks(tmp_path / "recipe", [{"messages": None}]))
+
+
+def test_answers_that_are_there_already_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [[user("Hi"), said("Yes?"), user("Bye"), said("Bye")], [user("Hi")]]
+    folder = talks(tmp_path / "recipe", rows)
+    with pytest.warns(UserWarning, match="1 messages are left out of 1 of the 2 conversations"):
+        first, _ = map(from_text, queries(folder))
+    assert first == rows[0][:3]
+    talks(folder, rows, turns="all")
+    with pytest.warns(UserWarning, match="2 messages .*: every message of an assistant"):
+        first, _ = map(from_text, queries(folder))
+    assert first == [user("Hi"), user("Bye")]
+
+
+def test_a_tools_message_is_refused_where_every_turn_is_answered(tmp_path: Path) -> None:
+    folder = talks(tmp_path / "recipe", [MESSAGES], turns="all", tools=True)
+    with pytest.raises(RecipeError, match=r"Query 1: a tool's message answers a call that the"):
+        queries(folder)
+
+
+def test_references_of_calls_are_written_as_answers_are(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [user("A-1")], "right": [PLAIN]},
+        {"messages": [user("A-2")], "right": json.dumps([CALL])},
+        {"messages": [user("Hi")], "right": []},
+    ]
+    source = {"file": "queries.jsonl", "messages": "messages", "reference": "right"}
+    folder = talks(tmp_path / "recipe", rows, queries=source, tools=True)
+    written = '[{"name": "find_order", "arguments": {"deep": {"n": 1}, "id": "A-1"}}]'
+    assert load_queries(load_recipe(folder))["reference"][:] == [written, written, "[]"]
+    talks(folder, [{**rows[0], "right": "ask back"}], queries=source, tools=True)
+    with pytest.raises(RecipeError, match="Reference 1: expected a list of calls"):
+        queries(folder)
