@@ -222,7 +222,7 @@ def read_messages(value: Any) -> list[Message]:
         value = _rows(value)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise ValueError(f"expected a list of messages, found {value!r:.200}")
-    return _linked([_message(one) for one in value])
+    return _numbered([_message(one) for one in value])
 
 
 def with_answers(
@@ -305,7 +305,7 @@ def _parsed(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
-def _linked(messages: list[Message]) -> list[Message]:
+def _numbered(messages: list[Message]) -> list[Message]:
     """Calls without an id numbered; a tool's message without one is the next call's."""
     number, waiting = 0, list[str]()
     for message in messages:

@@ -123,9 +123,9 @@ def holds_more(recipe: Recipe) -> bool:
     used |= {own} if own else {"text" if {*columns} == {"text"} else "query"}
     if {*columns} - used or not spec.messages:
         return bool({*columns} - used)
-    texts = (text for part in _read(recipe) for text in part["query"])
+    used_of = partial(_conversation, every_turn=recipe.turns == "all", left_out=Counter())
     given = (row[spec.messages] for row in chain.from_iterable(_pieces(recipe)))
-    return any(text and from_text(text) != value for text, value in zip(texts, given, strict=True))
+    return any(value and from_text(used_of(value)) != value for value in given)
 
 
 def write_used_columns(recipe: Recipe, path: Path) -> dict[str, str]:
