@@ -150,7 +150,7 @@ def _stored(kind: "pa.DataType") -> "pa.DataType":
         return pa.list_(_stored(kind.value_type))
     if isinstance(kind, pa.StructType):
         return pa.struct([(part.name, _stored(part.type)) for part in kind])
-    return kind.storage_type if isinstance(kind, pa.ExtensionType) else kind
+    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
 @dataclass
