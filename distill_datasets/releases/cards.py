@@ -51,7 +51,7 @@ def dataset_card(
     metadata that differs from what `card_metadata` gave for it, which stands beside it.
     """
     facts: dict[str, Any] = {"repo": None, "config": "default", "history": [], "panel": None}
-    facts |= {"prompt": True, "warnings": [], "from_ledger": [], **manifest}
+    facts |= {"prompt": True, "warnings": [], "from_ledger": [], "checks": {}, **manifest}
     text = _fill("dataset.md", {**facts, "recipe": recipe, "example": example})
     begin, end = markers(facts["config"])
     metadata = {**card_metadata(manifest["splits"], recipe), **layout}
