@@ -5,6 +5,8 @@ import pytest
 
 from distill_datasets.conversations import Call, write_calls
 from distill_datasets.recipes.checks import Said, field_share, first_failure, passes
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Check
 from distill_datasets.recipes.text_units import (
@@ -311,3 +313,14 @@ def test_checks_change_what_is_read_only_where_they_decide_what_is_kept() -> Non
 def test_a_recipe_says_what_is_wrong_with_its_checks(changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         Recipe(**{**CHECKED, **changes})
+
+
+def test_checks_of_several_prompts_bear_their_recipes_names() -> None:
+    recipe = load_recipe("multi_prompt")
+    rows = load_queries(recipe)
+    row = next(row for row in rows if recipe.part(row["query"])[0].name == "tool_call")
+    found = recipe.check(row["query"], row["reference"], "Which one, please?", "stop", "[]")
+    assert {*found} < {*recipe.all_checks}
+    assert {name.partition(".")[0] for name in found} == {"tool_call"}
+    assert found["tool_call.one_question"] is True
+    assert len({name.partition(".")[0] for name in recipe.all_checks}) == 3
