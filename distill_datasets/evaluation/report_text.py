@@ -7,6 +7,7 @@ from distill_datasets.tables import aligned
 
 _ROW = ("expected", "teacher", "base", "student", "query")  # any script may come last
 _RULE = 60  # characters of what a check covers
+_ANSWER, _QUERY = 80, 240  # and of an answer and a query among few rows: the report has them whole
 _ALIKE = 0.95  # of all answers: a system that says one thing
 
 
@@ -128,7 +129,13 @@ def _label_cells(report: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _rows(report: Mapping[str, Any]) -> str:
-    return aligned([_ROW, *([row[name] or "-" for name in _ROW] for row in report["rows"])])
+    cells = ([_cell(name, row[name] or "-") for name in _ROW] for row in report["rows"])
+    return aligned([_ROW, *cells])
+
+
+def _cell(name: str, text: str) -> str:
+    most = _QUERY if name == "query" else _ANSWER
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _interval(number: Mapping[str, float] | None, sign: str = "") -> str:
