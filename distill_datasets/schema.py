@@ -90,12 +90,9 @@ def _features(columns: Sequence[str], *, calls: bool = False) -> "Features":
     from datasets import Features, Json, List, Value
 
     failure = {"type": "string", "status": "int32", "message": "string", "attempts": "int32"}
-    message = {"role": Value("string"), "content": Value("string")}
-    if calls:
-        function = {"name": Value("string"), "arguments": Json()}
-        call = {"id": Value("string"), "type": Value("string"), "function": function}
-        message |= {"tool_calls": List(call), "tool_call_id": Value("string")}
-        message |= {"name": Value("string")}
+    # Fixed keys would put nulls into every message without calls, which chat templates of large
+    # models take for calls.
+    message = Json() if calls else {"role": Value("string"), "content": Value("string")}
     nested = {
         "error": {name: Value(kind) for name, kind in failure.items()},
         "messages": List(message),
@@ -119,8 +116,9 @@ def release_features(added: Sequence[str] = (), *, calls: bool = False) -> "Feat
     """A released row: the query, what the student shall say, and never the teacher's prompt.
 
     `added` names further columns, such as those that say how a row was chosen; see
-    `Recipe.added_columns`. Where there may be `calls` of tools, messages have a place for them. No
-    column is called `label`, `prompt` or `completion`: TRL refuses those beside `messages`.
+    `Recipe.added_columns`. Where there may be `calls` of tools, each message is JSON, with the keys
+    that it needs. No column is called `label`, `prompt` or `completion`: TRL refuses those beside
+    `messages`.
     """
     return _features((*_RELEASE_COLUMNS, *added), calls=calls)
 

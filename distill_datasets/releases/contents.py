@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.conversations import assistant_message
+from distill_datasets.conversations import assistant_message, read_calls
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.rows import stream
 from distill_datasets.generation.shards import Joined
@@ -28,7 +28,7 @@ from distill_datasets.releases.manifest import (
     read_manifest,
     rejected_rows,
 )
-from distill_datasets.releases.quality import AnswerTally, CheckTally
+from distill_datasets.releases.quality import AnswerTally
 from distill_datasets.schema import (
     Message,
     failure_content,
@@ -72,16 +72,6 @@ def answered_contents(
             yield (REJECTED,), dropped.select(schema.names).cast(schema)
 
 
-def tally_checks(answers: "Dataset | Joined", recipe: Recipe) -> CheckTally:
-    """How many of the rows that a release keeps pass each of the recipe's checks."""
-    tally = CheckTally(recipe)
-    if tally.facts:
-        for rows in answers.stream() if isinstance(answers, Joined) else stream(answers):
-            for row in rows.to_pylist():
-                tally.add(row)
-    return tally
-
-
 def _check(kept: "pa.Table") -> None:
     for column in ("id", "query", "response", "split", "sample"):
         if kept[column].null_count:
@@ -111,9 +101,12 @@ def _released(kept: "pa.Table", recipe: Recipe) -> "pa.Table":
     schema = features_of("train", recipe).arrow_schema
     named = ("query", "response", *recipe.answer_columns)
     rows = list(zip(*(kept[name].to_pylist() for name in named), strict=True))
-    messages = [_messages(recipe, *row) for row in rows]
-    kind = schema.field("messages").type
-    column = array_cast(pa.array(messages, type=_stored(kind)), kind)
+    messages: list[Any] = [_messages(recipe, *row) for row in rows]
+    kind = stored = schema.field("messages").type
+    if isinstance(kind.value_type, pa.BaseExtensionType):
+        messages = [list(map(_as_json, row)) for row in messages]
+        stored = pa.list_(pa.string())
+    column = array_cast(pa.array(messages, type=stored), kind)
     kept = kept.append_column("messages", column)
     of_query = {
         "tools": lambda query: recipe.part(query)[0].student_tools,
@@ -152,15 +145,14 @@ def _shows_prompt(recipe: Recipe, query: str, texts: Sequence[str]) -> bool:
     return any(text == prompt or text.startswith(f"{prompt}\n") for text in texts)
 
 
-def _stored(kind: "pa.DataType") -> "pa.DataType":
-    """A type with text in the place of JSON, of which Python values can be made an array."""
-    import pyarrow as pa
-
-    if isinstance(kind, pa.ListType):
-        return pa.list_(_stored(kind.value_type))
-    if isinstance(kind, pa.StructType):
-        return pa.struct([(part.name, _stored(part.type)) for part in kind])
-    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+def _as_json(message: Message) -> str:
+    """A message as chat templates take it: the arguments of its calls are objects."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": dict(read.arguments)}}
+        for call in message.get("tool_calls", ())
+        for read in read_calls([call])
+    ]
+    return json.dumps({**message, **({"tool_calls": calls} if calls else {})}, ensure_ascii=False)
 
 
 @dataclass

@@ -14,6 +14,8 @@ _LEAST_TTL = 3600  # seconds: Tinker takes no less
 _FREE = ("ahead", "track", "price_per_million", "ttl_seconds", "rolling_every", "internalisation")
 # Settings that version 0.1 wrote down, with the one value that means the same today.
 _CONSTANT = {"temperature": 1.0}
+# Settings that version 0.1 lacks: what is said of a training names them only where they are used.
+_LATER = ("turns",)
 _PRESETS = {"poc": (8, 100), "debug": (10, 50)}  # rows, steps
 
 
@@ -265,10 +267,11 @@ def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     if found["preset"] == "production":  # in version 0.1: all rows
         found["preset"] = None
     found["objective"] = {**_CONSTANT, **found["objective"]}
-    return found
+    unused = {name for name in _LATER if found[name] == getattr(TrainSettings, name)}
+    return {name: value for name, value in found.items() if name not in unused}
 
 
 def unlike_default(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The decisive ones that are not the defaults: short enough for a server to keep."""
     default = decisive({})
-    return {name: v for name, v in decisive(settings).items() if v != default[name]}
+    return {name: v for name, v in decisive(settings).items() if v != default.get(name)}

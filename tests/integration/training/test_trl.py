@@ -1,4 +1,4 @@
-"""TRL's own trainer on a dataset in a release's form, as it is loaded."""
+"""TRL's own trainer on a release of conversations and calls, as `datasets` loads it."""
 
 import json
 from pathlib import Path
@@ -6,49 +6,33 @@ from typing import Any
 
 import pytest
 
+from distill_datasets import generate, load_recipe, publish
+from distill_datasets.conversations import read_messages, to_text
+from tests.support.conversations import TOOLS, Talker, said, talks, user
 from tests.support.tiny_model import TOOLS_CHAT, make_tiny_model
 
 pytest.importorskip("trl", reason="TRL is in the development extra")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and what it loads
 
-ARGUMENTS = [{"id": "A-1"}, {"city": "Bonn", "days": 3, "note": None}]
-TOOL = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}
+BEFORE: list[Any] = [
+    user("Look up A-7."),
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "c", "type": "function", "function": {"name": "find_order", "arguments": "{}"}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "c", "content": "lost"},
+    said("It is lost."),
+]
+CONVERSATIONS = [[*BEFORE, user("A-1")], [user("hello")], [user("A-2")], [user("so long")]]
 
 
-def conversation(arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
-    return [
-        {"role": "system", "content": "[support]"},
-        {"role": "user", "content": "Where is it?"},
-        {"role": "assistant", "content": "", "tool_calls": [{"id": "call_1", **call}]},
-        {"role": "tool", "tool_call_id": "call_1", "content": "3"},
-        {"role": "assistant", "content": "It is here."},
-    ]
-
-
-def released(folder: Path, *, tools: bool) -> Path:
-    """A folder of Parquet with the columns of a release."""
-    from datasets import Dataset, Features, Json, List, Value
-
-    rows = [
-        {
-            "id": str(number),
-            "query": "Where is it?",
-            "response": "It is here.",
-            "messages": conversation(arguments),
-            "answer": "[]",
-            "reference": None,
-            "handle": "[support]",
-            **({"tools": json.dumps([TOOL])} if tools else {}),
-        }
-        for number, arguments in enumerate(ARGUMENTS * 2)
-    ]
-    columns = {name: Value("string") for name in rows[0]}
-    features = Features({**columns, "messages": List(Json())})
-    file = folder / "data" / "train-00000-of-00001.parquet"
-    file.parent.mkdir(parents=True)
-    Dataset.from_list(rows, features=features).to_parquet(file)
-    return folder
+def released(folder: Path, *, tools: str) -> Path:
+    recipe = talks(folder / "desk", CONVERSATIONS, tools=True, student={"tools": tools})
+    generate(load_recipe(recipe), teacher=Talker(), out=folder / "run")
+    return publish(folder / "run").path
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +40,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"), TOOLS_CHAT)
 
 
-@pytest.mark.parametrize("tools", [True, False])
-def test_its_trainer_learns_a_release(tiny: Path, tools: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tools", ["keep", "drop"])
+def test_its_trainer_learns_a_release(tiny: Path, tools: str, tmp_path: Path) -> None:
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    dataset = released(tmp_path / "release", tools=tools)
+    dataset = released(tmp_path, tools=tools)
     rows = load_dataset(str(dataset), split="train", cache_dir=str(tmp_path / "cache"))
-    assert rows[1]["messages"] == conversation(ARGUMENTS[1])
+    assert ("tools" in rows.column_names) == (tools == "keep")
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(tiny),
@@ -80,14 +64,18 @@ def test_its_trainer_learns_a_release(tiny: Path, tools: bool, tmp_path: Path) -
         train_dataset=rows,
         processing_class=tokenizer,
     )
-    first = trainer.train_dataset[1]
+    place = rows["query"][:].index(to_text(read_messages(CONVERSATIONS[0])))
+    first = trainer.train_dataset[place]
     text = tokenizer.decode(first["input_ids"])
-    assert text.startswith(f"<|im_start|>system\n{json.dumps(TOOL)}\n") == tools
-    assert "<|im_start|>tool\n3<|im_end|>" in text
+    assert text.startswith(f"<|im_start|>system\n{json.dumps(TOOLS[0])}\n") == (tools == "keep")
+    assert "<|im_start|>tool\nlost<|im_end|>" in text
     learned = [token for token in first["labels"] if token != -100]
-    call = {"name": "look", "arguments": ARGUMENTS[1]}
-    said = f"<tool_call>\n{json.dumps(call)}\n</tool_call><|im_end|>It is here.<|im_end|>"
-    assert tokenizer.decode(learned) == said
+    assert tokenizer.decode(learned) == (
+        '<tool_call>\n{"name": "find_order", "arguments": {}}\n</tool_call><|im_end|>'
+        "It is lost.<|im_end|>"
+        'Let me look.<tool_call>\n{"name": "find_order", "arguments": {"id": "A-1"}}\n</tool_call>'
+        "<|im_end|>"
+    )
     trainer.train()
     first, second, _ = trainer.state.log_history
     assert second["loss"] < first["loss"]

@@ -135,15 +135,15 @@ def test_what_can_not_be_trained_is_one_sentence_with_file_and_row(
         list(split(file).conversations)
 
 
-@pytest.mark.parametrize("text", ["Where is it?", "[" * 100_000])
-def test_text_that_is_no_json_is_refused_as_messages(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ['{"role"', '[{"role": ' * 50_000])
+def test_text_that_begins_like_json_must_be_json(text: str, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"rows.jsonl', row 0: 'messages': "):
         list(split(jsonl(tmp_path, {"messages": text})).conversations)
 
 
 def test_the_row_is_counted_from_the_first(tmp_path: Path) -> None:
     good = {"messages": [ASKED, SAID]}
-    file = jsonl(tmp_path, good, good, {"messages": [ASKED, {**SAID, "content": None}]})
+    file = jsonl(tmp_path, good, good, {"messages": [{**ASKED, "content": None}, SAID]})
     with pytest.raises(DatasetError, match="row 2: 'messages': expected text"):
         list(split(file).conversations)
 

@@ -42,3 +42,11 @@ def test_settings_that_the_first_version_wrote_mean_what_they_meant() -> None:
     assert decisive(old) == decisive(asdict(TrainSettings(rank=8)))
     softened = {**old, "objective": {**old["objective"], "temperature": 2.0}}
     assert "objective" in unlike_default(softened) and "objective" not in unlike_default(old)
+
+
+def test_a_setting_that_came_later_is_said_only_where_it_is_used() -> None:
+    """Trainings that were begun without it go on."""
+    assert "turns" not in decisive(asdict(TrainSettings()))
+    used = asdict(TrainSettings(turns="all"))
+    assert decisive(used)["turns"] == "all" and unlike_default(used) == {"turns": "all"}
+    assert decisive(unlike_default(used)) == decisive(used)
