@@ -33,7 +33,7 @@ SPLIT = (
 )
 
 
-def make_tiny_model(folder: Path, chat: str = CHAT) -> Path:
+def make_tiny_model(folder: Path, chat: str = CHAT, *, context: int = 512) -> Path:
     """Write a model folder of about 0.2 MB; the same weights every time."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -48,7 +48,7 @@ def make_tiny_model(folder: Path, chat: str = CHAT) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         tie_word_embeddings=True,
         # Larger than usual: logits of a random model are otherwise nearly equal.
         initializer_range=0.1,
