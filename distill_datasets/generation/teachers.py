@@ -31,7 +31,7 @@ from distill_datasets.models.sampler import (
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.parsing import Reading
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.recipes.sections import AskedModel, SamplingSection, Teacher
+from distill_datasets.recipes.sections import OWN_TEACHER, AskedModel, SamplingSection, Teacher
 from distill_datasets.schema import EARLIER, Message
 
 
@@ -308,13 +308,16 @@ def open_teachers(
         recipe = recipe.replace(teachers=tuple(named))
     else:
         recipe = recipe.replace(teacher=named[0].model)
+    if recipe.judge and recipe.judge.model == OWN_TEACHER:
+        own = recipe.judge.model_copy(update={"model": named[0].model})
+        recipe = recipe.replace(judge=own)
     judge = opened_sampler(recipe.judge) if recipe.judge else None
     members = [_member(recipe, *one) for one in zip(named, samplers, strict=True)]
     return Teachers(recipe, tuple(members), _choice(recipe, judge))
 
 
 def _models_of(recipe: Recipe) -> list[str]:
-    judges = [recipe.judge.model] if recipe.judge else []
+    judges = [recipe.judge.model] if recipe.judge and recipe.judge.model != OWN_TEACHER else []
     return [teacher.model for teacher in recipe.all_teachers] + judges
 
 

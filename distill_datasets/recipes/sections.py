@@ -25,6 +25,7 @@ from distill_datasets.recipes.text_units import LANGUAGES
 Choice = Literal["route", "majority", "best"]
 Word = Annotated[str, Field(min_length=1)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
+OWN_TEACHER = "teacher"  # as a judge: the model that answers
 MaxTokens = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
@@ -420,6 +421,8 @@ def check_teachers(teachers: Sequence[Teacher], common: SamplingSection) -> None
 class Judge(AskedModel):
     """A model that scores the answers to choose from."""
 
+    model: str = OWN_TEACHER
+    """A model reference; `teacher` is the recipe's first teacher itself."""
     prompt: FileName = "judge.md"
     """A file in the recipe's folder: a Jinja template over `query`, `prompt` (the teacher's),
     `text`, `answer` and `reference`."""
