@@ -48,7 +48,7 @@ class Recorded:
             shown = max((text for text in self.scores if text in judged), key=len)
             known = [Sample(self.scores[shown], "stop", 1)]
         words = sum(len(message["content"].split()) for message in messages)
-        return Reply(tuple(known), Usage(words, 0))
+        return Reply(tuple(known[: sampling.n]), Usage(words, 0))
 
 
 @dataclass(frozen=True)
