@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 import datasets
@@ -24,19 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_datasets.errors import DatasetError, RecipeError, SettingsError, nearest
+from distill_datasets.recipes.checks import field_share
 from distill_datasets.statistics import Bootstrap, Estimate, Floats, Proportion, resamples
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 Answers = Sequence[str | None]
+Column = Sequence[Any]
 
-TEACHER, BASE, STUDENT = "teacher", "base", "student"
-_ALWAYS = ("answered", "agreement")  # need no references
+ALWAYS = ("answered", "agreement")  # need no references
 _RESAMPLES = 2_000
 _RESAMPLES_OF_OWN = 200  # each computes a user's metric once
-_MOST_LABELS = 50
-_MOST_ROWS = 30  # so few are worth reading one by one
+_BINS = np.arange(1, 10) / 10
 
 
 class _Metric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
@@ -57,7 +53,7 @@ class _Metric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
         alone = [str(row) for row in range(len(predictions))]
         return {self.name: self.estimate(predictions, references, alone).value}
 
-    def estimate(self, found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:
+    def estimate(self, found: Column, right: Column, groups: Sequence[str]) -> Estimate:
         """The value with its interval."""
         raise NotImplementedError
 
@@ -112,8 +108,7 @@ class MacroF1(_Metric):
         of_class = Counter(code for code, _ in set(zip(truth.tolist(), groups, strict=True)))
         n = min(len(set(groups)), other**2 / sum(1 / of_class[code] for code in range(other)))
         value = float(macro_f1(np.ones((1, len(truth))))[0])
-        draws = [macro_f1(weights) for weights in resamples(groups, _RESAMPLES)]
-        return Bootstrap(value, np.concatenate(draws), n)
+        return Bootstrap(value, _draws(macro_f1, groups), n)
 
 
 def _totals(weights: Floats, codes: NDArray[np.int64], size: int) -> Floats:
@@ -121,11 +116,94 @@ def _totals(weights: Floats, codes: NDArray[np.int64], size: int) -> Floats:
     return np.stack([np.bincount(codes, row, minlength=size + 1)[:size] for row in weights])
 
 
+def _draws(statistic: Callable[[Floats], Floats], groups: Sequence[str]) -> Floats:
+    """A statistic of the rows' weights, in every resample of the groups."""
+    return np.concatenate([statistic(weights) for weights in resamples(groups, _RESAMPLES)])
+
+
+def _mean(values: Floats, groups: Sequence[str]) -> Bootstrap:
+    """The mean over the rows that have a value, with its bootstrap over groups."""
+    known = np.isfinite(values)
+    filled = np.where(known, values, 0.0)
+
+    def mean(weights: Floats) -> Floats:
+        with np.errstate(invalid="ignore"):
+            means: Floats = (weights @ filled) / (weights @ known)
+        return means
+
+    value = float(mean(np.ones((1, len(values))))[0])
+    return Bootstrap(value, _draws(mean, groups), _group_count(known, groups))
+
+
+def _group_count(known: NDArray[np.bool_], groups: Sequence[str]) -> float:
+    return float(len({group for group, one in zip(groups, known, strict=True) if one}))
+
+
+class FieldMatch(_Metric):
+    """The mean share of the values in a reference's JSON that the answer has in the same place.
+
+    No answer has none of them; what the answer has beside them doesn't count.
+    """
+
+    def estimate(self, found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:  # noqa: D102
+        pairs = zip(found, right, strict=True)
+        return _mean(np.array([field_share(text, known or "") for text, known in pairs]), groups)
+
+
+class Calibration(_Metric):
+    """Of confidences from 0 to 1, NaN where none was said, against 1 for right and 0 for wrong."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        columns = dict.fromkeys(("predictions", "references"), datasets.Value("float64"))
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description=Calibration.__doc__,
+            features=datasets.Features(columns),
+        )
+
+
+class Brier(Calibration):
+    """The mean square of confidence minus rightness: 0 is best, and 0.25 is always saying 0.5."""
+
+    def estimate(self, found: Column, right: Column, groups: Sequence[str]) -> Estimate:  # noqa: D102
+        return _mean((np.array(found, float) - np.array(right, float)) ** 2, groups)
+
+
+class Ece(Calibration):
+    """The expected calibration error: how far, on average, confidence is from accuracy.
+
+    Rows are in ten bins of equal width by their confidence, the first from 0 to 0.1 and with 0.1;
+    the distances of the bins' mean confidence from their accuracy are weighted by their rows.
+    """
+
+    def estimate(self, found: Column, right: Column, groups: Sequence[str]) -> Estimate:  # noqa: D102
+        said = np.array(found, float)
+        known = np.isfinite(said)
+        gaps = np.where(known, said - np.array(right, float), 0.0)
+        bins = np.digitize(said, _BINS, right=True)
+        members = np.stack([gaps * (bins == place) for place in range(len(_BINS) + 1)], axis=1)
+
+        def error(weights: Floats) -> Floats:
+            with np.errstate(invalid="ignore"):
+                errors: Floats = np.abs(weights @ members).sum(axis=1) / (weights @ known)
+            return errors
+
+        value = float(error(np.ones((1, len(said))))[0])
+        draws = _draws(error, groups)
+        # Drawing rows anew makes every bin's distance noisier, and so greater, than it is.
+        centred = np.clip(draws - np.nanmean(draws) + value, 0.0, 1.0)
+        return Bootstrap(value, centred, _group_count(known, groups))
+
+
 _OURS = {
     "accuracy": Accuracy,
     "macro_f1": MacroF1,
     "answered": Answered,
     "agreement": Agreement,
+    "field_match": FieldMatch,
+    "ece": Ece,
+    "brier": Brier,
 }
 
 
@@ -266,7 +344,7 @@ class Metrics:
 
         Raises `RecipeError` or `SettingsError` before anything is asked.
         """
-        ours = {name: load_metric(name) for name in dict.fromkeys((*names, *_ALWAYS))}
+        ours = {name: load_metric(name) for name in dict.fromkeys((*names, *ALWAYS))}
         found = [load_own_metric(one) for one in own]
         taken = list(ours)
         known = [reference for reference in references if reference]
@@ -282,136 +360,9 @@ class Metrics:
     @property
     def names(self) -> list[str]:
         """Of those that need references."""
-        return [*(name for name in self.ours if name not in _ALWAYS), *(m.name for m in self.own)]
+        return [*(name for name in self.ours if name not in ALWAYS), *(m.name for m in self.own)]
 
     @property
     def key(self) -> list[str]:
         """Names them and their code; never the same twice where that can't be known."""
         return [*self.ours, *(metric.key or uuid4().hex for metric in self.own)]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Answers of each system, row by row the same queries; the teacher is one of them."""
-
-    answers: Mapping[str, "Dataset"]
-    metrics: Metrics
-
-    @cached_property
-    def references(self) -> list[str | None]:
-        """What is right, where known."""
-        return list(self.answers[TEACHER]["reference"])
-
-    @cached_property
-    def groups(self) -> list[str]:
-        """Which rows are related."""
-        return list(self.answers[TEACHER]["group"])
-
-    @cached_property
-    def labelled(self) -> list[int]:
-        """The rows with a reference."""
-        return [row for row, reference in enumerate(self.references) if reference]
-
-    @cached_property
-    def predictions(self) -> dict[str, list[str | None]]:
-        """Each system's answers; None where it gave none."""
-        return {system: list(rows["answer"]) for system, rows in self.answers.items()}
-
-    @cached_property
-    def estimates(self) -> dict[str, dict[str, Estimate]]:
-        """Each system's metrics; those that need references are absent where there are none."""
-        return {system: self._estimates(answers) for system, answers in self.predictions.items()}
-
-    def _estimates(self, answers: Answers) -> dict[str, Estimate]:
-        rows = self.labelled
-        groups = [self.groups[row] for row in rows]
-        given, right = ([texts[row] for row in rows] for texts in (answers, self.references))
-        found: dict[str, Estimate] = {}
-        for name, metric in self.metrics.ours.items():
-            if name in _ALWAYS:
-                found[name] = metric.estimate(answers, self.predictions[TEACHER], self.groups)
-            elif rows:
-                found[name] = metric.estimate(given, right, groups)
-        for own in self.metrics.own if rows else ():
-            found |= own.estimates(given, right, groups)
-        return found
-
-    def metrics_of(self, system: str) -> dict[str, dict[str, float]]:
-        """A system's metrics with their intervals."""
-        return {name: found.interval() for name, found in self.estimates[system].items()}
-
-    def differences(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Student minus another system, on the same rows."""
-        return {
-            f"{STUDENT}-{other}": {
-                name: (self.estimates[STUDENT][name] - self.estimates[other][name]).interval()
-                for name in self.estimates[STUDENT]
-                # A teacher always agrees with itself where it answers.
-                if (other, name) != (TEACHER, "agreement") and name in self.estimates[other]
-            }
-            for other in (TEACHER, BASE)
-        }
-
-    def tokens(self, system: str) -> dict[str, float | None]:
-        """Mean tokens of a request, as the server counted them; None where it doesn't."""
-        found = {}
-        for kind in ("prompt", "response"):
-            counts = [n for n in self.answers[system][f"teacher_{kind}_tokens"] if n is not None]
-            found[f"{kind}_mean"] = float(np.mean(counts)) if counts else None
-        return found
-
-    def variety(self, system: str) -> dict[str, Any]:
-        """How many different answers a system gives, its commonest, and the share of that."""
-        counted = Counter(self.predictions[system])
-        commonest, times = counted.most_common(1)[0]
-        share = times / len(self.predictions[system])
-        return {"distinct": len(counted), "commonest": commonest, "commonest_share": share}
-
-    def labels(self) -> dict[str, dict[str, float]]:
-        """Rows and recall of each reference label; empty where references are free text."""
-        rows_of: dict[str, list[int]] = {}
-        for row in self.labelled:
-            rows_of.setdefault(str(self.references[row]), []).append(row)
-        if len(rows_of) > min(_MOST_LABELS, len(self.labelled) - 1):
-            return {}
-        return {
-            label: {
-                "n": len(rows),
-                **{
-                    system: sum(answers[row] == label for row in rows) / len(rows)
-                    for system, answers in self.predictions.items()
-                },
-            }
-            for label, rows in sorted(rows_of.items())
-        }
-
-    def rows(self) -> list[dict[str, str | None]]:
-        """Every row, where there are few."""
-        queries = list(self.answers[TEACHER]["query"])
-        if len(queries) > _MOST_ROWS:
-            return []
-        return [
-            {
-                "query": query,
-                "expected": self.references[row],
-                **{system: self.predictions[system][row] for system in (TEACHER, BASE, STUDENT)},
-            }
-            for row, query in enumerate(queries)
-        ]
-
-    def notes(self) -> list[str]:
-        """What a reader must know to read the numbers."""
-        total, known = len(self.references), len(self.labelled)
-        missing = self.metrics.names
-        notes = []
-        if missing and known == 0:
-            notes.append(f"No row has a reference label, so {', '.join(missing)} are left out.")
-        elif missing and known < total:
-            notes.append(f"{', '.join(missing)} are over the {known} of {total} rows with a label.")
-        groups = len(set(self.groups))
-        unit = "rows" if groups == total else f"the {groups} groups of related rows"
-        notes.append(
-            f"Intervals: 95 %, by {unit}. Those of shares are Wilson's, and Bonett and Price's for "
-            "paired differences; the others are a bootstrap."
-        )
-        return notes

@@ -30,12 +30,15 @@ from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.rows import ask
 from distill_datasets.generation.teachers import Answerer, PromptedModel
 from distill_datasets.models.sampler import Sampler, digest
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.sections import Check
 from distill_datasets.schema import failure_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from distill_datasets.evaluation.metrics import Comparison, Metrics
+    from distill_datasets.evaluation.comparison import Comparison
+    from distill_datasets.evaluation.metrics import Metrics
 
 _VERSION = 3  # goes into every report's digest: raise it when reports come out differently
 
@@ -75,7 +78,8 @@ def measure(
         report = measure("runs/demo/release", student="runs/demo/train", out="runs/demo")
         print(report.table())
     """
-    from distill_datasets.evaluation.metrics import Comparison, Metrics
+    from distill_datasets.evaluation.comparison import Comparison
+    from distill_datasets.evaluation.metrics import Metrics
 
     settings = settings or MeasureSettings()
     held_out = read_held_out(dataset, split=settings.split, limit=settings.limit)
@@ -90,7 +94,7 @@ def measure(
         if known := _known(path, key):
             return Report(path, known)
         answers = _ask_all(held_out, systems, path.with_name("journal.sqlite"), settings)
-        data = _data(held_out, systems, Comparison(answers, metrics))
+        data = _data(held_out, systems, Comparison(answers, metrics, recipe))
         if training:
             data["systems"]["student"]["model"] = training.checkpoint["sampler"]
         report = Report(path, {**data, "digest": key})
@@ -127,6 +131,7 @@ def _data(
     held_out: HeldOut, systems: Mapping[str, Answerer], comparison: "Comparison"
 ) -> dict[str, Any]:
     manifest, sampling = held_out.manifest, greedy(held_out.recipe)
+    checks = held_out.recipe.all_checks
     latency = measure_latency(timed_systems(held_out, systems))
     measured = {
         name: {
@@ -134,6 +139,7 @@ def _data(
             "identity": system.identity,
             "prompt": name == "teacher",
             "metrics": comparison.metrics_of(name),
+            **({"checks": comparison.checks_of(name)} if checks else {}),
             "answers": comparison.variety(name),
             "tokens": comparison.tokens(name),
             "latency_ms": latency[name],
@@ -153,6 +159,7 @@ def _data(
         "n": len(held_out.rows),
         "systems": measured,
         "differences": comparison.differences(),
+        **(_checks(checks, comparison) if checks else {}),
         "internalisation": _internalisation(held_out, systems, comparison.answers["teacher"]),
         **_savings(measured),
         "labels": comparison.labels(),
@@ -167,6 +174,12 @@ def _data(
         latency_note(len(held_out.rows)),
     ]
     return {**data, "notes": notes}
+
+
+def _checks(checks: Mapping[str, Check], comparison: "Comparison") -> dict[str, Any]:
+    """What each check demands and which rule it covers, and what sets the student apart."""
+    said = {name: {"demands": one.demand, "covers": one.covers} for name, one in checks.items()}
+    return {"checks": said, "check_differences": comparison.check_differences()}
 
 
 def _internalisation(
@@ -226,12 +239,24 @@ def _key(
             "version": _VERSION,
             "revision": held_out.manifest["content_digest"],
             "metrics": metrics.key,
+            **_measured_by(held_out.recipe),
             "split": held_out.split,
             "rows": list(held_out.rows["id"]),
             "systems": {name: system.identity for name, system in systems.items()},
             "checkpoint": training.checkpoint if training else None,
         }
     )
+
+
+def _measured_by(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of measuring alone, which changes no row."""
+    parts = [*recipe.members.values()] or [recipe]
+    confidences = [part.answer.confidence for part in parts if part.answer.confidence]
+    checks = [[name, one.model_dump(mode="json")] for name, one in recipe.all_checks.items()]
+    return {
+        **({"confidences": confidences} if confidences else {}),
+        **({"checks": checks} if checks else {}),
+    }
 
 
 def _known(path: Path, key: str) -> dict[str, Any] | None:

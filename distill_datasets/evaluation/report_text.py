@@ -6,11 +6,13 @@ from typing import Any
 from distill_datasets.tables import aligned
 
 _ROW = ("expected", "teacher", "base", "student", "query")  # any script may come last
+_RULE = 60  # characters of what a check covers
+_ANSWER, _QUERY = 80, 240  # and of an answer and a query among few rows: the report has them whole
 _ALIKE = 0.95  # of all answers: a system that says one thing
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """A warning where one is due, the systems, what sets the student apart, and few rows."""
+    """A warning where one is due, systems, checks, what sets the student apart, and few rows."""
     differences = [
         f"{pair.replace('-', ' - ')}: "
         + ", ".join(f"{name} {_interval(value, sign='+')}" for name, value in metrics.items())
@@ -18,6 +20,8 @@ def table(report: Mapping[str, Any]) -> str:
     ]
     systems = "\n".join([*one_answer(report), aligned(_system_cells(report))])
     parts = [systems, "\n".join([*differences, *costs(report)])]
+    if report.get("checks"):
+        parts.insert(1, aligned(_check_cells(report)))
     if report["rows"]:
         parts.append(_rows(report))
     return "\n\n".join(parts)
@@ -90,7 +94,7 @@ def _internalised(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _system_cells(report: Mapping[str, Any]) -> Iterator[list[str]]:
     systems = report["systems"]
-    names = list(systems["student"]["metrics"])
+    names = list(dict.fromkeys(name for one in systems.values() for name in one["metrics"]))
     yield ["system", "prompt", *names, "tokens in/out", "p50 ms"]
     for name, system in systems.items():
         tokens = [system["tokens"][f"{kind}_mean"] for kind in ("prompt", "response")]
@@ -103,6 +107,20 @@ def _system_cells(report: Mapping[str, Any]) -> Iterator[list[str]]:
         ]
 
 
+def _check_cells(report: Mapping[str, Any]) -> Iterator[list[str]]:
+    systems, pair = report["systems"], "student-teacher"
+    yield ["check", "rows", *systems, "student - teacher", "covers"]
+    for name, check in report["checks"].items():
+        rows = [system["checks"].get(name, {}).get("rows", 0) for system in systems.values()]
+        yield [
+            name,
+            "/".join(dict.fromkeys(map(str, rows))),
+            *(_interval(system["checks"].get(name)) for system in systems.values()),
+            _interval(report["check_differences"][pair].get(name), sign="+"),
+            (check["covers"] or check["demands"])[:_RULE],
+        ]
+
+
 def _label_cells(report: Mapping[str, Any]) -> Iterator[list[str]]:
     systems = list(report["systems"])
     yield ["label", "rows", *systems]
@@ -111,7 +129,13 @@ def _label_cells(report: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _rows(report: Mapping[str, Any]) -> str:
-    return aligned([_ROW, *([row[name] or "-" for name in _ROW] for row in report["rows"])])
+    cells = ([_cell(name, row[name] or "-") for name in _ROW] for row in report["rows"])
+    return aligned([_ROW, *cells])
+
+
+def _cell(name: str, text: str) -> str:
+    most = _QUERY if name == "query" else _ANSWER
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _interval(number: Mapping[str, float] | None, sign: str = "") -> str:

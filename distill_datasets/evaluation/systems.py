@@ -257,11 +257,15 @@ def latency_note(rows: int) -> str:
 def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answerer:
     recipe, manifest = held_out.recipe, held_out.manifest
     released = manifest.get("teacher")
+    # What fails a check is no row to learn from, but the teacher's answer all the same.
+    read, parts = _as_said(recipe, lambda part: part.teacher_reader)
     if teacher is not None and teacher != released:
         sampler = _open(teacher)
     elif "panel" in manifest:
         teachers = open_teachers(recipe)
-        return teachers if teachers.choice else _changed(teachers, _greedy)
+        if teachers.choice:
+            return teachers
+        return _changed(teachers, lambda one: _greedy(replace(one, read=read, reading_parts=parts)))
     elif not isinstance(released, str):
         raise DatasetError(
             f"The manifest of {held_out.reference!r} doesn't name its teacher: name it with "
@@ -270,8 +274,7 @@ def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answerer:
     else:
         sampler = _open(released, manifest.get("renderer"))
     asked = recipe.sampling_parameters, recipe.messages
-    read = _as_said(recipe, lambda part: part.teacher_reader)
-    return _greedy(PromptedModel(sampler, *asked, *read, recipe.fitted))
+    return _greedy(PromptedModel(sampler, *asked, read, parts, recipe.fitted))
 
 
 def _unprompted(sampler: Sampler, recipe: Recipe) -> PromptedModel:

@@ -34,12 +34,24 @@ from distill_datasets.conversations import (
     tool_calls,
     write_calls,
 )
-from distill_datasets.errors import ModelError
+from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.models.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
-from distill_datasets.models.chat_turns import marked, several_turns
+from distill_datasets.models.chat_template import marked, several_turns
 from distill_datasets.models.sampler import split_thoughts
-from distill_datasets.models.tool_words import in_words
 
+_WORDS = """\
+# Tools
+
+These functions can be called. Each line has one, as JSON:
+<tools>
+{tools}
+</tools>
+
+A call is a block of this form, after whatever else is said; several calls are several blocks:
+<tool_call>
+{{"name": "a function's name", "arguments": {{"a parameter's name": "its value"}}}}
+</tool_call>
+What a call returns follows in <tool_response></tool_response>."""
 _THOUGHTS = ("<think>", "</think>")  # a message may hold thoughts, which these are around
 
 
@@ -128,7 +140,7 @@ class _ContentTokenizer:
 class TextRenderer:
     """A renderer whose messages are OpenAI's, with calls and tools, and protected on their way in.
 
-    Tools are told in the format's own way where it has one, else in words; see `in_words`.
+    Tools are told in the format's own way where it has one, else in words; see `_in_words`.
     """
 
     def __init__(self, renderer: Renderer, encoder: TextTokenizer) -> None:
@@ -170,7 +182,7 @@ class TextRenderer:
             return given
         if not self._has_tools:
             has_system = getattr(self._renderer, "has_system", True)
-            return in_words(given, catalogue, has_system=has_system)
+            return _in_words(given, catalogue, has_system=has_system)
         if not catalogue:
             return given
         leads = given[0]["role"] == "system"
@@ -273,3 +285,52 @@ def _specifications(tools: str | None) -> list[Any]:
     nothing = {"description": "", "parameters": {"type": "object", "properties": {}}}
     found = [tool["function"] for tool in json.loads(tools or "[]")]
     return [tool | {name: nothing[name] for name in nothing if name not in tool} for tool in found]
+
+
+def _in_words(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], *, has_system: bool
+) -> list[Any]:
+    """Messages for chat formats that have no way of their own to tell of tools and calls.
+
+    The catalogue is a part of the system message, or of the user's first where there is no such
+    role; a call is a block of text in the assistant's message, as `write_calls` writes it; and
+    what tools answered is a message of the user, one for all answers to one message. It is the
+    same text for a prompt and for training.
+    """
+    found: list[Any] = []
+    answers = False
+    for message in messages:
+        if message["role"] == "tool":
+            answer = f"<tool_response>\n{ensure_text(message['content'])}\n</tool_response>"
+            before = found.pop()["content"] + "\n" if answers else ""
+            found.append({"role": "user", "content": before + answer})
+        else:
+            found.append(_spoken(message))
+        answers = message["role"] == "tool"
+    return _told(found, tools, "system" if has_system else "user") if tools else found
+
+
+def _spoken(message: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: value for key, value in message.items() if key != "tool_calls"}
+    if made := message.get("tool_calls"):
+        calls = read_calls([call.model_dump() for call in made])
+        plain["content"] = write_calls(ensure_text(message["content"]), calls)
+    return plain
+
+
+def _told(messages: list[Any], tools: Sequence[Mapping[str, Any]], role: str) -> list[Any]:
+    """Messages of which the first of a role tells of the tools."""
+    words = _WORDS.format(tools="\n".join(json.dumps(one, ensure_ascii=False) for one in tools))
+    if role == "system":
+        leads = bool(messages) and messages[0]["role"] == role
+        prompt = ensure_text(messages[0]["content"]) + "\n\n" if leads else ""
+        return [{"role": role, "content": prompt + words}, *messages[leads:]]
+    place = next((n for n, message in enumerate(messages) if message["role"] == role), None)
+    if place is None:
+        raise DatasetError(
+            f"Tools can't be told of in a conversation of {[one['role'] for one in messages]}: "
+            "this model's chat template has no system role, so expected a message of the user."
+        )
+    first = messages[place]
+    told = {**first, "content": f"{words}\n\n{ensure_text(first['content'])}"}
+    return [*messages[:place], told, *messages[place + 1 :]]

@@ -109,6 +109,21 @@ class Reader:
         except TimeoutError as error:
             return Parsed(rejection=f"{error} of recipe {self.recipe!r} took over {_SECONDS:g} s")
 
+    def confidence(self, text: str, path: str) -> float | None:
+        """The number from 0 to 1 at `path` (`a.b` lies within `a`) of the JSON in a text.
+
+        None where there is none.
+        """
+        try:
+            value = _load(self._found(text.strip()) or "")
+        except (ValueError, RecursionError, TimeoutError):
+            return None
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            return None
+        return float(value)
+
     def _found(self, text: str) -> str | None:
         if self.pattern is None:
             return text

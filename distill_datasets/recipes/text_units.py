@@ -10,23 +10,30 @@ from typing import Any
 import regex
 
 _MARKER = re.compile(
-    r"^[ \t>]*(?:[-*+•‣◦▪●○·–—]|\d{1,3}[.)]|\(?(?:\d{1,3}|[A-Za-z])\))[ \t]+(?=\S)", re.MULTILINE
+    r"^[ \t>]*(?:(?:[-*+•‣◦▪●○·–—]|\d{1,3}\.\)?|\(?(?:\d{1,3}|[A-Za-z])\))[ \t]+)+(?=\S)",
+    re.MULTILINE,
 )
+_LEFT_OUT = re.compile(r"[\[(](?:\.{3}|…)[\])]")
+_SPACED = re.compile(r"\.(?:[ \xa0]\.){2,}")
 _BULLET = re.compile(r"^[ \t>]*[-*+•‣◦▪●○·–—][ \t]+\S", re.MULTILINE)
 _RULE = re.compile(r"^[ \t]*([-*_])(?:[ \t]*\1){2,}[ \t]*$", re.MULTILINE)
 _BLOCK = re.compile(r"\n[ \t]*\n")
 _ONE_EACH = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\u30fc]")
 _BETWEEN = re.compile(r"[\s\u2014\u2015]+")
-_CLOSING = r"[\"'”’»«›)\]}」』】〉》*_`~]*"
+_CLOSING = r"[\"'“”‘’»«›)\]}」』】〉》*_`~]*"
 # What ends a sentence: some signs do so wherever they stand, others before white space alone.
 _END = re.compile(
-    rf"[。！？｡．][。！？｡．…]*{_CLOSING}|[.!?…؟۔։।॥።‽]+{_CLOSING}(?=\s|$)", re.MULTILINE
+    rf"(?:[。！？｡]|．(?!\d))[。！？｡．…]*{_CLOSING}|[.!?…؟۔։।॥።။‽]+{_CLOSING}(?=\s|$)",
+    re.MULTILINE,
 )
 _OPENING = re.compile(r"[\s\"'“‘«‹(\[{¿¡„「『*_`~>]*")
-_LAST_WORD = re.compile(r"([\w'’.-]*)\.$")
+_LAST_WORD = re.compile(r"((?<!°)[\w'’.°-]*)\.$")
+_PRONOUN = re.compile(r"(?:^|[^\w\s]\s+|\b[^\W\d_A-Z]\w*\s+)I\.$")
 # After a single letter with a point: a name goes on, but not with one of these words.
 _BEGINS = re.compile(
-    r"(?:The|This|That|These|Those|There|It|He|She|They|We|You|In|An?|And|But|So|If|For|Its|His|Her)\b"
+    r"(?:The|This|That|These|Those|There|It|He|She|They|We|You|I|In|On|At|As|An?|And|But|So|If|For"
+    r"|Its|His|Her|My|Our|Your|Their|How|What|When|Where|Why|Who|Did|Do|Does|Is|Are|Was|Were|Can"
+    r"|Could|Please|After|Then|However|No|Not|Yes)\b"
 )
 _INITIAL_NEXT = re.compile(r"[^\W\d_]\.")
 _INITIAL = re.compile(r"(?:[^\W\d_]\.)*[^\W\d_]")
@@ -35,14 +42,15 @@ _ORDINAL = re.compile(
 )
 # What a point makes short: before a name or within a sentence; and before a number.
 _SHORT = re.compile(
-    r"""mrs? | ms | dr | prof | st | rev | hon | gen | col | maj | capt | lt | sgt | gov | sen | rep
-    | pres | mt | ft | messrs | mme | mlle | sr | sra | srta | hr | fr | frl | dott | sig | vs | cf
-    | ca | approx | incl | excl | resp | bzw | evtl | ggf | vgl | inkl | zzgl | e\.g | i\.e | z\.b
-    | d\.h | u\.a | v\.a | p\.ej | c\.-à-d | t\.ex | bl\.a | d\.v\.s | b\.v | т\.е | т\.к""",
+    r"""mrs? | ms | dr | prof | st | rev | hon | gen | col | maj | capt | lt | sgt | gov | sen |
+    rep | pres | mt | ft | messrs | mme | mlle | sr | sra | srta | hr | fr | frl | dott | sig
+    | skt | lic | ing | avv | dir | med | vs | cf | ca | approx | incl | excl | resp | bzw |
+    evtl | ggf | vgl | inkl | zzgl | e\.g | i\.e | z\.b | d\.h | u\.a | v\.a | p\.ej | c\.-à-d
+    | t\.ex | bl\.a | d\.v\.s | b\.v | т\.е | т\.к | г | ул | им | проф""",
     re.VERBOSE,
 )
 _BEFORE_A_NUMBER = re.compile(
-    "nos?|nr|op|vol|figs?|eq|sec|ch|chap|pp?|par|art|abs|kap|s|bd|ver|v|núm|n|tel|ext|ст|стр"
+    "n[o°]|nos|nr|op|vol|figs?|str|eq|sec|ch|chap|pp?|par|art|abs|kap|s|bd|ver|v|núm|n|tel|ext|ст|стр"
 )
 # ISO codes that can be told from one another.
 _CODES = """
@@ -83,7 +91,8 @@ def count_sentences(text: str) -> int:
     A paragraph, and an item of a list, ends a sentence even without a sign. No end is a sign
     before a small letter, nor the point of a number, of an initial or of a common abbreviation.
     """
-    marked = _MARKER.sub("\n\n", _RULE.sub("\n\n", text))
+    whole = _SPACED.sub("…", _LEFT_OUT.sub("", _RULE.sub("\n\n", text)))
+    marked = _MARKER.sub("\n\n", whole)
     return sum(map(_sentences, _BLOCK.split(marked)))
 
 
@@ -106,8 +115,11 @@ def _goes_on(block: str, end: re.Match[str]) -> bool:
         return True
     if not end[0].startswith(".") or end[0].startswith(".."):
         return False
-    last = _LAST_WORD.search(block[max(0, end.start() - _AHEAD) : end.start() + 1])
-    return bool(last and rest and _abbreviates(last[1], rest))
+    before = block[max(0, end.start() - _AHEAD) : end.start() + 1]
+    last = _LAST_WORD.search(before)
+    if not last or not rest or _PRONOUN.search(before):
+        return False
+    return _abbreviates(last[1], rest)
 
 
 def _abbreviates(word: str, rest: str) -> bool:
@@ -119,7 +131,7 @@ def _abbreviates(word: str, rest: str) -> bool:
         return True
     if plain.isdecimal():
         return len(plain) < 3 and _ORDINAL.match(rest) is not None
-    if plain in ("a.m", "p.m") or word == "I" or not _INITIAL.fullmatch(word):
+    if plain in ("a.m", "p.m") or not _INITIAL.fullmatch(word):
         return False
     letters = word[:1].isupper() or len(word) > 1
     return _INITIAL_NEXT.match(rest) is not None or (letters and not _BEGINS.match(rest))

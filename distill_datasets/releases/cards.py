@@ -51,7 +51,7 @@ def dataset_card(
     metadata that differs from what `card_metadata` gave for it, which stands beside it.
     """
     facts: dict[str, Any] = {"repo": None, "config": "default", "history": [], "panel": None}
-    facts |= {"prompt": True, "warnings": [], "from_ledger": [], **manifest}
+    facts |= {"prompt": True, "warnings": [], "from_ledger": [], "checks": {}, **manifest}
     text = _fill("dataset.md", {**facts, "recipe": recipe, "example": example})
     begin, end = markers(facts["config"])
     metadata = {**card_metadata(manifest["splits"], recipe), **layout}
@@ -160,24 +160,23 @@ def _results(report: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str
             metric_name=metric,
             metric_value=_rounded(value["value"]),
             metric_args={
-                "rows": report["n"],
+                "rows": value.get("rows", report["n"]),
                 **_interval(value),
-                **_others(systems, metric),
+                **_others(systems, metric, kind),
             },
         )
-        for metric, value in systems["student"]["metrics"].items()
+        for kind in ("metrics", "checks")
+        for metric, value in systems["student"].get(kind, {}).items()
     ]
     return {"model-index": eval_results_to_model_index(f"{name} student", results)}
 
 
-def _others(systems: Mapping[str, Any], metric: str) -> dict[str, Any]:
+def _others(systems: Mapping[str, Any], metric: str, kind: str) -> dict[str, Any]:
+    found = {role: systems[role].get(kind, {}).get(metric) for role in ("base", "teacher")}
     return {
-        role: {
-            "value": _rounded(systems[role]["metrics"][metric]["value"]),
-            **_interval(systems[role]["metrics"][metric]),
-        }
-        for role in ("base", "teacher")
-        if metric in systems[role]["metrics"]
+        role: {"value": _rounded(value["value"]), **_interval(value)}
+        for role, value in found.items()
+        if value
     }
 
 

@@ -28,7 +28,7 @@ from distill_datasets.releases.manifest import (
     read_manifest,
     rejected_rows,
 )
-from distill_datasets.releases.quality import AnswerTally
+from distill_datasets.releases.quality import AnswerTally, CheckTally
 from distill_datasets.schema import (
     Message,
     failure_content,
@@ -70,6 +70,16 @@ def answered_contents(
         if len(dropped):
             schema = features_of(REJECTED, recipe).arrow_schema
             yield (REJECTED,), dropped.select(schema.names).cast(schema)
+
+
+def tally_checks(answers: "Dataset | Joined", recipe: Recipe) -> CheckTally:
+    """How many of the rows that a release keeps pass each of the recipe's checks."""
+    tally = CheckTally(recipe)
+    if tally.facts:
+        for rows in answers.stream() if isinstance(answers, Joined) else stream(answers):
+            for row in rows.to_pylist():
+                tally.add(row)
+    return tally
 
 
 def _check(kept: "pa.Table") -> None:

@@ -5,9 +5,13 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+from distill_datasets.recipes.checks import FAILED
+from distill_datasets.recipes.recipe import Recipe
+
 _FREE_SHARE = 0.1  # of the distinct queries that one answer may be for, where any text is allowed
 _CHOICE_SHARE = 0.95
 _REJECTED_SHARE = 0.5
+_FAILED_SHARE = 0.1
 _FEWEST = 3  # equal answers, and rows that can't be used
 _FEWEST_CHOSEN = 10  # queries, before equal answers out of a closed set say anything
 _TEXTS = 1_000  # that are kept to be shown
@@ -98,6 +102,40 @@ class AnswerTally:
         return np.frombuffer(self._queries, np.uint64), np.frombuffer(self._answers, np.uint64)
 
 
+class CheckTally:
+    """How many kept rows each check applies to, and how many of them pass it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.facts = {name: {"rows": 0, "passed": 0} for name in recipe.all_checks}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count an answered row, with the teacher's text as it stands; only a kept one counts."""
+        if row["rejection"] is not None or row["error"] is not None:
+            return
+        said = (row[name] for name in ("query", "reference", "raw", "stop_reason", "answer"))
+        for name, passed in self.recipe.check(*said).items():
+            if passed is not None:
+                self.facts[name]["rows"] += 1
+                self.facts[name]["passed"] += passed
+
+    @property
+    def warnings(self) -> list[str]:
+        """Which checks many kept rows fail, and which say nothing of any."""
+        found = []
+        for name, fact in self.facts.items():
+            rows, failed = fact["rows"], fact["rows"] - fact["passed"]
+            rule = self.recipe.all_checks[name].covers
+            named = f"the check {name}" + (f" ({_short(rule)})" if rule else "")
+            if not rows:
+                found.append(f"{named} applies to none of the rows")
+            elif failed >= _FEWEST and failed > _FAILED_SHARE * rows:
+                found.append(
+                    f"{failed:,} of {rows:,} rows fail {named}: `keep` leaves such rows out"
+                )
+        return found
+
+
 def _unusable(rejected: Mapping[str, int], errors: int, kept: int) -> str | None:
     reasons = {**rejected, **({"not answered": errors} if errors else {})}
     dropped = sum(reasons.values())
@@ -106,6 +144,8 @@ def _unusable(rejected: Mapping[str, int], errors: int, kept: int) -> str | None
     by_reason = sorted(reasons.items(), key=lambda reason: -reason[1])
     told = ", ".join(f"{rows:,} {reason}" for reason, rows in by_reason)
     hint = ": raise sampling.max_tokens" if by_reason[0][0] == "truncated" else ""
+    if by_reason[0][0].startswith(FAILED):
+        hint = ": ask for it in prompt.md, mend the check, or leave it out of `keep`"
     return f"{dropped:,} of {dropped + kept:,} rows can't be used ({told}){hint}"
 
 

@@ -26,7 +26,7 @@ from distill_datasets.recipes.queries import holds_more, write_used_columns
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.card_merge import read_card
 from distill_datasets.releases.cards import card_metadata, dataset_card
-from distill_datasets.releases.contents import Survey, answered_contents, features_of
+from distill_datasets.releases.contents import Survey, answered_contents, features_of, tally_checks
 from distill_datasets.releases.diff import FINGERPRINTS, fingerprints_of
 from distill_datasets.releases.manifest import (
     MANIFEST,
@@ -37,6 +37,7 @@ from distill_datasets.releases.manifest import (
     rejected_rows,
     write_manifest,
 )
+from distill_datasets.releases.quality import CheckTally
 from distill_datasets.releases.soft_labels import SOFT, write_soft
 from distill_datasets.releases.versions import (
     FIRST,
@@ -153,6 +154,7 @@ class _Answers:
     recipe: Recipe
     carried: Recipe
     survey: Survey
+    checks: CheckTally
     sources: Sequence[JournaledRows]
 
 
@@ -178,7 +180,8 @@ def _load_answers(runs: Sequence[Path], ledger: bool, scratch: Path) -> _Answers
         )
     journals = [(rows, part / "journal.sqlite") for rows, part in zip(each, parts, strict=True)]
     kept = [JournaledRows(*one) for one in journals if ledger and one[1].is_file()]
-    return _Answers(rows, generation, recipe, _carried(recipe, scratch), survey, kept)
+    checks = tally_checks(rows, recipe)
+    return _Answers(rows, generation, recipe, _carried(recipe, scratch), survey, checks, kept)
 
 
 def _read_answers(folder: Path) -> tuple["Dataset", dict[str, Any]]:
@@ -366,7 +369,8 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None, prompt: bool) -> di
         "ledger": (known or 0) if answers.sources else None,
         **({SOFT: old[SOFT]} if old and SOFT in old else {}),
         "references": found.references,
-        "warnings": found.warnings,
+        "warnings": [*found.warnings, *answers.checks.warnings],
+        **({"checks": answers.checks.facts} if answers.checks.facts else {}),
         **_from_ledger(generation),
         "tokens": generation["tokens"],
         "cost": generation.get("cost"),

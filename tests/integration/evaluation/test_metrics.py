@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.metrics import f1_score
+from sklearn.metrics import brier_score_loss, f1_score
 
 from distill_datasets.errors import DatasetError, RecipeError, SettingsError
 from distill_datasets.evaluation.metrics import Metrics, load_metric, load_own_metric
@@ -32,7 +32,7 @@ def rows(count: int, right: float, seed: int) -> tuple[list[str | None], list[st
     return found, expected, [f"row {number}" for number in range(count)]
 
 
-def one(name: str, found: list[str | None], expected: list[str], groups: list[str]) -> Estimate:
+def one(name: str, found: list[Any], expected: list[Any], groups: list[str]) -> Estimate:
     return load_metric(name).estimate(found, expected, groups)
 
 
@@ -317,3 +317,52 @@ def test_a_file_that_changes_is_another_metric(own: Callable[[str], str], tmp_pa
     path.write_text(OWN + "\n# changed\n")
     assert Metrics.load([], [own("several")], ["a"]).key != keys[0]
     assert Metrics.load([], [max], []).key != Metrics.load([], [max], []).key
+
+
+SAID = [0.95, 0.9, 0.9, 0.3, 0.31, 1.0, 0.0, None]
+CORRECT = [1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+
+
+def test_the_brier_score_equals_sklearns() -> None:
+    known = slice(0, 7)
+    truth = brier_score_loss(CORRECT[known], SAID[known])
+    found = load_metric("brier").compute(predictions=SAID[known], references=CORRECT[known])
+    assert found == {"brier": pytest.approx(truth, abs=1e-12)}
+
+
+def test_the_calibration_error_equals_that_computed_by_hand() -> None:
+    # Bins: 0 and (0, 0.1]; 0.3 in (0.2, 0.3]; 0.31; both 0.9 in (0.8, 0.9]; 0.95 and 1.
+    gaps = [0.0, 0.3, 1 - 0.31, abs(0.9 + 0.9 - 1), 2 - 1.95]
+    estimate = one("ece", SAID, CORRECT, [str(row) for row in range(8)])
+    assert estimate.value == pytest.approx(sum(gaps) / 7)
+    found = estimate.interval()
+    assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+
+
+def test_rows_without_a_confidence_change_neither() -> None:
+    groups = [str(row) for row in range(8)]
+    for name in ("ece", "brier"):
+        alone = one(name, SAID[:7], CORRECT[:7], groups[:7])
+        assert one(name, SAID, CORRECT, groups).value == pytest.approx(alone.value)
+
+
+@pytest.mark.parametrize("name", ["ece", "brier"])
+def test_the_difference_of_two_confidences_is_on_the_same_resamples(name: str) -> None:
+    groups = [str(row) for row in range(200)]
+    generator = np.random.default_rng(3)
+    said = generator.random(200)
+    right = (generator.random(200) < said).astype(float)
+    sure = [float(value > 0.5) for value in said]
+    mine, theirs = one(name, list(said), list(right), groups), one(name, sure, list(right), groups)
+    assert (mine - mine).interval()["value"] == 0
+    apart = (mine - theirs).interval()
+    assert apart["low"] < apart["value"] < apart["high"] < 0
+
+
+def test_the_field_match_is_the_mean_share_of_equal_fields() -> None:
+    references = ['{"a": 1, "b": {"c": null}}', '{"a": 2, "b": {"c": "x"}}', "red"]
+    answers = ['{"a": 1.0, "b": {}}', None, "red"]
+    found = load_metric("field_match").compute(predictions=answers, references=references)
+    assert found == {"field_match": pytest.approx((0.5 + 0 + 1) / 3)}
+    estimate = one("field_match", answers, references, ["a", "b", "c"]).interval()
+    assert estimate["low"] < estimate["value"] < estimate["high"]

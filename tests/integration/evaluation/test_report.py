@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import DatasetError, GenerationError, ModelError, SettingsError
+from distill_datasets.evaluation.comparison import Comparison
 from distill_datasets.evaluation.latency import uncacheable
-from distill_datasets.evaluation.metrics import Comparison, Metrics
+from distill_datasets.evaluation.metrics import Metrics
 from distill_datasets.evaluation.report import Report, measure
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.generation.run import generate
@@ -661,3 +662,46 @@ def test_an_empty_folder_is_no_student(run: Path, tmp_path: Path) -> None:
 def test_a_split_of_somebody_elses_names_no_file_elsewhere(split: str, run: Path) -> None:
     with pytest.raises(DatasetError, match="A split can't be named"):
         compare(run, settings=MeasureSettings(split))
+
+
+CHECKS = """\
+checks:
+  - {name: brief, words: {max: 2}, covers: Say it in two words}
+  - {name: no_red, when: blue, never: red}
+  - {name: idle, when: violet, ends: true}
+keep: [brief]
+"""
+
+
+def test_checks_are_measured_of_every_system_and_shown_in_a_table_of_their_own(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path, changes=CHECKS)
+    report = compare(run)
+    checks = {name: system["checks"] for name, system in report.data["systems"].items()}
+    # Of the teacher only "no idea" has more than two words: "colour: no idea".
+    assert checks["teacher"]["brief"]["value"] == 7 / 8
+    assert checks["student"]["brief"]["value"] == 0.0
+    assert checks["student"]["no_red"] == {
+        **checks["student"]["no_red"],
+        **{"value": 0.75, "rows": 4},
+    }
+    assert report.data["check_differences"]["student-teacher"]["brief"]["value"] == -7 / 8
+    assert report.data["checks"]["brief"] == {
+        "demands": 'words: {"max": 2}',
+        "covers": "Say it in two words",
+    }
+    (line,) = [line for line in report.table().splitlines() if line.startswith("brief ")]
+    assert line.split()[:2] == ["brief", "8"] and line.endswith("Say it in two words")
+    text = report.path.with_suffix(".md").read_text()
+    assert "| `brief` | Say it in two words | 8 | 0.000 [" in text
+    assert '| `no_red` | `never: ["red"]` | 4 |' in text
+    assert "These checks apply to no row here: idle." in text
+
+
+def test_other_checks_are_another_report(tmp_path: Path) -> None:
+    run = make_run(tmp_path, changes=CHECKS)
+    first = compare(run)
+    edit(run / "release/recipe", "recipe.yaml", "max: 2", "max: 3")
+    edit(run / "release", "manifest.json", '"sha256"', '"digests"')
+    assert compare(run).data["digest"] != first.data["digest"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from distill_datasets.conversations import Call, split_calls
 from distill_datasets.errors import (
     AccessError,
     ModelError,
@@ -103,6 +104,34 @@ def test_a_reply_has_every_sample_with_its_text_reasoning_and_logprobs(
     assert sum(sample.tokens for sample in reply.samples) == 11
     assert reply.usage == Usage(30, 20, 4, 0.25)
     assert (reply.first_token_seconds is not None) == stream
+
+
+TOOLS = json.dumps([{"type": "function", "function": {"name": "find", "parameters": {}}}])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("words", ["", "I look."])
+def test_calls_are_a_part_of_a_samples_text(words: str, stream: bool, server: OpenAIServer) -> None:
+    query = "\n".join([*filter(None, [words]), 'call find {"id": "A-1é"}', 'call find {"id": 2}'])
+    reply = ask(server, query, n=2, tools=TOOLS, stream=stream)
+    for sample in reply.samples:
+        calls = [Call("find", {"id": "A-1é"}), Call("find", {"id": 2})]
+        assert split_calls(sample.text) == (words, calls)
+        assert sample.stop_reason == "stop"
+    assert (reply.first_token_seconds is not None) == stream
+    (body,) = server.bodies
+    assert body["tools"] == json.loads(TOOLS)
+    assert ask(server, query, stream=stream).samples[0].text == query
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_arguments_that_are_no_json_are_kept_and_cannot_be_read(
+    stream: bool, server: OpenAIServer
+) -> None:
+    (sample,) = ask(server, 'call find {"id": "A', tools=TOOLS, stream=stream).samples
+    assert '"{\\"id\\": \\"A"' in sample.text
+    with pytest.raises(ValueError, match="Unterminated string"):
+        split_calls(sample.text)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,6 +1,7 @@
 """One sampler over several processes: the same answers, whatever happens to the workers."""
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -64,6 +65,20 @@ def test_both_processes_answer_as_one_would(two: ProcessSampler, canned: TinkerS
 
 async def _alone(sampler: TinkerSampler) -> list[Reply]:
     return [await sampler.sample(ASKED, Sampling(top_logprobs=2))]
+
+
+def test_tools_and_calls_cross_to_a_worker(two: ProcessSampler, canned: TinkerSampler) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "count", "arguments": '{"a": 1}'}}
+    asked: list[Message] = [
+        ASKED[0],
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "c"},
+    ]
+    tools = json.dumps([{"type": "function", "function": {"name": "count"}}])
+    for sampling in (Sampling(), Sampling(tools=tools)):
+        found = asyncio.run(two.sample(asked, sampling)).usage.prompt_tokens
+        rendered = canned.connection.renderer.build_generation_prompt(asked, tools=sampling.tools)
+        assert found == rendered.length
 
 
 def test_a_failure_arrives_as_what_it_was(two: ProcessSampler) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from distill_datasets import resources
 from distill_datasets.conversations import Call, assistant_message, response_text, split_calls
 from distill_datasets.errors import DatasetError, ModelError
+from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.models.connection import Connection
 from distill_datasets.models.renderers import CHAT_TEMPLATE, TextRenderer, open_renderer
 from distill_datasets.models.sampler import Sampling
@@ -473,3 +474,17 @@ def test_a_sampler_shows_its_tools_and_gives_calls_as_text(tokenizer: Any) -> No
         assert split_calls(reply.samples[0].text)[1] == [Call("count", {"a": 2, "b": 1})]
     fewer, more = (reply.usage.prompt_tokens or 0 for reply in replies)
     assert more > fewer
+
+
+@pytest.mark.parametrize("name", [*NATIVE[:5], "nemotron3", "role_colon", CHAT_TEMPLATE])
+def test_what_a_request_can_cost_is_never_less_than_its_tokens(name: str, tokenizer: Any) -> None:
+    """Of formats whose control tokens this tokenizer has; they write JSON out and explain tools."""
+    price: Any = {"prompt": 1_000_000, "response": 0}
+    prices = Prices(date="2026-11-01", currency="USD", models={"openai:any": price})  # type: ignore[arg-type]
+    meter, renderer = Meter(prices, budget=1.0), open_renderer(name, tokenizer)
+    foreign = json.dumps(OPENAI_TOOLS, ensure_ascii=False).replace("Finds an order.", "é的🙂" * 200)
+    for place in ASKED:
+        for tools in (None, TOOLS, foreign):
+            asked, sampling = conversation()[:place], Sampling(tools=tools)
+            tokens = renderer.build_generation_prompt(asked, tools=tools).length
+            assert tokens <= (meter._most("openai:any", asked, sampling) or 0.0)

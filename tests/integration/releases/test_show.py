@@ -120,3 +120,17 @@ def test_the_command_line_prints_rows_for_people_or_lines_of_json(
     assert [json.loads(line)["query"] for line in lines] == [row["query"] for row in show(answered)]
     assert main(["show", str(answered), "--query", "no such thing"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_an_answer_that_fails_a_check_is_shown_with_its_name(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    keys = "checks: [{name: no_sky, never: sky}]\nkeep: all checks\n"
+    (recipe_folder / "recipe.yaml").open("a").write(keys)
+    generate(recipe_folder, teacher=Echo(), out=tmp_path / "run")
+    release = publish(tmp_path / "run")
+    for source in (tmp_path / "run", release.path):
+        reasons = {row["query"]: row["reason"] for row in show(source, which="rejected")}
+        assert reasons["the sky, colour blue"] == "check: no_sky"
+    (row,) = show(release.path, query="sky")
+    assert row["raw"] == "the sky, colour blue"

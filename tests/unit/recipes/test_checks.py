@@ -5,6 +5,8 @@ import pytest
 
 from distill_datasets.conversations import Call, write_calls
 from distill_datasets.recipes.checks import Said, field_share, first_failure, passes
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Check
 from distill_datasets.recipes.text_units import (
@@ -63,6 +65,13 @@ def check(text: str = "", *, said: Said | None = None, **kind: Any) -> bool | No
         (3, "Wow!!! Really?! Yes."),
         (2, "¿Qué? ¡No!"),
         (2, "Stop ! Allez ?"),
+        (2, "I live in the E.U. How about you?"),
+        (2, "That is you and I. Did you see Albert I. Jones?"),
+        (1, "So it went . . . and so on [...] (Smith 55)."),
+        (1, "At N°. 1026 and Berliner Str. 5, with Dr. med. Meyer"),
+        (2, "Heute sind es 20°C. Abends regnet es."),
+        (2, "• 3. Kauf Milch!\n• 4. Trink sie!"),
+        (2, "約３．２９％です。終わり。"),
         (2, "今日は晴れです。明日は雨です。"),
         (2, "他说：“你好。”然后走了。"),
         (2, "यह एक है। यह दो है।"),
@@ -304,3 +313,14 @@ def test_checks_change_what_is_read_only_where_they_decide_what_is_kept() -> Non
 def test_a_recipe_says_what_is_wrong_with_its_checks(changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         Recipe(**{**CHECKED, **changes})
+
+
+def test_checks_of_several_prompts_bear_their_recipes_names() -> None:
+    recipe = load_recipe("multi_prompt")
+    rows = load_queries(recipe)
+    row = next(row for row in rows if recipe.part(row["query"])[0].name == "tool_call")
+    found = recipe.check(row["query"], row["reference"], "Which one, please?", "stop", "[]")
+    assert {*found} < {*recipe.all_checks}
+    assert {name.partition(".")[0] for name in found} == {"tool_call"}
+    assert found["tool_call.one_question"] is True
+    assert len({name.partition(".")[0] for name in recipe.all_checks}) == 3

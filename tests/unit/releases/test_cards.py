@@ -268,3 +268,25 @@ def test_the_model_card_warns_when_the_rows_were_trained_on(recipe: Recipe) -> N
 def test_a_base_that_is_not_on_the_hub_is_not_linked(recipe: Recipe) -> None:
     systems = {**REPORT["systems"], "base": system("pocket", False, 0.2)}
     assert "base_model" not in metadata(model_card({**REPORT, "systems": systems}, {}, recipe))
+
+
+def test_a_students_checks_are_in_its_table_and_its_results() -> None:
+    systems = {
+        role: {**one, "checks": {"brief": {**interval(0.5), "rows": 8}}}
+        for role, one in REPORT["systems"].items()
+    }
+    checks = {
+        "brief": {"demands": 'words: {"max": 2}', "covers": "Two | words"},
+        "idle": {"demands": "ends: true", "covers": None},
+    }
+    apart = {"student-teacher": {"brief": interval(0.0)}}
+    report = {**REPORT, "systems": systems, "checks": checks, "check_differences": apart}
+    card = model_card(report, TRAINING, None)
+    shown = "0.500 [0.450, 0.550]"
+    assert f"| `brief` | Two \\| words | 8 | {shown} | {shown} | {shown} | 0.000 [" in card
+    assert "| `idle` | `ends: true` | 0 |  |  |  |  |" in card
+    (model,) = ModelCard(card).data.to_dict()["model-index"]
+    found = {one["name"]: one for result in model["results"] for one in result["metrics"]}
+    assert found["brief"]["value"] == 0.5
+    assert found["brief"]["args"]["rows"] == 8
+    assert found["brief"]["args"]["teacher"] == {"value": 0.5, "interval_95": [0.45, 0.55]}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.quality import AnswerTally
+from distill_datasets.releases.quality import AnswerTally, CheckTally
 from distill_datasets.releases.release import publish
 from tests.integration.releases.test_release import answer, write_run
 from tests.support.releases import greetings
@@ -100,3 +100,60 @@ def test_answers_out_of_another_release_are_told_by_their_source(tmp_path: Path)
     card = (release.path / "README.md").read_text(encoding="utf-8")
     assert "1,234 of the answers here were not asked for in this run" in card
     assert f"`me/other` at `{'0' * 40}`" in card
+
+
+CHECKS = [
+    {"name": "brief", "words": {"max": 2}, "covers": "Say it in two words"},
+    {"name": "polite", "never": "damn"},
+    {"name": "idle", "when": "never there", "ends": True},
+]
+
+
+def test_a_check_that_many_kept_rows_fail_is_told_and_one_that_applies_to_none(
+    tmp_path: Path,
+) -> None:
+    found = CheckTally(greetings(tmp_path, checks=CHECKS))
+    said = ["one two three"] * 5 + ["damn it"] + ["fine"] * 19
+    for text in said:
+        found.add(answered(text))
+    found.add(answered("a damn long one", rejection="truncated"))
+    assert found.facts == {
+        "brief": {"rows": 25, "passed": 20},
+        "polite": {"rows": 25, "passed": 24},
+        "idle": {"rows": 0, "passed": 0},
+    }
+    assert found.warnings == [
+        "5 of 25 rows fail the check brief (Say it in two words): `keep` leaves such rows out",
+        "the check idle applies to none of the rows",
+    ]
+
+
+def answered(text: str, rejection: str | None = None) -> dict[str, Any]:
+    return {
+        **{"query": "q", "reference": None, "raw": text, "stop_reason": "stop", "answer": text},
+        **{"rejection": rejection, "error": None},
+    }
+
+
+def test_rows_that_fail_a_check_are_among_the_reasons_with_what_would_help() -> None:
+    (warning,) = tally(["a", "b"]).warnings({"check: brief": 7, "truncated": 1}, 0)
+    assert warning == (
+        "8 of 10 rows can't be used (7 check: brief, 1 truncated): ask for it in prompt.md, mend "
+        "the check, or leave it out of `keep`"
+    )
+
+
+def test_manifest_and_card_say_how_many_kept_rows_pass_each_check(tmp_path: Path) -> None:
+    raw = ["one two three", "damn", "fine", "two words"]
+    rows = [answer(number, response=text, raw=text) for number, text in enumerate(raw)]
+    rows.append(answer(4, response=None, raw="so long a text", rejection="check: brief"))
+    recipe = greetings(tmp_path / "recipe", response="{{ text }}", checks=CHECKS[:2])
+    release = publish(write_run(tmp_path / "run", rows, recipe))
+    assert json.loads((release.path / "manifest.json").read_text())["checks"] == {
+        "brief": {"rows": 4, "passed": 3},
+        "polite": {"rows": 4, "passed": 3},
+    }
+    card = (release.path / "README.md").read_text(encoding="utf-8")
+    assert "| `brief` | Say it in two words | 3 of 4 |" in card
+    assert '| `polite` | `never: ["damn"]` | 3 of 4 |' in card
+    assert "| dropped: check: brief | 1 |" in card

@@ -1,0 +1,264 @@
+"""Base, teacher and student on the same rows: every metric and check, with what sets them apart."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distill_datasets.conversations import read_calls
+from distill_datasets.evaluation.metrics import ALWAYS, Calibration, Metrics
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.statistics import Estimate, Proportion
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Answers = Sequence[str | None]
+_CHECKED = ("query", "reference", "raw", "stop_reason", "answer")
+
+TEACHER, BASE, STUDENT = "teacher", "base", "student"
+_MOST_LABELS = 50
+_MOST_ROWS = 30  # so few are worth reading one by one
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Answers of each system, row by row the same queries; the teacher is one of them.
+
+    Checks and confidences are those that the `recipe` names.
+    """
+
+    answers: Mapping[str, "Dataset"]
+    metrics: Metrics
+    recipe: Recipe | None = None
+
+    @cached_property
+    def references(self) -> list[str | None]:
+        """What is right, where known."""
+        return list(self.answers[TEACHER]["reference"])
+
+    @cached_property
+    def queries(self) -> list[str]:
+        """What was asked."""
+        return list(self.answers[TEACHER]["query"])
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """Which rows are related."""
+        return list(self.answers[TEACHER]["group"])
+
+    @cached_property
+    def labelled(self) -> list[int]:
+        """The rows with a reference."""
+        return [row for row, reference in enumerate(self.references) if reference]
+
+    @cached_property
+    def predictions(self) -> dict[str, list[str | None]]:
+        """Each system's answers; None where it gave none."""
+        return {system: list(rows["answer"]) for system, rows in self.answers.items()}
+
+    @cached_property
+    def estimates(self) -> dict[str, dict[str, Estimate]]:
+        """Each system's metrics; those that need references are absent where there are none."""
+        return {system: self._estimates(system) for system in self.predictions}
+
+    def _estimates(self, system: str) -> dict[str, Estimate]:
+        answers, rows = self.predictions[system], self.labelled
+        groups = [self.groups[row] for row in rows]
+        given, right = ([texts[row] for row in rows] for texts in (answers, self.references))
+        found: dict[str, Estimate] = {}
+        for name, metric in self.metrics.ours.items():
+            if name in ALWAYS:
+                found[name] = metric.estimate(answers, self.predictions[TEACHER], self.groups)
+            elif isinstance(metric, Calibration):
+                said = [self.confidences[system][row] for row in rows]
+                if any(one is not None for one in said):
+                    pairs = zip(given, right, strict=True)
+                    correct = [float(text == known) for text, known in pairs]
+                    found[name] = metric.estimate(said, correct, groups)
+            elif rows:
+                found[name] = metric.estimate(given, right, groups)
+        for own in self.metrics.own if rows else ():
+            found |= own.estimates(given, right, groups)
+        return found
+
+    def metrics_of(self, system: str) -> dict[str, dict[str, float]]:
+        """A system's metrics with their intervals."""
+        return {name: found.interval() for name, found in self.estimates[system].items()}
+
+    def differences(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Student minus another system, on the same rows."""
+        return {
+            f"{STUDENT}-{other}": {
+                name: (self.estimates[STUDENT][name] - self.estimates[other][name]).interval()
+                for name in self.estimates[STUDENT]
+                # A teacher always agrees with itself where it answers.
+                if (other, name) != (TEACHER, "agreement") and name in self.estimates[other]
+            }
+            for other in (TEACHER, BASE)
+        }
+
+    @cached_property
+    def confidences(self) -> dict[str, list[float | None]]:
+        """Each system's confidence in its answers; None where it gave none."""
+        return {system: list(self._confidences(system)) for system in self.answers}
+
+    def _confidences(self, system: str) -> Iterator[float | None]:
+        for row in self._texts(system):
+            part, _ = self.recipe.part(row["query"]) if self.recipe else (None, "")
+            if part is None or part.answer.confidence is None or row["answer"] is None:
+                yield None
+            else:
+                reader = part.teacher_reader if system == TEACHER else part.student_reader
+                yield reader.confidence(row["raw"], part.answer.confidence)
+
+    def _texts(self, system: str) -> Iterator[dict[str, Any]]:
+        yield from self.answers[system].select_columns([*_CHECKED])
+
+    @cached_property
+    def checked(self) -> dict[str, dict[str, list[bool | None]]]:
+        """By system and check, whether each row passes; None where the check says nothing of it."""
+        recipe = self.recipe
+        if recipe is None or not recipe.all_checks:
+            return {}
+        found = {}
+        for system in self.answers:
+            rows = [recipe.check(*(row[one] for one in _CHECKED)) for row in self._texts(system)]
+            found[system] = {name: [row.get(name) for row in rows] for name in recipe.all_checks}
+        return found
+
+    def checks_of(self, system: str) -> dict[str, dict[str, float]]:
+        """The share of rows that pass each check among those it applies to, and how many they are.
+
+        A check that applies to no row is absent.
+        """
+        return {
+            name: {**share.interval(), "rows": len(share.rows)}
+            for name, passed in self.checked.get(system, {}).items()
+            for share in self._shares(passed)
+        }
+
+    def check_differences(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Student minus another system, on the rows where a check applies to both."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for other in (TEACHER, BASE) if self.checked else ():
+            pairs = found[f"{STUDENT}-{other}"] = {}
+            for name, passed in self.checked[STUDENT].items():
+                shares = self._shares(passed, self.checked[other][name])
+                if shares:
+                    pairs[name] = (shares[0] - shares[1]).interval()
+        return found
+
+    def _shares(self, *results: Sequence[bool | None]) -> list[Proportion]:
+        """The share of each that passes, on the rows where all say something; none without rows."""
+        rows = [row for row, found in enumerate(zip(*results, strict=True)) if None not in found]
+        groups = [self.groups[row] for row in rows]
+        if not rows:
+            return []
+        return [Proportion([float(bool(one[row])) for row in rows], groups) for one in results]
+
+    def tokens(self, system: str) -> dict[str, float | None]:
+        """Mean tokens of a request, as the server counted them; None where it doesn't."""
+        found = {}
+        for kind in ("prompt", "response"):
+            counts = [n for n in self.answers[system][f"teacher_{kind}_tokens"] if n is not None]
+            found[f"{kind}_mean"] = float(np.mean(counts)) if counts else None
+        return found
+
+    def variety(self, system: str) -> dict[str, Any]:
+        """How many different answers a system gives, its commonest, and the share of that."""
+        counted = Counter(self.predictions[system])
+        commonest, times = counted.most_common(1)[0]
+        share = times / len(self.predictions[system])
+        return {"distinct": len(counted), "commonest": commonest, "commonest_share": share}
+
+    def labels(self) -> dict[str, dict[str, float]]:
+        """Rows and recall of each reference label; empty where references are free text.
+
+        Calls of tools go by the tools' names alone; the share is still of equal calls.
+        """
+        rows_of: dict[str, list[int]] = {}
+        for row in self.labelled:
+            rows_of.setdefault(self._label(row), []).append(row)
+        if len(rows_of) > min(_MOST_LABELS, len(self.labelled) - 1):
+            return {}
+        return {
+            label: {
+                "n": len(rows),
+                **{
+                    system: sum(answers[row] == self.references[row] for row in rows) / len(rows)
+                    for system, answers in self.predictions.items()
+                },
+            }
+            for label, rows in sorted(rows_of.items())
+        }
+
+    def _label(self, row: int) -> str:
+        reference = str(self.references[row])
+        if not self.recipe or not self.recipe.part(self.queries[row])[0].tools:
+            return reference
+        return " + ".join(sorted(call.name for call in read_calls(reference))) or "no call"
+
+    def rows(self) -> list[dict[str, str | None]]:
+        """Every row, where there are few."""
+        if len(self.queries) > _MOST_ROWS:
+            return []
+        return [
+            {
+                "query": query,
+                "expected": self.references[row],
+                **{system: self.predictions[system][row] for system in (TEACHER, BASE, STUDENT)},
+            }
+            for row, query in enumerate(self.queries)
+        ]
+
+    def notes(self) -> list[str]:
+        """What a reader must know to read the numbers."""
+        total, known = len(self.references), len(self.labelled)
+        missing = self.metrics.names
+        notes = []
+        if missing and known == 0:
+            notes.append(f"No row has a reference label, so {', '.join(missing)} are left out.")
+        elif missing and known < total:
+            notes.append(f"{', '.join(missing)} are over the {known} of {total} rows with a label.")
+        notes += [*self._notes_on_confidence(), *self._notes_on_checks()]
+        groups = len(set(self.groups))
+        unit = "rows" if groups == total else f"the {groups} groups of related rows"
+        notes.append(
+            f"Intervals: 95 %, by {unit}. Those of shares are Wilson's, and Bonett and Price's for "
+            "paired differences; the others are a bootstrap."
+        )
+        return notes
+
+    def _notes_on_confidence(self) -> Iterator[str]:
+        named = [name for name, one in self.metrics.ours.items() if isinstance(one, Calibration)]
+        if not named or not self.labelled:
+            return
+        said = {
+            system: sum(texts[row] is not None for row in self.labelled)
+            for system, texts in self.confidences.items()
+        }
+        counted = ", ".join(f"{system} {rows}" for system, rows in said.items())
+        yield (
+            f"{' and '.join(named)} are over the rows with a right answer known where a system "
+            f"gave an answer and a confidence: {counted} of {len(self.labelled)}. Lower is better; "
+            "ece is over ten bins of equal width."
+        )
+
+    def _notes_on_checks(self) -> Iterator[str]:
+        if not self.checked:
+            return
+        yield (
+            "A check's share is of the rows that it applies to, on each system's own text as it "
+            "stands."
+        )
+        idle = [
+            name
+            for name in self.checked[TEACHER]
+            if all(one is None for found in self.checked.values() for one in found[name])
+        ]
+        if idle:
+            yield f"These checks apply to no row here: {', '.join(idle)}."
