@@ -74,16 +74,25 @@ class Comparison:
             if name in ALWAYS:
                 found[name] = metric.estimate(answers, self.predictions[TEACHER], self.groups)
             elif isinstance(metric, Calibration):
-                said = [self.confidences[system][row] for row in rows]
-                if any(one is not None for one in said):
-                    pairs = zip(given, right, strict=True)
-                    correct = [float(text == known) for text, known in pairs]
-                    found[name] = metric.estimate(said, correct, groups)
+                if estimate := self._calibration(metric, system):
+                    found[name] = estimate
             elif rows:
                 found[name] = metric.estimate(given, right, groups)
         for own in self.metrics.own if rows else ():
             found |= own.estimates(given, right, groups)
         return found
+
+    def _calibration(
+        self, metric: Calibration, system: str, beside: str | None = None
+    ) -> Estimate | None:
+        """A system's calibration, on the rows where it, and another `beside` it, is confident."""
+        mine, others = self.confidences[system], self.confidences[beside or system]
+        said = [None if others[row] is None else mine[row] for row in self.labelled]
+        if all(one is None for one in said):
+            return None
+        answers = self.predictions[system]
+        correct = [float(answers[row] == self.references[row]) for row in self.labelled]
+        return metric.estimate(said, correct, [self.groups[row] for row in self.labelled])
 
     def metrics_of(self, system: str) -> dict[str, dict[str, float]]:
         """A system's metrics with their intervals."""
@@ -91,15 +100,21 @@ class Comparison:
 
     def differences(self) -> dict[str, dict[str, dict[str, float]]]:
         """Student minus another system, on the same rows."""
-        return {
-            f"{STUDENT}-{other}": {
-                name: (self.estimates[STUDENT][name] - self.estimates[other][name]).interval()
-                for name in self.estimates[STUDENT]
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for other in (TEACHER, BASE):
+            pairs = found[f"{STUDENT}-{other}"] = {}
+            for name, mine in self.estimates[STUDENT].items():
+                theirs = self.estimates[other].get(name)
+                metric = self.metrics.ours.get(name)
+                if isinstance(metric, Calibration):
+                    both = [(STUDENT, other), (other, STUDENT)]
+                    first, second = (self._calibration(metric, *pair) for pair in both)
+                else:
+                    first, second = mine, theirs
                 # A teacher always agrees with itself where it answers.
-                if (other, name) != (TEACHER, "agreement") and name in self.estimates[other]
-            }
-            for other in (TEACHER, BASE)
-        }
+                if first and second and (other, name) != (TEACHER, "agreement"):
+                    pairs[name] = (first - second).interval()
+        return found
 
     @cached_property
     def confidences(self) -> dict[str, list[float | None]]:

@@ -112,7 +112,7 @@ def test_confidence_is_measured_where_a_system_states_one() -> None:
         ["red", "blue", "red"],
         asked.metrics,
         teacher=[said("red", 0.8), said("red", 0.6), said("red")],
-        student=[said("red", 0.5), said("blue", 0.5), "no idea"],
+        student=[said("red", 0.5), said("blue", 0.5), said("red", 0.9)],
         base=[said("red"), said("red", 80), "no idea"],
     )
     assert found.confidences["teacher"] == [0.8, 0.6, None]
@@ -120,11 +120,12 @@ def test_confidence_is_measured_where_a_system_states_one() -> None:
     teacher, student = found.metrics_of("teacher"), found.metrics_of("student")
     assert teacher["brier"]["value"] == pytest.approx((0.2**2 + 0.6**2) / 2)
     assert teacher["ece"]["value"] == pytest.approx((0.2 + 0.6) / 2)
-    assert student["brier"]["value"] == 0.25
+    assert student["brier"]["value"] == pytest.approx((0.5**2 + 0.5**2 + 0.1**2) / 3)
     assert "brier" not in found.metrics_of("base")
-    assert found.differences()["student-teacher"]["brier"]["value"] == pytest.approx(0.05)
+    # On the two rows where both are confident.
+    assert found.differences()["student-teacher"]["brier"]["value"] == pytest.approx(0.25 - 0.2)
     (note,) = [note for note in found.notes() if note.startswith("ece and brier")]
-    assert "teacher 2, student 2, base 0 of 3" in note
+    assert "teacher 2, student 3, base 0 of 3" in note
 
 
 def test_calls_of_one_tool_are_one_label_whatever_their_arguments(tmp_path: Any) -> None:
