@@ -207,17 +207,18 @@ def readable(query: str) -> str:
         return query  # of another origin
 
 
-def read_messages(value: Any) -> list[Message]:
+def read_messages(value: Any, *, texts: bool = False) -> list[Message]:
     """Messages in any of the forms of chat datasets, in OpenAI's form.
 
-    `value` is a list of messages, one message, columns of them, or JSON text of these; other text
-    is a user's message. Roles and content may be called `from` and `value`, content may come in
-    parts of text, and calls in a message's text as `write_calls` writes them. Absent keys may be
-    null, and others are left out. A call, and a tool's message, that has no id is given one. Raises
-    `ValueError` that says what was expected and found.
+    `value` is a list of messages, one message, columns of them, or JSON text of these; where
+    `texts` says so any other text is a user's message. Roles and content may be called `from` and
+    `value`, content may come in parts of text, and calls in a message's text as `write_calls`
+    writes them. Absent keys may be null, and others are left out. A call, and a tool's message,
+    that has no id is given one. Raises `ValueError` that says what was expected and found.
     """
     if isinstance(value, str):
-        value = _loaded(value) if _JSON.match(value) else {"role": "user", "content": value}
+        said = texts and not _JSON.match(value)
+        value = {"role": "user", "content": value} if said else _loaded(value)
     if isinstance(value, Mapping) and value.keys() & {"role", "from"}:
         value = _rows(value)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
@@ -225,12 +226,11 @@ def read_messages(value: Any) -> list[Message]:
     return _numbered([_message(one) for one in value])
 
 
-def with_answers(
-    messages: Sequence[Message], answers: Sequence[str], *, calls: bool
-) -> list[Message]:
+def with_answers(messages: Sequence[Message], answers: Sequence[str]) -> list[Message]:
     """A conversation up to the user's message after as many as there are answers.
 
-    Each answer stands behind its message; the messages hold none of the assistant's.
+    Each answer, which calls no tool, stands behind its message; the messages hold none of the
+    assistant's.
     """
     found: list[Message] = []
     left = [*answers]
@@ -239,7 +239,7 @@ def with_answers(
         if message["role"] == "user":
             if not left:
                 break
-            found.append(assistant_message(left.pop(0), calls=calls))
+            found.append(assistant_message(left.pop(0), calls=False))
     return found
 
 
@@ -284,7 +284,8 @@ def _said(given: Mapping[str, Any], role: str, calling: bool) -> tuple[str, Any]
     content = given["content"] if given.get("content") is not None else given.get("value")
     if calling:
         return "", given.get("tool_calls") or content
-    text, calls = _content(content, role), given.get("tool_calls") or given.get("function_call")
+    calls = given.get("tool_calls") or given.get("function_call")
+    text = _content(content, role, empty=bool(calls) or role == "tool")
     return (
         split_calls(text) if role == "assistant" and _OPEN in text and not calls else (text, calls)
     )
@@ -322,8 +323,8 @@ def _numbered(messages: list[Message]) -> list[Message]:
     return messages
 
 
-def _content(content: Any, role: str) -> str:
-    if content is None and role in ("assistant", "tool"):
+def _content(content: Any, role: str, *, empty: bool) -> str:
+    if content is None and empty:
         return ""
     if isinstance(content, str):
         return whole_text(content)

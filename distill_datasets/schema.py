@@ -115,10 +115,9 @@ def answer_features(added: Sequence[str] = ()) -> "Features":
 def release_features(added: Sequence[str] = (), *, calls: bool = False) -> "Features":
     """A released row: the query, what the student shall say, and never the teacher's prompt.
 
-    `added` names further columns, such as those that say how a row was chosen; see
-    `Recipe.added_columns`. Where there may be `calls` of tools, each message is JSON, with the keys
-    that it needs. No column is called `label`, `prompt` or `completion`: TRL refuses those beside
-    `messages`.
+    `added` names further columns, such as those that say how a row was chosen (`Recipe.evidence`).
+    Where there may be `calls` of tools, each message is JSON, with the keys that it needs. No
+    column is called `label`, `prompt` or `completion`: TRL refuses those beside `messages`.
     """
     return _features((*_RELEASE_COLUMNS, *added), calls=calls)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill_datasets.conversations import read_calls
+from distill_datasets.conversations import read_calls, readable
 from distill_datasets.evaluation.metrics import ALWAYS, Calibration, Metrics
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.statistics import Estimate, Proportion
@@ -223,7 +223,7 @@ class Comparison:
             return []
         return [
             {
-                "query": query,
+                "query": readable(query),
                 "expected": self.references[row],
                 **{system: self.predictions[system][row] for system in (TEACHER, BASE, STUDENT)},
             }

@@ -1,10 +1,11 @@
 """How long one request takes, seen from this client, with no other at the same time."""
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
@@ -61,6 +62,16 @@ def uncacheable(messages: Sequence[Message]) -> list[Message]:
     """
     first, *rest = messages
     return [{"role": first["role"], "content": f"{uuid4().hex}\n{first['content']}"}, *rest]
+
+
+def uncacheable_tools(sampling: Sampling) -> Sampling:
+    """The same tools, the first of them described as on no server: a format may begin with them."""
+    if sampling.tools is None:
+        return sampling
+    tools = json.loads(sampling.tools)
+    about = tools[0]["function"]
+    about["description"] = f"{about['description']}\n{uuid4().hex}"
+    return replace(sampling, tools=json.dumps(tools, ensure_ascii=False))
 
 
 async def _times(timed: Mapping[str, TimedSystem], progress: Progress) -> dict[str, list[float]]:

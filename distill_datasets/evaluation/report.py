@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets.conversations import readable
 from distill_datasets.errors import GenerationError
 from distill_datasets.evaluation import report_text
 from distill_datasets.evaluation.latency import measure_latency
@@ -118,10 +119,10 @@ def _complete(rows: "Dataset", system: str) -> "Dataset":
     pairs = zip(rows["query"], rows["error"], strict=True)
     failed = [(query, error) for query, error in pairs if error]
     if failed:
-        query, error = failed[0]
+        query, error = readable(failed[0][0])[:80], failed[0][1]
         raise GenerationError(
             f"{len(failed)} of {len(rows)} rows of the {system} failed, the first for the query "
-            f"{query[:80]!r}: {failure_text(error)}. No report is written without them. Run "
+            f"{query!r}: {failure_text(error)}. No report is written without them. Run "
             "again: what was paid is kept, and only those are asked."
         )
     return rows
@@ -169,7 +170,7 @@ def _data(
     notes = [
         *report_text.one_answer(data),
         *comparison.notes(),
-        *explained(systems, held_out.recipe),
+        *explained(systems, held_out),
         *report_text.costs(data),
         latency_note(len(held_out.rows)),
     ]

@@ -5,11 +5,18 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets.conversations import to_text
 from distill_datasets.errors import DatasetError, ModelError
-from distill_datasets.evaluation.latency import TimedSystem, UncachedClient, uncacheable
+from distill_datasets.evaluation.latency import (
+    TimedSystem,
+    UncachedClient,
+    uncacheable,
+    uncacheable_tools,
+)
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.ledger import LEDGER, find_replies
 from distill_datasets.generation.teachers import Answerer, PromptedModel, Teachers, open_teachers
@@ -21,6 +28,7 @@ from distill_datasets.recipes.parsing import Reader, Reading
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.contents import check_release
 from distill_datasets.releases.manifest import read_manifest
+from distill_datasets.schema import EARLIER
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,7 +43,9 @@ _SPLIT = re.compile(r"\w+([.-]\w+)*")
 class HeldOut:
     """One split of a release, a row a query, with what asking needs.
 
-    `reference` is what was asked for; `commit` is that of a Hub dataset.
+    `reference` is what was asked for; `commit` is that of a Hub dataset. Where the release answers
+    every turn of a conversation, a row's query holds the responses to the turns before its last
+    one, and the `recipe` answers that one alone.
     """
 
     reference: str
@@ -68,11 +78,12 @@ def read_held_out(dataset: str | Path, *, split: str, limit: int | None = None) 
             "recipe/prompt.md, which say how the teacher is asked. Publish it again."
         )
     recipe = load_recipe(folder / "recipe", trust=True)
-    rejected = _read(folder / "rejected", "rejected", (*_COLUMNS, "split"))
+    named = (*_COLUMNS, *recipe.answer_columns)
+    rejected = _read(folder / "rejected", "rejected", (*named, "split"))
     # With `same_rows` every row is in train and test, and a rejected row only says train.
     splits = {split, "train"} if recipe.split.same_rows and split == "test" else {split}
     queries: dict[str, dict[str, Any]] = {}
-    for row in _read(folder / "data", split, _COLUMNS):
+    for row in _read(folder / "data", split, named):
         queries.setdefault(row["id"], row)  # of several samples the first stands for the query
     for row in rejected:
         if row["split"] in splits:
@@ -83,8 +94,10 @@ def read_held_out(dataset: str | Path, *, split: str, limit: int | None = None) 
             f"{str(folder)!r} has no rows in a split {split!r}; found {known}."
             + (" Raise the recipe's share of it, or add queries." if split == "test" else "")
         )
-    rows = _dataset(list(queries.values())[:limit], split)
+    asked = [_at_last_turn(row, recipe) for row in islice(queries.values(), limit)]
+    rows = _dataset(asked, split)
     check_release(folder, ("data", "rejected", "recipe"))
+    recipe = recipe.replace(turns="last") if recipe.turns == "all" else recipe
     return HeldOut(str(dataset), found.commit, folder, manifest, recipe, split, rows)
 
 
@@ -115,6 +128,14 @@ def _read(folder: Path, name: str, columns: Sequence[str]) -> list[dict[str, Any
                 )
             rows += batch.to_pylist()
     return rows
+
+
+def _at_last_turn(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """A row that asks for one answer: to its conversation's last turn that was asked."""
+    if recipe.turns == "last":
+        return row
+    conversation = recipe.conversation(row["query"], row[EARLIER] or ())
+    return {**row, "query": to_text(conversation)}
 
 
 def _dataset(queries: list[dict[str, Any]], split: str) -> "Dataset":
@@ -189,14 +210,20 @@ def several(teacher: Answerer) -> bool:
     return isinstance(teacher, Teachers) and teacher.choice is not None
 
 
-def explained(systems: Mapping[str, Answerer], recipe: Recipe) -> list[str]:
-    """What a reader must know about a teacher that is several."""
+def explained(systems: Mapping[str, Answerer], held_out: HeldOut) -> list[str]:
+    """What a reader must know about how the systems were asked."""
+    recipe, notes = held_out.recipe, list[str]()
+    if held_out.manifest.get("turns") == "all":
+        notes.append(
+            "Every system answers the last turn of each conversation, after the same responses to "
+            "the turns before it: those that the release has of its teacher."
+        )
     if not several(systems["teacher"]):
-        return []
-    notes = [
+        return notes
+    notes.append(
         f"The teacher is {systems['teacher'].model}, sampled as the recipe says, and one answer "
         f"is chosen ({recipe.choose}). Its tokens are those of everybody asked for a query."
-    ]
+    )
     if recipe.reads_references:
         notes.append(
             "The teacher's verifier or judge is told what is right: its accuracy says which of "
@@ -298,21 +325,19 @@ def _as_said(
 
 def _greedy(asked: PromptedModel) -> PromptedModel:
     # Where the recipe stops the teacher, and the form it asks for, decide what can be read.
-    own = asked.sampling
-    sampling = Sampling(
-        temperature=0.0,
-        seed=0,
-        max_tokens=own.max_tokens,
-        stop=own.stop,
-        json_schema=own.json_schema,
-        extra=own.extra,
-    )
+    plain = Sampling(temperature=0.0, seed=0)
+    kept = ("max_tokens", "stop", "json_schema", "extra", "tools")
+    sampling = replace(plain, **{name: getattr(asked.sampling, name) for name in kept})
     return replace(asked, sampling=sampling)
 
 
 def _uncached(asked: PromptedModel) -> PromptedModel:
-    messages = asked.messages
-    return replace(asked, messages=lambda query: uncacheable(messages(query)))
+    messages, fitted = asked.messages, asked.fitted
+    return replace(
+        asked,
+        messages=lambda query: uncacheable(messages(query)),
+        fitted=lambda query, sampling: uncacheable_tools(fitted(query, sampling)),
+    )
 
 
 def _changed(system: Answerer, change: Callable[[PromptedModel], PromptedModel]) -> Answerer:

@@ -269,7 +269,7 @@ def _conversation(value: Any, *, every_turn: bool, left_out: Counter[str]) -> st
     """A conversation to answer, without what the teacher is to say: the answer at its end, or
     those of `every_turn`.
     """
-    given = read_messages(value)
+    given = read_messages(value, texts=True)
     messages = list(given)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()

@@ -321,19 +321,6 @@ class Recipe(Section):
         """The columns that answers have in this recipe beyond those of every other."""
         return (EARLIER,) if self.turns == "all" else ()
 
-    @property
-    def added_columns(self) -> tuple[str, ...]:
-        """The columns that a release has in this recipe beyond those of every other."""
-        recipes = [self, *self.members.values()]
-        tools = ("tools",) if any(one.student_tools for one in recipes) else ()
-        handle = ("handle",) if self.members else ()
-        return (*self.evidence, *self.answer_columns, *tools, *handle)
-
-    @property
-    def may_hold_calls(self) -> bool:
-        """Whether messages may call tools, or bring what a tool returned."""
-        return self.tools is not None or self.holds_conversations
-
     @cached_property
     def asks_in_one_message(self) -> bool:
         """Whether the prompt holds the query: then it is one user message, else the system's."""
@@ -384,7 +371,7 @@ class Recipe(Section):
         messages = from_text(query)
         if self.turns == "last":
             return messages
-        return with_answers(messages, earlier, calls=self.tools is not None)
+        return with_answers(messages, earlier)
 
     def turns_of(self, query: str) -> int:
         """How many answers a query asks for."""

@@ -99,9 +99,13 @@ def _check(kept: "pa.Table") -> None:
 
 def features_of(part: str, recipe: Recipe) -> "Features":
     """The columns of a split, or of what was rejected."""
-    if part != REJECTED:
-        return release_features(recipe.added_columns, calls=recipe.may_hold_calls)
-    return rejected_features((*recipe.evidence, *recipe.answer_columns))
+    added = (*recipe.evidence, *recipe.answer_columns)
+    if part == REJECTED:
+        return rejected_features(added)
+    tools = any(one.student_tools for one in (recipe, *recipe.members.values()))
+    named = (("tools",) if tools else ()) + (("handle",) if recipe.members else ())
+    calls = recipe.tools is not None or recipe.holds_conversations
+    return release_features((*added, *named), calls=calls)
 
 
 def _released(kept: "pa.Table", recipe: Recipe) -> "pa.Table":

@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from distill_datasets.conversations import from_text, readable, shown, with_answers
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.ledger import LEDGER, find_replies, who_was_asked
 from distill_datasets.generation.rows import stream
@@ -15,7 +16,7 @@ from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.diff import published_rows
 from distill_datasets.releases.manifest import PARTS, REJECTED, read_manifest
-from distill_datasets.schema import failure_text
+from distill_datasets.schema import EARLIER, failure_text
 
 Which = Literal["all", "rejected", "errors"]
 
@@ -66,9 +67,19 @@ def print_rows(rows: Sequence[Mapping[str, Any]], file: TextIO | None = None) ->
         table.add_column(overflow="fold")
         for label in _LABELS:
             if row[label] is not None:
-                value = _tokens_text(row[label]) if label == "tokens" else str(row[label])
+                value = _written(label, row)
                 table.add_row(label, Text(value.translate(_CONTROLS)))
         console.print(table)
+
+
+def _written(label: str, row: Mapping[str, Any]) -> str:
+    """A cell as people read it; a conversation with the responses to its earlier turns."""
+    if label == "tokens":
+        return _tokens_text(row[label])
+    if label != "query":
+        return str(row[label])
+    query, earlier = row["query"], row.get(EARLIER)
+    return shown(with_answers(from_text(query), earlier)) if earlier else readable(query)
 
 
 def _tokens_text(tokens: Mapping[str, int | None]) -> str:
@@ -102,6 +113,7 @@ def _shown(
         yield {
             **{name: row.get(name) for name in ("id", "split", "sample", "teacher", "query")},
             **{name: row.get(name) for name in ("raw", "answer", "response")},
+            **({EARLIER: row[EARLIER]} if row.get(EARLIER) else {}),
             "reason": failure_text(error) if error else rejection,
             "tokens": {kind: row[f"teacher_{kind}_tokens"] for kind in _TOKENS},
         }
@@ -124,9 +136,10 @@ def _keys(row: Mapping[str, Any], recipe: Recipe, manifest: Mapping[str, Any]) -
     """The requests that a row may come from: those of the teachers of its name."""
     teachers = manifest["panel"]["teachers"] if manifest.get("panel") else [manifest]
     names = [one.get("model") or one["teacher"] for one in teachers]
-    messages = recipe.messages(row["query"])
+    query = row["query"]
+    messages = recipe.messages(query, row.get(EARLIER) or ())
     return [
-        request_digest(identity, messages, sampling)
+        request_digest(identity, messages, recipe.fitted(query, sampling))
         for name, (identity, sampling) in zip(names, who_was_asked(recipe, manifest), strict=True)
         if name == row["teacher"]
     ]
