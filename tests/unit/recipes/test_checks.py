@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -324,3 +325,25 @@ def test_checks_of_several_prompts_bear_their_recipes_names() -> None:
     assert {name.partition(".")[0] for name in found} == {"tool_call"}
     assert found["tool_call.one_question"] is True
     assert len({name.partition(".")[0] for name in recipe.all_checks}) == 3
+
+
+def test_every_kind_of_check_is_written_as_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text('[{"name": "find_order"}]')
+    values = {
+        **{"matches": "a", "not_matches": "b", "starts_with": ["a"], "ends_with": "?"},
+        **{"sentences": 2, "words": {"max": 60}, "bullets": 0, "characters": {"min": 1}},
+        **{"json": {"type": "object"}, "fields": ["a.b"], "contains": ["a"], "contains_any": "a"},
+        **{"contains_reference": True, "never": ["a"], "language": "de", "choices": ["a"]},
+        **{"calls": "find_order", "never_calls": True, "ends": True},
+    }
+    checks = [{"name": f"a_{kind}", kind: value} for kind, value in values.items()]
+    keys = {**CHECKED, "checks": checks, "keep": "all checks", "tools": "tools.json"}
+    recipe = Recipe(**{**keys, "response": "{{ answer }}", "folder": tmp_path})
+    recipe.dump(tmp_path / "copy")
+    again = load_recipe(tmp_path / "copy")
+    assert again.checks == recipe.checks and again.digest == recipe.digest
+    assert {check.kind for check in again.checks} == {check.kind for check in recipe.checks}
+    kinds = {alias for field in Check.model_fields.values() if (alias := field.alias)}
+    kinds |= {name for name, field in Check.model_fields.items() if not field.alias}
+    assert {*values} == kinds - {"name", "covers", "when"}
+    assert [check.demand.partition(": ")[0] for check in again.checks] == [*values]
