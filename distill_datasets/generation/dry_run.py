@@ -4,13 +4,14 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from heapq import nsmallest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets.conversations import readable
 from distill_datasets.errors import DistillError, RequestError
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient, run_in_thread
@@ -27,12 +28,13 @@ from distill_datasets.generation.estimate import (
     total,
 )
 from distill_datasets.generation.examples import most_answers
-from distill_datasets.generation.ledger import ledger_digests
+from distill_datasets.generation.ledger import ledger_digests, replay
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.run import select_queries
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
-from distill_datasets.generation.teachers import Teachers, open_teachers
+from distill_datasets.generation.teachers import PromptedModel, Teachers, open_teachers
+from distill_datasets.generation.turns import Request, known_requests
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
 from distill_datasets.progress import Progress, amount_text
 from distill_datasets.recipes.recipe import Recipe
@@ -60,7 +62,7 @@ class SampledRow:
         said = self.problem if self.text is None else self.text
         read = f" -> {self.answer!r}" if self.answer is not None else ""
         dropped = f" [{self.problem}]" if self.problem and self.text is not None else ""
-        return f"{_short(self.query)} | {_short(str(said))}{read}{dropped}"
+        return f"{_short(readable(self.query))} | {_short(str(said))}{read}{dropped}"
 
 
 @dataclass(frozen=True)
@@ -189,9 +191,9 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
     if out is not None:
         journal = (share.folder(out) if share else Path(out)) / "journal.sqlite"
     release = recipe if settings.ledger and not isinstance(recipe, Recipe) else None
-    answered = set() if release is None else ledger_digests(release)
     sampled, made = _ask_some(teachers, _draw(queries, sample), journal, settings, meter)
-    plan = _plan(teachers, queries, journal, answered)
+    with _Answered.of(journal, release, teachers.recipe) as answered:
+        plan = _plan(teachers, queries, answered)
     loads = _loads(plan, made, sum(one.text is not None for one in sampled), priced)
     return DryRun(
         recipe=teachers.recipe.name,
@@ -259,6 +261,7 @@ def _ask_some(
 async def _ask_row(teachers: Teachers, row: dict[str, Any], client: "_RowClient") -> SampledRow:
     query = row["query"]
     client.expected = {one.request_key(query) for one in teachers.asked(query)}
+    client.expects_all = teachers.recipe.turns == "all"
     began = time.monotonic()
     first, *_ = await teachers.answer(query, client, row["reference"])
     seconds = time.monotonic() - began if any(one.bought for one in client.made) else None
@@ -273,6 +276,7 @@ class _RowClient:
         self.shared = shared
         self.made: list[SampledRequest] = []
         self.expected: Collection[str] = ()
+        self.expects_all = False
 
     async def sample(
         self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
@@ -281,39 +285,86 @@ class _RowClient:
         key = request_digest(sampler.identity, messages, sampling)
         known = self.shared.journal.entry(key) is not None
         reply = await self.shared.sample(sampler, messages, sampling)
-        expected = key in self.expected
+        expected = self.expects_all or key in self.expected
         self.made.append(
             SampledRequest(sampler, size_of(messages, sampling), reply, not known, expected)
         )
         return reply
 
 
-def _plan(teachers: Teachers, queries: "Dataset", path: Path | None, answered: set[str]) -> _Plan:
+@dataclass
+class _Answered:
+    """What needs no asking: requests by their digests, and journals that have their answers."""
+
+    digests: set[str]
+    journals: Sequence[Journal] = ()
+
+    @classmethod
+    @contextmanager
+    def of(
+        cls, journal: Path | None, release: str | Path | None, recipe: Recipe
+    ) -> Iterator["_Answered"]:
+        """What a run's journal, and the ledger of the release that its recipe is of, hold.
+
+        The answers in a ledger are read only where they decide what else is asked.
+        """
+        digests = set() if release is None else ledger_digests(release)
+        with ExitStack() as stack:
+            paths = [journal] if journal and journal.is_file() else []
+            if digests and release is not None and recipe.turns == "all":
+                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                replay(release, scratch)
+                paths.append(scratch / "journal.sqlite")
+            yield cls(digests, [stack.enter_context(Journal(path)) for path in paths])
+
+    def holds(self, key: str) -> bool:
+        """Whether a request was answered, or rejected for good."""
+        return key in self.digests or any(
+            one.entry(key) is not None or one.rejection(key) is not None for one in self.journals
+        )
+
+    def get(self, key: str) -> Reply | None:
+        """The answer to a request, where a journal has it."""
+        return next(filter(None, (one.get(key) for one in self.journals)), None)
+
+
+def _plan(teachers: Teachers, queries: "Dataset", answered: _Answered) -> _Plan:
     """Render every request, and count those that are left to ask; one prompt in some is counted."""
     plan, every = _Plan(), max(1, -(-len(queries) // _COUNTED))
-    with ExitStack() as stack:
-        journal = stack.enter_context(Journal(path)) if path and path.is_file() else None
-        progress = stack.enter_context(Progress("dry run", len(queries)))
+    with Progress("dry run", len(queries)) as progress:
         for query in _texts(queries):
             left = False
             for one in teachers.asked(query):
-                key = one.request_key(query)
-                plan.requests += 1
-                if key in answered or (journal and _is_answered(journal, key)):
-                    plan.known += 1
-                    continue
-                answered.add(key)  # who asks the same again shares the answer
-                planned = plan.by_model.setdefault(one.identity, PlannedRequests(one.sampler))
-                count = int(key[:8], 16) % every == 0
-                planned.add(*one.request(query), count=count)
-                left = True
+                for request, unknown in _requests(teachers.recipe, one, query, answered):
+                    plan.requests += 1
+                    if answered.holds(request.key):
+                        plan.known += 1
+                        continue
+                    answered.digests.add(request.key)  # who asks it again shares the answer
+                    planned = plan.by_model.setdefault(one.identity, PlannedRequests(one.sampler))
+                    count = int(request.key[:8], 16) % every == 0
+                    planned.add(request.messages, request.sampling, count=count, unknown=unknown)
+                    left = True
             plan.rows_left += left
             progress.advance(1)
     return plan
 
 
-def _is_answered(journal: Journal, key: str) -> bool:
-    return journal.entry(key) is not None or journal.rejection(key) is not None
+def _requests(
+    recipe: Recipe, model: PromptedModel, query: str, answered: _Answered
+) -> Iterator[tuple[Request, int]]:
+    """What a query asks of a model, and how many answers of turns before it aren't known.
+
+    Empty ones are in the place of those.
+    """
+    asked, found = (model.identity, model.sampling), list[Request]()
+    for request in known_requests(recipe, asked, query, answered.get):
+        yield request, 0
+        found.append(request)
+    if answered.get(found[-1].key) is None:
+        for turn in range(len(found), recipe.turns_of(query)):
+            key = request_digest(found[-1].key, *model.request(query, [""] * turn))
+            yield Request(key, *model.request(query, [""] * turn)), turn - len(found) + 1
 
 
 def _texts(queries: "Dataset") -> Iterator[str]:
@@ -374,6 +425,8 @@ def _notes(recipe: Recipe, plan: _Plan, sampled: Sequence[SampledRow]) -> Iterat
             "development rows with the choice are used again; the prompt tokens are those of the "
             "first examples in the file."
         )
+    if any(one.unknown for one in plan.by_model.values()):
+        yield "Later turns hold the answers to earlier ones, of one token to the most allowed each."
     failed = [one.problem for one in sampled if one.text is None]
     if failed:
         yield f"{len(failed)} of {len(sampled)} sampled rows failed: {failed[0]}"

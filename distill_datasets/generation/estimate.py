@@ -99,17 +99,26 @@ def size_of(messages: Sequence[Message], sampling: Sampling) -> int:
 
 @dataclass
 class PlannedRequests:
-    """The requests that one model will get; `counted` pairs the sizes of some with their tokens."""
+    """The requests that one model will get; `counted` pairs the sizes of some with their tokens.
+
+    `unknown` answers to earlier turns will be in their prompts, of `most_unknown` tokens at most.
+    """
 
     sampler: Sampler
     requests: int = 0
     size: int = 0
     samples: int = 0
     most_tokens: int = 0
+    unknown: int = 0
+    most_unknown: int = 0
     counted: list[tuple[float, float]] = field(default_factory=list)
 
-    def add(self, messages: Sequence[Message], sampling: Sampling, *, count: bool) -> None:
+    def add(
+        self, messages: Sequence[Message], sampling: Sampling, *, count: bool, unknown: int = 0
+    ) -> None:
         """One request more, its tokens counted where the model has a tokenizer here."""
+        self.unknown += unknown
+        self.most_unknown += unknown * sampling.max_tokens
         size = size_of(messages, sampling)
         self.requests += 1
         self.size += size
@@ -120,6 +129,16 @@ class PlannedRequests:
 
     def prompt(self, made: Sequence[SampledRequest]) -> tuple[Span, str]:
         """The prompts' tokens, and how they are known."""
+        known, source = self._known(made)
+        if not self.unknown:
+            return known, source
+        each = [one.response_tokens for one in made]
+        answers = _each(each, self.unknown) if each else Span(self.unknown, None, self.most_unknown)
+        answers = answers.within(self.unknown, self.most_unknown)
+        return known + answers, f"{source}, and earlier answers"
+
+    def _known(self, made: Sequence[SampledRequest]) -> tuple[Span, str]:
+        """The tokens of what is known of the prompts."""
         if self.counted and len(self.counted) == self.requests:
             return Span.exactly(sum(tokens for _, tokens in self.counted)), "counted"
         if self.counted:
