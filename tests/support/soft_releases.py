@@ -1,5 +1,6 @@
 """A release of a tiny model's own answers, for objectives that ask the teacher again."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ SMALL = TrainSettings(epochs=3, batch_size=4, rank=4, learning_rate=1e-2, evalua
 
 
 def languages(folder: Path, model: str, **changes: Any) -> Recipe:
-    """Four languages in the teacher's own words: "Final Answer: en", said so by the student."""
+    """Four languages in the teacher's own words: "Final Answer: en", said so by the student.
+
+    A key that is changed to None is left out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "queries.txt").write_text("hello\n", encoding="utf-8")
     fields = {
@@ -37,11 +41,22 @@ def languages(folder: Path, model: str, **changes: Any) -> Recipe:
         "license": "mit",
         "folder": folder,
     }
-    return Recipe(**{**fields, **changes})
+    return Recipe(**{name: v for name, v in {**fields, **changes}.items() if v is not None})
 
 
-def release(folder: Path, model: str, *, ledger: bool = True, **changes: Any) -> Path:
-    """Eight rows to train on and four to validate with, and a ledger with what was said."""
+def release(
+    folder: Path,
+    model: str,
+    *,
+    ledger: bool = True,
+    written: Callable[[str], str] = str,
+    says: str = "Final Answer: {}",
+    **changes: Any,
+) -> Path:
+    """Eight rows to train on and four to validate with, and a ledger with what was said.
+
+    `written` makes a query of a text, `says` is the teacher's answer for a language.
+    """
     recipe = languages(folder / "recipe", model, **changes)
     connection = connect(model)
     identity = connection.identity
@@ -49,8 +64,8 @@ def release(folder: Path, model: str, *, ledger: bool = True, **changes: Any) ->
     with Journal(folder / "run" / "journal.sqlite") as journal:
         for number in range(12):
             language = list(LANGUAGES)[number % 4]
-            query = f"{LANGUAGES[language]} {number}"
-            text = f"Final Answer: {language}"
+            query = written(f"{LANGUAGES[language]} {number}")
+            text = says.replace("{}", language)
             split = "train" if number < 8 else "validation"
             row = answer(number, query=query, raw=text, answer=language, split=split, teacher=model)
             rows.append({**row, "response": recipe.write_response(text, language)})

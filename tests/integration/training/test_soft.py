@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 
+from distill_datasets.conversations import to_text
 from distill_datasets.errors import DatasetError, ModelError, OutputError
 from distill_datasets.models.references import connect
 from distill_datasets.models.scoring import Scorer, require_same_tokenizer
@@ -23,6 +24,8 @@ from distill_datasets.training.settings import ObjectiveSettings
 from distill_datasets.training.trainer import TrainSettings, train
 from tests.support.soft_releases import PROMPT, SMALL, release, training_task
 from tests.support.training_runs import LANGUAGES, metrics, write
+
+TOOL = {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,43 @@ def test_a_response_is_scored_under_the_prompt_that_the_student_never_sees(
         found = np.take_along_axis(exact, best, axis=1)
         assert np.allclose(example.labels.logprobs, found, rtol=2**-11, atol=1e-4)
         assert example.labels.kept == pytest.approx(np.exp(found).sum(axis=1).mean(), abs=1e-4)
+
+
+def test_a_call_is_scored_after_prompt_tools_and_the_whole_conversation(
+    model: str, tmp_path: Path
+) -> None:
+    """The student reads its own short prompt before the conversation, and no tools."""
+    before = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+
+    def conversation(text: str) -> list[Any]:
+        return [*before, {"role": "user", "content": text}]
+
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "tools.json").write_text(json.dumps([TOOL]))
+    rows = json.dumps({"messages": conversation("hello")})
+    (tmp_path / "recipe" / "queries.jsonl").write_text(rows)
+    dataset = release(
+        tmp_path,
+        model,
+        written=lambda text: to_text(conversation(text)),
+        says='<tool_call>\n{"name": "look", "arguments": {"code": "{}"}}\n</tool_call>',
+        queries={"file": "queries.jsonl", "messages": "messages"},
+        tools="tools.json",
+        student={"prompt": "[codes]"},
+        **dict.fromkeys(("answer", "response")),
+    )
+    task = training_task(dataset, model, tmp_path / "task", settings(labels="scored"))
+    examples, renderer = soft_examples(task), connect(model).renderer
+    seen = [{"role": "system", "content": "[codes]"}, *conversation("el cielo 3")]
+    taught = [{"role": "system", "content": PROMPT}, *conversation("el cielo 3")]
+    tools = json.dumps([{"type": "function", "function": TOOL}])
+    context = renderer.build_generation_prompt(taught, tools=tools).to_ints()
+    example = examples[3]
+    assert example.prompt == renderer.build_generation_prompt(seen).to_ints()
+    assert '{"name": "look", "arguments": {"code": "es"}}' in responses(examples, model)[3]
+    exact = teacher_logprobs(model, context, example.labels.tokens.tolist())
+    best = -np.sort(-exact, axis=1)[:, :4]
+    assert np.allclose(example.labels.logprobs, best, rtol=2**-11, atol=1e-4)
 
 
 def test_the_probability_of_a_choice_is_that_of_all_its_tokens(
