@@ -6,21 +6,22 @@ import pytest
 import torch
 from tinker_cookbook.renderers import get_renderer
 
-from distill_datasets.embedded.pocket.corpus import (
+from distill_datasets.resources import pocket as pocket_folder
+from tests.pocket.corpus import (
     collect,
     overlapping,
     read_own_sentences,
     recipe_queries,
     without_queries,
 )
-from distill_datasets.embedded.pocket.evaluate import (
+from tests.pocket.evaluate import (
     PocketModel,
     answer,
     load_pocket,
     recipe_gold,
 )
-from distill_datasets.embedded.pocket.network import Network, Shape, Tokens
-from distill_datasets.embedded.pocket.prompts import (
+from tests.pocket.network import Network, Shape, Tokens
+from tests.pocket.prompts import (
     CODES,
     FORMATS,
     LABELS,
@@ -29,7 +30,6 @@ from distill_datasets.embedded.pocket.prompts import (
     system_frame,
     user_frame,
 )
-from distill_datasets.resources import pocket as pocket_folder
 
 # Written for this test; no corpus has them.
 HELD_OUT = {
@@ -121,7 +121,7 @@ def test_thinking_tokens_are_added_but_not_special(pocket: PocketModel) -> None:
 
 
 def test_the_training_twin_computes_what_transformers_computes() -> None:
-    from distill_datasets.embedded.pocket.build import as_transformers
+    from tests.pocket.build import as_transformers
 
     class Ends:
         eos_token_id, pad_token_id = 1, 0

@@ -1,4 +1,4 @@
-"""Builds the pocket model from nothing: python -m distill_datasets.embedded.pocket.build --out DIR.
+"""Builds the pocket model from nothing: python -m tests.pocket.build --out DIR.
 
 Needs the `pocket` extra, for the texts of Django and CLDR.
 """
