@@ -10,6 +10,7 @@ then a block for each call, in the form that Hermes and Qwen models write:
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -99,6 +100,67 @@ def read_calls(value: Any) -> list[Call]:
     if not isinstance(value, Sequence):
         value = [] if value is None else [value]
     return [_call(one) for one in value]
+
+
+def fitted_calls(calls: Iterable[Call], tools: str) -> list[Call]:
+    """Calls whose arguments have the types that the tools' schemas name, where a text can have.
+
+    For calls out of chat formats that write a text, a number and a truth value alike.
+    """
+    known = {one["function"]["name"]: one["function"] for one in json.loads(tools)}
+    return [_fitted(call, known.get(call.name, {})) for call in calls]
+
+
+def _fitted(call: Call, function: Mapping[str, Any]) -> Call:
+    parameters = function.get("parameters")
+    schemas = parameters.get("properties", {}) if isinstance(parameters, Mapping) else {}
+    given = call.arguments.items()
+    return Call(call.name, {name: _typed(value, schemas.get(name)) for name, value in given})
+
+
+def _typed(value: Any, schema: Any) -> Any:
+    wanted = _types(schema)
+    if not wanted or wanted & _kinds(value):
+        return value
+    if not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False) if "string" in wanted else value
+    read = _value(value)
+    return read if wanted & _kinds(read) else value
+
+
+def _types(schema: Any) -> set[str]:
+    """The JSON types that a schema names; none where it names them elsewhere."""
+    if not isinstance(schema, Mapping):
+        return set()
+    named = schema.get("type") or []
+    parts = [schema[key] for key in ("anyOf", "oneOf") if isinstance(schema.get(key), list)]
+    return {*([named] if isinstance(named, str) else named)}.union(*map(_types, sum(parts, [])))
+
+
+def _kinds(value: Any) -> set[str]:
+    if isinstance(value, float) and value.is_integer():
+        return {"integer", "number"}
+    found = {bool: ["boolean"], int: ["integer", "number"], float: ["number"], str: ["string"]}
+    found |= {type(None): ["null"], list: ["array"], dict: ["object"]}
+    return {*found.get(type(value), [])}
+
+
+def plain_value(text: str) -> Any:
+    """The JSON value that a text writes, also in Python's words; the text where it is none, or
+    a number that would be written otherwise.
+    """
+    value = _value(text)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return text if number and json.dumps(_canonical(value)) != text else value
+
+
+def _value(text: str) -> Any:
+    words = {"True": True, "False": False, "None": None}
+    try:
+        value = words[text] if text in words else _json(text)
+    except ValueError:
+        return text
+    return text if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _canonical(value: Any) -> Any:

@@ -28,7 +28,9 @@ from tinker_cookbook.renderers import (
 
 from distill_datasets.conversations import (
     Call,
+    fitted_calls,
     linked,
+    plain_value,
     read_calls,
     split_calls,
     tool_calls,
@@ -52,6 +54,10 @@ A call is a block of this form, after whatever else is said; several calls are s
 {{"name": "a function's name", "arguments": {{"a parameter's name": "its value"}}}}
 </tool_call>
 What a call returns follows in <tool_response></tool_response>."""
+# The text of an argument in the formats of Qwen, Nemotron and GLM.
+_ARGUMENT = re.compile(
+    r"<parameter=[^>\n]+>\s*(.*?)\s*</parameter>|<arg_value>(.*?)</arg_value>", re.DOTALL
+)
 _THOUGHTS = ("<think>", "</think>")  # a message may hold thoughts, which these are around
 
 
@@ -183,6 +189,8 @@ class TextRenderer:
         if not self._has_tools:
             has_system = getattr(self._renderer, "has_system", True)
             return _in_words(given, catalogue, has_system=has_system)
+        if not self._ends_calls:
+            given = [_with_a_part(message) for message in given]
         if not catalogue:
             return given
         leads = given[0]["role"] == "system"
@@ -190,25 +198,35 @@ class TextRenderer:
         before = self._renderer.create_conversation_prefix_with_tools(catalogue, prompt)
         return [*before, *given[leads:]]
 
-    def read_response(self, tokens: Sequence[int]) -> tuple[str, str | None]:
+    def read_response(
+        self, tokens: Sequence[int], *, tools: str | None = None
+    ) -> tuple[str, str | None]:
         """A sampled message's text, calls as `write_calls` has them, and the thoughts before it.
 
         Calls that can't be read are kept as they were said, and `split_calls` raises for them.
         """
-        message, _ = self._renderer.parse_response(list(tokens))
+        said = self._said(tokens)
+        try:
+            message, _ = self._renderer.parse_response(list(tokens))
+        except TinkerCookbookError:
+            return write_calls("", [json.dumps(said)]), None
         text, reasoning = get_text_content(message), _thoughts(message["content"])
         unread = message.get("unparsed_tool_calls")
         calls = read_calls([one.model_dump() for one in message.get("tool_calls") or ()])
         if not calls and not unread:
             return text, reasoning
-        said = self._said(tokens)
         try:
             found = split_calls(said)[1]
         except ValueError:
-            return said if unread else write_calls(text, calls), reasoning
+            if unread:
+                return said, reasoning
+            found = []
         if found and (unread or found == calls):
             return said, reasoning
-        return write_calls(text, [json.dumps(said)] if unread else calls), reasoning
+        if unread:
+            return write_calls(text, [json.dumps(said)]), reasoning
+        words = "" if text.strip() == said.strip() else text  # Harmony's, of calls alone
+        return write_calls(words, _typed_calls(calls, said, tools)), reasoning
 
     def _said(self, tokens: Sequence[int]) -> str:
         """A response as it came, without thoughts before it and the token that ended it."""
@@ -225,6 +243,15 @@ class TextRenderer:
         except NotImplementedError:
             return False
         return True
+
+    @cached_property
+    def _ends_calls(self) -> bool:
+        """Whether a message of calls alone ends with what stops it; DeepSeek V3's does not."""
+        call = ToolCall.model_validate(tool_calls([Call("a", {})])[0])
+        said: Any = {"role": "assistant", "content": "", "tool_calls": [call]}
+        asked: Any = {"role": "user", "content": "a"}
+        tokens, _ = self._renderer.build_supervised_example([asked, said])
+        return tokens.to_ints()[-1] in self._renderer.get_stop_sequences()
 
     def _message(
         self, message: Mapping[str, Any], ids: dict[str, str], number: Iterator[int]
@@ -272,6 +299,24 @@ class TextRenderer:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._renderer, name)
+
+
+def _with_a_part(message: Any) -> Any:
+    """A message whose content isn't nothing, though it is empty."""
+    silent = message.get("tool_calls") and not message["content"]
+    return {**message, "content": [{"type": "text", "text": ""}]} if silent else message
+
+
+def _typed_calls(calls: Sequence[Call], said: str, tools: str | None) -> Sequence[Call]:
+    """Calls with the values that their arguments' texts write, in formats of texts alone."""
+    texts = [found[1] or found[2] or "" for found in _ARGUMENT.finditer(said)]
+    if len(texts) != sum(len(call.arguments) for call in calls):
+        return calls
+    rest = iter(texts)
+    read = [
+        Call(one.name, {name: plain_value(next(rest)) for name in one.arguments}) for one in calls
+    ]
+    return fitted_calls(read, tools) if tools else read
 
 
 def _thoughts(content: Any) -> str | None:

@@ -261,7 +261,9 @@ class TinkerSampler:
         )
 
     def _read(self, sequence: Any, sampling: Sampling) -> Sample:
-        text, reasoning = self.connection.renderer.read_response(sequence.tokens)
+        text, reasoning = self.connection.renderer.read_response(
+            sequence.tokens, tools=sampling.tools
+        )
         ends = [place for stop in sampling.stop if (place := text.find(stop)) >= 0]
         cut_off = not ends and sequence.stop_reason == "length"
         return Sample(

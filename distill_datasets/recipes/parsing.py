@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import regex
 
-from distill_datasets.conversations import calls_text, read_calls, split_calls
+from distill_datasets.conversations import calls_text, fitted_calls, read_calls, split_calls
 from distill_datasets.schema import whole_text
 
 TRUNCATED = "truncated"
@@ -58,7 +58,8 @@ class Reader:
     `a`), or the whole of it. Text is an answer as it is; other values are as JSON, keys in the
     schema's order. `choices`, when given, are the only answers. With `tools` (JSON text of a list,
     in OpenAI's form) the answer is the calls in the text, as `calls_text` writes them, `[]` for
-    none; each must be of a tool that is there, with arguments that fit its schema. `recipe` names
+    none; each must be of a tool that is there, with arguments that fit its schema. They are made to
+    fit where they are `untyped`, out of a chat format that writes numbers as texts. `recipe` names
     whose pattern it is, where one takes too long.
     """
 
@@ -67,13 +68,14 @@ class Reader:
     json_schema: str | None = None
     field: str | None = None
     tools: str | None = None
+    untyped: bool = False
     recipe: str = dataclasses.field(default="", compare=False)
 
     @property
     def parts(self) -> Sequence[Any]:
         """JSON values that name everything that an answer depends on but the text."""
         form = [] if self.json_schema is None else [self.json_schema, self.field, _VERSION]
-        tools = [] if self.tools is None else ["tools", self.tools, _VERSION]
+        tools = [] if self.tools is None else ["tools", self.tools, self.untyped, _VERSION]
         return [self.pattern, self.choices, *form, *tools]
 
     @cached_property
@@ -156,6 +158,8 @@ class Reader:
             _, calls = split_calls(text)
         except (ValueError, RecursionError):
             return Parsed(rejection=UNPARSABLE)
+        if self.untyped:
+            calls = fitted_calls(calls, self.tools or "[]")
         if any(call.name not in self._tools for call in calls):
             return Parsed(rejection=UNKNOWN_TOOL)
         if not all(_fits(dict(one.arguments), self._tools[one.name]) for one in calls):

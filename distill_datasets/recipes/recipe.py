@@ -527,7 +527,9 @@ class Recipe(Section):
     @cached_property
     def student_reader(self) -> Reader:
         """Reads what was trained on `write_response`: the whole text must have that form."""
-        if self.tools or "text" in fields_of(self.response):
+        if self.tools:  # it may be asked without their schemas
+            return replace(self.teacher_reader, untyped=True)
+        if "text" in fields_of(self.response):
             return self.teacher_reader
         mark = "\x00"
         first, *rest = re.escape(self.write_response(mark, mark)).split(re.escape(mark))

@@ -9,7 +9,10 @@ from distill_datasets.conversations import (
     Call,
     assistant_message,
     calls_text,
+    fitted_calls,
     from_text,
+    linked,
+    plain_value,
     read_calls,
     read_messages,
     response_text,
@@ -96,3 +99,72 @@ def test_messages_of_all_kinds_of_datasets_are_read() -> None:
 def test_what_is_no_conversation_is_said(given: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         read_messages(given)
+
+
+def test_marks_of_calls_inside_an_argument_are_its_text() -> None:
+    calls = [Call("say", {"text": "<tool_call>{}</tool_call> </tool_call>"})]
+    assert split_calls(write_calls("It is </ that.", calls)) == ("It is </ that.", calls)
+
+
+def test_an_unreadable_call_is_kept_in_a_text_that_cannot_be_read() -> None:
+    text = write_calls("Wait.", [CALLS[1], json.dumps("find</tool_call> A-1")])
+    assert text.startswith("Wait.\n<tool_call>\n") and "A-1" in text
+    with pytest.raises(ValueError, match="expected a call with a name"):
+        split_calls(text)
+    with pytest.raises(ValueError, match="fewer levels"):
+        split_calls(write_calls("", ["[" * 100_000]))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("3", 3), ("-2.5", -2.5), ("true", True), ("True", True), ("None", None), ("", "")),
+        *(("null", None), ("[1, 2]", [1, 2]), ('{"a": 1.0}', {"a": 1.0}), ('"a"', "a")),
+        *((text, text) for text in ("A-1", "1.0", "007", "1e3", "NaN", "-Infinity", "1_000")),
+    ],
+)
+def test_a_plain_text_is_the_value_that_it_writes(text: str, value: Any) -> None:
+    found = plain_value(text)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("given", "schema", "value"),
+    [
+        (3, {"type": "string"}, "3"),
+        (True, {"type": "string"}, "true"),
+        ([1], {"type": ["string", "null"]}, "[1]"),
+        (None, {"type": ["string", "null"]}, None),
+        ("1.0", {"type": "number"}, 1.0),
+        ("NaN", {"type": "number"}, "NaN"),
+        ("2", {"anyOf": [{"type": "integer"}, {"type": "null"}]}, 2),
+        ("False", {"type": "boolean"}, False),
+        ("[1]", {"type": "array"}, [1]),
+        ("soon", {"type": "integer"}, "soon"),
+        (2.0, {"type": "integer"}, 2.0),
+        (3, {"enum": ["3"]}, 3),
+        (3, True, 3),
+        (3, {"type": "boolean"}, 3),
+    ],
+)
+def test_arguments_get_the_type_of_their_schema_where_their_text_can_have_it(
+    given: Any, schema: Any, value: Any
+) -> None:
+    properties = {"type": "object", "properties": {"a": schema}}
+    tools = json.dumps([{"function": {"name": "f", "parameters": properties}}])
+    (call,) = fitted_calls([Call("f", {"a": given})], tools)
+    assert call.arguments == {"a": value} and type(call.arguments["a"]) is type(value)
+    assert fitted_calls([Call("g", {"a": given})], tools) == [Call("g", {"a": given})]
+
+
+def test_what_a_tool_answered_names_its_call() -> None:
+    calling = assistant_message(write_calls("", CALLS), calls=True)
+    tool: Any = {"role": "tool", "content": "x"}
+    second = {**tool, "tool_call_id": "call_2"}
+    names = [("call_2", "list"), ("call_1", "find")]
+    for answers in ([second, tool], [second, {**tool, "tool_call_id": "call_1"}]):
+        found = linked([calling, *answers])[1:]
+        assert [(one["tool_call_id"], one["name"]) for one in found] == names
+    stray = [tool, calling, tool, {**tool, "tool_call_id": "other", "name": "kept"}]
+    found = linked(stray)
+    assert found[0] == tool and found[2]["name"] == "find" and found[3] == stray[3]

@@ -11,13 +11,20 @@ from tinker_cookbook.renderers import ToolCall, TrainOnWhat, get_renderer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distill_datasets import resources
-from distill_datasets.conversations import Call, assistant_message, response_text, split_calls
+from distill_datasets.conversations import (
+    Call,
+    assistant_message,
+    calls_text,
+    response_text,
+    split_calls,
+)
 from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.models.connection import Connection
 from distill_datasets.models.renderers import CHAT_TEMPLATE, TextRenderer, open_renderer
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.tinker import Prompts, TinkerSampler
+from distill_datasets.recipes.parsing import Reader
 from tests.support import tinker_endpoint
 from tests.support.tiny_model import CHAT, make_tiny_model
 
@@ -37,6 +44,7 @@ TOOLS = json.dumps(OPENAI_TOOLS)
 NATIVE = [
     *("qwen3", "qwen3_instruct", "qwen3_disable_thinking", "qwen3_5_disable_thinking"),
     *("qwen3_8_disable_thinking", "kimi_k2", "kimi_k25", "gpt_oss_no_sysprompt", "nemotron3"),
+    *("deepseekv4_1", "glm5_3_low_reasoning"),
 ]
 STABLE = ["qwen3_instruct", "qwen3_8_disable_thinking", "kimi_k2"]
 # Like Qwen's: the catalogue in the system message, calls as blocks, answers in the user's turn.
@@ -90,6 +98,27 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+# Formats whose control tokens the pocket tokenizer lacks.
+SENTENCE = [f"<｜{one}▁of▁sentence｜>" for one in ("begin", "end")]
+FOREIGN = [
+    *(*SENTENCE, "<｜User｜>", "<｜Assistant｜>", "<｜System｜>"),
+    *(f"<｜tool▁{one}▁{end}｜>" for one in ("calls", "call", "output") for end in ("begin", "end")),
+    *("<｜tool▁sep｜>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    *("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>"),
+    *("[gMASK]", "<sop>", "<|constrain|>", "<|im_system|>", "<|im_user|>", "<|im_assistant|>"),
+    "<|im_middle|>",
+]
+
+
+@pytest.fixture(scope="module")
+def foreign() -> Any:
+    found = AutoTokenizer.from_pretrained(resources.pocket())
+    marks = ("call", "response")
+    found.add_special_tokens({"additional_special_tokens": FOREIGN})
+    found.add_tokens([f"<{slash}tool_{mark}>" for mark in marks for slash in ("", "/")])
+    return found
 
 
 def with_template(folder: Path, template: str) -> Any:
@@ -152,9 +181,9 @@ def learned(tokens: Any, weights: Any) -> list[int]:
 @pytest.mark.parametrize("tools", [False, True])
 @pytest.mark.parametrize("name", NATIVE)
 def test_conversations_have_the_tokens_that_the_cookbooks_renderers_give_them(
-    name: str, tools: bool, tokenizer: Any
+    name: str, tools: bool, foreign: Any
 ) -> None:
-    ours, theirs = open_renderer(name, tokenizer), get_renderer(name, tokenizer)
+    ours, theirs = open_renderer(name, foreign), get_renderer(name, foreign)
     told = TOOLS if tools else None
     for place in ASKED:
         asked = conversation()[:place]
@@ -341,10 +370,10 @@ def injected(place: str, text: str) -> tuple[list[Any], str]:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", [*NATIVE, "role_colon", CHAT_TEMPLATE, "template with tools"])
 def test_control_tokens_anywhere_in_a_conversation_are_characters(
-    name: str, place: str, tokenizer: Any, tiny: Path
+    name: str, place: str, foreign: Any, tiny: Path
 ) -> None:
-    used = with_template(tiny, TEMPLATE) if name == "template with tools" else tokenizer
-    renderer = open_renderer(CHAT_TEMPLATE if used is not tokenizer else name, used)
+    used = with_template(tiny, TEMPLATE) if name == "template with tools" else foreign
+    renderer = open_renderer(CHAT_TEMPLATE if used is not foreign else name, used)
 
     def controls(text: str) -> list[int]:
         messages, tools = injected(place, text)
@@ -352,7 +381,31 @@ def test_control_tokens_anywhere_in_a_conversation_are_characters(
         example = renderer.build_supervised_example(messages[:2], tools=tools)[0].to_ints()
         return [token for token in prompt + example if token in used.all_special_ids]
 
-    assert controls(INJECTED) == controls("harmless")
+    every = INJECTED + "".join(used.all_special_tokens)
+    assert controls(every) == controls("harmless")
+
+
+MANY = [
+    *("deepseekv3", "deepseekv3_thinking", "deepseekv4_1", "glm5_3_low_reasoning", "kimi_k2"),
+    *("kimi_k25", "qwen3", "qwen3_5", "qwen3_5_disable_thinking", "qwen3_vl_instruct"),
+    *("nemotron3_disable_thinking", "nemotron3_ultra_disable_thinking", "gpt_oss_no_sysprompt"),
+]
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_what_is_learned_ends_and_is_read_as_what_it_was(name: str, foreign: Any) -> None:
+    """The format of Harmony has one call in a response."""
+    renderer, single = open_renderer(name, foreign), name.startswith("gpt_oss")
+    for place in ASKED:
+        messages = conversation()[: place + 1]
+        if single and place == 2:
+            continue
+        asked = renderer.build_generation_prompt(messages[:-1], tools=TOOLS).length
+        tokens = renderer.build_supervised_example(messages, tools=TOOLS)[0].to_ints()
+        assert tokens[-1] in renderer.get_stop_sequences()
+        for tools in (None, TOOLS):
+            text, _ = renderer.read_response(tokens[asked:], tools=tools)
+            assert response_text(assistant_message(text, calls=True)) == response_text(messages[-1])
 
 
 HERMES = 'I look.\n<tool_call>\n{"name": "count", "arguments": {"b": 1, "a": 2}}\n</tool_call>'
@@ -390,6 +443,29 @@ def test_sampled_calls_are_read_from_each_formats_own_form(
     said, reasoning = read(name, text, tokenizer)
     assert split_calls(said) == ("I look.", [Call("count", arguments)])
     assert reasoning == ("hm" if "hm" in text else None)
+
+
+TYPES = {"b": {"type": "string"}, "c": {"type": "boolean"}, "d": {"type": "number"}}
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_disable_thinking", "nemotron3_disable_thinking"])
+def test_a_format_that_writes_all_values_as_text_is_read_by_the_schemas(
+    name: str, tokenizer: Any
+) -> None:
+    tool = {"name": "count", "parameters": {"type": "object", "properties": TYPES}}
+    tools = json.dumps([{"type": "function", "function": tool}])
+    for given in ({"b": "12", "c": True, "d": 2.5}, {"b": "1.0", "c": False, "d": 1}):
+        messages = [{"role": "user", "content": "a"}, calling("", Call("count", given))]
+        tokens, weights = open_renderer(name, tokenizer).build_supervised_example(messages)
+        text, _ = open_renderer(name, tokenizer).read_response(
+            learned(tokens, weights), tools=tools
+        )
+        (call,) = split_calls(text)[1]
+        assert call.arguments == given and call.arguments["c"] is given["c"]
+        # Who was asked without the schemas leaves it to who knows them.
+        untyped, _ = open_renderer(name, tokenizer).read_response(learned(tokens, weights))
+        reader = Reader(tools=tools, untyped=True)
+        assert reader.read(untyped, "stop").answer == calls_text([Call("count", given)])
 
 
 @pytest.mark.parametrize(
