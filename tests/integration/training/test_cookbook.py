@@ -71,6 +71,32 @@ def test_only_the_response_is_learned(model: Path, tmp_path: Path) -> None:
     assert tokenizer.decode(targets[weights > 0]) == "Final Answer<|im_end|>"
 
 
+def test_every_turn_of_the_assistant_is_learned_where_that_is_asked_for(
+    model: Path, tmp_path: Path
+) -> None:
+    """A call as well as words; the tools are read."""
+    from transformers import AutoTokenizer
+
+    call = {"type": "function", "function": {"name": "look", "arguments": {"id": "A-1"}}}
+    messages = [
+        {"role": "user", "content": "Where is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "Here."},
+    ]
+    row = {"messages": messages, "tools": [{"name": "look", "parameters": {"type": "object"}}]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    made, _ = builder(model, tmp_path / "train.jsonl", turns="all", max_length=512)()
+    tokenizer, learned = AutoTokenizer.from_pretrained(model), ""
+    for datum in made.get_batch(0):
+        weights = datum.loss_fn_inputs["weights"].to_numpy()
+        assert weights.sum() == pytest.approx(1.0)
+        assert '"name": "look"' in tokenizer.decode(datum.model_input.to_ints())
+        learned += tokenizer.decode(datum.loss_fn_inputs["target_tokens"].to_numpy()[weights > 0])
+    said = '<tool_call>\n{"name": "look", "arguments": {"id": "A-1"}}\n</tool_call>'
+    assert learned == f"{said}<|im_end|>Here.<|im_end|>"
+
+
 def test_without_a_validation_split_there_is_none(model: Path, tmp_path: Path) -> None:
     assert builder(model, rows(tmp_path / "data", train=2))()[1] is None
 

@@ -9,13 +9,15 @@ import pytest
 from tinker_cookbook.renderers import TrainOnWhat, get_renderer
 from transformers import AutoTokenizer
 
-from distill_datasets import resources
+from distill_datasets import generate, load_recipe, publish, resources
 from distill_datasets.chat_rows import Conversation
 from distill_datasets.errors import DatasetError, SettingsError
+from distill_datasets.models.references import connect
 from distill_datasets.models.renderers import CHAT_TEMPLATE, open_renderer
-from distill_datasets.training.data import examples
+from distill_datasets.training.data import examples, locate, open_splits
 from distill_datasets.training.settings import ObjectiveSettings
 from distill_datasets.training.trainer import TrainSettings, require_settings, train
+from tests.support.conversations import Talker, talks, user
 from tests.support.soft_releases import release
 from tests.support.training_runs import metrics, write
 
@@ -163,6 +165,29 @@ def test_turns_that_the_teacher_did_not_write_are_not_learned(model: str, tmp_pa
         train(dataset, student=model, out=tmp_path / "out", settings=ALL)
     with pytest.raises(DatasetError, match="The dataset can't be trained with turns='all'"):
         require_settings(model, ALL, turns="last")  # before it is made
+
+
+def test_a_release_whose_teacher_answered_every_turn_is_learned_turn_by_turn(
+    model: str, tmp_path: Path
+) -> None:
+    asked = [[user("hello"), user(f"so long {number}")] for number in range(4)]
+    recipe = talks(tmp_path / "desk", asked, turns="all")
+    generate(load_recipe(recipe), teacher=Talker(), out=tmp_path / "run")
+    dataset = publish(tmp_path / "run").path
+    training = train(dataset, student=model, out=tmp_path / "out", settings=ALL)
+    tokenizer = AutoTokenizer.from_pretrained(model.partition(":")[2])
+    rows = open_splits(locate(dataset), ALL)["train"].render(connect(model), 512, "all")
+    words = [
+        tokenizer.decode([t for t, w in zip(one.tokens, one.weights, strict=True) if w])
+        for one in rows.examples(range(4))
+    ]
+    assert words == [
+        f"You said: hello<|im_end|>You said: so long {number}<|im_end|>" for number in range(4)
+    ]
+    assert training.rows == 4 and metrics(training)[2] < metrics(training)[1]
+    soft = replace(ALL, turns="last", objective=ObjectiveSettings("soft"))
+    with pytest.raises(DatasetError, match="answered every turn .* train with the objective 'sft'"):
+        train(dataset, student=model, out=tmp_path / "soft", settings=soft)
 
 
 def test_objectives_of_one_response_a_row_refuse_all_turns() -> None:
