@@ -86,7 +86,7 @@ def test_every_turn_of_the_assistant_is_learned_where_that_is_asked_for(
     ]
     row = {"messages": messages, "tools": [{"name": "look", "parameters": {"type": "object"}}]}
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
-    made, _ = builder(model, tmp_path / "train.jsonl", turns="all", max_length=512)()
+    made, _ = builder(model, tmp_path / "train.jsonl", turns="all", max_length=2048)()
     tokenizer, learned = AutoTokenizer.from_pretrained(model), ""
     for datum in made.get_batch(0):
         weights = datum.loss_fn_inputs["weights"].to_numpy()
