@@ -195,7 +195,7 @@ class Teachers:
             "teacher": self.model,
             "identity": self.identity,
             "renderer": None if self.recipe.teachers else _renderer(self.members[0].sampler),
-            "sampling": asdict(self.recipe.sampling_parameters),
+            "sampling": _sampling_facts(self.recipe.sampling_parameters),
         }
         if not self.several:
             return facts
@@ -358,8 +358,15 @@ def _asked_facts(asked: PromptedModel | ScoringModel) -> Mapping[str, Any]:
     return {
         "identity": asked.sampler.identity,
         "renderer": _renderer(asked.sampler),
-        "sampling": asdict(asked.sampling),
+        "sampling": _sampling_facts(asked.sampling),
     }
+
+
+def _sampling_facts(sampling: Sampling) -> dict[str, Any]:
+    """All but the tools, which are a file of the recipe's."""
+    facts = asdict(sampling)
+    del facts["tools"]
+    return facts
 
 
 def _renderer(sampler: Sampler) -> str | None:

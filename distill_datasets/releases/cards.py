@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets import resources
+from distill_datasets.conversations import shown
 from distill_datasets.progress import amount_text
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.card_merge import Halves, card_text, markers, merged, size_category
@@ -52,13 +53,31 @@ def dataset_card(
     """
     facts: dict[str, Any] = {"repo": None, "config": "default", "history": [], "panel": None}
     facts |= {"prompt": True, "warnings": [], "from_ledger": [], "checks": {}, **manifest}
-    text = _fill("dataset.md", {**facts, "recipe": recipe, "example": example})
+    text = _fill("dataset.md", {**facts, **_seen(recipe), **_row(example, recipe)})
     begin, end = markers(facts["config"])
     metadata = {**card_metadata(manifest["splits"], recipe), **layout}
     card = metadata, f"{begin}\n{text.strip()}\n{end}"
     for existing, previous in written:
         card = merged(card, existing, config=facts["config"], previous=previous)
     return card_text(*card)
+
+
+def _seen(recipe: Recipe) -> dict[str, Any]:
+    """The recipe, its tools, and whether a student of its rows sees a query alone."""
+    one_text = not (recipe.holds_conversations or recipe.tools)
+    alone = not (recipe.members or recipe.student_prompt or recipe.student_tools)
+    tools = [one["function"]["name"] for one in json.loads(recipe.tools_text or "[]")]
+    return {"recipe": recipe, "one_text": one_text, "alone": alone, "tool_names": tools}
+
+
+def _row(example: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """An example row; a conversation is text for readers, apart from the other columns."""
+    if not (recipe.holds_conversations or recipe.tools) or not example:
+        return {"example": example, "conversation": None}
+    messages = [json.loads(one) if isinstance(one, str) else one for one in example["messages"]]
+    aside = ("query", "messages", "tools", "earlier_responses", "response")
+    others = {name: value for name, value in example.items() if name not in aside}
+    return {"example": others, "conversation": shown(messages)}
 
 
 def card_metadata(splits: Mapping[str, int], recipe: Recipe) -> dict[str, Any]:

@@ -99,7 +99,8 @@ def publish(
     to run the recipe without paying again, and where the recipe asks for `top_logprobs`, the
     teacher's probabilities into the config `soft`; `ledger=False` leaves both out. Of the query
     files, the release's recipe has the columns that it uses. With `prompt=False` the recipe goes
-    without the prompt's text: the release says its digest, and can't be made again from itself.
+    without the prompt, its examples, and tools that the student isn't given: the release says the
+    prompt's digest, and can't be made again from itself.
     Raises `OutputError` where another process publishes to the same folder.
     """
     runs = [Path(run)] if isinstance(run, (str, Path)) else [Path(one) for one in run]
@@ -295,8 +296,7 @@ def _write(
         inside(building / "recipe", name)
     answers.carried.dump(building / "recipe")
     if not manifest["prompt"]:
-        for prompt in (building / "recipe").rglob("prompt.md"):
-            prompt.unlink()
+        _withhold(building / "recipe", answers.carried)
     manifest["sha256"] = _file_digests(building)
     write_manifest(building, manifest)
     text = dataset_card(
@@ -307,6 +307,17 @@ def _write(
         written=[(read_card(card), (old or {}).get("card") or {})] if card is not None else [],
     )
     (building / "README.md").write_text(text, encoding="utf-8")
+
+
+def _withhold(folder: Path, recipe: Recipe) -> None:
+    """Remove what is the teacher's alone: prompt, examples, and tools that no student is given."""
+    examples = recipe.examples.file if recipe.examples else None
+    tools = None if recipe.student_tools else recipe.tools
+    for name in ("prompt.md", examples, tools):
+        if name and name != recipe.queries.file:
+            (folder / name).unlink()
+    for member in recipe.members.values():
+        _withhold(folder / "prompts" / member.name, member)
 
 
 def _file_digests(release: Path) -> dict[str, str]:
