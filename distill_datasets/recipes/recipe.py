@@ -391,11 +391,11 @@ class Recipe(Section):
 
     def prompt_text(self, query: str) -> str:
         """All that the teacher sees beside a query: prompt, examples and tools, as one text."""
-        part, own = self.part(query)
+        part, _ = self.part(query)
         if part.asks_in_one_message:
             return part._filled(query="")
-        shown = part.messages(own)[: -len(part.conversation(own))]
-        return "\n".join([*(one["content"] for one in shown), part.tools_text or ""])
+        shown = [one["content"] for one in part.example_turns]
+        return "\n".join([part.system_text, *shown, part.tools_text or ""])
 
     @cached_property
     def example_turns(self) -> list[Message]:

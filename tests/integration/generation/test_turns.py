@@ -13,11 +13,14 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.dry_run import dry_run
 from distill_datasets.generation.run import Generated, generate
 from distill_datasets.generation.settings import GenerateSettings
+from distill_datasets.generation.shards import Share
+from distill_datasets.models.openai.client import OpenAISampler
 from distill_datasets.releases.contents import check_release
 from distill_datasets.releases.diff import diff
 from distill_datasets.releases.release import publish
 from distill_datasets.releases.show import print_rows, show
 from tests.support.conversations import PROMPT, Talker, said, talks, user
+from tests.support.openai_server import Answer, serving
 
 ROWS: list[Any] = [
     [user("Hello"), user("Where is it?"), user("Thanks")],
@@ -175,3 +178,24 @@ def test_a_journal_has_every_turn(tmp_path: Path) -> None:
     run(tmp_path, Talker())
     with Journal(tmp_path / "run" / "journal.sqlite") as journal:
         assert len(journal) == 6
+
+
+def test_batches_go_in_rounds_a_turn_each(tmp_path: Path) -> None:
+    recipe = talks(tmp_path / "recipe", ROWS, turns="all")
+    with serving() as server:
+        server.answer = Answer(text="You said: {text}")
+        teacher = OpenAISampler("echo-small", base_url=server.url)
+        settings = GenerateSettings(batch=True, poll=0)
+        made = generate(recipe, teacher=teacher, out=tmp_path / "run", settings=settings)
+        assert (made.kept, server.batches.sizes()) == (3, [3, 2, 2])
+        assert sum(server.asked.values()) == 0
+    assert made.rows[0]["response"] == "You said: Thanks"
+
+
+def test_parts_of_a_run_publish_as_the_whole(tmp_path: Path) -> None:
+    rows = [[user(f"Hello {n}"), user(f"Bye {n}")] for n in range(6)]
+    recipe = talks(tmp_path / "recipe", [*rows, ROWS[2]], turns="all")
+    generate(recipe, teacher=Talker(), out=tmp_path / "whole")
+    for number in (1, 2):
+        generate(recipe, teacher=Talker(), out=tmp_path / "parts", share=Share(number, 2))
+    assert publish(tmp_path / "parts").digest == publish(tmp_path / "whole").digest

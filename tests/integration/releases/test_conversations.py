@@ -11,19 +11,25 @@ from pyarrow.parquet import read_table
 
 from distill_datasets.errors import DatasetError, RecipeError, ScreeningError
 from distill_datasets.generation.run import generate
+from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.hub.screening import require_clean, screen
+from distill_datasets.models.openai.client import OpenAISampler
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.releases.contents import check_release
 from distill_datasets.releases.diff import diff
 from distill_datasets.releases.release import Release, publish
 from tests.support.conversations import PROMPT, TOOLS, Talker, said, talks, user
 from tests.support.hub_cards import complaints
+from tests.support.hub_fixture import Hub
+from tests.support.openai_server import Answer, serving
+from tests.support.releases import push
 
 CALL = {
     "id": "call_1",
     "type": "function",
     "function": {"name": "find_order", "arguments": '{"id": "A-7"}'},
 }
+CALL_TEXT = '{"name": "find_order", "arguments": {"id": "A-1"}}'
 BEFORE = [
     {"role": "system", "content": "It is Monday."},
     user("Where is A-7?"),
@@ -167,3 +173,37 @@ def test_personal_data_within_a_conversation_is_found(tmp_path: Path) -> None:
     rows = [[user("I am ada.lovelace@analytical-engine.org"), said("Hello."), user("Well?")]]
     with pytest.raises(ScreeningError, match="email"):
         require_clean(screen(released(tmp_path, rows).path))
+
+
+LOAD = """
+import json, sys
+from datasets import load_dataset
+print(json.dumps(load_dataset(sys.argv[1], revision="v1.0.0")["train"]["messages"][:]))
+"""
+
+
+def test_calls_are_read_from_the_hub_as_from_here(hub: Hub, tmp_path: Path) -> None:
+    release = released(tmp_path, tools=True, license="mit")
+    assert push(hub, release, "me/desk")["version"] == "1.0.0"
+    done = hub.run(["-c", LOAD, "me/desk"])
+    assert done.returncode == 0, done.stderr
+    read = json.loads(done.stdout.splitlines()[-1])
+    assert read == rows_of(release, tmp_path)["messages"][:]
+
+
+def test_a_server_that_calls_tools_makes_one_release_online_and_in_batches(
+    tmp_path: Path,
+) -> None:
+    rows = [[user('Look.\ncall find_order {"id": "A-1"}')], BEFORE, [user("Thanks")]]
+    recipe = talks(tmp_path / "recipe", rows, tools=True)
+    digests = []
+    with serving() as server:
+        server.answer = Answer(usage={"prompt_tokens": 10})
+        for batch in (False, True):
+            teacher = OpenAISampler("echo-small", base_url=server.url)
+            settings = GenerateSettings(batch=batch, poll=0)
+            out = tmp_path / f"run {batch}"
+            made = generate(recipe, teacher=teacher, out=out, settings=settings)
+            assert made.rows["answer"][0] == f"[{CALL_TEXT}]"
+            digests.append(publish(out).digest)
+    assert digests[0] == digests[1]
