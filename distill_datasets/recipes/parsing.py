@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from math import isfinite
 from time import monotonic
 from typing import Any, NamedTuple, NoReturn
 
@@ -162,7 +163,8 @@ class Reader:
             calls = fitted_calls(calls, self.tools or "[]")
         if any(call.name not in self._tools for call in calls):
             return Parsed(rejection=UNKNOWN_TOOL)
-        if not all(_fits(dict(one.arguments), self._tools[one.name]) for one in calls):
+        fits = (_fits(dict(one.arguments), self._tools[one.name]) for one in calls)
+        if not all(_storable(one.arguments) for one in calls) or not all(fits):
             return Parsed(rejection=OFF_SCHEMA)
         return Parsed(answer=calls_text(calls))
 
@@ -207,6 +209,17 @@ def _fits(value: Any, validator: Any) -> bool:
         return bool(validator.is_valid(value))
     except RecursionError:
         return False  # a schema that refers to itself without end holds for nothing
+
+
+def _storable(value: Any) -> bool:
+    """Whether every number in a JSON value comes back from a column of JSON as it is."""
+    if isinstance(value, Mapping):
+        return all(map(_storable, value.values()))
+    if isinstance(value, list):
+        return all(map(_storable, value))
+    if isinstance(value, float):
+        return isfinite(value)
+    return not isinstance(value, int) or -(2**63) <= value < 2**63
 
 
 def find_all(pattern: str, text: str) -> "Iterator[regex.Match[str]]":

@@ -112,6 +112,15 @@ def test_what_is_no_list_of_tools_is_said(tmp_path: Path, tools: Any, says: str)
         ('<tool_call>{"name": "find", "arguments": {}}</tool_call>', None, "unknown tool"),
         ('<tool_call>{"name": "find_order", "arguments": {}}</tool_call>', None, "off schema"),
         ('<tool_call>{"name": "find_order"', None, "unparsable"),
+        *(
+            (
+                f'<tool_call>{{"name": "find_order", "arguments": {{"id": "a", "x": {number}}}}}'
+                "</tool_call>",
+                None,
+                "off schema",
+            )
+            for number in ("9223372036854775808", "NaN", "[-1e999]")
+        ),
     ],
 )
 def test_the_answer_is_the_calls_that_fit_their_schemas(
