@@ -58,6 +58,8 @@ What a call returns follows in <tool_response></tool_response>."""
 _ARGUMENT = re.compile(
     r"<parameter=[^>\n]+>\s*(.*?)\s*</parameter>|<arg_value>(.*?)</arg_value>", re.DOTALL
 )
+# DeepSeek V3's calls, with names that the cookbook's reader passes over, such as `a.b`.
+_NAMED = re.compile(r"<｜tool▁call▁begin｜>(.+?)<｜tool▁sep｜>(.*?)<｜tool▁call▁end｜>", re.DOTALL)
 _THOUGHTS = ("<think>", "</think>")  # a message may hold thoughts, which these are around
 
 
@@ -195,7 +197,13 @@ class TextRenderer:
             return given
         leads = given[0]["role"] == "system"
         prompt = ensure_text(given[0]["content"]) if leads else ""
-        before = self._renderer.create_conversation_prefix_with_tools(catalogue, prompt)
+        try:
+            before = self._renderer.create_conversation_prefix_with_tools(catalogue, prompt)
+        except ValueError as error:
+            raise ModelError(
+                f"This model's chat format can't tell of the recipe's tools: {error}. Give each "
+                "part of a tool's parameters a `type`, or name another renderer."
+            ) from error
         return [*before, *given[leads:]]
 
     def read_response(
@@ -213,6 +221,9 @@ class TextRenderer:
         text, reasoning = get_text_content(message), _thoughts(message["content"])
         unread = message.get("unparsed_tool_calls")
         calls = read_calls([one.model_dump() for one in message.get("tool_calls") or ()])
+        if len(named := _NAMED.findall(said)) > len(calls) + len(unread or ()):
+            _, words = split_thoughts(said.partition("<｜tool▁calls▁begin｜>")[0])
+            return write_calls(words, map(_named_call, named)), reasoning
         if not calls and not unread:
             return text, reasoning
         try:
@@ -299,6 +310,15 @@ class TextRenderer:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._renderer, name)
+
+
+def _named_call(named: tuple[str, str]) -> Call | str:
+    """A call of a name and arguments in JSON; its text where that can't be read."""
+    name, arguments = named
+    try:
+        return read_calls([{"name": name.strip(), "arguments": arguments}])[0]
+    except ValueError:
+        return json.dumps(named, ensure_ascii=False)
 
 
 def _with_a_part(message: Any) -> Any:

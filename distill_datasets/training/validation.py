@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from distill_datasets.chat_rows import Conversation
-from distill_datasets.conversations import calls_text, read_calls, split_calls
+from distill_datasets.conversations import (
+    Call,
+    calls_text,
+    plain_value,
+    read_calls,
+    split_calls,
+)
 from distill_datasets.errors import (
     DatasetError,
     HubError,
@@ -142,14 +148,19 @@ class AccuracyValidator:
             sampling = replace(self._sampling, tools=conversation.tools)
             async with gate:
                 reply = await sampler.sample(asked, sampling)
-            return _same(reply.samples[0].text, response)
+            return is_response(
+                reply.samples[0].text, response, typed=conversation.tools is not None
+            )
 
         found = await asyncio.gather(*map(right, self._conversations))
         return sum(found) / len(found)
 
 
-def _same(text: str, response: Message) -> bool:
-    """Whether a text is a response: its words, and its calls in any order."""
+def is_response(text: str, response: Message, *, typed: bool) -> bool:
+    """Whether a text is a response: its words, and its calls in any order.
+
+    Where the tools' schemas weren't there, calls aren't `typed`: 5 may be "5" in the chat format.
+    """
     wanted = response.get("tool_calls")
     if not wanted:
         return text.strip() == response["content"].strip()
@@ -157,10 +168,16 @@ def _same(text: str, response: Message) -> bool:
         words, calls = split_calls(text)
     except ValueError:
         return False
-    return (words, calls_text(calls)) == (
-        response["content"].strip(),
-        calls_text(read_calls(wanted)),
-    )
+    found = read_calls(wanted)
+    if not typed:
+        calls, found = list(map(_untyped, calls)), list(map(_untyped, found))
+    return (words, calls_text(calls)) == (response["content"].strip(), calls_text(found))
+
+
+def _untyped(call: Call) -> Call:
+    given = call.arguments.items()
+    values = {name: plain_value(one) if isinstance(one, str) else one for name, one in given}
+    return Call(call.name, values)
 
 
 def open_validators(

@@ -408,6 +408,41 @@ def test_what_is_learned_ends_and_is_read_as_what_it_was(name: str, foreign: Any
             assert response_text(assistant_message(text, calls=True)) == response_text(messages[-1])
 
 
+@pytest.mark.parametrize("name", [one for one in MANY if not one.startswith("gpt_oss")])
+def test_names_and_values_of_all_kinds_are_read_as_they_were_learned(
+    name: str, foreign: Any
+) -> None:
+    renderer = open_renderer(name, foreign)
+    kinds = {"a": {"type": "string"}, "b": {"type": "integer"}, "c": {"type": "object"}}
+    tool = {"name": "find.it-all", "parameters": {"type": "object", "properties": kinds}}
+    tools = json.dumps([{"type": "function", "function": tool}, OPENAI_TOOLS[1]])
+    given: Any = {"a": "3.10", "b": 2**53 + 1, "c": {"z": [1e22, None, {}], "a.b": "é\n"}}
+    again = Call("find.it-all", {"a": "null"})
+    calls = [Call("count", {}), Call("find.it-all", given), again, again]
+    turns: Any = [{"role": "user", "content": "a"}, calling("", *calls)]
+    asked = renderer.build_generation_prompt(turns[:1], tools=tools).length
+    tokens = renderer.build_supervised_example(turns, tools=tools)[0].to_ints()
+    said, _ = renderer.read_response(tokens[asked:], tools=tools)
+    assert split_calls(said) == ("", calls)
+
+
+def test_a_deepseek_call_without_json_cannot_be_read(foreign: Any) -> None:
+    said = "No.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>a.b<｜tool▁sep｜>{<｜tool▁call▁end｜>"
+    tokens = foreign.encode(
+        f"{said}<｜tool▁calls▁end｜><｜end▁of▁sentence｜>", add_special_tokens=False
+    )
+    text, _ = open_renderer("deepseekv3", foreign).read_response(tokens)
+    with pytest.raises(ValueError, match="a call with a name"):
+        split_calls(text)
+
+
+def test_a_catalogue_that_a_format_cannot_tell_of_is_refused_by_name(tokenizer: Any) -> None:
+    tool: Any = {"name": "a", "parameters": {"type": "object", "properties": {"b": {"const": 1}}}}
+    renderer = open_renderer("kimi_k25", tokenizer)
+    with pytest.raises(ModelError, match="can't tell of the recipe's tools.*`type`"):
+        renderer.build_generation_prompt(conversation()[:2], tools=json.dumps([{"function": tool}]))
+
+
 HERMES = 'I look.\n<tool_call>\n{"name": "count", "arguments": {"b": 1, "a": 2}}\n</tool_call>'
 XML = (
     "I look.\n\n<tool_call>\n<function=count>\n<parameter=b>\n1\n</parameter>\n</function>\n"
