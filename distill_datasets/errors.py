@@ -19,7 +19,8 @@
     ├── PriceError (ValueError)          a price file is wrong, or nobody says what a model costs
     ├── BudgetReached (InterruptedError) what may be spent is spent; what was bought is kept
     ├── PendingError (InterruptedError)  a provider takes its time: run again later
-    └── GenerationError (RuntimeError)   rows fail alike: going on would only cost money
+    ├── GenerationError (RuntimeError)   rows fail alike: going on would only cost money
+    └── GateError (RuntimeError)         a student breaks the rules of its gate
 
 `except DistillError` catches all of them; each also refines the standard exception in brackets.
 """
@@ -105,6 +106,12 @@ class PendingError(DistillError, InterruptedError):
 
 class GenerationError(DistillError, RuntimeError):
     """The first rows all failed alike; paid answers are in the journal."""
+
+    exit_code = 1
+
+
+class GateError(DistillError, RuntimeError):
+    """A student doesn't keep the rules of its gate; the message says which, and by how much."""
 
     exit_code = 1
 

@@ -2,8 +2,10 @@
 
 import argparse
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +13,7 @@ from distill_datasets.settings import Setting, described
 
 T = TypeVar("T")
 
+_FACTORS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 METAVARS: Mapping[Any, str] = {int: "N", float: "X", Path: "PATH"}
 
 
@@ -96,6 +99,18 @@ def amount(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0; found {text!r}")
     return number
+
+
+def quantity(text: str) -> int:
+    """What a flag takes that counts many: `800`, `10k`, `2.5m` or `1,000,000`."""
+    written = text.strip().lower().replace(",", "").replace("_", "")
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([kmb]?)", written)
+    found = Decimal(match[1]) * _FACTORS[match[2]] if match else Decimal(0)
+    if not found or found != found.to_integral_value():
+        raise argparse.ArgumentTypeError(
+            f"expected a number such as 800, 10k or 2.5m; found {text!r}"
+        )
+    return int(found)
 
 
 def _place(name: str, known: Setting) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_datasets import __version__
-from distill_datasets.cli import dataset, student
+from distill_datasets.cli import dataset, evidence, student
 from distill_datasets.cli.flags import METAVARS
 from distill_datasets.errors import DistillError
 
@@ -29,7 +29,8 @@ model references:
 
 exit codes:
   0    done
-  1    a service, the Hub or rows failed, or the budget is spent: what was paid for is kept
+  1    a service, the Hub or rows failed, or the budget is spent: what was paid for is kept;
+       or a student fails its gate
   2    the input is wrong: the message says what was expected, what was found, and what to do
   75   a provider's batches take their time: run the same command again later
   130  interrupted: run the same command to continue
@@ -296,6 +297,26 @@ _VERBS = {
         (
             "measure runs/support",
             "measure --dataset me/support@v1.0.0 --student runs/qwen --out runs/report",
+        ),
+        usage="[run] [flags]",
+    ),
+    "cost": _Verb(
+        "say what a student saves, what was spent, and when that is back",
+        evidence.cost,
+        (evidence.add_cost,),
+        (
+            "cost runs/support --prices prices.yaml --queries-per-month 10k 100k 1m",
+            "cost runs/support --import model_prices.json > prices.yaml",
+        ),
+        usage="[run] --prices PATH [flags]",
+    ),
+    "gate": _Verb(
+        "let a student pass or not, by rules over its report",
+        evidence.gate,
+        (evidence.add_gate,),
+        (
+            "gate runs/support --rules gate.yaml",
+            "gate runs/support-2 --against runs/support --strict",
         ),
         usage="[run] [flags]",
     ),

@@ -1,6 +1,7 @@
 """What answers cost: a dated price file, a count of what is bought, and a budget to stay under."""
 
 import asyncio
+import csv
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -8,10 +9,10 @@ from contextlib import asynccontextmanager
 from datetime import date as Date
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distill_datasets.errors import BudgetReached, PriceError, nearest
 from distill_datasets.generation.cache import Journal
@@ -21,6 +22,8 @@ from distill_datasets.schema import Message
 if TYPE_CHECKING:
     import pyarrow as pa
 
+HOURS_A_MONTH = 730  # a twelfth of 365 days
+
 _PER = 1_000_000  # prices are for so many tokens
 _STATED = "USD"  # what providers state costs in
 _ROUNDING = 1 + 1e-9
@@ -28,13 +31,27 @@ _FRAME = 16  # tokens that a chat format puts around a message
 _CATALOGUE = 1000  # and around its tools
 _JSON = 3  # times as many bytes as it may have elsewhere
 _SEPARATORS = ("/", "@", " ", "|")  # between a reference and what else an identity names
+_LARGEST_LIST = 50_000_000  # bytes of somebody's list of prices
+_NAMES = ("model", "name", "id", "model_name", "model_id")
+# What lists of prices call ours, and for how many tokens: a million, or one.
+_COLUMNS = {
+    **dict.fromkeys(("prompt", "input", "prefill"), ("prompt", 1.0)),
+    **dict.fromkeys(("response", "output", "completion", "sample"), ("response", 1.0)),
+    **dict.fromkeys(("cached", "cached_input", "cache_read"), ("cached", 1.0)),
+    **dict.fromkeys(("train", "training"), ("train", 1.0)),
+    "input_cost_per_token": ("prompt", float(_PER)),
+    "output_cost_per_token": ("response", float(_PER)),
+    "cache_read_input_token_cost": ("cached", float(_PER)),
+}
 
 
 class Price(BaseModel):
     """What a model takes for a million tokens; `batch` is the factor for a provider's batches.
 
     Tokens read from a cache cost as much as others where no price for them is given. `prefill`
-    and `sample` are other names of `prompt` and `response`.
+    and `sample` are other names of `prompt` and `response`. `train` is for a million tokens that
+    are trained on. What a model costs whether it is asked or not is `hosting_per_hour`, of all
+    hours, or `hosting_per_month`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,6 +61,21 @@ class Price(BaseModel):
     cached: Annotated[float, Field(ge=0)] | None = None
     batch: Annotated[float, Field(gt=0, le=1)] = 1.0
     train: Annotated[float, Field(ge=0)] | None = None
+    hosting_per_hour: Annotated[float, Field(ge=0)] | None = None
+    hosting_per_month: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _hosting_is_said_once(self) -> Self:
+        if self.hosting_per_hour is not None and self.hosting_per_month is not None:
+            raise ValueError("name hosting_per_hour or hosting_per_month; found both")
+        return self
+
+    @property
+    def hosting(self) -> float:
+        """What it costs in a month whether it is asked or not."""
+        if self.hosting_per_hour is not None:
+            return self.hosting_per_hour * HOURS_A_MONTH
+        return self.hosting_per_month or 0.0
 
     def of(self, prompt: float, cached: float, response: float, *, batch: bool = False) -> float:
         """What so many tokens cost; the `cached` ones are among those of the `prompt`."""
@@ -74,6 +106,14 @@ class Prices(BaseModel):
             return cls(**fields)
         except (ValidationError, TypeError) as error:
             raise PriceError(_explain(error, path)) from error
+
+    def text(self) -> str:
+        """The prices as a file that `load` reads."""
+        models = {
+            name: price.model_dump(exclude_defaults=True) for name, price in self.models.items()
+        }
+        fields = {"date": self.date, "currency": self.currency, "models": models}
+        return str(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
 
     def of(self, model: str) -> Price:
         """The price of a model reference, or of an identity that begins with one.
@@ -261,6 +301,73 @@ def open_meter(
         with Journal(journal) as answers:
             meter.resume(answers)
     return meter
+
+
+def import_prices(
+    path: Path | str, models: Mapping[str, str], *, date: Date | None = None
+) -> Prices:
+    """Prices out of a list of prices in dollars, as providers and others publish them.
+
+    `models` says for each model reference how the list names it. The list is a CSV file with a
+    column of names and, for a million tokens, columns such as `input` and `output`, or JSON in
+    which each name has its prices, for a token, as LiteLLM's model_prices file. The day is that on
+    which the file was last changed, unless it is given. Raises `PriceError`.
+
+        import_prices("model_prices.json", {"openai:gpt-5-mini": "gpt-5-mini"})
+    """
+    file = Path(path)
+    try:
+        if file.stat().st_size > _LARGEST_LIST:
+            raise PriceError(f"{str(path)!r} is larger than {_LARGEST_LIST:,} bytes.")
+        text = file.read_text(encoding="utf-8-sig")
+        listed = _listed_csv(text) if file.suffix.lower() == ".csv" else json.loads(text)
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        if isinstance(error, PriceError):
+            raise
+        raise PriceError(f"The list of prices {str(path)!r} can't be read: {error}") from error
+    if not isinstance(listed, Mapping):
+        raise PriceError(f"{str(path)!r} holds no prices by name: expected CSV or a JSON object.")
+    found = {one: _listed_price(listed, name, path) for one, name in models.items()}
+    day = date or Date.fromtimestamp(file.stat().st_mtime)
+    return Prices(date=day, currency=_STATED, models=found)
+
+
+def _listed_csv(text: str) -> dict[str, Any]:
+    rows = list(csv.DictReader(text.splitlines()))
+    names = [name for name in (rows[0] if rows else ()) if _word(name) in _NAMES]
+    if not names:
+        raise PriceError(f"The CSV file has no column of models: expected one of {list(_NAMES)}.")
+    return {row[names[0]].strip(): row for row in rows if row[names[0]]}
+
+
+def _listed_price(listed: Mapping[str, Any], name: str, path: Path | str) -> Price:
+    row = listed.get(name)
+    if not isinstance(row, Mapping):
+        raise PriceError(
+            f"{str(path)!r} has no prices of {name!r}.{nearest(name, list(map(str, listed)))} Name "
+            "it as the list does: --model openai:gpt-5-mini=gpt-5-mini."
+        )
+    found = dict[str, float]()
+    for column, value in row.items():
+        field, factor = _COLUMNS.get(_word(column), (None, 1.0))
+        if field and field not in found and value not in (None, ""):
+            try:
+                found[field] = round(float(str(value).strip().lstrip("$")) * factor, 9)
+            except ValueError as error:
+                raise PriceError(
+                    f"{str(path)!r} says {value!r} for {column!r} of {name!r}: expected a number."
+                ) from error
+    try:
+        return Price.model_validate(found)
+    except ValidationError as error:
+        raise PriceError(
+            f"{str(path)!r} has no complete price of {name!r}: expected one for the prompt and one "
+            f"for the response, each 0 or more; found {found}."
+        ) from error
+
+
+def _word(column: Any) -> str:
+    return str(column).strip().lower().replace(" ", "_").replace("-", "_")
 
 
 def _explain(error: Exception, path: Path | str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from distill_datasets.cli.flags import add_settings, read_settings
+from distill_datasets.cli.flags import add_settings, quantity, read_settings
 from distill_datasets.errors import SettingsError
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.settings import described
@@ -73,3 +73,17 @@ def test_rows_and_requests_are_counted_from_one(flag: str, value: int) -> None:
     add_settings(parser, MeasureSettings)
     with pytest.raises(SettingsError, match=f"{flag} must be at least 1; found {value}"):
         read_settings(parser.parse_args([f"--{flag}", str(value)]), MeasureSettings)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("800", 800), ("10k", 10_000), ("1M", 1_000_000), ("2.5m", 2_500_000), ("1,000", 1_000)],
+)
+def test_many_queries_may_be_written_short(text: str, number: int) -> None:
+    assert quantity(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "0", "-5", "1.5", "k", "10kk", "nan", "1e999999"])
+def test_what_is_no_number_of_queries_says_what_is(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="such as 800, 10k or 2.5m"):
+        quantity(text)

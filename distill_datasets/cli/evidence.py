@@ -1,0 +1,151 @@
+"""The verbs that say what a report is worth: what a student saves, and whether it may go out."""
+
+import argparse
+import json
+import sys
+from datetime import date
+from pathlib import Path
+
+from distill_datasets import resources
+from distill_datasets.cli.flags import quantity
+
+
+def add_cost(parser: argparse.ArgumentParser) -> None:
+    """A run, the user's prices, and how much is asked."""
+    parser.add_argument("run", type=Path, nargs="?", help="a run's folder, or its report.json")
+    parser.add_argument("--prices", type=Path, help="a file with a date and prices of models")
+    parser.add_argument(
+        "--queries-per-month",
+        type=quantity,
+        nargs="+",
+        metavar="N",
+        help="how many queries a month are asked (default: 10k 100k 1m)",
+    )
+    parser.add_argument(
+        "--cached-share",
+        type=_share,
+        metavar="X",
+        help="the share of the teacher's prompt tokens that its server reads from a cache "
+        "(default: as measured)",
+    )
+    parser.add_argument(
+        "--spent", type=float, default=0.0, metavar="X", help="what else was spent (default: 0)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    made = parser.add_argument_group("to start a price file")
+    made.add_argument("--template", action="store_true", help="print a price file to fill in")
+    made.add_argument(
+        "--import",
+        dest="listed",
+        type=Path,
+        metavar="PATH",
+        help="print a price file out of a list of prices: CSV, or LiteLLM's model_prices JSON",
+    )
+    made.add_argument(
+        "--model",
+        action="append",
+        metavar="NAME",
+        help="with --import, a model to take, as openai:gpt-5-mini or openai:mine=its-name-there; "
+        "may be given several times (default: those of the run)",
+    )
+    made.add_argument(
+        "--date",
+        type=_day,
+        metavar="DAY",
+        help="with --import, the day of the prices (default: on which the list was written)",
+    )
+
+
+def cost(options: argparse.Namespace) -> None:
+    """Say what a student saves, and when what was spent is back."""
+    from distill_datasets.errors import SettingsError
+    from distill_datasets.evaluation.money import VOLUMES, money_of_run, money_text
+    from distill_datasets.generation.pricing import Prices
+
+    if options.template:
+        sys.stdout.write((resources.cards() / "prices.yaml").read_text(encoding="utf-8"))
+        return
+    if options.listed:
+        sys.stdout.write(_import(options))
+        return
+    if options.run is None or options.prices is None:
+        raise SettingsError(
+            "cost needs a run and --prices, a file that `distill-datasets cost --template` starts."
+        )
+    found = money_of_run(
+        options.run,
+        Prices.load(options.prices),
+        volumes=options.queries_per_month or VOLUMES,
+        cached_share=options.cached_share,
+        other=options.spent,
+    )
+    print(json.dumps(found, indent=2, allow_nan=False) if options.json else money_text(found))
+
+
+def _import(options: argparse.Namespace) -> str:
+    from distill_datasets.errors import SettingsError
+    from distill_datasets.evaluation.money import priced_models
+    from distill_datasets.generation.pricing import import_prices
+
+    named = options.model or (priced_models(options.run) if options.run else [])
+    if not named:
+        raise SettingsError("--import needs a run, or each model that it shall take as --model.")
+    models = {}
+    for one in named:
+        reference, _, name = one.partition("=")
+        models[reference] = name or reference.removeprefix("openai:").removeprefix("tinker:")
+    return import_prices(options.listed, models, date=options.date).text()
+
+
+def add_gate(parser: argparse.ArgumentParser) -> None:
+    """A run, what it is held against, and the rules."""
+    parser.add_argument("run", type=Path, nargs="?", help="a run's folder, or its report.json")
+    parser.add_argument(
+        "--against", type=Path, metavar="RUN", help="another run, whose student is the other"
+    )
+    parser.add_argument(
+        "--rules", type=Path, help="a YAML file of limits (default: those of --template)"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="take numbers as they stand, whatever their intervals"
+    )
+    parser.add_argument("--json", action="store_true", help="print what was looked at as JSON")
+    parser.add_argument("--template", action="store_true", help="print the rules to edit")
+
+
+def gate(options: argparse.Namespace) -> None:
+    """Say what was looked at, and fail where a rule does."""
+    from distill_datasets.errors import SettingsError
+    from distill_datasets.evaluation.gate import GateRules
+    from distill_datasets.evaluation.gate import gate as look
+
+    if options.template:
+        sys.stdout.write((resources.cards() / "gate.yaml").read_text(encoding="utf-8"))
+        return
+    if options.run is None:
+        raise SettingsError("gate needs a run's folder, with the report that `measure` wrote.")
+    rules = GateRules.load(options.rules) if options.rules else GateRules()
+    if options.strict:
+        rules = rules.model_copy(update={"strict": True})
+    found = look(options.run, against=options.against, rules=rules)
+    print(json.dumps(found.to_json(), indent=2) if options.json else found.text())
+    found.require()
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1; found {text!r}")
+    return share
+
+
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a day like 2026-11-01; found {text!r}"
+        ) from None

@@ -1,0 +1,547 @@
+"""Whether a student may be deployed: rules over its report, for a model's continuous integration.
+
+A rule fails where the evidence says so: where the whole interval of a number lies beyond its limit.
+What a rule names and nobody measured fails too.
+"""
+
+import json
+import math
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from distill_datasets.errors import DatasetError, GateError, SettingsError, nearest
+from distill_datasets.evaluation.money import read_report
+from distill_datasets.statistics import Proportion, wilson
+from distill_datasets.tables import aligned
+
+PASSED, FAILED, UNSURE, MISSING = "passed", "FAILED", "unsure", "NOT MEASURED"
+_LOWER_IS_BETTER = ("ece", "brier")
+_ALWAYS = ("answered", "agreement")
+_LARGEST = 2_000_000_000  # bytes of rows.jsonl
+_TAIL = 1200  # characters in which a loop shows
+_LONGEST_UNIT = 400
+_SHORT_UNIT = 30  # characters, which must come five times and not three
+_LEAST_LOOP = 30  # characters
+_BROKEN = {"Cc", "Cs", "Co", "Cn"}  # control, half of a pair, private and unassigned characters
+
+_Share = Annotated[float, Field(ge=0, le=1)] | None
+_Limit = Annotated[float, Field(ge=0)] | None
+
+
+class GateRules(BaseModel):
+    """The limits; `cards/gate.yaml` says what each means. None is a rule that isn't looked at."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    strict: bool = False
+    metric: str | None = None
+    quality_drop: _Share = 0.05
+    check_drop: _Share = 0.05
+    checks: Mapping[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    answered_drop: _Share = 0.05
+    commonest_rise: _Share = 0.2
+    empty: _Share = 0.01
+    cut_off: _Share = 0.05
+    loops: _Share = 0.01
+    non_printing: _Share = 0.0
+    response_ratio: _Limit = 2.0
+    latency_ratio: _Limit = 1.5
+    latency_p95_ms: _Limit = None
+    residue: Literal["measured", "all"] | tuple[str, ...] = "measured"
+
+    @classmethod
+    def load(cls, path: Path | str) -> "GateRules":
+        """Read a YAML file; raises `SettingsError` that names what is wrong in it."""
+        try:
+            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise SettingsError(f"The rules {str(path)!r} can't be read: {error}") from error
+        if not isinstance(fields, Mapping):
+            raise SettingsError(f"The rules {str(path)!r} hold no keys: {_expected()}")
+        try:
+            return cls(**{str(key): value for key, value in fields.items()})
+        except ValidationError as error:
+            raise SettingsError(_explained(error, path)) from error
+
+
+@dataclass(frozen=True)
+class GateFinding:
+    """What was looked at, what came of it, and why in a sentence."""
+
+    rule: str
+    outcome: str
+    said: str
+
+    @property
+    def bad(self) -> bool:
+        """Whether the student fails by it."""
+        return self.outcome in (FAILED, MISSING)
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """All that was looked at; `passed` where nothing of it fails."""
+
+    run: str
+    findings: Sequence[GateFinding]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no rule fails."""
+        return not any(one.bad for one in self.findings)
+
+    def text(self) -> str:
+        """A line a rule."""
+        return aligned([[one.outcome, one.rule, one.said] for one in self.findings])
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        rules = [vars(one) for one in self.findings]
+        return {"run": self.run, "passed": self.passed, "rules": rules}
+
+    def require(self) -> None:
+        """Raise `GateError` with the reasons where a rule fails."""
+        if self.passed:
+            return
+        reasons = [f"{one.rule}: {one.said}" for one in self.findings if one.bad]
+        raise GateError(
+            f"The student of {self.run!r} doesn't pass: {len(reasons)} of {len(self.findings)} "
+            "rules fail.\n  " + "\n  ".join(reasons)
+        )
+
+
+def gate(
+    run: Path | str,
+    *,
+    against: Path | str | None = None,
+    rules: GateRules | Path | str | None = None,
+) -> GateResult:
+    """Look at a run's report by the rules, beside its teacher or `against` another run's student.
+
+    Raises `DatasetError` where there is no report, and `SettingsError` for rules that can't be
+    read. A rule that fails is a finding: see `GateResult.require`.
+
+        gate("runs/support", against="runs/support-1").require()
+    """
+    known = GateRules.load(rules) if isinstance(rules, (str, Path)) else rules or GateRules()
+    look = _Look(known, _Measured.read(run), _Measured.read(against) if against else None)
+    return GateResult(str(run), [*look.findings()])
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A run's report, and its rows as each system answered them, where they are there."""
+
+    name: str
+    report: Mapping[str, Any]
+    rows: Mapping[str, Mapping[str, Any]] | None
+
+    @classmethod
+    def read(cls, run: Path | str) -> "_Measured":
+        folder = Path(run) if Path(run).is_dir() else Path(run).parent
+        return cls(str(run), read_report(run), _read_rows(folder / "rows.jsonl"))
+
+    def said(self, system: str) -> dict[str, Mapping[str, Any]]:
+        """What a system said, by the rows' ids."""
+        rows = self.rows or {}
+        return {
+            id_: row["systems"][system] for id_, row in rows.items() if system in row["systems"]
+        }
+
+    def metric(self, system: str, name: str) -> Mapping[str, float] | None:
+        """A system's metric with its interval."""
+        found = self.report["systems"][system].get("metrics", {}).get(name)
+        texts = self.report.get("texts", {}).get(system, {})
+        other = texts.get(name) if isinstance(texts, Mapping) else None
+        return found or (other if isinstance(other, Mapping) and "value" in other else None)
+
+
+def _read_rows(path: Path) -> dict[str, Mapping[str, Any]] | None:
+    if not path.is_file() or path.stat().st_size > _LARGEST:
+        return None
+    found = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                if isinstance(row["systems"], Mapping):
+                    found[str(row["id"])] = row
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise DatasetError(
+                    f"{str(path)!r}, line {number} is no row of a report: measure the run again."
+                ) from error
+    return found
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One student's numbers beside the other's, by the rules."""
+
+    rules: GateRules
+    mine: _Measured
+    against: _Measured | None
+
+    @cached_property
+    def other(self) -> tuple[_Measured, str, str]:
+        """Where the other was measured, as which system, and how it is called."""
+        if self.against:
+            return self.against, "student", f"the student of {self.against.name}"
+        return self.mine, "teacher", "the teacher"
+
+    def findings(self) -> Iterator[GateFinding]:
+        """Every rule that is not None."""
+        rules = self.rules
+        if rules.quality_drop is not None:
+            yield self._quality(rules.quality_drop)
+        if rules.answered_drop is not None and self._measures("answered"):
+            yield self._drop("answered", "answered", rules.answered_drop, self._values("answered"))
+        if rules.check_drop is not None:
+            yield from self._checks_beside_the_other(rules.check_drop)
+        yield from (self._check(name, least) for name, least in rules.checks.items())
+        yield from self._patterns()
+        if rules.commonest_rise is not None:
+            yield self._commonest(rules.commonest_rise)
+        yield from self._ratios()
+        yield from self._residue()
+
+    def _measures(self, metric: str) -> bool:
+        return self.mine.metric("student", metric) is not None
+
+    @property
+    def _metric(self) -> str | None:
+        """The quality: what the rules name, or the verdict, or the report's first metric."""
+        verdict = self.mine.report.get("verdict") or {}
+        if decisive := self.rules.metric or verdict.get("metric"):
+            return str(decisive)
+        names = list(self.mine.report["systems"]["student"].get("metrics", {}))
+        found = [name for name in names if name not in _ALWAYS] or [
+            n for n in names if n == "agreement"
+        ]
+        return found[0] if found else None
+
+    def _quality(self, most: float) -> GateFinding:
+        name = self._metric
+        if name is None or not self._measures(name):
+            known = list(self.mine.report["systems"]["student"].get("metrics", {}))
+            hint = nearest(name or "", known)
+            said = f"the report has no metric {name!r}, only {known}.{hint}"
+            return GateFinding("quality", MISSING, said)
+        return self._drop("quality", name, most, self._values(name), relative=True)
+
+    def _values(self, name: str) -> Callable[[str, Mapping[str, Any]], float | None]:
+        """A row's share of a metric, where that is a share of rows."""
+
+        def value(id_: str, answer: Mapping[str, Any]) -> float | None:
+            if name == "answered":
+                return float(answer["answer"] is not None)
+            if name != "accuracy":
+                return None
+            reference = (self.mine.rows or {})[id_].get("reference")
+            return None if reference is None else float(answer["answer"] == reference)
+
+        return value
+
+    def _drop(
+        self,
+        rule: str,
+        name: str,
+        most: float,
+        value: Callable[[str, Mapping[str, Any]], float | None],
+        *,
+        relative: bool = False,
+    ) -> GateFinding:
+        """A metric, which may lie so far below the other's."""
+        measured, system, called = self.other
+        theirs = measured.metric(system, name)
+        if name == "agreement" and not self.against:
+            theirs = {"value": 1.0}
+        found = self._difference(name, value)
+        if theirs is None or found is None:
+            return GateFinding(rule, MISSING, f"{called} was measured without {name}")
+        sign = -1.0 if name in _LOWER_IS_BETTER else 1.0
+        limit = most * abs(theirs["value"]) if relative else most
+        ends = sorted(-sign * found.get(end, found["value"]) for end in ("low", "high"))
+        mine = self.mine.metric("student", name)
+        assert mine is not None
+        said = (
+            f"{name} {mine['value']:.3f} against {theirs['value']:.3f} of {called}: "
+            f"{found['value']:+.3f}{_interval(found)}, at most {limit:.3f} may be lost"
+            + (f" ({100 * most:g} %)" if relative else "")
+        )
+        return self._judged(rule, -sign * found["value"], ends[0], limit, said)
+
+    def _difference(
+        self, name: str, value: Callable[[str, Mapping[str, Any]], float | None]
+    ) -> Mapping[str, float] | None:
+        """Student minus the other, row by row where both answered the same rows."""
+        report, mine = self.mine.report, self.mine.metric("student", name)
+        if mine is None:
+            return None
+        if not self.against:
+            known = report.get("differences", {}).get("student-teacher", {}).get(name)
+            verdict = report.get("verdict") or {}
+            if known is None and verdict.get("metric") == name:
+                known = verdict.get("difference")
+            if known is not None:
+                return dict(known)
+            if name == "agreement":
+                return {key: mine[key] - 1.0 for key in ("value", "low", "high") if key in mine}
+        measured, system, _ = self.other
+        paired = _paired(self.mine.said("student"), measured.said(system), self._groups, value)
+        theirs = measured.metric(system, name)
+        return paired or (theirs and _apart(mine, theirs))
+
+    @cached_property
+    def _groups(self) -> dict[str, str]:
+        rows = self.mine.rows or {}
+        return {id_: str(row.get("group") or id_) for id_, row in rows.items()}
+
+    def _checks_beside_the_other(self, most: float) -> Iterator[GateFinding]:
+        measured, system, called = self.other
+        theirs = measured.report["systems"][system].get("checks") or {}
+        for name, mine in (self.mine.report["systems"]["student"].get("checks") or {}).items():
+            rule = f"check {name}"
+            if name not in theirs:
+                yield GateFinding(rule, MISSING, f"{called} was measured without it")
+                continue
+            found = self._check_difference(name, mine, theirs[name])
+            said = (
+                f"{mine['value']:.3f} against {theirs[name]['value']:.3f} of {called}: "
+                f"{found['value']:+.3f}{_interval(found)}, at most {most:g} may be lost"
+            )
+            least = -found.get("high", found["value"])
+            yield self._judged(rule, -found["value"], least, most, said)
+
+    def _check_difference(
+        self, name: str, mine: Mapping[str, float], theirs: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        if not self.against:
+            known = (
+                self.mine.report.get("check_differences", {}).get("student-teacher", {}).get(name)
+            )
+            if known:
+                return dict(known)
+
+        def value(_: str, answer: Mapping[str, Any]) -> float | None:
+            passed = (answer.get("checks") or {}).get(name)
+            return None if passed is None else float(passed)
+
+        measured, system, _ = self.other
+        said = self.mine.said("student"), measured.said(system)
+        return _paired(*said, self._groups, value) or _apart(mine, theirs)
+
+    def _check(self, name: str, least: float) -> GateFinding:
+        known = self.mine.report["systems"]["student"].get("checks") or {}
+        rule = f"check {name}, at least"
+        if name not in known:
+            hint = nearest(name, list(known))
+            return GateFinding(rule, MISSING, f"the report has no such check.{hint}")
+        found = known[name]
+        said = f"{found['value']:.3f}{_interval(found)} of the rows, expected {least:g}"
+        high = found.get("high", found["value"])
+        return self._judged(rule, -found["value"], -high, -least, said)
+
+    def _patterns(self) -> Iterator[GateFinding]:
+        """What no good answer looks like, by the share of rows."""
+        answers = list(self.mine.said("student").values())
+        for rule, odd in _PATTERNS.items():
+            limit = getattr(self.rules, rule)
+            if limit is None:
+                continue
+            if not answers:
+                said = "there is no rows.jsonl beside the report: measure the run again"
+                yield GateFinding(rule, MISSING, said)
+                continue
+            hits = [odd(answer) for answer in answers]
+            share = sum(hits) / len(hits)
+            low, high = wilson(share, len(hits))
+            said = f"{sum(hits):,} of {len(hits):,} answers{_example(answers, hits)}"
+            interval = {"low": low, "high": high}
+            said = f"{share:.3f}{_interval(interval)}, at most {limit:g}: {said}"
+            yield self._judged(rule, share, low, limit, said)
+
+    def _commonest(self, most: float) -> GateFinding:
+        measured, system, called = self.other
+        one, other = (
+            found.report["systems"][name].get("answers")
+            for found, name in ((self.mine, "student"), (measured, system))
+        )
+        if not one or not other:
+            return GateFinding("commonest answer", MISSING, "the report doesn't count answers")
+        shares = []
+        for counted, n in ((one, self.mine.report["n"]), (other, measured.report["n"])):
+            low, high = wilson(counted["commonest_share"], n)
+            shares.append({"value": counted["commonest_share"], "low": low, "high": high})
+        found = _apart(*shares)
+        said = (
+            f"{str(one['commonest'])[:60]!r} is {shares[0]['value']:.3f} of the answers, the "
+            f"commonest of {called} {shares[1]['value']:.3f}: {found['value']:+.3f}"
+            f"{_interval(found)}, at most {most:+g}"
+        )
+        return self._judged("commonest answer", found["value"], found["low"], most, said)
+
+    def _ratios(self) -> Iterator[GateFinding]:
+        """Means and medians, which have no interval here."""
+        measured, system, called = self.other
+        mine, theirs = self.mine.report["systems"]["student"], measured.report["systems"][system]
+        pairs = (
+            ("response tokens", self.rules.response_ratio, "tokens", "response_mean"),
+            ("latency", self.rules.latency_ratio, "latency_ms", "p50"),
+        )
+        for rule, most, key, name in pairs:
+            if most is None:
+                continue
+            one, other = ((found.get(key) or {}).get(name) for found in (mine, theirs))
+            if one is None or not other:
+                yield GateFinding(rule, MISSING, f"the report has no {key}.{name} of both")
+                continue
+            ratio = one / other
+            said = f"{one:.1f}, {ratio:.2f} times the {other:.1f} of {called}, at most {most:g}"
+            yield self._judged(rule, ratio, ratio, most, said)
+        if (limit := self.rules.latency_p95_ms) is not None:
+            late = (mine.get("latency_ms") or {}).get("p95")
+            if late is None:
+                yield GateFinding("latency p95", MISSING, "the report has no latency_ms.p95")
+            else:
+                said = f"{late:.1f} ms, at most {limit:g}"
+                yield self._judged("latency p95", late, late, limit, said)
+
+    def _residue(self) -> Iterator[GateFinding]:
+        named = self.rules.residue
+        known = _residue_tests(self.mine.report)
+        if not known and named == "all":
+            yield GateFinding("residue", MISSING, "the report has no tests of what is left")
+        wanted = [*known] if isinstance(named, str) else named
+        for name in wanted:
+            rule = f"residue {name}"
+            if name not in known:
+                hint = nearest(name, list(known))
+                yield GateFinding(rule, MISSING, f"the report has no such test of residue.{hint}")
+            else:
+                passed, said = known[name]
+                yield GateFinding(rule, PASSED if passed else FAILED, said)
+
+    def _judged(
+        self, rule: str, value: float, least: float, limit: float, said: str
+    ) -> GateFinding:
+        """A number that may not lie above its limit; `least` is what it is at least."""
+        if not value > limit + 1e-12:
+            return GateFinding(rule, PASSED, said)
+        if self.rules.strict or least > limit:
+            return GateFinding(rule, FAILED, said)
+        return GateFinding(rule, UNSURE, f"{said}; the rows can't tell")
+
+
+def _residue_tests(report: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
+    """By name whether each test of residue passed, and what it found."""
+    found = report.get("residue") or {}
+    tests = found.get("tests", found)
+    return {
+        name: (bool(one["passed"]), str(one.get("said") or ""))
+        for name, one in tests.items()
+        if isinstance(one, Mapping) and one.get("passed") is not None
+    }
+
+
+def _paired(
+    mine: Mapping[str, Mapping[str, Any]],
+    theirs: Mapping[str, Mapping[str, Any]],
+    groups: Mapping[str, str],
+    value: Callable[[str, Mapping[str, Any]], float | None],
+) -> dict[str, float] | None:
+    """The difference of two shares on the rows that both have; None where they aren't the same."""
+    if not mine or set(mine) != set(theirs):
+        return None
+    pairs = {id_: (value(id_, mine[id_]), value(id_, theirs[id_])) for id_ in mine}
+    rows = [id_ for id_, pair in pairs.items() if None not in pair]
+    if not rows:
+        return None
+    names = [groups[id_] for id_ in rows]
+    one, other = (Proportion([float(pairs[id_][k] or 0) for id_ in rows], names) for k in (0, 1))
+    return (one - other).interval()
+
+
+def _apart(mine: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
+    """The difference of two numbers of different rows, by their own intervals.
+
+    The method of variance estimates recovery, which for shares is Newcombe's.
+    """
+    value = mine["value"] - theirs["value"]
+    if not {"low", "high"} <= set(mine) & set(theirs):
+        return {"value": value}
+    low = math.hypot(mine["value"] - mine["low"], theirs["high"] - theirs["value"])
+    high = math.hypot(mine["high"] - mine["value"], theirs["value"] - theirs["low"])
+    return {"value": value, "low": value - low, "high": value + high}
+
+
+def ends_in_a_loop(text: str) -> bool:
+    """Whether a text ends with one piece again and again.
+
+    >>> ends_in_a_loop("The answer is: " * 8), ends_in_a_loop("one, two, three, four")
+    (True, False)
+    """
+    tail = text.rstrip()[-_TAIL:]
+    for unit in range(1, min(_LONGEST_UNIT, len(tail) // 3) + 1):
+        length = max(unit * (5 if unit <= _SHORT_UNIT else 3), _LEAST_LOOP)
+        if length > len(tail) or tail[-1] != tail[-1 - unit]:
+            continue
+        piece = tail[-length:]
+        if piece[unit:] == piece[:-unit] and any(sign.isalnum() for sign in piece[-unit:]):
+            return True
+    return False
+
+
+def is_broken(text: str) -> bool:
+    """Whether a text has control characters or such as no tokenizer should have made.
+
+    >>> is_broken("a\\x00b"), is_broken("a\\tb\\n")
+    (True, False)
+    """
+    return any(
+        sign == "\ufffd" or (sign not in "\t\n\r" and unicodedata.category(sign) in _BROKEN)
+        for sign in text
+        if not sign.isprintable() or sign == "\ufffd"
+    )
+
+
+_PATTERNS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    "empty": lambda answer: not str(answer["text"] or "").strip(),
+    "cut_off": lambda answer: answer.get("stop_reason") == "length",
+    "loops": lambda answer: ends_in_a_loop(str(answer["text"] or "")),
+    "non_printing": lambda answer: is_broken(str(answer["text"] or "")),
+}
+
+
+def _example(answers: Sequence[Mapping[str, Any]], hits: Sequence[bool]) -> str:
+    """The first that was hit, which says more than a share."""
+    found = next((one["text"] for one, hit in zip(answers, hits, strict=True) if hit), None)
+    return f", such as {found[-60:]!r}" if found else ""
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    if not {"low", "high"} <= set(found):
+        return ""
+    return f" [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def _expected() -> str:
+    return f"expected some of {', '.join(GateRules.model_fields)}; see `gate --template`."
+
+
+def _explained(error: ValidationError, path: Path | str) -> str:
+    lines = [f"The rules {str(path)!r} can't be used:"]
+    for problem in error.errors():
+        where = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            hint = nearest(where, list(GateRules.model_fields))
+            lines.append(f"  unknown key {where!r}.{hint} {_expected()}")
+        else:
+            lines.append(f"  {where}: {problem['msg']} (found {problem['input']!r}).")
+    return "\n".join(lines)

@@ -1,0 +1,279 @@
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill_datasets import resources
+from distill_datasets.errors import DatasetError, GateError, SettingsError
+from distill_datasets.evaluation.gate import (
+    FAILED,
+    MISSING,
+    PASSED,
+    UNSURE,
+    GateRules,
+    ends_in_a_loop,
+    gate,
+    is_broken,
+)
+from distill_datasets.statistics import Proportion
+
+Report = dict[str, Any]
+N = 200
+
+
+def share(value: float, n: int = N) -> dict[str, float]:
+    rows = [1.0] * round(value * n) + [0.0] * (n - round(value * n))
+    return Proportion(rows, list(map(str, range(n)))).interval()
+
+
+def system(right: float, *, commonest: float = 0.3) -> dict[str, Any]:
+    return {
+        "model": "pocket",
+        "metrics": {"accuracy": share(right), "answered": share(1.0), "agreement": share(right)},
+        "checks": {"brief": {**share(right), "rows": N}},
+        "answers": {"distinct": 4, "commonest": "en", "commonest_share": commonest},
+        "tokens": {"prompt_mean": 100.0, "response_mean": 5.0},
+        "latency_ms": {"p50": 100.0, "p95": 140.0},
+    }
+
+
+def difference(value: float, margin: float) -> dict[str, float]:
+    return {"value": value, "low": value - margin, "high": value + margin}
+
+
+def report(student: float = 0.94, *, margin: float = 0.03) -> Report:
+    lost = difference(student - 0.95, margin)
+    return {
+        "n": N,
+        "systems": {"base": system(0.1), "teacher": system(0.95), "student": system(student)},
+        "differences": {"student-teacher": {"accuracy": lost, "answered": difference(0.0, 0.01)}},
+        "check_differences": {"student-teacher": {"brief": lost}},
+    }
+
+
+def answer(text: str = "en", **more: Any) -> dict[str, Any]:
+    return {"text": text, "answer": text, "stop_reason": "stop", "tokens": 1, "checks": {}, **more}
+
+
+def make(
+    folder: Path,
+    found: Report | None = None,
+    student: Mapping[int, Mapping[str, Any]] | None = None,
+) -> Path:
+    """A run's report and its rows, of which some have other answers."""
+    folder.mkdir(exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(found or report()))
+    rows = [
+        {
+            "id": f"row-{n}",
+            "query": f"query {n}",
+            "group": f"row-{n}",
+            "reference": "en",
+            "systems": {"teacher": answer(), "student": (student or {}).get(n) or answer()},
+        }
+        for n in range(N)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def outcomes(run: Path, **options: Any) -> dict[str, str]:
+    return {one.rule: one.outcome for one in gate(run, **options).findings}
+
+
+def test_a_student_as_good_as_its_teacher_passes_with_all_that_was_looked_at(
+    tmp_path: Path,
+) -> None:
+    found = gate(make(tmp_path))
+    found.require()
+    assert found.passed
+    assert {one.rule: one.outcome for one in found.findings} == dict.fromkeys(
+        (
+            *("quality", "answered", "check brief", "empty", "cut_off", "loops", "non_printing"),
+            *("commonest answer", "response tokens", "latency"),
+        ),
+        PASSED,
+    )
+    assert "accuracy 0.940 against 0.950 of the teacher: -0.010 [-0.040, 0.020]" in found.text()
+
+
+def test_a_drop_fails_where_the_whole_interval_lies_beyond_it(tmp_path: Path) -> None:
+    # 5 % of 0.95 are 0.0475.
+    sure = make(tmp_path / "sure", report(0.80, margin=0.05))
+    unsure = make(tmp_path / "unsure", report(0.88, margin=0.05))
+    assert outcomes(sure)["quality"] == FAILED
+    assert outcomes(sure)["check brief"] == FAILED
+    assert outcomes(unsure)["quality"] == UNSURE
+    assert gate(unsure).passed
+    assert outcomes(unsure, rules=GateRules(strict=True))["quality"] == FAILED
+    assert outcomes(unsure, rules=GateRules(strict=True, quality_drop=0.1))["quality"] == PASSED
+    with pytest.raises(
+        GateError, match="(?s)2 of 10 rules fail.*quality: accuracy 0.800"
+    ) as failure:
+        gate(sure).require()
+    assert failure.value.exit_code == 1
+
+
+def test_the_quality_is_what_the_rules_or_the_verdict_name(tmp_path: Path) -> None:
+    found = report()
+    found["verdict"] = {"metric": "chrf", "difference": difference(-0.2, 0.01)}
+    for name, value in (("teacher", 0.8), ("student", 0.6)):
+        found["systems"][name]["metrics"]["chrf"] = {"value": value}
+    run = make(tmp_path, found)
+    assert outcomes(run)["quality"] == FAILED
+    assert outcomes(run, rules=GateRules(metric="accuracy"))["quality"] == PASSED
+    wrong = gate(run, rules=GateRules(metric="acuracy")).findings[0]
+    assert (wrong.outcome, "Did you mean 'accuracy'?" in wrong.said) == (MISSING, True)
+
+
+def test_agreement_is_held_against_a_teacher_that_agrees_with_itself(tmp_path: Path) -> None:
+    found = report(0.5)
+    for one in found["systems"].values():
+        del one["metrics"]["accuracy"]
+    first = gate(make(tmp_path, found)).findings[0]
+    assert first.outcome == FAILED
+    assert first.said.startswith("agreement 0.500 against 1.000 of the teacher")
+
+
+def test_lower_calibration_errors_are_better(tmp_path: Path) -> None:
+    found = report()
+    for name, value in (("teacher", 0.1), ("student", 0.2)):
+        found["systems"][name]["metrics"]["ece"] = {"value": value}
+    found["differences"]["student-teacher"]["ece"] = difference(0.1, 0.02)
+    run = make(tmp_path, found)
+    assert outcomes(run, rules=GateRules(metric="ece"))["quality"] == FAILED
+    found["differences"]["student-teacher"]["ece"] = difference(-0.05, 0.02)
+    assert outcomes(make(tmp_path, found), rules=GateRules(metric="ece"))["quality"] == PASSED
+
+
+def test_another_runs_student_is_compared_row_by_row(tmp_path: Path) -> None:
+    wrong = {n: answer("de") for n in range(40)}
+    before, now = make(tmp_path / "before"), make(tmp_path / "now", report(0.80), wrong)
+    first = gate(now, against=before).findings[0]
+    # Forty of two hundred rows are lost, and none is won.
+    low, high = (
+        Proportion([-1.0] * 40 + [0.0] * 160, list(map(str, range(N))), True).interval()["low"],
+        0,
+    )
+    assert first.outcome == FAILED
+    assert f"of the student of {str(before)!s}: -0.200 [{low:.3f}, " in first.said
+    assert high == 0
+    assert outcomes(before, against=now)["quality"] == PASSED
+
+
+def test_students_of_other_rows_are_compared_by_their_own_intervals(tmp_path: Path) -> None:
+    before, now = make(tmp_path / "before", report(0.94)), make(tmp_path / "now", report(0.88))
+    (now / "rows.jsonl").unlink()
+    rules = GateRules(empty=None, cut_off=None, loops=None, non_printing=None)
+    first = gate(now, against=before, rules=rules).findings[0]
+    # Newcombe's interval for 176 and 188 of 200.
+    assert "-0.060 [-0.118, -0.003]" in first.said
+    assert first.outcome == UNSURE
+
+
+@pytest.mark.parametrize(
+    ("rule", "odd"),
+    [
+        ("empty", answer(" \n", answer=None)),
+        ("cut_off", answer("and so on and", stop_reason="length")),
+        ("loops", answer("I am sure. " * 30)),
+        ("non_printing", answer("e\x00n")),
+    ],
+)
+def test_odd_answers_fail_by_their_share(rule: str, odd: dict[str, Any], tmp_path: Path) -> None:
+    few, many = (
+        make(tmp_path / "few", None, {1: odd}),
+        make(tmp_path / "many", None, dict.fromkeys(range(30), odd)),
+    )
+    only = outcomes(many)
+    assert {name for name, outcome in only.items() if outcome == FAILED} == {rule}
+    assert outcomes(few)[rule] == (FAILED if rule == "non_printing" else PASSED)
+    assert rule not in outcomes(many, rules=GateRules(**{rule: None}))
+
+
+def test_loops_and_broken_characters_are_told_from_lists_and_emoji() -> None:
+    lines = "\n".join(f"{n}. Step {n} of the recipe" for n in range(40))
+    sentence = "The sun rises in the east, and it sets in the west, where the sea is. "
+    assert not ends_in_a_loop(lines)
+    assert not ends_in_a_loop("ha ha ha")
+    assert not ends_in_a_loop("-" * 80)
+    assert ends_in_a_loop(f"First. {sentence * 4}The sun ri")
+    assert ends_in_a_loop("no " * 40)
+    assert not is_broken("Grüße 👩‍👩‍👧 \u200f\u00a0\u3000 ok\r\n\t")
+    assert is_broken("caf\ufffd")
+    assert is_broken("\ue000")
+
+
+def test_a_student_that_says_one_thing_fails(tmp_path: Path) -> None:
+    found = report()
+    found["systems"]["student"] = system(0.94, commonest=0.99)
+    assert outcomes(make(tmp_path, found))["commonest answer"] == FAILED
+
+
+def test_slow_and_long_answers_fail(tmp_path: Path) -> None:
+    found = report()
+    found["systems"]["student"]["latency_ms"] = {"p50": 151.0, "p95": 300.0}
+    found["systems"]["student"]["tokens"]["response_mean"] = 10.5
+    run = make(tmp_path, found)
+    seen = outcomes(run, rules=GateRules(latency_p95_ms=299))
+    assert [seen[one] for one in ("latency", "latency p95", "response tokens")] == [FAILED] * 3
+    del found["systems"]["student"]["latency_ms"]
+    assert outcomes(make(tmp_path, found))["latency"] == MISSING
+
+
+def test_what_was_not_measured_fails_where_a_rule_names_it(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    (run / "rows.jsonl").unlink()
+    found = gate(run, rules=GateRules(residue=("leak",), checks={"brif": 0.9}))
+    missing = {one.rule: one.said for one in found.findings if one.outcome == MISSING}
+    assert set(missing) == {
+        *("empty", "cut_off", "loops", "non_printing"),
+        *("residue leak", "check brif, at least"),
+    }
+    assert "Did you mean 'brief'?" in missing["check brif, at least"]
+    assert "measure the run again" in missing["empty"]
+    assert not found.passed
+    assert outcomes(run, rules=GateRules(residue="all"))["residue"] == MISSING
+
+
+def test_least_shares_of_checks_are_rules(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    for least, outcome in ((0.9, PASSED), (0.95, UNSURE), (0.99, FAILED)):
+        seen = outcomes(run, rules=GateRules(checks={"brief": least}))
+        assert seen["check brief, at least"] == outcome
+
+
+def edited(folder: Path, change: Callable[[str], str]) -> Path:
+    text = (resources.cards() / "gate.yaml").read_text()
+    (folder / "gate.yaml").write_text(change(text))
+    return folder / "gate.yaml"
+
+
+def test_the_template_has_every_rule_at_its_default(tmp_path: Path) -> None:
+    assert GateRules.load(resources.cards() / "gate.yaml") == GateRules()
+    text = (resources.cards() / "gate.yaml").read_text()
+    assert all(f"\n{name}: " in text for name in GateRules.model_fields)
+    other = edited(tmp_path, lambda text: text.replace("residue: measured", "residue: [leak]"))
+    assert GateRules.load(other).residue == ("leak",)
+
+
+def test_rules_that_can_not_be_read_say_what_was_meant(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="'quality_dropp'. Did you mean 'quality_drop'"):
+        GateRules.load(
+            edited(tmp_path, lambda text: text.replace("quality_drop:", "quality_dropp:"))
+        )
+    with pytest.raises(SettingsError, match="loops.*found 3"):
+        GateRules.load(edited(tmp_path, lambda text: text.replace("loops: 0.01", "loops: 3")))
+    with pytest.raises(SettingsError, match="hold no keys"):
+        GateRules.load(edited(tmp_path, lambda _: "- 1"))
+    with pytest.raises(SettingsError, match="can't be read"):
+        GateRules.load(tmp_path / "none.yaml")
+
+
+def test_damaged_rows_are_an_error(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    (run / "rows.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(DatasetError, match=r"rows.jsonl', line 1"):
+        gate(run)
