@@ -1,7 +1,7 @@
 """Renders chats by a tokenizer's own chat template, as a renderer of the Tinker Cookbook."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
@@ -74,7 +74,10 @@ class ChatTemplateRenderer(Renderer):
         train_on_what: TrainOnWhat = TrainOnWhat.LAST_ASSISTANT_MESSAGE,
     ) -> tuple[tinker.ModelInput, torch.Tensor]:
         if train_on_what is not TrainOnWhat.LAST_ASSISTANT_MESSAGE:
-            return several_turns(self, marked(messages, train_on_what))
+            learned = marked(messages, train_on_what)
+            return several_turns(
+                self.build_generation_prompt, self.build_supervised_example, learned
+            )
         asked = self._tokens(messages[:-1])
         text = ensure_text(messages[-1]["content"])
         if made := messages[-1].get("tool_calls"):
@@ -252,12 +255,15 @@ def _learns(messages: Sequence[Mapping[str, Any]], place: int, train_on_what: Tr
 
 
 def several_turns(
-    renderer: Renderer, messages: Sequence[Mapping[str, Any]]
+    build_prompt: Callable[[list[Any]], tinker.ModelInput],
+    build_example: Callable[[list[Any]], tuple[tinker.ModelInput, torch.Tensor]],
+    messages: Sequence[Mapping[str, Any]],
 ) -> tuple[tinker.ModelInput, torch.Tensor]:
     """One example in which each `trainable` message follows the very tokens that ask for it.
 
-    Raises `DatasetError` where the chat format writes an earlier message otherwise than the model
-    does, as formats do that leave out its thoughts.
+    `build_example` gives what a conversation's last message alone teaches. Raises `DatasetError`
+    where the chat format writes an earlier message otherwise than the model does, as formats do
+    that leave out its thoughts.
     """
     roles = [message["role"] for message in messages]
     learned = [place for place, one in enumerate(messages) if one.get("trainable")]
@@ -267,10 +273,8 @@ def several_turns(
     tokens: list[int] = []
     weights: list[float] = []
     for place in learned:
-        asked = renderer.build_generation_prompt(turns[:place]).to_ints()
-        rendered, weighed = renderer.build_supervised_example(
-            turns[: place + 1], TrainOnWhat.LAST_ASSISTANT_MESSAGE
-        )
+        asked = build_prompt(turns[:place]).to_ints()
+        rendered, weighed = build_example(turns[: place + 1])
         found = rendered.to_ints()
         if found[: len(tokens)] != tokens or found[: len(asked)] != asked:
             raise DatasetError(

@@ -174,10 +174,21 @@ class TextRenderer:
         raises `DatasetError` where the format writes it otherwise once it is followed by others.
         """
         if train_on_what is TrainOnWhat.LAST_ASSISTANT_MESSAGE:
-            conversation = self.conversation(messages, tools)
-            return self._renderer.build_supervised_example(conversation, train_on_what)
+            return self._example(self.conversation(messages, tools))
         learned = self.conversation(marked(messages, train_on_what), tools)
-        return several_turns(self._renderer, learned)
+        return several_turns(self._renderer.build_generation_prompt, self._example, learned)
+
+    def _example(self, conversation: list[Any]) -> tuple[tinker.ModelInput, torch.Tensor]:
+        """What a conversation's last message teaches; it always ends with what stops it, as a
+        message of calls alone doesn't in the cookbook's format for DeepSeek V3.
+        """
+        rendered, weights = self._renderer.build_supervised_example(conversation)
+        tokens, stops = rendered.to_ints(), self._renderer.get_stop_sequences()
+        ends = [stop for stop in stops if isinstance(stop, int)]
+        if not ends or tokens[-1] in ends:
+            return rendered, weights
+        ended = tinker.ModelInput.from_ints([*tokens, ends[0]])
+        return ended, torch.cat([weights, torch.ones(1)])
 
     def conversation(self, messages: Sequence[Mapping[str, Any]], tools: str | None) -> list[Any]:
         """Messages in the cookbook's form, with what tells a model of its tools."""
@@ -191,8 +202,6 @@ class TextRenderer:
         if not self._has_tools:
             has_system = getattr(self._renderer, "has_system", True)
             return _in_words(given, catalogue, has_system=has_system)
-        if not self._ends_calls:
-            given = [_with_a_part(message) for message in given]
         if not catalogue:
             return given
         leads = given[0]["role"] == "system"
@@ -255,15 +264,6 @@ class TextRenderer:
             return False
         return True
 
-    @cached_property
-    def _ends_calls(self) -> bool:
-        """Whether a message of calls alone ends with what stops it; DeepSeek V3's does not."""
-        call = ToolCall.model_validate(tool_calls([Call("a", {})])[0])
-        said: Any = {"role": "assistant", "content": "", "tool_calls": [call]}
-        asked: Any = {"role": "user", "content": "a"}
-        tokens, _ = self._renderer.build_supervised_example([asked, said])
-        return tokens.to_ints()[-1] in self._renderer.get_stop_sequences()
-
     def _message(
         self, message: Mapping[str, Any], ids: dict[str, str], number: Iterator[int]
     ) -> dict[str, Any]:
@@ -319,12 +319,6 @@ def _named_call(named: tuple[str, str]) -> Call | str:
         return read_calls([{"name": name.strip(), "arguments": arguments}])[0]
     except ValueError:
         return json.dumps(named, ensure_ascii=False)
-
-
-def _with_a_part(message: Any) -> Any:
-    """A message whose content isn't nothing, though it is empty."""
-    silent = message.get("tool_calls") and not message["content"]
-    return {**message, "content": [{"type": "text", "text": ""}]} if silent else message
 
 
 def _typed_calls(calls: Sequence[Call], said: str, tools: str | None) -> Sequence[Call]:
