@@ -11,8 +11,8 @@ from distill_datasets.schema import Message
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_PAIRS = (("query", "response"), ("prompt", "completion"))
-_WHOLE = ("messages", "conversations")
+PAIRS = (("query", "response"), ("prompt", "completion"))
+WHOLE = ("messages", "conversations")
 
 
 class Conversation(NamedTuple):
@@ -48,10 +48,10 @@ def conversation_reader(rows: "Dataset", where: str) -> RowReader:
     def read(row: Mapping[str, Any], number: int) -> Conversation:
         column = "tools"
         try:
-            tools = _tools(_present(row.get(column), features.get(column)))
+            tools = tools_in(_present(row.get(column), features.get(column)))
             messages: list[Message] = []
             for column, role in parts.items():
-                messages += _turns(_present(row[column], features[column]), role)
+                messages += turns_in(_present(row[column], features[column]), role)
         except (ValueError, RecursionError) as error:
             raise DatasetError(
                 f"{where}, row {number}: {column!r}: {error}. Convert that column "
@@ -64,8 +64,8 @@ def conversation_reader(rows: "Dataset", where: str) -> RowReader:
 
 def _parts(columns: Sequence[str], where: str) -> dict[str, str]:
     """The columns that make a conversation, with the role of text in them, if any."""
-    pair = next((pair for pair in _PAIRS if {*pair} <= {*columns}), None)
-    whole = next((name for name in _WHOLE if name in columns), None)
+    pair = next((pair for pair in PAIRS if {*pair} <= {*columns}), None)
+    whole = next((name for name in WHOLE if name in columns), None)
     if whole == "messages" or (whole and pair is None):
         return {whole: ""}
     if pair is None:
@@ -87,7 +87,8 @@ def _present(value: Any, feature: Any) -> Any:
     return value
 
 
-def _turns(value: Any, role: str) -> list[Message]:
+def turns_in(value: Any, role: str) -> list[Message]:
+    """The messages in a cell; text is one of this `role`, and JSON of messages without one."""
     if isinstance(value, str) and role:
         return [{"role": role, "content": value}]
     if role and not isinstance(value, list):
@@ -95,8 +96,8 @@ def _turns(value: Any, role: str) -> list[Message]:
     return read_messages(value)
 
 
-def _tools(value: Any) -> str | None:
-    """Tools as JSON text in OpenAI's form; None for none.
+def tools_in(value: Any) -> str | None:
+    """The tools in a cell as JSON text in OpenAI's form; None for none.
 
     They come as JSON text or as a list, whose items may be JSON text and lack the
     `{"type": "function"}` around them.

@@ -19,6 +19,7 @@ class Message(TypedDict):
 
 
 EARLIER = "earlier_responses"  # of a conversation's turns before the last, where all are answered
+SOURCE = "source"  # which part of a recipe's mix a row is of; null in the recipe's own rows
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -99,7 +100,7 @@ def _features(columns: Sequence[str], *, calls: bool = False) -> "Features":
         "requests": List(Value("string")),
         EARLIER: List(Value("string")),
     }
-    kinds = {"tools": "string", "handle": "string", **_ANSWER_COLUMNS}
+    kinds = {**dict.fromkeys(("tools", "handle", SOURCE), "string"), **_ANSWER_COLUMNS}
     return Features({name: nested.get(name) or Value(kinds[name]) for name in columns})
 
 

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from distill_datasets.recipes import recipe, sections
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.recipes.sections import Check, Range, Section, Teacher
+from distill_datasets.recipes.sections import Check, MixPart, Range, Section, Teacher
 from tests.support.source import parse
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
@@ -51,7 +51,8 @@ def keys() -> Iterator[tuple[str, FieldInfo, str]]:
                 # The sampling of one teacher has the keys of everybody's; a range says its own.
                 if inner is not Range and (name != "sampling" or not prefix):
                     yield from of(
-                        inner, f"{prefix}{name}{'[]' if inner in (Teacher, Check) else ''}."
+                        inner,
+                        f"{prefix}{name}{'[]' if inner in (Teacher, Check, MixPart) else ''}.",
                     )
 
     return of(Recipe, "")

@@ -120,7 +120,7 @@ def report_answers(made: "Generated") -> None:
 
 def _useless(made: "Generated") -> DistillError:
     from distill_datasets.errors import GenerationError
-    from distill_datasets.generation.rejections import explain_rejections
+    from distill_datasets.generation.rows import explain_rejections
     from distill_datasets.recipes.loading import load_recipe
 
     recipe = load_recipe(made.path / "answers")

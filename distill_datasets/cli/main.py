@@ -190,7 +190,7 @@ def _require_runnable(options: argparse.Namespace) -> "tuple[Recipe, set[str]]":
     if options.version is not None:
         check_version(options.version)
     Metrics.load(asked.metrics, (), ())
-    queries = select_queries(asked, options.limit, None)
+    queries = select_queries(asked, options.limit)
     require_splits(asked, queries, ("train", "test"))
     return asked, set(queries.unique("split"))
 

@@ -28,7 +28,7 @@ from distill_datasets.recipes.parsing import Reader, Reading
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.contents import check_release
 from distill_datasets.releases.manifest import read_manifest
-from distill_datasets.schema import EARLIER
+from distill_datasets.schema import EARLIER, SOURCE
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,9 +84,10 @@ def read_held_out(dataset: str | Path, *, split: str, limit: int | None = None) 
     splits = {split, "train"} if recipe.split.same_rows and split == "test" else {split}
     queries: dict[str, dict[str, Any]] = {}
     for row in _read(folder / "data", split, named):
-        queries.setdefault(row["id"], row)  # of several samples the first stands for the query
+        if not row.get(SOURCE):  # what the recipe mixes in is not what it is measured on
+            queries.setdefault(row["id"], row)  # of several samples the first stands for the query
     for row in rejected:
-        if row["split"] in splits:
+        if row["split"] in splits and not row.get(SOURCE):
             queries.setdefault(row["id"], row)
     if not queries:
         known = sorted({*manifest["splits"], *(str(row["split"]) for row in rejected)})

@@ -3,7 +3,7 @@
 import asyncio
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -29,8 +29,9 @@ from distill_datasets.generation.estimate import (
 )
 from distill_datasets.generation.examples import most_answers
 from distill_datasets.generation.ledger import ledger_digests, replay
+from distill_datasets.generation.mix import open_untouched
 from distill_datasets.generation.pricing import Meter, Prices
-from distill_datasets.generation.run import select_queries
+from distill_datasets.generation.run import ChosenRows, select_rows
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
 from distill_datasets.generation.teachers import PromptedModel, Teachers, open_teachers
@@ -153,12 +154,37 @@ class DryRun:
 
 @dataclass
 class _Plan:
-    """The requests by the sampler's identity; all, those answered already, rows left to ask."""
+    """The requests by the sampler's identity, apart from those for rows of a mix; all, those
+    `answered` already, rows left to ask. One prompt in `every` so many is counted.
+    """
 
+    answered: "_Answered"
+    every: int
     by_model: dict[str, PlannedRequests] = field(default_factory=dict)
+    mixed: dict[str, PlannedRequests] = field(default_factory=dict)
     requests: int = 0
     known: int = 0
     rows_left: int = 0
+
+    def add(
+        self,
+        asked: PromptedModel,
+        requests: Iterable[tuple[Request, int]],
+        planned: dict[str, PlannedRequests],
+    ) -> bool:
+        """The requests of a query, to those that are `planned`; whether any is left to ask."""
+        left = False
+        for request, unknown in requests:
+            self.requests += 1
+            if self.answered.holds(request.key):
+                self.known += 1
+                continue
+            self.answered.digests.add(request.key)  # who asks it again shares the answer
+            one = planned.setdefault(asked.identity, PlannedRequests(asked.sampler))
+            count = int(request.key[:8], 16) % self.every == 0
+            one.add(request.messages, request.sampling, count=count, unknown=unknown)
+            left = True
+        return left
 
 
 def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
@@ -184,16 +210,18 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
     teachers = open_teachers(recipe, teacher, trust=settings.trust)
     priced = Prices.load(prices) if isinstance(prices, str | Path) else prices
     meter = Meter(priced) if priced else None
+    untouched = open_untouched(teachers.recipe, settings)
     if meter:
-        meter.check(teachers.models)
-    queries = select_queries(teachers.recipe, settings.limit, share)
+        meter.check([*teachers.models, *(one.model for one in untouched.values())])
+    chosen = select_rows(teachers.recipe, untouched, settings.limit, share)
+    queries = chosen.queries
     journal = None
     if out is not None:
         journal = (share.folder(out) if share else Path(out)) / "journal.sqlite"
     release = recipe if settings.ledger and not isinstance(recipe, Recipe) else None
     sampled, made = _ask_some(teachers, _draw(queries, sample), journal, settings, meter)
     with _Answered.of(journal, release, teachers.recipe) as answered:
-        plan = _plan(teachers, queries, answered)
+        plan = _plan(teachers, chosen, answered)
     loads = _loads(plan, made, sum(one.text is not None for one in sampled), priced)
     return DryRun(
         recipe=teachers.recipe.name,
@@ -203,7 +231,7 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
         loads=tuple(loads),
         concurrency=settings.concurrency,
         seconds=_seconds(sampled, plan.rows_left, settings.concurrency),
-        disk=disk_bytes(list(plan.by_model.values()), made, loads),
+        disk=disk_bytes([*plan.by_model.values(), *plan.mixed.values()], made, loads),
         currency=priced.currency if priced else _stated_currency(made),
         priced_at=priced.date.isoformat() if priced else None,
         sampled=tuple(sampled),
@@ -328,25 +356,24 @@ class _Answered:
         return next(filter(None, (one.get(key) for one in self.journals)), None)
 
 
-def _plan(teachers: Teachers, queries: "Dataset", answered: _Answered) -> _Plan:
+def _plan(teachers: Teachers, chosen: ChosenRows, answered: _Answered) -> _Plan:
     """Render every request, and count those that are left to ask; one prompt in some is counted."""
-    plan, every = _Plan(), max(1, -(-len(queries) // _COUNTED))
-    with Progress("dry run", len(queries)) as progress:
-        for query in _texts(queries):
+    asked = [(one.model, one.rows) for one in chosen.mixed if one.model]
+    rows = len(chosen.queries) + sum(len(some) for _, some in asked)
+    plan = _Plan(answered, max(1, -(-rows // _COUNTED)))
+    with Progress("dry run", rows) as progress:
+        for query in _texts(chosen.queries):
             left = False
             for one in teachers.asked(query):
-                for request, unknown in _requests(teachers.recipe, one, query, answered):
-                    plan.requests += 1
-                    if answered.holds(request.key):
-                        plan.known += 1
-                        continue
-                    answered.digests.add(request.key)  # who asks it again shares the answer
-                    planned = plan.by_model.setdefault(one.identity, PlannedRequests(one.sampler))
-                    count = int(request.key[:8], 16) % every == 0
-                    planned.add(request.messages, request.sampling, count=count, unknown=unknown)
-                    left = True
+                requests = _requests(teachers.recipe, one, query, answered)
+                left |= plan.add(one, requests, plan.by_model)
             plan.rows_left += left
             progress.advance(1)
+        for model, some in asked:
+            for query in _texts(some):
+                request = Request(model.request_key(query), *model.request(query))
+                plan.add(model, [(request, 0)], plan.mixed)
+                progress.advance(1)
     return plan
 
 
@@ -386,6 +413,7 @@ def _loads(
         load_of(planned, of(identity, expected=True), prices)
         for identity, planned in plan.by_model.items()
     ]
+    loads += [load_of(planned, [], prices) for planned in plan.mixed.values()]
     for identity in dict.fromkeys(one.sampler.identity for one in made):
         if plan.rows_left and (found := of(identity, expected=False)):
             loads.append(follow_up(found, asked, plan.rows_left, prices))
@@ -427,10 +455,15 @@ def _notes(recipe: Recipe, plan: _Plan, sampled: Sequence[SampledRow]) -> Iterat
         )
     if any(one.unknown for one in plan.by_model.values()):
         yield "Later turns hold the answers to earlier ones, of one token to the most allowed each."
+    if plan.mixed and sampled:
+        yield "Of the rows of the mix none is sampled: what they take is bounded, not scaled."
     failed = [one.problem for one in sampled if one.text is None]
     if failed:
         yield f"{len(failed)} of {len(sampled)} sampled rows failed: {failed[0]}"
-    if any(token_counter(one.sampler) is None for one in plan.by_model.values()):
+    if any(
+        token_counter(one.sampler) is None
+        for one in [*plan.by_model.values(), *plan.mixed.values()]
+    ):
         yield (
             "A tokenizer that is not on this machine can't count: where tokens are guessed, a "
             "token is taken for four bytes, and for two to six in the bounds."

@@ -25,6 +25,7 @@ from distill_datasets.models.sampler import Reply, Sampling, request_digest
 from distill_datasets.parquet import ROWS_PER_BATCH, read_batches
 from distill_datasets.progress import Progress
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.schema import SOURCE
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -120,15 +121,15 @@ def answering_requests(
 ) -> Iterator[str]:
     """The digest of what each row's text answers; the samples of one request share it.
 
-    Of a row that was chosen among several answers it is none in particular.
+    Of a row that was chosen among several answers it is none in particular, and of one that nobody
+    was asked for it is empty.
     """
     asked = who_was_asked(recipe, generation)
-    columns = rows.select_columns(["query", "sample", "requests"])
     key = ""
-    for batch in columns.iter(batch_size=ROWS_PER_BATCH):
-        for query, sample, requests in zip(*batch.values(), strict=True):
-            if requests:
-                key = requests[-1]
+    for batch in _asked_for(rows):
+        for query, sample, requests, source in batch:
+            if requests or source:
+                key = requests[-1] if requests else ""
             elif not sample:
                 identity, how = asked[0]
                 how = recipe.fitted(query, how)
@@ -144,16 +145,25 @@ def asked_requests(
     The answers in the `journal` say what was asked for a row that failed after some of its turns.
     """
     asked = who_was_asked(recipe, generation)
-    columns = rows.select_columns(["query", "sample", "requests"])
-    for batch in columns.iter(batch_size=ROWS_PER_BATCH):
+    for batch in _asked_for(rows):
         found: list[str] = []
-        for query, sample, requests in zip(*batch.values(), strict=True):
+        for query, sample, requests, source in batch:
             if requests:
                 found += requests
-            elif not sample:  # the samples of one query came with one request
+            elif not sample and not source:  # the samples of one query came with one request
                 for one in asked:
                     found += [each.key for each in known_requests(recipe, one, query, journal.get)]
         yield found
+
+
+def _asked_for(
+    rows: "Dataset",
+) -> Iterator[Iterable[tuple[str, int, list[str] | None, str | None]]]:
+    """Each row's query, sample and requests, and the part of the mix that it is of."""
+    names = ["query", "sample", "requests", *({SOURCE} & {*rows.column_names})]
+    for batch in rows.select_columns(names).iter(batch_size=ROWS_PER_BATCH):
+        none = [None] * len(batch["query"])
+        yield zip(*(batch.get(name, none) for name in (*names[:3], SOURCE)), strict=True)
 
 
 def who_was_asked(recipe: Recipe, generation: Mapping[str, Any]) -> Sequence[tuple[str, Sampling]]:

@@ -10,6 +10,7 @@ their turn, and a slow one holds back no other place.
 import asyncio
 import gc
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +21,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets.conversations import readable
 from distill_datasets.errors import FATAL, DistillError, GenerationError, RequestError
 from distill_datasets.generation.client import CachedClient, outcome, work_in_thread
 from distill_datasets.generation.teachers import Answerer
+from distill_datasets.generation.voting import NO_MAJORITY, NO_SCORE, NONE_PARSED, REFUSED
 from distill_datasets.models.sampler import digest
 from distill_datasets.progress import Progress
+from distill_datasets.recipes.checks import FAILED
+from distill_datasets.recipes.parsing import (
+    EMPTY,
+    OFF_SCHEMA,
+    OUTSIDE_CHOICES,
+    TRUNCATED,
+    UNPARSABLE,
+)
+from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import answer_features, failure_text
 
 if TYPE_CHECKING:
@@ -34,6 +46,7 @@ if TYPE_CHECKING:
     Look = Callable[[Sequence[dict[str, Any]]], None]  # sees the rows of a query
 
 ROWS_FILE = "data-00000-of-00001.arrow"  # as `datasets` names it
+MIX_FILES = "mix-*.arrow"  # of rows that stand behind them
 _VERSION = 2  # goes into every fingerprint: raise it when rows come out differently
 _QUERIES_AT_A_PLACE, _PLACES = 128, 900
 _ROWS_AT_ONCE = 1_000  # that are read back
@@ -41,6 +54,7 @@ _ALIKE = 20  # failures that end a run in which nothing was answered
 _OBJECTS = 50_000  # made between two searches for cycles; Python's own number is 700
 _MOST_TOKENS = 2**31 - 1
 _TOKENS = ("prompt", "cached", "response")
+_SHOWN, _LONGEST = 2, 400  # rejected answers in a message, and characters of each
 _SUMMARY = {"recipe_digest", "rows", "errors"}  # what `generation.json` has at least
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow's
 
@@ -265,12 +279,14 @@ def without_bars() -> Iterator[None]:
 
 
 def finish(rows: "Dataset", folder: Path) -> None:
-    """Make a folder that `load_from_disk` reads of the rows, which are in its `ROWS_FILE` already.
+    """Make a folder that `load_from_disk` reads of the rows, which are in its files already: its
+    `ROWS_FILE`, and its `MIX_FILES` behind it.
 
     Rows that are not are written.
     """
+    mixed = sorted(path.name for path in folder.glob(MIX_FILES))
     if not (folder / ROWS_FILE).is_file():
-        if len(rows):
+        if len(rows) and not mixed:
             rows.save_to_disk(str(folder))
             return
         _write_nothing(rows, folder / ROWS_FILE)
@@ -280,7 +296,8 @@ def finish(rows: "Dataset", folder: Path) -> None:
         empty.save_to_disk(description)
         shutil.move(Path(description, "dataset_info.json"), folder)
         state = json.loads(Path(description, "state.json").read_text(encoding="utf-8"))
-    state |= {"_data_files": [{"filename": ROWS_FILE}], "_fingerprint": rows._fingerprint}
+    files = [{"filename": name} for name in (ROWS_FILE, *mixed)]
+    state |= {"_data_files": files, "_fingerprint": rows._fingerprint}
     text = json.dumps(state, indent=2, sort_keys=True)
     (folder / "state.json").write_text(text + "\n", encoding="utf-8")
 
@@ -354,3 +371,90 @@ class Tally:
         for kind in _TOKENS:
             counted = some if kind == "response" else first
             self.tokens[kind] += pc.sum(counted[f"teacher_{kind}_tokens"]).as_py() or 0
+
+
+class FirstRows:
+    """Ends a run of which the first `most` queries give no row that can be used; 0: never."""
+
+    def __init__(self, recipe: Recipe, most: int) -> None:
+        """Looks at rows as they come, in whatever order."""
+        self._recipe, self._most = recipe, most
+        self._rejected: list[Mapping[str, Any]] = []
+        self._done = not most
+
+    def look(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """See the rows of one query; raises `GenerationError` for the last of `most` bad ones."""
+        if self._done:
+            return
+        if any(row.get("rejection") is None for row in rows):
+            self._done = True
+            return
+        self._rejected.append(rows[0])
+        if len(self._rejected) == self._most:
+            self._done = True
+            raise GenerationError(
+                f"Of the first {self._most} rows none can be used, so nothing more was asked. "
+                f"{explain_rejections(self._rejected, self._recipe)} What was paid is kept: "
+                "mend the recipe and run again."
+            )
+
+
+def explain_rejections(rejected: Sequence[Mapping[str, Any]], recipe: Recipe) -> str:
+    """Why rows were rejected, what was said in two of them, and what would help."""
+    reasons = Counter(str(row["rejection"]) for row in rejected)
+    counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    shown = "".join(
+        f"\n  {_short(readable(row['query']))}\n    -> {_short(row['raw'])}"
+        for row in rejected[:_SHOWN]
+    )
+    help = "; ".join(filter(None, (_remedy(reason, recipe) for reason in reasons)))
+    return f"Rejected: {counted}. The teacher said:{shown}\nWhat would help: {help}."
+
+
+def _remedy(reason: str, recipe: Recipe) -> str:
+    reason = re.sub(r"^turn \d+: ", "", reason)
+    answer = recipe.answer
+    if reason == TRUNCATED:
+        return f"raise sampling.max_tokens, which is {recipe.sampling.max_tokens}"
+    if reason.startswith(FAILED):
+        return _failed_check(reason.removeprefix(FAILED), recipe)
+    if reason == OUTSIDE_CHOICES:
+        return (
+            f"ask in prompt.md for one of answer.choices {list(answer.choices)} word for word, or "
+            "add what is said to them"
+        )
+    if reason == OFF_SCHEMA:
+        return "ask in prompt.md for JSON of the form in answer.json_schema, or change the schema"
+    if reason in (UNPARSABLE, NONE_PARSED):
+        if answer.pattern:
+            return (
+                f"answer.pattern {answer.pattern!r} never matches: change it, or ask in prompt.md "
+                "for that form"
+            )
+        return "ask in prompt.md for nothing but the JSON, or change answer.json_schema"
+    return _OTHERS.get(reason, "look at prompt.md and at `answer:` in recipe.yaml")
+
+
+def _failed_check(name: str, recipe: Recipe) -> str:
+    """The checks of that name, of this recipe's or of those behind its handles."""
+    every = {check.name: check for check in recipe.all_checks.values()}
+    check = every[name]
+    rule = f" ({check.covers})" if check.covers else ""
+    return (
+        f"ask for what the check {name} demands{rule} in prompt.md, mend the check, "
+        f"{check.demand}, or leave it out of `keep`"
+    )
+
+
+_OTHERS = {
+    EMPTY: "look at prompt.md, and raise sampling.max_tokens where the model thinks first",
+    NO_MAJORITY: "lower `agreement`, or ask more teachers",
+    REFUSED: "look at `verifier`, which holds for none of them",
+    NO_SCORE: "look at `judge.pattern`, `judge.scale` and the judge's prompt",
+}
+
+
+def _short(text: Any) -> str:
+    """A text on one line, without what could steer a terminal."""
+    shown = repr(str(text))
+    return shown if len(shown) <= _LONGEST else shown[:_LONGEST] + "…"

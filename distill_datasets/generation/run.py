@@ -26,9 +26,15 @@ from distill_datasets.generation.ledger import (
     take_over,
     verify_answers,
 )
+from distill_datasets.generation.mix import (
+    MixedRows,
+    UntouchedModel,
+    answer_mix,
+    draw_rows,
+    open_untouched,
+)
 from distill_datasets.generation.pricing import Meter
-from distill_datasets.generation.rejections import FirstRows
-from distill_datasets.generation.rows import ROWS_FILE, Tally, ask, finish, read_summary
+from distill_datasets.generation.rows import ROWS_FILE, FirstRows, Tally, ask, finish, read_summary
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
 from distill_datasets.generation.teachers import Teachers, open_teachers
@@ -78,10 +84,11 @@ def generate(
         generate("language_id", teacher="pocket", out="runs/demo")
 
     Writes `out/journal.sqlite` (raw answers, as they arrive) and `out/answers/` (all rows in the
-    queries' order, once all were asked). A row that fails has an `error`, and is asked again by
-    the next call; nothing else is asked twice, and a finished run is returned as it is. A
-    `teacher` takes the place of all that the recipe names. Answers in the ledger of a release are
-    taken over. The parts that each `share` of the queries makes are joined by `publish`.
+    queries' order, then those of the recipe's mix, once all were asked). A row that fails has an
+    `error`, and is asked again by the next call; nothing else is asked twice, and a finished run is
+    returned as it is. A `teacher` takes the place of all that the recipe names. Answers in the
+    ledger of a release are taken over. The parts that each `share` of the queries makes are joined
+    by `publish`.
 
     Costs one request a query and teacher asked. Raises `OutputError` where another process is at
     work in the folder, `GenerationError` when the first rows all fail alike or are all rejected,
@@ -95,45 +102,50 @@ def generate(
     if teachers.recipe.examples and teachers.recipe.examples.choose:
         with one_writer(folder, "run"):
             teachers, found = choose_examples(teachers, folder / "journal.sqlite", settings, meter)
-    fingerprint = _fingerprint(teachers, settings.limit, share)
+    untouched = open_untouched(teachers.recipe, settings)
+    fingerprint = _fingerprint(teachers, untouched, settings.limit, share)
     if meter is None and (summary := _finished(folder, fingerprint, settings)):
         return _generated(folder, summary)
-    queries = select_queries(teachers.recipe, settings.limit, share)
+    chosen = select_rows(teachers.recipe, untouched, settings.limit, share)
     if meter is not None:
-        meter.check(teachers.models)
+        meter.check([*teachers.models, *(one.model for one in untouched.values())])
     with one_writer(folder, "run"), _new_answers(folder) as building:
         if release is not None:
             take_over(release, folder)
         with Journal(folder / "journal.sqlite", bought_only=not settings.ledger) as journal:
-            verified = verify_answers(queries, teachers, journal, settings, meter)
-            rows = _answer(queries, teachers, journal, settings, meter, building / ROWS_FILE)
-            summary = _summary(teachers, rows, journal, meter)
-        summary["fingerprint"] = fingerprint
-        if found is not None:
-            summary["examples"] = found
+            verified = verify_answers(chosen.queries, teachers, journal, settings, meter)
+            rows = _answer(chosen, teachers, journal, settings, meter, building)
+            summary = _summary(teachers, rows, journal, meter) | chosen.facts
+        summary |= {"fingerprint": fingerprint, **({} if found is None else {"examples": found})}
         summary["first_token"] = summary["first_token"] if settings.stream else None
         if verified and "from_ledger" in summary:
             summary["from_ledger"]["verified"] = verified
         _write(building, rows, teachers.recipe, summary)
         if share:
-            share.record(queries, building)
+            share.record(chosen.queries, building, whole=chosen.whole, more=chosen.more)
     return _generated(folder, summary)
 
 
 def _answer(
-    queries: "Dataset",
+    chosen: "ChosenRows",
     teachers: Teachers,
     journal: Journal,
     settings: GenerateSettings,
     meter: Meter | None,
-    file: Path,
+    folder: Path,
 ) -> "Dataset":
+    """The rows of the queries, and behind them those of the mix, in files of a folder."""
+    from datasets import concatenate_datasets
+
     if settings.batch:
-        buy_in_batches(queries, teachers, journal, settings=settings, meter=meter)
+        buy_in_batches(chosen.queries, teachers, journal, settings=settings, meter=meter)
     again = settings.ask_again
     client = CachedClient(journal, limits=settings.limits, meter=meter, ask_rejected_again=again)
     look = FirstRows(teachers.recipe, settings.stop_after_rejected).look
-    return ask(queries, teachers, client, title="generate", file=file, look=look)
+    file = folder / ROWS_FILE
+    rows = ask(chosen.queries, teachers, client, title="generate", file=file, look=look)
+    more = answer_mix(chosen.mixed, teachers, journal, settings, meter, folder)
+    return concatenate_datasets([rows, *more]) if more else rows
 
 
 def _finished(
@@ -161,20 +173,61 @@ def _generated(folder: Path, summary: Mapping[str, Any]) -> Generated:
     )
 
 
-def select_queries(recipe: Recipe, limit: int | None, share: Share | None) -> "Dataset":
-    """A recipe's queries, the first `limit` of them, and of those the share."""
-    queries = load_queries(recipe)
-    if limit is not None:
-        queries = queries.select(range(min(limit, len(queries))))
-    return share.of(queries) if share else queries
+@dataclass(frozen=True)
+class ChosenRows:
+    """The queries to ask, and the rows of the recipe's mix; of a share, out of the `whole` run's
+    number of queries.
+    """
+
+    queries: "Dataset"
+    mixed: Sequence[MixedRows]
+    whole: int
+
+    @property
+    def more(self) -> int:
+        """How many rows stand behind those of the queries."""
+        return sum(len(one.rows) for one in self.mixed)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `generation.json` says of the mix."""
+        return {"mix": [one.facts for one in self.mixed]} if self.mixed else {}
 
 
-def _fingerprint(teachers: Teachers, limit: int | None, share: Share | None) -> str | None:
+def select_queries(recipe: Recipe, limit: int | None) -> "Dataset":
+    """A recipe's queries, the first `limit` of them."""
+    return _first(load_queries(recipe), limit)
+
+
+def select_rows(
+    recipe: Recipe,
+    untouched: Mapping[str, UntouchedModel],
+    limit: int | None,
+    share: Share | None,
+) -> ChosenRows:
+    """What `generate` answers: of the first `limit` queries the share, then the mix beside them."""
+    every = load_queries(recipe)
+    asked = _first(every, limit)
+    mixed = draw_rows(recipe, untouched, every, asked, share)
+    return ChosenRows(share.of(asked) if share else asked, mixed, len(asked))
+
+
+def _first(queries: "Dataset", limit: int | None) -> "Dataset":
+    return queries if limit is None else queries.select(range(min(limit, len(queries))))
+
+
+def _fingerprint(
+    teachers: Teachers,
+    untouched: Mapping[str, UntouchedModel],
+    limit: int | None,
+    share: Share | None,
+) -> str | None:
     """Names everything that the answers depend on; None where the queries are not pinned."""
     recipe = teachers.recipe
     if not recipe.pinned:
         return None
     parts = [recipe.digest, recipe.model_dump(mode="json"), *teachers.parts]
+    parts += [one.parts for one in untouched.values()]
     return digest([__version__, limit, str(share), parts])
 
 

@@ -74,11 +74,15 @@ class Share:
         placed = queries.add_column("place", np.arange(len(queries)))
         return placed.select(np.flatnonzero(held))
 
-    def record(self, queries: "Dataset", answers: Path) -> None:
-        """Write beside a part's answers which rows of the whole they answer; see `of`."""
+    def record(self, queries: "Dataset", answers: Path, *, whole: int, more: int = 0) -> None:
+        """Write beside a part's answers which rows of the whole they answer; see `of`.
+
+        So many `more` rows stand behind all of the `whole`.
+        """
         import numpy as np
 
-        np.save(answers / _PLACES, np.asarray(queries["place"][:], np.int64))
+        own = np.asarray(queries["place"][:], np.int64)
+        np.save(answers / _PLACES, np.concatenate([own, np.arange(whole, whole + more)]))
         text = json.dumps({"number": self.number, "count": self.count})
         (answers / _SHARE).write_text(text + "\n", encoding="utf-8")
 

@@ -190,12 +190,15 @@ def _check_sources(recipe: Recipe) -> None:
         _check_sources(member)
     spec = recipe.queries
     unpinned = f"{spec.package}/{spec.member}" if spec.package and not spec.sha256 else None
-    if outside := spec.path or spec.hub or unpinned:
-        raise RecipeError(
-            f"The recipe {recipe.name!r} comes from a release, and its queries would be read from "
-            f"{outside!r}, with your rights, and sent to its teacher. If you want that, say so: "
-            "--trust (in Python, load_recipe(..., trust=True))."
-        )
+    mixed = [part.path or part.hub for part in recipe.mix]
+    read = ("queries", spec.path or spec.hub or unpinned), *(("mix", one) for one in mixed)
+    for what, outside in read:
+        if outside:
+            raise RecipeError(
+                f"The recipe {recipe.name!r} comes from a release, and its {what} would be read "
+                f"from {outside!r}, with your rights, and sent to its teacher or published. If you "
+                "want that, say so: --trust (in Python, load_recipe(..., trust=True))."
+            )
 
 
 def shipped_recipes() -> list[Recipe]:

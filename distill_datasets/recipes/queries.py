@@ -3,7 +3,7 @@
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import file_digest, sha256
 from itertools import chain, islice, zip_longest
@@ -292,7 +292,7 @@ def _conversation(value: Any, *, every_turn: bool, left_out: Counter[str]) -> st
 def _pieces(recipe: Recipe) -> Iterator[Rows]:
     """The source's rows with those of the sidecar, or only those that the recipe names."""
     spec = recipe.queries
-    rows = _source(recipe)
+    rows = read_source(spec, recipe.folder)
     if spec.sidecar:
         rows = _joined(rows, _file_rows(spec, recipe.folder / spec.sidecar), spec.sidecar)
     if spec.rows is not None:
@@ -327,29 +327,32 @@ def _joined(rows: Iterator[Rows], others: Iterator[Rows], name: str) -> Iterator
         yield some
 
 
-def _file(recipe: Recipe) -> Path | None:
-    spec = recipe.queries
+def _file(spec: Queries, home: Path) -> Path | None:
     if spec.file:
-        return recipe.folder / spec.file
+        return home / spec.file
     if spec.package and spec.member:
         return _in_package(spec.package, spec.member)
     return None
 
 
-def _source(recipe: Recipe) -> Iterator[Rows]:
-    spec = recipe.queries
-    if path := _file(recipe):
-        return _file_rows(spec, path, spec.sha256)
+def read_source(spec: Queries, home: Path, wanted: Collection[str] | None = None) -> Iterator[Rows]:
+    """The rows of a source as they are, some at a time; `home` is the recipe's folder.
+
+    `wanted` are the columns that a file must have, where they are not those of queries. Raises
+    `RecipeError` for what isn't there or can't be read.
+    """
+    if path := _file(spec, home):
+        return _file_rows(spec, path, spec.sha256, wanted)
     if spec.hub:
         folder = fetch_dataset(f"{spec.hub}@{spec.revision}", spec.config).path
     else:
         folder = _local(spec.path or "")
         if folder.is_file():
-            return _file_rows(spec, folder, spec.sha256)
-    return _dataset_rows(spec, folder)
+            return _file_rows(spec, folder, spec.sha256, wanted)
+    return _dataset_rows(spec, folder, wanted)
 
 
-def _dataset_rows(spec: Queries, folder: Path) -> Iterator[Rows]:
+def _dataset_rows(spec: Queries, folder: Path, wanted: Collection[str] | None) -> Iterator[Rows]:
     """The rows of a folder that `datasets` knows how to read; files of text are read as text."""
     from datasets import Dataset, load_dataset, load_dataset_builder
     from datasets.exceptions import DatasetsError
@@ -362,7 +365,7 @@ def _dataset_rows(spec: Queries, folder: Path) -> Iterator[Rows]:
         files = [Path(path) for part in parts for path in known.get(part, [])]
         if files and all(path.suffix.lower() in READERS for path in files):
             labels = class_names(builder.info.features or {})
-            pieces = chain.from_iterable(_file_rows(spec, path) for path in files)
+            pieces = chain.from_iterable(_file_rows(spec, path, wanted=wanted) for path in files)
             return ([named_classes(row, labels) for row in rows] for rows in pieces)
         if any(path.endswith((".csv", ".tsv")) for some in known.values() for path in some):
             raise RecipeError(
@@ -410,14 +413,18 @@ def _in_package(package: str, member: str) -> Path:
     return path
 
 
-def _file_rows(spec: Queries, path: Path, pinned: str | None = None) -> Iterator[Rows]:
+def _file_rows(
+    spec: Queries, path: Path, pinned: str | None = None, wanted: Collection[str] | None = None
+) -> Iterator[Rows]:
     _check_file(path, pinned)
+    if wanted is not None:
+        return read_rows(path, TableFormat(spec.encoding, spec.separator, wanted))
     own = spec.messages or spec.query
     named = (own, spec.group, spec.reference, spec.forced_split)
-    wanted = {name for name in named if name} | (set() if own else {"query", "text"})
+    needed = {name for name in named if name} | (set() if own else {"query", "text"})
     if path.suffix.lower() in (".csv", ".tsv") and own is None:
-        wanted -= {"text"}
-    return read_rows(path, TableFormat(spec.encoding, spec.separator, wanted))
+        needed -= {"text"}
+    return read_rows(path, TableFormat(spec.encoding, spec.separator, needed))
 
 
 def _check_file(path: Path, pinned: str | None) -> None:

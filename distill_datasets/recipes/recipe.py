@@ -47,6 +47,7 @@ from distill_datasets.recipes.sections import (
     FileName,
     Handle,
     Judge,
+    MixPart,
     Queries,
     SamplingSection,
     Section,
@@ -54,10 +55,11 @@ from distill_datasets.recipes.sections import (
     StudentView,
     SynthesisSection,
     Teacher,
+    check_mix,
     check_teachers,
 )
 from distill_datasets.recipes.tools import read_tools
-from distill_datasets.schema import EARLIER, Message
+from distill_datasets.schema import EARLIER, SOURCE, Message
 
 PROMPT_LIMIT = 10 << 20  # bytes
 
@@ -70,7 +72,7 @@ _NEEDED = {"agreement": "majority", "verifier": "best", "judge": "best"}
 # What the digest is of. A key that is not used is no part of it, so that a new key keeps releases.
 _DIGESTED = ("name", "teacher", "queries", "answer", "response", "sampling", "split", "renderer")
 _UNUSED: dict[str, Any] = {
-    **{"teachers": [], "choose": "route", "turns": "last", "keep": [], "prompts": {}},
+    **{"teachers": [], "choose": "route", "turns": "last", "keep": [], "prompts": {}, "mix": []},
     **dict.fromkeys(("agreement", "verifier", "judge", "tools", "examples")),
     "student": StudentView().model_dump(mode="json"),
 }
@@ -140,6 +142,8 @@ class Recipe(Section):
     """What the prompt demands and can be checked; each is a metric."""
     keep: Literal["all checks"] | tuple[str, ...] = ()
     """The checks that an answer must pass to be kept; any other is rejected."""
+    mix: tuple[MixPart, ...] = ()
+    """Rows of something else, for the train split: the student keeps what it could."""
     answer: AnswerFormat = AnswerFormat()
     """How the teacher's text is read."""
     response: str = "{{ answer }}"
@@ -171,6 +175,7 @@ class Recipe(Section):
         if self.teachers and self.renderer:
             raise ValueError("each of several teachers has its own renderer: move it there")
         check_teachers(self.teachers, self.sampling)
+        check_mix(self.mix)
         return self
 
     @model_validator(mode="after")
@@ -201,9 +206,9 @@ class Recipe(Section):
         if found := [name for name in own if self._sets(name)]:
             raise ValueError(f"with prompts, each of its recipes has its own {found}: remove them")
         for name, member in self.members.items():
-            if member.prompts or member.turns == "all":
+            if member.prompts or member.turns == "all" or member.mix:
                 raise ValueError(
-                    f"{name!r} has prompts or 'turns: all': it can't be one of several"
+                    f"{name!r} has prompts, 'turns: all' or a mix: it can't be one of several"
                 )
         return self
 
@@ -319,7 +324,8 @@ class Recipe(Section):
     @property
     def answer_columns(self) -> tuple[str, ...]:
         """The columns that answers have in this recipe beyond those of every other."""
-        return (EARLIER,) if self.turns == "all" else ()
+        earlier = (EARLIER,) if self.turns == "all" else ()
+        return (*earlier, *((SOURCE, "tools") if self.mix else ()))
 
     @cached_property
     def asks_in_one_message(self) -> bool:
@@ -571,6 +577,10 @@ class Recipe(Section):
                 if fields[section][name] is None:
                     del fields[section][name]
         del fields["answer"]["confidence"]  # is measured, and changes no row
+        fields["mix"] = [
+            {key: value for key, value in _said(part).items() if key not in ("license", "origin")}
+            for part in self.mix
+        ]
         if self.keep:
             fields["checks"] = [_said(check) for check in self.checks]
         return {
@@ -588,6 +598,8 @@ class Recipe(Section):
     @property
     def pinned(self) -> bool:
         """Whether the recipe fixes every row of its queries."""
+        if not all(part.source.pinned for part in self.mix):
+            return False
         if self.members:
             return all(member.pinned for member in self.members.values())
         return self.queries.pinned
@@ -598,7 +610,8 @@ class Recipe(Section):
         judged = self.judge.prompt if self.judge else None
         shown = self.examples.file if self.examples else None
         named = (self.queries.file, self.queries.sidecar, judged, self.tools, shown)
-        return tuple(name for name in (*named, self.student.file) if name)
+        mixed = [part.file for part in self.mix]
+        return tuple(name for name in (*named, self.student.file, *mixed) if name)
 
     def dump(self, folder: Path) -> None:
         """Write the recipe so that `load_recipe(folder)` reads it back with the same digest."""

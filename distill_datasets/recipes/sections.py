@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from hashlib import sha256
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import PurePath, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -116,6 +116,84 @@ class Queries(Section):
         """Whether what is said here, and the files in the recipe's folder, fix every row."""
         commit = self.hub and re.fullmatch(r"[0-9a-f]{40}", self.revision or "")
         return bool(self.file or commit or (self.package and self.sha256))
+
+
+_SOURCE = ("file", "hub", "path", "revision", "config", "split", "encoding", "separator")
+
+
+class MixPart(Section):
+    """Rows of something else that the student learns beside the recipe's own."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=60)]
+    """Its name, as the rows' `source`."""
+    share: Annotated[float, Field(gt=0, lt=1)]
+    """The share of all rows to train on that are of this part."""
+    file: FileName | None = None
+    """A file in the recipe's folder."""
+    hub: str | None = None
+    """A dataset on the Hub, by its id; it needs a `revision`."""
+    path: str | None = None
+    """A file or a folder anywhere on this machine."""
+    revision: str | None = None
+    """A commit or a tag of the Hub dataset."""
+    config: str | None = None
+    """A configuration of the Hub dataset."""
+    split: str | None = None
+    """A split of the source."""
+    messages: str | None = None
+    """The column of the conversations, each with its answer at the end."""
+    query: str | None = None
+    """The column of the queries, in the place of `messages`."""
+    response: str | None = None
+    """The column of the answers to `query`."""
+    encoding: str | None = None
+    """How files of text are encoded, where they are neither UTF-8 nor marked: `cp1252`."""
+    separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """What stands between the fields of a CSV file, where its header doesn't show it."""
+    model: str | None = None
+    """The model that answers, by its reference, where the rows are queries alone. It is asked
+    without a prompt or tools, at temperature 0."""
+    license: str | None = None
+    """The licence of the rows, for the card."""
+    origin: str | None = None
+    """Where the rows are from, for the card; without it, the source."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        named = [key for key in ("file", "hub", "path") if getattr(self, key)]
+        if len(named) != 1:
+            raise ValueError(f"name exactly one of file, hub, path; found {named}")
+        if self.hub and not self.revision:
+            raise ValueError("a hub source needs a revision: a commit or a tag")
+        if self.query and (self.messages or bool(self.response) == bool(self.model)):
+            raise ValueError(
+                "query is a column of texts, with the column of their answers as response, or with "
+                "a model to answer them; in the place of messages"
+            )
+        if self.response and not self.query:
+            raise ValueError("response is the column of the answers to query, which is missing")
+        return self
+
+    @property
+    def source(self) -> Queries:
+        """Where the rows are, as queries are."""
+        return Queries(**{key: getattr(self, key) for key in _SOURCE if getattr(self, key)})
+
+    @property
+    def described(self) -> str:
+        """Where its rows are from, in words; of a folder on this machine no more than its name."""
+        if self.hub:
+            return self.origin or f"{self.hub}@{self.revision}"
+        return self.origin or self.file or PurePath(self.path or "").name
+
+
+def check_mix(parts: Sequence[MixPart]) -> None:
+    """Raise `ValueError` for parts of one name, and for shares that leave nothing."""
+    names = [part.name for part in parts]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"each part of mix has a name of its own; found twice: {twice}")
+    if (total := sum(part.share for part in parts)) >= 1:
+        raise ValueError(f"the shares of mix must add up to less than 1, found {total:g}")
 
 
 class AnswerFormat(Section):

@@ -52,7 +52,8 @@ def dataset_card(
     metadata that differs from what `card_metadata` gave for it, which stands beside it.
     """
     facts: dict[str, Any] = {"repo": None, "config": "default", "history": [], "panel": None}
-    facts |= {"prompt": True, "warnings": [], "from_ledger": [], "checks": {}, **manifest}
+    facts |= {"prompt": True, "warnings": [], "from_ledger": [], "checks": {}, "mix": []}
+    facts |= manifest
     text = _fill("dataset.md", {**facts, **_seen(recipe), **_row(example, recipe)})
     begin, end = markers(facts["config"])
     metadata = {**card_metadata(manifest["splits"], recipe), **layout}

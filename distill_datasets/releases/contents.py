@@ -7,7 +7,7 @@ A part is a split, or `rejected`. Rows belong to one part, or to two where the r
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +19,7 @@ from distill_datasets.generation.rows import stream
 from distill_datasets.generation.shards import Joined
 from distill_datasets.hub.references import check_files, remembered
 from distill_datasets.models.sampler import digest
+from distill_datasets.recipes.mix import mixed_answer, mixed_messages
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.diff import Fingerprints, published_rows
 from distill_datasets.releases.manifest import (
@@ -30,6 +31,8 @@ from distill_datasets.releases.manifest import (
 )
 from distill_datasets.releases.quality import AnswerTally, CheckTally
 from distill_datasets.schema import (
+    EARLIER,
+    SOURCE,
     Message,
     failure_content,
     rejected_features,
@@ -66,7 +69,11 @@ def answered_contents(
         for split in pc.unique(kept["split"]).to_pylist():
             twice = recipe.split.same_rows and split == "train"
             rows_of_split = kept.filter(pc.equal(kept["split"], split))
-            yield ("train", "test") if twice else (split,), _released(rows_of_split, recipe)
+            own, mixed = _parted(rows_of_split)
+            if len(own):
+                yield ("train", "test") if twice else (split,), _released(own, recipe)
+            if len(mixed):
+                yield (split,), _released(mixed, recipe)
         if len(dropped):
             schema = features_of(REJECTED, recipe).arrow_schema
             yield (REJECTED,), dropped.select(schema.names).cast(schema)
@@ -77,9 +84,27 @@ def tally_checks(answers: "Dataset | Joined", recipe: Recipe) -> CheckTally:
     tally = CheckTally(recipe)
     if tally.facts:
         for rows in answers.stream() if isinstance(answers, Joined) else stream(answers):
-            for row in rows.to_pylist():
+            own, _ = _parted(rows)
+            for row in own.to_pylist():
                 tally.add(row)
     return tally
+
+
+def mixed_rows(answers: "Dataset | Joined", part: str) -> Iterator[dict[str, Any]]:
+    """The rows of a part of the recipe's mix, those that can't be used too."""
+    for rows in answers.stream() if isinstance(answers, Joined) else stream(answers):
+        _, mixed = _parted(rows)
+        yield from (row for row in mixed.to_pylist() if row[SOURCE] == part)
+
+
+def _parted(rows: "pa.Table") -> tuple["pa.Table", "pa.Table"]:
+    """The recipe's own rows, and those of its mix."""
+    import pyarrow.compute as pc
+
+    if SOURCE not in rows.column_names:
+        return rows, rows.slice(0, 0)
+    own = pc.is_null(rows[SOURCE])
+    return rows.filter(own), rows.filter(pc.invert(own))
 
 
 def _check(kept: "pa.Table") -> None:
@@ -103,8 +128,10 @@ def features_of(part: str, recipe: Recipe) -> "Features":
     if part == REJECTED:
         return rejected_features(added)
     tools = any(one.student_tools for one in (recipe, *recipe.members.values()))
-    named = (("tools",) if tools else ()) + (("handle",) if recipe.members else ())
-    calls = recipe.tools is not None or recipe.holds_conversations
+    named = (("tools",) if tools and not recipe.mix else ()) + (
+        ("handle",) if recipe.members else ()
+    )
+    calls = recipe.tools is not None or recipe.holds_conversations or bool(recipe.mix)
     return release_features((*added, *named), calls=calls)
 
 
@@ -113,9 +140,8 @@ def _released(kept: "pa.Table", recipe: Recipe) -> "pa.Table":
     from datasets.table import array_cast
 
     schema = features_of("train", recipe).arrow_schema
-    named = ("query", "response", *recipe.answer_columns)
-    rows = list(zip(*(kept[name].to_pylist() for name in named), strict=True))
-    messages: list[Any] = [_messages(recipe, *row) for row in rows]
+    rows = kept.select(["query", "response", *recipe.answer_columns]).to_pylist()
+    messages: list[Any] = [_messages(recipe, row) for row in rows]
     kind = stored = schema.field("messages").type
     if isinstance(kind.value_type, pa.BaseExtensionType):
         messages = [list(map(_as_json, row)) for row in messages]
@@ -126,37 +152,53 @@ def _released(kept: "pa.Table", recipe: Recipe) -> "pa.Table":
         "tools": lambda query: recipe.part(query)[0].student_tools,
         "handle": recipe.handle,
     }
+    kept = kept.drop_columns([*(of_query.keys() & {*kept.column_names})])
     for name, value in of_query.items():
         if name in schema.names:
-            cells = [value(query) for query, *_ in rows]
+            cells = [row.get(name) if row.get(SOURCE) else value(row["query"]) for row in rows]
             kept = kept.append_column(name, pa.array(cells, pa.string()))
     return kept.select(schema.names).cast(schema)
 
 
-def _messages(
-    recipe: Recipe, query: str, response: str, earlier: Sequence[str] = ()
-) -> list[Message]:
+def _messages(recipe: Recipe, row: Mapping[str, Any]) -> list[Message]:
     """What the student learns: the conversation as it sees it, and what it shall say."""
-    asked = recipe.student_messages(query, earlier)
-    if _shows_prompt(recipe, query, [message["content"] for message in asked]):
+    query, response, mixed = row["query"], row["response"], row.get(SOURCE)
+    asked = (
+        mixed_messages(query) if mixed else recipe.student_messages(query, row.get(EARLIER) or ())
+    )
+    if _shows_prompt(recipe, asked, None if mixed else query):
         raise DatasetError(
             f"The row of the query {query[:80]!r} holds the teacher's prompt: expected what the "
             "student sees, which is the conversation without it. Remove the prompt from the "
-            "queries, and from `student`."
+            "queries, from `student` and from the rows of the mix."
         )
+    if mixed:
+        return [*asked, mixed_answer(query, response)]
     calls = recipe.part(query)[0].tools is not None
     first = 1 + sum(len(message.get("tool_calls", ())) for message in asked)
     return [*asked, assistant_message(response, calls=calls, first=first)]
 
 
-def _shows_prompt(recipe: Recipe, query: str, texts: Sequence[str]) -> bool:
-    """Whether texts hold what only the teacher shall see; a row's own system message is none."""
-    member, own = recipe.part(query)
-    if member.asks_in_one_message:
-        (shown,) = member.messages(own)
-        return shown["content"] != own and shown["content"] in texts
-    prompt = member.system_text
-    return any(text == prompt or text.startswith(f"{prompt}\n") for text in texts)
+def _shows_prompt(recipe: Recipe, asked: Sequence[Message], query: str | None) -> bool:
+    """Whether messages hold what only the teacher shall see; a row's own system message is none.
+
+    Without a `query` of the recipe's own they may hold no prompt of it.
+    """
+    texts = [message["content"] for message in asked]
+    if query is None:
+        prompted = [(one, texts[-1]) for one in recipe.members.values() or (recipe,)]
+    else:
+        prompted = [recipe.part(query)]
+    for member, own in prompted:
+        if member.asks_in_one_message:
+            (shown,) = member.messages(own)
+            if shown["content"] != own and shown["content"] in texts:
+                return True
+        else:
+            prompt = member.system_text
+            if any(text == prompt or text.startswith(f"{prompt}\n") for text in texts):
+                return True
+    return False
 
 
 def _as_json(message: Message) -> str:
@@ -173,13 +215,15 @@ def _as_json(message: Message) -> str:
 class Survey:
     """One pass over contents: rows of each part, and what the card says about them.
 
-    `kept` counts a row once, whatever parts it is in; `rejected` counts rows by their reason.
+    `kept` counts a row once, whatever parts it is in; `rejected` counts rows by their reason, and
+    `mixed` the kept rows of each part of the recipe's mix, of which nothing else is said.
     """
 
     rows: Counter[str] = field(default_factory=Counter)
     kept: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     errors: int = 0
+    mixed: Counter[str] = field(default_factory=Counter)
     example: dict[str, Any] | None = None
     fingerprints: Fingerprints = field(default_factory=Fingerprints)
     answers: AnswerTally = field(default_factory=AnswerTally)
@@ -213,6 +257,9 @@ class Survey:
 
     def _count(self, row: dict[str, Any]) -> None:
         self.kept += 1
+        if source := row.get(SOURCE):
+            self.mixed[source] += 1
+            return
         self.example = self.example or row
         self.answers.add(row)
         if row["teacher_prompt_tokens"] is not None:

@@ -23,7 +23,7 @@ from distill_datasets.parquet import open_parquet, read_batches
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.manifest import REJECTED, read_manifest, rejected_rows
-from distill_datasets.schema import EARLIER, failure_content
+from distill_datasets.schema import EARLIER, SOURCE, failure_content
 from distill_datasets.tables import aligned
 
 if TYPE_CHECKING:
@@ -41,7 +41,10 @@ _CONTENT = (
     *("teacher", "raw", "rejection", "error"),
     *("candidates", "agreement", "score"),
 )
-_ADDED = (EARLIER,)  # columns that few recipes have, and that are content where they hold anything
+_ADDED = (
+    EARLIER,
+    SOURCE,
+)  # columns that few recipes have, and that are content where they hold anything
 _COMPARED = (*_CONTENT, *_ADDED)
 _COUNTS = ("teacher_prompt_tokens", "teacher_cached_tokens", "teacher_response_tokens")
 _LENGTHS = ("prompt_tokens", "response_tokens", "response_characters")

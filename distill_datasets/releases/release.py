@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -22,11 +22,19 @@ from distill_datasets.generation.shards import Joined, find_parts, join_parts, j
 from distill_datasets.hub.references import inside
 from distill_datasets.parquet import Shards
 from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.mix import carried_line, carried_part
 from distill_datasets.recipes.queries import holds_more, write_used_columns
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.sections import MixPart
 from distill_datasets.releases.card_merge import read_card
 from distill_datasets.releases.cards import card_metadata, dataset_card
-from distill_datasets.releases.contents import Survey, answered_contents, features_of, tally_checks
+from distill_datasets.releases.contents import (
+    Survey,
+    answered_contents,
+    features_of,
+    mixed_rows,
+    tally_checks,
+)
 from distill_datasets.releases.diff import FINGERPRINTS, fingerprints_of
 from distill_datasets.releases.manifest import (
     MANIFEST,
@@ -182,7 +190,8 @@ def _load_answers(runs: Sequence[Path], ledger: bool, scratch: Path) -> _Answers
     journals = [(rows, part / "journal.sqlite") for rows, part in zip(each, parts, strict=True)]
     kept = [JournaledRows(*one) for one in journals if ledger and one[1].is_file()]
     checks = tally_checks(rows, recipe)
-    return _Answers(rows, generation, recipe, _carried(recipe, scratch), survey, checks, kept)
+    carried = _with_mix(_carried(recipe, scratch), rows, scratch / "mixed")
+    return _Answers(rows, generation, recipe, carried, survey, checks, kept)
 
 
 def _read_answers(folder: Path) -> tuple["Dataset", dict[str, Any]]:
@@ -216,10 +225,32 @@ def _carried(recipe: Recipe, scratch: Path) -> Recipe:
     others = {*recipe.attachments} - {recipe.queries.file, recipe.queries.sidecar}
     name = "queries.jsonl" if "queries.jsonl" not in others else "used-queries.jsonl"
     columns = write_used_columns(recipe, scratch / name)
-    for other in others:
-        (scratch / other).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(inside(recipe.folder, other), scratch / other)
+    _copy(recipe, others, scratch)
     return recipe.replace(queries={"file": name, **columns}, folder=scratch)
+
+
+def _with_mix(recipe: Recipe, rows: "Dataset | Joined", scratch: Path) -> Recipe:
+    """The recipe with the rows of its mix that were drawn, whatever their source."""
+    if not recipe.mix:
+        return recipe
+    scratch.mkdir()
+    others = {*recipe.replace(mix=()).attachments}
+    _copy(recipe, others, scratch)
+    parts = []
+    for part in recipe.mix:
+        name = f"mix-{part.name}.jsonl"
+        name = name if name not in others else f"drawn-{name}"
+        with (scratch / name).open("w", encoding="utf-8") as file:
+            for row in mixed_rows(rows, part.name):
+                file.write(json.dumps(carried_line(part, row), ensure_ascii=False) + "\n")
+        parts.append(carried_part(part, name))
+    return recipe.replace(mix=tuple(parts), folder=scratch)
+
+
+def _copy(recipe: Recipe, names: Iterable[str], folder: Path) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(inside(recipe.folder, name), folder / name)
 
 
 def _check(rows: "Dataset", generation: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
@@ -377,6 +408,7 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None, prompt: bool) -> di
         "kept": found.kept,
         "rejected": dict(sorted(found.rejected.items())),
         "errors": found.errors,
+        **({"mix": [_mixed(part, found) for part in recipe.mix]} if recipe.mix else {}),
         "ledger": (known or 0) if answers.sources else None,
         **({SOFT: old[SOFT]} if old and SOFT in old else {}),
         "references": found.references,
@@ -391,6 +423,12 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None, prompt: bool) -> di
         "recipe_fields": recipe.model_dump(mode="json"),
         "card": card_metadata(found.splits, recipe),
     }
+
+
+def _mixed(part: MixPart, found: Survey) -> dict[str, Any]:
+    """What is said of a part of the mix: its kept rows, and where they come from."""
+    said = {"name": part.name, "rows": found.mixed[part.name], "share": part.share}
+    return {**said, "from": part.described, "model": part.model, "license": part.license}
 
 
 def _from_ledger(generation: Mapping[str, Any]) -> dict[str, Any]:

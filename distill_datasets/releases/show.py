@@ -16,12 +16,12 @@ from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.diff import published_rows
 from distill_datasets.releases.manifest import PARTS, REJECTED, read_manifest
-from distill_datasets.schema import EARLIER, failure_text
+from distill_datasets.schema import EARLIER, SOURCE, failure_text
 
 Which = Literal["all", "rejected", "errors"]
 
 _TOKENS = ("prompt", "cached", "response")
-_LABELS = ("query", "raw", "answer", "response", "reason", "tokens", "teacher")
+_LABELS = ("query", "raw", "answer", "response", "reason", "tokens", "teacher", SOURCE)
 # What could steer a terminal; a text keeps its lines.
 _CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n")}, " ")
 
@@ -66,7 +66,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], file: TextIO | None = None) ->
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for label in _LABELS:
-            if row[label] is not None:
+            if row.get(label) is not None:
                 value = _written(label, row)
                 table.add_row(label, Text(value.translate(_CONTROLS)))
         console.print(table)
@@ -113,23 +113,33 @@ def _shown(
         yield {
             **{name: row.get(name) for name in ("id", "split", "sample", "teacher", "query")},
             **{name: row.get(name) for name in ("raw", "answer", "response")},
-            **({EARLIER: row[EARLIER]} if row.get(EARLIER) else {}),
+            **{name: row[name] for name in (EARLIER, SOURCE) if row.get(name)},
             "reason": failure_text(error) if error else rejection,
             "tokens": {kind: row[f"teacher_{kind}_tokens"] for kind in _TOKENS},
         }
 
 
 def _with_raw(rows: list[dict[str, Any]], release: Path) -> list[dict[str, Any]]:
-    """The rows of a release, those that it kept with the text in its ledger."""
+    """The rows of a release, those that it kept with the text in its ledger.
+
+    What a model said to a row of the mix is the row's response.
+    """
+    for row in rows:
+        if row.get(SOURCE) and row["teacher"]:
+            row["raw"] = row["raw"] or row["response"]
     if not any((release / LEDGER).glob("*.parquet")):
         return rows
     recipe, manifest = load_recipe(release / "recipe", trust=True), read_manifest(release)
-    keys = {row["id"]: _keys(row, recipe, manifest) for row in rows if row["raw"] is None}
+    keys = {row["id"]: _keys(row, recipe, manifest) for row in rows if _asks(row)}
     replies = find_replies(release, {key for some in keys.values() for key in some})
     for row in rows:
-        for key in keys.get(row["id"], ()) if row["raw"] is None else ():
+        for key in keys.get(row["id"], ()) if _asks(row) else ():
             row["raw"] = row["raw"] or _text(replies.get(key), row, recipe)
     return rows
+
+
+def _asks(row: Mapping[str, Any]) -> bool:
+    return row["raw"] is None and not row.get(SOURCE)
 
 
 def _keys(row: Mapping[str, Any], recipe: Recipe, manifest: Mapping[str, Any]) -> list[str]:

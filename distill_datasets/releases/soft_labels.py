@@ -17,6 +17,7 @@ from distill_datasets.models.sampler import Logprobs
 from distill_datasets.models.scoring import SoftLabels
 from distill_datasets.parquet import ROWS_PER_BATCH, Shards, read_batches
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.schema import SOURCE
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -108,12 +109,15 @@ def _batches(
 
     schema = soft_features().arrow_schema
     columns = ["id", "sample", "raw", "response"]
-    for batch in rows.select_columns(columns).iter(batch_size=ROWS_PER_BATCH):
-        asked = zip(*(batch[name] for name in columns), keys, strict=False)
+    mixed = [SOURCE] if SOURCE in rows.column_names else []
+    for batch in rows.select_columns([*columns, *mixed]).iter(batch_size=ROWS_PER_BATCH):
+        sources = batch[SOURCE] if mixed else [None] * len(batch["id"])
+        asked = zip(*(batch[name] for name in columns), sources, keys, strict=False)
         found = [
             soft
-            for id_, sample, raw, response, key in asked
+            for id_, sample, raw, response, source, key in asked
             if response is not None
+            and source is None
             and (
                 soft := _soft(id_, sample, _logprobs(journal, key, sample), response == raw, facts)
             )

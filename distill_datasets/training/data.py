@@ -18,7 +18,7 @@ from distill_datasets.errors import DatasetError, OutputError
 from distill_datasets.hub.references import Pinned, fetch_dataset, folder_of, is_reference
 from distill_datasets.models.sampler import digest
 from distill_datasets.releases.contents import check_release
-from distill_datasets.schema import Message
+from distill_datasets.schema import SOURCE, Message
 from distill_datasets.training.settings import TrainSettings, Turns
 
 if TYPE_CHECKING:
@@ -172,6 +172,16 @@ class DatasetSplit:
         fewer = copy(self)
         fewer.rows = self.rows.select(new)
         fewer._key = (*self._key, sha256(new.tobytes()).hexdigest())
+        return fewer
+
+    def own_rows(self) -> "DatasetSplit":
+        """Without the rows of a release that its recipe mixes in, which its teacher never saw."""
+        if SOURCE not in self.rows.column_names:
+            return self
+        own = [place for place, source in enumerate(self.rows[SOURCE]) if not source]
+        fewer = copy(self)
+        fewer.rows = self.rows.select(own)
+        fewer._key = (*self._key, "own rows")
         return fewer
 
     def render(self, connection: "Connection", max_length: int, turns: Turns = "last") -> Rendered:

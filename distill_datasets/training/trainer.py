@@ -472,6 +472,14 @@ def _open_splits(
     """The splits, without rows that `before` has learned; says what the release warns of."""
     require_turns(settings.turns, source.turns, repr(source.reference))
     splits = open_splits(source, settings)
+    if settings.objective.name != "sft" and source.manifest.get("mix"):
+        splits["train"], every = splits["train"].own_rows(), len(splits["train"].rows)
+        if left := every - len(splits["train"].rows):
+            print(
+                f"train: {left:,} of {every:,} rows are of the recipe's mix, and left out: the "
+                f"objective {settings.objective.name!r} asks the teacher, who never saw them.",
+                file=sys.stderr,
+            )
     if before:
         splits["train"] = splits["train"].without(before.learned)
     warnings = source.manifest.get("warnings")

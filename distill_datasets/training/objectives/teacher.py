@@ -61,8 +61,7 @@ class ReleasedRow:
 def chosen_rows(task: TrainingTask) -> tuple[list[int], "Dataset"]:
     """The places of the rows that are trained on, and those rows as they were released.
 
-    Raises `DatasetError` where the columns of a release are missing, and for rows that its teacher
-    didn't answer.
+    Raises `DatasetError` where the columns of a release are missing.
     """
     settings, rendered = task.settings, task.rows
     if missing := sorted({*_COLUMNS} - {*rendered.plain.column_names}):
@@ -71,21 +70,7 @@ def chosen_rows(task: TrainingTask) -> tuple[list[int], "Dataset"]:
             f"{task.source.reference!r} lacks {missing}. Train on the release, or with 'sft'."
         )
     places = choose_rows(len(rendered), settings)
-    _require_no_mix(task, places)
     return places, _released(task, places)
-
-
-def _require_no_mix(task: TrainingTask, places: Sequence[int]) -> None:
-    plain = task.rows.plain
-    if "source" not in plain.column_names or "content_digest" not in task.source.manifest:
-        return
-    chosen = plain.select([task.rows.kept[place] for place in places])["source"]
-    if mixed := [source for source in chosen if source]:
-        raise DatasetError(
-            f"{len(mixed)} of {len(places)} rows of {task.source.reference!r} are of its mix "
-            f"({', '.join(sorted({*mixed}))}), which its teacher didn't answer under the prompt: "
-            f"train them with the objective 'sft', not {task.settings.objective.name!r}."
-        )
 
 
 def released_rows(task: TrainingTask, places: Sequence[int]) -> list[ReleasedRow]:

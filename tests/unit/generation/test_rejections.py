@@ -7,7 +7,7 @@ import pytest
 
 from distill_datasets.errors import GenerationError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.rejections import explain_rejections
+from distill_datasets.generation.rows import explain_rejections
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
