@@ -92,3 +92,47 @@ def test_publishing_a_training_names_the_verb_that_pushes_it(
     (tmp_path / "checkpoints.jsonl").touch()
     assert main(["publish", str(tmp_path)]) == 2
     assert f"distill-datasets push {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_library_of_variants_is_generated_and_pushed_each_as_a_configuration(
+    hub: Hub, recipe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from distill_datasets.cli.main import main
+
+    with (recipe_folder / "recipe.yaml").open("a") as keys:
+        keys.write("variants:\n  short: {response: '{{ answer }}'}\n")
+        keys.write("  long: {response: 'Surely it is {{ answer }}.'}\n")
+    run = tmp_path / "library"
+    for name in ("short", "long"):
+        generate(f"{recipe_folder}:{name}", teacher=Echo(), out=run / name)
+    # The same by one command: what was answered is not asked again.
+    assert main(["generate", str(recipe_folder), "--variant", "most", "--out", str(run)]) == 2
+    assert "no variant 'most'" in capsys.readouterr().err
+    code, said = verb(hub, ["publish", str(run), "--push-to-hub", "me/colours"])
+    assert code == 0 and "pushed 1.0.0" in said
+    assert "pushed 1.1.0" in said and "the configuration 'short' is new" in said
+    read = (
+        "from datasets import load_dataset\n"
+        "for name in ('short', 'long'):\n"
+        "    rows = load_dataset('me/colours', name)['train']\n"
+        "    print(rows['messages'][0][-1]['content'])"
+    )
+    assert hub.run(read).stdout.splitlines() == ["red", "Surely it is red."]
+
+
+def test_all_variants_are_asked_for_by_one_command(
+    recipe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from distill_datasets.cli.main import main
+
+    answer = "answer: {pattern: 'colour (?P<answer>\\w+)', choices: [red, blue]}\n"
+    edit(recipe_folder, "recipe.yaml", answer, "")
+    arguments = ["generate", str(recipe_folder), "--variant", "all", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 2
+    assert "has no variants" in capsys.readouterr().err
+    with (recipe_folder / "recipe.yaml").open("a") as keys:
+        keys.write("variants: {a: {license: mit}, b: {license: cc0-1.0}}\n")
+    assert main(arguments) == 0
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["a", "b"]
+    assert main(["publish", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "b" / "release" / "README.md").read_text().count("cc0-1.0") >= 1
