@@ -4,14 +4,25 @@ import json
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize_scalar
+from scipy.special import xlogy
+from scipy.stats import binom, binomtest, chi2, false_discovery_control, norm, t
+from statsmodels.stats import contingency_tables
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from distill_datasets.statistics import (
     Bootstrap,
     Proportion,
+    benjamini_hochberg,
+    compare_subgroups,
     effective_rows,
     intraclass_correlation,
+    mcnemar,
+    mean_difference,
     paired,
     resamples,
+    student,
     wilson,
 )
 
@@ -21,49 +32,115 @@ def alone(count: int) -> list[str]:
     return [str(row) for row in range(count)]
 
 
-# `statsmodels.stats.proportion.proportion_confint(count, n, method="wilson")`, version 0.15.
-WILSON = [
-    (315, 315, 0.9879518215, 1.0),
-    (314, 315, 0.9822397269, 0.9994393846),
-    (300, 400, 0.7053228671, 0.7899209858),
-    (7, 8, 0.5291118178, 0.9775825085),
-    (3, 4, 0.3006418426, 0.9544127392),
-    (0, 8, 0.0, 0.3244075649),
-    (1, 1, 0.2065493144, 1.0),
-]
-
-
-@pytest.mark.parametrize(("count", "n", "low", "high"), WILSON)
-def test_the_interval_of_a_share_is_wilsons(count: int, n: int, low: float, high: float) -> None:
-    rows = [1.0] * count + [0.0] * (n - count)
-    found = Proportion(rows, alone(n)).interval()
-    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-9)
-    assert found["value"] == count / n
-
-
-@pytest.mark.parametrize(("count", "n"), [(0, 1), (5, 9), (39, 40), (1000, 1000)])
-def test_scipy_finds_the_same_interval(count: int, n: int) -> None:
-    from scipy.stats import binomtest
-
+@pytest.mark.parametrize(
+    ("count", "n"), [(315, 315), (310, 315), (300, 400), (0, 8), (0, 1), (5, 9), (1000, 1000)]
+)
+def test_the_interval_of_a_share_is_wilsons(count: int, n: int) -> None:
+    found = Proportion([1.0] * count + [0.0] * (n - count), alone(n)).interval()
+    ends = (found["low"], found["high"])
+    assert ends == pytest.approx(proportion_confint(count, n, method="wilson"), abs=1e-12)
     theirs = binomtest(count, n).proportion_ci(method="wilson")
-    assert wilson(count / n, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert ends == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert (found["value"], found["n"]) == (count / n, n)
 
 
-# `statpsych::ci.prop.ps(.05, 12, 4, 26, 6)` in its manual: 26 and 4 of 48 where one is right alone;
-# `contingencytables::Wald_CI_BonettPrice_paired_2x2(rbind(c(1, 1), c(7, 12)))`: 1 and 7 of 21.
+@pytest.mark.parametrize("rare", [1, 2, 3])
+@pytest.mark.parametrize("n", [12, 50, 315])
+def test_the_end_next_to_one_is_poissons_where_up_to_three_rows_differ(rare: int, n: int) -> None:
+    theirs = chi2.ppf(0.05, 2 * rare) / 2 / n
+    low, high = wilson(1 - rare / n, n)
+    assert 1 - high == pytest.approx(theirs, abs=1e-4 / n)
+    assert low == pytest.approx(binomtest(n - rare, n).proportion_ci(method="wilson").low)
+    assert wilson(rare / n, n) == pytest.approx((1 - high, 1 - low))
+
+
+# `contingencytables::Tango_asymptotic_score_CI_paired_2x2` on the tables of Bentur (2009) and Cavo
+# (2012), by the tests of that package and Fagerland, Lydersen and Laake (2014), table V.
 @pytest.mark.parametrize(
     ("up", "down", "n", "low", "high"),
-    [(26, 4, 48, 0.2548067, 0.6251933), (1, 7, 21, -0.5083593, -0.0133798)],
+    [(6, 16, 161, -0.1240, -0.0054), (1, 7, 21, -0.517, -0.026)],
 )
-def test_the_interval_of_a_paired_difference_is_bonett_and_prices(
+def test_the_interval_of_a_paired_difference_is_tangos(
     up: int, down: int, n: int, low: float, high: float
 ) -> None:
-    assert paired(up / n, down / n, n) == pytest.approx((low, high), abs=1e-6)
+    places = 3 if n == 21 else 4
+    found = paired(up / n, down / n, n, correction=0)
+    assert [round(end, places) for end in found] == [low, high]
     first = [1.0] * up + [0.0] * (n - up)
     second = [0.0] * up + [1.0] * down + [0.0] * (n - up - down)
-    found = (Proportion(first, alone(n)) - Proportion(second, alone(n))).interval()
-    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-6)
-    assert found["value"] == pytest.approx((up - down) / n)
+    ours = (Proportion(first, alone(n)) - Proportion(second, alone(n))).interval()
+    assert (ours["low"], ours["high"]) == paired(up / n, down / n, n)
+    assert ours["value"] == pytest.approx((up - down) / n)
+    assert ours["low"] < found[0] < found[1] < ours["high"]
+
+
+@pytest.mark.parametrize(("up", "down", "n"), [(26, 4, 48), (0, 1, 150), (3, 9, 700), (2, 0, 60)])
+def test_the_ends_of_a_paired_difference_are_those_of_the_likelihood(
+    up: int, down: int, n: int
+) -> None:
+    """At either end the score test of the likeliest shares, found by scipy, is just significant."""
+
+    def deviates(at: float) -> float:
+        def unlikely(share: float) -> float:
+            shares = (share + at, share, 1 - 2 * share - at)
+            return -sum(
+                xlogy(count, max(part, 0.0))
+                for count, part in zip((up, down, n - up - down), shares, strict=True)
+            )
+
+        least, most = max(0.0, -at), (1 - at) / 2
+        share = minimize_scalar(
+            unlikely, bounds=(least, most), method="bounded", options={"xatol": 1e-12}
+        ).x
+        return float((up - down - n * at) / np.sqrt(n * (2 * share + at - at**2)))
+
+    low, high = paired(up / n, down / n, n, correction=0)
+    assert deviates(low) == pytest.approx(norm.ppf(0.975), abs=1e-3)
+    assert deviates(high) == pytest.approx(norm.ppf(0.025), abs=1e-3)
+
+
+@pytest.mark.parametrize(("up", "down"), [(6, 16), (0, 5), (3, 3), (0, 0), (400, 430), (1, 0)])
+def test_mcnemars_mid_p_is_that_of_the_binomial(up: int, down: int) -> None:
+    rows = [1.0] * up + [-1.0] * down + [0.0] * 50
+    n, fewer = up + down, min(up, down)
+    theirs = min(1.0, 2 * binom.cdf(fewer, n, 0.5) - binom.pmf(fewer, n, 0.5))
+    assert mcnemar(rows) == pytest.approx(theirs if n else 1.0)
+    # The exact test, which is not mid-p, counts the outcome found as a whole.
+    if up != down:
+        table = [[0, up], [down, 50]]
+        exact = contingency_tables.mcnemar(table, exact=True).pvalue
+        assert mcnemar(rows) == pytest.approx(exact - binom.pmf(fewer, n, 0.5))
+
+
+def test_mcnemars_groups_count_once_each() -> None:
+    rows = [1.0, 1.0, 1.0, -1.0, 0.0, 1.0, -1.0]
+    assert mcnemar(rows, ["a", "a", "a", "b", "b", "c", "c"]) == mcnemar([1.0, -1.0, 0.0])
+    assert mcnemar(rows, alone(7)) == mcnemar(rows)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_benjamini_and_hochbergs_values_are_scipys_and_statsmodels(seed: int) -> None:
+    p = np.random.default_rng(seed).random(12) ** 3
+    assert benjamini_hochberg(p.tolist()) == pytest.approx(false_discovery_control(p))
+    assert benjamini_hochberg(p.tolist()) == pytest.approx(multipletests(p, method="fdr_bh")[1])
+    assert benjamini_hochberg([]) == []
+
+
+def test_subgroups_of_under_20_rows_are_too_few() -> None:
+    rows = [1.0] * 30 + [0.0] * 10 + [-1.0] * 19 + [0.0] * 40
+    names = ["better"] * 40 + ["small"] * 19 + ["same"] * 40
+    found = compare_subgroups(rows, names, alone(99))
+    assert found["small"] == {"rows": 19, "note": "too few"}
+    assert found["better"]["significant"] and not found["same"]["significant"]
+    assert found["better"]["p_adjusted"] == pytest.approx(2 * found["better"]["p"])
+    assert found["same"]["difference"]["low"] < 0 < found["same"]["difference"]["high"]
+    assert "p_adjusted" not in found["small"]
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 5, 9, 30, 500])
+@pytest.mark.parametrize("share", [0.9, 0.95, 0.975])
+def test_students_quantiles_are_scipys(freedom: int, share: float) -> None:
+    assert student(share, freedom) == pytest.approx(t.ppf(share, freedom), rel=0.01)
 
 
 def test_the_likeness_within_groups_is_shrout_and_fleiss() -> None:
@@ -81,23 +158,29 @@ def test_the_likeness_within_groups_is_shrout_and_fleiss() -> None:
     assert intraclass_correlation(values, groups) == pytest.approx(0.1657, abs=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [(3, 3, 3, 3), (1, 2, 3, 6), (9, 1, 1, 1)])
+@pytest.mark.parametrize("size", [1, 2, 15])
 @pytest.mark.parametrize("right", [(1, 1, 1, 1), (0, 0, 0, 0), (1, 0, 0, 1)])
-def test_groups_whose_rows_all_agree_count_once(
-    sizes: tuple[int, ...], right: tuple[int, ...]
-) -> None:
-    groups = [str(group) for group, size in enumerate(sizes) for _ in range(size)]
+def test_groups_whose_rows_all_agree_count_once(size: int, right: tuple[int, ...]) -> None:
+    groups = [str(group) for group in range(4) for _ in range(size)]
     values = [float(right[int(group)]) for group in groups]
     assert effective_rows(values, groups) == pytest.approx(4)
-    share = sum(values) / len(values)
     found = Proportion(values, groups).interval()
-    assert (found["low"], found["high"]) == pytest.approx(wilson(share, 4))
+    assert (found["low"], found["high"]) == pytest.approx(wilson(sum(right) / 4, 4))
+    assert found["n"] == 4
 
 
-def test_groups_whose_rows_are_as_unlike_as_any_count_by_the_row() -> None:
-    groups = [str(row // 2) for row in range(40)]
-    assert effective_rows([1.0, 0.0] * 20, groups) == 40
+def test_a_group_of_more_rows_weighs_more_and_leaves_fewer_to_count() -> None:
+    """The variance of a weighted mean: (sum of weights)**2 / sum of squares, as Kish has it."""
+    values, groups = [1.0] * 9 + [0.0, 1.0, 1.0], ["a"] * 9 + ["b", "c", "d"]
+    assert effective_rows(values, groups) == pytest.approx(12**2 / (9**2 + 3))
+
+
+def test_groups_whose_rows_are_as_unlike_as_any_count_nearly_by_the_row() -> None:
+    groups = [str(row // 2) for row in range(400)]
+    assert 398 < effective_rows([1.0, 0.0] * 200, groups) < 400
     assert effective_rows([1.0, 0.0] * 20, alone(40)) == 40
+    # One row of a kind says little of how alike those of its group are.
+    assert 100 < effective_rows([1.0] + [0.0] * 199, groups[:200]) < 150
 
 
 def test_one_group_is_one_row() -> None:
@@ -140,6 +223,29 @@ def test_no_interval_is_made_of_draws_that_are_no_numbers() -> None:
     for many in (np.full(100, np.nan), np.append(np.arange(90.0), np.full(10, np.inf))):
         found = Bootstrap(50.0, many).interval()
         assert json.loads(json.dumps(found, allow_nan=False)) == {"value": 50.0}
+
+
+def test_the_percentiles_of_a_bootstrap_of_few_groups_are_further_apart() -> None:
+    draws = np.linspace(0, 1, 10_001)
+    ends = [Bootstrap(0.5, draws, n).interval()["low"] for n in (None, 10_000.0, 20.0, 5.0)]
+    assert ends[0] == pytest.approx(0.025)
+    assert ends[0] > ends[1] > ends[2] > ends[3] >= 0
+    # Hesterberg (2015), "What teachers should know about the bootstrap", for n = 5 and 20.
+    tails = [norm.cdf(-np.sqrt(n / (n - 1)) * t.ppf(0.975, n - 1)) for n in (20, 5)]
+    assert ends[2:] == pytest.approx(tails, abs=2e-4)
+
+
+def test_a_difference_of_scores_is_never_without_width() -> None:
+    same = mean_difference([0.5] * 40, [0.5] * 40, alone(40))
+    assert (same["value"], same["n"]) == (0.0, 40)
+    assert (same["low"], same["high"]) == pytest.approx(paired(0, 0, 40))
+    generator = np.random.default_rng(0)
+    first, second = generator.random(200), generator.random(200)
+    found = mean_difference(first.tolist(), second.tolist(), alone(200))
+    spread = norm.ppf(0.975) * np.std(first - second, ddof=1) / np.sqrt(200)
+    assert found["high"] - found["value"] == pytest.approx(
+        np.hypot(spread, paired(0, 0, 200)[1]), rel=0.1
+    )
 
 
 def test_weights_in_several_chunks_still_draw_as_many_groups_as_there_are(

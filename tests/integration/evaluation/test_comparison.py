@@ -65,13 +65,13 @@ def test_a_check_is_the_share_of_the_rows_that_it_applies_to() -> None:
     )
     low, high = wilson(3 / 4, 4)
     assert found.checks_of("teacher") == {
-        "brief": {"value": 0.75, "low": low, "high": high, "rows": 4},
-        "asks": {"value": 1.0, "low": wilson(1.0, 2)[0], "high": 1.0, "rows": 2},
+        "brief": {"value": 0.75, "low": low, "high": high, "n": 4, "rows": 4},
+        "asks": {"value": 1.0, "low": wilson(1.0, 2)[0], "high": 1.0, "n": 2, "rows": 2},
     }
     assert found.checks_of("student")["asks"]["value"] == 0.5
     apart = found.check_differences()
     low, high = paired(0.25, 0.0, 4)
-    assert apart["student-teacher"]["brief"] == {"value": 0.25, "low": low, "high": high}
+    assert apart["student-teacher"]["brief"] == {"value": 0.25, "low": low, "high": high, "n": 4}
     assert apart["student-teacher"]["asks"]["value"] == -0.5
     assert apart["student-base"]["asks"]["value"] == 0.0
     assert "idle" not in apart["student-teacher"]
