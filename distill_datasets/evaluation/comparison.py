@@ -241,12 +241,20 @@ class Comparison:
             notes.append(f"{', '.join(missing)} are over the {known} of {total} rows with a label.")
         notes += [*self._notes_on_confidence(), *self._notes_on_checks()]
         groups = len(set(self.groups))
-        unit = "rows" if groups == total else f"the {groups} groups of related rows"
         notes.append(
-            f"Intervals: 95 %, by {unit}. Those of shares are Wilson's, and Bonett and Price's for "
-            "paired differences; the others are a bootstrap."
+            "Intervals: 95 %, Wilson's for shares, Tango's for paired differences, a bootstrap for "
+            "the others." + (self._note_on_groups(groups) if groups < total else "")
         )
         return notes
+
+    def _note_on_groups(self, groups: int) -> str:
+        metrics = self.metrics_of(TEACHER).values()
+        found = sorted({round(one["n"]) for one in metrics if "n" in one})
+        worth = " to ".join(map(str, dict.fromkeys((found[0], found[-1]))))
+        return (
+            f" The {len(self.groups)} rows are of {groups} groups of related ones, and worth "
+            f"{worth} independent rows, by how alike those of a group are."
+        )
 
     def _notes_on_confidence(self) -> Iterator[str]:
         named = [name for name, one in self.metrics.ours.items() if isinstance(one, Calibration)]

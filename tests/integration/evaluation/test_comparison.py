@@ -151,3 +151,26 @@ def test_calls_of_one_tool_are_one_label_whatever_their_arguments(tmp_path: Any)
         "find": {"n": 2, "teacher": 1.0, "student": 0.5, "base": 0.0},
         "no call": {"n": 1, "teacher": 1.0, "student": 1.0, "base": 0.0},
     }
+
+
+def test_rows_in_groups_say_how_many_independent_ones_they_are_worth() -> None:
+    found = comparison(
+        recipe(),
+        ["red"] * 6,
+        ("accuracy",),
+        teacher=["red"] * 6,
+        student=["red"] * 6,
+        base=["x"] * 6,
+    )
+    (note,) = [note for note in found.notes() if note.startswith("Intervals")]
+    assert "independent" not in note
+    grouped = {
+        system: rows.remove_columns("group").add_column("group", ["a", "a", "a", "b", "b", "b"])
+        for system, rows in found.answers.items()
+    }
+    (note,) = [
+        note
+        for note in Comparison(grouped, found.metrics, found.recipe).notes()
+        if note.startswith("Intervals")
+    ]
+    assert "The 6 rows are of 2 groups of related ones, and worth 2 independent rows" in note
