@@ -45,7 +45,8 @@ def setting(default: Any, help: str, **described: Any) -> Any:
 def described(settings: type) -> dict[str, tuple[Setting, type, tuple[Any, ...], Any]]:
     """Of every field made by `setting`: what is known, its type, its choices, and its default.
 
-    The type is that of a value, None left out; a field of texts to choose from has type str.
+    The type is that of a value, None left out; a field of texts to choose from has type str, and
+    one of several of them type tuple.
     """
     hints = get_type_hints(settings)
     found = {}
@@ -62,9 +63,11 @@ def check(settings: Any) -> None:
         value = getattr(settings, name)
         if value is None:
             continue
-        if choices and value not in choices:
-            near = nearest(str(value), [str(one) for one in choices])
-            raise SettingsError(f"{name} must be one of {choices}; found {value!r}.{near}")
+        given = value if kind is tuple else (value,)
+        for one in given if choices else ():
+            if one not in choices:
+                near = nearest(str(one), [str(choice) for choice in choices])
+                raise SettingsError(f"{name} must be one of {choices}; found {one!r}.{near}")
         if kind in (int, float) and (problem := _out_of_range(known, value)):
             raise SettingsError(f"{name} must be {problem}; found {value!r}.")
 
@@ -89,6 +92,8 @@ def _value_type(hint: Any) -> tuple[type, tuple[Any, ...]]:
     if NoneType in get_args(hint):
         (inner,) = parts
         return _value_type(inner)
+    if get_origin(hint) is tuple and get_origin(parts[0]) is Literal:
+        return tuple, get_args(parts[0])
     return get_origin(hint) or hint, ()
 
 

@@ -40,22 +40,23 @@ def add_settings(
             continue
         if known.group not in groups:
             groups[known.group] = parser.add_argument_group(known.group)
-        takes: dict[str, Any] = {
-            "dest": _place(name, known),
-            "help": _help(known, default),
-            "default": None,
-        }
-        if kind is bool:
-            takes |= {"action": "store_const", "const": not default}
-        elif kind is tuple:
-            takes |= {"action": "append", "metavar": "NAME"}
-        elif choices:
-            takes["choices"] = choices
-        else:
-            takes |= {"type": kind, "metavar": METAVARS.get(kind, "NAME")}
+        takes = {"dest": _place(name, known), "help": _help(known, default), "default": None}
+        takes |= _takes(kind, choices, default)
         if name in several:
             takes["nargs"] = "+"
         groups[known.group].add_argument(flag_of(name, known, default), **takes)
+
+
+def _takes(kind: type, choices: tuple[Any, ...], default: Any) -> dict[str, Any]:
+    """What a flag takes, for argparse."""
+    if kind is bool:
+        return {"action": "store_const", "const": not default}
+    if kind is tuple:
+        several = {"action": "append", "metavar": "NAME"}
+        return {"nargs": "+", "choices": choices} if choices else several
+    if choices:
+        return {"choices": choices}
+    return {"type": kind, "metavar": METAVARS.get(kind, "NAME")}
 
 
 def read_settings(options: argparse.Namespace, settings: type[T], **others: Any) -> T:

@@ -1,4 +1,4 @@
-"""Base, teacher and student on the same rows: every metric and check, with what sets them apart."""
+"""Systems on the same rows: every metric and check, with what sets them apart."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +10,7 @@ import numpy as np
 
 from distill_datasets.conversations import read_calls, readable
 from distill_datasets.evaluation.metrics import ALWAYS, Calibration, Metrics
+from distill_datasets.evaluation.systems import PROMPTED
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.statistics import Estimate, Proportion
 
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Answers = Sequence[str | None]
+_SAID = ("raw", "answer", "stop_reason", "teacher_response_tokens")
 _CHECKED = ("query", "reference", "raw", "stop_reason", "answer")
 
 TEACHER, BASE, STUDENT = "teacher", "base", "student"
+_OTHERS = (TEACHER, BASE, "base + prompt")  # with whom the student is compared
 _MOST_LABELS = 50
 _MOST_ROWS = 30  # so few are worth reading one by one
 
@@ -94,6 +97,10 @@ class Comparison:
         correct = [float(answers[row] == self.references[row]) for row in self.labelled]
         return metric.estimate(said, correct, [self.groups[row] for row in self.labelled])
 
+    @property
+    def _others(self) -> list[str]:
+        return [name for name in _OTHERS if name in self.answers]
+
     def metrics_of(self, system: str) -> dict[str, dict[str, float]]:
         """A system's metrics with their intervals."""
         return {name: found.interval() for name, found in self.estimates[system].items()}
@@ -101,7 +108,7 @@ class Comparison:
     def differences(self) -> dict[str, dict[str, dict[str, float]]]:
         """Student minus another system, on the same rows."""
         found: dict[str, dict[str, dict[str, float]]] = {}
-        for other in (TEACHER, BASE):
+        for other in self._others:
             pairs = found[f"{STUDENT}-{other}"] = {}
             for name, mine in self.estimates[STUDENT].items():
                 theirs = self.estimates[other].get(name)
@@ -127,7 +134,8 @@ class Comparison:
             if part is None or part.answer.confidence is None or row["answer"] is None:
                 yield None
             else:
-                reader = part.teacher_reader if system == TEACHER else part.student_reader
+                prompted = system in PROMPTED
+                reader = part.teacher_reader if prompted else part.student_reader
                 yield reader.confidence(row["raw"], part.answer.confidence)
 
     def _texts(self, system: str) -> Iterator[dict[str, Any]]:
@@ -159,7 +167,7 @@ class Comparison:
     def check_differences(self) -> dict[str, dict[str, dict[str, float]]]:
         """Student minus another system, on the rows where a check applies to both."""
         found: dict[str, dict[str, dict[str, float]]] = {}
-        for other in (TEACHER, BASE) if self.checked else ():
+        for other in self._others if self.checked else ():
             pairs = found[f"{STUDENT}-{other}"] = {}
             for name, passed in self.checked[STUDENT].items():
                 shares = self._shares(passed, self.checked[other][name])
@@ -225,10 +233,29 @@ class Comparison:
             {
                 "query": readable(query),
                 "expected": self.references[row],
-                **{system: self.predictions[system][row] for system in (TEACHER, BASE, STUDENT)},
+                **{system: answers[row] for system, answers in self.predictions.items()},
             }
             for row, query in enumerate(self.queries)
         ]
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Every row with all that every system said to it, as it said it."""
+        asked = self.answers[TEACHER].select_columns(["id", "query", "group", "reference"])
+        said = [rows.select_columns([*_SAID]) for rows in self.answers.values()]
+        for place, (row, *found) in enumerate(zip(asked, *said, strict=True)):
+            systems = {
+                name: {
+                    "text": one["raw"],
+                    "answer": one["answer"],
+                    "stop_reason": one["stop_reason"],
+                    "tokens": one["teacher_response_tokens"],
+                    "checks": {
+                        check: passed[place] for check, passed in self.checked.get(name, {}).items()
+                    },
+                }
+                for name, one in zip(self.answers, found, strict=True)
+            }
+            yield {**row, "query": readable(row["query"]), "systems": systems}
 
     def notes(self) -> list[str]:
         """What a reader must know to read the numbers."""

@@ -34,8 +34,16 @@ class UncachedClient:
         return await sampler.sample(messages, sampling)
 
 
-def measure_latency(timed: Mapping[str, TimedSystem]) -> dict[str, dict[str, float]]:
-    """Median and 95th percentile of each in milliseconds; one request at a time, in turns.
+@dataclass(frozen=True)
+class Latency:
+    """Median and 95th percentile of each system in milliseconds, and of how many rows."""
+
+    milliseconds: Mapping[str, Mapping[str, float]]
+    rows: int
+
+
+def measure_latency(timed: Mapping[str, TimedSystem], *, seconds: float) -> Latency:
+    """One request at a time, in turns, for at most so many seconds, but always one round.
 
     In turns, so that a machine that gets busy slows all of them alike. Asks anew, whatever a
     journal holds.
@@ -47,12 +55,15 @@ def measure_latency(timed: Mapping[str, TimedSystem]) -> dict[str, dict[str, flo
         Progress("time", requests, unit="requests") as progress,
         ThreadPoolExecutor(1) as thread,
     ):
-        times = thread.submit(asyncio.run, _times(timed, progress)).result()
-    percentiles = {name: np.percentile(found[1:], [50, 95]) for name, found in times.items()}
-    return {
+        times = thread.submit(asyncio.run, _times(timed, seconds, progress)).result()
+    # The first round warms up, unless it took all the time that there is.
+    counted = {name: found[1:] or found for name, found in times.items()}
+    percentiles = {name: np.percentile(found, [50, 95]) for name, found in counted.items()}
+    milliseconds = {
         name: {"p50": float(median), "p95": float(late)}
         for name, (median, late) in percentiles.items()
     }
+    return Latency(milliseconds, len(next(iter(counted.values()))))
 
 
 def uncacheable(messages: Sequence[Message]) -> list[Message]:
@@ -74,9 +85,14 @@ def uncacheable_tools(sampling: Sampling) -> Sampling:
     return replace(sampling, tools=json.dumps(tools, ensure_ascii=False))
 
 
-async def _times(timed: Mapping[str, TimedSystem], progress: Progress) -> dict[str, list[float]]:
+async def _times(
+    timed: Mapping[str, TimedSystem], seconds: float, progress: Progress
+) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in timed}
+    end = time.perf_counter() + seconds
     for place in range(len(next(iter(timed.values())).requests)):
+        if place and time.perf_counter() > end:
+            break
         for name, one in timed.items():
             began = time.perf_counter()
             failed = await outcome(one.requests[place]())

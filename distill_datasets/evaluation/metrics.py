@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_datasets.errors import DatasetError, RecipeError, SettingsError, nearest
+from distill_datasets.evaluation.similarity import chrf, equal, rouge_l
 from distill_datasets.recipes.checks import field_share
 from distill_datasets.statistics import Bootstrap, Estimate, Floats, Proportion, resamples
 
@@ -121,7 +122,7 @@ def _draws(statistic: Callable[[Floats], Floats], groups: Sequence[str]) -> Floa
     return np.concatenate([statistic(weights) for weights in resamples(groups, _RESAMPLES)])
 
 
-def _mean(values: Floats, groups: Sequence[str]) -> Bootstrap:
+def mean_of(values: Floats, groups: Sequence[str]) -> Bootstrap:
     """The mean over the rows that have a value, with its bootstrap over groups."""
     known = np.isfinite(values)
     filled = np.where(known, values, 0.0)
@@ -133,6 +134,17 @@ def _mean(values: Floats, groups: Sequence[str]) -> Bootstrap:
 
     value = float(mean(np.ones((1, len(values))))[0])
     return Bootstrap(value, _draws(mean, groups), _group_count(known, groups))
+
+
+def ratio_of(above: Sequence[float], below: Sequence[float], groups: Sequence[str]) -> Bootstrap:
+    """The ratio of two sums over the same rows, with its bootstrap over groups."""
+    first, second = np.array(above), np.array(below)
+
+    def ratio(weights: Floats) -> Floats:
+        ratios: Floats = (weights @ first) / (weights @ second)
+        return ratios
+
+    return Bootstrap(float(ratio(np.ones((1, len(first))))[0]), _draws(ratio, groups))
 
 
 def _group_count(known: NDArray[np.bool_], groups: Sequence[str]) -> float:
@@ -147,7 +159,36 @@ class FieldMatch(_Metric):
 
     def estimate(self, found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:  # noqa: D102
         pairs = zip(found, right, strict=True)
-        return _mean(np.array([field_share(text, known or "") for text, known in pairs]), groups)
+        return mean_of(np.array([field_share(text, known or "") for text, known in pairs]), groups)
+
+
+class Similarity(_Metric):
+    """The mean over the rows of how alike an answer and its reference are, from 0 to 1."""
+
+    score: Callable[[str, str], float]
+
+    def estimate(self, found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:  # noqa: D102
+        pairs = zip(found, right, strict=True)
+        scores = [type(self).score(text or "", known or "") for text, known in pairs]
+        return mean_of(np.array(scores), groups)
+
+
+class Chrf(Similarity):
+    """The mean chrF of the rows: runs of one to six characters that answer and reference share."""
+
+    score = staticmethod(chrf)
+
+
+class RougeL(Similarity):
+    """The mean ROUGE-L of the rows: the longest run of words that both have in order."""
+
+    score = staticmethod(rouge_l)
+
+
+class ExactMatch(Similarity):
+    """The share of rows whose answer is the reference, white space at the ends aside."""
+
+    score = staticmethod(equal)
 
 
 class Calibration(_Metric):
@@ -167,7 +208,7 @@ class Brier(Calibration):
     """The mean square of confidence minus rightness: 0 is best, and 0.25 is always saying 0.5."""
 
     def estimate(self, found: Column, right: Column, groups: Sequence[str]) -> Estimate:  # noqa: D102
-        return _mean((np.array(found, float) - np.array(right, float)) ** 2, groups)
+        return mean_of((np.array(found, float) - np.array(right, float)) ** 2, groups)
 
 
 class Ece(Calibration):
@@ -202,6 +243,9 @@ _OURS = {
     "answered": Answered,
     "agreement": Agreement,
     "field_match": FieldMatch,
+    "chrf": Chrf,
+    "rouge_l": RougeL,
+    "exact_match": ExactMatch,
     "ece": Ece,
     "brier": Brier,
 }
@@ -339,12 +383,19 @@ class Metrics:
     own: Sequence[OwnMetric] = ()
 
     @classmethod
-    def load(cls, names: Sequence[str], own: Sequence[Any], references: Answers) -> "Metrics":
+    def load(
+        cls,
+        names: Sequence[str],
+        own: Sequence[Any],
+        references: Answers,
+        *,
+        always: Sequence[str] = ALWAYS,
+    ) -> "Metrics":
         """Load all, and try the user's on these references, as if everything was right.
 
         Raises `RecipeError` or `SettingsError` before anything is asked.
         """
-        ours = {name: load_metric(name) for name in dict.fromkeys((*names, *ALWAYS))}
+        ours = {name: load_metric(name) for name in dict.fromkeys((*names, *always))}
         found = [load_own_metric(one) for one in own]
         taken = list(ours)
         known = [reference for reference in references if reference]

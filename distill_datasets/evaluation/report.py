@@ -1,17 +1,19 @@
-"""Base, teacher and student on the same held-out rows: a report and the student's model card."""
+"""Systems on the same held-out rows: a report and the student's model card."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.conversations import readable
-from distill_datasets.errors import GenerationError
+from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.evaluation import report_text
-from distill_datasets.evaluation.latency import measure_latency
+from distill_datasets.evaluation.asking import AnswersOfAll, ask_all
+from distill_datasets.evaluation.latency import TimedSystem, measure_latency
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.evaluation.systems import (
+    PROMPTED,
     UNCACHED,
     HeldOut,
     TrainedStudent,
@@ -21,19 +23,13 @@ from distill_datasets.evaluation.systems import (
     latency_note,
     open_systems,
     read_held_out,
-    say_requests,
     timed_systems,
 )
 from distill_datasets.files import one_writer, write_file
-from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import CachedClient
-from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.generation.rows import ask
 from distill_datasets.generation.teachers import Answerer, PromptedModel
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Check
-from distill_datasets.schema import failure_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,19 +37,55 @@ if TYPE_CHECKING:
     from distill_datasets.evaluation.comparison import Comparison
     from distill_datasets.evaluation.metrics import Metrics
 
-_VERSION = 3  # goes into every report's digest: raise it when reports come out differently
+_SCORED = ("base", "teacher", "student")  # for their likelihoods
+_SHARE, _LEAST_SECONDS = 5, 5.0  # of the time that the answers took: so long is timed, or so many
+_VERSION = 4  # goes into every report's digest: raise it when reports come out differently
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `measure` found: `data` as it stands in the file `path`."""
+    """What `measure` found: `data` as it stands in the file `path`.
+
+    `Report.read("runs/demo")` reads what was found before, by this version or an earlier one.
+    """
 
     path: Path
     data: Mapping[str, Any]
 
+    @classmethod
+    def read(cls, path: str | Path) -> "Report":
+        """The report of a run's folder, or a report's file; raises `DatasetError` for any other."""
+        file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+        data = _read(file)
+        if data is None or not {"systems", "split", "n"} <= data.keys():
+            raise DatasetError(
+                f"{str(file)!r} is no report: expected report.json, which `measure` writes."
+            )
+        return cls(file, data)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Every row with all that every system said to it, as it said it.
+
+        Raises `DatasetError` where their file isn't there, as beside a report of version 0.1.
+        """
+        file = rows_file(self.path)
+        try:
+            with file.open(encoding="utf-8") as lines:
+                yield from map(json.loads, lines)
+        except (OSError, ValueError) as error:
+            raise DatasetError(
+                f"{str(file)!r} can't be read ({error}): expected the rows of a report, which "
+                "`measure` writes beside it. Measure again."
+            ) from error
+
     def table(self) -> str:
         """The systems, what sets the student apart and, where there are few, the rows."""
         return report_text.table(self.data)
+
+
+def rows_file(report: Path) -> Path:
+    """Where the rows of a report are: `rows.jsonl` beside `report.json`."""
+    return report.with_name(f"rows{report.stem.removeprefix('report')}.jsonl")
 
 
 def measure(
@@ -65,116 +97,197 @@ def measure(
     base: Sampler | str | None = None,
     settings: MeasureSettings | None = None,
 ) -> Report:
-    """Ask base, teacher and student every query of a release's split, and compare them.
+    """Ask systems every query of a release's split, and compare the student with the others.
 
     `student` is a training folder (or a run's folder with `train/`) or a model reference; the
     teacher is the release's, and the base what the student was trained from, unless given.
-    Writes `out/report.json`, `report.md` and `model_card.md`; for a split other than test
-    `report-<split>.json` and `.md`. Answers are at temperature 0 and kept in
+    Writes `out/report.json`, `report.md`, `rows.jsonl` and `model_card.md`; for a split other than
+    test `report-<split>.json` and so on. Answers are at temperature 0 and kept in
     `out/journal.sqlite`: another call asks only for timings, and for nothing where its report
-    exists. A line on standard error says what is asked, beforehand. Raises `DatasetError`,
-    `RecipeError`, `SettingsError`, `ModelError` or `OutputError` before anything is asked, and
+    exists. Lines on standard error say what is asked and what it costs, beforehand. Timing comes
+    last, when the report is there without it. Raises `DatasetError`, `RecipeError`,
+    `SettingsError`, `ModelError`, `PriceError` or `OutputError` before anything is asked, and
     `GenerationError` when a row failed: no report leaves rows out.
 
         report = measure("runs/demo/release", student="runs/demo/train", out="runs/demo")
         print(report.table())
     """
-    from distill_datasets.evaluation.comparison import Comparison
     from distill_datasets.evaluation.metrics import Metrics
+    from distill_datasets.evaluation.texts import metric_names
 
     settings = settings or MeasureSettings()
     held_out = read_held_out(dataset, split=settings.split, limit=settings.limit)
-    recipe = held_out.recipe
-    metrics = Metrics.load(recipe.metrics, settings.metrics, held_out.rows["reference"])
+    references = held_out.rows["reference"]
+    names, always = metric_names(held_out.recipe, references)
+    metrics = Metrics.load(names, settings.metrics, references, always=always)
     training = find_training(student)
-    systems = open_systems(held_out, student=student, training=training, teacher=teacher, base=base)
-    key = _key(held_out, systems, training, metrics)
+    systems = open_systems(
+        held_out,
+        student=student,
+        training=training,
+        teacher=teacher,
+        base=base,
+        names=settings.systems,
+    )
+    measuring = _Measuring(held_out, systems, settings, metrics, training)
     name = "report.json" if settings.split == "test" else f"report-{settings.split}.json"
-    path = Path(out) / name
     with one_writer(Path(out), "report"):
-        if known := _known(path, key):
+        return measuring.report(Path(out) / name)
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """All that a report is made of."""
+
+    held_out: HeldOut
+    systems: Mapping[str, Answerer]
+    settings: MeasureSettings
+    metrics: "Metrics"
+    training: TrainedStudent | None
+
+    def report(self, path: Path) -> Report:
+        """The report that is there, or a new one: written before the timing and after it."""
+        from distill_datasets.evaluation.comparison import Comparison
+
+        known = _read(path)
+        enough = known and (known.get("timed") or not self.settings.latency)
+        if known and enough and known.get("digest") == self.key and rows_file(path).is_file():
             return Report(path, known)
-        answers = _ask_all(held_out, systems, path.with_name("journal.sqlite"), settings)
-        data = _data(held_out, systems, Comparison(answers, metrics, recipe))
-        if training:
-            data["systems"]["student"]["model"] = training.checkpoint["sampler"]
-        report = Report(path, {**data, "digest": key})
-        _write(report, held_out, training)
-    return report
-
-
-def _ask_all(
-    held_out: HeldOut, systems: Mapping[str, Answerer], journal: Path, settings: MeasureSettings
-) -> "dict[str, Dataset]":
-    answers = {}
-    with Journal(journal) as kept:
-        say_requests(held_out, systems, kept)
-        for name, system in systems.items():
-            client = CachedClient(kept, limits=Limits(settings.concurrency))
-            answers[name] = _complete(ask(held_out.rows, system, client, title=name), name)
-    return answers
-
-
-def _complete(rows: "Dataset", system: str) -> "Dataset":
-    pairs = zip(rows["query"], rows["error"], strict=True)
-    failed = [(query, error) for query, error in pairs if error]
-    if failed:
-        query, error = readable(failed[0][0])[:80], failed[0][1]
-        raise GenerationError(
-            f"{len(failed)} of {len(rows)} rows of the {system} failed, the first for the query "
-            f"{query!r}: {failure_text(error)}. No report is written without them. Run "
-            "again: what was paid is kept, and only those are asked."
+        timed = timed_systems(self.held_out, self.systems) if self.settings.latency else {}
+        answers = ask_all(
+            self.held_out,
+            self.systems,
+            path.with_name("journal.sqlite"),
+            self.settings,
+            sum(len(one.requests) for one in timed.values()),
         )
-    return rows
+        comparison = Comparison(answers.rows, self.metrics, self.held_out.recipe)
+        data = self._data(comparison, answers)
+        rows = list(comparison.lines())
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+        write_file(rows_file(path), "".join(f"{line}\n" for line in lines))
+        data = self._write(path, data | self._more(data, rows))
+        if timed:
+            data = self._write(path, data | self._times(data, timed, answers))
+        return Report(path, data)
 
+    def _more(self, data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What others make of the numbers and the rows."""
+        return {}
 
-def _data(
-    held_out: HeldOut, systems: Mapping[str, Answerer], comparison: "Comparison"
-) -> dict[str, Any]:
-    manifest, sampling = held_out.manifest, greedy(held_out.recipe)
-    checks = held_out.recipe.all_checks
-    latency = measure_latency(timed_systems(held_out, systems))
-    measured = {
-        name: {
-            "model": system.model,
-            "identity": system.identity,
-            "prompt": name == "teacher",
-            "metrics": comparison.metrics_of(name),
-            **({"checks": comparison.checks_of(name)} if checks else {}),
-            "answers": comparison.variety(name),
-            "tokens": comparison.tokens(name),
-            "latency_ms": latency[name],
+    def _data(self, comparison: "Comparison", answers: AnswersOfAll) -> dict[str, Any]:
+        from distill_datasets.evaluation.texts import Texts, is_free_text
+
+        held_out, systems = self.held_out, self.systems
+        manifest, sampling = held_out.manifest, greedy(held_out.recipe)
+        checks = held_out.recipe.all_checks
+        texts = Texts(comparison, held_out.recipe)
+        measured = {
+            name: {
+                "model": system.model,
+                "identity": system.identity,
+                "prompt": name in PROMPTED,
+                "metrics": comparison.metrics_of(name),
+                **({"checks": comparison.checks_of(name)} if checks else {}),
+                "answers": comparison.variety(name),
+                "tokens": comparison.tokens(name),
+            }
+            for name, system in systems.items()
         }
-        for name, system in systems.items()
-    }
-    measured["teacher"]["latency_uncached_ms"] = latency[UNCACHED]
-    data = {
-        "recipe": held_out.recipe.name,
-        "dataset": {
-            **_place(held_out),
-            "version": manifest["version"],
-            "revision": manifest["content_digest"],
-            "rows": sum(manifest["splits"].values()),
-        },
-        "split": held_out.split,
-        "n": len(held_out.rows),
-        "systems": measured,
-        "differences": comparison.differences(),
-        **(_checks(checks, comparison) if checks else {}),
-        "internalisation": _internalisation(held_out, systems, comparison.answers["teacher"]),
-        **_savings(measured),
-        "labels": comparison.labels(),
-        "rows": comparison.rows(),
-        "sampling": {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens},
-    }
-    notes = [
-        *report_text.one_answer(data),
-        *comparison.notes(),
-        *explained(systems, held_out),
-        *report_text.costs(data),
-        latency_note(len(held_out.rows)),
-    ]
-    return {**data, "notes": notes}
+        if self.training:
+            measured["student"]["model"] = self.training.checkpoint["sampler"]
+        data = {
+            "recipe": held_out.recipe.name,
+            "dataset": {
+                **_place(held_out),
+                "version": manifest["version"],
+                "revision": manifest["content_digest"],
+                "rows": sum(manifest["splits"].values()),
+            },
+            "split": held_out.split,
+            "n": len(held_out.rows),
+            "groups": len(set(comparison.groups)),
+            "free_text": is_free_text(held_out.recipe, comparison.references),
+            "systems": measured,
+            "differences": comparison.differences(),
+            "texts": texts.section(),
+            "text_differences": texts.differences(),
+            **(_checks(checks, comparison) if checks else {}),
+            **self._internalisation(comparison.answers["teacher"]),
+            "prompt_tokens_saved": _saved(measured),
+            "latency_ratio": None,
+            "spent": _spent(answers),
+            "labels": comparison.labels(),
+            "rows": comparison.rows(),
+            "sampling": {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens},
+            "timed": False,
+            "digest": self.key,
+        }
+        notes = [*comparison.notes(), *explained(systems, held_out), *data["notes"]]
+        return {**data, "notes": notes}
+
+    def _times(
+        self, data: Mapping[str, Any], timed: Mapping[str, TimedSystem], answers: AnswersOfAll
+    ) -> dict[str, Any]:
+        """The keys of a report that timing decides."""
+        found = measure_latency(timed, seconds=max(_LEAST_SECONDS, answers.seconds / _SHARE))
+        latency = found.milliseconds
+        systems = {
+            name: {**one, **({"latency_ms": latency[name]} if name in latency else {})}
+            for name, one in data["systems"].items()
+        }
+        systems["teacher"]["latency_uncached_ms"] = latency[UNCACHED]
+        each = latency["student"]["p50"]
+        return {
+            "systems": systems,
+            "latency_ratio": {
+                "teacher": latency["teacher"]["p50"] / each,
+                "teacher_uncached": latency[UNCACHED]["p50"] / each,
+            },
+            "notes": [*data["notes"], latency_note(found.rows)],
+            "timed": True,
+        }
+
+    def _internalisation(self, rows: "Dataset") -> dict[str, Any]:
+        """The key `internalisation`, and a note where it is None."""
+        if not self.settings.internalisation:
+            return {"internalisation": None, "notes": ["Internalisation was not asked for."]}
+        try:
+            found = _internalisation(self.held_out, self.systems, rows)
+        except ModelError as error:
+            return {"internalisation": None, "notes": [_no_likelihood(str(error))]}
+        return {"internalisation": found, "notes": [] if found else [_no_likelihood()]}
+
+    @cached_property
+    def key(self) -> str:
+        """The digest of everything that a report depends on but time."""
+        return digest(
+            {
+                "version": _VERSION,
+                "revision": self.held_out.manifest["content_digest"],
+                "metrics": self.metrics.key,
+                **_measured_by(self.held_out.recipe),
+                "split": self.held_out.split,
+                "rows": list(self.held_out.rows["id"]),
+                "systems": {name: system.identity for name, system in self.systems.items()},
+                "checkpoint": self.training.checkpoint if self.training else None,
+                "internalisation": self.settings.internalisation,
+            }
+        )
+
+    def _write(self, path: Path, data: dict[str, Any]) -> dict[str, Any]:
+        """The report's file comes last: where it stands, the others do."""
+        from distill_datasets.releases import cards
+
+        data |= {"summary": report_text.summary(data)}
+        write_file(path.with_suffix(".md"), report_text.markdown(data))
+        if self.training and self.held_out.split == "test":
+            facts = {**self.training.config, "checkpoint": self.training.checkpoint}
+            card = cards.model_card(data, facts, self.held_out.recipe)
+            write_file(path.with_name("model_card.md"), card)
+        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        write_file(path, text)
+        return data
 
 
 def _checks(checks: Mapping[str, Check], comparison: "Comparison") -> dict[str, Any]:
@@ -189,21 +302,38 @@ def _internalisation(
     """The score over the teacher's usable answers; None where a system can't score given text."""
     from distill_datasets.training.internalisation import TeacherAnswer, measure_internalisation
 
+    asked = {name: systems.get(name) for name in _SCORED}
     connections = {
-        name: system.sampler.connection
-        for name, system in systems.items()
-        if isinstance(system, PromptedModel) and hasattr(system.sampler, "connection")
+        name: one.sampler.connection
+        for name, one in asked.items()
+        if isinstance(one, PromptedModel) and hasattr(one.sampler, "connection")
     }
     recipe = held_out.recipe
+    # What a stop text cut off may have gone on, whatever the model would have said.
+    stopped = any(recipe.sampling_of(teacher).stop for teacher in recipe.all_teachers)
     answers = [
-        TeacherAnswer.to(recipe, row, row["raw"], part.write_response(row["raw"], row["answer"]))
+        TeacherAnswer.to(
+            recipe,
+            row,
+            row["raw"],
+            part.write_response(row["raw"], row["answer"]),
+            ended=row["stop_reason"] == "stop" and not stopped,
+        )
         for row in rows
         if row["answer"] is not None
         for part, _ in [recipe.part(row["query"])]
     ]
-    if not answers or len(connections) < len(systems):
+    if not answers or len(connections) < len(_SCORED):
         return None
     return measure_internalisation(answers, connections)
+
+
+def _no_likelihood(why: str = "") -> str:
+    return (
+        "Internalisation and perplexity are not known: they take base, teacher and student that "
+        "all say how likely they find a given text, and usable answers of the teacher."
+        + (f" {why.partition(': ')[0]}." if why else "")
+    )
 
 
 def _place(held_out: HeldOut) -> dict[str, str]:
@@ -213,40 +343,18 @@ def _place(held_out: HeldOut) -> dict[str, str]:
     return {"path": held_out.reference, "commit": held_out.commit}
 
 
-def _savings(systems: Mapping[str, Any]) -> dict[str, Any]:
-    """What leaving the prompt out saves: prompt tokens a query, and how many times the time."""
-    teacher, student = systems["teacher"], systems["student"]
-    long, short = teacher["tokens"]["prompt_mean"], student["tokens"]["prompt_mean"]
-    each = student["latency_ms"]["p50"]
-    counted = {"per_query": long - short, "ratio": long / short} if long and short else None
-    return {
-        "prompt_tokens_saved": counted,
-        "latency_ratio": {
-            "teacher": teacher["latency_ms"]["p50"] / each,
-            "teacher_uncached": teacher["latency_uncached_ms"]["p50"] / each,
-        },
-    }
+def _saved(systems: Mapping[str, Any]) -> dict[str, float] | None:
+    """What leaving the prompt out saves in prompt tokens a query; None where nobody counts."""
+    long, short = (systems[name]["tokens"]["prompt_mean"] for name in ("teacher", "student"))
+    return {"per_query": long - short, "ratio": long / short} if long and short else None
 
 
-def _key(
-    held_out: HeldOut,
-    systems: Mapping[str, Answerer],
-    training: TrainedStudent | None,
-    metrics: "Metrics",
-) -> str:
-    """The digest of everything that a report depends on but time."""
-    return digest(
-        {
-            "version": _VERSION,
-            "revision": held_out.manifest["content_digest"],
-            "metrics": metrics.key,
-            **_measured_by(held_out.recipe),
-            "split": held_out.split,
-            "rows": list(held_out.rows["id"]),
-            "systems": {name: system.identity for name, system in systems.items()},
-            "checkpoint": training.checkpoint if training else None,
-        }
-    )
+def _spent(answers: AnswersOfAll) -> dict[str, Any] | None:
+    """What this call paid for answers, where there are prices."""
+    meter = answers.meter
+    if meter is None:
+        return None
+    return {"amount": meter.spent, "currency": meter.currency, "priced_at": meter.priced_at}
 
 
 def _measured_by(recipe: Recipe) -> dict[str, Any]:
@@ -260,22 +368,9 @@ def _measured_by(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _known(path: Path, key: str) -> dict[str, Any] | None:
+def _read(path: Path) -> dict[str, Any] | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return data if isinstance(data, dict) and data.get("digest") == key else None
-
-
-def _write(report: Report, held_out: HeldOut, training: TrainedStudent | None) -> None:
-    """The report's file comes last: where it stands, the others do."""
-    from distill_datasets.releases import cards
-
-    write_file(report.path.with_suffix(".md"), report_text.markdown(report.data))
-    if training and held_out.split == "test":
-        facts = {**training.config, "checkpoint": training.checkpoint}
-        card = cards.model_card(report.data, facts, held_out.recipe)
-        write_file(report.path.with_name("model_card.md"), card)
-    text = json.dumps(report.data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_file(report.path, text)
+    return data if isinstance(data, dict) else None

@@ -1,39 +1,61 @@
 """A report's numbers as text: an aligned table for terminals, Markdown for people."""
 
 from collections.abc import Iterator, Mapping
+from math import exp
 from typing import Any
 
 from distill_datasets.tables import aligned
 
-_ROW = ("expected", "teacher", "base", "student", "query")  # any script may come last
+_FIRST, _LAST = "expected", "query"  # of the cells of a row; any script may come last
 _RULE = 60  # characters of what a check covers
 _ANSWER, _QUERY = 80, 240  # and of an answer and a query among few rows: the report has them whole
 _ALIKE = 0.95  # of all answers: a system that says one thing
+_SHORT = {"base + short prompt": "base + short"}  # where a table is narrow
+_LIKENESS = ("chrf", "rouge_l")
+_FEW = 4  # systems whose every check has its interval in a table
+_MOST_NATS = 20.0  # whose perplexity means anything
+_ABOUT_TEXTS = (
+    "Likeness to the teacher's text is the mean over the rows, from 0 to 1: chrF of runs of "
+    "characters, ROUGE-L of runs of words, and the share of equal texts (same). Length is that of "
+    "all texts together, for one of the teacher's; ended is the share that ended by itself; the "
+    "commonest text has so many of all answers."
+)
+_Report = Mapping[str, Any]
 
 
-def table(report: Mapping[str, Any]) -> str:
-    """A warning where one is due, systems, checks, what sets the student apart, and few rows."""
+def table(report: _Report) -> str:
+    """What matters first, then systems, checks, what sets the student apart, and few rows."""
     differences = [
-        f"{pair.replace('-', ' - ')}: "
+        f"{_pair(pair)}: "
         + ", ".join(f"{name} {_interval(value, sign='+')}" for name, value in metrics.items())
         for pair, metrics in report["differences"].items()
     ]
-    systems = "\n".join([*one_answer(report), aligned(_system_cells(report))])
+    systems = "\n".join([*_first(report), aligned(_system_cells(report))])
     parts = [systems, "\n".join([*differences, *costs(report)])]
     if report.get("checks"):
         parts.insert(1, aligned(_check_cells(report)))
+    if report.get("free_text"):
+        parts.insert(1, aligned(text_cells(report)))
     if report["rows"]:
         parts.append(_rows(report))
     return "\n\n".join(parts)
 
 
-def markdown(report: Mapping[str, Any]) -> str:
+def _pair(pair: str) -> str:
+    """What is compared, as a difference: `student - (base + prompt)`."""
+    first, _, second = pair.partition("-")
+    return f"{first} - {f'({second})' if '+' in second else second}"
+
+
+def markdown(report: _Report) -> str:
     """The comparison that the model card shows too, how to read it, then labels and rows."""
     from distill_datasets.releases.cards import report_markdown
 
-    title = f"# {report['recipe']}: base, teacher and student"
-    notes = "\n".join(f"- {note}" for note in report["notes"])
+    title = f"# {report['recipe']}: may the student replace the prompt?"
+    notes = "\n".join(f"- {note}" for note in [*report["notes"], *_internalised(report)])
     parts = [title, report_markdown(report).strip(), notes]
+    if report.get("texts"):
+        parts += ["## Texts", _code(aligned(text_cells(report))), _ABOUT_TEXTS]
     if report["labels"]:
         parts += ["## Recall of each label", _code(aligned(_label_cells(report)))]
     if report["rows"]:
@@ -41,8 +63,21 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def one_answer(report: Mapping[str, Any]) -> Iterator[str]:
+def summary(report: _Report) -> list[str]:
+    """The first lines of a report: what is odd, the verdict, and what the student saves."""
+    return [*_first(report), *_saved(report), *_latency(report)]
+
+
+def _first(report: _Report) -> Iterator[str]:
+    yield from report.get("alerts") or one_answer(report)
+    if verdict := report.get("verdict"):
+        yield f"Verdict: {verdict['outcome']}. {verdict['rule']}"
+
+
+def one_answer(report: _Report) -> Iterator[str]:
     """A warning where the student all but always says one thing, and the teacher doesn't."""
+    if any("answers" not in report["systems"][name] for name in ("student", "teacher")):
+        return  # a report of version 0.1
     student, teacher = (report["systems"][name]["answers"] for name in ("student", "teacher"))
     if student["commonest_share"] >= _ALIKE > teacher["commonest_share"]:
         said = student["commonest"]
@@ -53,21 +88,25 @@ def one_answer(report: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def costs(report: Mapping[str, Any]) -> list[str]:
+def costs(report: _Report) -> list[str]:
     """What the prompt costs in tokens and in time, with the arithmetic."""
+    return [*_saved(report), *_internalised(report), *_latency(report)]
+
+
+def _latency(report: _Report) -> Iterator[str]:
+    times = report.get("latency_ratio")
+    if not times:
+        return
     teacher, student = report["systems"]["teacher"], report["systems"]["student"]
-    times = report["latency_ratio"]
-    return [
-        *_saved(report),
-        *_internalised(report),
+    yield (
         f"Median latency: student {student['latency_ms']['p50']:.1f} ms; teacher "
         f"{teacher['latency_ms']['p50']:.1f} ms, {times['teacher']:.2f} times as long; teacher "
         f"uncached {teacher['latency_uncached_ms']['p50']:.1f} ms, "
-        f"{times['teacher_uncached']:.2f} times.",
-    ]
+        f"{times['teacher_uncached']:.2f} times."
+    )
 
 
-def _saved(report: Mapping[str, Any]) -> Iterator[str]:
+def _saved(report: _Report) -> Iterator[str]:
     saved, systems = report["prompt_tokens_saved"], report["systems"]
     if not saved:
         yield "Prompt tokens a query: a server doesn't count them."
@@ -79,71 +118,107 @@ def _saved(report: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _internalised(report: Mapping[str, Any]) -> Iterator[str]:
+def _internalised(report: _Report) -> Iterator[str]:
     found = report.get("internalisation")
     if not found:
         return
     nats = found["nats_per_token"]
+    said = ", ".join(
+        f"{name} {nats[name]:.3f} (perplexity {_perplexity(nats[name])})"
+        for name in ("base", "student", "teacher")
+    )
+    rows = f"of {found['rows']} of the teacher's answers"
+    yield f"Nats a response token {rows}: {said}. They say how likely, not how good, answers are."
+    if "value" not in found:
+        yield f"Internalisation is not computed: {found['why']}"
+        return
     base, student, teacher = (f"{nats[name]:.3f}" for name in ("base", "student", "teacher"))
     yield (
-        f"Internalisation {_interval(found)}: of the {base} - {teacher} nats a response token that "
-        f"the prompt is worth on {found['rows']} of the teacher's answers, the student, at "
-        f"{student}, has so much without it."
+        f"Internalisation {_interval(found)} = ({base} - {student}) / ({base} - {teacher}): so "
+        "much of what the prompt is worth has the student without it. It is a number of the "
+        "loss, not of success."
     )
 
 
-def _system_cells(report: Mapping[str, Any]) -> Iterator[list[str]]:
+def _perplexity(nats: float) -> str:
+    return f"{exp(nats):.2f}" if nats < _MOST_NATS else "-"
+
+
+def _system_cells(report: _Report) -> Iterator[list[str]]:
     systems = report["systems"]
     names = list(dict.fromkeys(name for one in systems.values() for name in one["metrics"]))
-    yield ["system", "prompt", *names, "tokens in/out", "p50 ms"]
+    timed = any("latency_ms" in one for one in systems.values())
+    yield ["system", "prompt", *names, "tokens in/out", *(["p50 ms"] if timed else [])]
     for name, system in systems.items():
         tokens = [system["tokens"][f"{kind}_mean"] for kind in ("prompt", "response")]
+        latency = system.get("latency_ms")
         yield [
-            name,
+            _SHORT.get(name, name),
             "yes" if system["prompt"] else "no",
             *(_interval(system["metrics"].get(metric)) for metric in names),
             "/".join("?" if mean is None else f"{mean:.1f}" for mean in tokens),
-            f"{system['latency_ms']['p50']:.1f}",
+            *([f"{latency['p50']:.1f}" if latency else "-"] if timed else []),
         ]
 
 
-def _check_cells(report: Mapping[str, Any]) -> Iterator[list[str]]:
+def text_cells(report: _Report) -> Iterator[list[str]]:
+    """The systems' texts: likeness to the teacher's, length, variety."""
+    headings = [f"{name} to teacher" for name in _LIKENESS]
+    yield ["system", *headings, "same", "length", "ended", "different", "commonest"]
+    for name, found in report["texts"].items():
+        alike = found.get("teacher", {})
+        length = found.get("length_ratio")
+        yield [
+            _SHORT.get(name, name),
+            *(_interval(alike.get(one)) for one in _LIKENESS),
+            _interval(alike.get("exact_match"), ends=False),
+            _interval(length, ends=False),
+            _interval(found["ended"], ends=False),
+            f"{found['distinct']} of {found['ended']['n']}",
+            f"{found['commonest_share']['value']:.0%}",
+        ]
+
+
+def _check_cells(report: _Report) -> Iterator[list[str]]:
     systems, pair = report["systems"], "student-teacher"
-    yield ["check", "rows", *systems, "student - teacher", "covers"]
+    names, ends = [_SHORT.get(name, name) for name in systems], len(systems) <= _FEW
+    yield ["check", "rows", *names, "student - teacher", "covers"]
     for name, check in report["checks"].items():
         rows = [system["checks"].get(name, {}).get("rows", 0) for system in systems.values()]
         yield [
             name,
             "/".join(dict.fromkeys(map(str, rows))),
-            *(_interval(system["checks"].get(name)) for system in systems.values()),
+            *(_interval(one["checks"].get(name), ends=ends) for one in systems.values()),
             _interval(report["check_differences"][pair].get(name), sign="+"),
             (check["covers"] or check["demands"])[:_RULE],
         ]
 
 
-def _label_cells(report: Mapping[str, Any]) -> Iterator[list[str]]:
+def _label_cells(report: _Report) -> Iterator[list[str]]:
     systems = list(report["systems"])
-    yield ["label", "rows", *systems]
+    yield ["label", "rows", *(_SHORT.get(name, name) for name in systems)]
     for label, found in report["labels"].items():
         yield [label, str(found["n"]), *(f"{found[system]:.3f}" for system in systems)]
 
 
-def _rows(report: Mapping[str, Any]) -> str:
-    cells = ([_cell(name, row[name] or "-") for name in _ROW] for row in report["rows"])
-    return aligned([_ROW, *cells])
+def _rows(report: _Report) -> str:
+    shown = [name for name in ("teacher", "base", "student") if name in report["systems"]]
+    names = [_FIRST, *shown, _LAST]
+    cells = ([_cell(name, row.get(name) or "-") for name in names] for row in report["rows"])
+    return aligned([names, *cells])
 
 
 def _cell(name: str, text: str) -> str:
-    most = _QUERY if name == "query" else _ANSWER
+    most = _QUERY if name == _LAST else _ANSWER
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _interval(number: Mapping[str, float] | None, sign: str = "") -> str:
+def _interval(number: Mapping[str, float] | None, sign: str = "", *, ends: bool = True) -> str:
     """A number with its interval, where the rows can tell one."""
     if number is None:
         return "-"
-    ends = [f"{number[key]:{sign}.3f}" for key in ("low", "high") if key in number]
-    return f"{number['value']:{sign}.3f}" + (f" [{', '.join(ends)}]" if ends else "")
+    around = [f"{number[key]:{sign}.3f}" for key in ("low", "high") if key in number and ends]
+    return f"{number['value']:{sign}.3f}" + (f" [{', '.join(around)}]" if around else "")
 
 
 def _code(text: str) -> str:

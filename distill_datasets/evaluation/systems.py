@@ -1,7 +1,6 @@
-"""What a report compares, and on which rows: base, teacher and student on a split of a release."""
+"""What a report compares, and on which rows: systems on a split of a release."""
 
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.conversations import to_text
-from distill_datasets.errors import DatasetError, ModelError
+from distill_datasets.errors import DatasetError, ModelError, SettingsError
 from distill_datasets.evaluation.latency import (
     TimedSystem,
     UncachedClient,
     uncacheable,
     uncacheable_tools,
 )
-from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.ledger import LEDGER, find_replies
+from distill_datasets.evaluation.settings import SystemName
 from distill_datasets.generation.teachers import Answerer, PromptedModel, Teachers, open_teachers
 from distill_datasets.hub.references import Pinned, find_release
 from distill_datasets.models.sampler import Sampler, Sampling
@@ -26,6 +24,7 @@ from distill_datasets.parquet import read_batches
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.parsing import Reader, Reading
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.sections import StudentView
 from distill_datasets.releases.contents import check_release
 from distill_datasets.releases.manifest import read_manifest
 from distill_datasets.schema import EARLIER, SOURCE
@@ -33,6 +32,18 @@ from distill_datasets.schema import EARLIER, SOURCE
 if TYPE_CHECKING:
     from datasets import Dataset
 
+# What `--systems` and reports call them, in the order of a report.
+SYSTEMS: Mapping[str, str] = {
+    "base": "base",
+    "base+short": "base + short prompt",
+    "base+prompt": "base + prompt",
+    "teacher": "teacher",
+    "teacher-again": "teacher again",
+    "student": "student",
+    "student+prompt": "student + prompt",
+}
+PROMPTED = frozenset(SYSTEMS[name] for name in SYSTEMS if name[:7] == "teacher" or "+p" in name)
+_TIMED = ("base", "teacher", "student")
 UNCACHED = "teacher, uncached"
 _TIMED_ROWS = 20
 _COLUMNS = ("id", "query", "group", "reference")
@@ -185,20 +196,49 @@ def open_systems(
     training: TrainedStudent | None,
     teacher: Sampler | str | None,
     base: Sampler | str | None,
+    names: Sequence[SystemName] = (),
 ) -> dict[str, Answerer]:
-    """All three; the student is open first, since its server holds its checkpoints too."""
+    """All that are asked for; the student is open first, since its server holds its checkpoints.
+
+    `names` are those of the settings. Raises `SettingsError` for a short prompt where the recipe
+    has none.
+    """
     recipe = held_out.recipe
     opened = _open(training.folder if training else student)
-    asked = _teacher(held_out, teacher)
-    if base is None:
-        untrained = _open(*_base_of(opened, training))
-    else:
-        untrained = _open(base, training.config["renderer"] if training else None)
-    return {
-        "base": _unprompted(untrained, recipe),
-        "teacher": asked,
-        "student": _unprompted(opened, recipe),
+    plain = _teacher(held_out, teacher)
+    wanted = {"teacher", "student", *(names or _default_names(plain))}
+    if "base+short" in wanted and recipe.student_prompt is None:
+        raise SettingsError(
+            "The system base+short is the untrained model with the student's short prompt, and "
+            "the recipe names none: leave it out of --systems, or set student.prompt."
+        )
+    makers: dict[str, Callable[[], Answerer]] = {
+        "teacher": lambda: plain if several(plain) else _changed(plain, _greedy),
+        "teacher-again": lambda: _changed(plain, partial(_again, chosen=several(plain))),
+        "student": lambda: _unprompted(opened, recipe),
+        "student+prompt": lambda: _prompted(opened, recipe),
     }
+    if wanted & {"base", "base+short", "base+prompt"}:
+        untrained = _untrained(opened, training, base)
+        makers |= {
+            "base": lambda: _unprompted(untrained, _without_prompt(recipe)),
+            "base+short": lambda: _unprompted(untrained, recipe),
+            "base+prompt": lambda: _prompted(untrained, recipe),
+        }
+    return {title: makers[name]() for name, title in SYSTEMS.items() if name in wanted}
+
+
+def _default_names(plain: Answerer) -> list[str]:
+    sampled = isinstance(plain, PromptedModel) and plain.sampling.temperature > 0
+    return ["base", "teacher", "student", *(["teacher-again"] if sampled else [])]
+
+
+def _untrained(
+    student: Sampler, training: TrainedStudent | None, base: Sampler | str | None
+) -> Sampler:
+    if base is None:
+        return _open(*_base_of(student, training))
+    return _open(base, training.config["renderer"] if training else None)
 
 
 def greedy(recipe: Recipe) -> Sampling:
@@ -219,6 +259,8 @@ def explained(systems: Mapping[str, Answerer], held_out: HeldOut) -> list[str]:
             "Every system answers the last turn of each conversation, after the same responses to "
             "the turns before it: those that the release has of its teacher."
         )
+    if again := systems.get(SYSTEMS["teacher-again"]):
+        notes.append(_about_again(again))
     if not several(systems["teacher"]):
         return notes
     notes.append(
@@ -233,56 +275,41 @@ def explained(systems: Mapping[str, Answerer], held_out: HeldOut) -> list[str]:
     return notes
 
 
-def say_requests(held_out: HeldOut, systems: Mapping[str, Answerer], journal: Journal) -> None:
-    """Take what the release's ledger knows of the teacher, and say what is left to ask."""
-    queries = held_out.rows["query"]
-    left = {}
-    for name, system in systems.items():
-        asked = {
-            one.request_key(query): one.identity for query in queries for one in system.asked(query)
-        }
-        missing = {key for key in asked if journal.entry(key) is None}
-        if name == "teacher" and missing and _as_released(system, held_out.recipe):
-            release = find_release(held_out.reference, (LEDGER,))
-            known = find_replies(release.path, missing) if release else {}
-            journal.add((key, asked[key], reply.to_json()) for key, reply in known.items())
-            missing -= {*known}
-        left[name] = f"{len(missing):,} of {len(asked):,} to the {name}"
-    judged = " and its judge's" if several(systems["teacher"]) and held_out.recipe.judge else ""
-    timed = timed_systems(held_out, systems)
-    requests = sum(len(one.requests) for one in timed.values())
-    print(
-        f"measure: asks {left['base']}, {left['teacher']}{judged}, {left['student']}; the others "
-        f"are answered already. Then {requests:,} requests time them.",
-        file=sys.stderr,
+def _about_again(again: Answerer) -> str:
+    members = [again] if isinstance(again, PromptedModel) else again.members
+    heat = "/".join(dict.fromkeys(f"{one.sampling.temperature:g}" for one in members))
+    return (
+        f"Teacher again is a second answer of the teacher, sampled as the recipe says (temperature "
+        f"{heat}): as near as it comes to its first answer. Nobody can be expected to come nearer."
     )
 
 
-def _as_released(system: Answerer, recipe: Recipe) -> bool:
-    """Whether the teacher is asked just as it was for the release."""
-    if isinstance(system, Teachers):
-        return system.choice is not None
-    return system.sampling == recipe.sampling_parameters
+def as_released(system: Answerer, recipe: Recipe) -> bool:
+    """Whether a system is asked just as the teacher was for the release."""
+    members = [system] if isinstance(system, PromptedModel) else system.members
+    known = [recipe.sampling_of(teacher) for teacher in recipe.all_teachers]
+    return all(one.sampling in known for one in members)
 
 
 def timed_systems(held_out: HeldOut, systems: Mapping[str, Answerer]) -> dict[str, TimedSystem]:
     """What to time: every system, and the teacher with its prompt read anew each time."""
     rows = held_out.rows[:_TIMED_ROWS]["query"]
     queries = [rows[-1], *rows]
-    timed = {name: _timed(system, queries) for name, system in systems.items()}
+    timed = {name: _timed(systems[name], queries) for name in _TIMED if name in systems}
     return {**timed, UNCACHED: _timed(_changed(systems["teacher"], _uncached), queries)}
 
 
 def latency_note(rows: int) -> str:
     """How the latencies came about."""
     return (
-        f"Latency is that of the first {min(rows, _TIMED_ROWS)} rows, one request at a time and "
+        f"Latency is that of the first {rows} rows, one request at a time and "
         "the systems in turns, from this client. A server may keep the teacher's prompt in its "
         "cache; uncached requests put a new line before the prompt, so that it is read anew."
     )
 
 
 def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answerer:
+    """Sampled as the recipe says."""
     recipe, manifest = held_out.recipe, held_out.manifest
     released = manifest.get("teacher")
     # What fails a check is no row to learn from, but the teacher's answer all the same.
@@ -293,7 +320,7 @@ def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answerer:
         teachers = open_teachers(recipe)
         if teachers.choice:
             return teachers
-        return _changed(teachers, lambda one: _greedy(replace(one, read=read, reading_parts=parts)))
+        return _changed(teachers, lambda one: replace(one, read=read, reading_parts=parts))
     elif not isinstance(released, str):
         raise DatasetError(
             f"The manifest of {held_out.reference!r} doesn't name its teacher: name it with "
@@ -302,13 +329,27 @@ def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answerer:
     else:
         sampler = _open(released, manifest.get("renderer"))
     asked = recipe.sampling_parameters, recipe.messages
-    return _greedy(PromptedModel(sampler, *asked, read, parts, recipe.fitted))
+    return PromptedModel(sampler, *asked, read, parts, recipe.fitted)
 
 
 def _unprompted(sampler: Sampler, recipe: Recipe) -> PromptedModel:
     asked = greedy(recipe), recipe.student_messages
     read = _as_said(recipe, lambda part: part.student_reader)
     return PromptedModel(sampler, *asked, *read, recipe.fitted_to_student)
+
+
+def _prompted(sampler: Sampler, recipe: Recipe) -> PromptedModel:
+    """A model that isn't the teacher, asked and read as it is."""
+    asked = recipe.sampling_parameters, recipe.messages
+    read = _as_said(recipe, lambda part: part.teacher_reader)
+    return _greedy(PromptedModel(sampler, *asked, *read, recipe.fitted))
+
+
+def _without_prompt(recipe: Recipe) -> Recipe:
+    """The recipe whose student sees no short prompt, as the untrained model doesn't."""
+    if recipe.student_prompt is None:
+        return recipe
+    return recipe.replace(student=StudentView(tools=recipe.student.tools))
 
 
 def _as_said(
@@ -330,6 +371,14 @@ def _greedy(asked: PromptedModel) -> PromptedModel:
     kept = ("max_tokens", "stop", "json_schema", "extra", "tools")
     sampling = replace(plain, **{name: getattr(asked.sampling, name) for name in kept})
     return replace(asked, sampling=sampling)
+
+
+def _again(asked: PromptedModel, chosen: bool) -> PromptedModel:
+    """Whose answer is another than the first: one that the release has, or with another seed."""
+    own = asked.sampling
+    if own.temperature > 0 and not chosen:
+        return asked
+    return replace(asked, sampling=replace(own, seed=(own.seed or 0) + 1))
 
 
 def _uncached(asked: PromptedModel) -> PromptedModel:

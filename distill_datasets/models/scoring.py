@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _AT_ONCE = 256  # conversations whose likelihoods are asked for together
 _NO_TOKEN = -9e4  # the SDK writes -99999 where there are fewer than k
+_LONGEST_END = 16  # tokens that end a message
 _MISSING = -1  # what stands where no log-probability is asked for
 
 
@@ -225,18 +226,26 @@ def response_span(weights: Sequence[float]) -> tuple[int, int]:
 class Likelihood:
     """An answer's negative log-likelihood in nats, summed over its tokens, and how many those are.
 
-    The token that ends the answer counts.
+    The token that ends the answer counts, unless the answer's end isn't judged.
     """
 
     nats: float
     tokens: int
 
 
+class Judged(NamedTuple):
+    """A conversation whose last message is judged, its tools as JSON text, and whether its end is.
+
+    The end isn't where something else than the model ended the message: a limit, or a stop text.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: str | None = None
+    ended: bool = True
+
+
 def likelihoods(
-    connection: "Connection",
-    conversations: Sequence[tuple[Sequence[Mapping[str, Any]], str | None]],
-    *,
-    title: str,
+    connection: "Connection", conversations: Sequence[Judged], *, title: str
 ) -> list[Likelihood]:
     """Of the last message of each conversation, after all before it and its tools.
 
@@ -248,13 +257,36 @@ def likelihoods(
     with Progress(title, len(conversations)) as progress:
         for first in range(0, len(conversations), _AT_ONCE):
             part = conversations[first : first + _AT_ONCE]
-            spans = [split_conversation(connection, *one) for one in part]
+            spans = [_span(connection, one) for one in part]
             pending = [scorer.read(context, answer) for context, answer in spans]
             for (context, answer), request in zip(spans, pending, strict=True):
                 nats = -float(request.result().logprobs.sum())
                 found.append(Likelihood(nats, len(answer)))
                 progress.advance(1, tokens=len(context) + len(answer))
     return found
+
+
+def _span(connection: "Connection", judged: Judged) -> tuple[list[int], list[int]]:
+    """The tokens before what is judged, and its own: at least one."""
+    before, said = split_conversation(connection, judged.messages, judged.tools)
+    if judged.ended:
+        return before, said
+    end = end_length(said, connection.renderer.get_stop_sequences(), connection.tokenizer.decode)
+    return before, said[: max(1, len(said) - end)]
+
+
+def end_length(
+    tokens: Sequence[int],
+    stops: Sequence[int] | Sequence[str],
+    decode: Callable[[Sequence[int]], str],
+) -> int:
+    """How many of the last tokens are the end of a message, by a chat format's stop sequences."""
+    texts = [stop for stop in stops if isinstance(stop, str)]
+    for length in range(1, min(len(tokens), _LONGEST_END) + 1):
+        tail = tokens[-length:]
+        if tail[0] in stops or (texts and any(text in decode(tail) for text in texts)):
+            return length
+    return 0
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

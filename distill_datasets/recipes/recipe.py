@@ -64,7 +64,7 @@ from distill_datasets.schema import EARLIER, SOURCE, Message
 PROMPT_LIMIT = 10 << 20  # bytes
 
 METRICS = ("accuracy", "macro_f1", "answered", "agreement")  # by default
-MEASURABLE = (*METRICS, "field_match", "ece", "brier")
+MEASURABLE = (*METRICS, "field_match", "chrf", "rouge_l", "exact_match", "ece", "brier")
 _VERIFIED = {"query", "text", "answer", "reference"}
 _JUDGED = {*_VERIFIED, "prompt"}
 _NEEDED = {"agreement": "majority", "verifier": "best", "judge": "best"}

@@ -143,7 +143,7 @@ def dataset_on_hub(training: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def report_markdown(report: Mapping[str, Any]) -> str:
-    """The three systems side by side, every metric with its 95 % interval."""
+    """The systems side by side, every metric with its 95 % interval."""
     return _fill("report.md", {"differences": {}, **report})
 
 
@@ -192,7 +192,11 @@ def _results(report: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str
 
 
 def _others(systems: Mapping[str, Any], metric: str, kind: str) -> dict[str, Any]:
-    found = {role: systems[role].get(kind, {}).get(metric) for role in ("base", "teacher")}
+    found = {
+        role: systems[role].get(kind, {}).get(metric)
+        for role in ("base", "teacher")
+        if role in systems
+    }
     return {
         role: {"value": _rounded(value["value"]), **_interval(value)}
         for role, value in found.items()
@@ -287,9 +291,9 @@ def _code(value: object) -> str:
     return f"{fence} {text} {fence}"
 
 
-def _measured(value: Mapping[str, float] | None) -> str:
+def _measured(value: Mapping[str, float] | None, interval: bool = True) -> str:
     """A number, with its interval where there is one; an empty cell where it was not measured."""
     if value is None:
         return ""
-    ends = [f"{value[end]:.3f}" for end in ("low", "high") if end in value]
+    ends = [f"{value[end]:.3f}" for end in ("low", "high") if end in value and interval]
     return f"{value['value']:.3f}" + (f" [{', '.join(ends)}]" if ends else "")

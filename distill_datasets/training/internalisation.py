@@ -4,7 +4,6 @@
 answers: 0 is the base without the prompt, 1 the teacher with it. Nothing is clipped.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -13,7 +12,7 @@ import numpy as np
 
 from distill_datasets.conversations import assistant_message
 from distill_datasets.errors import DatasetError
-from distill_datasets.models.scoring import likelihoods
+from distill_datasets.models.scoring import Judged, likelihoods
 from distill_datasets.statistics import Bootstrap, Floats, resamples
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from distill_datasets.schema import Message
 
 _RESAMPLES = 2_000
+_LEAST_ROWS, _HARDLY = 20, 0.05  # answers, and nats a token between base and teacher, to report
 _LEAST = 1e-4  # nats a token between base and teacher: servers round log-probabilities
 
 
@@ -45,7 +45,8 @@ class TeacherAnswer:
     """One answer of the teacher, as two conversations that end with it.
 
     `taught` is the prompt, the query and what the teacher said; `learned` what the student sees of
-    the query, and is to say. Each has its tools, as JSON text.
+    the query, and is to say. Each has its tools, as JSON text. Its end counts as something said
+    where the teacher `ended` it, and nothing else did.
     """
 
     group: str
@@ -53,16 +54,25 @@ class TeacherAnswer:
     learned: "Sequence[Message]"
     taught_tools: str | None = None
     learned_tools: str | None = None
+    ended: bool = True
 
     @classmethod
-    def to(cls, recipe: "Recipe", row: "Mapping[str, Any]", said: str, response: str) -> Self:
+    def to(
+        cls,
+        recipe: "Recipe",
+        row: "Mapping[str, Any]",
+        said: str,
+        response: str,
+        *,
+        ended: bool = True,
+    ) -> Self:
         """What was said to a row's query, and what the student is to say."""
         query = row["query"]
         part = recipe.part(query)[0]
         calls = part.tools is not None
         taught = [*recipe.messages(query), assistant_message(said, calls=calls)]
         learned = [*recipe.student_messages(query), assistant_message(response, calls=calls)]
-        return cls(row["group"], taught, learned, part.tools_text, part.student_tools)
+        return cls(row["group"], taught, learned, part.tools_text, part.student_tools, ended)
 
 
 def reference_likelihoods(
@@ -74,7 +84,7 @@ def reference_likelihoods(
     gives the answer at least that likelihood.
     """
     without = likelihoods(base, _learned(answers), title="base's likelihood")
-    asked = [(one.taught, one.taught_tools) for one in answers]
+    asked = [Judged(one.taught, one.taught_tools, one.ended) for one in answers]
     taught = likelihoods(teacher, asked, title="teacher's likelihood")
     return ReferenceLikelihoods(
         groups=[one.group for one in answers],
@@ -84,32 +94,37 @@ def reference_likelihoods(
     )
 
 
-def _learned(answers: Sequence[TeacherAnswer]) -> "list[tuple[Sequence[Message], str | None]]":
-    return [(one.learned, one.learned_tools) for one in answers]
+def _learned(answers: Sequence[TeacherAnswer]) -> list[Judged]:
+    return [Judged(one.learned, one.learned_tools, one.ended) for one in answers]
 
 
 def measure_internalisation(
     answers: Sequence[TeacherAnswer], connections: "Mapping[str, Connection]"
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """The score of `connections` "student" between "base" and "teacher", with its interval.
 
-    Besides, every system's nats a response token; costs three requests an answer. None where the
-    score is not defined; a line on standard error says why.
+    Besides, every system's nats a response token; costs three requests an answer. Where a score
+    would say nothing, `why` stands in its place.
     """
     ends = reference_likelihoods(answers, base=connections["base"], teacher=connections["teacher"])
     found = likelihoods(connections["student"], _learned(answers), title="student's likelihood")
     student = [one.nats for one in found]
     systems = {"base": ends.base, "teacher": ends.teacher, "student": student}
-    try:
-        score = internalisation(student, ends)
-    except DatasetError as error:
-        print(f"measure: {error}", file=sys.stderr)
-        return None
-    return {
-        **score.interval(),
-        "rows": len(answers),
-        "nats_per_token": {name: per_token(nats, ends) for name, nats in systems.items()},
-    }
+    nats = {name: per_token(nats, ends) for name, nats in systems.items()}
+    return {"rows": len(answers), "nats_per_token": nats, **_scored(student, ends)}
+
+
+def _scored(student: Sequence[float], ends: ReferenceLikelihoods) -> dict[str, Any]:
+    """The score and its interval, or why there is none."""
+    if len(ends.tokens) < _LEAST_ROWS:
+        return {"why": f"it takes {_LEAST_ROWS} answers of the teacher; found {len(ends.tokens)}."}
+    base, teacher = per_token(ends.base, ends), per_token(ends.teacher, ends)
+    if base - teacher < _HARDLY:
+        return {
+            "why": f"the prompt makes the teacher's answers hardly likelier: {base:.3f} nats a "
+            f"token without it, {teacher:.3f} with it; expected {_HARDLY} between them."
+        }
+    return internalisation(student, ends).interval()
 
 
 def internalisation(student: Sequence[float], ends: ReferenceLikelihoods) -> Bootstrap:

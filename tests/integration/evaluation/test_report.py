@@ -169,6 +169,119 @@ def test_the_file_holds_what_the_report_says(run: Path) -> None:
         assert 0 < system["latency_ms"]["p50"] <= system["latency_ms"]["p95"]
 
 
+def test_every_text_stands_beside_the_report_as_it_was_said(run: Path) -> None:
+    report = compare(run)
+    lines = (run / "rows.jsonl").read_text().splitlines()
+    rows = {row["query"]: row for row in map(json.loads, lines)}
+    assert rows.keys() == TEST.keys()
+    assert list(report.rows()) == list(rows.values())
+    assert rows["plum"]["reference"] == "blue"
+    assert rows["plum"]["systems"] == {
+        "base": {
+            "text": "As a language model I like colours",
+            "answer": None,
+            "stop_reason": "stop",
+            "tokens": 8,
+            "checks": {},
+        },
+        "teacher": {
+            "text": "colour: no idea",
+            "answer": None,
+            "stop_reason": "stop",
+            "tokens": 4,
+            "checks": {},
+        },
+        "student": {
+            "text": "It is red.",
+            "answer": "red",
+            "stop_reason": "stop",
+            "tokens": 4,
+            "checks": {},
+        },
+    }
+    other = compare(run, settings=MeasureSettings("edge"))
+    assert [row["query"] for row in other.rows()] == ["red sky"]
+    assert (run / "rows-edge.jsonl").is_file()
+
+
+def test_a_report_is_read_again_and_a_report_without_rows_says_so(run: Path) -> None:
+    report = compare(run)
+    assert Report.read(run) == Report.read(report.path) == report
+    (run / "rows.jsonl").unlink()
+    with pytest.raises(DatasetError, match=r"rows.jsonl' can't be read.*Measure again"):
+        list(report.rows())
+    with pytest.raises(DatasetError, match=r"report.md' is no report"):
+        Report.read(run / "report.md")
+
+
+ALL_SYSTEMS = (
+    "base", "base+prompt", "teacher", "teacher-again", "student", "student+prompt",
+)  # fmt: skip
+
+
+def test_every_system_that_is_named_is_asked_with_the_prompt_or_without(run: Path) -> None:
+    report = compare(run, settings=MeasureSettings(systems=ALL_SYSTEMS))
+    systems = report.data["systems"]
+    assert {name: one["prompt"] for name, one in systems.items()} == {
+        "base": False,
+        "base + prompt": True,
+        "teacher": True,
+        "teacher again": True,
+        "student": False,
+        "student + prompt": True,
+    }
+    assert systems["base + prompt"]["tokens"]["prompt_mean"] == 10.0
+    assert [name for name, one in systems.items() if "latency_ms" in one] == [
+        "base", "teacher", "student",
+    ]  # fmt: skip
+    # What the student says isn't what the teacher's prompt asks for.
+    assert systems["student + prompt"]["metrics"]["answered"]["value"] == 0.0
+    assert systems["teacher again"]["metrics"] == systems["teacher"]["metrics"]
+    assert any(note.startswith("Teacher again is a second answer") for note in report.data["notes"])
+    assert "student - (base + prompt): accuracy +0.875" in report.table()
+    assert "student+prompt" not in report.path.with_suffix(".md").read_text()
+
+
+def test_a_base_that_nobody_names_is_not_opened(run: Path) -> None:
+    report = compare(run, base=None, settings=MeasureSettings(systems=("teacher", "student")))
+    assert list(report.data["systems"]) == ["teacher", "student"]
+    assert "teacher" in report.table() and "base" not in report.table()
+
+
+def test_a_short_prompt_that_no_recipe_names_is_refused(run: Path) -> None:
+    asked = teacher()
+    with pytest.raises(SettingsError, match="the recipe names none"):
+        compare(run, teacher=asked, settings=MeasureSettings(systems=("base+short",)))
+    assert asked.asked == []
+
+
+def test_the_untrained_model_is_asked_with_the_students_short_prompt_and_without(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path, changes="student: {prompt: '[colours]'}\n")
+    asked = base()
+    report = compare(run, base=asked, settings=MeasureSettings(systems=("base", "base+short")))
+    assert list(report.data["systems"]) == ["base", "base + short prompt", "teacher", "student"]
+    firsts = {messages[0]["content"] for messages, _ in asked.asked if len(messages) == 2}
+    assert firsts == {"[colours]"}
+    assert sum(len(messages) == 1 for messages, _ in asked.asked) == 2 * len(TEST) + 1
+
+
+def test_a_teachers_second_answer_is_the_one_that_the_release_has(tmp_path: Path) -> None:
+    run = make_run(tmp_path, changes="")
+    edit(
+        run / "release/recipe", "recipe.yaml", "max_tokens: 7", "max_tokens: 7\n  temperature: 0.7"
+    )
+    edit(run / "release", "manifest.json", '"sha256"', '"digests"')
+    asked = teacher()
+    report = compare(run, teacher=asked, out=tmp_path / "elsewhere")
+    assert "teacher again" in report.data["systems"]
+    heats = [sampling.temperature for _, sampling in asked.asked]
+    assert heats.count(0.7) == len(TEST)
+    text = (tmp_path / "elsewhere/report.md").read_text()
+    assert "sampled as the recipe says (temperature 0.7)" in text
+
+
 def test_only_the_teacher_sees_the_prompt(run: Path) -> None:
     systems = {"student": student(), "teacher": teacher(), "base": base()}
     report = compare(run, **systems)
@@ -341,7 +454,8 @@ def test_a_tutorials_rejected_rows_are_measured_though_they_only_say_train(tmp_p
 def test_markdown_shows_the_comparison_costs_labels_and_rows(run: Path) -> None:
     text = compare(run).path.with_suffix(".md").read_text()
     for part in (
-        "| teacher | `teacher` | yes | 0.750 [",
+        "| teacher | yes | 0.750 [",
+        "- teacher: `teacher`",
         "Prompt tokens a query: teacher 10.0 - student 1.0 = 9.0 saved",
         "one request at a time",
         "    blue   4     0.000  0.750    0.750",
@@ -464,7 +578,7 @@ def test_what_is_asked_is_said_before(run: Path, capsys: pytest.CaptureFixture[s
     second = "asks 0 of 8 to the base, 0 of 8 to the teacher, 8 of 8 to the student;"
     said = capsys.readouterr().err
     assert f"measure: {second}" in said
-    assert "Then 36 requests time them." in said
+    assert "Then 36 requests time some of them." in said
 
 
 @pytest.mark.parametrize(
@@ -478,7 +592,7 @@ def test_a_student_that_says_one_thing_is_seen_first(said: str, warning: str, ru
     report = compare(run, student=Lexicon("stuck", dict.fromkeys(ALL, said)))
     first = report.table().splitlines()[0]
     assert warning in first and "the teacher gives 3 different answers" in first
-    assert report.data["notes"][0] == first
+    assert report.data["summary"][0] == first
     assert f"- {first}" in report.path.with_suffix(".md").read_text()
     assert report.data["systems"]["student"]["answers"] == {
         "distinct": 1,
@@ -694,8 +808,10 @@ def test_checks_are_measured_of_every_system_and_shown_in_a_table_of_their_own(
     (line,) = [line for line in report.table().splitlines() if line.startswith("brief ")]
     assert line.split()[:2] == ["brief", "8"] and line.endswith("Say it in two words")
     text = report.path.with_suffix(".md").read_text()
-    assert "| `brief` | Say it in two words | 8 | 0.000 [" in text
-    assert '| `no_red` | `never: ["red"]` | 4 |' in text
+    assert "| `brief` | 8 | 0.000 [" in text
+    assert "- `brief`: Say it in two words" in text
+    assert "| `no_red` | 4 |" in text
+    assert '- `no_red`: `never: ["red"]`' in text
     assert "These checks apply to no row here: idle." in text
 
 

@@ -6,7 +6,11 @@ import pytest
 from tinker import LoraConfig
 
 from distill_datasets.models.references import connect
-from distill_datasets.training.internalisation import TeacherAnswer, measure_internalisation
+from distill_datasets.training.internalisation import (
+    TeacherAnswer,
+    measure_internalisation,
+    reference_likelihoods,
+)
 from distill_datasets.training.student import Student
 
 ANSWERS = [
@@ -22,7 +26,7 @@ ANSWERS = [
             {"role": "assistant", "content": "The answer is en and nothing else at all."},
         ],
     )
-    for query in ("the weather", "hello", "one two")
+    for query in (f"the weather on day {number}" for number in range(20))
 ]
 
 
@@ -33,20 +37,34 @@ def test_the_score_of_three_models_is_made_of_their_likelihoods(model: str) -> N
     found = measure_internalisation(
         ANSWERS, {"base": base, "teacher": base, "student": replace(base, model_path=path)}
     )
-    assert found is not None
     assert found["value"] == pytest.approx(0, abs=1e-4)
     nats = found["nats_per_token"]
     assert nats["student"] == pytest.approx(nats["base"], abs=1e-4)
     assert nats["teacher"] < nats["base"]
-    assert found["rows"] == 3
+    assert found["rows"] == 20
 
 
-def test_what_is_not_defined_is_said_and_left_out(
-    model: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("answers", "why"),
+    [
+        ([replace(one, taught=one.learned) for one in ANSWERS], "hardly likelier"),
+        (ANSWERS[:19], "it takes 20 answers of the teacher; found 19."),
+    ],
+)
+def test_a_score_that_would_say_nothing_gives_way_to_the_reason(
+    answers: list[TeacherAnswer], why: str, model: str
 ) -> None:
-    same = [replace(one, taught=one.learned) for one in ANSWERS]
     base = connect(model)
-    assert (
-        measure_internalisation(same, dict.fromkeys(("base", "teacher", "student"), base)) is None
-    )
-    assert "measure: The internalisation score is not defined" in capsys.readouterr().err
+    found = measure_internalisation(answers, dict.fromkeys(("base", "teacher", "student"), base))
+    assert why in found["why"] and "value" not in found
+    assert set(found["nats_per_token"]) == {"base", "teacher", "student"}
+
+
+def test_an_end_that_the_teacher_did_not_make_is_not_counted(model: str) -> None:
+    base = connect(model)
+    cut = [replace(one, ended=False) for one in ANSWERS[:2]]
+    whole = reference_likelihoods(ANSWERS[:2], base=base, teacher=base)
+    found = reference_likelihoods(cut, base=base, teacher=base)
+    assert [one - 1 for one in whole.tokens] == list(found.tokens)
+    for shorter, longer in zip(found.base, whole.base, strict=True):
+        assert shorter < longer

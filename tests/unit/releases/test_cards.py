@@ -197,9 +197,10 @@ def test_a_card_without_markers_is_all_human(recipe: Recipe) -> None:
 
 def test_the_report_has_every_system_with_its_intervals() -> None:
     text = report_markdown(REPORT)
-    assert "| base | `tinker:org/small` | no | 0.200 [0.150, 0.250] | 11.5 |" in text
-    assert "| teacher | `tinker:org/large` | yes | 0.950 [0.900, 1.000] | 612.2 |" in text
-    assert "120.0 / 1,300.0 ms" in text
+    assert "| base | no | 0.200 [0.150, 0.250] | 11.5 /" in text
+    assert "| teacher | yes | 0.950 [0.900, 1.000] | 612.2 /" in text
+    assert "- teacher: `tinker:org/large`" in text
+    assert "| 120.0 |" in text
     assert "| student-teacher | accuracy | -0.050 [-0.100, 0.000] |" in text
     assert "1,300 rows of the split `test`" in text
 
@@ -207,7 +208,7 @@ def test_the_report_has_every_system_with_its_intervals() -> None:
 def test_a_metric_that_a_system_lacks_is_an_empty_cell() -> None:
     systems = {**REPORT["systems"], "base": {**REPORT["systems"]["base"], "metrics": {}}}
     text = report_markdown({**REPORT, "systems": systems})
-    assert "| base | `tinker:org/small` | no |  | 11.5 |" in text
+    assert "| base | no |  | 11.5 /" in text
 
 
 def test_a_report_needs_no_differences() -> None:
@@ -283,8 +284,10 @@ def test_a_students_checks_are_in_its_table_and_its_results() -> None:
     report = {**REPORT, "systems": systems, "checks": checks, "check_differences": apart}
     card = model_card(report, TRAINING, None)
     shown = "0.500 [0.450, 0.550]"
-    assert f"| `brief` | Two \\| words | 8 | {shown} | {shown} | {shown} | 0.000 [" in card
-    assert "| `idle` | `ends: true` | 0 |  |  |  |  |" in card
+    assert f"| `brief` | 8 | {shown} | {shown} | {shown} | 0.000 [" in card
+    assert "- `brief`: Two \\| words" in card
+    assert "| `idle` | 0 |  |  |  |  |" in card
+    assert "- `idle`: `ends: true`" in card
     (model,) = ModelCard(card).data.to_dict()["model-index"]
     found = {one["name"]: one for result in model["results"] for one in result["metrics"]}
     assert found["brief"]["value"] == 0.5
