@@ -59,8 +59,15 @@ def write_body(
     stream: bool = False,
 ) -> bytes:
     """A request's body; `length_key` is the server's name for `Sampling.max_tokens`."""
-    rendered = ",".join(map(_rendered, linked(messages)))
+    told = zip(messages, linked(messages), strict=True)
+    rendered = ",".join(_rendered(_answering(*one)) for one in told)
     return f"{_before_messages(model, sampling, length_key, stream)}[{rendered}]}}".encode()
+
+
+def _answering(message: Message, told: Message) -> Message:
+    """A message with the id of the call that it answers, which servers require, and no more."""
+    id = told.get("tool_call_id")
+    return message if id is None else {**message, "tool_call_id": id}
 
 
 def _rendered(message: Message) -> str:

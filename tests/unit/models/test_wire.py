@@ -299,7 +299,7 @@ def test_a_request_has_the_tools_and_earlier_calls_in_the_protocols_form() -> No
     body = json.loads(write_body("m", messages, Sampling(tools=TOOLS)))
     assert body["tools"] == json.loads(TOOLS)
     assert body["messages"][1] == {"role": "assistant", "content": None, "tool_calls": calls}
-    answer = {"role": "tool", "content": "there", "tool_call_id": "call_1", "name": "find"}
+    answer = {"role": "tool", "content": "there", "tool_call_id": "call_1"}
     assert body["messages"][2] == answer
     assert "tools" not in json.loads(write_body("m", messages, Sampling()))
 
