@@ -79,7 +79,19 @@ def _call(said: Any) -> Call:
         arguments = {}
     if not isinstance(arguments, Mapping):
         raise ValueError(f"expected arguments by name, found {json.dumps(arguments)[:200]}")
+    _check_numbers(arguments)
     return Call(said["name"], arguments)
+
+
+def _check_numbers(value: Any) -> None:
+    """Raise `ValueError` for a number that readers of JSON, such as that of `datasets`, refuse."""
+    if isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            _check_numbers(one)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"expected a number, found {value}")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise ValueError(f"expected a number of 64 bits, found {value}")
 
 
 def _json(text: str) -> Any:

@@ -324,6 +324,7 @@ def _takeable(
                 asked = model.identity, model.sampling
                 for request in known_requests(teachers.recipe, asked, query, journal.get):
                     if request.key in taken:
+                        taken.discard(request.key)  # turns of several rows may be the same
                         yield request, model, query
 
 

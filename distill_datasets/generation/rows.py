@@ -25,6 +25,7 @@ from distill_datasets.conversations import readable
 from distill_datasets.errors import FATAL, DistillError, GenerationError, RequestError
 from distill_datasets.generation.client import CachedClient, outcome, work_in_thread
 from distill_datasets.generation.teachers import Answerer
+from distill_datasets.generation.turns import CALLS
 from distill_datasets.generation.voting import NO_MAJORITY, NO_SCORE, NONE_PARSED, REFUSED
 from distill_datasets.models.sampler import digest
 from distill_datasets.progress import Progress
@@ -448,6 +449,7 @@ def _failed_check(name: str, recipe: Recipe) -> str:
 
 _OTHERS = {
     EMPTY: "look at prompt.md, and raise sampling.max_tokens where the model thinks first",
+    CALLS: "say `turns: last`, or leave out such rows: what the tool returns isn't known",
     NO_MAJORITY: "lower `agreement`, or ask more teachers",
     REFUSED: "look at `verifier`, which holds for none of them",
     NO_SCORE: "look at `judge.pattern`, `judge.scale` and the judge's prompt",

@@ -8,7 +8,7 @@ from distill_datasets.models.sampler import Reply, Sampling, request_digest
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
 
-_CALLS = "calls a tool before the last turn"  # and nobody knows what the tool returns
+CALLS = "calls a tool before the last turn"  # and nobody knows what the tool returns
 
 
 class Request(NamedTuple):
@@ -48,4 +48,4 @@ def known_requests(
 
 def why_over(response: str, sampling: Sampling) -> str | None:
     """Why no further turn can follow a response; None where one can."""
-    return _CALLS if sampling.tools and split_calls(response)[1] else None
+    return CALLS if sampling.tools and split_calls(response)[1] else None

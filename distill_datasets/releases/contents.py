@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.conversations import assistant_message, read_calls
+from distill_datasets.conversations import assistant_message, read_calls, readable
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.rows import stream
 from distill_datasets.generation.shards import Joined
@@ -168,9 +168,9 @@ def _messages(recipe: Recipe, row: Mapping[str, Any]) -> list[Message]:
     )
     if _shows_prompt(recipe, asked, None if mixed else query):
         raise DatasetError(
-            f"The row of the query {query[:80]!r} holds the teacher's prompt: expected what the "
-            "student sees, which is the conversation without it. Remove the prompt from the "
-            "queries, from `student` and from the rows of the mix."
+            f"The row of the query {readable(query)[:80]!r} holds the teacher's prompt: expected "
+            "what the student sees, which is the conversation without it. Remove the prompt from "
+            "the queries, from `student` and from the rows of the mix."
         )
     if mixed:
         return [*asked, mixed_answer(query, response)]

@@ -108,7 +108,7 @@ def _shown(
     for row in rows:
         rejection, error = row.get("rejection"), row.get("error")
         wanted = {"all": True, "rejected": rejection, "errors": error}[which]
-        if not wanted or (query is not None and query not in row["query"]):
+        if not wanted or (query is not None and query not in readable(row["query"])):
             continue
         yield {
             **{name: row.get(name) for name in ("id", "split", "sample", "teacher", "query")},

@@ -39,6 +39,8 @@ def test_words_and_calls_are_read_back_from_one_text() -> None:
         '<tool_call>{"arguments": {}}</tool_call>',
         '<tool_call>{"name": "a", "arguments": [1]}</tool_call>',
         "done</tool_call>",
+        '<tool_call>{"name": "a", "arguments": {"b": [NaN]}}</tool_call>',
+        '<tool_call>{"name": "a", "arguments": {"b": 18446744073709551616}}</tool_call>',
     ],
 )
 def test_a_call_that_cannot_be_read_is_an_error_and_no_text(text: str) -> None:
