@@ -79,7 +79,6 @@ def _call(said: Any) -> Call:
         arguments = {}
     if not isinstance(arguments, Mapping):
         raise ValueError(f"expected arguments by name, found {json.dumps(arguments)[:200]}")
-    _check_numbers(arguments)
     return Call(said["name"], arguments)
 
 
@@ -369,7 +368,10 @@ def _with_ids(calls: Any) -> list[dict[str, Any]]:
     """Calls with the ids that they have, or an empty one."""
     given = json.loads(calls) if isinstance(calls, str) else calls
     given = [given] if isinstance(given, Mapping | Call) else given
-    made = tool_calls(one if isinstance(one, Call) else _call(_parsed(one)) for one in given)
+    read: list[Call] = [one if isinstance(one, Call) else _call(_parsed(one)) for one in given]
+    for one in read:
+        _check_numbers(one.arguments)
+    made = tool_calls(read)
     for call, old in zip(made, map(_parsed, given), strict=True):
         known = old.get("id") if isinstance(old, Mapping) else None
         call["id"] = known if isinstance(known, str) else ""
