@@ -12,7 +12,12 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.chat_rows import Conversation, RowReader, conversation_reader
+from distill_datasets.chat_rows import (
+    Conversation,
+    RowReader,
+    as_written,
+    conversation_reader,
+)
 from distill_datasets.conversations import response_text
 from distill_datasets.errors import DatasetError, OutputError
 from distill_datasets.hub.references import Pinned, fetch_dataset, folder_of, is_reference
@@ -23,12 +28,13 @@ from distill_datasets.training.settings import TrainSettings, Turns
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
     from datasets import Dataset, DatasetBuilder, DatasetDict
     from numpy.typing import NDArray
 
     from distill_datasets.models.connection import Connection
 
-_VERSION = 4  # of the rendered columns: raise it when they come out differently
+_VERSION = 5  # of the rendered columns: raise it when they come out differently
 _NO_ROWS = (IndexError, StopIteration)  # what `datasets` raises for a file without any
 _ALL, _LAST = "all_assistant_messages", "last_assistant_message"
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -142,7 +148,7 @@ class DatasetSplit:
         self, source: DatasetSource, config: str | None, name: str, rows: "Dataset"
     ) -> None:
         """Use `open_split` or `open_splits`."""
-        self.name, self.rows = name, rows
+        self.name, self.rows = name, as_written(rows)
         self.where = f"The split {name!r} of {source.reference!r}"
         self._key: tuple[str | None, ...] = (source.files, config, name)
         self._read = conversation_reader(rows, self.where)
@@ -194,7 +200,7 @@ class DatasetSplit:
 
         read, where, renderer = self._read, self.where, connection.renderer
 
-        def tokens_and_weights(row: Mapping[str, Any], place: int) -> dict[str, Any]:
+        def tokens_and_weights(row: "pa.Table", place: int) -> dict[str, Any]:
             made = examples(read(row, place), renderer, turns, f"{where}, row {place}")
             lengths = [len(one.tokens) for one in made]
             return {
@@ -221,7 +227,7 @@ class DatasetSplit:
             new_fingerprint=fingerprint,
             cache_file_name=str(cache_folder() / f"{fingerprint}.arrow"),
             desc="render",
-        )
+        ).with_format(None)
         lengths = rendered["longest"][:]
         kept = [place for place, length in enumerate(lengths) if length <= max_length]
         if not kept:

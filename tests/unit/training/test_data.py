@@ -222,3 +222,20 @@ def test_a_manifest_of_somebody_else_is_no_release(content: bytes, tmp_path: Pat
     file = jsonl(tmp_path, READ["plain"])
     (tmp_path / "manifest.json").write_bytes(content)
     assert locate(tmp_path).path == file.parent
+
+
+def test_numbers_in_a_json_column_are_read_as_they_are_written(tmp_path: Path) -> None:
+    from datasets import Dataset, Features, Json, List
+
+    number = 0.6  # of which `datasets` makes 0.6000000000000001
+    call = {**CALL, "function": {"name": "look", "arguments": {"size": number, "text": "[1]"}}}
+    said = {"role": "assistant", "content": "2", "tool_calls": [call]}
+    rows = Dataset.from_dict(
+        {"messages": [[json.dumps(one) for one in (ASKED, said)]]},
+        features=Features({"messages": List(Json())}),
+    )
+    rows.to_parquet(tmp_path / "rows.parquet")
+    ((_, answer),) = [found.messages for found in split(tmp_path / "rows.parquet").conversations]
+    assert answer["content"] == "2"
+    arguments = answer["tool_calls"][0]["function"]["arguments"]
+    assert json.loads(arguments) == {"size": number, "text": "[1]"}
