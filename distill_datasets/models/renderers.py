@@ -222,31 +222,16 @@ class TextRenderer:
 
         Calls that can't be read are kept as they were said, and `split_calls` raises for them.
         """
-        said = self._said(tokens)
         try:
             message, _ = self._renderer.parse_response(list(tokens))
         except TinkerCookbookError:
-            return write_calls("", [json.dumps(said)]), None
+            said = self._said(tokens)
+            return said if tools is None else write_calls("", [json.dumps(said)]), None
         text, reasoning = get_text_content(message), _thoughts(message["content"])
-        unread = message.get("unparsed_tool_calls")
-        calls = read_calls([one.model_dump() for one in message.get("tool_calls") or ()])
-        if len(named := _NAMED.findall(said)) > len(calls) + len(unread or ()):
-            _, words = split_thoughts(said.partition("<｜tool▁calls▁begin｜>")[0])
-            return write_calls(words, map(_named_call, named)), reasoning
-        if not calls and not unread:
-            return text, reasoning
-        try:
-            found = split_calls(said)[1]
-        except ValueError:
-            if unread:
-                return said, reasoning
-            found = []
-        if found and (unread or found == calls):
-            return said, reasoning
-        if unread:
-            return write_calls(text, [json.dumps(said)]), reasoning
-        words = "" if text.strip() == said.strip() else text  # Harmony's, of calls alone
-        return write_calls(words, _typed_calls(calls, said, tools)), reasoning
+        made, unread = message.get("tool_calls"), message.get("unparsed_tool_calls")
+        if made or unread or _NAMED.search(text):
+            text = _called(text, made or [], unread or [], self._said(tokens), tools)
+        return text, reasoning
 
     def _said(self, tokens: Sequence[int]) -> str:
         """A response as it came, without thoughts before it and the token that ended it."""
@@ -310,6 +295,31 @@ class TextRenderer:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._renderer, name)
+
+
+def _called(
+    text: str, made: Sequence[ToolCall], unread: Sequence[Any], said: str, tools: str | None
+) -> str:
+    """A response's words and calls, of which the renderer read some and left others `unread`."""
+    if len(named := _NAMED.findall(said)) > len(made) + len(unread):
+        _, words = split_thoughts(said.partition("<｜tool▁calls▁begin｜>")[0])
+        return write_calls(words, map(_named_call, named))
+    try:
+        found = split_calls(said)[1]
+    except ValueError:
+        if unread:
+            return said
+        found = []
+    try:
+        calls = read_calls([one.model_dump() for one in made])
+    except ValueError:
+        return write_calls(text, [json.dumps(said)])
+    if found and (unread or found == calls):
+        return said
+    if unread:
+        return write_calls(text, [json.dumps(said)])
+    words = "" if text.strip() == said.strip() else text  # Harmony's, of calls alone
+    return write_calls(words, _typed_calls(calls, said, tools))
 
 
 def _named_call(named: tuple[str, str]) -> Call | str:

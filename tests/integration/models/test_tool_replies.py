@@ -171,6 +171,7 @@ def test_a_format_that_writes_all_values_as_text_is_read_by_the_schemas(
         ("qwen3_instruct", HERMES.replace("</tool_call>", "<tool_call>{}</tool_call> no")),
         (CHAT_TEMPLATE, HERMES.replace("2}}", "2}")),
         ("kimi_k2", KIMI % '"b": 1, "long": "' + "word " * 500),
+        ("kimi_k2", KIMI.replace("{%s}", "[1, 2]")),
         ("kimi_k2", (KIMI % '"b": 1').replace("<|tool_calls_section_end|>", "")),
         ("qwen3_5_disable_thinking", XML.replace("<function=count>", "<function")),
     ],
