@@ -224,6 +224,12 @@ def add_push(parser: argparse.ArgumentParser) -> None:
         help="the base model's name on the Hub, or base/ to push the base along "
         "(default: the name that the training knows)",
     )
+    parser.add_argument(
+        "--no-check",
+        dest="check",
+        action="store_false",
+        help="leave out check/: the held-out rows, and tests over them",
+    )
     add_push_flags(parser)
 
 
@@ -238,6 +244,7 @@ def push(options: argparse.Namespace) -> None:
         private=options.private,
         base_model=options.base_model,
         allow=options.allow,
+        check=options.check,
     )
     done = "pushed the student" if pushed.changed else "nothing to push: the student is there"
     print(f"{done}: {pushed.repo} ({pushed.commit})")

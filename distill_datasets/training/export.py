@@ -21,6 +21,7 @@ from distill_datasets.files import replacing
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.cards import dataset_on_hub, model_card
+from distill_datasets.releases.check_files import CHECK, write_check_files
 from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ _SOMEBODY_WAS_FASTER = (409, 412)
 _MOST_TRIES = 10
 _EXAMPLE_QUERY = "Hello, how are you?"
 _MAX_TOKENS = 256
+_ROWS = "rows.jsonl"  # beside a report: what every system said to each row
 _TOOLS = "tools.json"  # those that the student is given; of several prompts, by their handles
 
 
@@ -86,23 +88,26 @@ def export_adapter(
     report: Path | str | None = None,
     repo: str = "me/student",
     base_model: str | None = None,
+    check: bool = True,
 ) -> Path:
     """Write a training's best checkpoint to a new folder, as PEFT's `from_pretrained` reads it.
 
     `report` is what `measure` wrote (default: the one in the run's folder, if it is about this
     checkpoint), `repo` where the card says that the adapter is. A base that is a folder of this
     machine needs `base_model`: its id on the Hub, or "base/" to put its weights into the same
-    folder, as is always done with the pocket model's. From Tinker this downloads the student's
-    weights, and those of the base from the Hub. Raises `ModelError`, `AccessError` or
-    `OutputError`.
+    folder, as is always done with the pocket model's. Of a release its held-out rows go along, in
+    `check/`, with tests over them for any server, unless `check` is False. From Tinker this
+    downloads the student's weights, and those of the base from the Hub. Raises `ModelError`,
+    `AccessError` or `OutputError`.
     """
     trained = read_training(train)
     base = _find_base(trained, base_model)
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{str(folder)!r} isn't empty: choose a new folder for the adapter.")
-    card = student_card(trained, base, read_report(trained, report), repo)
     with tempfile.TemporaryDirectory(prefix="distill-adapter-") as scratch:
+        rows = _write_check(trained, Path(scratch), report) if check else 0
+        card = student_card(trained, base, read_report(trained, report), repo, held_out=rows)
         weights = _weights_folder(trained, base, Path(scratch))
         with replacing(folder) as building:
             _write(building, weights, base, trained.folder / "loss.png")
@@ -110,10 +115,12 @@ def export_adapter(
                 text = json.dumps(tools, ensure_ascii=False, indent=1) + "\n"
                 (building / _TOOLS).write_text(text, encoding="utf-8")
             (building / "README.md").write_text(card, encoding="utf-8")
+            if rows:
+                shutil.copytree(Path(scratch) / CHECK, building / CHECK)
     return folder
 
 
-def push_student(
+def push_student(  # noqa: PLR0913 (what is pushed, where to, and what goes along)
     train: Path | str,
     repo: str,
     *,
@@ -121,6 +128,7 @@ def push_student(
     private: bool = True,
     base_model: str | None = None,
     allow: Collection[str] = (),
+    check: bool = True,
 ) -> PushedStudent:
     """Put a training's best checkpoint on the Hub as a PEFT adapter with its card, in one commit.
 
@@ -137,7 +145,7 @@ def push_student(
     hub.require_token()
     with tempfile.TemporaryDirectory(prefix="distill-adapter-") as scratch:
         folder = Path(scratch) / "student"
-        export_adapter(train, folder, report=report, repo=repo, base_model=base_model)
+        export_adapter(train, folder, report=report, repo=repo, base_model=base_model, check=check)
         require_clean(screen(folder), allow)
         with hub.explained(repo):
             hub.ensure_repository(repo, kind="model", private=private)
@@ -296,12 +304,34 @@ def read_training(train: Path | str) -> Trained:
 
 def recipe_of(trained: Trained) -> Recipe | None:
     """The recipe of the release that was trained on; None for any other dataset."""
-    on_hub = dataset_on_hub(trained.config)
-    place = "@".join(on_hub) if on_hub else Path(trained.config["dataset"]["path"]).expanduser()
     try:
-        return load_recipe(place, trust=True)
+        return load_recipe(_dataset(trained), trust=True)
     except RecipeError:
         return None
+
+
+def _dataset(trained: Trained) -> str | Path:
+    """What was trained on: a commit on the Hub, or a folder."""
+    on_hub = dataset_on_hub(trained.config)
+    return "@".join(on_hub) if on_hub else Path(trained.config["dataset"]["path"]).expanduser()
+
+
+def _write_check(trained: Trained, out: Path, report: Path | str | None) -> int:
+    """Write check/ for a student of a release; how many rows it has, 0 where there is none."""
+    if recipe_of(trained) is None:
+        return 0
+    config = trained.config.get("settings", {}).get("config")
+    return write_check_files(_dataset(trained), out, config=config, said=_said(trained, report))
+
+
+def _said(trained: Trained, report: Path | str | None) -> dict[str, Any]:
+    """What the student said to each row when this checkpoint was measured, by the rows' ids."""
+    path = (Path(report) if report else trained.folder.parent / "report.json").with_name(_ROWS)
+    if not path.is_file() or read_report(trained, report) is None:
+        return {}
+    with path.open(encoding="utf-8") as lines:
+        rows = map(json.loads, lines)
+        return {row["id"]: row["systems"]["student"] for row in rows if "student" in row["systems"]}
 
 
 def read_report(trained: Trained, report: Path | str | None) -> dict[str, Any] | None:
@@ -324,9 +354,17 @@ def read_report(trained: Trained, report: Path | str | None) -> dict[str, Any] |
 
 
 def student_card(
-    trained: Trained, base: AdapterBase, report: Mapping[str, Any] | None, repo: str
+    trained: Trained,
+    base: AdapterBase,
+    report: Mapping[str, Any] | None,
+    repo: str,
+    *,
+    held_out: int = 0,
 ) -> str:
-    """The model card; of folders on this machine it says no more than their names."""
+    """The model card; of folders on this machine it says no more than their names.
+
+    `held_out` is the number of rows that lie beside it in `check/`.
+    """
     recipe = recipe_of(trained)
     prompt, tools = _asked(recipe)
     system: list[Message] = [{"role": "system", "content": prompt}] if prompt else []
@@ -342,6 +380,7 @@ def student_card(
         "template": _template(trained, base, conversation, tools),
         "loss": (trained.folder / "loss.png").is_file(),
         "tied": _ties_embeddings(base),
+        "held_out": held_out,
     }
     training = _public_training(trained, base, recipe)
     shown = _public_report(report, training) if report else None

@@ -15,6 +15,7 @@ from distill_datasets.errors import AccessError, ModelError, OutputError, Reposi
 from distill_datasets.models.references import connect
 from distill_datasets.training.export import export_adapter, push_student
 from distill_datasets.training.trainer import TrainSettings, train
+from tests.integration.releases.test_check_files import make_release, rows_of
 from tests.support.hub_fixture import Hub
 from tests.support.tiny_model import TOOLS_CHAT, make_tiny_model
 
@@ -243,6 +244,34 @@ def test_what_can_not_be_exported_says_why(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="weights of this training are gone"):
         export_adapter(run, tmp_path / "out", base_model="me/tiny")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_student_of_a_release_takes_its_held_out_rows_along(run: Path, tmp_path: Path) -> None:
+    things = {"rose": "red", "sky": "blue"}
+    (tmp_path / "made").mkdir()
+    release = make_release(
+        tmp_path / "made", {one: f"colour: {right}" for one, right in things.items()}
+    )
+    config = json.loads((run / "train" / "config.json").read_text())
+    config["dataset"]["path"] = str(release)
+    (run / "train" / "config.json").write_text(json.dumps(config))
+    plain = export_adapter(run, tmp_path / "plain", base_model="me/tiny", check=False)
+    assert not (plain / "check").exists()
+    first = export_adapter(run, tmp_path / "first", base_model="me/tiny")
+    rows = {row["messages"][0]["content"]: row for row in rows_of(first).values()}
+    assert {name: row["right"] for name, row in rows.items()} == {
+        "rose": {"text": "It is red."},
+        "sky": {"text": "It is blue."},
+    }
+    assert (first / "check" / "test_student.py").is_file()
+    assert "`check/` has 2 held-out rows" in (first / "README.md").read_text()
+    assert "check/" not in (plain / "README.md").read_text()
+    said = {"text": "It is red.", "answer": "red", "stop_reason": "stop"}
+    lines = [{"id": row["id"], "systems": {"student": said}} for row in rows.values()]
+    (run / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "report.json").write_text(json.dumps(report(run)))
+    measured = rows_of(export_adapter(run, tmp_path / "measured", base_model="me/tiny"))
+    assert [name for name, row in measured.items() if "wrong_at_release" in row] == ["sky"]
 
 
 def test_weights_on_tinker_need_a_key(run: Path, tmp_path: Path, base: Path) -> None:
