@@ -6,7 +6,8 @@ paired differences of right and wrong too, every other number a bootstrap over g
 has zero width: where nothing varies, a bootstrap alone would claim certainty.
 """
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import exp, lgamma, log, pi, sqrt, tan
 from statistics import NormalDist
@@ -321,29 +322,38 @@ def rows_needed(margin: float, discordance: float, difference: float = 0.0) -> i
             enough = 0
         elif not enough:
             enough = n
-            if not few:
-                break
+        if enough and (not few or n > 1.25 * enough):
+            break
     return enough or None
+
+
+def rows_needed_of_scores(margin: float, spread: float, difference: float = 0.0) -> int | None:
+    """`rows_needed` for scores, by the standard deviation of their difference."""
+    distance = margin + difference
+
+    def enough(n: int) -> bool:
+        error = spread / sqrt(n)
+        unseen = paired(0.0, 0.0, n, 2 * LEVEL - 1)[1]
+        end = sqrt((_NORMAL.inv_cdf(LEVEL) * error) ** 2 + unseen**2)
+        return end + _NORMAL.inv_cdf(POWER) * error <= distance
+
+    return _first(enough, _MOST_ROWS) if enough(_MOST_ROWS) else None
 
 
 def _least_rows(margin: float) -> int:
     """So many show it at the least: where no row differs."""
-    low, high = 1, _MOST_ROWS
-    while low < high:
-        middle = (low + high) // 2
-        shown = _score(0.0, 0.0, middle, -abs(margin)) > _NORMAL.inv_cdf(LEVEL)
-        low, high = (low, middle) if shown else (middle + 1, high)
-    return low
+    z = _NORMAL.inv_cdf(LEVEL)
+    return _first(lambda n: bool(_score(0.0, 0.0, n, -abs(margin)) > z), _MOST_ROWS)
 
 
 def least_margin(n: int, discordance: float) -> float:
     """The least margin, in whole thousandths, that `n` rows show with a power of 0.8."""
-    low, high = 1, 1000
-    while low < high:
-        middle = (low + high) // 2
-        shown = power(n, middle / 1000, discordance) >= POWER
-        low, high = (low, middle) if shown else (middle + 1, high)
-    return low / 1000
+    return _first(lambda part: power(n, part / 1000, discordance) >= POWER, 1000) / 1000
+
+
+def _first(holds: Callable[[int], bool], most: int) -> int:
+    """The first number from 1 that something holds for, and for all after it."""
+    return bisect_left(range(1, most), True, key=holds) + 1
 
 
 def effective_rows(values: Sequence[float], groups: Sequence[str]) -> float:

@@ -162,7 +162,10 @@ class Recipe(Section):
     languages: tuple[str, ...] = ()
     """The languages of the queries, as ISO codes."""
     metrics: tuple[str, ...] = METRICS
-    """The metrics of a report."""
+    """The metrics of a report; the first that applies decides whether the student may replace the
+    prompt."""
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """The non-inferiority margin: by how much of that metric the student may be worse."""
     folder: Path = Field(default=Path(), exclude=True)
     prompt: str = Field(default="", exclude=True)
     members: dict[str, "Recipe"] = Field(default={}, exclude=True)

@@ -116,18 +116,16 @@ def test_of_groups_too_the_margin_replaces_in_5_percent_at_most(
     assert wrong.mean() <= 0.05 + 1.645 * np.sqrt(0.05 * 0.95 / 1_500)
 
 
-@pytest.mark.parametrize("n", [100, 200])
-def test_scores_that_are_seldom_lost_replace_in_5_percent_at_most(n: int) -> None:
+def test_scores_that_are_seldom_lost_replace_in_5_percent_at_most() -> None:
     """Where a row in ten loses a fifth, or one in fifty all, some hundred rows may show neither."""
     generator = np.random.default_rng(5)
+    n, times = 120, 80
     groups = [str(row) for row in range(n)]
     for chance, lost in ((0.1, 0.2), (0.02, 1.0)):
-        wrong = 0
-        for _ in range(100):
-            second = (generator.random(n) < chance) * lost
-            low = mean_difference([0.0] * n, second.tolist(), groups, 0.9)["low"]
-            wrong += low > -MARGIN
-        assert wrong <= 9  # 5 of 100 are expected at most, 9 in all but 3 %
+        drawn = (generator.random((times, n)) < chance) * lost
+        found = [mean_difference([0.0] * n, one, groups, 0.9)["low"] for one in drawn.tolist()]
+        wrong = sum(low > -MARGIN for low in found)
+        assert wrong <= 7  # 4 of 80 are expected at most, 7 in all but 5 %
 
 
 @pytest.mark.parametrize("discordance", [0.005, 0.02, 0.05, 0.1])

@@ -1,0 +1,228 @@
+"""May the student replace the prompt? Three outcomes, by a margin and what the rows can tell."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.statistics import (
+    Proportion,
+    effective_rows,
+    mcnemar,
+    mean_difference,
+    rows_needed,
+    rows_needed_of_scores,
+)
+
+REPLACES = "replaces the prompt"
+DOES_NOT = "does not replace the prompt"
+OPEN = "not enough evidence"
+
+_LEVEL = 0.9  # of both sides: each end alone is one-sided at 95 %
+_GUESS = 0.05  # the discordance of rows that nobody has seen
+_NEED_REFERENCES = ("accuracy", "field_match")
+_APART = 0.5  # of two scores, where one of two systems counts as right alone
+
+
+@dataclass(frozen=True)
+class PairedRows:
+    """What teacher and student reach on the same rows, by a metric that is a mean over rows.
+
+    A value is 1 or True for right, 0 or False for wrong, or a score from 0 to 1; a row where
+    either has None is left out. For an agreement with the teacher, `teacher` is how a second
+    sample of the teacher agrees with the first.
+    """
+
+    metric: str
+    ids: Sequence[str]
+    groups: Sequence[str]
+    teacher: Sequence[float | None]
+    student: Sequence[float | None]
+
+    def complete(self) -> "PairedRows":
+        """The rows where both have a value."""
+        pairs = enumerate(zip(self.teacher, self.student, strict=True))
+        kept = [row for row, pair in pairs if None not in pair]
+        return PairedRows(
+            self.metric,
+            [self.ids[row] for row in kept],
+            [self.groups[row] for row in kept],
+            [self.teacher[row] for row in kept],
+            [self.student[row] for row in kept],
+        )
+
+
+def main_metric(recipe: Recipe, references: Sequence[str | None]) -> str:
+    """What a verdict is about: the first of the recipe's `metrics` that applies.
+
+    `accuracy` and `field_match` apply where rows have references, and they and `agreement` where
+    an answer has a form: a pattern, choices, a schema or tools. `macro_f1`, `ece` and `brier` are
+    no means over rows, and babble is `answered` too. Without any it is `checks`, the share of the
+    recipe's checks that a row passes, or `chrf` where there are none.
+    """
+    if _has_form(recipe):
+        for name in recipe.metrics:
+            if name == "agreement" or (name in _NEED_REFERENCES and any(references)):
+                return name
+    return "checks" if recipe.all_checks else "chrf"
+
+
+def _has_form(recipe: Recipe) -> bool:
+    parts = [*recipe.members.values()] or [recipe]
+    return all(
+        part.tools or part.answer.pattern or part.answer.choices or part.answer.json_schema
+        for part in parts
+    )
+
+
+def decide(rows: PairedRows, margin: float) -> dict[str, Any]:
+    """The verdict: `outcome`, with what it is made of and the `rule` that decided.
+
+    The student replaces the prompt where it is shown to be at most `margin` worse than the
+    teacher, and does not where it is shown to be worse than that, each one-sided at 95 %: by the
+    ends of the 90 % interval of the paired `difference`. `rows_needed` says how many more rows
+    would decide, None where a million would not. `only_teacher` and `only_student` are the ids of
+    the rows where one of them is right alone, for scores where they are half a point apart.
+
+        verdict = decide(PairedRows("accuracy", ids, groups, teacher, student), recipe.margin)
+    """
+    rows = rows.complete()
+    if not rows.ids:
+        return _empty(rows.metric, margin)
+    teacher, student = (np.asarray(one, np.float64) for one in (rows.teacher, rows.student))
+    apart = student - teacher
+    binary = bool(np.isin(np.concatenate([teacher, student]), (0.0, 1.0)).all())
+    difference, wide = (
+        _difference(student, teacher, rows.groups, binary, level) for level in (_LEVEL, 0.95)
+    )
+    outcome, rule = _outcome(difference, margin, float(teacher.mean()))
+    p = mcnemar(apart.tolist(), rows.groups) if binary else None
+    telling = outcome == OPEN and teacher.mean() > margin
+    return {
+        "outcome": outcome,
+        "metric": rows.metric,
+        "margin": margin,
+        "difference": {**difference, "level": _LEVEL},
+        "rule": rule,
+        "rows_needed": _more_rows(apart, rows.groups, margin, binary) if telling else None,
+        "only_teacher": [rows.ids[row] for row in np.flatnonzero(apart <= -_APART).tolist()],
+        "only_student": [rows.ids[row] for row in np.flatnonzero(apart >= _APART).tolist()],
+        "teacher": float(teacher.mean()),
+        "student": float(student.mean()),
+        "rows": len(rows.ids),
+        "groups": len(set(rows.groups)),
+        "p": p,
+        "student_better": wide["low"] > 0 and (p is None or p < 0.05),
+    }
+
+
+def _empty(metric: str, margin: float) -> dict[str, Any]:
+    return {
+        "outcome": OPEN,
+        "metric": metric,
+        "margin": margin,
+        "difference": None,
+        "rule": f"No row has a value of {metric} for both teacher and student.",
+        "rows_needed": rows_needed(margin, _GUESS),
+        "only_teacher": [],
+        "only_student": [],
+        "teacher": None,
+        "student": None,
+        "rows": 0,
+        "groups": 0,
+        "p": None,
+        "student_better": False,
+    }
+
+
+def _difference(
+    student: Any, teacher: Any, groups: Sequence[str], binary: bool, level: float
+) -> dict[str, float]:
+    if not binary:
+        return mean_difference(student.tolist(), teacher.tolist(), groups, level)
+    return Proportion((student - teacher).tolist(), groups, difference=True).interval(level)
+
+
+def _outcome(difference: Mapping[str, float], margin: float, teacher: float) -> tuple[str, str]:
+    low, high = difference["low"], difference["high"]
+    if teacher <= margin:
+        return OPEN, (
+            f"The teacher itself reaches {teacher:.3f}, no more than the margin: a student that "
+            "reaches nothing would be no worse. Name a metric first that the teacher meets."
+        )
+    if low > -margin:
+        return REPLACES, (
+            f"It is at most {margin:g} worse, at one-sided 95 %: the lower end of the paired "
+            f"difference's 90 % interval, {low:+.4f}, is above -{margin:g}."
+        )
+    if high < -margin:
+        return DOES_NOT, (
+            f"It is more than {margin:g} worse, at one-sided 95 %: the upper end of the paired "
+            f"difference's 90 % interval, {high:+.4f}, is below -{margin:g}."
+        )
+    return OPEN, (
+        f"The paired difference's 90 % interval, from {low:+.4f} to {high:+.4f}, holds "
+        f"-{margin:g}: the student may be worse by more than the margin, or by less."
+    )
+
+
+def _more_rows(apart: Any, groups: Sequence[str], margin: float, binary: bool) -> int | None:
+    """Rows beyond those there are, at the discordance found, if both are right equally often.
+
+    Where so many are there already, at the difference found.
+    """
+    worth, value = effective_rows(apart.tolist(), groups), float(apart.mean())
+    shown, distance = (margin, value) if value > -margin else (-margin, -value)
+    spread = max(float((np.abs(apart) > 0).mean()), 1 / worth) if binary else float(apart.std())
+    count = rows_needed if binary else rows_needed_of_scores
+    total = count(margin, spread)
+    if total is not None and total <= worth:
+        total = count(shown, spread, distance)
+    if total is None:
+        return None
+    return max(1, ceil((total - worth) * len(apart) / worth))
+
+
+def lines(verdict: Mapping[str, Any]) -> list[str]:
+    """The verdict for the first lines of a report."""
+    found = [f"Verdict: {verdict['outcome']}{_missing(verdict)}."]
+    if difference := verdict["difference"]:
+        independent = round(difference["n"])
+        rows = f"{verdict['rows']:,} rows" + (
+            f" in {verdict['groups']:,} groups, worth {independent:,} independent ones"
+            if verdict["groups"] < verdict["rows"]
+            else ""
+        )
+        found.append(
+            f"{verdict['metric']}: student {verdict['student']:.3f}, teacher "
+            f"{verdict['teacher']:.3f}, difference {difference['value']:+.3f} "
+            f"[{difference['low']:+.3f}, {difference['high']:+.3f}] on {rows}."
+        )
+    found.append(verdict["rule"])
+    if verdict["only_teacher"] or verdict["only_student"]:
+        p = "" if verdict["p"] is None else f" (McNemar's mid-p {verdict['p']:.3f})"
+        teacher, student = (len(verdict[f"only_{name}"]) for name in ("teacher", "student"))
+        found.append(
+            f"The teacher alone is right in {_rows(teacher)}, the student alone in "
+            f"{_rows(student)}{p}."
+        )
+    return found
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
+
+
+def _missing(verdict: Mapping[str, Any]) -> str:
+    if verdict["outcome"] != OPEN:
+        return ""
+    if needed := verdict["rows_needed"]:
+        digits = max(0, len(str(needed)) - 2)
+        about = ceil(needed / 10**digits) * 10**digits
+        return f": about {about:,} more rows"
+    if verdict["difference"] and verdict["teacher"] > verdict["margin"]:
+        return ": the difference is so near the margin that a million rows might not decide"
+    return ": the metric can't tell"
