@@ -54,7 +54,9 @@ def find_alerts(
     ]
 
 
-def _collapsed(student: SystemRows, teacher: SystemRows, base: SystemRows | None) -> Iterator[str]:
+def _collapsed(
+    student: SystemRows, teacher: SystemRows, base: SystemRows | None, *, copies: bool
+) -> Iterator[str]:
     """One answer, the same words in any order or number, or the same opening of every text."""
     ways: list[tuple[str, Callable[[SystemRows], list[Any]]]] = [
         ("says the same", lambda rows: [_normal(text) for text in rows.texts]),
