@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from heapq import nsmallest
 from pathlib import Path
@@ -413,7 +413,9 @@ def _loads(
         load_of(planned, of(identity, expected=True), prices)
         for identity, planned in plan.by_model.items()
     ]
-    loads += [load_of(planned, [], prices) for planned in plan.mixed.values()]
+    for planned in plan.mixed.values():
+        load = load_of(planned, [], prices)
+        loads.append(replace(load, model=f"{load.model} (mix)"))
     for identity in dict.fromkeys(one.sampler.identity for one in made):
         if plan.rows_left and (found := of(identity, expected=False)):
             loads.append(follow_up(found, asked, plan.rows_left, prices))

@@ -150,8 +150,12 @@ def _new_rows(recipe: Recipe, part: MixPart, taken: Collection[int]) -> Iterator
 def _conversations(
     recipe: Recipe, part: MixPart
 ) -> Iterator[tuple[list[Message], str | None, str | None]]:
-    """Each row's messages, its answer and its tools, as `MixRow` has them."""
-    where, left_out = f"The part {part.name!r} of the mix", Counter[str]()
+    """Each row's messages, its answer and its tools, as `MixRow` has them.
+
+    A row that can't be used is an error, but for one of somebody's dataset on the Hub, which is
+    left out.
+    """
+    where, left_out, problem = f"The part {part.name!r} of the mix", Counter[str](), ""
     pieces = _source(recipe, part, where)
     first = next(pieces, None)
     if first is None:
@@ -159,22 +163,45 @@ def _conversations(
     columns = _columns(part, dict.fromkeys(name for row in first for name in row), where)
     for number, row in enumerate(chain(first, chain.from_iterable(pieces)), 1):
         try:
-            turns = [turns_in(row.get(name), role) for name, role in columns.items()]
-            messages = read_messages([*chain.from_iterable(turns)])
-            if part.model:
-                yield _without_answer(messages, left_out), None, None
-            else:
-                *asked, answer = messages
-                response = _response(answer)
-                yield _checked(asked), response, tools_in(row.get("tools"))
+            yield _row(part, row, columns, left_out)
         except (ValueError, RecursionError) as error:
-            raise RecipeError(f"{where}, row {number}: {error}.") from error
-    if left_out["rows"]:
+            if not part.hub:
+                raise RecipeError(f"{where}, row {number}: {error}.") from error
+            left_out["unusable"] += 1
+            problem = problem or f"row {number}: {error}"
+    if count := left_out["unusable"]:
+        warn(f"{where}: {count:,} rows can't be used, such as {problem}.", stacklevel=2)
+    if count := left_out["answers"]:
         warn(
-            f"{where}: the answers at the end of {left_out['rows']:,} rows are left out, which "
+            f"{where}: the answers at the end of {count:,} rows are left out, which "
             f"{part.model!r} writes anew.",
             stacklevel=2,
         )
+
+
+def _row(
+    part: MixPart, row: Mapping[str, Any], columns: Mapping[str, str], left_out: Counter[str]
+) -> tuple[list[Message], str | None, str | None]:
+    if not part.file or part.file.endswith(".parquet"):
+        row = _present(row)
+    turns = [turns_in(row.get(name), role) for name, role in columns.items()]
+    messages = read_messages([*chain.from_iterable(turns)])
+    if part.model:
+        asked = list(messages)
+        while asked and asked[-1]["role"] == "assistant":
+            asked.pop()
+        left_out["answers"] += len(asked) < len(messages)
+        return _checked(asked), None, None
+    *asked, answer = messages
+    response = _response(answer)
+    return _checked(asked), response, tools_in(row.get("tools"))
+
+
+def _present(value: Any) -> Any:
+    """A value without the keys that a table fills in with null, where its rows have others."""
+    if isinstance(value, Mapping):
+        return {key: _present(one) for key, one in value.items() if one is not None}
+    return [_present(one) for one in value] if isinstance(value, list) else value
 
 
 def _source(recipe: Recipe, part: MixPart, where: str) -> Iterator[Rows]:
@@ -210,14 +237,6 @@ def _columns(part: MixPart, names: Collection[str], where: str) -> dict[str, str
     if named:
         return named
     return dict(zip(found, ("" if found[0] in WHOLE else "user", "assistant"), strict=False))
-
-
-def _without_answer(messages: list[Message], left_out: Counter[str]) -> list[Message]:
-    asked = list(messages)
-    while asked and asked[-1]["role"] == "assistant":
-        asked.pop()
-    left_out["rows"] += len(asked) < len(messages)
-    return _checked(asked)
 
 
 def _checked(asked: list[Message]) -> list[Message]:

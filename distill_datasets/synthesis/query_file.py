@@ -196,6 +196,7 @@ def _copy(recipe: Recipe, out: Path) -> Recipe:
             lines = _lines(columns, ["query", *names.values()], chat=chat)
             (folder / "queries.jsonl").write_text(lines, encoding="utf-8")
         for name in set(recipe.attachments) - {spec.file, spec.sidecar}:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(recipe.folder / name, folder / name)
         column = {"messages": "messages"} if chat else {"query": "query"}
         queries = Queries.model_validate({"file": "queries.jsonl", **column, **names})

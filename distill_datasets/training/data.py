@@ -182,9 +182,10 @@ class DatasetSplit:
 
     def own_rows(self) -> "DatasetSplit":
         """Without the rows of a release that its recipe mixes in, which its teacher never saw."""
-        if SOURCE not in self.rows.column_names:
-            return self
-        own = [place for place, source in enumerate(self.rows[SOURCE]) if not source]
+        if not {SOURCE, "teacher", "sample"} <= {*self.rows.column_names}:
+            return self  # a column of somebody else's that has that name says nothing
+        sources = self.rows.with_format(None)[SOURCE]
+        own = [place for place, source in enumerate(sources) if not source]
         fewer = copy(self)
         fewer.rows = self.rows.select(own)
         fewer._key = (*self._key, "own rows")

@@ -472,7 +472,7 @@ def _open_splits(
     """The splits, without rows that `before` has learned; says what the release warns of."""
     require_turns(settings.turns, source.turns, repr(source.reference))
     splits = open_splits(source, settings)
-    if settings.objective.name != "sft" and source.manifest.get("mix"):
+    if settings.objective.name != "sft":
         splits["train"], every = splits["train"].own_rows(), len(splits["train"].rows)
         if left := every - len(splits["train"].rows):
             print(

@@ -23,7 +23,7 @@ from distill_datasets.releases.show import print_rows, show
 from distill_datasets.training.data import locate, open_splits
 from distill_datasets.training.settings import TrainSettings
 from tests.support.openai_server import OpenAIServer, serving
-from tests.unit.recipes.test_mix import CALL, GENERAL, chat, mixing, user
+from tests.unit.recipes.test_mix import FIND, GENERAL, chat, mixing, user
 from tests.unit.recipes.test_variants import write
 
 ASKED = {"name": "beyond", "share": 0.2, "file": "beyond.jsonl", "model": "openai:echo-large"}
@@ -156,7 +156,7 @@ def test_a_dry_run_counts_the_rows_to_ask_and_what_was_asked(
     loads = {load.model: load.requests for load in before.loads}
     made = generate(folder, teacher=Echo(), out=tmp_path / "run")
     asked = len(mixed(made, "beyond"))
-    assert loads == {"echo": 40, "openai:echo-large": asked}
+    assert loads == {"echo": 40, "openai:echo-large (mix)": asked}
     assert before.requests == 40 + asked
     after = dry_run(folder, teacher=Echo(), out=tmp_path / "run")
     assert (after.known, after.loads) == (after.requests, ())
@@ -221,7 +221,7 @@ def test_a_row_of_a_mix_has_neither_short_prompt_nor_handle_but_its_calls(tmp_pa
     tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
     write(home / "a", "Be brief.", own)
     write(home / "b", "Be kind.", own)
-    spoken = {"role": "assistant", "content": "", "tool_calls": [{"function": CALL}]}
+    spoken = {"role": "assistant", "content": "", "tool_calls": [{"function": FIND}]}
     rows = [{"messages": [user(f"Find {number}"), spoken], "tools": tools} for number in range(20)]
     (home / "general.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     generate(home, teacher=Echo(), out=tmp_path / "run")
@@ -233,7 +233,7 @@ def test_a_row_of_a_mix_has_neither_short_prompt_nor_handle_but_its_calls(tmp_pa
             assert (first["content"], row["tools"]) == (row["handle"], None)
             continue
         assert (first["role"], row["handle"]) == ("user", None)
-        assert others[0]["tool_calls"][0]["function"] == CALL
+        assert others[0]["tool_calls"][0]["function"] == FIND
         assert json.loads(row["tools"]) == tools
     assert {row["handle"] for row in kept} == {"[a]", "[b]", None}
     teacher = Echo()
@@ -269,6 +269,40 @@ def test_an_objective_that_asks_the_teacher_leaves_the_rows_out(tmp_path: Path) 
     source = locate(publish(tmp_path / "run").path)
     split = open_splits(source, TrainSettings())["train"]
     own = split.own_rows()
-    assert {*own.rows["source"]} == {None}
+    assert {*own.rows.with_format(None)["source"]} == {None}
     assert 0 < len(own.rows) < len(split.rows)
-    assert own.own_rows().rows.to_list() == own.rows.to_list()
+    assert len(own.own_rows().rows) == len(own.rows)
+    lines = '{"source": "wiki", "query": "a", "response": "b"}\n'
+    (tmp_path / "other.jsonl").write_text(lines, encoding="utf-8")
+    other = open_splits(locate(tmp_path / "other.jsonl"), TrainSettings())["train"]
+    assert other.own_rows() is other
+
+
+def test_a_mix_stands_beside_conversations_of_which_every_turn_is_answered(tmp_path: Path) -> None:
+    """And beside examples, a student's prompt and kept tools."""
+    home = tmp_path / "chats"
+    turns = [[user(f"a {number}"), user(f"b {number}")] for number in range(20)]
+    lines = "".join(json.dumps({"messages": one}) + "\n" for one in turns)
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+    queries = {"file": "queries.jsonl", "messages": "messages"}
+    keys = {"turns": "all", "tools": "tools.json", "student": {"prompt": "[c]", "tools": "keep"}}
+    write(home, "Be brief.", lines, queries=queries, mix=[GENERAL], **keys)
+    (home / "tools.json").write_text(json.dumps(tools), encoding="utf-8")
+    rows = [chat(number) for number in range(20)]
+    (home / "general.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    generate(home, teacher=Echo(), out=tmp_path / "run")
+    release = publish(tmp_path / "run")
+    kept = load_dataset(str(release.path), cache_dir=str(tmp_path / "cache"))["train"].to_list()
+    for row in kept:
+        roles = [message["role"] for message in row["messages"]]
+        if row["source"]:
+            assert (roles, row["tools"]) == (["user", "assistant"], None)
+            assert row["query"].startswith('[{"role": "user"')
+        else:
+            assert roles == ["system", *["user", "assistant"] * 2]
+            assert json.loads(row["tools"])[0]["function"]["name"] == "find"
+    assert {row["source"] for row in kept} == {"general", None}
+    teacher = Echo()
+    generate(release.path, teacher=teacher, out=tmp_path / "again")
+    assert teacher.calls == 0
+    assert publish(tmp_path / "again").digest == release.digest

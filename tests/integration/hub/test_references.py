@@ -110,6 +110,36 @@ def test_queries_come_from_the_revision_that_the_recipe_pins(hub: Hub, tmp_path:
     assert "RepositoryError" in found[3] and "has no revision 'v9.9.9'" in found[3]
 
 
+def test_rows_of_a_mix_come_from_its_revision_and_those_of_no_use_are_counted(
+    hub: Hub, tmp_path: Path
+) -> None:
+    put(hub, ["a", "", "b"], tag="v1.0.0")
+    put(hub, ["c"])
+    queries_of(tmp_path, "main")
+    mix = f"mix: [{{name: chats, share: 0.5, hub: {NAME}, revision: v1.0.0}}]"
+    edit(tmp_path / "main", "recipe.yaml", "split: train}", f"split: train}}\n{mix}")
+    found = said(
+        hub,
+        f"""
+import warnings
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.mix import draw_mix
+from distill_datasets.recipes.queries import load_queries
+
+recipe = load_recipe({str(tmp_path / "main")!r})
+with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    (rows,) = draw_mix(recipe, load_queries(recipe), 2)
+said = [str(one.message) for one in warned]
+print(json.dumps([sorted(rows["query"]), recipe.mix[0].described, said]))
+""",
+    )
+    assert found[:2] == [["a", "b"], f"{NAME}@v1.0.0"]
+    assert found[2] == [
+        "The part 'chats' of the mix: 1 rows can't be used, such as row 2: its answer is empty."
+    ]
+
+
 def test_offline_a_pinned_revision_is_that_one_or_an_error(hub: Hub, tmp_path: Path) -> None:
     """`load_dataset` alone answers with whatever version it has seen last."""
     for query, version in (("a", "v1.0.0"), ("b", "v2.0.0"), ("c", "v3.0.0")):

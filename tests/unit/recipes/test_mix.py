@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
+from distill_datasets.conversations import Call, write_calls
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.mix import (
@@ -148,6 +150,22 @@ def test_a_row_that_cannot_be_read_is_named(row: Any, said: str, tmp_path: Path)
         drawn(recipe)
 
 
+def test_a_folder_of_tables_has_no_keys_that_its_rows_lack(tmp_path: Path) -> None:
+    calls = [{"name": "find", "arguments": {"id": 1}}, {"name": "ask", "arguments": {"who": "me"}}]
+    spoken = [{**SPOKEN, "tool_calls": [{"function": call}]} for call in calls]
+    rows = [{"messages": [user(f"Do {n}"), one]} for n, one in enumerate(spoken)]
+    source = tmp_path / "chats" / "data"
+    source.mkdir(parents=True)
+    Dataset.from_list(rows).to_parquet(source / "train-00000-of-00001.parquet")
+    part = {"name": "general", "share": 0.2, "path": str(tmp_path / "chats"), "license": "mit"}
+    recipe = mixing(tmp_path / "r", CHATS, part)
+    (found,) = drawn(recipe, own=8)
+    assert {row["response"] for row in found} == {write_calls("Ah.", [Call(**c)]) for c in calls}
+    assert recipe.mix[0].described == "chats"
+    carried = carried_part(recipe.mix[0], "general.jsonl")
+    assert (carried.path, carried.origin, carried.license) == (None, "chats", "mit")
+
+
 def test_a_source_that_is_not_as_the_recipe_says_is_an_error(tmp_path: Path) -> None:
     recipe = mixing(tmp_path / "r", [{"text": "Hi"}])
     with pytest.raises(RecipeError, match=r"has no column .*'query and response'.*\['text'\]"):
@@ -185,8 +203,8 @@ def test_a_model_answers_queries_alone_and_their_answers_are_left_out(tmp_path: 
     assert queries_of(text, own=1) == ["Hi"]
 
 
-CALL = {"name": "find", "arguments": {"id": 1}}
-SPOKEN = {"role": "assistant", "content": " Ah. ", "tool_calls": [{"function": CALL}]}
+FIND = {"name": "find", "arguments": {"id": 1}}
+SPOKEN = {"role": "assistant", "content": " Ah. ", "tool_calls": [{"function": FIND}]}
 FOUND = {"role": "tool", "content": "{}"}
 
 
