@@ -158,7 +158,7 @@ class _Plan:
     `answered` already, rows left to ask. One prompt in `every` so many is counted.
     """
 
-    answered: "_Answered"
+    answered: "_KnownAnswers"
     every: int
     by_model: dict[str, PlannedRequests] = field(default_factory=dict)
     mixed: dict[str, PlannedRequests] = field(default_factory=dict)
@@ -220,7 +220,7 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
         journal = (share.folder(out) if share else Path(out)) / "journal.sqlite"
     release = recipe if settings.ledger and not isinstance(recipe, Recipe) else None
     sampled, made = _ask_some(teachers, _draw(queries, sample), journal, settings, meter)
-    with _Answered.of(journal, release, teachers.recipe) as answered:
+    with _KnownAnswers.of(journal, release, teachers.recipe) as answered:
         plan = _plan(teachers, chosen, answered)
     loads = _loads(plan, made, sum(one.text is not None for one in sampled), priced)
     return DryRun(
@@ -321,7 +321,7 @@ class _RowClient:
 
 
 @dataclass
-class _Answered:
+class _KnownAnswers:
     """What needs no asking: requests by their digests, and journals that have their answers."""
 
     digests: set[str]
@@ -331,7 +331,7 @@ class _Answered:
     @contextmanager
     def of(
         cls, journal: Path | None, release: str | Path | None, recipe: Recipe
-    ) -> Iterator["_Answered"]:
+    ) -> Iterator["_KnownAnswers"]:
         """What a run's journal, and the ledger of the release that its recipe is of, hold.
 
         The answers in a ledger are read only where they decide what else is asked.
@@ -356,7 +356,7 @@ class _Answered:
         return next(filter(None, (one.get(key) for one in self.journals)), None)
 
 
-def _plan(teachers: Teachers, chosen: ChosenRows, answered: _Answered) -> _Plan:
+def _plan(teachers: Teachers, chosen: ChosenRows, answered: _KnownAnswers) -> _Plan:
     """Render every request, and count those that are left to ask; one prompt in some is counted."""
     asked = [(one.model, one.rows) for one in chosen.mixed if one.model]
     rows = len(chosen.queries) + sum(len(some) for _, some in asked)
@@ -378,7 +378,7 @@ def _plan(teachers: Teachers, chosen: ChosenRows, answered: _Answered) -> _Plan:
 
 
 def _requests(
-    recipe: Recipe, model: PromptedModel, query: str, answered: _Answered
+    recipe: Recipe, model: PromptedModel, query: str, answered: _KnownAnswers
 ) -> Iterator[tuple[Request, int]]:
     """What a query asks of a model, and how many answers of turns before it aren't known.
 
@@ -388,8 +388,9 @@ def _requests(
     for request in known_requests(recipe, asked, query, answered.get):
         yield request, 0
         found.append(request)
-    if answered.get(found[-1].key) is None:
-        for turn in range(len(found), recipe.turns_of(query)):
+    turns = recipe.turns_of(query)
+    if len(found) < turns and answered.get(found[-1].key) is None:
+        for turn in range(len(found), turns):
             key = request_digest(found[-1].key, *model.request(query, [""] * turn))
             yield Request(key, *model.request(query, [""] * turn)), turn - len(found) + 1
 
