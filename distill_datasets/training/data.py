@@ -132,8 +132,8 @@ class Rendered:
 
     def conversations(self, places: Sequence[int]) -> list[Conversation]:
         """The kept rows at these places."""
-        rows = [self.kept[place] for place in places]
-        return [self.read(self.plain[row], row) for row in rows]
+        plain, rows = as_written(self.plain), [self.kept[place] for place in places]
+        return [self.read(plain[row], row) for row in rows]
 
     def batches(self, size: int) -> "Iterator[list[Example]]":
         """All of them in order."""
@@ -148,7 +148,7 @@ class DatasetSplit:
         self, source: DatasetSource, config: str | None, name: str, rows: "Dataset"
     ) -> None:
         """Use `open_split` or `open_splits`."""
-        self.name, self.rows = name, as_written(rows)
+        self.name, self.rows = name, rows
         self.where = f"The split {name!r} of {source.reference!r}"
         self._key: tuple[str | None, ...] = (source.files, config, name)
         self._read = conversation_reader(rows, self.where)
@@ -156,7 +156,7 @@ class DatasetSplit:
     @property
     def conversations(self) -> Iterator[Conversation]:
         """Each row."""
-        return map(self._read, self.rows, itertools.count())
+        return map(self._read, as_written(self.rows), itertools.count())
 
     @property
     def keys(self) -> "NDArray[np.uint64]":
@@ -220,7 +220,7 @@ class DatasetSplit:
         }
         model = (connection.renderer_name, connection.tokenizer_source, connection.weights)
         fingerprint = digest([_VERSION, *self._key, *model, turns])[:32]
-        rendered = self.rows.map(
+        rendered = as_written(self.rows).map(
             tokens_and_weights,
             with_indices=True,
             remove_columns=self.rows.column_names,
