@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill_datasets.errors import DatasetError, GateError, SettingsError, nearest
 from distill_datasets.evaluation.money import read_report
-from distill_datasets.statistics import Proportion, wilson
+from distill_datasets.statistics import Proportion, mean_difference, wilson
 from distill_datasets.tables import aligned
 
 PASSED, FAILED, UNSURE, MISSING = "passed", "FAILED", "unsure", "NOT MEASURED"
@@ -145,8 +145,9 @@ class _Measured:
 
     @classmethod
     def read(cls, run: Path | str) -> "_Measured":
-        folder = Path(run) if Path(run).is_dir() else Path(run).parent
-        return cls(str(run), read_report(run), _read_rows(folder / "rows.jsonl"))
+        path = Path(run) / "report.json" if Path(run).is_dir() else Path(run)
+        rows = path.with_name(f"rows{path.stem.removeprefix('report')}.jsonl")
+        return cls(str(run), read_report(run), _read_rows(rows))
 
     def said(self, system: str) -> dict[str, Mapping[str, Any]]:
         """What a system said, by the rows' ids."""
@@ -156,11 +157,16 @@ class _Measured:
         }
 
     def metric(self, system: str, name: str) -> Mapping[str, float] | None:
-        """A system's metric with its interval."""
-        found = self.report["systems"][system].get("metrics", {}).get(name)
+        """A system's metric, with its interval where it has one."""
+        if found := self.report["systems"][system].get("metrics", {}).get(name):
+            return dict(found)
         texts = self.report.get("texts", {}).get(system, {})
-        other = texts.get(name) if isinstance(texts, Mapping) else None
-        return found or (other if isinstance(other, Mapping) and "value" in other else None)
+        for target in ("teacher", "reference"):  # what texts are compared with
+            if found := texts.get(target, {}).get(name):
+                return dict(found)
+        verdict = self.report.get("verdict") or {}
+        value = verdict.get(system) if verdict.get("metric") == name else None
+        return None if value is None else {"value": value}
 
 
 def _read_rows(path: Path) -> dict[str, Mapping[str, Any]] | None:
@@ -241,6 +247,9 @@ class _Look:
         def value(id_: str, answer: Mapping[str, Any]) -> float | None:
             if name == "answered":
                 return float(answer["answer"] is not None)
+            if name == "checks":  # the share of those that say something of the row
+                passed = [one for one in answer["checks"].values() if one is not None]
+                return sum(passed) / len(passed) if passed else None
             if name != "accuracy":
                 return None
             reference = (self.mine.rows or {})[id_].get("reference")
@@ -350,22 +359,21 @@ class _Look:
 
     def _patterns(self) -> Iterator[GateFinding]:
         """What no good answer looks like, by the share of rows."""
-        answers = list(self.mine.said("student").values())
+        said = self.mine.said("student")
+        answers, groups = list(said.values()), [self._groups[id_] for id_ in said]
         for rule, odd in _PATTERNS.items():
             limit = getattr(self.rules, rule)
             if limit is None:
                 continue
             if not answers:
-                said = "there is no rows.jsonl beside the report: measure the run again"
-                yield GateFinding(rule, MISSING, said)
+                why = "there are no rows beside the report (rows.jsonl): measure the run again"
+                yield GateFinding(rule, MISSING, why)
                 continue
             hits = [odd(answer) for answer in answers]
-            share = sum(hits) / len(hits)
-            low, high = wilson(share, len(hits))
-            said = f"{sum(hits):,} of {len(hits):,} answers{_example(answers, hits)}"
-            interval = {"low": low, "high": high}
-            said = f"{share:.3f}{_interval(interval)}, at most {limit:g}: {said}"
-            yield self._judged(rule, share, low, limit, said)
+            share = Proportion(list(map(float, hits)), groups).interval()
+            counted = f"{sum(hits):,} of {len(hits):,} answers{_example(answers, hits)}"
+            text = f"{share['value']:.3f}{_interval(share)}, at most {limit:g}: {counted}"
+            yield self._judged(rule, share["value"], share["low"], limit, text)
 
     def _commonest(self, most: float) -> GateFinding:
         measured, system, called = self.other
@@ -400,7 +408,8 @@ class _Look:
                 continue
             one, other = ((found.get(key) or {}).get(name) for found in (mine, theirs))
             if one is None or not other:
-                yield GateFinding(rule, MISSING, f"the report has no {key}.{name} of both")
+                said = f"the report lacks {key}.{name}: measure it, or set the rule to null"
+                yield GateFinding(rule, MISSING, said)
                 continue
             ratio = one / other
             said = f"{one:.1f}, {ratio:.2f} times the {other:.1f} of {called}, at most {most:g}"
@@ -456,7 +465,7 @@ def _paired(
     groups: Mapping[str, str],
     value: Callable[[str, Mapping[str, Any]], float | None],
 ) -> dict[str, float] | None:
-    """The difference of two shares on the rows that both have; None where they aren't the same."""
+    """The difference on the rows that both have; None where they have others."""
     if not mine or set(mine) != set(theirs):
         return None
     pairs = {id_: (value(id_, mine[id_]), value(id_, theirs[id_])) for id_ in mine}
@@ -464,8 +473,10 @@ def _paired(
     if not rows:
         return None
     names = [groups[id_] for id_ in rows]
-    one, other = (Proportion([float(pairs[id_][k] or 0) for id_ in rows], names) for k in (0, 1))
-    return (one - other).interval()
+    one, other = ([float(pairs[id_][k] or 0) for id_ in rows] for k in (0, 1))
+    if {*one, *other} <= {0.0, 1.0}:
+        return (Proportion(one, names) - Proportion(other, names)).interval()
+    return mean_difference(one, other, names)
 
 
 def _apart(mine: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:

@@ -61,8 +61,8 @@ def money(
     """
     paid = spending or SpendingRecord()
     teacher = _price(prices, "teacher", report["systems"]["teacher"]["model"])
-    base = paid.student or report["systems"]["base"]["model"]
-    student = _price(prices, "student", report["systems"]["student"]["model"], base)
+    names = _student_models(report, paid)
+    student = _price(prices, "student", *names)
     costs = _Costs(report, teacher, student, *_cached(report, paid.generation, cached_share))
     spent = dict(_spent(report, prices, paid, costs))
     total = sum(one["amount"] or 0.0 for one in spent.values())
@@ -94,14 +94,28 @@ def money_of_run(run: Path | str, prices: Prices, **options: Any) -> dict[str, A
     places = (folder / "answers" / "generation.json", folder / "release" / "manifest.json")
     known = next((one for one in (*places, manifest) if one.is_file()), None)
     generation = _json(known) if known else None
-    trainings = sorted(path.parent for path in folder.glob("train*/metrics.jsonl"))
-    return money(report, prices, spending=SpendingRecord(generation, trainings, other), **options)
+    spending = SpendingRecord(generation, _trainings(folder), other)
+    return money(report, prices, spending=spending, **options)
 
 
 def priced_models(run: Path | str) -> list[str]:
     """The models of a run that a price file names: its teacher, and what its student began as."""
-    systems = read_report(run)["systems"]
-    return list(dict.fromkeys(systems[role]["model"] for role in ("teacher", "base")))
+    report, folder = read_report(run), Path(run) if Path(run).is_dir() else Path(run).parent
+    *_, student = _student_models(report, SpendingRecord(trainings=_trainings(folder)))
+    return list(dict.fromkeys([report["systems"]["teacher"]["model"], student]))
+
+
+def _student_models(report: Mapping[str, Any], paid: SpendingRecord) -> list[str]:
+    """The student's reference, and that of the model it was trained from, where that is known."""
+    own, base = (
+        report["systems"]["student"]["model"],
+        report["systems"].get("base", {}).get("model"),
+    )
+    return [own, *([known] if (known := paid.student or base) else [])]
+
+
+def _trainings(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("train*/metrics.jsonl"))
 
 
 def read_report(run: Path | str) -> dict[str, Any]:
@@ -114,7 +128,7 @@ def read_report(run: Path | str) -> dict[str, Any]:
     found = _json(path) if path.stat().st_size <= _LARGEST else None
     known = found if isinstance(found, dict) else {}
     systems = known.get("systems")
-    if not isinstance(systems, dict) or not {"base", "teacher", "student"} <= set(systems):
+    if not isinstance(systems, dict) or not {"teacher", "student"} <= set(systems):
         raise DatasetError(f"{str(path)!r} is no report of `measure`: measure the run again.")
     return known
 
@@ -268,22 +282,22 @@ def _spent(
     yield "generation", _generated(paid.generation, prices, costs.teacher)
     for folder in paid.trainings:
         yield f"training ({folder.name})", _trained(folder, prices)
-    each, rows = costs.per_query, report["n"]
-    asked = {
-        name: each[TEACHER if name.startswith(TEACHER) else STUDENT]
-        if name in (TEACHER, STUDENT)
-        else _asked(system, costs.teacher if name.startswith(TEACHER) else costs.student)
-        for name, system in report["systems"].items()
-    }
-    yield (
-        "measuring",
-        {
-            "amount": rows * sum(asked.values()),
-            "said": f"at most: {rows:,} rows to {len(asked)} systems, those answered before too",
-        },
-    )
+    yield "measuring", _measured(report, prices, costs)
     if paid.other:
         yield "other", {"amount": paid.other, "said": "as given"}
+
+
+def _measured(report: Mapping[str, Any], prices: Prices, costs: _Costs) -> dict[str, Any]:
+    counted = report.get("spent")
+    if counted and counted["currency"] == prices.currency:
+        return {"amount": counted["amount"], "said": "as counted while measuring"}
+    systems, rows = report["systems"], report["n"]
+    each = [
+        _asked(system, costs.teacher if name.startswith(TEACHER) else costs.student)
+        for name, system in systems.items()
+    ]
+    said = f"at most: {rows:,} rows to {len(systems)} systems, those answered before too"
+    return {"amount": rows * sum(each), "said": said}
 
 
 def _asked(system: Mapping[str, Any], price: Price) -> float:

@@ -128,6 +128,47 @@ def test_the_quality_is_what_the_rules_or_the_verdict_name(tmp_path: Path) -> No
     assert (wrong.outcome, "Did you mean 'accuracy'?" in wrong.said) == (MISSING, True)
 
 
+def test_free_texts_are_compared_by_what_the_verdict_says_of_them(tmp_path: Path) -> None:
+    found = report()
+    for name, value in (("teacher", 0.9), ("student", 0.6)):
+        found.setdefault("texts", {})[name] = {"reference": {"chrf": share(value)}}
+    found["verdict"] = {"metric": "chrf", "difference": difference(-0.3, 0.05)}
+    first = gate(make(tmp_path, found)).findings[0]
+    assert (first.outcome, first.said[:22]) == (FAILED, "chrf 0.600 against 0.9")
+    lost = {
+        "metric": "checks",
+        "difference": difference(-0.3, 0.05),
+        "teacher": 0.9,
+        "student": 0.6,
+    }
+    found["verdict"] = lost
+    first = gate(make(tmp_path, found)).findings[0]
+    assert (first.outcome, first.said[:18]) == (FAILED, "checks 0.600 again")
+
+
+def test_the_share_of_checks_is_compared_with_another_student_row_by_row(tmp_path: Path) -> None:
+    found = report()
+    half = {n: answer(checks={"brief": True, "polite": n % 2 == 0, "idle": None}) for n in range(N)}
+    whole = {n: answer(checks={"brief": True, "polite": True}) for n in range(N)}
+    for name, value, rows in (("now", 0.75, half), ("before", 1.0, whole)):
+        verdict = {"metric": "checks", "difference": None, "teacher": 1.0, "student": value}
+        make(tmp_path / name, {**found, "verdict": verdict}, rows)
+    first = gate(tmp_path / "now", against=tmp_path / "before").findings[0]
+    assert first.outcome == FAILED
+    assert "checks 0.750 against 1.000" in first.said
+    assert "-0.250 [-0.2" in first.said
+
+
+def test_another_splits_report_has_rows_of_its_own(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    for name in ("report.json", "rows.jsonl"):
+        stem, ending = name.split(".")
+        (run / name).rename(run / f"{stem}-edge.{ending}")
+    assert outcomes(run / "report-edge.json")["empty"] == PASSED
+    with pytest.raises(DatasetError, match="no report"):
+        gate(run)
+
+
 def test_agreement_is_held_against_a_teacher_that_agrees_with_itself(tmp_path: Path) -> None:
     found = report(0.5)
     for one in found["systems"].values():

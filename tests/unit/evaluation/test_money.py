@@ -15,6 +15,7 @@ from distill_datasets.evaluation.money import (
     money,
     money_of_run,
     money_text,
+    priced_models,
 )
 from distill_datasets.generation.pricing import Price, Prices, import_prices
 
@@ -210,6 +211,19 @@ def test_a_runs_folder_says_what_it_spent(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("[]")
     with pytest.raises(DatasetError, match="is no report of `measure`"):
         money_of_run(tmp_path, LESSON)
+
+
+def test_a_report_without_the_base_names_the_student_by_its_training(tmp_path: Path) -> None:
+    rows = report((600, 10), (100, 10))
+    del rows["systems"]["base"]
+    rows["spent"] = {"amount": 0.25, "currency": "USD", "priced_at": "2026-11-01"}
+    (tmp_path / "report.json").write_text(json.dumps(rows))
+    with pytest.raises(PriceError, match="tinker://run"):
+        money_of_run(tmp_path, LESSON)
+    training(tmp_path / "train", 1.0)
+    found = money_of_run(tmp_path, LESSON)
+    assert found["spent"]["parts"]["measuring"]["amount"] == 0.25
+    assert priced_models(tmp_path) == ["openai:large", "tinker:small"]
 
 
 def test_the_text_has_advice_volumes_and_arithmetic() -> None:
