@@ -220,15 +220,19 @@ class DatasetSplit:
         }
         model = (connection.renderer_name, connection.tokenizer_source, connection.weights)
         fingerprint = digest([_VERSION, *self._key, *model, turns])[:32]
-        rendered = as_written(self.rows).map(
-            tokens_and_weights,
-            with_indices=True,
-            remove_columns=self.rows.column_names,
-            features=Features(columns),
-            new_fingerprint=fingerprint,
-            cache_file_name=str(cache_folder() / f"{fingerprint}.arrow"),
-            desc="render",
-        ).with_format(None)
+        rendered = (
+            as_written(self.rows)
+            .map(
+                tokens_and_weights,
+                with_indices=True,
+                remove_columns=self.rows.column_names,
+                features=Features(columns),
+                new_fingerprint=fingerprint,
+                cache_file_name=str(cache_folder() / f"{fingerprint}.arrow"),
+                desc="render",
+            )
+            .with_format(None)
+        )
         lengths = rendered["longest"][:]
         kept = [place for place, length in enumerate(lengths) if length <= max_length]
         if not kept:

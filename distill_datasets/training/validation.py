@@ -175,8 +175,12 @@ def is_response(text: str, response: Message, *, typed: bool) -> bool:
 
 
 def _untyped(call: Call) -> Call:
-    given = call.arguments.items()
-    values = {name: plain_value(one) if isinstance(one, str) else one for name, one in given}
+    """A call whose texts are read as the JSON, or Python's words, that they may be."""
+    words = {"True": "true", "False": "false", "None": "null"}
+    values = {
+        name: plain_value(words.get(one, one)) if isinstance(one, str) else one
+        for name, one in call.arguments.items()
+    }
     return Call(call.name, values)
 
 
