@@ -1,4 +1,4 @@
-"""The verbs that say what a report is worth: what a student saves, and whether it may go out."""
+"""The verbs that read a report: what a student saves, whether it may go out, and a page."""
 
 import argparse
 import json
@@ -130,6 +130,32 @@ def gate(options: argparse.Namespace) -> None:
     found = look(options.run, against=options.against, rules=rules)
     print(json.dumps(found.to_json(), indent=2) if options.json else found.text())
     found.require()
+
+
+def add_page(parser: argparse.ArgumentParser) -> None:
+    """Which report, of which training, and at whose prices."""
+    parser.add_argument("run", type=Path, help="a run's folder, or the report.json of a split")
+    parser.add_argument(
+        "--training",
+        type=Path,
+        metavar="PATH",
+        help="the folder of the student's training (default: that in RUN)",
+    )
+    parser.add_argument(
+        "--prices", type=Path, help="a file with a date and prices, for a section on cost"
+    )
+
+
+def page(options: argparse.Namespace) -> None:
+    """Write a report's page anew, and say where it is."""
+    from distill_datasets.evaluation.money import money_of_run, read_report
+    from distill_datasets.evaluation.page import write_page
+    from distill_datasets.generation.pricing import Prices
+
+    data = read_report(options.run)
+    if options.prices:
+        data["money"] = money_of_run(options.run, Prices.load(options.prices))
+    print(write_page(options.run, options.training, data=data))
 
 
 def _share(text: str) -> float:

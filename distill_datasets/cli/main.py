@@ -223,6 +223,7 @@ def _list_files(out: Path, trained: Path) -> None:
         f"{trained.name}/",
         "report.json",
         "report.md",
+        "report.html",
         "model_card.md",
     ):
         if (out / name).exists():
@@ -319,6 +320,12 @@ _VERBS = {
             "gate runs/support-2 --against runs/support --strict",
         ),
         usage="[run] [flags]",
+    ),
+    "page": _Verb(
+        "write report.html, one page that says whether the student may replace the prompt",
+        evidence.page,
+        (evidence.add_page,),
+        ("page runs/support", "page runs/support/report-edge.json --training runs/qwen"),
     ),
     "push": _Verb(
         "push a trained student to the Hub, with its card",

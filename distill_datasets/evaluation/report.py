@@ -11,6 +11,7 @@ from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.evaluation import report_text
 from distill_datasets.evaluation.asking import AnswersOfAll, ask_all
 from distill_datasets.evaluation.latency import TimedSystem, measure_latency
+from distill_datasets.evaluation.page import rows_file, write_page
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.evaluation.systems import (
     PROMPTED,
@@ -83,11 +84,6 @@ class Report:
         return report_text.table(self.data)
 
 
-def rows_file(report: Path) -> Path:
-    """Where the rows of a report are: `rows.jsonl` beside `report.json`."""
-    return report.with_name(f"rows{report.stem.removeprefix('report')}.jsonl")
-
-
 def measure(
     dataset: str | Path,
     *,
@@ -101,8 +97,8 @@ def measure(
 
     `student` is a training folder (or a run's folder with `train/`) or a model reference; the
     teacher is the release's, and the base what the student was trained from, unless given.
-    Writes `out/report.json`, `report.md`, `rows.jsonl` and `model_card.md`; for a split other than
-    test `report-<split>.json` and so on. Answers are at temperature 0 and kept in
+    Writes `out/report.json`, `report.md`, `report.html`, `rows.jsonl` and `model_card.md`; for a
+    split other than test `report-<split>.json` and so on. Answers are at temperature 0 and kept in
     `out/journal.sqlite`: another call asks only for timings, and for nothing where its report
     exists. Lines on standard error say what is asked and what it costs, beforehand. Timing comes
     last, when the report is there without it. Raises `DatasetError`, `RecipeError`,
@@ -286,6 +282,7 @@ class _Measuring:
             card = cards.model_card(data, facts, self.held_out.recipe)
             write_file(path.with_name("model_card.md"), card)
         text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        write_page(path, self.training.folder if self.training else None, data=data)
         write_file(path, text)
         return data
 

@@ -188,7 +188,13 @@ class TrainingFolder:
         """Draw loss.png."""
         from distill_datasets.training.tracking import draw_curves
 
-        draw_curves(self.metrics, self.path / "loss.png")
+        config = self.config or {}
+        rows = config.get("dataset", {}).get("rows", {}).get("train", 0)
+        best = [one.step for one in self.checkpoints if one.best][-1:]
+        title = f"{config.get('student', 'student')}, trained on {rows:,} rows"
+        draw_curves(
+            self.metrics, self.path / "loss.png", title=title, best=best[0] if best else None
+        )
 
     def result(self, settings: TrainSettings) -> TrainingResult:
         """The result that a finished training's files hold."""

@@ -5,11 +5,14 @@ from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distill_datasets.errors import SettingsError
 from distill_datasets.files import write_file
 from distill_datasets.models.sampler import digest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _PROJECT = "distill-datasets"
 _INSTALL = "track={name!r} needs a package that isn't installed: pip install {name}."
@@ -22,6 +25,8 @@ _PANELS = (
     ("learning rate", {"learning_rate": "learning rate"}),
 )
 _SIZE = (7.0, 2.2)  # inches, of one panel
+_TITLE = 0.4  # inches above the panels
+_FAR = 30  # times that a loss falls
 _FEW = 30  # points that are marked one by one
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -97,30 +102,56 @@ class _TensorBoard:
         self._writer.close()
 
 
-def draw_curves(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """A panel for each kind of number that the lines hold, over the steps."""
+def panels(
+    metrics: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, dict[str, list[tuple[int, float]]]]]:
+    """Each kind of number that the lines hold, with its curves over the steps."""
+    found = [(name, _curves(metrics, keys)) for name, keys in _PANELS]
+    return [(name, lines) for name, lines in found if lines]
+
+
+def draw_curves(
+    metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = "", best: int | None = None
+) -> None:
+    """A panel for each kind of number that the lines hold, over the steps.
+
+    The loss has a logarithmic axis where it falls far; the step of the `best` checkpoint is marked.
+    """
     from matplotlib.figure import Figure
 
-    curves = [(name, _curves(metrics, keys)) for name, keys in _PANELS]
-    drawn = [(name, lines) for name, lines in curves if lines]
+    drawn = panels(metrics)
     if not drawn:
         return
     # No automatic layout: it would take as long as all the rest.
-    figure = Figure(figsize=(_SIZE[0], _SIZE[1] * len(drawn)), dpi=100)
-    figure.subplots_adjust(left=0.12, right=0.98, top=0.97, bottom=0.6 / (len(drawn) + 2))
-    panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (name, lines) in zip(panels, drawn, strict=True):
-        for label, points in lines.items():
-            axes.plot(
-                *zip(*points, strict=True), label=label, marker="o" if len(points) < _FEW else ""
-            )
-        axes.set(ylabel=name)
-        if list(lines) != [name]:
-            axes.legend()
-    panels[-1].set(xlabel="step")
+    height = _SIZE[1] * len(drawn) + _TITLE
+    figure = Figure(figsize=(_SIZE[0], height), dpi=100)
+    figure.subplots_adjust(left=0.12, right=0.98, top=1 - _TITLE / height, bottom=0.5 / height)
+    figure.suptitle(title, fontsize=11, y=1 - 0.1 / height, va="top")
+    for axes, (name, lines) in zip(
+        figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0], drawn, strict=True
+    ):
+        _draw_panel(axes, name, lines, best)
+    axes.set(xlabel="step")
     drawing = BytesIO()
     figure.savefig(drawing)
     write_file(file, drawing.getvalue())
+
+
+def _draw_panel(
+    axes: "Axes", name: str, lines: Mapping[str, Sequence[tuple[int, float]]], best: int | None
+) -> None:
+    for label, points in lines.items():
+        axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < _FEW else "")
+    heights = [height for points in lines.values() for _, height in points]
+    if name == _PANELS[0][0]:
+        if min(heights) > 0 and max(heights) > _FAR * min(heights):
+            axes.set_yscale("log")
+            name += " (log)"
+        if best is not None:
+            axes.axvline(best, color="black", linestyle=":", label=f"best checkpoint: step {best}")
+    axes.set(ylabel=name)
+    if list(lines) != [name]:
+        axes.legend()
 
 
 def _curves(

@@ -1,0 +1,561 @@
+"""The report as a page: one file of HTML that asks nothing of any server.
+
+Whatever models and datasets say is escaped, and a policy in the page lets no script run but the
+page's own.
+"""
+
+import base64
+import hashlib
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import floor, isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from distill_datasets import resources
+from distill_datasets.drawing import Mark, curves, short, whisker
+from distill_datasets.evaluation.money import read_report
+from distill_datasets.files import write_file
+from distill_datasets.html import measured
+from distill_datasets.progress import amount_text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_MOST_ROWS = 20_000
+_MOST_TEXT = 20_000  # characters of a text
+_MOST_FLIPS, _FLIP_TEXT = 5, 300
+_MOST_LABELS = 30
+_SHOWN = ("teacher", "student", "base")  # side by side, in this order
+_OUTCOMES = {"replaces the prompt": ("good", "✔"), "does not replace the prompt": ("bad", "✘")}
+_Row = Mapping[str, Any]
+_Report = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a page says of a training: its configuration, its numbers, and its best step."""
+
+    config: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    best_step: int | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> "TrainingRecord":
+        """Of a training's folder."""
+        from distill_datasets.training.folder import TrainingFolder
+
+        training = TrainingFolder(folder)
+        best = [one.step for one in training.checkpoints if one.best]
+        return cls(training.config or {}, training.metrics, best[-1] if best else None)
+
+
+def write_page(
+    report: Path | str, training: Path | None = None, *, data: _Report | None = None
+) -> Path:
+    """Write `report.html` beside a `report.json`, out of that and its `rows.jsonl`.
+
+    `report` is that file or a run's folder; `training` is the folder of the student's training,
+    looked for in the run's folder unless given; `data` takes the place of what the file holds.
+    Returns the page's path. Raises `DatasetError` where there is no report.
+    """
+    file = Path(report) / "report.json" if Path(report).is_dir() else Path(report)
+    data = data or read_report(file)
+    folder = training or _find_training(file.parent, data)
+    record = TrainingRecord.read(folder) if folder else None
+    written = file.with_suffix(".html")
+    write_file(written, page(data, _read_rows(rows_file(file)), training=record))
+    return written
+
+
+def rows_file(report: Path) -> Path:
+    """Where the rows of a report are: `rows.jsonl` beside `report.json`."""
+    return report.with_name(f"rows{report.stem.removeprefix('report')}.jsonl")
+
+
+def _find_training(run: Path, report: _Report) -> Path | None:
+    """The training in a run's folder whose checkpoint is the student."""
+    student = report["systems"]["student"]["model"]
+    for log in sorted(run.glob("train*/checkpoints.jsonl")):
+        if json.dumps(student) in log.read_text("utf-8", "replace"):
+            return log.parent
+    return None
+
+
+def page(
+    report: _Report, rows: Iterable[_Row] = (), *, training: TrainingRecord | None = None
+) -> str:
+    """The page of a report's `data` and its rows; what is not known is left out.
+
+    Path("page.html").write_text(page(report.data, report.rows()))
+    """
+    kept = list(islice(rows, _MOST_ROWS + 1))
+    cut, kept = len(kept) > _MOST_ROWS, kept[:_MOST_ROWS]
+    script = (resources.cards() / "report.js").read_text(encoding="utf-8")
+    digest = hashlib.sha256(script.encode()).digest()
+    facts = {
+        "report": report,
+        "verdict": _verdict(report),
+        "alerts": report.get("alerts") or [],
+        "tiles": list(_tiles(report)),
+        "metrics": list(_metrics(report)),
+        "differences": list(_differences(report)),
+        "internalisation": _beside(report.get("internalisation")),
+        "texts": _texts(report),
+        "flips": _flips(report, kept),
+        "checks": list(_checks(report)),
+        "rows": _rows(report, kept, cut) if kept else None,
+        "curves": list(_curves(training)) if training else [],
+        "training_said": _training_said(training),
+        "confusion": list(_confusions(report, kept)),
+        "labels": _labels(report),
+        "money": _money(report.get("money")),
+        "latency": _latency(report),
+        "commands": _commands(report, training),
+        "provenance": _provenance(report, training),
+        "script": Markup(script),
+        "script_hash": base64.b64encode(digest).decode(),
+    }
+    return _environment().get_template("report.html").render(facts)
+
+
+def _read_rows(path: Path) -> Iterator[_Row]:
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def _environment() -> "Environment":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(resources.cards()),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        measured=measured,
+        count="{:,}".format,
+        amount=amount_text,
+        plain=lambda name: str(name).replace("_", " "),
+        shown=_shown,
+    )
+    return environment
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "", True: "yes", False: "no"}[value]
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)[:_MOST_TEXT]
+
+
+def _verdict(report: _Report) -> dict[str, Any] | None:
+    verdict = report.get("verdict")
+    if not verdict:
+        return None
+    kind, sign = _OUTCOMES.get(verdict["outcome"], ("open", "?"))
+    difference, margin = verdict.get("difference"), verdict.get("margin")
+    scale = None
+    if difference and margin is not None:
+        lines = [(str(verdict["metric"]), difference)]
+        caption = f"Student minus teacher; the dashed lines are 0 and the margin, -{margin:g}"
+        scale = _scale(caption, lines, across=(0.0, -margin), around=True)
+    return {**verdict, "kind": kind, "sign": sign, "scale": scale}
+
+
+def _scale(
+    caption: str,
+    values: Iterable[tuple[str, Mapping[str, float]]],
+    *,
+    across: Sequence[float] = (),
+    around: bool = False,
+) -> dict[str, Any]:
+    """Values with their intervals on one scale, from 0 to 1 or wider, or `around` 0."""
+    known = [(name, value) for name, value in values if isfinite(value["value"])]
+    numbers = [value[end] for _, value in known for end in ("value", "low", "high") if end in value]
+    if around:
+        far = max(map(abs, [*numbers, *across]), default=1.0) or 1.0
+        bounds = -far, far
+    else:
+        bounds = min(0.0, *numbers, 0.0), max(1.0, *numbers)
+    lines = [
+        {
+            "name": name,
+            "said": f"{value['value']:+.3f}" + _ends(value) if around else measured(value),
+            "drawing": whisker(
+                value["value"],
+                value.get("low"),
+                value.get("high"),
+                bounds=bounds,
+                lines=across,
+                colour=place,
+            ),
+        }
+        for place, (name, value) in enumerate(known)
+    ]
+    low, high = map(short, (float(f"{bounds[0]:.2g}"), float(f"{bounds[1]:.2g}")))
+    return {"caption": caption, "low": low, "high": high, "unit": "95 % interval", "lines": lines}
+
+
+def _ends(value: Mapping[str, float]) -> str:
+    return f" [{value['low']:+.3f}, {value['high']:+.3f}]" if "low" in value else ""
+
+
+def _tiles(report: _Report) -> Iterator[dict[str, str]]:
+    systems, saved = report["systems"], report.get("prompt_tokens_saved")
+    if saved:
+        long, short = (systems[name]["tokens"]["prompt_mean"] for name in ("teacher", "student"))
+        yield {
+            "number": f"{saved['per_query']:,.0f} tokens",
+            "said": f"of every prompt: {long:,.0f} become {short:,.0f}, {saved['ratio']:.1f} times "
+            "fewer",
+        }
+    for name, saving in (report.get("money") or {}).get("savings", {}).items():
+        if saving.get("percent") is not None:
+            amount = f"{amount_text(abs(1e6 * saving['per_query']))} {report['money']['currency']}"
+            how = "cheaper" if saving["percent"] >= 0 else "dearer"
+            yield {
+                "number": f"{floor(10 * abs(saving['percent'])) / 10:g} % {how}",
+                "said": f"than the {name}, hosting aside: {amount} a million queries",
+            }
+    if timed := systems["student"].get("latency_ms"):
+        teacher = systems["teacher"]
+        anew, kept = teacher.get("latency_uncached_ms"), teacher.get("latency_ms")
+        said = [f"{anew['p50']:,.0f} ms, its prompt read anew"] if anew else []
+        said += [f"{kept['p50']:,.0f} ms as its server keeps it"] if kept else []
+        yield {
+            "number": f"{timed['p50']:,.0f} ms",
+            "said": f"is the student's median latency; the teacher's: {'; '.join(said)}",
+        }
+
+
+def _metrics(report: _Report) -> Iterator[dict[str, Any]]:
+    systems = report["systems"]
+    names = dict.fromkeys(name for system in systems.values() for name in system["metrics"])
+    for name in names:
+        found = [
+            (system, one["metrics"][name])
+            for system, one in systems.items()
+            if name in one["metrics"]
+        ]
+        yield _scale(name.replace("_", " "), found)
+
+
+def _differences(report: _Report) -> Iterator[dict[str, Any]]:
+    for pair, metrics in report.get("differences", {}).items():
+        if metrics:
+            caption = pair.replace("-", " minus ", 1)
+            yield _scale(caption, metrics.items(), across=(0.0,), around=True)
+
+
+def _texts(report: _Report) -> list[dict[str, Any]]:
+    """A line a system: its likeness to the teacher's texts, then all that is a number or a text."""
+    found = {}
+    for name, texts in (report.get("texts") or {}).items():
+        inner = {key: value for key, value in texts.items() if key not in ("teacher", "reference")}
+        found[name] = {**(texts.get("teacher") or {}), **inner}
+    columns = dict.fromkeys(key for cells in found.values() for key in cells)
+    return [
+        {"name": name, "cells": {key: cells.get(key) for key in columns}}
+        for name, cells in found.items()
+    ]
+
+
+def _beside(value: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What comes with a number and its interval."""
+    return {key: one for key, one in (value or {}).items() if key not in ("value", "low", "high")}
+
+
+def _answer(row: _Row, system: str) -> str | None:
+    found = row["systems"].get(system, {}).get("answer")
+    return None if found is None else str(found)
+
+
+def _sides(report: _Report, rows: Sequence[_Row]) -> dict[str, str]:
+    """Who alone is right, by row: as the verdict says, or by the references of labels."""
+    verdict = report.get("verdict") or {}
+    if "only_teacher" in verdict:
+        sides = {one: "teacher" for one in verdict["only_teacher"] or ()}
+        return sides | {one: "student" for one in verdict.get("only_student") or ()}
+    if report.get("free_text"):
+        return {}
+    found = {}
+    for row in rows:
+        right = row.get("reference")
+        correct = [name for name in ("teacher", "student") if _answer(row, name) == right]
+        if right and len(correct) == 1:
+            found[row["id"]] = correct[0]
+    return found
+
+
+def _flips(report: _Report, rows: Sequence[_Row]) -> list[dict[str, Any]]:
+    sides = _sides(report, rows)
+    found = []
+    for who in ("teacher", "student"):
+        shown = [row for row in rows if sides.get(row["id"]) == who][:_MOST_FLIPS]
+        cells = [
+            [_cut(text) for text in (row["query"], row.get("reference") or "", *_both(row))]
+            for row in shown
+        ]
+        count = sum(one == who for one in sides.values())
+        found.append({"who": who, "count": count, "rows": cells})
+    return found if sides else []
+
+
+def _both(row: _Row) -> Iterator[str]:
+    for name in ("teacher", "student"):
+        yield row["systems"].get(name, {}).get("text") or ""
+
+
+def _cut(text: str, most: int = _FLIP_TEXT) -> str:
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
+
+
+def _checks(report: _Report) -> Iterator[dict[str, Any]]:
+    for name, check in (report.get("checks") or {}).items():
+        found = {
+            system: one["checks"][name]
+            for system, one in report["systems"].items()
+            if name in one.get("checks", {})
+        }
+        if found:
+            rows = found.get("student", {}).get("rows")
+            scale = _scale("Share of the rows that pass", found.items())
+            yield {"name": name, **check, "rows": rows, "scale": scale}
+
+
+def _rows(report: _Report, rows: Sequence[_Row], cut: bool) -> dict[str, Any]:
+    """The rows as JSON that no HTML can hide in: short, for there may be many."""
+    systems = sorted(rows[0]["systems"], key=_first_shown)
+    checks = list(report.get("checks") or {})
+    sides = _sides(report, rows)
+    found = {
+        "systems": systems,
+        "checks": checks,
+        "free": bool(report.get("free_text")),
+        "rows": [
+            [
+                row["id"],
+                _cut(row["query"], _MOST_TEXT),
+                row.get("group"),
+                row.get("reference"),
+                sides.get(row["id"], ""),
+                [_part(row["systems"][name], checks) for name in systems],
+            ]
+            for row in rows
+        ],
+    }
+    text = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
+    safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return {"cut": cut, "shown": len(rows), "json": Markup(safe)}
+
+
+def _first_shown(system: str) -> int:
+    return _SHOWN.index(system) if system in _SHOWN else len(_SHOWN)
+
+
+def _part(said: Mapping[str, Any], checks: Sequence[str]) -> list[Any]:
+    text, answer = said.get("text") or "", said.get("answer")
+    signs = {True: "1", False: "0", None: "-"}
+    passed = "".join(signs[said.get("checks", {}).get(name)] for name in checks)
+    return [
+        _cut(text, _MOST_TEXT),
+        0 if answer == text else None if answer is None else _cut(str(answer), _MOST_TEXT),
+        said.get("stop_reason"),
+        said.get("tokens"),
+        passed,
+    ]
+
+
+def _curves(training: TrainingRecord) -> Iterator[Markup]:
+    from distill_datasets.training.tracking import panels
+
+    for name, lines in panels(training.metrics):
+        yield curves(
+            lines,
+            x="step",
+            y=name,
+            log=(False, name.startswith("loss")),
+            marks=best_marks(lines, training.best_step),
+        )
+
+
+def best_marks(lines: Mapping[str, Sequence[tuple[float, float]]], step: int | None) -> list[Mark]:
+    """The best checkpoint on the line of the validation rows, where it was measured."""
+    at = dict(lines.get("validation", ()))
+    return [Mark(step, at[step], f"best: step {step}")] if step is not None and step in at else []
+
+
+def _training_said(training: TrainingRecord | None) -> str:
+    if training is None or not training.metrics:
+        return ""
+    rows = training.config.get("dataset", {}).get("rows", {}).get("train")
+    on = f" on {rows:,} rows" if rows else ""
+    student, steps = training.config.get("student", "A student"), training.metrics[-1]["step"]
+    return f"{student}, {steps:,} steps{on}."
+
+
+def _confusions(report: _Report, rows: Sequence[_Row]) -> Iterator[dict[str, Any]]:
+    labels = list(report.get("labels") or {})
+    known = [row for row in rows if row.get("reference")]
+    if not known or len(labels) > _MOST_LABELS or {row["reference"] for row in known} - {*labels}:
+        return
+    for system in ("student", "teacher"):
+        counts = Counter((row["reference"], _answer(row, system)) for row in known)
+        others = sum(n for (_, answer), n in counts.items() if answer not in labels)
+        names = [*labels, *(["(other)"] if others else [])]
+        yield {
+            "system": system,
+            "names": names,
+            "lines": [_confusion_line(counts, label, names) for label in labels],
+        }
+
+
+def _confusion_line(
+    counts: Mapping[tuple[str, str | None], int], label: str, names: Sequence[str]
+) -> dict[str, Any]:
+    mine = {answer: n for (right, answer), n in counts.items() if right == label}
+    total = sum(mine.values())
+    other = total - sum(n for answer, n in mine.items() if answer in names)
+    cells = [mine.get(name, 0) if name != "(other)" else other for name in names]
+    return {
+        "name": label,
+        "cells": [
+            {"n": n, "share": round(n / (total or 1), 3), "right": name == label and n > 0}
+            for name, n in zip(names, cells, strict=True)
+        ],
+    }
+
+
+def _labels(report: _Report) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "cells": {key.replace("_", " "): value for key, value in cells.items()}}
+        for name, cells in (report.get("labels") or {}).items()
+    ]
+
+
+def _money(money: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if not money:
+        return None
+    volumes = []
+    for month in money["volumes"]:
+        against = month["against"].get("teacher, cached") or {}
+        days = against.get("break_even_days")
+        volumes.append({**month, "days": "never" if days is None else f"{days:,.1f}"})
+    return {
+        **money,
+        "names": list(money["per_query"]),
+        "volumes": volumes,
+        "drawing": _cost_curves(money),
+    }
+
+
+def _cost_curves(money: Mapping[str, Any]) -> Markup:
+    """Total cost over queries where nobody pays for hosting, and a month's cost otherwise."""
+    costs, hosting, spent = money["per_query"], money["hosting_per_month"], money["spent"]["total"]
+    monthly = any(hosting.values())
+    turn = {
+        name: one["pays_from" if monthly else "break_even_queries"]
+        for name, one in money["savings"].items()
+    }
+    turns = {name: one for name, one in turn.items() if one}
+    ends = [*turns.values(), *(month["queries"] for month in money["volumes"])]
+    low, high = max(1, min(ends) / 10), max(ends) * 10
+    queries = [low * (high / low) ** (step / 60) for step in range(61)]
+
+    def cost(name: str, number: float) -> float:
+        fixed = hosting.get(name, 0.0) if monthly else spent if name == "student" else 0.0
+        return float(fixed + costs[name] * number)
+
+    lines = {name: [(one, cost(name, one)) for one in queries] for name in costs}
+    marks = [
+        Mark(one, cost("student", one), f"{short(one)}: break-even, {name}")
+        for name, one in turns.items()
+        if name != "teacher, cached" or costs[name] != costs["teacher"]
+    ]
+    return curves(
+        {name: line for name, line in lines.items() if line[-1][1] > 0},
+        x="queries a month" if monthly else "queries",
+        y=f"{'cost of a month' if monthly else 'cost in all'} in {money['currency']}",
+        log=(True, True),
+        marks=marks,
+    )
+
+
+def _latency(report: _Report) -> dict[str, Any] | None:
+    timed = {
+        (name if key == "latency_ms" else f"{name}, prompt read anew"): system[key]
+        for name, system in report["systems"].items()
+        for key in ("latency_ms", "latency_uncached_ms")
+        if system.get(key)
+    }
+    if not timed:
+        return None
+    longest = max(one["p95"] for one in timed.values())
+    lines = [
+        {
+            "name": name,
+            "said": f"{one['p50']:,.0f} / {one['p95']:,.0f} ms",
+            "drawing": whisker(
+                one["p50"], one["p50"], one["p95"], bounds=(0.0, longest), colour=place
+            ),
+        }
+        for place, (name, one) in enumerate(timed.items())
+    ]
+    caption = "One query: the dot is the median, the line goes to the 95th percentile"
+    high = f"{longest:,.0f} ms"
+    return {"caption": caption, "low": "0", "high": high, "unit": "p50 / p95", "lines": lines}
+
+
+def _commands(report: _Report, training: TrainingRecord | None) -> str:
+    """What trains and measures the same again."""
+    dataset = report["dataset"]
+    commit = dataset.get("commit")
+    name = dataset["path"].partition("@")[0]
+    place = shlex.quote(f"{name}@{commit}" if commit else dataset["path"])
+    measuring = f"distill-datasets measure --dataset {place} --split {report['split']}"
+    if training is None:
+        student = shlex.quote(report["systems"]["student"]["model"])
+        return f"{measuring} --student {student} --out report"
+    learned = training.config.get("dataset", {}).get("path") or dataset["path"]
+    base = shlex.quote(str(training.config.get("student", "")))
+    return (
+        f"distill-datasets train {shlex.quote(learned)} --student {base} --out student\n"
+        f"{measuring} --student student --out report"
+    )
+
+
+def _provenance(report: _Report, training: TrainingRecord | None) -> dict[str, str]:
+    from distill_datasets import __version__
+
+    dataset, systems = report["dataset"], report["systems"]
+    found = {
+        "dataset": f"{dataset['path']}, version {dataset['version']}",
+        "content of the dataset": dataset["revision"],
+        "commit": dataset.get("commit"),
+        **{f"model: {name}": system.get("identity") for name, system in systems.items()},
+        "sampling": ", ".join(f"{key} {value}" for key, value in report["sampling"].items()),
+        "report": report.get("digest"),
+        "page": f"distill-datasets {__version__}",
+    }
+    if training:
+        versions = training.config.get("versions", {})
+        found["trained with"] = ", ".join(f"{name} {one}" for name, one in versions.items())
+        settings = training.config.get("settings", {})
+        found["settings"] = ", ".join(
+            f"{name} {value}"
+            for name, value in settings.items()
+            if value is not None and not isinstance(value, Mapping)
+        )
+    return {name: str(value) for name, value in found.items() if value}

@@ -1,0 +1,330 @@
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill_datasets.errors import DatasetError
+from distill_datasets.evaluation.page import TrainingRecord, page, write_page
+
+EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)> & "quoted" {{ 7 * 7 }}'
+FORMATS = Path(__file__).parents[2] / "integration" / "formats"
+
+
+def interval(value: float) -> dict[str, float]:
+    return {"value": value, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1), "n": 10}
+
+
+def report(**more: Any) -> dict[str, Any]:
+    systems = {
+        name: {
+            "model": "pocket",
+            "identity": f"pocket/{name}",
+            "prompt": name == "teacher",
+            "metrics": {"accuracy": interval(value)},
+            "answers": {"distinct": 2, "commonest": "a", "commonest_share": 0.5},
+            "tokens": {"prompt_mean": prompt, "response_mean": 5.0},
+        }
+        for name, value, prompt in (("base", 0.2, 50), ("teacher", 0.9, 600), ("student", 0.8, 50))
+    }
+    return {
+        "recipe": "letters",
+        "dataset": {"path": "me/letters", "version": "1.0.0", "revision": "abc", "rows": 20},
+        "split": "test",
+        "n": 4,
+        "systems": systems,
+        "differences": {"student-teacher": {"accuracy": interval(-0.1) | {"low": -0.2}}},
+        "internalisation": None,
+        "prompt_tokens_saved": {"per_query": 550.0, "ratio": 12.0},
+        "labels": {name: {"n": 2, "base": 0.0, "teacher": 1.0, "student": 0.5} for name in "ab"},
+        "rows": [],
+        "sampling": {"temperature": 0.0, "max_tokens": 64},
+        "notes": ["Intervals: 95 %."],
+        "digest": "d1",
+        **more,
+    }
+
+
+def said(text: str, answer: str | None, **checks: bool | None) -> dict[str, Any]:
+    return {"text": text, "answer": answer, "stop_reason": "stop", "tokens": 3, "checks": checks}
+
+
+def row(number: int, right: str, teacher: str, student: str) -> dict[str, Any]:
+    systems = {"base": said("?", None), "teacher": said(f"I say {teacher}", teacher)}
+    systems["student"] = said(student, student)
+    name = f"r{number}"
+    return {
+        "id": name,
+        "query": f"query {number}",
+        "group": name,
+        "reference": right,
+        "systems": systems,
+    }
+
+
+ROWS = [row(1, "a", "a", "a"), row(2, "a", "a", "b"), row(3, "b", "b", "x"), row(4, "b", "a", "b")]
+
+
+class Read(HTMLParser):
+    """What a browser would see: tags, attributes, the text outside scripts, and the rows."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.data = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag in ("script", "style", "section", "table"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if "script" not in self.open and "style" not in self.open:
+            self.text += data
+        elif self.tags[-1][1].get("type") == "application/json":
+            self.data += data
+
+    @property
+    def sections(self) -> list[str]:
+        return [one["id"] or "" for tag, one in self.tags if tag == "section"]
+
+    @property
+    def rows(self) -> Any:
+        return json.loads(self.data)
+
+
+def verdict(outcome: str, **more: Any) -> dict[str, Any]:
+    return {
+        "outcome": outcome,
+        "metric": "accuracy",
+        "margin": 0.02,
+        "difference": {"value": -0.1, "low": -0.2, "high": 0.01, "n": 4},
+        "rule": "The interval reaches below the margin.",
+        "rows_needed": None,
+        "only_teacher": ["r2"],
+        "only_student": ["r4"],
+        **more,
+    }
+
+
+def test_a_page_asks_nothing_of_anybody() -> None:
+    text = page(report(verdict=verdict("replaces the prompt")), ROWS)
+    for tag, attributes in Read(text).tags:
+        assert tag not in ("img", "iframe", "object", "embed", "audio", "video", "base")
+        assert "src" not in attributes
+        assert (attributes.get("href") or "#").startswith(("#", "data:,"))
+    assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttpRequest|import\(", text)
+
+
+def test_only_the_pages_own_script_may_run() -> None:
+    text = page(report(), ROWS)
+    script = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    digest = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
+    assert len(script) == 1
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+
+
+def test_what_models_and_datasets_say_is_text_wherever_it_stands() -> None:
+    evil = {**row(1, EVIL, EVIL, "b"), "query": EVIL, "id": EVIL, "group": EVIL}
+    evil["systems"][EVIL] = said(EVIL, EVIL, **{EVIL: False})
+    data = report(
+        recipe=EVIL,
+        alerts=[EVIL],
+        notes=[EVIL],
+        labels={EVIL: {"n": 1, "base": 0.0, "teacher": 1.0, "student": 0.0}},
+        checks={EVIL: {"demands": EVIL, "covers": EVIL}},
+        verdict=verdict("not enough evidence", rule=EVIL, only_teacher=[EVIL]),
+        texts={EVIL: {"commonest": EVIL}},
+        judge={EVIL: [EVIL, {EVIL: EVIL}]},
+    )
+    data["systems"][EVIL] = {**data["systems"]["base"], "checks": {EVIL: interval(0.5)}}
+    data["systems"][EVIL]["metrics"] = {EVIL: interval(0.5)}
+    record = TrainingRecord({"student": EVIL}, [{"step": 1, "loss": 1.0}], 1)
+    read = Read(page(data, [evil], training=record))
+    assert [tag for tag, _ in read.tags].count("script") == 2
+    assert not [tag for tag, _ in read.tags if tag == "img"]
+    assert not [one for _, one in read.tags if any(name.startswith("on") for name in one)]
+    assert EVIL in read.text
+    assert read.rows["rows"][0][1] == EVIL
+    assert "49" not in read.text
+
+
+def test_the_verdict_stands_first_in_words_and_with_a_sign() -> None:
+    for outcome, kind in (
+        ("replaces the prompt", "good"),
+        ("does not replace the prompt", "bad"),
+        ("not enough evidence", "open"),
+    ):
+        text = page(report(verdict=verdict(outcome, rows_needed=1200)), ROWS)
+        assert f'<div class="verdict {kind}">' in text
+        assert text.index(outcome) < text.index("<section")
+        assert "About 1,200 more rows are needed." in text
+
+
+def test_alerts_stand_before_the_first_section() -> None:
+    text = page(report(alerts=["The student copies the query."]), ROWS)
+    assert text.index("The student copies the query.") < text.index("<section")
+
+
+def test_sections_without_data_are_left_out() -> None:
+    bare = report(labels={}, prompt_tokens_saved=None, differences={}, notes=[], free_text=True)
+    assert Read(page(bare)).sections == ["quality", "reproduce"]
+    assert Read(page(report(), ROWS)).sections == [
+        "saves", "quality", "flips", "rows", "labels", "reproduce",
+    ]  # fmt: skip
+
+
+def test_every_system_has_its_interval_in_figures_and_drawn() -> None:
+    text = page(report(), ROWS)
+    assert "0.800 [0.700, 0.900]" in text
+    assert 'aria-label="0.800, from 0.700 to 0.900"' in text
+
+
+def test_rows_where_one_alone_is_right_are_listed_apart() -> None:
+    read = Read(page(report(), ROWS))
+    assert "2 where only the teacher is right, 1 where only the student is right." in read.text
+    sides = {one[0]: one[4] for one in read.rows["rows"]}
+    assert sides == {"r1": "", "r2": "teacher", "r3": "teacher", "r4": "student"}
+
+
+def test_the_verdict_decides_whose_rows_they_are() -> None:
+    read = Read(page(report(verdict=verdict("not enough evidence")), ROWS))
+    assert "1 where only the teacher is right, 1 where only the student is right." in read.text
+
+
+def test_rows_hold_all_that_every_system_said_with_its_checks() -> None:
+    systems = {
+        "base": said("?", None, short=None, polite=False),
+        "student": {**said("a", "a", short=True, polite=True), "stop_reason": "length"},
+        "teacher": said("So: a", "a", short=False, polite=True),
+    }
+    checks = {name: {"demands": "x", "covers": None} for name in ("short", "polite")}
+    one = {**ROWS[0], "systems": systems}
+    found = Read(page(report(checks=checks), [one])).rows
+    assert found["systems"] == ["teacher", "student", "base"]
+    assert found["rows"][0][5] == [
+        ["So: a", "a", "stop", 3, "01"],
+        ["a", 0, "length", 3, "11"],
+        ["?", None, "stop", 3, "-0"],
+    ]
+
+
+def test_a_confusion_counts_answers_that_are_no_label_too() -> None:
+    text = page(report(), ROWS)
+    (student,) = re.findall(r"what the student answers.*?</table>", text, re.DOTALL)
+    cells = re.findall(r'<td style="--s:([\d.]+)"( class="right")?>(\d*)</td>', student)
+    assert [int(n or 0) for *_, n in cells] == [1, 1, 0, 0, 1, 1]
+    assert [place for place, (_, right, _) in enumerate(cells) if right] == [0, 4]
+    assert ">(other)</th>" in student
+
+
+def test_a_trainings_curves_have_the_best_checkpoint_marked() -> None:
+    metrics: list[dict[str, Any]] = [{"step": step, "loss": 9.0 / step} for step in range(1, 4)]
+    metrics += [{"step": 1, "validation_loss": 5.0}, {"step": 3, "validation_loss": 6.0}]
+    record = TrainingRecord({"student": "pocket"}, metrics, best_step=1)
+    text = page(report(), ROWS, training=record)
+    assert "best: step 1" in text
+    assert "training" in Read(text).sections
+
+
+def test_costs_are_drawn_with_the_queries_that_they_take_to_be_back() -> None:
+    money = {
+        "currency": "USD",
+        "priced_at": "2026-11-01",
+        "per_query": {"teacher": 0.002, "teacher, cached": 0.001, "student": 0.0001},
+        "hosting_per_month": {"teacher": 0.0, "student": 0.0},
+        "spent": {"total": 1.9},
+        "savings": {
+            name: {"per_query": saved, "percent": 50.0, "break_even_queries": turn}
+            | {"pays_from": None}
+            for name, saved, turn in (("teacher", 0.0019, 1000), ("teacher, cached", 0.0009, 2112))
+        },
+        "volumes": [
+            {
+                "queries": 10_000,
+                "cost": {"teacher": 20.0, "teacher, cached": 10.0, "student": 1.0},
+                "cheapest": "student",
+                "against": {"teacher, cached": {"break_even_days": 6.4}},
+            }
+        ],
+        "advice": "The student is the cheapest at every volume.",
+        "arithmetic": ["0.002 - 0.0001 = 0.0019"],
+    }
+    text = page(report(money=money), ROWS)
+    assert "1k: break-even, teacher" in text
+    assert "2.11k: break-even, teacher, cached" in text
+    assert "0.002 - 0.0001 = 0.0019" in text
+
+
+def test_what_trains_and_measures_it_again_is_quoted_for_a_shell() -> None:
+    record = TrainingRecord({"student": "pocket", "dataset": {"path": "my runs/release"}}, [])
+    text = Read(page(report(), ROWS, training=record)).text
+    assert "distill-datasets train 'my runs/release' --student pocket --out student" in text
+    dataset = {"path": "me/letters@v1.0.0", "commit": "c0ffee", "version": "1", "revision": "r"}
+    text = Read(page(report(dataset=dataset))).text
+    assert "measure --dataset me/letters@c0ffee --split test --student pocket" in text
+
+
+def test_ten_thousand_rows_take_no_more_room_than_their_file() -> None:
+    rows = [row(number, "a", "a", "b") for number in range(10_000)]
+    text = page(report(labels={}), rows)
+    assert len(text) < len("".join(map(json.dumps, rows)))
+    assert text.count("<tr>") < 100
+
+
+def test_more_rows_than_a_page_opens_are_said_to_be_elsewhere() -> None:
+    rows = [row(number, "a", "a", "a") for number in range(20_001)]
+    read = Read(page(report(), rows))
+    assert "The page holds the first 20,000 rows; rows.jsonl has all." in read.text
+    assert len(read.rows["rows"]) == 20_000
+
+
+def test_a_page_is_written_beside_its_report(tmp_path: Path) -> None:
+    (tmp_path / "report-edge.json").write_text(json.dumps(report()))
+    lines = "".join(json.dumps(one) + "\n" for one in ROWS)
+    (tmp_path / "rows-edge.jsonl").write_text(lines)
+    written = write_page(tmp_path / "report-edge.json")
+    assert written == tmp_path / "report-edge.html"
+    assert len(Read(written.read_text()).rows["rows"]) == 4
+
+
+def test_a_report_of_the_first_version_has_a_page_too(tmp_path: Path) -> None:
+    old = FORMATS / "v0.1" / "run" / "report.json"
+    (tmp_path / "report.json").write_text(old.read_text())
+    assert "quality" in Read(write_page(tmp_path / "report.json").read_text()).sections
+
+
+def test_what_is_no_report_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="There is no report"):
+        write_page(tmp_path)
+    (tmp_path / "report.json").write_text("[]")
+    with pytest.raises(DatasetError, match="is no report"):
+        write_page(tmp_path)
+
+
+def test_the_training_in_the_runs_folder_is_found_by_its_student(tmp_path: Path) -> None:
+    data = report()
+    data["systems"]["student"]["model"] = "tinker://two"
+    (tmp_path / "report.json").write_text(json.dumps(data))
+    for name, sampler in (("train", "tinker://one"), ("train-2", "tinker://two")):
+        folder = tmp_path / name
+        folder.mkdir()
+        checkpoint = {"name": "final", "step": 2, "state": "s", "sampler": sampler, "best": True}
+        (folder / "checkpoints.jsonl").write_text(json.dumps(checkpoint) + "\n")
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 2, "loss": 1.0}) + "\n")
+        config = {"student": f"base of {name}", "dataset": {}, "settings": {}}
+        (folder / "config.json").write_text(json.dumps(config))
+    assert "base of train-2, 2 steps" in write_page(tmp_path).read_text()
