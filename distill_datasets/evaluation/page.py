@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from distill_datasets import resources
 from distill_datasets.drawing import Mark, curves, short, whisker
+from distill_datasets.errors import DatasetError
 from distill_datasets.evaluation.money import read_report
 from distill_datasets.files import write_file
 from distill_datasets.html import measured
@@ -48,12 +49,17 @@ class TrainingRecord:
 
     @classmethod
     def read(cls, folder: Path) -> "TrainingRecord":
-        """Of a training's folder."""
+        """Of a training's folder; raises `DatasetError` or `ModelError` for any other."""
+        from distill_datasets.models.references import read_training
         from distill_datasets.training.folder import TrainingFolder
 
-        training = TrainingFolder(folder)
-        best = [one.step for one in training.checkpoints if one.best]
-        return cls(training.config or {}, training.metrics, best[-1] if best else None)
+        if not (folder / "checkpoints.jsonl").is_file():
+            raise DatasetError(
+                f"{str(folder)!r} is no training: expected the folder that `train` wrote, with "
+                "checkpoints.jsonl in it."
+            )
+        config, best = read_training(folder)
+        return cls(config, TrainingFolder(folder).metrics, best.get("step"))
 
 
 def write_page(

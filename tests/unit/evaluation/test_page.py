@@ -313,6 +313,9 @@ def test_what_is_no_report_is_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("[]")
     with pytest.raises(DatasetError, match="is no report"):
         write_page(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps(report()))
+    with pytest.raises(DatasetError, match="is no training"):
+        write_page(tmp_path, tmp_path)
 
 
 def test_the_training_in_the_runs_folder_is_found_by_its_student(tmp_path: Path) -> None:
@@ -325,6 +328,6 @@ def test_the_training_in_the_runs_folder_is_found_by_its_student(tmp_path: Path)
         checkpoint = {"name": "final", "step": 2, "state": "s", "sampler": sampler, "best": True}
         (folder / "checkpoints.jsonl").write_text(json.dumps(checkpoint) + "\n")
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 2, "loss": 1.0}) + "\n")
-        config = {"student": f"base of {name}", "dataset": {}, "settings": {}}
+        config = {"student": f"base of {name}", "renderer": "r", "settings": {}}
         (folder / "config.json").write_text(json.dumps(config))
     assert "base of train-2, 2 steps" in write_page(tmp_path).read_text()
