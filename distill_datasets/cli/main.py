@@ -167,7 +167,14 @@ def _run(options: argparse.Namespace) -> None:
     options.dataset = out / "release"
     trained = _train_in_run(options, [*folders, out / f"train-{len(folders) + 1}"])
     student.measure(
-        argparse.Namespace(run=out, dataset=None, student=trained, out=None, split=None)
+        argparse.Namespace(
+            run=out,
+            dataset=None,
+            student=trained,
+            out=None,
+            split=None,
+            internalisation=options.internalisation,
+        )
     )
     _list_files(out, trained)
 
@@ -224,6 +231,7 @@ def _list_files(out: Path, trained: Path) -> None:
         "report.json",
         "report.md",
         "report.html",
+        "rows.jsonl",
         "model_card.md",
     ):
         if (out / name).exists():

@@ -46,11 +46,15 @@ class Asking:
 
 @dataclass(frozen=True)
 class AnswersOfAll:
-    """The rows of each system by its name, how many seconds they took, and what was spent."""
+    """The rows of each system by its name, how many seconds they took, and what was spent.
+
+    `meters` are those that count what a system is asked: one in all, for systems with a price.
+    """
 
     rows: "Mapping[str, Dataset]"
     seconds: float
     meter: Meter | None
+    meters: Mapping[str, Meter | None]
 
 
 def ask_all(
@@ -58,11 +62,11 @@ def ask_all(
     systems: Mapping[str, Answerer],
     path: Path,
     settings: MeasureSettings,
-    timed: int,
+    then: str,
 ) -> AnswersOfAll:
     """Every system's answer to every query, out of the journal at `path` where that has it.
 
-    `timed` requests follow, which the line on standard error says too.
+    What is asked is said on standard error first, with what is asked `then`.
     """
     prices = Prices.load(settings.prices) if settings.prices else None
     meter = Meter(prices, budget=settings.budget) if prices else None
@@ -72,12 +76,13 @@ def ask_all(
         planned = {
             name: _planned(held_out, system, journal, prices) for name, system in systems.items()
         }
-        print("\n".join(_said(held_out, planned, prices, timed)), file=sys.stderr)
+        print("\n".join(_said(held_out, planned, prices, then)), file=sys.stderr)
+        meters = {name: None if one.cost is None else meter for name, one in planned.items()}
         for name, system in systems.items():
-            counted = meter if prices and planned[name].cost is not None else None
-            client = CachedClient(journal, limits=Limits(settings.concurrency), meter=counted)
+            limits = Limits(settings.concurrency)
+            client = CachedClient(journal, limits=limits, meter=meters[name])
             rows[name] = _complete(ask(held_out.rows, system, client, title=name), name)
-    return AnswersOfAll(rows, monotonic() - began, meter)
+    return AnswersOfAll(rows, monotonic() - began, meter, meters)
 
 
 def _take_released(held_out: HeldOut, systems: Mapping[str, Answerer], journal: Journal) -> None:
@@ -133,23 +138,17 @@ def _load(one: PromptedModel, query: str) -> tuple[float, int]:
 
 
 def _said(
-    held_out: HeldOut, planned: Mapping[str, Asking], prices: Prices | None, timed: int
+    held_out: HeldOut, planned: Mapping[str, Asking], prices: Prices | None, then: str
 ) -> Iterator[str]:
     """What is asked of whom, and what it costs."""
     counted = [f"{one.left:,} of {one.requests:,} to the {name}" for name, one in planned.items()]
     judged = " (and its judge's)" if held_out.recipe.judge else ""
-    timing = f" Then {timed:,} requests time some of them." if timed else ""
-    yield (f"measure: asks {', '.join(counted)}{judged}; the others are answered already.{timing}")
-    if not any(one.left for one in planned.values()):
-        return
+    yield (f"measure: asks {', '.join(counted)}{judged}; the others are answered already.{then}")
+    currency = prices.currency if prices else ""
     for name, one in planned.items():
         if one.left:
-            money = (
-                ""
-                if one.cost is None or not prices
-                else (f", at most {amount_text(one.cost)} {prices.currency}")
-            )
-            unpriced = " (no price)" if prices and one.cost is None else ""
+            money = f", at most {amount_text(one.cost)} {currency}" if one.cost is not None else ""
+            unpriced = " (the price file has no price)" if prices and one.cost is None else ""
             yield (
                 f"measure:   {name}: about {one.prompt:,.0f} tokens to read, at most "
                 f"{one.most:,} to write{money}{unpriced}"

@@ -186,7 +186,7 @@ class Comparison:
     def tokens(self, system: str) -> dict[str, float | None]:
         """Mean tokens of a request, as the server counted them; None where it doesn't."""
         found = {}
-        for kind in ("prompt", "response"):
+        for kind in ("prompt", "cached", "response"):
             counts = [n for n in self.answers[system][f"teacher_{kind}_tokens"] if n is not None]
             found[f"{kind}_mean"] = float(np.mean(counts)) if counts else None
         return found

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from distill_datasets.errors import DistillError, GenerationError, RequestError
 from distill_datasets.generation.client import outcome
+from distill_datasets.generation.pricing import Meter
 from distill_datasets.models.sampler import Reply, Sampler, Sampling
 from distill_datasets.progress import Progress
 from distill_datasets.schema import Message
@@ -27,11 +28,20 @@ class TimedSystem:
 class UncachedClient:
     """Asks as a `CachedClient` does, and always anew."""
 
+    def __init__(self, meter: Meter | None = None) -> None:
+        """With a `meter`, within its budget."""
+        self._meter = meter
+
     async def sample(
         self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
     ) -> Reply:
-        """What the sampler says."""
-        return await sampler.sample(messages, sampling)
+        """What the sampler says; raises what it raises, and `BudgetReached`."""
+        if self._meter is None:
+            return await sampler.sample(messages, sampling)
+        async with self._meter.room(sampler, messages, sampling):
+            reply = await sampler.sample(messages, sampling)
+            self._meter.count(sampler, reply)
+        return reply
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
 """Systems on the same held-out rows: a report and the student's model card."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.errors import DatasetError, ModelError
+from distill_datasets.errors import BudgetReached, DatasetError, ModelError, PriceError
 from distill_datasets.evaluation import report_text
 from distill_datasets.evaluation.asking import AnswersOfAll, ask_all
-from distill_datasets.evaluation.latency import TimedSystem, measure_latency
+from distill_datasets.evaluation.latency import measure_latency
+from distill_datasets.evaluation.money import SpendingRecord, money
 from distill_datasets.evaluation.page import rows_file, write_page
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.evaluation.systems import (
@@ -27,6 +28,7 @@ from distill_datasets.evaluation.systems import (
     timed_systems,
 )
 from distill_datasets.files import one_writer, write_file
+from distill_datasets.generation.pricing import Prices
 from distill_datasets.generation.teachers import Answerer, PromptedModel
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.recipes.recipe import Recipe
@@ -148,31 +150,48 @@ class _Measuring:
         known = _read(path)
         enough = known and (known.get("timed") or not self.settings.latency)
         if known and enough and known.get("digest") == self.key and rows_file(path).is_file():
-            return Report(path, known)
-        timed = timed_systems(self.held_out, self.systems) if self.settings.latency else {}
-        answers = ask_all(
-            self.held_out,
-            self.systems,
-            path.with_name("journal.sqlite"),
-            self.settings,
-            sum(len(one.requests) for one in timed.values()),
-        )
+            # What prices say of it costs no request.
+            priced = self._write(path, known) if self.settings.prices else known
+            return Report(path, priced)
+        journal = path.with_name("journal.sqlite")
+        answers = ask_all(self.held_out, self.systems, journal, self.settings, self._then())
         comparison = Comparison(answers.rows, self.metrics, self.held_out.recipe)
         data = self._data(comparison, answers)
         rows = list(comparison.lines())
         lines = (json.dumps(row, ensure_ascii=False) for row in rows)
         write_file(rows_file(path), "".join(f"{line}\n" for line in lines))
-        data = self._write(path, data | self._more(data, rows))
-        if timed:
-            data = self._write(path, data | self._times(data, timed, answers))
+        data = self._write(path, data)
+        if self.settings.latency:
+            data = self._write(path, data | self._times(data, answers))
         return Report(path, data)
 
-    def _more(self, data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What others make of the numbers and the rows."""
-        return {}
+    def _then(self) -> str:
+        """What is asked after the answers."""
+        parts = list[str]()
+        if self.settings.internalisation:
+            rows = len(self.held_out.rows)
+            parts.append(f"at most {3 * rows:,} requests ask how likely the answers are")
+        if self.settings.latency:
+            timed = timed_systems(self.held_out, self.systems, {})
+            requests = sum(len(one.requests) for one in timed.values())
+            parts.append(f"at most {requests:,} requests time some of them")
+        return f" Then {', and '.join(parts)}." if parts else ""
+
+    def _money(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """What the student saves by the price file; a note where that lacks a price."""
+        if self.settings.prices is None:
+            return {}
+        prices = Prices.load(self.settings.prices)
+        trainings = [self.training.folder] if self.training else []
+        try:
+            found = money(data, prices, spending=SpendingRecord(self.held_out.manifest, trainings))
+        except PriceError as error:
+            why = f"No comparison of costs: {error}"
+            return {"notes": [*(note for note in data["notes"] if note != why), why]}
+        return {"money": found}
 
     def _data(self, comparison: "Comparison", answers: AnswersOfAll) -> dict[str, Any]:
-        from distill_datasets.evaluation.texts import Texts, is_free_text
+        from distill_datasets.evaluation.texts import Texts
 
         held_out, systems = self.held_out, self.systems
         manifest, sampling = held_out.manifest, greedy(held_out.recipe)
@@ -203,7 +222,7 @@ class _Measuring:
             "split": held_out.split,
             "n": len(held_out.rows),
             "groups": len(set(comparison.groups)),
-            "free_text": is_free_text(held_out.recipe, comparison.references),
+            "free_text": held_out.free_text,
             "systems": measured,
             "differences": comparison.differences(),
             "texts": texts.section(),
@@ -222,11 +241,13 @@ class _Measuring:
         notes = [*comparison.notes(), *explained(systems, held_out), *data["notes"]]
         return {**data, "notes": notes}
 
-    def _times(
-        self, data: Mapping[str, Any], timed: Mapping[str, TimedSystem], answers: AnswersOfAll
-    ) -> dict[str, Any]:
+    def _times(self, data: Mapping[str, Any], answers: AnswersOfAll) -> dict[str, Any]:
         """The keys of a report that timing decides."""
-        found = measure_latency(timed, seconds=max(_LEAST_SECONDS, answers.seconds / _SHARE))
+        timed = timed_systems(self.held_out, self.systems, answers.meters)
+        try:
+            found = measure_latency(timed, seconds=max(_LEAST_SECONDS, answers.seconds / _SHARE))
+        except BudgetReached as error:
+            return {"notes": [*data["notes"], f"Not timed: {error}"]}
         latency = found.milliseconds
         systems = {
             name: {**one, **({"latency_ms": latency[name]} if name in latency else {})}
@@ -241,6 +262,7 @@ class _Measuring:
                 "teacher_uncached": latency[UNCACHED]["p50"] / each,
             },
             "notes": [*data["notes"], latency_note(found.rows)],
+            "spent": _spent(answers),
             "timed": True,
         }
 
@@ -275,6 +297,7 @@ class _Measuring:
         """The report's file comes last: where it stands, the others do."""
         from distill_datasets.releases import cards
 
+        data |= self._money(data)
         data |= {"summary": report_text.summary(data)}
         write_file(path.with_suffix(".md"), report_text.markdown(data))
         if self.training and self.held_out.split == "test":

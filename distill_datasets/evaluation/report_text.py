@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from math import exp
 from typing import Any
 
+from distill_datasets.evaluation.money import money_text
 from distill_datasets.tables import aligned
 
 _FIRST, _LAST = "expected", "query"  # of the cells of a row; any script may come last
@@ -56,6 +57,8 @@ def markdown(report: _Report) -> str:
     parts = [title, report_markdown(report).strip(), notes]
     if report.get("texts"):
         parts += ["## Texts", _code(aligned(text_cells(report))), _ABOUT_TEXTS]
+    if "money" in report:
+        parts += ["## Money", _code(money_text(report["money"]))]
     if report["labels"]:
         parts += ["## Recall of each label", _code(aligned(_label_cells(report)))]
     if report["rows"]:
@@ -65,7 +68,8 @@ def markdown(report: _Report) -> str:
 
 def summary(report: _Report) -> list[str]:
     """The first lines of a report: what is odd, the verdict, and what the student saves."""
-    return [*_first(report), *_saved(report), *_latency(report)]
+    advice = [report["money"]["advice"]] if "money" in report else []
+    return [*_first(report), *advice, *_saved(report), *_latency(report)]
 
 
 def _first(report: _Report) -> Iterator[str]:
@@ -174,7 +178,7 @@ def text_cells(report: _Report) -> Iterator[list[str]]:
             _interval(alike.get("exact_match"), ends=False),
             _interval(length, ends=False),
             _interval(found["ended"], ends=False),
-            f"{found['distinct']} of {found['ended']['n']}",
+            f"{found['distinct']} of {report['n']}",
             f"{found['commonest_share']['value']:.0%}",
         ]
 

@@ -32,8 +32,8 @@ class MeasureSettings:
     systems: tuple[SystemName, ...] = setting(
         (),
         "who is asked; teacher and student always are",
-        unset="base, teacher and student, and teacher-again where the recipe's temperature is "
-        "above 0, since the release has it",
+        unset="base, teacher and student; and teacher-again where the release has it, since the "
+        "recipe's temperature is above 0, and where answers are free text",
     )
     concurrency: int = setting(256, "most requests at once to each system", at_least=1)
     metrics: tuple[Any, ...] = setting(

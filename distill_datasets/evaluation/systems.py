@@ -17,6 +17,7 @@ from distill_datasets.evaluation.latency import (
     uncacheable_tools,
 )
 from distill_datasets.evaluation.settings import SystemName
+from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.teachers import Answerer, PromptedModel, Teachers, open_teachers
 from distill_datasets.hub.references import Pinned, find_release
 from distill_datasets.models.sampler import Sampler, Sampling
@@ -66,6 +67,22 @@ class HeldOut:
     recipe: Recipe
     split: str
     rows: "Dataset"
+
+    @property
+    def free_text(self) -> bool:
+        """Whether answers are texts of their own rather than labels, data or calls."""
+        return is_free_text(self.recipe, self.rows["reference"])
+
+
+def is_free_text(recipe: Recipe, references: Sequence[str | None]) -> bool:
+    """Whether the whole text is the answer, and hardly any two rows have one right answer."""
+    parts = [*recipe.members.values()] or [recipe]
+    formed = [
+        part.answer.pattern or part.answer.choices or part.answer.json_schema or part.tools
+        for part in parts
+    ]
+    known = [one for one in references if one]
+    return not any(formed) and (not known or 2 * len(set(known)) > len(known))
 
 
 def read_held_out(dataset: str | Path, *, split: str, limit: int | None = None) -> HeldOut:
@@ -206,7 +223,7 @@ def open_systems(
     recipe = held_out.recipe
     opened = _open(training.folder if training else student)
     plain = _teacher(held_out, teacher)
-    wanted = {"teacher", "student", *(names or _default_names(plain))}
+    wanted = {"teacher", "student", *(names or _default_names(plain, held_out.free_text))}
     if "base+short" in wanted and recipe.student_prompt is None:
         raise SettingsError(
             "The system base+short is the untrained model with the student's short prompt, and "
@@ -214,7 +231,7 @@ def open_systems(
         )
     makers: dict[str, Callable[[], Answerer]] = {
         "teacher": lambda: plain if several(plain) else _changed(plain, _greedy),
-        "teacher-again": lambda: _changed(plain, partial(_again, chosen=several(plain))),
+        "teacher-again": lambda: _second_answer(plain, held_out.free_text),
         "student": lambda: _unprompted(opened, recipe),
         "student+prompt": lambda: _prompted(opened, recipe),
     }
@@ -228,9 +245,14 @@ def open_systems(
     return {title: makers[name]() for name, title in SYSTEMS.items() if name in wanted}
 
 
-def _default_names(plain: Answerer) -> list[str]:
+def _default_names(plain: Answerer, free_text: bool) -> list[str]:
+    """The second answer is asked for where the release has it, and where nothing else is a measure.
+
+    Of texts nobody says how near they can be expected to come, but the teacher.
+    """
     sampled = isinstance(plain, PromptedModel) and plain.sampling.temperature > 0
-    return ["base", "teacher", "student", *(["teacher-again"] if sampled else [])]
+    again = ["teacher-again"] if sampled or free_text else []
+    return ["base", "teacher", "student", *again]
 
 
 def _untrained(
@@ -279,8 +301,8 @@ def _about_again(again: Answerer) -> str:
     members = [again] if isinstance(again, PromptedModel) else again.members
     heat = "/".join(dict.fromkeys(f"{one.sampling.temperature:g}" for one in members))
     return (
-        f"Teacher again is a second answer of the teacher, sampled as the recipe says (temperature "
-        f"{heat}): as near as it comes to its first answer. Nobody can be expected to come nearer."
+        f"Teacher again is a second answer of the teacher, at temperature {heat}: as near as it "
+        "comes to its own first answer, nobody can be expected to come nearer."
     )
 
 
@@ -291,12 +313,20 @@ def as_released(system: Answerer, recipe: Recipe) -> bool:
     return all(one.sampling in known for one in members)
 
 
-def timed_systems(held_out: HeldOut, systems: Mapping[str, Answerer]) -> dict[str, TimedSystem]:
-    """What to time: every system, and the teacher with its prompt read anew each time."""
+def timed_systems(
+    held_out: HeldOut, systems: Mapping[str, Answerer], meters: Mapping[str, Meter | None]
+) -> dict[str, TimedSystem]:
+    """What to time: the three, and the teacher with its prompt read anew each time.
+
+    `meters` are those of systems that have a price.
+    """
     rows = held_out.rows[:_TIMED_ROWS]["query"]
     queries = [rows[-1], *rows]
-    timed = {name: _timed(systems[name], queries) for name in _TIMED if name in systems}
-    return {**timed, UNCACHED: _timed(_changed(systems["teacher"], _uncached), queries)}
+    timed = {name: (systems[name], name) for name in _TIMED if name in systems}
+    timed[UNCACHED] = (_changed(systems["teacher"], _uncached), "teacher")
+    return {
+        title: _timed(system, queries, meters.get(name)) for title, (system, name) in timed.items()
+    }
 
 
 def latency_note(rows: int) -> str:
@@ -373,12 +403,21 @@ def _greedy(asked: PromptedModel) -> PromptedModel:
     return replace(asked, sampling=sampling)
 
 
-def _again(asked: PromptedModel, chosen: bool) -> PromptedModel:
-    """Whose answer is another than the first: one that the release has, or with another seed."""
-    own = asked.sampling
-    if own.temperature > 0 and not chosen:
-        return asked
-    return replace(asked, sampling=replace(own, seed=(own.seed or 0) + 1))
+def _second_answer(plain: Answerer, free_text: bool) -> Answerer:
+    """The teacher as the recipe samples it, whose answers the release has; else with another seed.
+
+    Where the recipe takes the likeliest text, temperature 1 says which others are as good; of
+    labels it would be a worse teacher.
+    """
+
+    def again(asked: PromptedModel) -> PromptedModel:
+        own = asked.sampling
+        if own.temperature > 0 and not several(plain):
+            return asked
+        heat = own.temperature or (1.0 if free_text else 0.0)
+        return replace(asked, sampling=replace(own, temperature=heat, seed=(own.seed or 0) + 1))
+
+    return _changed(plain, again)
 
 
 def _uncached(asked: PromptedModel) -> PromptedModel:
@@ -396,16 +435,16 @@ def _changed(system: Answerer, change: Callable[[PromptedModel], PromptedModel])
     return replace(system, members=tuple(map(change, system.members)))
 
 
-def _timed(system: Answerer, queries: Sequence[str]) -> TimedSystem:
+def _timed(system: Answerer, queries: Sequence[str], meter: Meter | None) -> TimedSystem:
+    client = UncachedClient(meter)
     if several(system):
-        client = UncachedClient()
         return TimedSystem(
             system.model, [partial(system.answer, query, client) for query in queries]
         )
     asked = [(query, one) for query in queries for one in system.asked(query)]
     return TimedSystem(
         system.model,
-        [partial(one.sampler.sample, *one.request(query)) for query, one in asked],
+        [partial(client.sample, one.sampler, *one.request(query)) for query, one in asked],
     )
 
 

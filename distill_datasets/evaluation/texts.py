@@ -5,7 +5,7 @@ response that the recipe makes of its answer; of any other, its own words.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,27 +14,12 @@ import numpy as np
 from distill_datasets.evaluation.comparison import STUDENT, TEACHER, Comparison
 from distill_datasets.evaluation.metrics import mean_of, ratio_of
 from distill_datasets.evaluation.similarity import chrf, equal, rouge_l
-from distill_datasets.evaluation.systems import PROMPTED, SYSTEMS
+from distill_datasets.evaluation.systems import PROMPTED, SYSTEMS, is_free_text
 from distill_datasets.recipes.recipe import METRICS, Recipe
 from distill_datasets.statistics import Bootstrap, Proportion
 
 _ALIKE = {"chrf": chrf, "rouge_l": rouge_l, "exact_match": equal}
 _COMPARED = ("base", SYSTEMS["base+prompt"], SYSTEMS["teacher-again"])  # with the student
-
-
-def is_free_text(recipe: Recipe, references: Sequence[str | None]) -> bool:
-    """Whether answers are texts of their own rather than labels, data or calls.
-
-    The whole text is the answer then, and what is known to be right, if anything, is hardly ever
-    right twice.
-    """
-    parts = [*recipe.members.values()] or [recipe]
-    formed = [
-        part.answer.pattern or part.answer.choices or part.answer.json_schema or part.tools
-        for part in parts
-    ]
-    known = [one for one in references if one]
-    return not any(formed) and (not known or 2 * len(set(known)) > len(known))
 
 
 def metric_names(recipe: Recipe, references: Sequence[str | None]) -> tuple[list[str], list[str]]:
@@ -81,8 +66,8 @@ class Texts:
         return {"teacher": taught, "reference": self._comparison.references}
 
     @cached_property
-    def _alike(self) -> dict[tuple[str, str, str], Bootstrap]:
-        """By system, what it is compared with, and how."""
+    def scores(self) -> dict[tuple[str, str, str], list[float]]:
+        """Of each row, by system, what it is compared with, and how; NaN without that."""
         scores: dict[tuple[str, str, str], list[float]] = {}
         for row in range(len(self._groups)):
             for name, texts in self.said.items():
@@ -95,9 +80,13 @@ class Texts:
                     for how, score in _ALIKE.items():
                         known = np.nan if right is None else score(found[target], right)
                         scores.setdefault((name, target, how), []).append(known)
+        return scores
+
+    @cached_property
+    def _alike(self) -> dict[tuple[str, str, str], Bootstrap]:
         return {
             key: mean_of(np.array(values), self._groups)
-            for key, values in scores.items()
+            for key, values in self.scores.items()
             if np.isfinite(values).any() and key[:2] != (TEACHER, TEACHER)
         }
 
@@ -116,7 +105,7 @@ class Texts:
         found: dict[str, Any] = {
             **self._length_ratio(system),
             **{
-                name: {**Proportion(share, self._groups).interval(), "n": len(share)}
+                name: {**Proportion(share, self._groups).interval(), "rows": len(share)}
                 for name, share in shares.items()
             },
             "distinct": len(set(texts)),
@@ -125,8 +114,8 @@ class Texts:
         }
         for (name, target, how), estimate in self._alike.items():
             if name == system:
-                n = sum(one is not None for one in self._targets[target])
-                found.setdefault(target, {})[how] = {**estimate.interval(), "n": n}
+                rows = sum(one is not None for one in self._targets[target])
+                found.setdefault(target, {})[how] = {**estimate.interval(), "rows": rows}
         return found
 
     def _length_ratio(self, system: str) -> dict[str, dict[str, float]]:
@@ -138,7 +127,8 @@ class Texts:
         lengths = [float(len(self.said[system][row])) for row in rows]
         theirs = [float(len(taught[row] or "")) for row in rows]
         groups = [self._groups[row] for row in rows]
-        return {"length_ratio": {**ratio_of(lengths, theirs, groups).interval(), "n": len(rows)}}
+        ratio = ratio_of(lengths, theirs, groups).interval()
+        return {"length_ratio": {**ratio, "rows": len(rows)}}
 
     def differences(self) -> dict[str, dict[str, dict[str, float]]]:
         """How much nearer the student is to the teacher's texts than others are, row by row.
@@ -153,9 +143,3 @@ class Texts:
                     pair = found.setdefault(f"{STUDENT}-{other}", {})
                     pair[how] = (mine - theirs).interval()
         return found
-
-
-def first_texts(texts: Mapping[str, Any], system: str) -> Mapping[str, Any]:
-    """A system's likeness to the teacher; to itself it has none."""
-    found: Mapping[str, Any] = texts.get(system, {}).get("teacher", {})
-    return found

@@ -15,7 +15,7 @@ _FREE = ("ahead", "track", "price_per_million", "ttl_seconds", "rolling_every", 
 # Settings that version 0.1 wrote down, with the one value that means the same today.
 _CONSTANT = {"temperature": 1.0}
 # Settings that version 0.1 lacks: what is said of a training names them only where they are used.
-_LATER = ("turns",)
+_LATER = ("turns", "validation_rows")
 _PRESETS = {"poc": (8, 100), "debug": (10, 50)}  # rows, steps
 
 
@@ -217,6 +217,12 @@ class TrainSettings:
     )
     train_split: str = setting("train", "the split to train on", group="dataset")
     validation_split: str = setting("validation", "the split to measure on", group="dataset")
+    validation_rows: int = setting(
+        512,
+        "most validation rows that are measured; a larger split gives a fixed choice of them",
+        group="stopping",
+        at_least=1,
+    )
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
 
     def __post_init__(self) -> None:

@@ -482,6 +482,8 @@ def _open_splits(
             )
     if before:
         splits["train"] = splits["train"].without(before.learned)
+    if "validation" in splits:
+        splits["validation"] = splits["validation"].at_most(settings.validation_rows)
     warnings = source.manifest.get("warnings")
     for warning in warnings if isinstance(warnings, list) else ():
         text = "".join(one if one.isprintable() else " " for one in str(warning))

@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from distill_datasets.errors import DatasetError, GenerationError, ModelError, SettingsError
+from distill_datasets.errors import (
+    BudgetReached,
+    DatasetError,
+    GenerationError,
+    ModelError,
+    SettingsError,
+)
 from distill_datasets.evaluation.comparison import Comparison
 from distill_datasets.evaluation.latency import uncacheable
 from distill_datasets.evaluation.metrics import Metrics
@@ -80,14 +86,21 @@ sampling: {max_tokens: 7, stop: [END]}
 
 
 def make_run(
-    folder: Path, *, references: bool = True, forced: bool = True, changes: str = ""
+    folder: Path,
+    *,
+    references: bool = True,
+    forced: bool = True,
+    changes: str = "",
+    sampling: str = "",
+    recipe: str = RECIPE,
 ) -> Path:
     """A run's folder with answers and a release."""
-    recipe = folder / "colours"
-    recipe.mkdir()
-    text = RECIPE if forced else RECIPE.replace(", forced_split: split", "")
-    (recipe / "recipe.yaml").write_text(text + changes)
-    (recipe / "prompt.md").write_text("Name the colour of the thing. Say: colour: NAME.\n")
+    lies = folder / "colours"
+    lies.mkdir()
+    text = recipe if forced else recipe.replace(", forced_split: split", "")
+    text = text.replace("sampling: {", f"sampling: {{{sampling}")
+    (lies / "recipe.yaml").write_text(text + changes)
+    (lies / "prompt.md").write_text("Name the colour of the thing. Say: colour: NAME.\n")
     lines = [
         {
             "query": query,
@@ -97,8 +110,8 @@ def make_run(
         }
         for query, row in ALL.items()
     ]
-    (recipe / "queries.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    generate(recipe, teacher=teacher(), out=folder / "run")
+    (lies / "queries.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    generate(lies, teacher=teacher(), out=folder / "run")
     publish(folder / "run")
     return folder / "run"
 
@@ -268,18 +281,131 @@ def test_the_untrained_model_is_asked_with_the_students_short_prompt_and_without
 
 
 def test_a_teachers_second_answer_is_the_one_that_the_release_has(tmp_path: Path) -> None:
-    run = make_run(tmp_path, changes="")
-    edit(
-        run / "release/recipe", "recipe.yaml", "max_tokens: 7", "max_tokens: 7\n  temperature: 0.7"
-    )
-    edit(run / "release", "manifest.json", '"sha256"', '"digests"')
+    run = make_run(tmp_path, sampling="temperature: 0.7, ")
     asked = teacher()
     report = compare(run, teacher=asked, out=tmp_path / "elsewhere")
     assert "teacher again" in report.data["systems"]
-    heats = [sampling.temperature for _, sampling in asked.asked]
-    assert heats.count(0.7) == len(TEST)
+    assert {sampling.temperature for _, sampling in asked.asked} == {0.0}
     text = (tmp_path / "elsewhere/report.md").read_text()
-    assert "sampled as the recipe says (temperature 0.7)" in text
+    assert "Teacher again is a second answer of the teacher, at temperature 0.7" in text
+
+
+FREE = """\
+name: colours
+description: Which colour is it?
+teacher: pocket
+queries: {file: queries.jsonl, group: family, forced_split: split}
+response: '{{ text }}'
+"""
+
+
+def test_free_text_is_compared_with_the_teachers_and_with_what_it_says_again(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path, recipe=FREE)
+    asked = teacher()
+    report = compare(run, teacher=asked)
+    systems, texts = report.data["systems"], report.data["texts"]
+    assert report.data["free_text"]
+    assert list(systems) == ["base", "teacher", "teacher again", "student"]
+    assert {name for one in systems.values() for name in one["metrics"]} == {"answered"}
+    assert {sampling.temperature for _, sampling in asked.asked} == {0.0, 1.0}
+    assert texts["teacher again"]["teacher"]["chrf"]["value"] == 1.0
+    assert 0 < texts["student"]["teacher"]["chrf"]["value"] < 1.0
+    assert "teacher" not in texts["teacher"]
+    assert report.data["text_differences"]["student-teacher again"]["chrf"]["high"] < 0
+    lines = report.table().splitlines()
+    assert any("chrf to teacher" in line for line in lines)
+    assert "agreement" not in report.table()
+    assert "chrF to teacher" in report.path.with_suffix(".md").read_text()
+
+
+PRICES = """\
+date: 2026-11-01
+currency: EUR
+models:
+  teacher: {prompt: 1000, response: 2000, cached: 100}
+  base: {prompt: 10, response: 10}
+"""
+
+
+def test_prices_say_what_is_asked_for_costs_and_what_the_student_saves(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prices.yaml").write_text(PRICES)
+    report = compare(run, settings=MeasureSettings(prices=tmp_path / "prices.yaml"))
+    said = capsys.readouterr().err
+    assert "measure:   teacher: about" in said and "EUR\n" in said
+    assert "student: about 8 tokens to read, at most 56 to write (the price file has no" in said
+    assert report.data["spent"]["currency"] == "EUR" and report.data["spent"]["amount"] > 0
+    assert (
+        report.data["money"]["per_query"]["teacher"] > report.data["money"]["per_query"]["student"]
+    )
+    assert report.data["money"]["latency_ms"].keys() == {"teacher", "teacher, cached", "student"}
+    text = report.path.with_suffix(".md").read_text()
+    assert "## Money" in text and report.data["money"]["advice"] in text.split("|")[0]
+
+
+def test_prices_given_later_cost_no_request(run: Path, tmp_path: Path) -> None:
+    first = compare(run)
+    (tmp_path / "prices.yaml").write_text(PRICES)
+    asked = teacher()
+    settings = MeasureSettings(prices=tmp_path / "prices.yaml")
+    again = compare(run, teacher=asked, settings=settings)
+    assert asked.asked == []
+    assert "money" in again.data and "money" not in first.data
+
+
+def test_a_price_that_is_missing_is_a_note_and_the_report_is_written(
+    run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prices.yaml").write_text(PRICES.replace("base:", "other:"))
+    report = compare(run, settings=MeasureSettings(prices=tmp_path / "prices.yaml"))
+    notes = [note for note in report.data["notes"] if note.startswith("No comparison of costs")]
+    assert len(notes) == 1 and "'base'" in notes[0]
+
+
+def test_a_budget_ends_the_asking_and_what_was_paid_is_kept(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "prices.yaml").write_text(PRICES)
+    asked = teacher()
+    settings = MeasureSettings(prices=tmp_path / "prices.yaml", budget=0.03, concurrency=1)
+    with pytest.raises(BudgetReached, match=r"The budget of 0.03 EUR"):
+        compare(run, teacher=asked, settings=settings)
+    bought = len(asked.asked)
+    assert 0 < bought < len(TEST)
+    more = teacher()
+    compare(run, teacher=more, settings=MeasureSettings(latency=False))
+    assert len(more.asked) == len(TEST) - bought
+
+
+def test_a_budget_without_prices_is_refused() -> None:
+    with pytest.raises(SettingsError, match="A budget is counted with prices"):
+        MeasureSettings(budget=1.0)
+
+
+def test_timing_can_be_left_out_and_comes_later_without_asking_again(run: Path) -> None:
+    asked = teacher()
+    report = compare(run, teacher=asked, settings=MeasureSettings(latency=False))
+    assert len(asked.asked) == len(TEST)
+    assert report.data["latency_ratio"] is None and not report.data["timed"]
+    assert "p50" not in report.table() and "latency" not in report.table().lower()
+    assert "Median latency" in compare(run, teacher=asked).table()
+    assert len(asked.asked) == len(TEST) + 2 * (len(TEST) + 1)
+    # A report with timings is as good without.
+    again = compare(run, teacher=asked, settings=MeasureSettings(latency=False))
+    assert again.data["timed"] and len(asked.asked) == len(TEST) + 2 * (len(TEST) + 1)
+
+
+def test_the_report_is_there_before_the_timing_and_after_a_failure_of_it(run: Path) -> None:
+    compare(run)
+    (run / "report.json").unlink()
+    failing = base()
+    failing.failing = {"rose"}
+    with pytest.raises(GenerationError, match="failed while timing"):
+        compare(run, base=failing)
+    assert not Report.read(run).data["timed"]
+    assert "Median latency" not in (run / "report.md").read_text()
+    assert compare(run).data["timed"]
 
 
 def test_only_the_teacher_sees_the_prompt(run: Path) -> None:
@@ -309,7 +435,11 @@ def test_tokens_that_the_student_saves_are_counted(run: Path) -> None:
     data = compare(run).data
     prompt = 9
     assert data["systems"]["teacher"]["tokens"]["prompt_mean"] == prompt + 1
-    assert data["systems"]["student"]["tokens"] == {"prompt_mean": 1.0, "response_mean": 4.0}
+    assert data["systems"]["student"]["tokens"] == {
+        "prompt_mean": 1.0,
+        "cached_mean": 0.0,
+        "response_mean": 4.0,
+    }
     assert data["prompt_tokens_saved"] == {"per_query": prompt, "ratio": prompt + 1}
 
 
@@ -578,7 +708,7 @@ def test_what_is_asked_is_said_before(run: Path, capsys: pytest.CaptureFixture[s
     second = "asks 0 of 8 to the base, 0 of 8 to the teacher, 8 of 8 to the student;"
     said = capsys.readouterr().err
     assert f"measure: {second}" in said
-    assert "Then 36 requests time some of them." in said
+    assert "at most 36 requests time some of them." in said
 
 
 @pytest.mark.parametrize(
@@ -727,10 +857,11 @@ def test_tokens_that_no_server_counts_are_unknown() -> None:
     from datasets import Dataset
 
     rows = {"answer": ["a"], "reference": ["a"], "group": ["g"], "query": ["q"]}
-    counts = {"teacher_prompt_tokens": [None], "teacher_response_tokens": [3]}
+    kinds = {"prompt": [None], "cached": [0], "response": [3]}
+    counts = {f"teacher_{kind}_tokens": counted for kind, counted in kinds.items()}
     answers = {"teacher": Dataset.from_dict(rows | counts)}
     found = Comparison(answers, Metrics({})).tokens("teacher")
-    assert found == {"prompt_mean": None, "response_mean": 3.0}
+    assert found == {"prompt_mean": None, "cached_mean": 0.0, "response_mean": 3.0}
 
 
 @pytest.mark.parametrize(

@@ -239,3 +239,13 @@ def test_numbers_in_a_json_column_are_read_as_they_are_written(tmp_path: Path) -
     assert answer["content"] == "2"
     arguments = answer["tool_calls"][0]["function"]["arguments"]
     assert json.loads(arguments) == {"size": number, "text": "[1]"}
+
+
+def test_a_large_validation_split_gives_a_fixed_choice_of_its_rows(tmp_path: Path) -> None:
+    rows = [{"messages": [{**ASKED, "content": f"query {row}"}, SAID]} for row in range(40)]
+    whole = split(jsonl(tmp_path, *rows))
+    chosen = [one.messages[0]["content"] for one in whole.at_most(10).conversations]
+    again = [one.messages[0]["content"] for one in whole.at_most(10).conversations]
+    assert chosen == again and len({*chosen}) == 10
+    assert chosen != [f"query {row}" for row in range(10)]
+    assert whole.at_most(40) is whole

@@ -1,0 +1,52 @@
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from distill_datasets.evaluation import latency
+from distill_datasets.evaluation.latency import TimedSystem, measure_latency
+
+
+class Clock:
+    """A clock that a request moves by the seconds that it takes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def system(self, seconds: Iterator[float], count: int = 21) -> TimedSystem:
+        async def request() -> Any:
+            self.now += next(seconds)
+
+        return TimedSystem("any", [request] * count)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(latency, "time", clock)
+    return clock
+
+
+def test_every_row_of_quick_systems_is_timed_but_the_one_that_warms_up(clock: Clock) -> None:
+    quick = clock.system(itertools.chain([5.0], itertools.repeat(0.01)))
+    found = measure_latency({"quick": quick}, seconds=10.0)
+    assert found.rows == 20
+    assert found.milliseconds["quick"]["p50"] == pytest.approx(10.0)
+    assert found.milliseconds["quick"]["p95"] == pytest.approx(10.0)
+
+
+def test_fewer_rows_are_timed_where_systems_are_slow(clock: Clock) -> None:
+    systems = {name: clock.system(itertools.repeat(2.0)) for name in ("teacher", "student")}
+    found = measure_latency(systems, seconds=10.0)
+    assert found.rows == 2  # after the warm-up, which ends at 4 s, rounds end at 8 and 12
+    assert clock.now == 12.0
+
+
+def test_a_round_that_takes_all_the_time_is_the_measurement(clock: Clock) -> None:
+    slow = clock.system(itertools.repeat(60.0))
+    found = measure_latency({"slow": slow}, seconds=5.0)
+    assert (found.rows, found.milliseconds["slow"]["p50"]) == (1, 60_000.0)
