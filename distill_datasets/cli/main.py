@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from distill_datasets import __version__
 from distill_datasets.cli import dataset, evidence, student
-from distill_datasets.cli.flags import METAVARS
+from distill_datasets.cli.flags import METAVARS, read_settings
 from distill_datasets.errors import DistillError
 
 if TYPE_CHECKING:
@@ -186,6 +186,7 @@ def _require_runnable(options: argparse.Namespace) -> "tuple[Recipe, set[str]]":
     """
     from distill_datasets.evaluation.metrics import Metrics
     from distill_datasets.generation.run import select_queries
+    from distill_datasets.generation.settings import GenerateSettings
     from distill_datasets.models.references import default_student
     from distill_datasets.recipes.loading import load_recipe
     from distill_datasets.recipes.queries import require_splits
@@ -197,7 +198,7 @@ def _require_runnable(options: argparse.Namespace) -> "tuple[Recipe, set[str]]":
     if options.version is not None:
         check_version(options.version)
     Metrics.load(asked.metrics, (), ())
-    queries = select_queries(asked, options.limit)
+    queries = select_queries(asked, read_settings(options, GenerateSettings))
     require_splits(asked, queries, ("train", "test"))
     return asked, set(queries.unique("split"))
 

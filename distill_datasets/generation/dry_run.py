@@ -38,6 +38,7 @@ from distill_datasets.generation.teachers import PromptedModel, Teachers, open_t
 from distill_datasets.generation.turns import Request, known_requests
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
 from distill_datasets.progress import Progress, amount_text
+from distill_datasets.recipes.evidence import HeldOutRows
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
 from distill_datasets.tables import aligned
@@ -72,7 +73,8 @@ class DryRun:
 
     `seconds` are those of the rows at `concurrency`, for servers that keep up with it; None where
     nothing was asked. `disk` is in bytes. `sample_cost` is what the sampled rows cost just now,
-    and `sample_kept` whether the run will find them in its journal.
+    and `sample_kept` whether the run will find them in its journal. `evidence` says what the test
+    split can decide.
     """
 
     recipe: str
@@ -88,6 +90,7 @@ class DryRun:
     sampled: tuple[SampledRow, ...] = ()
     sample_cost: float | None = None
     sample_kept: bool = False
+    evidence: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -116,6 +119,8 @@ class DryRun:
         ]
         if self.sampled:
             lines += [f"sampled   {self._paid()}", *(f"          {one}" for one in self.sampled)]
+        for place, line in enumerate(self.evidence):
+            lines.append(f"{'' if place else 'evidence':<10}{line}")
         return "\n".join([*lines, *(f"note      {note}" for note in self.notes)])
 
     def _cells(self) -> Iterator[Sequence[str]]:
@@ -213,7 +218,7 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
     untouched = open_untouched(teachers.recipe, settings)
     if meter:
         meter.check([*teachers.models, *(one.model for one in untouched.values())])
-    chosen = select_rows(teachers.recipe, untouched, settings.limit, share)
+    chosen = select_rows(teachers.recipe, untouched, settings, share)
     queries = chosen.queries
     journal = None
     if out is not None:
@@ -237,6 +242,7 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
         sampled=tuple(sampled),
         sample_cost=meter.spent if meter else _stated_cost(made),
         sample_kept=journal is not None,
+        evidence=() if share else tuple(HeldOutRows.of(teachers.recipe, queries).lines()),
         notes=tuple(_notes(teachers.recipe, plan, sampled)),
     )
 

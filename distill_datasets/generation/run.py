@@ -39,6 +39,7 @@ from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
 from distill_datasets.generation.teachers import Teachers, open_teachers
 from distill_datasets.models.sampler import Sampler, digest
+from distill_datasets.recipes.evidence import keep_for_evidence
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe
 
@@ -103,10 +104,10 @@ def generate(
         with one_writer(folder, "run"):
             teachers, found = choose_examples(teachers, folder / "journal.sqlite", settings, meter)
     untouched = open_untouched(teachers.recipe, settings)
-    fingerprint = _fingerprint(teachers, untouched, settings.limit, share)
+    fingerprint = _fingerprint(teachers, untouched, settings, share)
     if meter is None and (summary := _finished(folder, fingerprint, settings)):
         return _generated(folder, summary)
-    chosen = select_rows(teachers.recipe, untouched, settings.limit, share)
+    chosen = select_rows(teachers.recipe, untouched, settings, share)
     if meter is not None:
         meter.check([*teachers.models, *(one.model for one in untouched.values())])
     with one_writer(folder, "run"), _new_answers(folder) as building:
@@ -194,32 +195,34 @@ class ChosenRows:
         return {"mix": [one.facts for one in self.mixed]} if self.mixed else {}
 
 
-def select_queries(recipe: Recipe, limit: int | None) -> "Dataset":
-    """A recipe's queries, the first `limit` of them."""
-    return _first(load_queries(recipe), limit)
+def select_queries(recipe: Recipe, settings: GenerateSettings) -> "Dataset":
+    """A recipe's queries, those of them that the settings ask for."""
+    return _asked(recipe, load_queries(recipe), settings)
 
 
 def select_rows(
     recipe: Recipe,
     untouched: Mapping[str, UntouchedModel],
-    limit: int | None,
+    settings: GenerateSettings,
     share: Share | None,
 ) -> ChosenRows:
-    """What `generate` answers: of the first `limit` queries the share, then the mix beside them."""
+    """What `generate` answers: of the queries asked for the share, then the mix beside them."""
     every = load_queries(recipe)
-    asked = _first(every, limit)
+    asked = _asked(recipe, every, settings)
     mixed = draw_rows(recipe, untouched, every, asked, share)
     return ChosenRows(share.of(asked) if share else asked, mixed, len(asked))
 
 
-def _first(queries: "Dataset", limit: int | None) -> "Dataset":
-    return queries if limit is None else queries.select(range(min(limit, len(queries))))
+def _asked(recipe: Recipe, queries: "Dataset", settings: GenerateSettings) -> "Dataset":
+    if settings.limit is not None:
+        queries = queries.select(range(min(settings.limit, len(queries))))
+    return keep_for_evidence(recipe, queries) if settings.for_evidence else queries
 
 
 def _fingerprint(
     teachers: Teachers,
     untouched: Mapping[str, UntouchedModel],
-    limit: int | None,
+    settings: GenerateSettings,
     share: Share | None,
 ) -> str | None:
     """Names everything that the answers depend on; None where the queries are not pinned."""
@@ -228,7 +231,8 @@ def _fingerprint(
         return None
     parts = [recipe.digest, recipe.model_dump(mode="json"), *teachers.parts]
     parts += [one.parts for one in untouched.values()]
-    return digest([__version__, limit, str(share), parts])
+    parts += ["for evidence"] if settings.for_evidence else []
+    return digest([__version__, settings.limit, str(share), parts])
 
 
 @contextmanager

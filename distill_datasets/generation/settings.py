@@ -37,6 +37,9 @@ class GenerateSettings:
         1, "processes that make a Tinker teacher's requests", group="speed", at_least=1
     )
     limit: int | None = setting(None, "ask only the first N queries", at_least=1, unset="all")
+    for_evidence: bool = setting(
+        False, "of the test split ask only as many queries as the recipe's margin needs"
+    )
     ledger: bool = setting(
         True, "buy every answer again, also where a release's ledger has it; publish without one"
     )

@@ -19,6 +19,7 @@ from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.release import publish
 from distill_datasets.schema import Message
+from distill_datasets.statistics import rows_needed
 from tests.conftest import edit
 from tests.integration.releases.test_release import snapshot
 
@@ -210,6 +211,30 @@ def test_a_limit_and_a_share_are_those_of_the_run(recipe: Recipe, tmp_path: Path
     generate(recipe, teacher=Wordy(), out=tmp_path / "run", share=share)
     again = dry_run(recipe, teacher=Wordy(), out=tmp_path / "run", share=share)
     assert again.known == again.requests > 0
+
+
+def test_what_the_test_split_can_decide_is_said_and_no_more_of_it_is_asked(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    shares = {"train": 0.4, "validation": 0.1, "test": 0.5}
+    wide = recipe.replace(margin=0.4, split=shares)
+    needed = rows_needed(0.4, 0.05)
+    assert needed is not None and needed < 10
+    every = generate(wide, teacher=Wordy(), out=tmp_path / "all").rows
+    tested = every["split"].count("test")
+    found = dry_run(wide, teacher=Wordy())
+    assert f"evidence  {tested} test rows; where teacher" in found.text()
+    assert found.data["evidence"] == found.evidence and len(found.evidence) == 5
+    settings = GenerateSettings(for_evidence=True)
+    few = dry_run(wide, teacher=Wordy(), settings=settings)
+    assert few.queries == 50 - tested + needed
+    some = generate(wide, teacher=Wordy(), out=tmp_path / "some", settings=settings).rows
+    assert some["split"].count("test") == needed
+    assert some["split"].count("train") == every["split"].count("train")
+    # The same folder without it goes on, and asks the others alone.
+    teacher = Wordy()
+    again = generate(wide, teacher=teacher, out=tmp_path / "some").rows
+    assert len(again) == 50 and len(teacher.calls) == tested - needed
 
 
 def test_a_model_without_a_price_is_refused_before_anything_is_asked(recipe: Recipe) -> None:
