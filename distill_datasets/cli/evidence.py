@@ -130,6 +130,8 @@ def gate(options: argparse.Namespace) -> None:
     found = look(options.run, against=options.against, rules=rules)
     print(json.dumps(found.to_json(), indent=2) if options.json else found.text())
     found.require()
+    if not options.json:
+        print(f"The student passes: none of {len(found.findings)} rules fails.")
 
 
 def add_page(parser: argparse.ArgumentParser) -> None:

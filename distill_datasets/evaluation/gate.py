@@ -284,7 +284,7 @@ class _Look:
             f"{found['value']:+.3f}{_interval(found)}, at most {limit:.3f} may be lost"
             + (f" ({100 * most:g} %)" if relative else "")
         )
-        return self._judged(rule, -sign * found["value"], ends[0], limit, said)
+        return self._judged(rule, -sign * found["value"], ends[0], limit, said, ends[1])
 
     def _difference(
         self, name: str, value: Callable[[str, Mapping[str, Any]], float | None]
@@ -325,8 +325,8 @@ class _Look:
                 f"{mine['value']:.3f} against {theirs[name]['value']:.3f} of {called}: "
                 f"{found['value']:+.3f}{_interval(found)}, at most {most:g} may be lost"
             )
-            least = -found.get("high", found["value"])
-            yield self._judged(rule, -found["value"], least, most, said)
+            least, worst = (-found.get(end, found["value"]) for end in ("high", "low"))
+            yield self._judged(rule, -found["value"], least, most, said, worst)
 
     def _check_difference(
         self, name: str, mine: Mapping[str, float], theirs: Mapping[str, float]
@@ -438,14 +438,21 @@ class _Look:
                 yield GateFinding(rule, PASSED if passed else FAILED, said)
 
     def _judged(
-        self, rule: str, value: float, least: float, limit: float, said: str
+        self,
+        rule: str,
+        value: float,
+        least: float,
+        limit: float,
+        said: str,
+        most: float = -math.inf,
     ) -> GateFinding:
-        """A number that may not lie above its limit; `least` is what it is at least."""
+        """A number that may not lie above its limit; it is `least` at least, and `most` at most."""
         if not value > limit + 1e-12:
-            return GateFinding(rule, PASSED, said)
+            doubt = "; more can't be ruled out by these rows" if most > limit else ""
+            return GateFinding(rule, PASSED, said + doubt)
         if self.rules.strict or least > limit:
             return GateFinding(rule, FAILED, said)
-        return GateFinding(rule, UNSURE, f"{said}; the rows can't tell")
+        return GateFinding(rule, UNSURE, f"{said}; these rows can't tell")
 
 
 def _residue_tests(report: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:

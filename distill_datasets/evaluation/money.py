@@ -224,16 +224,18 @@ class _Costs:
         costs, price = self.per_query, self.teacher
         for name, system, of in ((TEACHER, "teacher", price), (STUDENT, "student", self.student)):
             prompt, response = self.tokens(system)
+            said = f"{_tokens(response)} response x {_n(of.response)}"
             yield (
-                f"{name}: ({_n(prompt)} prompt x {_n(of.prompt)} + {_n(response)} response x "
-                f"{_n(of.response)}) / 1M = {_money(costs[name])} {currency} a query"
+                f"{name}: ({_tokens(prompt)} prompt x {_n(of.prompt)} + {said}) / 1M = "
+                f"{_money(costs[name])} {currency} a query"
             )
         if price.cached is not None:
             prompt, response = self.tokens("teacher")
             read = prompt * self.share
+            said = f"{_tokens(response)} response x {_n(price.response)}"
             yield (
-                f"{CACHED}: ({_n(prompt - read)} prompt x {_n(price.prompt)} + {_n(read)} cached x "
-                f"{_n(price.cached)} + {_n(response)} response x {_n(price.response)}) / 1M = "
+                f"{CACHED}: ({_tokens(prompt - read)} prompt x {_n(price.prompt)} + "
+                f"{_tokens(read)} cached x {_n(price.cached)} + {said}) / 1M = "
                 f"{_money(costs[CACHED])} {currency} a query"
             )
         for name, of in ((TEACHER, price), (STUDENT, self.student)):
@@ -450,14 +452,24 @@ def _volume_cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
                 f"{costs[name]:,.2f}",
                 f"{costs[STUDENT]:,.2f}",
                 f"{against['saving']:,.2f}{share}",
-                "never" if days is None else f"{days:,.1f}",
+                _days_text(days),
                 "-" if returned is None else f"{100 * returned:+,.0f} %",
             ]
 
 
-def _n(number: float) -> str:
-    """A count or a price without needless digits."""
-    return f"{number:,.4f}".rstrip("0").rstrip(".")
+def _days_text(days: float | None) -> str:
+    if days is None:
+        return "never"
+    return f"{days:,.1f}" if days >= 1 or not days else f"{days:.2g}"
+
+
+def _n(number: float, digits: int = 6) -> str:
+    """A price or a count without needless digits."""
+    return f"{number:,.{digits}f}".rstrip("0").rstrip(".")
+
+
+def _tokens(number: float) -> str:
+    return _n(number, 2)
 
 
 def _money(number: float) -> str:

@@ -4,9 +4,10 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -216,6 +217,8 @@ def test_each_form_of_answer_is_told_right_from_wrong(
     (row,) = rows_of(tmp_path / "out").values()
     assert row["right"] == right
     written = load(tmp_path / "out")
+    if NODE:
+        assert in_javascript(tmp_path / "out", [good, bad]) == [True, False]
     for text, fine in ((good, True), (bad, False)):
         said = written.read({"content": text}, "stop")
         try:
@@ -232,6 +235,22 @@ def load(folder: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+NODE = shutil.which("node")  # which promptfoo needs, and nothing else here
+
+
+def in_javascript(folder: Path, texts: Sequence[str]) -> list[bool]:
+    """Whether what promptfoo calls lets each text pass for the first row."""
+    script = (
+        "const { tests, compare } = require('./promptfoo.js');"
+        "const [{ vars }] = tests();"
+        "const texts = JSON.parse(process.argv[1]);"
+        "console.log(JSON.stringify(texts.map((text) => compare(text, { vars }).pass)));"
+    )
+    command = [NODE or "node", "-e", script, json.dumps(texts)]
+    done = subprocess.run(command, cwd=folder / "check", capture_output=True, text=True, check=True)
+    return list(json.loads(done.stdout))
 
 
 TEXTS = ("", "Straße?", "one two\nthree", "STOP now.", "é" * 5, "a cat and a DOG.")

@@ -51,7 +51,9 @@ def test_a_gate_exits_with_1_and_the_reasons_or_with_0_and_what_was_looked_at(
     good = test_gate.make(tmp_path / "good")
     bad = test_gate.make(tmp_path / "bad", test_gate.report(0.80))
     assert main(["gate", str(good)]) == 0
-    assert "passed  quality" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "passed  quality" in printed
+    assert "none of 10 rules fails" in printed
     assert main(["gate", str(bad)]) == 1
     said = capsys.readouterr()
     assert "2 of 10 rules fail" in said.err

@@ -116,6 +116,14 @@ def test_a_drop_fails_where_the_whole_interval_lies_beyond_it(tmp_path: Path) ->
     assert failure.value.exit_code == 1
 
 
+def test_a_pass_says_where_the_rows_are_too_few_to_be_sure(tmp_path: Path) -> None:
+    few = gate(make(tmp_path / "few", report(0.94, margin=0.2))).findings[0]
+    many = gate(make(tmp_path / "many", report(0.94, margin=0.03))).findings[0]
+    assert (few.outcome, many.outcome) == (PASSED, PASSED)
+    assert few.said.endswith("more can't be ruled out by these rows")
+    assert many.said.endswith("(5 %)")
+
+
 def test_the_quality_is_what_the_rules_or_the_verdict_name(tmp_path: Path) -> None:
     found = report()
     found["verdict"] = {"metric": "chrf", "difference": difference(-0.2, 0.01)}
