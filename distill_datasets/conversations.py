@@ -26,6 +26,9 @@ _CALLING = ("function_call", "tool_call")  # roles of the assistant's messages t
 _JSON = re.compile(r"\s*(\{|\[\s*[\[{\]\"])")
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _WORDS = {"True": True, "False": False, "None": None}  # as formats write Python's values
+_ANSWER = re.compile(
+    r"\s*<tool_response>\s*((?:(?!<tool_response>).)*?)\s*</tool_response>\s*", re.S
+)
 _BLOCK = re.compile(rf"\n?{_OPEN}(.*?){_CLOSE}", re.DOTALL)
 
 
@@ -359,6 +362,8 @@ def _said(given: Mapping[str, Any], role: str, calling: bool) -> tuple[str, Any]
         return "", given.get("tool_calls") or content
     calls = given.get("tool_calls") or given.get("function_call")
     text = _content(content, role, empty=bool(calls) or role == "tool")
+    if role == "tool" and (answer := _ANSWER.fullmatch(text)):
+        text = answer[1]
     return (
         split_calls(text) if role == "assistant" and _OPEN in text and not calls else (text, calls)
     )

@@ -293,10 +293,29 @@ def _is_text(kind: Any) -> bool:
 def _values(column: Any) -> list[Any]:
     import pyarrow as pa
 
+    if _holds_messages(column.type):
+        return [_present(value) for value in column.to_pylist()]
     if not pa.types.is_dictionary(column.type):
         return list(column.to_pylist())
     known = column.dictionary.to_pylist()
     return [None if place is None else known[place] for place in column.indices.to_pylist()]
+
+
+def _holds_messages(kind: Any) -> bool:
+    """Whether a column has messages, or calls of tools, whose keys are the same in every row."""
+    import pyarrow as pa
+
+    if not pa.types.is_list(kind) or not pa.types.is_struct(kind.value_type):
+        return False
+    names = {field.name for field in kind.value_type}
+    return bool(names & {"role", "from", "arguments", "function"})
+
+
+def _present(value: Any) -> Any:
+    """A value without the keys that Arrow fills in with null."""
+    if isinstance(value, dict):
+        return {key: _present(one) for key, one in value.items() if one is not None}
+    return [_present(one) for one in value] if isinstance(value, list) else value
 
 
 def _features(metadata: Mapping[bytes, bytes] | None) -> Mapping[str, Any]:

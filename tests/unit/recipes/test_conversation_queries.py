@@ -47,7 +47,7 @@ FORMS: dict[str, Any] = {
     "Hermes'": [
         *SHAREGPT[:2],
         {"from": "gpt", "value": f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"},
-        {"from": "tool", "value": '{"state": "sent"}'},
+        {"from": "tool", "value": '<tool_response>\n{"state": "sent"}\n</tool_response>'},
     ],
     "without ids": [
         *MESSAGES[:2],
@@ -74,6 +74,30 @@ def queries(folder: Path) -> list[str]:
 def test_a_conversation_is_one_text_whatever_its_form(tmp_path: Path, form: str) -> None:
     (text,) = queries(talks(tmp_path / "recipe", [{"messages": FORMS[form]}]))
     assert from_text(text) == MESSAGES
+
+
+def test_keys_that_parquet_fills_in_are_no_arguments(tmp_path: Path) -> None:
+    """Nor are they a message's; a JSON object that is a reference keeps its nulls."""
+    import pyarrow as pa
+
+    asked = [
+        [user("a"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "1"}]
+        for call in (
+            {"name": "find", "arguments": {"id": "A"}},
+            {"name": "find", "arguments": {"of": {"size": 0.6}}},
+        )
+    ]
+    rows = [{"messages": one, "answer": {"a": None, "b": 1}} for one in asked]
+    write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "prompt.md").write_text("Help.")
+    (tmp_path / "recipe.yaml").write_text(
+        "name: n\ndescription: d\nteacher: pocket\n"
+        "queries: {file: rows.parquet, messages: messages, reference: answer}\n"
+    )
+    queries = load_queries(load_recipe(tmp_path))
+    made = [from_text(one)[1]["tool_calls"][0]["function"]["arguments"] for one in queries["query"]]
+    assert made == ['{"id": "A"}', '{"of": {"size": 0.6}}']
+    assert queries["reference"] == ['{"a": null, "b": 1}'] * 2
 
 
 def test_what_datasets_and_parquet_hold_is_read(tmp_path: Path) -> None:
