@@ -287,6 +287,23 @@ def test_what_was_not_measured_fails_where_a_rule_names_it(tmp_path: Path) -> No
     assert outcomes(run, rules=GateRules(residue="all"))["residue"] == MISSING
 
 
+def test_each_test_of_residue_is_a_rule_that_passes_or_fails(tmp_path: Path) -> None:
+    tests = {
+        "leak": {"passed": False, "said": "2 of 5 planted sentences are told"},
+        "scope": {"passed": True, "said": ""},
+    }
+    for residue in ({"tests": tests}, tests):
+        found = gate(make(tmp_path, {**report(), "residue": residue})).findings
+        seen = {one.rule: (one.outcome, one.said) for one in found if "residue" in one.rule}
+        assert seen == {
+            "residue leak": (FAILED, "2 of 5 planted sentences are told"),
+            "residue scope": (PASSED, ""),
+        }
+    only = outcomes(tmp_path, rules=GateRules(residue=("scope", "scop")))
+    assert (only["residue scope"], only["residue scop"]) == (PASSED, MISSING)
+    assert "residue leak" not in only
+
+
 def test_least_shares_of_checks_are_rules(tmp_path: Path) -> None:
     run = make(tmp_path)
     for least, outcome in ((0.9, PASSED), (0.95, UNSURE), (0.99, FAILED)):
