@@ -12,7 +12,7 @@ from distill_datasets.conversations import read_calls, readable
 from distill_datasets.evaluation.metrics import ALWAYS, Calibration, Metrics
 from distill_datasets.evaluation.systems import PROMPTED
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.statistics import Estimate, Proportion
+from distill_datasets.statistics import FEW, Estimate, Proportion, compare_subgroups
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -203,11 +203,6 @@ class Comparison:
 
         Calls of tools go by the tools' names alone; the share is still of equal calls.
         """
-        rows_of: dict[str, list[int]] = {}
-        for row in self.labelled:
-            rows_of.setdefault(self._label(row), []).append(row)
-        if len(rows_of) > min(_MOST_LABELS, len(self.labelled) - 1):
-            return {}
         return {
             label: {
                 "n": len(rows),
@@ -216,8 +211,27 @@ class Comparison:
                     for system, answers in self.predictions.items()
                 },
             }
-            for label, rows in sorted(rows_of.items())
+            for label, rows in sorted(self._rows_of_labels.items())
         }
+
+    @cached_property
+    def _rows_of_labels(self) -> dict[str, list[int]]:
+        rows_of: dict[str, list[int]] = {}
+        for row in self.labelled:
+            rows_of.setdefault(self._label(row), []).append(row)
+        return rows_of if len(rows_of) <= min(_MOST_LABELS, len(self.labelled) - 1) else {}
+
+    @cached_property
+    def subgroups(self) -> dict[str, dict[str, Any]]:
+        """What sets student and teacher apart on each reference label; see `compare_subgroups`."""
+        known = sorted((row, label) for label, rows in self._rows_of_labels.items() for row in rows)
+        places = [row for row, _ in known]
+        mine, theirs = (
+            np.array([self.predictions[name][row] == self.references[row] for row in places], float)
+            for name in (STUDENT, TEACHER)
+        )
+        groups = [self.groups[row] for row in places]
+        return compare_subgroups((mine - theirs).tolist(), [label for _, label in known], groups)
 
     def _label(self, row: int) -> str:
         reference = str(self.references[row])
@@ -266,7 +280,11 @@ class Comparison:
             notes.append(f"No row has a reference label, so {', '.join(missing)} are left out.")
         elif missing and known < total:
             notes.append(f"{', '.join(missing)} are over the {known} of {total} rows with a label.")
-        notes += [*self._notes_on_confidence(), *self._notes_on_checks()]
+        notes += [
+            *self._notes_on_confidence(),
+            *self._notes_on_checks(),
+            *self._notes_on_labels(),
+        ]
         groups = len(set(self.groups))
         notes.append(
             "Intervals: 95 %, Wilson's for shares, Tango's for paired differences, a bootstrap for "
@@ -296,6 +314,22 @@ class Comparison:
             f"{' and '.join(named)} are over the rows with a right answer known where a system "
             f"gave an answer and a confidence: {counted} of {len(self.labelled)}. Lower is better; "
             "ece is over ten bins of equal width."
+        )
+
+    def _notes_on_labels(self) -> Iterator[str]:
+        told = {label: one for label, one in self.subgroups.items() if "p" in one}
+        if not told:
+            return
+        apart = [
+            f"{label} ({one['difference']['value']:+.3f}, p {one['p_adjusted']:.3f})"
+            for label, one in told.items()
+            if one["significant"]
+        ]
+        few = len(self.subgroups) - len(told)
+        yield (
+            f"By label, student and teacher differ beyond chance on {', '.join(apart) or 'none'} "
+            f"of the {len(told)} with {FEW} rows or more (McNemar's mid-p, adjusted by Benjamini "
+            f"and Hochberg{f'; too few rows: {few} others' if few else ''})."
         )
 
     def _notes_on_checks(self) -> Iterator[str]:

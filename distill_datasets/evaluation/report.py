@@ -233,6 +233,7 @@ class _Measuring:
             "latency_ratio": None,
             "spent": _spent(answers),
             "labels": comparison.labels(),
+            "subgroups": comparison.subgroups,
             "rows": comparison.rows(),
             "sampling": {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens},
             "timed": False,

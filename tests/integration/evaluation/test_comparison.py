@@ -174,3 +174,24 @@ def test_rows_in_groups_say_how_many_independent_ones_they_are_worth() -> None:
         if note.startswith("Intervals")
     ]
     assert "The 6 rows are of 2 groups of related ones, and worth 2 independent rows" in note
+
+
+def test_labels_on_which_student_and_teacher_differ_are_named_where_rows_are_enough() -> None:
+    right = ["red"] * 30 + ["blue"] * 30 + ["grey"] * 5
+    found = comparison(
+        recipe(),
+        right,
+        ("accuracy",),
+        teacher=right,
+        student=["blue"] * 12 + right[12:],
+        base=right,
+    )
+    assert found.subgroups["grey"] == {"rows": 5, "note": "too few"}
+    assert found.subgroups["red"]["significant"] and not found.subgroups["blue"]["significant"]
+    (note,) = [note for note in found.notes() if note.startswith("By label")]
+    assert note.startswith(
+        "By label, student and teacher differ beyond chance on red (-0.400, p 0.0"
+    )
+    assert "of the 2 with 20 rows or more" in note and "too few rows: 1 others" in note
+    few = comparison(recipe(), ["red"], teacher=["red"], student=["red"], base=["red"])
+    assert few.subgroups == {} and not [one for one in few.notes() if one.startswith("By label")]
