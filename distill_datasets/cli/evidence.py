@@ -1,4 +1,4 @@
-"""The verbs that read a report: what a student saves, whether it may go out, and a page."""
+"""The verbs that look: at a report, at a dataset's rows, at the rules of a prompt."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 
 from distill_datasets import resources
-from distill_datasets.cli.flags import quantity
+from distill_datasets.cli.flags import count, quantity
 
 
 def add_cost(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +158,37 @@ def page(options: argparse.Namespace) -> None:
     if options.prices:
         data["money"] = money_of_run(options.run, Prices.load(options.prices))
     print(write_page(options.run, options.training, data=data))
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """Which rows, and how many of them are looked at closely."""
+    parser.add_argument(
+        "dataset", help="a folder, a file, a release, or a Hub dataset as name@revision"
+    )
+    parser.add_argument("--config", metavar="NAME", help="the configuration, where there are more")
+    parser.add_argument("--split", metavar="NAME", help="one split (default: all)")
+    closely = parser.add_mutually_exclusive_group()
+    closely.add_argument(
+        "--sample",
+        type=count,
+        default=50,
+        metavar="N",
+        help="rows whose languages and style are looked at (default: 50)",
+    )
+    closely.add_argument("--all", action="store_true", help="look at those of all rows")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
+
+def profile(options: argparse.Namespace) -> None:
+    """Say what the rows of a dataset are like."""
+    from distill_datasets.evaluation.profile import profile as look
+
+    sample = None if options.all else options.sample
+    found = look(options.dataset, config=options.config, split=options.split, sample=sample)
+    if options.json:
+        print(json.dumps(found.data, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        print(found.text())
 
 
 def _share(text: str) -> float:

@@ -336,6 +336,12 @@ _VERBS = {
         (evidence.add_page,),
         ("page runs/support", "page runs/support/report-edge.json --training runs/qwen"),
     ),
+    "profile": _Verb(
+        "say what the rows of a dataset are like",
+        evidence.profile,
+        (evidence.add_profile,),
+        ("profile runs/support/release", "profile me/support@v1.0.0 --all --json"),
+    ),
     "push": _Verb(
         "push a trained student to the Hub, with its card",
         student.push,

@@ -143,12 +143,21 @@ def is_in_language(text: str, codes: Sequence[str]) -> bool | None:
     Of texts as short as a sentence close languages, such as Spanish and Portuguese, can pass for
     one another.
     """
-    letters = "".join(filter(str.isalpha, text))
-    if len(letters.encode(errors="replace")) < _LEAST_TO_TELL:
+    if not _can_tell(text):
         return None
     norwegian = _NORWEGIAN if _NORWEGIAN & {*codes} else ()
     likely: Mapping[str, float] = dict(_identifier().rank(text))
     return sum(likely.get(code, 0.0) for code in {*codes, *norwegian}) >= _LIKELY
+
+
+def language_of(text: str) -> str | None:
+    """The likeliest language of a text, as an ISO code; None where it is too short to tell."""
+    return str(_identifier().classify(text)[0]) if _can_tell(text) else None
+
+
+def _can_tell(text: str) -> bool:
+    letters = "".join(filter(str.isalpha, text))
+    return len(letters.encode(errors="replace")) >= _LEAST_TO_TELL
 
 
 @cache
