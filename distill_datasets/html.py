@@ -45,7 +45,7 @@ def facts(values: Mapping[str, Any]) -> Markup:
 
 def measured(value: Mapping[str, float] | None) -> str:
     """A number with its interval; nothing where it was not measured."""
-    if not value:
+    if not value or "value" not in value:
         return ""
     ends = [f"{value[end]:.3f}" for end in ("low", "high") if end in value]
     return f"{value['value']:.3f}" + (f" [{', '.join(ends)}]" if ends else "")

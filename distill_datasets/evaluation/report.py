@@ -191,6 +191,7 @@ class _Measuring:
         return {"money": found}
 
     def _data(self, comparison: "Comparison", answers: AnswersOfAll) -> dict[str, Any]:
+        from distill_datasets.evaluation.outcome import alerts_of, judge_rows
         from distill_datasets.evaluation.texts import Texts
 
         held_out, systems = self.held_out, self.systems
@@ -211,7 +212,10 @@ class _Measuring:
         }
         if self.training:
             measured["student"]["model"] = self.training.checkpoint["sampler"]
+        verdict = judge_rows(texts, held_out.recipe, free_text=held_out.free_text)
         data = {
+            "alerts": alerts_of(texts, verdict),
+            "verdict": verdict,
             "recipe": held_out.recipe.name,
             "dataset": {
                 **_place(held_out),
@@ -384,6 +388,7 @@ def _measured_by(recipe: Recipe) -> dict[str, Any]:
     confidences = [part.answer.confidence for part in parts if part.answer.confidence]
     checks = [[name, one.model_dump(mode="json")] for name, one in recipe.all_checks.items()]
     return {
+        "margin": recipe.margin,
         **({"confidences": confidences} if confidences else {}),
         **({"checks": checks} if checks else {}),
     }

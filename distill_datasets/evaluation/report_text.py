@@ -5,6 +5,7 @@ from math import exp
 from typing import Any
 
 from distill_datasets.evaluation.money import money_text
+from distill_datasets.evaluation.verdict import lines
 from distill_datasets.tables import aligned
 
 _FIRST, _LAST = "expected", "query"  # of the cells of a row; any script may come last
@@ -73,9 +74,9 @@ def summary(report: _Report) -> list[str]:
 
 
 def _first(report: _Report) -> Iterator[str]:
-    yield from report.get("alerts") or one_answer(report)
+    yield from report["alerts"] if "alerts" in report else one_answer(report)
     if verdict := report.get("verdict"):
-        yield f"Verdict: {verdict['outcome']}. {verdict['rule']}"
+        yield from lines(verdict)
 
 
 def one_answer(report: _Report) -> Iterator[str]:

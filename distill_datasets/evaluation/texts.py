@@ -37,16 +37,16 @@ class Texts:
 
     def __init__(self, comparison: Comparison, recipe: Recipe) -> None:
         """`comparison` has the rows of every system."""
-        self._comparison, self._recipe = comparison, recipe
+        self.comparison, self._recipe = comparison, recipe
         self._groups = comparison.groups
 
     @cached_property
     def said(self) -> dict[str, list[str]]:
         """What each system says, as the student would."""
-        return {name: list(self._said(name)) for name in self._comparison.answers}
+        return {name: list(self._said(name)) for name in self.comparison.answers}
 
     def _said(self, system: str) -> Iterator[str]:
-        rows = self._comparison.answers[system].select_columns(["query", "raw", "answer"])
+        rows = self.comparison.answers[system].select_columns(["query", "raw", "answer"])
         for row in rows:
             if system in PROMPTED and row["answer"] is not None:
                 part, _ = self._recipe.part(row["query"])
@@ -60,10 +60,10 @@ class Texts:
 
         Where that is a label, it is compared with the label that was read out of a text.
         """
-        answers = self._comparison.predictions[TEACHER]
+        answers = self.comparison.predictions[TEACHER]
         pairs = zip(self.said[TEACHER], answers, strict=True)
         taught = [None if answer is None else text for text, answer in pairs]
-        return {"teacher": taught, "reference": self._comparison.references}
+        return {"teacher": taught, "reference": self.comparison.references}
 
     @cached_property
     def scores(self) -> dict[tuple[str, str, str], list[float]]:
@@ -73,7 +73,7 @@ class Texts:
             for name, texts in self.said.items():
                 found = {
                     "teacher": texts[row],
-                    "reference": self._comparison.predictions[name][row] or "",
+                    "reference": self.comparison.predictions[name][row] or "",
                 }
                 for target, wanted in self._targets.items():
                     right = wanted[row]
@@ -97,7 +97,7 @@ class Texts:
     def _of(self, system: str) -> dict[str, Any]:
         texts = self.said[system]
         (commonest, times), *_ = Counter(texts).most_common(1)
-        ended = self._comparison.answers[system]["stop_reason"]
+        ended = self.comparison.answers[system]["stop_reason"]
         shares = {
             "ended": [float(reason == "stop") for reason in ended],
             "commonest_share": [float(text == commonest) for text in texts],

@@ -314,6 +314,11 @@ def test_free_text_is_compared_with_the_teachers_and_with_what_it_says_again(
     assert 0 < texts["student"]["teacher"]["chrf"]["value"] < 1.0
     assert "teacher" not in texts["teacher"]
     assert report.data["text_differences"]["student-teacher again"]["chrf"]["high"] < 0
+    verdict = report.data["verdict"]
+    assert (verdict["metric"], verdict["outcome"]) == ("chrf", "does not replace the prompt")
+    alone = compare(run, settings=MeasureSettings(systems=("base", "teacher", "student")))
+    assert alone.data["verdict"]["outcome"] == "not enough evidence"
+    assert "measure with --systems" in alone.data["verdict"]["rule"]
     lines = report.table().splitlines()
     assert any("chrf to teacher" in line for line in lines)
     assert "agreement" not in report.table()
@@ -601,6 +606,7 @@ def test_a_student_that_does_not_say_its_base_needs_one(run: Path) -> None:
 
 def test_the_table_shows_systems_differences_and_every_row(run: Path) -> None:
     lines = compare(run).table().splitlines()
+    lines = lines[next(row for row, line in enumerate(lines) if line.startswith("system")) :]
     assert lines[0].split()[:6] == [
         "system", "prompt", "accuracy", "macro_f1", "answered", "agreement",
     ]  # fmt: skip
@@ -711,29 +717,26 @@ def test_what_is_asked_is_said_before(run: Path, capsys: pytest.CaptureFixture[s
     assert "at most 36 requests time some of them." in said
 
 
-@pytest.mark.parametrize(
-    ("said", "warning"),
-    [
-        ("It is red.", "the student gives the answer 'red' to 100% of the 8 queries"),
-        ("hm", "the student gives no answer that can be read to 100% of the 8 queries"),
-    ],
-)
-def test_a_student_that_says_one_thing_is_seen_first(said: str, warning: str, run: Path) -> None:
+@pytest.mark.parametrize("said", ["It is red.", "hm"])
+def test_a_student_that_says_one_thing_is_seen_first(said: str, run: Path) -> None:
     report = compare(run, student=Lexicon("stuck", dict.fromkeys(ALL, said)))
     first = report.table().splitlines()[0]
-    assert warning in first and "the teacher gives 3 different answers" in first
-    assert report.data["summary"][0] == first
-    assert f"- {first}" in report.path.with_suffix(".md").read_text()
+    assert first.startswith("Collapsed student: it says the same for 100% of the queries")
+    assert repr(said) in first and "The teacher gives 3 different answers" in first
+    assert report.data["alerts"][0] == report.data["summary"][0] == first
+    text = report.path.with_suffix(".md").read_text()
+    assert text.splitlines()[2] == f"- {first}"
     assert report.data["systems"]["student"]["answers"] == {
         "distinct": 1,
         "commonest": "red" if "red" in said else None,
         "commonest_share": 1.0,
     }
+    assert report.data["texts"]["student"]["commonest"] == said
 
 
 def test_a_student_that_varies_is_not_warned_of(run: Path) -> None:
     report = compare(run)
-    assert "Warning" not in report.table()
+    assert report.data["alerts"] == []
     assert report.data["systems"]["teacher"]["answers"] == {
         "distinct": 3,
         "commonest": "blue",
@@ -741,10 +744,37 @@ def test_a_student_that_varies_is_not_warned_of(run: Path) -> None:
     }
 
 
-def test_nobody_is_warned_of_where_the_teacher_says_one_thing_too(run: Path) -> None:
+def test_a_teacher_that_says_one_thing_is_called_that(run: Path) -> None:
     stuck = Lexicon("stuck", dict.fromkeys(ALL, "colour: red"))
     student = Lexicon("same", dict.fromkeys(ALL, "It is red."))
-    assert "Warning" not in compare(run, student=student, teacher=stuck).table()
+    first, *_ = compare(run, student=student, teacher=stuck).data["alerts"]
+    assert first.startswith("The teacher answers one thing")
+
+
+def test_the_verdict_stands_before_the_systems_and_names_the_rows_of_one_alone(run: Path) -> None:
+    report = compare(run)
+    verdict = report.data["verdict"]
+    assert (verdict["outcome"], verdict["metric"], verdict["margin"]) == (
+        "not enough evidence",
+        "accuracy",
+        0.02,
+    )
+    assert verdict["difference"]["value"] == 1 / 8
+    rows = {row["id"]: row["query"] for row in report.rows()}
+    assert [rows[one] for one in verdict["only_student"]] == ["rust"]
+    assert verdict["only_teacher"] == []
+    lines = report.table().splitlines()
+    assert lines[0].startswith("Verdict: not enough evidence: about ")
+    assert "Verdict: not enough" in (run / "report.md").read_text().splitlines()[2]
+
+
+def test_another_margin_is_another_verdict(run: Path) -> None:
+    first = compare(run)
+    edit(run / "release/recipe", "recipe.yaml", "name: colours", "name: colours\nmargin: 0.5")
+    edit(run / "release", "manifest.json", '"sha256"', '"digests"')
+    second = compare(run)
+    assert first.data["digest"] != second.data["digest"]
+    assert second.data["verdict"]["outcome"] == "replaces the prompt"
 
 
 def own_metric(folder: Path, body: str) -> str:
@@ -758,7 +788,7 @@ def test_a_metric_of_the_users_own_is_in_the_report(run: Path, tmp_path: Path) -
     report = compare(run, settings=MeasureSettings(metrics=(named,)))
     found = values(report, "student")
     assert found["mean_length"] == pytest.approx((5 * 3 + 3 * 4) / 8)
-    assert "mean_length" in report.table().splitlines()[0]
+    assert any("mean_length" in line for line in report.table().splitlines() if "system" in line)
     assert "mean_length" in report.data["differences"]["student-base"]
     # The base never answers: its lengths don't vary, and nobody knows what others there are.
     assert report.data["systems"]["base"]["metrics"]["mean_length"] == {"value": 0.0}
