@@ -28,8 +28,9 @@ _NORMAL = NormalDist()
 _Z = _NORMAL.inv_cdf(0.975)
 _CELLS = 4_000_000  # weights in memory at once: 32 MB
 _LEAST_FINITE = 0.975  # of the draws
-# Poisson's lower bounds for 0, 1, 2 and 3 events: half of chi-squared's 5 % quantiles.
-_RARE = (0.0, 0.0513, 0.3554, 0.8177)
+# Poisson's lower bounds for 0 to 10 events: half of chi-squared's 5 % quantiles.
+_RARE = (0.0, 0.0513, 0.3554, 0.8177, 1.3663, 1.9701, 2.6130, 3.2853, 3.9808, 4.6952, 5.4254)
+_PRIOR = 2.0  # groups whose rows are all alike, taken for seen
 # Rows by which a paired difference is taken for less: enough to keep a claim that is wrong at the
 # margin under 5 % for 50 rows and more, where the plain score test has up to 7 %.
 _CORRECTION = 0.25
@@ -123,7 +124,7 @@ Estimate = Proportion | Bootstrap
 def wilson(share: float, n: float, level: float = LEVEL) -> tuple[float, float]:
     """Wilson's score interval of a share among `n` independent rows.
 
-    Where the rows differ from all others by three at most, the end next to 0 or 1 is Poisson's, as
+    Where ten rows at most differ from all others, the end next to 0 or 1 is Poisson's, as
     Brown, Cai and DasGupta (2001) amend it: without, 95 % are 92 % for shares as near as 0.98.
 
     >>> [round(end, 4) for end in wilson(1.0, 315)]
@@ -361,7 +362,7 @@ def effective_rows(values: Sequence[float], groups: Sequence[str]) -> float:
 
     Where all rows of each group agree it is the number of groups, less where some are larger; with
     every group that shows its rows to be no more alike than any others, it nears the number of
-    rows. So much is taken for granted: one group's worth of evidence that they are all alike.
+    rows. What two groups whose rows are all alike would show is taken for granted.
 
         >>> effective_rows([1, 1, 0, 0, 1, 1], ["a", "a", "b", "b", "c", "c"])
         3.0
@@ -376,11 +377,16 @@ def effective_rows_of(samples: Floats, members: NDArray[np.int64]) -> Floats:
     of_group = _sums(deviations, members)
     # How many groups the deviations are spread over.
     spread = of_group.sum(axis=1) ** 2 / np.maximum((of_group**2).sum(axis=1), 1e-300)
-    likeness = _likeness(samples, members)
-    likeness = np.where(likeness < 1, (spread * likeness + 1) / (spread + 1), 1.0)
+    spread = np.maximum(spread, 1.0)
+    found = _likeness(samples, members)
+    likeness = (spread * found + _PRIOR) / (spread + _PRIOR)
     size = (sizes**2).sum() / sizes.sum()
-    worth: Floats = samples.shape[1] / (1 + (size - 1) * likeness)
-    return worth
+    n = samples.shape[1]
+    # The variance of few groups is a guess: Student's quantiles are so much above the normal's.
+    wider = (1 + (_Z**2 + 1) / (4 * spread)) ** 2
+    worth = np.maximum(n / (1 + (size - 1) * likeness) / wider, n / size)
+    known: Floats = np.where(found < 1, worth, n / size)
+    return known
 
 
 def intraclass_correlation(values: Sequence[float], groups: Sequence[str]) -> float:

@@ -33,7 +33,7 @@ def alone(count: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("count", "n"), [(315, 315), (310, 315), (300, 400), (0, 8), (0, 1), (5, 9), (1000, 1000)]
+    ("count", "n"), [(315, 315), (300, 315), (300, 400), (0, 8), (0, 1), (22, 44), (1000, 1000)]
 )
 def test_the_interval_of_a_share_is_wilsons(count: int, n: int) -> None:
     found = Proportion([1.0] * count + [0.0] * (n - count), alone(n)).interval()
@@ -44,13 +44,14 @@ def test_the_interval_of_a_share_is_wilsons(count: int, n: int) -> None:
     assert (found["value"], found["n"]) == (count / n, n)
 
 
-@pytest.mark.parametrize("rare", [1, 2, 3])
-@pytest.mark.parametrize("n", [12, 50, 315])
-def test_the_end_next_to_one_is_poissons_where_up_to_three_rows_differ(rare: int, n: int) -> None:
+@pytest.mark.parametrize("rare", [1, 2, 3, 5, 10])
+@pytest.mark.parametrize("n", [50, 315])
+def test_the_end_next_to_one_is_poissons_where_up_to_ten_rows_differ(rare: int, n: int) -> None:
     theirs = chi2.ppf(0.05, 2 * rare) / 2 / n
     low, high = wilson(1 - rare / n, n)
-    assert 1 - high == pytest.approx(theirs, abs=1e-4 / n)
-    assert low == pytest.approx(binomtest(n - rare, n).proportion_ci(method="wilson").low)
+    wilsons = binomtest(n - rare, n).proportion_ci(method="wilson")
+    assert 1 - high == pytest.approx(min(theirs, 1 - wilsons.high), abs=1e-4 / n)
+    assert low == pytest.approx(wilsons.low)
     assert wilson(rare / n, n) == pytest.approx((1 - high, 1 - low))
 
 
@@ -177,10 +178,10 @@ def test_a_group_of_more_rows_weighs_more_and_leaves_fewer_to_count() -> None:
 
 def test_groups_whose_rows_are_as_unlike_as_any_count_nearly_by_the_row() -> None:
     groups = [str(row // 2) for row in range(400)]
-    assert 398 < effective_rows([1.0, 0.0] * 200, groups) < 400
+    assert 385 < effective_rows([1.0, 0.0] * 200, groups) < 400
     assert effective_rows([1.0, 0.0] * 20, alone(40)) == 40
     # One row of a kind says little of how alike those of its group are.
-    assert 100 < effective_rows([1.0] + [0.0] * 199, groups[:200]) < 150
+    assert 100 <= effective_rows([1.0] + [0.0] * 199, groups[:200]) < 120
 
 
 def test_one_group_is_one_row() -> None:
