@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -68,7 +69,7 @@ def ask_all(
 
     What is asked is said on standard error first, with what is asked `then`.
     """
-    prices = Prices.load(settings.prices) if settings.prices else None
+    prices = _named(Prices.load(settings.prices), systems) if settings.prices else None
     meter = Meter(prices, budget=settings.budget) if prices else None
     rows, began = {}, monotonic()
     with Journal(path) as journal:
@@ -83,6 +84,24 @@ def ask_all(
             client = CachedClient(journal, limits=limits, meter=meters[name])
             rows[name] = _complete(ask(held_out.rows, system, client, title=name), name)
     return AnswersOfAll(rows, monotonic() - began, meter, meters)
+
+
+def _named(prices: Prices, systems: Mapping[str, Answerer]) -> Prices:
+    """The same, with a price for each system that has one under its role, or by its base.
+
+    A student costs what it was trained from does, unless the file says otherwise.
+    """
+    models = dict(prices.models)
+    for name, system in systems.items():
+        role = name.partition(" ")[0]
+        others = [
+            role,
+            *([systems["base"].model] if role == "student" and "base" in systems else []),
+        ]
+        for model in (system.identity, *others):
+            with suppress(PriceError):
+                models.setdefault(system.identity, prices.of(model))
+    return prices.model_copy(update={"models": models})
 
 
 def _take_released(held_out: HeldOut, systems: Mapping[str, Answerer], journal: Journal) -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from distill_datasets.evaluation.comparison import Comparison
     from distill_datasets.evaluation.metrics import Metrics
+    from distill_datasets.models.connection import Connection
 
 _SCORED = ("base", "teacher", "student")  # for their likelihoods
 _SHARE, _LEAST_SECONDS = 5, 5.0  # of the time that the answers took: so long is timed, or so many
@@ -168,7 +169,7 @@ class _Measuring:
     def _then(self) -> str:
         """What is asked after the answers."""
         parts = list[str]()
-        if self.settings.internalisation:
+        if self.settings.internalisation and len(_connections(self.systems)) == len(_SCORED):
             rows = len(self.held_out.rows)
             parts.append(f"at most {3 * rows:,} requests ask how likely the answers are")
         if self.settings.latency:
@@ -198,20 +199,7 @@ class _Measuring:
         manifest, sampling = held_out.manifest, greedy(held_out.recipe)
         checks = held_out.recipe.all_checks
         texts = Texts(comparison, held_out.recipe)
-        measured = {
-            name: {
-                "model": system.model,
-                "identity": system.identity,
-                "prompt": name in PROMPTED,
-                "metrics": comparison.metrics_of(name),
-                **({"checks": comparison.checks_of(name)} if checks else {}),
-                "answers": comparison.variety(name),
-                "tokens": comparison.tokens(name),
-            }
-            for name, system in systems.items()
-        }
-        if self.training:
-            measured["student"]["model"] = self.training.checkpoint["sampler"]
+        measured = {name: self._system(name, comparison) for name in systems}
         verdict = judge_rows(texts, held_out.recipe, free_text=held_out.free_text)
         data = {
             "alerts": alerts_of(texts, verdict),
@@ -245,6 +233,20 @@ class _Measuring:
         }
         notes = [*comparison.notes(), *explained(systems, held_out), *data["notes"]]
         return {**data, "notes": notes}
+
+    def _system(self, name: str, comparison: "Comparison") -> dict[str, Any]:
+        """What a report says of a system."""
+        system, checks = self.systems[name], self.held_out.recipe.all_checks
+        trained = self.training if name.startswith("student") else None
+        return {
+            "model": trained.checkpoint["sampler"] if trained else system.model,
+            "identity": system.identity,
+            "prompt": name in PROMPTED,
+            "metrics": comparison.metrics_of(name),
+            **({"checks": comparison.checks_of(name)} if checks else {}),
+            "answers": comparison.variety(name),
+            "tokens": comparison.tokens(name),
+        }
 
     def _times(self, data: Mapping[str, Any], answers: AnswersOfAll) -> dict[str, Any]:
         """The keys of a report that timing decides."""
@@ -327,12 +329,7 @@ def _internalisation(
     """The score over the teacher's usable answers; None where a system can't score given text."""
     from distill_datasets.training.internalisation import TeacherAnswer, measure_internalisation
 
-    asked = {name: systems.get(name) for name in _SCORED}
-    connections = {
-        name: one.sampler.connection
-        for name, one in asked.items()
-        if isinstance(one, PromptedModel) and hasattr(one.sampler, "connection")
-    }
+    connections = _connections(systems)
     recipe = held_out.recipe
     # What a stop text cut off may have gone on, whatever the model would have said.
     stopped = any(recipe.sampling_of(teacher).stop for teacher in recipe.all_teachers)
@@ -351,6 +348,16 @@ def _internalisation(
     if not answers or len(connections) < len(_SCORED):
         return None
     return measure_internalisation(answers, connections)
+
+
+def _connections(systems: Mapping[str, Answerer]) -> "dict[str, Connection]":
+    """Of those that can say how likely they find a given text."""
+    asked = {name: systems.get(name) for name in _SCORED}
+    return {
+        name: one.sampler.connection
+        for name, one in asked.items()
+        if isinstance(one, PromptedModel) and hasattr(one.sampler, "connection")
+    }
 
 
 def _no_likelihood(why: str = "") -> str:

@@ -57,7 +57,8 @@ def markdown(report: _Report) -> str:
     notes = "\n".join(f"- {note}" for note in [*report["notes"], *_internalised(report)])
     parts = [title, report_markdown(report).strip(), notes]
     if report.get("texts"):
-        parts += ["## Texts", _code(aligned(text_cells(report))), _ABOUT_TEXTS]
+        shown = [] if report["free_text"] else [_code(aligned(text_cells(report)))]
+        parts += ["## Texts", *shown, _ABOUT_TEXTS]
     if "money" in report:
         parts += ["## Money", _code(money_text(report["money"]))]
     if report["labels"]:

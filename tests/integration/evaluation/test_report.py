@@ -341,7 +341,8 @@ def test_prices_say_what_is_asked_for_costs_and_what_the_student_saves(
     report = compare(run, settings=MeasureSettings(prices=tmp_path / "prices.yaml"))
     said = capsys.readouterr().err
     assert "measure:   teacher: about" in said and "EUR\n" in said
-    assert "student: about 8 tokens to read, at most 56 to write (the price file has no" in said
+    # It costs what it was trained from does.
+    assert "student: about 8 tokens to read, at most 56 to write, at most 0.0006 EUR" in said
     assert report.data["spent"]["currency"] == "EUR" and report.data["spent"]["amount"] > 0
     assert (
         report.data["money"]["per_query"]["teacher"] > report.data["money"]["per_query"]["student"]
@@ -362,10 +363,13 @@ def test_prices_given_later_cost_no_request(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_price_that_is_missing_is_a_note_and_the_report_is_written(
-    run: Path, tmp_path: Path
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prices.yaml").write_text(PRICES.replace("base:", "other:"))
     report = compare(run, settings=MeasureSettings(prices=tmp_path / "prices.yaml"))
+    assert "student: about 8 tokens to read, at most 56 to write (the price file has no" in (
+        capsys.readouterr().err
+    )
     notes = [note for note in report.data["notes"] if note.startswith("No comparison of costs")]
     assert len(notes) == 1 and "'base'" in notes[0]
 
@@ -590,7 +594,7 @@ def test_markdown_shows_the_comparison_costs_labels_and_rows(run: Path) -> None:
     text = compare(run).path.with_suffix(".md").read_text()
     for part in (
         "| teacher | yes | 0.750 [",
-        "- teacher: `teacher`",
+        "- `teacher`: teacher\n",
         "Prompt tokens a query: teacher 10.0 - student 1.0 = 9.0 saved",
         "one request at a time",
         "    blue   4     0.000  0.750    0.750",

@@ -199,7 +199,7 @@ def test_the_report_has_every_system_with_its_intervals() -> None:
     text = report_markdown(REPORT)
     assert "| base | no | 0.200 [0.150, 0.250] | 11.5 /" in text
     assert "| teacher | yes | 0.950 [0.900, 1.000] | 612.2 /" in text
-    assert "- teacher: `tinker:org/large`" in text
+    assert "- `tinker:org/large`: teacher\n" in text
     assert "| 120.0 |" in text
     assert "| student-teacher | accuracy | -0.050 [-0.100, 0.000] |" in text
     assert "1,300 rows of the split `test`" in text
