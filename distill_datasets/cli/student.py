@@ -62,6 +62,9 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher", metavar="MODEL", help="the model with the prompt (default: the release's)"
     )
+    parser.add_argument(
+        "--judge", metavar="MODEL", help="a model that scores and compares what they say"
+    )
     parser.add_argument("--split", help="the held-out split (default: test, and any other)")
     add_flags(parser, MeasureSettings)
 
@@ -200,7 +203,7 @@ def training_folders(run: Path) -> list[Path]:
 
 
 def _named(options: argparse.Namespace) -> dict[str, str | None]:
-    return {name: getattr(options, name, None) for name in ("base", "teacher")}
+    return {name: getattr(options, name, None) for name in ("base", "teacher", "judge")}
 
 
 def _held_out(dataset: str | Path) -> list[str]:

@@ -7,7 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.errors import BudgetReached, DatasetError, ModelError, PriceError
+from distill_datasets.errors import (
+    BudgetReached,
+    DatasetError,
+    ModelError,
+    PriceError,
+    SettingsError,
+)
 from distill_datasets.evaluation import report_text
 from distill_datasets.evaluation.asking import AnswersOfAll, ask_all
 from distill_datasets.evaluation.latency import measure_latency
@@ -31,15 +37,14 @@ from distill_datasets.files import one_writer, write_file
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.generation.teachers import Answerer, PromptedModel
 from distill_datasets.models.sampler import Sampler, digest
-from distill_datasets.notebooks import interruptible
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Check
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from pandas import DataFrame
 
     from distill_datasets.evaluation.comparison import Comparison
+    from distill_datasets.evaluation.judge import AnswerJudge
     from distill_datasets.evaluation.metrics import Metrics
     from distill_datasets.models.connection import Connection
 
@@ -84,36 +89,26 @@ class Report:
                 "`measure` writes beside it. Measure again."
             ) from error
 
-    def to_pandas(self) -> "DataFrame":
-        """Every row, with a column for each thing that a system said or passed."""
-        from pandas import json_normalize
-
-        return json_normalize(list(self.rows()))
-
-    def _repr_html_(self) -> str:
-        from distill_datasets.evaluation.page import summary_html
-
-        return summary_html(self.data, self.path.with_suffix(".html"))
-
     def table(self) -> str:
         """The systems, what sets the student apart and, where there are few, the rows."""
         return report_text.table(self.data)
 
 
-@interruptible
-def measure(
+def measure(  # noqa: PLR0913 (a release, four models, and the settings)
     dataset: str | Path,
     *,
     student: Sampler | str | Path,
     out: str | Path,
     teacher: Sampler | str | None = None,
     base: Sampler | str | None = None,
+    judge: Sampler | str | None = None,
     settings: MeasureSettings | None = None,
 ) -> Report:
     """Ask systems every query of a release's split, and compare the student with the others.
 
     `student` is a training folder (or a run's folder with `train/`) or a model reference; the
-    teacher is the release's, and the base what the student was trained from, unless given.
+    teacher is the release's, and the base what the student was trained from, unless given. A
+    `judge` scores and compares what they say.
     Writes `out/report.json`, `report.md`, `report.html`, `rows.jsonl` and `model_card.md`; for a
     split other than test `report-<split>.json` and so on. Answers are at temperature 0 and kept in
     `out/journal.sqlite`: another call asks only for timings, and for nothing where its report
@@ -142,7 +137,8 @@ def measure(
         base=base,
         names=settings.systems,
     )
-    measuring = _Measuring(held_out, systems, settings, metrics, training)
+    judging = _open_judge(judge, held_out, settings)
+    measuring = _Measuring(held_out, systems, settings, metrics, training, judging)
     name = "report.json" if settings.split == "test" else f"report-{settings.split}.json"
     with one_writer(Path(out), "report"):
         return measuring.report(Path(out) / name)
@@ -157,6 +153,7 @@ class _Measuring:
     settings: MeasureSettings
     metrics: "Metrics"
     training: TrainedStudent | None
+    judge: "AnswerJudge | None" = None
 
     def report(self, path: Path) -> Report:
         """The report that is there, or a new one: written before the timing and after it."""
@@ -164,6 +161,7 @@ class _Measuring:
 
         known = _read(path)
         enough = known and (known.get("timed") or not self.settings.latency)
+        enough = enough and ("judge" in (known or ()) or not self.judge)
         if known and enough and known.get("digest") == self.key and rows_file(path).is_file():
             # What prices say of it costs no request.
             priced = self._write(path, known) if self.settings.prices else known
@@ -176,6 +174,8 @@ class _Measuring:
         lines = (json.dumps(row, ensure_ascii=False) for row in rows)
         write_file(rows_file(path), "".join(f"{line}\n" for line in lines))
         data = self._write(path, data)
+        if self.judge:
+            data = self._write(path, data | self._judged(self.judge, comparison, answers, journal))
         if self.settings.latency:
             data = self._write(path, data | self._times(data, answers))
         return Report(path, data)
@@ -186,11 +186,27 @@ class _Measuring:
         if self.settings.internalisation and len(_connections(self.systems)) == len(_SCORED):
             rows = len(self.held_out.rows)
             parts.append(f"at most {3 * rows:,} requests ask how likely the answers are")
+        if self.judge:
+            requests = self.judge.most_requests(self.systems, len(self.held_out.rows))
+            parts.append(f"at most {requests:,} requests go to the judge")
         if self.settings.latency:
             timed = timed_systems(self.held_out, self.systems, {})
             requests = sum(len(one.requests) for one in timed.values())
             parts.append(f"at most {requests:,} requests time some of them")
         return f" Then {', and '.join(parts)}." if parts else ""
+
+    def _judged(
+        self, judge: "AnswerJudge", comparison: "Comparison", answers: AnswersOfAll, journal: Path
+    ) -> dict[str, Any]:
+        """The key `judge`, and what is spent with it."""
+        from distill_datasets.evaluation.texts import Texts
+
+        rows = judge.rows(comparison, Texts(comparison, self.held_out.recipe))
+        models = {name: one.model for name, one in self.systems.items()}
+        found = judge.judge(
+            rows, models, journal, concurrency=self.settings.concurrency, meter=answers.meter
+        )
+        return {"judge": found, "spent": _spent(answers)}
 
     def _money(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """What the student saves by the price file; a note where that lacks a price."""
@@ -311,6 +327,7 @@ class _Measuring:
                 "systems": {name: system.identity for name, system in self.systems.items()},
                 "checkpoint": self.training.checkpoint if self.training else None,
                 "internalisation": self.settings.internalisation,
+                **({"judge": self.judge.key} if self.judge else {}),
             }
         )
 
@@ -329,6 +346,19 @@ class _Measuring:
         write_page(path, self.training.folder if self.training else None, data=data)
         write_file(path, text)
         return data
+
+
+def _open_judge(
+    judge: Sampler | str | None, held_out: HeldOut, settings: MeasureSettings
+) -> "AnswerJudge | None":
+    if judge is not None:
+        from distill_datasets.evaluation.judge import open_judge
+
+        labels = settings.judge_labels
+        return open_judge(judge, held_out, rubrics=settings.rubrics, labels=labels)
+    if settings.rubrics or settings.judge_labels:
+        raise SettingsError("Rubrics and labels are for a judge: name one (`judge`, --judge).")
+    return None
 
 
 def _checks(checks: Mapping[str, Check], comparison: "Comparison") -> dict[str, Any]:

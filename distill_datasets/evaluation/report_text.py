@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from math import exp
 from typing import Any
 
+from distill_datasets.evaluation.judge_findings import judge_lines, judge_table
 from distill_datasets.evaluation.money import money_text
 from distill_datasets.evaluation.verdict import lines
 from distill_datasets.tables import aligned
@@ -38,6 +39,8 @@ def table(report: _Report) -> str:
         parts.insert(1, aligned(_check_cells(report)))
     if report.get("free_text"):
         parts.insert(1, aligned(text_cells(report)))
+    if judge := report.get("judge"):
+        parts.insert(-1, "\n".join([judge_table(judge), *judge_lines(judge)]))
     if report["rows"]:
         parts.append(_rows(report))
     return "\n\n".join(parts)
@@ -59,6 +62,9 @@ def markdown(report: _Report) -> str:
     if report.get("texts"):
         shown = [] if report["free_text"] else [_code(aligned(text_cells(report)))]
         parts += ["## Texts", *shown, _ABOUT_TEXTS]
+    if judge := report.get("judge"):
+        said = "\n".join(f"- {line}" for line in judge_lines(judge))
+        parts += ["## Judge", _code(judge_table(judge)), said]
     if "money" in report:
         parts += ["## Money", _code(money_text(report["money"]))]
     if report["labels"]:

@@ -43,6 +43,20 @@ class MeasureSettings:
     internalisation: bool = setting(
         True, "don't ask how likely base, teacher and student find the teacher's answers"
     )
+    rubrics: tuple[str, ...] = setting(
+        (),
+        "by what the judge scores: quality, persona, period, faithfulness, recipe, or a YAML file "
+        "of criteria; may be given several times",
+        group="judge",
+        flag="rubric",
+        unset="recipe, its judge's prompt, if it has one; else quality",
+    )
+    judge_labels: Path | None = setting(
+        None,
+        "a CSV file of people's labels, better or worse (the student than the teacher) or good or "
+        "bad, by id or query, which correct the judge",
+        group="judge",
+    )
     prices: Path | None = setting(None, "a file with a date and prices of models", group="money")
     budget: float | None = setting(
         None, "with --prices, ask nothing more once so much is spent here", group="money", above=0
