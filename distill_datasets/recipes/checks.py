@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from distill_datasets.conversations import Call, split_calls
-from distill_datasets.errors import nearest
+from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.recipes.parsing import find_all, fits_schema, read_json, value_text
 from distill_datasets.recipes.sections import Check, Range
 from distill_datasets.recipes.text_units import (
@@ -19,8 +19,10 @@ from distill_datasets.recipes.text_units import (
     count_words,
     is_in_language,
 )
+from distill_datasets.recipes.tools import check_names
 
 FAILED = "check: "  # and the name, as the reason of a rejection
+_OF_REFERENCES = ("fields", "contains_reference")
 _MINUS = "-−"
 
 
@@ -59,10 +61,15 @@ class Said:
 
 
 def validate_checks(
-    checks: Sequence[Check], keep: str | Sequence[str], taken: Collection[str], *, has_tools: bool
+    checks: Sequence[Check],
+    keep: str | Sequence[str],
+    taken: Collection[str],
+    *,
+    has_tools: bool,
+    has_references: bool,
 ) -> None:
-    """Raise `ValueError` for names that are twice or `taken`, for a `keep` of no check, and for
-    checks of calls where there are no tools.
+    """Raise `ValueError` for names that are twice or `taken`, for a `keep` of no check, for checks
+    of calls where there are no tools, and for those of references where there are none.
     """
     names = [check.name for check in checks]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -79,6 +86,22 @@ def validate_checks(
     calling = [check.name for check in checks if check.kind in ("calls", "never_calls")]
     if calling and not has_tools:
         raise ValueError(f"the checks {calling} are about calls, and the recipe has no tools")
+    referring = [check.name for check in checks if check.when or check.kind in _OF_REFERENCES]
+    if referring and not has_references:
+        raise ValueError(
+            f"the checks {referring} look at the row's reference, and no row has one: name the "
+            "column of the right answers as `queries.reference`, or leave those checks out"
+        )
+
+
+def check_tools(checks: Sequence[Check], tools: str) -> None:
+    """Raise `RecipeError` for a check of a tool that isn't among the tools (JSON text)."""
+    for check in checks:
+        named = (check.calls if check.kind == "calls" else check.never_calls) or ()
+        try:
+            check_names(() if named is True else named, tools)
+        except ValueError as error:
+            raise RecipeError(f"The check {check.name!r}: {error}.") from error
 
 
 def passes(check: Check, said: Said) -> bool | None:

@@ -23,6 +23,13 @@ _TEXT, _INT, _BOOL, _MERGE = (
     f"tag:yaml.org,2002:{name}" for name in ("str", "int", "bool", "merge")
 )
 
+# What YAML calls the kinds of values that a key takes.
+_WANTED = {
+    **dict.fromkeys(("tuple_type", "list_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping, key: value"),
+    "string_type": "text",
+}
+
 
 def load_recipe(source: str | Path, *, config: str | None = None, trust: bool = False) -> Recipe:
     """A recipe by its name (of those that ship), its folder, or a release that carries it.
@@ -332,9 +339,12 @@ def _explain(error: ValidationError, folder: Path, root: yaml.Node) -> str:
         elif problem["type"] == "missing":
             lines.append(f"  the key {where!r} is missing.")
         else:
-            message = problem["msg"].removeprefix("Value error, ")
+            said = problem["msg"].removeprefix("Value error, ").removesuffix(".")
+            wanted = _WANTED.get(problem["type"])
+            message = f"expected {wanted}" if wanted else said
             found = f" (found {problem['input']!r:.300})" if problem["loc"] else ""
-            lines.append(f"  {where}: {message}{found}.{_hint(problem, root)}")
+            end = "" if message.endswith("?") and not found else "."
+            lines.append(f"  {where}: {message}{found}{end}{_hint(problem, root)}")
     return "\n".join(lines)
 
 
@@ -357,7 +367,8 @@ def _keys_at(location: Sequence[str | int]) -> list[str]:
     for part in location:
         if isinstance(part, str):
             model = _section(model.model_fields[part].annotation)
-    return [name for name, field in model.model_fields.items() if not field.exclude]
+    fields = model.model_fields.items()
+    return [field.alias or name for name, field in fields if not field.exclude]
 
 
 def _section(annotation: Any) -> type[BaseModel]:

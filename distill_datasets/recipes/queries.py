@@ -20,7 +20,7 @@ from distill_datasets.conversations import (
     read_messages,
     to_text,
 )
-from distill_datasets.errors import RecipeError
+from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.hub.references import fetch_dataset
 from distill_datasets.recipes.query_files import (
     READERS,
@@ -35,6 +35,8 @@ from distill_datasets.recipes.query_files import (
 )
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Queries, SplitShares
+from distill_datasets.recipes.tools import check_names
+from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -170,7 +172,9 @@ def _read(recipe: Recipe, left_out: Counter[str] | None = None) -> Iterator[Colu
         raise RecipeError(f"The queries of recipe {recipe.name!r} are empty: nothing to ask.")
     names["query"] = own or ("text" if first[0].keys() == {"text"} else "query")
     _check_columns(recipe, names, first[0])
-    reference = _Writer(_calls, json=True) if recipe.tools else _Writer(recipe.teacher_reader.write)
+    reference = _Writer(recipe.teacher_reader.write)
+    if recipe.tools_text is not None:
+        reference = _Writer(partial(_calls, tools=recipe.tools_text), json=True)
     write = {"reference": reference}
     if spec.messages:
         every, counted = recipe.turns == "all", Counter[str]() if left_out is None else left_out
@@ -254,15 +258,17 @@ def _texts(
     return found
 
 
-def _calls(value: Any) -> str:
+def _calls(value: Any, *, tools: str) -> str:
     """The calls that are right, as answers are written."""
     try:
-        return calls_text(read_calls(value))
+        calls = read_calls(value)
     except ValueError as error:
         raise ValueError(
             f'expected a list of calls, [{{"name": …, "arguments": {{…}}}}] or [] for none, found '
             f"{value!r:.200} ({error})"
         ) from error
+    check_names((call.name for call in calls), tools)
+    return calls_text(calls)
 
 
 def _conversation(value: Any, *, every_turn: bool, left_out: Counter[str]) -> str:
@@ -270,6 +276,7 @@ def _conversation(value: Any, *, every_turn: bool, left_out: Counter[str]) -> st
     those of `every_turn`.
     """
     given = read_messages(value, texts=True)
+    _check_results(given)
     messages = list(given)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
@@ -287,6 +294,19 @@ def _conversation(value: Any, *, every_turn: bool, left_out: Counter[str]) -> st
     if len(messages) < len(given):
         left_out.update(conversations=1, messages=len(given) - len(messages))
     return to_text(messages)
+
+
+def _check_results(messages: Sequence[Message]) -> None:
+    """Raise `ValueError` for a tool's message that answers no call: servers refuse it."""
+    called = False
+    for message in messages:
+        called = called or bool(message.get("tool_calls"))
+        if message["role"] == "tool" and not called:
+            raise ValueError(
+                "expected a call of the assistant before a tool's message, found "
+                f"{message['content']!r:.80} without one; add `tool_calls` to the message before "
+                "it, or leave the row out"
+            )
 
 
 def _pieces(recipe: Recipe) -> Iterator[Rows]:
@@ -459,9 +479,10 @@ def _check_columns(recipe: Recipe, names: Mapping[str, str | None], row: Mapping
         columns = _all_columns(recipe)
         for role, name in names.items():
             if name is not None and name not in columns:
+                key = "messages" if name == recipe.queries.messages else _KEYS.get(role, role)
                 raise RecipeError(
-                    f"The queries have no column {name!r} (the recipe's "
-                    f"`queries.{_KEYS.get(role, role)}`); found {columns}."
+                    f"The queries have no column {name!r} (the recipe's `queries.{key}`); found "
+                    f"{columns}.{nearest(name, columns)}"
                 )
 
 

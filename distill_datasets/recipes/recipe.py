@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from distill_datasets.conversations import (
     below,
@@ -24,7 +24,13 @@ from distill_datasets.conversations import (
 from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.hub.references import inside
 from distill_datasets.models.sampler import Sampling, digest
-from distill_datasets.recipes.checks import Said, check_all, first_failure, validate_checks
+from distill_datasets.recipes.checks import (
+    Said,
+    check_all,
+    check_tools,
+    first_failure,
+    validate_checks,
+)
 from distill_datasets.recipes.examples import read_examples
 from distill_datasets.recipes.parsing import Reader, Reading
 from distill_datasets.recipes.prompt import (
@@ -57,6 +63,7 @@ from distill_datasets.recipes.sections import (
     Teacher,
     check_mix,
     check_teachers,
+    several,
 )
 from distill_datasets.recipes.tools import read_tools
 from distill_datasets.schema import EARLIER, SOURCE, Message
@@ -140,7 +147,7 @@ class Recipe(Section):
     """What the student sees beside the query; without it, nothing."""
     checks: tuple[Check, ...] = ()
     """What the prompt demands and can be checked; each is a metric."""
-    keep: Literal["all checks"] | tuple[str, ...] = ()
+    keep: Literal["all checks"] | Annotated[tuple[str, ...], BeforeValidator(several)] = ()
     """The checks that an answer must pass to be kept; any other is rejected."""
     mix: tuple[MixPart, ...] = ()
     """Rows of something else, for the train split: the student keeps what it could."""
@@ -246,11 +253,17 @@ class Recipe(Section):
             raise ValueError("'turns: all' needs one answer a turn: one teacher, sampling.n of 1")
         if self.tools and self._sets("answer"):
             raise ValueError("with tools the answer is the calls: remove the section answer")
+        if self.student.tools == "keep" and not self.tools:
+            raise ValueError("'student: {tools: keep}' needs tools: name their file, or remove it")
         return self
 
     @model_validator(mode="after")
     def _checks_are_named(self) -> Self:
-        validate_checks(self.checks, self.keep, MEASURABLE, has_tools=self.tools is not None)
+        known = {
+            "has_tools": self.tools is not None,
+            "has_references": bool(self.queries.reference),
+        }
+        validate_checks(self.checks, self.keep, MEASURABLE, **known)
         return self
 
     @model_validator(mode="after")
@@ -424,7 +437,7 @@ class Recipe(Section):
         """The turns of each example in the file, whether it is chosen or not."""
         if self.examples is None:
             return []
-        return read_examples(self.folder / self.examples.file, calls=self.tools is not None)
+        return read_examples(self.folder / self.examples.file, self.tools_text)
 
     @cached_property
     def example_queries(self) -> frozenset[str]:
@@ -437,7 +450,11 @@ class Recipe(Section):
     @cached_property
     def tools_text(self) -> str | None:
         """The tools as JSON text, in OpenAI's form; None for none."""
-        return None if self.tools is None else read_tools(self.folder / self.tools)
+        if self.tools is None:
+            return None
+        tools = read_tools(self.folder / self.tools)
+        check_tools(self.checks, tools)
+        return tools
 
     @cached_property
     def system_text(self) -> str:

@@ -358,11 +358,12 @@ class Range(Section):
         return self
 
 
-def _several(given: Any) -> Any:
+def several(given: Any) -> Any:
+    """A list, of which one text may stand alone."""
     return [given] if isinstance(given, str) else given
 
 
-Words = Annotated[tuple[Word, ...], BeforeValidator(_several), Field(min_length=1)]
+Words = Annotated[tuple[Word, ...], BeforeValidator(several), Field(min_length=1)]
 Pattern = Annotated[str, AfterValidator(check_pattern)]
 _CHECK_FACTS = ("name", "covers", "when")
 

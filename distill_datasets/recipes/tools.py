@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,13 @@ def read_tools(path: Path) -> str:
     return json.dumps(checked_tools(given, str(path)), ensure_ascii=False)
 
 
+def check_names(named: Iterable[str], tools: str) -> None:
+    """Raise `ValueError` for a name that none of the tools (JSON text) has."""
+    known = [one["function"]["name"] for one in json.loads(tools)]
+    if unknown := next((name for name in named if name not in known), None):
+        raise ValueError(f"there is no tool {unknown!r}, expected one of {known}")
+
+
 def checked_tools(given: Sequence[Any], where: str) -> list[dict[str, Any]]:
     """Tools in one form, each with a name of its own; raises `RecipeError` that names the tool."""
     tools = [_tool(one, f"{where}, tool {place}") for place, one in enumerate(given, 1)]
@@ -53,6 +60,12 @@ def _tool(given: Any, where: str) -> dict[str, Any]:
         raise RecipeError(
             f"{where}: expected a function with a name of letters, digits, '_', '.' and '-', "
             f"found {given!r:.200}."
+        )
+    if other := sorted({"inputSchema", "input_schema", "parametersJsonSchema"} & {*function}):
+        raise RecipeError(
+            f"{where} ({function['name']}): expected `parameters`, its JSON schema, found "
+            f"{other[0]!r}, which is another form: `distill-datasets tools import` converts what "
+            "an MCP server lists."
         )
     parameters = function.get("parameters") or NO_PARAMETERS
     try:

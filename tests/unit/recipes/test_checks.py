@@ -288,6 +288,7 @@ def test_an_answer_that_fails_a_check_is_rejected_by_its_name() -> None:
     assert recipe.read("q", None, "Which of", "length").rejection == "truncated"
     some = Recipe(**CHECKED, keep=["brief"])
     assert some.read("q", None, "This one.", "stop").answer == "This one."
+    assert Recipe(**CHECKED, keep="brief").kept_checks == some.kept_checks
     assert first_failure(some.kept_checks, Said("one two three four")) == "check: brief"
 
 
@@ -308,6 +309,10 @@ def test_checks_change_what_is_read_only_where_they_decide_what_is_kept() -> Non
         ({"checks": [{"name": "one", "words": 1}, {"name": "one", "words": 2}]}, "its own name"),
         ({"checks": [{"name": "one", "calls": "x"}]}, "has no tools"),
         ({"checks": [{"name": "one", "words": 1, "ends": True}]}, "exactly one of"),
+        ({"checks": [{"name": "one", "words": 1, "when": "a"}]}, "no row has one"),
+        ({"checks": [{"name": "one", "fields": ["a"]}]}, "queries.reference"),
+        ({"keep": "breif"}, "keep names"),
+        ({"student": {"tools": "keep"}}, "needs tools"),
         ({"metrics": ["ece"]}, "answer.confidence"),
     ],
 )
@@ -338,6 +343,7 @@ def test_every_kind_of_check_is_written_as_it_is_read(tmp_path: Path) -> None:
     }
     checks = [{"name": f"a_{kind}", kind: value} for kind, value in values.items()]
     keys = {**CHECKED, "checks": checks, "keep": "all checks", "tools": "tools.json"}
+    keys["queries"] = {**CHECKED["queries"], "reference": "right"}
     recipe = Recipe(**{**keys, "response": "{{ answer }}", "folder": tmp_path})
     recipe.dump(tmp_path / "copy")
     again = load_recipe(tmp_path / "copy")

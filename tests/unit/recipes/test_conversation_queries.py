@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from datasets import Dataset, Features, Json, List
 from pyarrow.parquet import write_table
 
@@ -12,7 +13,7 @@ from distill_datasets.conversations import from_text
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries
-from tests.support.conversations import said, talks, user
+from tests.support.conversations import TOOLS, said, talks, user
 
 CALL = {"name": "find_order", "arguments": {"id": "A-1", "deep": {"n": 1}}}
 MESSAGES = [
@@ -175,3 +176,54 @@ def test_references_of_calls_are_written_as_answers_are(tmp_path: Path) -> None:
     talks(folder, [{**rows[0], "right": "ask back"}], queries=source, tools=True)
     with pytest.raises(RecipeError, match="Reference 1: expected a list of calls"):
         queries(folder)
+    talks(folder, [{**rows[0], "right": {"name": "find_oder"}}], queries=source, tools=True)
+    with pytest.raises(RecipeError, match="Reference 1: there is no tool 'find_oder'"):
+        queries(folder)
+
+
+def test_a_tools_message_needs_a_call_before_it(tmp_path: Path) -> None:
+    rows = [[user("Hi"), {"role": "tool", "content": "sent"}]]
+    with pytest.raises(RecipeError, match="Query 1: expected a call of the assistant before"):
+        queries(talks(tmp_path / "recipe", rows))
+
+
+def test_checks_and_examples_of_tools_that_are_not_there_are_said(tmp_path: Path) -> None:
+    checks = [{"name": "looks", "calls": "find_oder"}]
+    folder = talks(tmp_path / "recipe", [[user("Hi")]], tools=True, checks=checks)
+    with pytest.raises(RecipeError, match="The check 'looks': there is no tool 'find_oder'"):
+        queries(folder)
+    talks(folder, [[user("Hi")]], tools=True, examples="examples.jsonl")
+    for response, says in (
+        ('<tool_call>{"name": "find_oder"}</tool_call>', "there is no tool 'find_oder'"),
+        ("<tool_call>{</tool_call>", "its calls can't be read"),
+    ):
+        (folder / "examples.jsonl").write_text(json.dumps({"query": "a", "response": response}))
+        with pytest.raises(RecipeError, match=f"row 1: {says}"):
+            queries(folder)
+
+
+def test_a_missing_column_is_named_by_its_own_key(tmp_path: Path) -> None:
+    source = {"file": "queries.jsonl", "messages": "message"}
+    folder = talks(tmp_path / "recipe", [[user("Hi")]], queries=source)
+    with pytest.raises(RecipeError, match=r"queries\.messages.*Did you mean 'messages'"):
+        queries(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("tools", TOOLS, "tools: expected text"),
+        ("student", "[desk]", "student: expected a mapping"),
+        ("mix", {"name": "general"}, "mix: expected a list"),
+        ("checks", [{"name": "a", "jsn": True}], "Did you mean 'json'.*characters, json, fields"),
+        ("keep", ["x"], r"or 'all checks'\.$"),
+    ],
+)
+def test_a_key_of_another_kind_is_said_in_yamls_words(
+    tmp_path: Path, key: str, value: Any, says: str
+) -> None:
+    folder = talks(tmp_path / "recipe", [[user("Hi")]])
+    fields = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**fields, key: value}))
+    with pytest.raises(RecipeError, match=says):
+        load_recipe(folder)

@@ -91,6 +91,7 @@ def test_tools_are_read_in_one_form_whatever_stands_around_their_functions(tmp_p
         ([{"name": "a b"}], "tool 1: expected a function with a name"),
         ([ORDER, ORDER], "several tools of one name"),
         ([{"name": "a", "parameters": {"type": "strin"}}], "tool 1 .a.: not a JSON schema"),
+        ([{"name": "a", "inputSchema": {}}], "tool 1 .a.: expected `parameters`.*tools import"),
         ([{"name": "a", "parameters": {"pattern": "("}}], "regular expression|not a .regex."),
     ],
 )

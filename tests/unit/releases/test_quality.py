@@ -105,14 +105,16 @@ def test_answers_out_of_another_release_are_told_by_their_source(tmp_path: Path)
 CHECKS = [
     {"name": "brief", "words": {"max": 2}, "covers": "Say it in two words"},
     {"name": "polite", "never": "damn"},
-    {"name": "idle", "when": "never there", "ends": True},
+    {"name": "idle", "contains_reference": True},
 ]
+
+QUERIES = {"file": "queries.txt", "reference": "right"}
 
 
 def test_a_check_that_many_kept_rows_fail_is_told_and_one_that_applies_to_none(
     tmp_path: Path,
 ) -> None:
-    found = CheckTally(greetings(tmp_path, checks=CHECKS))
+    found = CheckTally(greetings(tmp_path, checks=CHECKS, queries=QUERIES))
     said = ["one two three"] * 5 + ["damn it"] + ["fine"] * 19
     for text in said:
         found.add(answered(text))
