@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
 
-import numpy as np
-
 from distill_datasets.conversations import readable
 from distill_datasets.errors import DatasetError
 from distill_datasets.statistics import FEW, LEVEL, Proportion, mcnemar, mean_difference
@@ -162,20 +160,11 @@ def find(
 
 def _scores(opinions: Opinions, groups: Sequence[str]) -> dict[str, Any]:
     """Means, paired differences, and those that aren't chance, for all comparisons together."""
-    from distill_datasets.evaluation.metrics import mean_of
-
     means: dict[str, dict[str, Any]] = {}
     for criterion, of_systems in opinions.scores.items():
-        low, high = opinions.scales[criterion]
-        for system, scores in of_systems.items():
-            if any(one is not None for one in scores):
-                shares = np.array(
-                    [np.nan if s is None else (s - low) / (high - low) for s in scores]
-                )
-                found = mean_of(shares, groups).interval()
-                ends = {name: low + found[name] * (high - low) for name in found if name != "n"}
-                n = sum(one is not None for one in scores)
-                means.setdefault(system, {})[criterion] = {**ends, "n": n}
+        for system in of_systems:
+            if found := _mean(opinions, criterion, system, groups):
+                means.setdefault(system, {})[criterion] = found
     others = [other for other in _OTHERS if other in means]
     level = 1 - (1 - LEVEL) / max(1, len(others) * len(opinions.scores))
     differences: dict[str, dict[str, Any]] = {}
@@ -188,12 +177,27 @@ def _scores(opinions: Opinions, groups: Sequence[str]) -> dict[str, Any]:
                 continue
             differences.setdefault(f"{STUDENT}-{other}", {})[criterion] = plain
             if plain["rows"] >= FEW and (strict["low"] > 0 or strict["high"] < 0):
-                more = "more" if plain["value"] > 0 else "less"
-                gaps.append(
-                    f"{criterion}: the student scores {abs(plain['value']):.2f} {more} than the "
-                    f"{other} ({interval(plain, '+')})"
-                )
+                gaps.append(f"{criterion}: {STUDENT} - {other} {interval(plain, '+')}")
     return {"scores": means, "differences": differences, "gaps": gaps}
+
+
+def _mean(
+    opinions: Opinions, criterion: str, system: str, groups: Sequence[str]
+) -> dict[str, float] | None:
+    """A system's mean score, on the rows where it has one."""
+    low, high = opinions.scales[criterion]
+    known = [
+        ((score - low) / (high - low), group)
+        for score, group in zip(opinions.scores[criterion][system], groups, strict=True)
+        if score is not None
+    ]
+    if not known:
+        return None
+    shares, related = zip(*known, strict=True)
+    # Beside nothing: where all scores are equal, other rows may still have others.
+    found = mean_difference(shares, [0.0] * len(shares), related)
+    ends = {name: low + max(0.0, found[name]) * (high - low) for name in ("value", "low", "high")}
+    return {**ends, "n": found["n"], "rows": len(shares)}
 
 
 def _apart(
@@ -456,8 +460,8 @@ def warnings(judge: str, models: Mapping[str, str], found: Mapping[str, Any]) ->
     length = found["length_bias"]
     if length and length["low"] > 0:
         yield (
-            f"The judge favours length, or longer texts are better here: the student wins "
-            f"{length['value']:.0%} more of the pairs where its text is the longer one."
+            "The judge favours length, or longer texts are better here: where its text is the "
+            f"longer one the student wins {100 * length['value']:.0f} percentage points more."
         )
 
 
@@ -482,7 +486,7 @@ def judge_lines(judge: Mapping[str, Any]) -> list[str]:
 def _cells(judge: Mapping[str, Any]) -> Iterator[list[str]]:
     yield ["system", *judge["scales"], "rows"]
     for system, scores in judge["scores"].items():
-        rows = "/".join(dict.fromkeys(str(one["n"]) for one in scores.values()))
+        rows = "/".join(dict.fromkeys(str(one["rows"]) for one in scores.values()))
         cells = (interval(scores[one]) if one in scores else "-" for one in judge["scales"])
         yield [system, *cells, rows]
 
@@ -505,10 +509,8 @@ def _preferred(judge: Mapping[str, Any]) -> Iterator[str]:
         f"{found['flipped']} flip with the order){unread}."
     )
     if "difference" in found:
-        yield (
-            f"Share of wins, student - teacher: {interval(found['difference'], '+')}, "
-            f"p = {found['p']:.3f}."
-        )
+        p = "p < 0.001" if found["p"] < 0.001 else f"p = {found['p']:.3f}"
+        yield f"Share of wins, student - teacher: {interval(found['difference'], '+')}, {p}."
 
 
 def _itself(judge: Mapping[str, Any]) -> Iterator[str]:
@@ -524,7 +526,10 @@ def _itself(judge: Mapping[str, Any]) -> Iterator[str]:
         wins = f"; the longer text wins {interval(longer)} of the decided pairs" if longer else ""
         yield f"Length bias: {interval(length, '+')} (0 is none){wins}."
     else:
-        yield "Length bias can't be told: one of student and teacher is always the longer."
+        yield (
+            "Length bias can't be told: it takes pairs where the student's text is the longer one, "
+            "and pairs where it is the shorter one."
+        )
 
 
 def _labelled(judge: Mapping[str, Any]) -> Iterator[str]:

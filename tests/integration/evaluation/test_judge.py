@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distill_datasets.cli.main import main
-from distill_datasets.errors import DatasetError, SettingsError
+from distill_datasets.errors import DatasetError, GenerationError, SettingsError
 from distill_datasets.evaluation.report import Report, measure
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
@@ -83,6 +83,18 @@ def test_a_second_measure_asks_the_judge_nothing(run: Path) -> None:
     found = compare(run, judge=critic, settings={"judge_labels": labels}).data["judge"]
     assert critic.asked == 0
     assert not found["corrected"] and "both kinds are needed" in found["labels"]["why"]
+
+
+def test_a_judge_that_fails_leaves_the_report_and_is_asked_again(run: Path, tmp_path: Path) -> None:
+    def refuse(messages: Sequence[Message], sampling: Sampling) -> None:
+        raise RuntimeError("busy")
+
+    critic, out = Critic(), tmp_path / "out"
+    critic.sample = refuse  # type: ignore[method-assign,assignment]
+    with pytest.raises(GenerationError, match="requests to the judge critic failed.*busy"):
+        compare(run, judge=critic, out=out)
+    assert "judge" not in Report.read(out).data
+    assert compare(run, judge=Critic(), out=out).data["judge"]["n"] == len(TEST)
 
 
 def test_what_is_wrong_is_said_before_anything_is_asked(run: Path) -> None:

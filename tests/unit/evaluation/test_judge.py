@@ -13,7 +13,9 @@ from distill_datasets.evaluation.judge import OWN, AnswerJudge, Rubric, Rubrics
 from distill_datasets.evaluation.judge_findings import (
     HumanLabels,
     JudgedRow,
+    Opinions,
     families,
+    find,
     judge_lines,
     judge_table,
     rogan_gladen,
@@ -115,8 +117,8 @@ def test_a_judge_that_is_right_finds_who_is_better_and_names_the_gap(
     assert found["scores"]["student"]["clarity"]["value"] == pytest.approx(mean)
     apart = found["differences"]["student-teacher"]["clarity"]
     assert apart["low"] < apart["value"] < apart["high"] < 0
-    assert any(one.startswith("clarity: the student scores") for one in found["gaps"])
-    assert any("more than the base" in one for one in found["gaps"])
+    assert any(one.startswith("clarity: student - teacher -") for one in found["gaps"])
+    assert any("student - base +" in one for one in found["gaps"])
     preference = found["preference"]
     assert preference["teacher"] > preference["student"]
     assert preference["flipped"] == preference["unread"] == 0
@@ -125,6 +127,38 @@ def test_a_judge_that_is_right_finds_who_is_better_and_names_the_gap(
     assert found["first_shown"]["value"] == 0.5
     assert found["length_bias"]["low"] < 0 < found["length_bias"]["high"]
     assert found["warnings"] == []
+
+
+def test_scores_that_are_all_alike_have_an_interval_all_the_same(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    found = judge(Critic(right, lambda text: 10), recipe)(rows(30), tmp_path)
+    every = [one for criteria in found["scores"].values() for one in criteria.values()]
+    every += [one for criteria in found["differences"].values() for one in criteria.values()]
+    assert len(every) == 3 * 3 + 2 * 3
+    assert all(one["low"] < one["high"] and one["high"] <= 10 for one in every)
+    assert found["gaps"] == []
+    assert "No gap between the student's scores and others' is more than chance." in (
+        judge_lines(found)
+    )
+
+
+def test_length_bias_has_the_interval_that_statsmodels_has() -> None:
+    """Of 60 pairs where the student's text is longer it wins 40, of 50 others 20."""
+    from statsmodels.stats.proportion import confint_proportions_2indep
+
+    kinds = [("xx", 40, 60), ("x", 20, 50)]
+    asked, pairs = [], []
+    for text, wins, count in kinds:
+        for place in range(count):
+            name = f"{text}{place}"
+            texts = {"student": text, "teacher": "x." if text == "x" else "."}
+            asked.append(JudgedRow(name, name, "", name, None, texts, texts))
+            pairs.append(("student",) * 2 if place < wins else ("teacher",) * 2)
+    found = find(asked, Opinions({}, {}, pairs))["length_bias"]
+    right_ends = confint_proportions_2indep(40, 60, 20, 50, method="newcomb", compare="diff")
+    assert (found["low"], found["high"]) == pytest.approx(right_ends)
+    assert found["longer_wins"]["value"] == (40 + 30) / 110
 
 
 def test_texts_are_judged_blind(recipe: Recipe, tmp_path: Path) -> None:
