@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from distill_datasets.recipes import recipe, sections
+from distill_datasets.recipes import keys as keys_of_recipes
+from distill_datasets.recipes import sections
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Check, MixPart, Range, Section, Teacher
 from tests.support.source import parse
@@ -38,7 +39,7 @@ def meanings(module: ModuleType) -> dict[tuple[str, str], str]:
 
 def keys() -> Iterator[tuple[str, FieldInfo, str]]:
     """Every key of a recipe with its field and meaning, `a.b` within `a`."""
-    said = meanings(sections) | meanings(recipe)
+    said = meanings(sections) | meanings(keys_of_recipes)
 
     def of(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo, str]]:
         for name, field in section.model_fields.items():

@@ -8,10 +8,10 @@ from functools import cached_property
 from hashlib import file_digest
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from distill_datasets.conversations import (
     below,
@@ -32,6 +32,7 @@ from distill_datasets.recipes.checks import (
     validate_checks,
 )
 from distill_datasets.recipes.examples import read_examples
+from distill_datasets.recipes.keys import METRICS, RecipeKeys
 from distill_datasets.recipes.parsing import Reader, Reading
 from distill_datasets.recipes.prompt import (
     check_expression,
@@ -46,31 +47,19 @@ from distill_datasets.recipes.prompt import (
 )
 from distill_datasets.recipes.query_files import read_text
 from distill_datasets.recipes.sections import (
-    AnswerFormat,
     Check,
-    Choice,
-    Examples,
-    FileName,
-    Handle,
-    Judge,
-    MixPart,
     Queries,
-    SamplingSection,
     Section,
-    SplitShares,
     StudentView,
-    SynthesisSection,
     Teacher,
     check_mix,
     check_teachers,
-    several,
 )
 from distill_datasets.recipes.tools import read_tools
 from distill_datasets.schema import EARLIER, SOURCE, Message
 
 PROMPT_LIMIT = 10 << 20  # bytes
 
-METRICS = ("accuracy", "macro_f1", "answered", "agreement")  # by default
 MEASURABLE = (*METRICS, "field_match", "chrf", "rouge_l", "exact_match", "ece", "brier")
 _VERIFIED = {"query", "text", "answer", "reference"}
 _JUDGED = {*_VERIFIED, "prompt"}
@@ -89,90 +78,14 @@ _UNUSED_IN = {
     "queries": ("encoding", "separator", "messages"),
 }
 
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 
-
-class Recipe(Section):
+class Recipe(RecipeKeys):
     """What `recipe.yaml` and `prompt.md` say, validated.
 
     `folder` is where the recipe lies; `prompt` is the text of `prompt.md`; `members` are the
     recipes behind the handles of `prompts`.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """The recipe's name."""
-    description: str
-    """What the dataset is about, in a sentence."""
-    teacher: str | None = None
-    """The model that answers, by its reference; either this or `teachers`."""
-    teachers: tuple[Teacher, ...] = ()
-    """Several models that answer."""
-    choose: Choice = "route"
-    """How several answers become one: `route` asks one teacher by weight; `majority` and `best`
-    ask all."""
-    agreement: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The least share of the votes that a majority has."""
-    verifier: str | None = None
-    """An expression over `query`, `text`, `answer` and `reference` that holds for a good answer."""
-    judge: Judge | None = None
-    """A model that scores the answers, of which the best is kept."""
-    sampling: SamplingSection = SamplingSection()
-    """How the teachers sample."""
-    renderer: str | None = None
-    """The renderer of the teacher's conversation, where it isn't the model's own."""
-    queries: Queries = Queries()
-    """Where the queries are: exactly one of `file`, `hub`, `path`, `package`."""
-    prompts: dict[Handle, str] = {}
-    """Several recipes in one student, each behind its handle, which is the student's prompt: by
-    the handle, a folder of this recipe's or a recipe that ships. In the place of `queries` and
-    prompt.md."""
-    variants: dict[str, dict[str, Any]] | FileName = {}
-    """Configurations of the recipe, by name: the keys in which each differs; or a YAML file of
-    them. One is chosen where the recipe is named, as `recipe:variant`."""
-    variant: str | None = None
-    """The variant that was chosen."""
-    template: Literal["text", "jinja"] | None = None
-    """What the prompt is: text in which `{{ query }}` and the `variables` are replaced, or a
-    Jinja template over them."""
-    variables: dict[Identifier, str] = {}
-    """Texts by name, for the prompt."""
-    turns: Literal["last", "all"] = "last"
-    """What is answered of a conversation: its end, or every user's turn in order."""
-    tools: FileName | None = None
-    """A file in the recipe's folder: the tools that the teacher may call, as JSON in OpenAI's
-    form. The answer is the calls, and the response the teacher's words and calls."""
-    examples: Examples | None = None
-    """Examples that stand before every query; a file by its name alone, or with how to choose."""
-    student: StudentView = StudentView()
-    """What the student sees beside the query; without it, nothing."""
-    checks: tuple[Check, ...] = ()
-    """What the prompt demands and can be checked; each is a metric."""
-    keep: Literal["all checks"] | Annotated[tuple[str, ...], BeforeValidator(several)] = ()
-    """The checks that an answer must pass to be kept; any other is rejected."""
-    mix: tuple[MixPart, ...] = ()
-    """Rows of something else, for the train split: the student keeps what it could."""
-    answer: AnswerFormat = AnswerFormat()
-    """How the teacher's text is read."""
-    response: str = "{{ answer }}"
-    """What the student shall say: a Jinja template over `answer` (as read) and `text` (as
-    sampled)."""
-    split: SplitShares = SplitShares()
-    """Shares of the splits."""
-    synthesis: SynthesisSection = SynthesisSection()
-    """How the teacher writes queries, for `synthesize`."""
-    license: str | None = None
-    """The dataset's licence, as the Hub names it."""
-    attribution: str | None = None
-    """Who made the queries."""
-    teacher_terms: str | None = None
-    """The terms under which the teacher's answers may be used."""
-    languages: tuple[str, ...] = ()
-    """The languages of the queries, as ISO codes."""
-    metrics: tuple[str, ...] = METRICS
-    """The metrics of a report; the first that applies decides whether the student may replace the
-    prompt."""
-    margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """The non-inferiority margin: by how much of that metric the student may be worse."""
     folder: Path = Field(default=Path(), exclude=True)
     prompt: str = Field(default="", exclude=True)
     members: dict[str, "Recipe"] = Field(default={}, exclude=True)
