@@ -20,6 +20,7 @@ class Cook:
     fan: bool = setting(True, "leave the fan off", flag="fan")
     book: Path | None = setting(None, "the recipe", flag="from-book")
     mood: str = setting("calm", "not on the command line", flag=False)
+    herbs: tuple[Literal["basil", "dill", "mint"], ...] = setting((), "which herbs")
 
     def __post_init__(self) -> None:
         check(self)
@@ -53,6 +54,14 @@ def test_help_says_each_default_and_nothing_of_hidden_fields(
     assert "mood" not in text
 
 
+def test_several_of_a_choice_stand_behind_one_flag(parser: argparse.ArgumentParser) -> None:
+    given = read_settings(parser.parse_args(["--herbs", "dill", "basil"]), Cook)
+    assert given.herbs == ("dill", "basil")
+    assert "--herbs {basil,dill,mint}" in " ".join(parser.format_help().split())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--herbs", "parsley"])
+
+
 def test_a_grid_takes_several_values() -> None:
     parser = argparse.ArgumentParser()
     add_settings(parser, Cook, several=("heat",), skip=("fan",))
@@ -71,6 +80,7 @@ def test_a_grid_takes_several_values() -> None:
         ({"hours": float("nan")}, "hours must be a number; found nan"),
         ({"hours": float("inf")}, "hours must be above 0; found inf"),
         ({"side": "botom"}, "side must be one of .* Did you mean 'bottom'"),
+        ({"herbs": ("dill", "mnt")}, "herbs must be one of .*; found 'mnt'. Did you mean 'mint'"),
     ],
 )
 def test_what_is_out_of_range_is_refused(wrong: dict[str, object], message: str) -> None:
