@@ -63,9 +63,13 @@ OWN = "recipe"  # the rubric that is the recipe's judge prompt
 _VERSION = 1  # goes into the report's digest: raise it when opinions come out differently
 _SCORED = (TEACHER, STUDENT, "base")
 _SCALE = (1.0, 10.0)
-_SAMPLING = Sampling(temperature=0.0, max_tokens=1024, seed=0)
+_SAMPLING = Sampling(temperature=0.0, max_tokens=2048, seed=0)  # some judges think first
 _CHARACTERS = 4  # of a prompt, in a token
 _LARGEST = 100_000  # bytes of a rubric
+_CHOSEN = (
+    "The recipe's judge prompt also chose among the teacher's answers, so its scores favour the "
+    "teacher. Name another rubric beside it, such as quality."
+)
 _PREFERRED = re.compile(r"(?im)^[^\w\n]{0,12}better[^\w\n]{0,6}[:=][^\w\n]{0,6}(a|b|tie)\b")
 
 
@@ -281,7 +285,8 @@ class AnswerJudge:
             "requests": len(questions),
             **find(rows, opinions, self.labels),
         }
-        found["warnings"] = [*warnings(self.sampler.model, models, found)]
+        chosen = [_CHOSEN] if OWN in self.rubrics.names else []
+        found["warnings"] = [*chosen, *warnings(self.sampler.model, models, found)]
         return {"summary": judge_lines(found), **found}
 
     def most_requests(self, systems: Iterable[str], rows: int) -> int:

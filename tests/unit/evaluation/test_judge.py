@@ -291,6 +291,7 @@ def test_a_recipes_own_judge_prompt_is_the_rubric_where_it_has_one(tmp_path: Pat
     found = judge(critic, load_recipe(folder))(rows(2), tmp_path)
     assert found["rubrics"] == [OWN] and found["scales"] == {OWN: [0.0, 20.0]}
     assert found["scores"]["base"][OWN]["value"] == 2
+    assert ["favour the teacher" in one for one in found["warnings"]] == [True]
     assert any(one.startswith("query 0 under Be good.\n") for one in critic.asked)
 
 
