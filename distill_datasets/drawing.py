@@ -102,7 +102,7 @@ def whisker(
             '<line x1="{0}" x2="{0}" y1="5" y2="15"/><line x1="{1}" x2="{1}" y1="5" y2="15"/>'
         ).format(left, right)
     return Markup(
-        '<svg role="img" aria-label="{}" width="100%" height="20">{}{}'
+        '<svg role="img" aria-label="{}" width="100%" height="20" overflow="visible">{}{}'
         '<g stroke="{}" stroke-width="2">{}</g><circle cx="{}" cy="10" r="5" fill="{}"/></svg>'
     ).format(said, ticks, across, _colour(colour), ends, percent(value), _colour(colour))
 
@@ -129,7 +129,8 @@ def curves(
     scales = _scale(across), _scale(up)
     return Markup(
         '<figure class="curves"><figcaption>{}{} over {}{} {}</figcaption>'
-        '<svg role="img" aria-label="{} over {}" width="100%" height="{}">{}</svg></figure>'
+        '<svg role="img" aria-label="{} over {}" width="100%" height="{}" overflow="visible">'
+        "{}</svg></figure>"
     ).format(
         y,
         scales[1],

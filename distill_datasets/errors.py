@@ -33,6 +33,10 @@ class DistillError(Exception):
 
     exit_code = 2
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the sentence, without the lines of this package that raised it."""
+        return [f"{type(self).__name__}: {self}", *getattr(self, "__notes__", ())]
+
 
 class RecipeError(DistillError, ValueError):
     """A recipe, its prompt or its queries can't be used as written."""

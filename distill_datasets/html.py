@@ -56,6 +56,11 @@ def preformatted(text: str) -> Markup:
     return Markup("<pre>{}</pre>").format(text)
 
 
+def plot(drawing: Markup) -> Markup:
+    """A drawing that is as wide as a column of a table should be."""
+    return Markup('<div style="width:16rem">{}</div>').format(drawing)
+
+
 def _cell(value: Any) -> Markup:
     if isinstance(value, Markup):
         return Markup("<td>{}</td>").format(value)

@@ -1,16 +1,23 @@
-"""Shows long work: a live line on a terminal, plain lines elsewhere, JSON lines for programs."""
+"""Shows long work: a live line on a terminal, a bar in a notebook, plain lines elsewhere.
+
+Or lines of JSON, for programs.
+"""
 
 import json
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TextIO
 
+from markupsafe import Markup
+
+from distill_datasets.notebooks import in_notebook
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
 Style = Literal["line", "json"]
-_SECONDS = {"live": 0.1, "plain": 5.0, "json": 1.0}  # between two looks at the state
+_SECONDS = {"live": 0.1, "cell": 0.3, "plain": 5.0, "json": 1.0}  # between two looks at the state
 _STYLE: list[Style] = ["line"]
 
 
@@ -36,9 +43,9 @@ class Spending(Protocol):
 class Progress:
     """Counts `unit`s up to `total`, with rate, tokens, money and the time left.
 
-    On a terminal it is one live line; elsewhere a plain line at the start, every five seconds,
-    and at the end. With `use("json")` it is a line of JSON at the start, at most one a second,
-    and one at the end. Safe to advance from another thread.
+    On a terminal it is one live line, in a notebook a bar in the cell; elsewhere a plain line at
+    the start, every five seconds, and at the end. With `use("json")` it is a line of JSON at the
+    start, at most one a second, and one at the end. Safe to advance from another thread.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class Progress:
         self._style = "json" if _STYLE[0] == "json" else "plain"
         self._began = self._shown = time.monotonic()
         self._bar: tuple[Bar, TaskID] | None = None
+        self._cell: Any = None
 
     def advance(self, count: int = 1, *, tokens: int = 0, note: str = "") -> None:
         """Report `count` more units done; `note` stays until the next one."""
@@ -82,6 +90,13 @@ class Progress:
         self._began = time.monotonic()
         if self._style == "plain" and self._stream.isatty():
             self._style, self._bar = "live", self._start_bar()
+        elif self._style == "plain" and self._stream is sys.stderr and in_notebook():
+            from IPython.display import display
+
+            self._style, self._cell = (
+                "cell",
+                display(self._shown_in_cell(), raw=True, display_id=True),
+            )
         self._show("started")
         return self
 
@@ -133,6 +148,8 @@ class Progress:
         if self._bar is not None:
             bar, task = self._bar
             bar.update(task, completed=self.done, detail=self._detail())
+        elif self._cell is not None:
+            self._cell.update(self._shown_in_cell(), raw=True)
         elif self._style == "json":
             print(_line(self.state(state)), file=self._stream, flush=True)
         else:
@@ -156,6 +173,12 @@ class Progress:
         left = f", {facts['eta_seconds']:.0f} s left" if facts["eta_seconds"] else ""
         clock = f"{facts['elapsed_seconds']:.0f} s{left}"
         return f"{self.title}: {self.done}/{self.total} {self.unit}  {self._detail()}  {clock}"
+
+    def _shown_in_cell(self) -> dict[str, str]:
+        """The state for a notebook: a bar, and the same as text for whatever shows no HTML."""
+        bar = Markup('<progress value="{}" max="{}" style="width:14rem"></progress> {}')
+        line = self._plain_line()
+        return {"text/html": bar.format(self.done, max(self.total, 1), line), "text/plain": line}
 
     def _start_bar(self) -> "tuple[Bar, TaskID]":
         from rich.console import Console

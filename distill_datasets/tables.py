@@ -27,7 +27,7 @@ def aligned(rows: Iterable[Sequence[str]], *, right: bool = False) -> str:
         table.add_column(justify="right" if right else "left", no_wrap=True)
     for line in lines:
         table.add_row(*(Text(" ".join(cell.translate(_CONTROLS).split())) for cell in line))
-    console = Console(file=StringIO(), width=_WIDEST, color_system=None)
+    console = Console(file=StringIO(), width=_WIDEST, color_system=None, force_jupyter=False)
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())

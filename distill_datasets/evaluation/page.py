@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from distill_datasets import resources
+from distill_datasets import html, resources
 from distill_datasets.drawing import Mark, curves, short, whisker
 from distill_datasets.errors import DatasetError
 from distill_datasets.evaluation.money import read_report
 from distill_datasets.files import write_file
-from distill_datasets.html import measured
 from distill_datasets.progress import amount_text
+from distill_datasets.training.tracking import panels_html
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -80,6 +80,26 @@ def write_page(
     return written
 
 
+def summary_html(report: _Report, page_file: Path) -> str:
+    """A report in a notebook: the verdict, what to look at first, and each system's metrics."""
+    verdict = report.get("verdict") or {}
+    plots = [
+        html.table(
+            [[line["name"], html.plot(line["drawing"]), line["said"]] for line in scale["lines"]],
+            [scale["caption"], f"{scale['low']} to {scale['high']}", scale["unit"]],
+        )
+        for scale in _metrics(report)
+    ]
+    return html.card(
+        verdict.get("outcome") or f"{report['recipe']}: {report['n']:,} rows",
+        verdict.get("rule"),
+        *(f"⚠ {one}" for one in report.get("alerts") or ()),
+        *plots,
+        *(f"{one['number']} {one['said']}" for one in _tiles(report)),
+        f"More: {page_file}",
+    )
+
+
 def rows_file(report: Path) -> Path:
     """Where the rows of a report are: `rows.jsonl` beside `report.json`."""
     return report.with_name(f"rows{report.stem.removeprefix('report')}.jsonl")
@@ -117,7 +137,7 @@ def page(
         "flips": _flips(report, kept),
         "checks": list(_checks(report)),
         "rows": _rows(report, kept, cut) if kept else None,
-        "curves": list(_curves(training)) if training else [],
+        "curves": panels_html(training.metrics, training.best_step) if training else [],
         "training_said": _training_said(training),
         "confusion": list(_confusions(report, kept)),
         "labels": _labels(report),
@@ -149,7 +169,7 @@ def _environment() -> "Environment":
         lstrip_blocks=True,
     )
     environment.filters.update(
-        measured=measured,
+        measured=html.measured,
         count="{:,}".format,
         amount=amount_text,
         plain=lambda name: str(name).replace("_", " "),
@@ -198,7 +218,7 @@ def _scale(
     lines = [
         {
             "name": name,
-            "said": f"{value['value']:+.3f}" + _ends(value) if around else measured(value),
+            "said": f"{value['value']:+.3f}" + _ends(value) if around else html.measured(value),
             "drawing": whisker(
                 value["value"],
                 value.get("low"),
@@ -382,25 +402,6 @@ def _part(said: Mapping[str, Any], checks: Sequence[str]) -> list[Any]:
         said.get("tokens"),
         passed,
     ]
-
-
-def _curves(training: TrainingRecord) -> Iterator[Markup]:
-    from distill_datasets.training.tracking import panels
-
-    for name, lines in panels(training.metrics):
-        yield curves(
-            lines,
-            x="step",
-            y=name,
-            log=(False, name.startswith("loss")),
-            marks=best_marks(lines, training.best_step),
-        )
-
-
-def best_marks(lines: Mapping[str, Sequence[tuple[float, float]]], step: int | None) -> list[Mark]:
-    """The best checkpoint on the line of the validation rows, where it was measured."""
-    at = dict(lines.get("validation", ()))
-    return [Mark(step, at[step], f"best: step {step}")] if step is not None and step in at else []
 
 
 def _training_said(training: TrainingRecord | None) -> str:

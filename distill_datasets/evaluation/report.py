@@ -37,11 +37,13 @@ from distill_datasets.files import one_writer, write_file
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.generation.teachers import Answerer, PromptedModel
 from distill_datasets.models.sampler import Sampler, digest
+from distill_datasets.notebooks import interruptible
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Check
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pandas import DataFrame
 
     from distill_datasets.evaluation.comparison import Comparison
     from distill_datasets.evaluation.judge import AnswerJudge
@@ -89,11 +91,23 @@ class Report:
                 "`measure` writes beside it. Measure again."
             ) from error
 
+    def to_pandas(self) -> "DataFrame":
+        """Every row, with a column for each thing that a system said or passed."""
+        from pandas import json_normalize
+
+        return json_normalize(list(self.rows()))
+
+    def _repr_html_(self) -> str:
+        from distill_datasets.evaluation.page import summary_html
+
+        return summary_html(self.data, self.path.with_suffix(".html"))
+
     def table(self) -> str:
         """The systems, what sets the student apart and, where there are few, the rows."""
         return report_text.table(self.data)
 
 
+@interruptible
 def measure(  # noqa: PLR0913 (a release, four models, and the settings)
     dataset: str | Path,
     *,

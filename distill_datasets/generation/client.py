@@ -28,6 +28,7 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits, RateLimit, Ticket
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest, request_parts
+from distill_datasets.notebooks import in_notebook
 from distill_datasets.progress import Progress
 from distill_datasets.schema import Message
 
@@ -39,6 +40,7 @@ _WAIT_FOR_FIRST = 120.0  # seconds that a run waits for a sampler that has never
 _LONGEST_WAIT = 300.0  # seconds that a server may ask to wait
 _FIRST_REST, _LONGEST_REST = 0.5, 60.0  # seconds between two attempts, before jitter
 _RESTING = 8  # times the concurrency: so many requests may rest beside those under way
+_PATIENCE = 2.0  # seconds that a stopped cell of a notebook waits for requests under way
 _CHARACTERS = 4  # of a prompt, in a token; the limit corrects it by what the server counts
 _REFUSALS = (429, 503, 529)  # statuses of a server that has too much to do
 _TIMEOUT, _LEAST_TIMEOUT = 600.0, 60.0  # seconds: a sampler's own, and the least of those learned
@@ -86,7 +88,8 @@ def work_in_thread(work: Callable[[], T], *, stop: Callable[[], None]) -> T:
     """The result of a function that runs in another thread.
 
     On Ctrl-C `stop` is called and the function runs to its end; a second Ctrl-C leaves it alone,
-    to end with the process.
+    to end with the process. In a notebook it is left alone after two seconds: whoever stops a cell
+    wants to go on.
     """
     done: Future[T] = Future()
 
@@ -96,13 +99,14 @@ def work_in_thread(work: Callable[[], T], *, stop: Callable[[], None]) -> T:
         except BaseException as error:
             done.set_exception(error)
 
-    Thread(target=run, daemon=True).start()
+    thread = Thread(target=run, daemon=True)
     try:
+        thread.start()
         return done.result()
     finally:
-        if not done.done():  # interrupted
+        if thread.ident and not done.done():  # interrupted
             stop()
-            wait([done])
+            wait([done], timeout=_PATIENCE if in_notebook() else None)
 
 
 class CachedClient:

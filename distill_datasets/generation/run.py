@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets import __version__
+from distill_datasets import __version__, html
 from distill_datasets.errors import DistillError, OutputError
 from distill_datasets.files import one_writer, replacing
 from distill_datasets.generation.batch_api import buy_in_batches
@@ -39,12 +39,17 @@ from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
 from distill_datasets.generation.teachers import Teachers, open_teachers
 from distill_datasets.models.sampler import Sampler, digest
+from distill_datasets.notebooks import interruptible
 from distill_datasets.recipes.evidence import keep_for_evidence
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pandas import DataFrame
+
+
+_SHOWN = 5  # rows in a notebook
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,25 @@ class Generated:
 
         return Dataset.load_from_disk(str(self.path / "answers"))
 
+    def to_pandas(self) -> "DataFrame":
+        """All rows, in the queries' order."""
+        return self.rows.to_pandas()
 
+    def _repr_html_(self) -> str:
+        counts = {"kept": self.kept, **self.rejected, "failed": self.errors}
+        total = max(1, sum(counts.values()))
+        shares = [[name, rows, f"{rows / total:.1%}"] for name, rows in counts.items() if rows]
+        first = self.rows.select(range(min(len(self.rows), _SHOWN)))
+        names = [name for name in ("query", "answer", "response") if name in first.column_names]
+        cells = [[row[name] for name in names] for row in first]
+        return html.card(
+            f"Generated: {self.kept:,} rows in {self.path}",
+            html.table(shares, ["rows", "", "of all"]),
+            html.table(cells, names),
+        )
+
+
+@interruptible
 def generate(
     recipe: Recipe | str | Path,
     *,

@@ -17,6 +17,7 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from distill_datasets import html
 from distill_datasets.errors import DatasetError, OutputError
 from distill_datasets.hub.references import Pinned, find_release
 from distill_datasets.parquet import open_parquet, read_batches
@@ -81,6 +82,16 @@ class Difference:
     def text(self) -> str:
         """For a terminal."""
         return "\n".join(_lines(self.data)) + "\n"
+
+    def _repr_html_(self) -> str:
+        rows, sides = self.data["rows"], [self.data[side]["version"] for side in _SIDES]
+        counts = {name: rows[name] for name in ("added", "removed", "changed")}
+        said = "Nothing changed" if self.empty else "Changed"
+        return html.card(
+            f"{said}: {sides[0]} to {sides[1]}",
+            html.table(counts.items(), ["rows", ""]),
+            html.preformatted(self.text()),
+        )
 
 
 def diff(old: Path | str, new: Path | str, *, config: str | None = None) -> Difference:

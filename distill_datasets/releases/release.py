@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets import html
 from distill_datasets.errors import DatasetError, OutputError, VersionError
 from distill_datasets.files import one_writer, recover, replacing
 from distill_datasets.generation.ledger import (
@@ -20,6 +21,7 @@ from distill_datasets.generation.ledger import (
 )
 from distill_datasets.generation.shards import Joined, find_parts, join_parts, join_summaries
 from distill_datasets.hub.references import inside
+from distill_datasets.notebooks import interruptible
 from distill_datasets.parquet import Shards
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.mix import carried_line, carried_part
@@ -59,6 +61,7 @@ from distill_datasets.schema import answer_features
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pandas import DataFrame
 
     from distill_datasets.releases.push import Pushed
 
@@ -84,7 +87,27 @@ class Release:
 
         return push_release(self.path, repo, **options)
 
+    def to_pandas(self, split: str = "train") -> "DataFrame":
+        """The rows of a split; raises `DatasetError` where there is none of that name."""
+        from datasets import load_dataset
 
+        if split not in self.splits:
+            raise DatasetError(f"There is no split {split!r}: expected one of {[*self.splits]}.")
+
+        return load_dataset(str(self.path), split=split).to_pandas()
+
+    def _repr_html_(self) -> str:
+        counts = {**self.splits, "rejected": self.rejected}
+        return html.card(
+            f"Release {self.version} in {self.path}",
+            self.why,
+            html.table(counts.items(), ["split", "rows"]),
+            *self.warnings,
+            f"Digest {self.digest}",
+        )
+
+
+@interruptible
 def publish(
     run: Path | str | Sequence[Path | str],
     *,

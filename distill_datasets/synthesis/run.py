@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from warnings import warn
 
+from distill_datasets import html
 from distill_datasets.errors import RecipeError
 from distill_datasets.files import one_writer, writable_folder, write_file
 from distill_datasets.generation.cache import Journal
@@ -17,6 +18,7 @@ from distill_datasets.generation.client import CachedClient, run_in_thread
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.sampler import Sampler, digest
+from distill_datasets.notebooks import interruptible
 from distill_datasets.progress import Progress
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
@@ -31,6 +33,9 @@ from distill_datasets.synthesis.duplicates import NearDuplicates
 from distill_datasets.synthesis.interview import Interview, Question
 from distill_datasets.synthesis.query_file import ORIGIN, QueryFile, open_query_file
 from distill_datasets.synthesis.rounds import NEAR_DUPLICATE, OFF_TOPIC, NewQuery, QueryRounds
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _SUMMARY, _DROPPED = "synthesis.json", Path("synthesis") / "dropped.jsonl"
 _EXAMPLES, _EXAMPLE_LENGTH = 3, 2000  # queries by hand that a request shows; their characters
@@ -75,6 +80,20 @@ class Synthesized:
             f"{self.summary['by_hand']} by hand" + (f"; dropped: {lost}" if lost else "") + short
         )
 
+    def to_pandas(self) -> "DataFrame":
+        """The rules of the prompt, and how many queries exercise each."""
+        from pandas import DataFrame
+
+        return DataFrame(self.summary["rules"])
+
+    def _repr_html_(self) -> str:
+        rules = [[row["number"], row["rule"], row["queries"]] for row in self.summary["rules"]]
+        return html.card(
+            f"Synthesized: {self.kept:,} queries in {self.path}",
+            self.sentence(),
+            html.table(rules, ["", "rule", "queries"]),
+        )
+
     def table(self) -> str:
         """How many queries exercise each rule and have each attribute, as text."""
         rules = self.summary["rules"]
@@ -86,6 +105,7 @@ class Synthesized:
         return "\n".join(lines)
 
 
+@interruptible
 def synthesize(  # noqa: PLR0913 (whom to ask for how much, how fast, and where it goes)
     recipe: Recipe | str | Path,
     *,

@@ -15,12 +15,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from distill_datasets import html
 from distill_datasets.errors import OtherTrainingError, OutputError
 from distill_datasets.files import one_writer, writable_folder, write_file
 from distill_datasets.training.schedule import Selection, why_it_ended
 from distill_datasets.training.settings import TrainSettings, decisive
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _SAME = ("student", "identity", "settings", "dataset.revision", "dataset.files", "resumed", "start")
 T = TypeVar("T")
@@ -78,6 +82,32 @@ class TrainingResult:
             f"step {self.best.step} won ({_scores(self.best)}); the final weights, of step "
             f"{self.final.step}, have {_scores(self.final)}"
         )
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """A line a step, and a line a measurement of the validation rows."""
+        return TrainingFolder(self.path).metrics
+
+    def to_pandas(self) -> "DataFrame":
+        """The history: a row a line of `metrics`."""
+        from pandas import DataFrame
+
+        return DataFrame(self.metrics)
+
+    def _repr_html_(self) -> str:
+        from distill_datasets.training.tracking import panels_html
+
+        numbers = {
+            "loss": self.final_loss,
+            "steps": self.steps,
+            "rows": self.rows,
+            "skipped": self.skipped or None,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "ended": self.why,
+        }
+        drawn = panels_html(self.metrics, self.best.step)[:1]
+        return html.card(f"Trained: {self.verdict}", html.facts(numbers), *drawn, str(self.path))
 
 
 class TrainingFolder:

@@ -9,11 +9,16 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets import html
+from distill_datasets.drawing import whisker
 from distill_datasets.errors import ModelError, SettingsError, nearest
 from distill_datasets.files import one_writer, write_file
+from distill_datasets.notebooks import interruptible
 from distill_datasets.tables import aligned
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from distill_datasets.training.trainer import TrainingResult, TrainSettings
 
 
@@ -55,6 +60,36 @@ class Sweep:
             )
         return min(finished, key=lambda trial: trial.loss or 0.0)
 
+    def to_pandas(self) -> "DataFrame":
+        """A row a trial."""
+        from pandas import DataFrame
+
+        facts = [{**asdict(trial), **trial.values} for trial in self.trials]
+        return DataFrame(facts).drop(columns="values")
+
+    def _repr_html_(self) -> str:
+        finished = [trial for trial in self.trials if trial.loss is not None]
+        lowest = min((trial.loss or 0.0 for trial in finished), default=0.0)
+        highest = max((trial.loss or 0.0 for trial in finished), default=1.0)
+        names = list(self.trials[0].values) if self.trials else []
+        lines = [
+            [
+                *trial.values.values(),
+                trial.loss,
+                ""
+                if trial.loss is None
+                else html.plot(whisker(trial.loss, bounds=(min(0.0, lowest), max(highest, 1e-9)))),
+                trial.best_step,
+                trial.seconds,
+                trial.parameters,
+                trial.error or ("best" if finished and trial is self.best else ""),
+            ]
+            for trial in self.trials
+        ]
+        head = [*names, "loss", "0 to the highest", "best step", "seconds", "parameters", ""]
+        said = f"Best: {self.best.folder}" if finished else "No training was finished"
+        return html.card(f"{said}, of {len(self.trials)} in {self.path}", html.table(lines, head))
+
     def table(self) -> str:
         """A line a trial, the best one marked."""
         best = self.best
@@ -73,6 +108,7 @@ class Sweep:
         return aligned(lines, right=True)
 
 
+@interruptible
 def sweep(
     dataset: str | Path,
     *,

@@ -7,6 +7,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from markupsafe import Markup
+
+from distill_datasets.drawing import Mark, curves
 from distill_datasets.errors import SettingsError
 from distill_datasets.files import write_file
 from distill_datasets.models.sampler import digest
@@ -108,6 +111,17 @@ def panels(
     """Each kind of number that the lines hold, with its curves over the steps."""
     found = [(name, _curves(metrics, keys)) for name, keys in _PANELS]
     return [(name, lines) for name, lines in found if lines]
+
+
+def panels_html(metrics: Sequence[Mapping[str, Any]], best: int | None = None) -> list[Markup]:
+    """Every panel as inline SVG, with the step of the `best` checkpoint marked on the loss."""
+    drawn = []
+    for name, lines in panels(metrics):
+        at = dict(lines.get("validation", ()))
+        marks = [Mark(best, at[best], f"best: step {best}")] if best in at else []
+        log = False, name == _PANELS[0][0]
+        drawn.append(curves(lines, x="step", y=name, log=log, marks=marks))
+    return drawn
 
 
 def draw_curves(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill_datasets.errors import ModelError, OutputError, SettingsError
+from distill_datasets.notebooks import interruptible
 from distill_datasets.progress import Progress
 from distill_datasets.training.data import (
     DatasetSource,
@@ -52,6 +53,7 @@ _MEANS = {"token": "every response token of a batch alike", "example": "every re
 _SHOWN = 64  # of the last losses in the live line
 
 
+@interruptible
 def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     dataset: str | Path,
     *,

@@ -1,7 +1,10 @@
 import io
 import json
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,3 +145,55 @@ def test_without_prices_nothing_is_said_about_money(clock: Clock) -> None:
         clock.now += 6
         shown.advance(5)
     assert "USD" not in stream.getvalue()
+
+
+class Cell:
+    """What a notebook's output cell is told to show."""
+
+    def __init__(self) -> None:
+        self.shown: list[dict[str, str]] = []
+
+    def display(self, data: dict[str, str], *, raw: bool, display_id: bool) -> "Cell":
+        assert raw and display_id
+        self.shown.append(data)
+        return self
+
+    def update(self, data: dict[str, str], *, raw: bool) -> None:
+        assert raw
+        self.shown.append(data)
+
+
+@pytest.fixture
+def cell(monkeypatch: pytest.MonkeyPatch) -> Cell:
+    cell = Cell()
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=cell.display))
+    return cell
+
+
+def test_a_notebook_shows_one_bar_that_is_updated(clock: Clock, cell: Cell) -> None:
+    with Progress("<generate>", 10) as shown:
+        clock.now += 1.0
+        shown.advance(5)
+    assert [re.findall(r'value="(\d+)" max="10"', one["text/html"]) for one in cell.shown] == [
+        ["0"], ["0"], ["5"], ["5"],
+    ]  # fmt: skip
+    assert cell.shown[2]["text/plain"].startswith("<generate>: 5/10 rows")
+    assert "<generate>" not in cell.shown[2]["text/html"]
+
+
+def test_a_stream_that_is_named_is_written_to_in_a_notebook_too(cell: Cell) -> None:
+    stream = io.StringIO()
+    with Progress("generate", 10, stream=stream):
+        pass
+    assert stream.getvalue() and not cell.shown
+
+
+def test_lines_of_json_stay_lines_in_a_notebook(
+    as_json: None, cell: Cell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress("generate", 10):
+        pass
+    assert json.loads(capsys.readouterr().err.splitlines()[0])["title"] == "generate"
+    assert not cell.shown

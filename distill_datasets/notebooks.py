@@ -1,0 +1,42 @@
+"""Notebooks: whether one is at work, and how a verb ends there when its cell is stopped."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Interrupted(KeyboardInterrupt):
+    """The stop of a cell where a verb was at work: what was paid for is kept."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What the notebook shows, without the lines of this package that were at work."""
+        return [f"Interrupted: {self}", *getattr(self, "__notes__", ())]
+
+
+def in_notebook() -> bool:
+    """Whether a kernel runs this, which shows HTML."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return getattr(shell, "kernel", None) is not None
+
+
+def interruptible(verb: Callable[P, T]) -> Callable[P, T]:
+    """A verb that says in one line of a notebook that it was interrupted."""
+
+    @wraps(verb)
+    def called(*values: P.args, **named: P.kwargs) -> T:
+        try:
+            return verb(*values, **named)
+        except KeyboardInterrupt as interrupt:
+            if not in_notebook():
+                raise
+            ended = Interrupted("what was paid for is kept; run the same again to continue.")
+            for note in getattr(interrupt, "__notes__", ()):
+                ended.add_note(note)
+            raise ended from None
+
+    return called
