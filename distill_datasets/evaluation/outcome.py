@@ -31,7 +31,7 @@ def judge_rows(texts: Texts, recipe: Recipe, *, free_text: bool) -> dict[str, An
     teacher, student = _values(texts, metric)
     ids = list(comparison.answers[TEACHER]["id"])
     rows = PairedRows(metric, ids, comparison.groups, teacher, student)
-    found = decide(rows, recipe.margin)
+    found = decide(rows, recipe.margin, trained_on=recipe.split.same_rows)
     if metric == "chrf" and not comparison.labelled and _AGAIN not in comparison.answers:
         found |= {"rule": _NEED_SECOND, "rows_needed": None}
     return found

@@ -78,13 +78,14 @@ def _has_form(recipe: Recipe) -> bool:
     )
 
 
-def decide(rows: PairedRows, margin: float) -> dict[str, Any]:
+def decide(rows: PairedRows, margin: float, *, trained_on: bool = False) -> dict[str, Any]:
     """The verdict: `outcome`, with what it is made of and the `rule` that decided.
 
     The student replaces the prompt where it is shown to be at most `margin` worse than the
     teacher, and does not where it is shown to be worse than that, each one-sided at 95 %: by the
     ends of the 90 % interval of the paired `difference`. `rows_needed` says how many more rows
-    would decide, None where a million would not. `only_teacher` and `only_student` are the ids of
+    would decide, None where a million would not. Rows that the student was `trained_on` show of no
+    student that it replaces the prompt. `only_teacher` and `only_student` are the ids of
     the rows where one of them is right alone, for scores where they are half a point apart.
 
         verdict = decide(PairedRows("accuracy", ids, groups, teacher, student), recipe.margin)
@@ -101,13 +102,18 @@ def decide(rows: PairedRows, margin: float) -> dict[str, Any]:
     outcome, rule = _outcome(difference, margin, float(teacher.mean()))
     p = mcnemar(apart.tolist(), rows.groups) if binary else None
     telling = outcome == OPEN and teacher.mean() > margin
+    needed = _more_rows(apart, rows.groups, margin, binary) if telling else None
+    if telling and needed is None:
+        rule += " It is so near that a million rows might not decide."
+    if outcome == REPLACES and trained_on:
+        outcome, rule = OPEN, "The student was trained on these very rows: measure on others."
     return {
         "outcome": outcome,
         "metric": rows.metric,
         "margin": margin,
         "difference": {**difference, "level": _LEVEL},
         "rule": rule,
-        "rows_needed": _more_rows(apart, rows.groups, margin, binary) if telling else None,
+        "rows_needed": needed,
         "only_teacher": [rows.ids[row] for row in np.flatnonzero(apart <= -_APART).tolist()],
         "only_student": [rows.ids[row] for row in np.flatnonzero(apart >= _APART).tolist()],
         "teacher": float(teacher.mean()),
@@ -217,12 +223,7 @@ def _rows(count: int) -> str:
 
 
 def _missing(verdict: Mapping[str, Any]) -> str:
-    if verdict["outcome"] != OPEN:
+    if not (needed := verdict["rows_needed"]):
         return ""
-    if needed := verdict["rows_needed"]:
-        digits = max(0, len(str(needed)) - 2)
-        about = ceil(needed / 10**digits) * 10**digits
-        return f": about {about:,} more rows"
-    if verdict["difference"] and verdict["teacher"] > verdict["margin"]:
-        return ": the difference is so near the margin that a million rows might not decide"
-    return ": the metric can't tell"
+    digits = max(0, len(str(needed)) - 2)
+    return f": about {ceil(needed / 10**digits) * 10**digits:,} more rows"

@@ -755,6 +755,31 @@ def test_a_teacher_that_says_one_thing_is_called_that(run: Path) -> None:
     assert first.startswith("The teacher answers one thing")
 
 
+@pytest.mark.parametrize(
+    ("texts", "name"),
+    [
+        ({query: query for query in ALL}, "Copies the query"),
+        ({query: f"{row[0]}, I'd say" for query, row in ALL.items()}, "Right labels in a wrong"),
+        ({query: f"I can't help here with {query}" for query in ALL}, "Collapsed student"),
+    ],
+)
+def test_what_is_wrong_with_a_student_is_said_by_its_name_in_the_first_line(
+    texts: dict[str, str], name: str, run: Path
+) -> None:
+    report = compare(run, student=Lexicon("odd", texts))
+    assert report.data["summary"][0].startswith(name)
+    assert report.table().splitlines()[0].startswith(name)
+    assert (run / "report.md").read_text().splitlines()[2].startswith(f"- {name}")
+
+
+def test_a_student_that_is_better_than_its_teacher_is_called_that(run: Path) -> None:
+    wrong = {"red": "blue", "blue": "red"}
+    worse = {query: f"colour: {wrong[row[0]]}" for query, row in ALL.items()}
+    better = {query: f"It is {row[0]}." for query, row in ALL.items()}
+    report = compare(run, student=Lexicon("able", better), teacher=Lexicon("poor", worse))
+    assert report.data["summary"][0].startswith("Better than the teacher: the student's accuracy")
+
+
 def test_the_verdict_stands_before_the_systems_and_names_the_rows_of_one_alone(run: Path) -> None:
     report = compare(run)
     verdict = report.data["verdict"]

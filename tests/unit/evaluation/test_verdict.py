@@ -77,7 +77,8 @@ def test_rows_are_counted_at_the_difference_where_equality_would_be_told_already
     assert found["rows_needed"] > 500
     near = decide(right(both=9_400, teacher=400, student=200), 0.02)
     assert (near["outcome"], near["rows_needed"]) == (OPEN, None)
-    assert "so near the margin" in lines(near)[0]
+    assert "so near that a million rows might not decide" in near["rule"]
+    assert lines(near)[0] == "Verdict: not enough evidence."
 
 
 @pytest.mark.parametrize("size", [5, 15])
@@ -91,6 +92,14 @@ def test_rows_of_a_group_are_worth_less(size: int) -> None:
     # What is missing is counted in rows, of groups like these.
     alone = decide(right(both=300 // size), 0.02)
     assert found["rows_needed"] == alone["rows_needed"] * size
+
+
+def test_rows_of_training_never_say_that_a_student_replaces_the_prompt() -> None:
+    found = decide(right(both=900), 0.02, trained_on=True)
+    assert (found["outcome"], found["rows_needed"]) == (OPEN, None)
+    assert "trained on these very rows" in found["rule"]
+    worse = decide(right(both=250, teacher=40, student=5), 0.02, trained_on=True)
+    assert worse["outcome"] == DOES_NOT
 
 
 def test_a_margin_that_is_wider_needs_fewer_rows() -> None:
@@ -130,7 +139,7 @@ def test_a_metric_that_the_teacher_does_not_meet_can_not_tell() -> None:
     found = decide(right(both=0, neither=900), 0.02)
     assert (found["outcome"], found["rows_needed"]) == (OPEN, None)
     assert "The teacher itself reaches 0.000" in found["rule"]
-    assert "the metric can't tell" in lines(found)[0]
+    assert lines(found)[0] == "Verdict: not enough evidence."
 
 
 def test_a_student_is_better_where_that_is_no_chance() -> None:
