@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
+from distill_datasets.drawing import Mark, curves, short
 from distill_datasets.errors import DatasetError, PriceError
 from distill_datasets.generation.pricing import HOURS_A_MONTH, Price, Prices
 from distill_datasets.tables import aligned
@@ -138,6 +141,38 @@ def money_text(found: Mapping[str, Any]) -> str:
     head = f"{found['advice']} (in {found['currency']}, prices of {found['priced_at']})"
     table = aligned(_volume_cells(found))
     return "\n\n".join([head, table, "\n".join([*found["arithmetic"], *found["notes"]])])
+
+
+def cost_curves(money: Mapping[str, Any]) -> Markup:
+    """Total cost over queries where nobody pays for hosting, and a month's cost otherwise."""
+    costs, hosting, spent = money["per_query"], money["hosting_per_month"], money["spent"]["total"]
+    monthly = any(hosting.values())
+    turn = {
+        name: one["pays_from" if monthly else "break_even_queries"]
+        for name, one in money["savings"].items()
+    }
+    turns = {name: one for name, one in turn.items() if one}
+    ends = [*turns.values(), *(month["queries"] for month in money["volumes"])]
+    low, high = max(1, min(ends) / 10), max(ends) * 10
+    queries = [low * (high / low) ** (step / 60) for step in range(61)]
+
+    def cost(name: str, number: float) -> float:
+        fixed = hosting.get(name, 0.0) if monthly else spent if name == STUDENT else 0.0
+        return float(fixed + costs[name] * number)
+
+    lines = {name: [(one, cost(name, one)) for one in queries] for name in costs}
+    marks = [
+        Mark(one, cost(STUDENT, one), f"{short(one)}: break-even, {name}")
+        for name, one in turns.items()
+        if name != CACHED or costs[name] != costs[TEACHER]
+    ]
+    return curves(
+        {name: line for name, line in lines.items() if line[-1][1] > 0},
+        x="queries a month" if monthly else "queries",
+        y=f"{'cost of a month' if monthly else 'cost in all'} in {money['currency']}",
+        log=(True, True),
+        marks=marks,
+    )
 
 
 def _price(prices: Prices, role: str, *models: str) -> Price:

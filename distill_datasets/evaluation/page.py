@@ -12,16 +12,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from math import floor, isfinite
+from math import floor, isfinite, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from distill_datasets import html, resources
-from distill_datasets.drawing import Mark, curves, short, whisker
+from distill_datasets.drawing import short, whisker
 from distill_datasets.errors import DatasetError
-from distill_datasets.evaluation.money import read_report
+from distill_datasets.evaluation.money import cost_curves, read_report
 from distill_datasets.files import write_file
 from distill_datasets.progress import amount_text
 from distill_datasets.training.tracking import panels_html
@@ -136,6 +136,8 @@ def page(
         "texts": _texts(report),
         "flips": _flips(report, kept),
         "checks": list(_checks(report)),
+        "judge": _judge(report.get("judge")),
+        "residue": list(_residue(report.get("residue"))),
         "rows": _rows(report, kept, cut) if kept else None,
         "curves": panels_html(training.metrics, training.best_step) if training else [],
         "training_said": _training_said(training),
@@ -197,7 +199,11 @@ def _verdict(report: _Report) -> dict[str, Any] | None:
         lines = [(str(verdict["metric"]), difference)]
         caption = f"Student minus teacher; the dashed lines are 0 and the margin, -{margin:g}"
         scale = _scale(caption, lines, across=(0.0, -margin), around=True)
-    return {**verdict, "kind": kind, "sign": sign, "scale": scale}
+        scale["unit"] = f"{100 * difference.get('level', 0.95):.0f} % interval"
+    needed = verdict.get("rows_needed")
+    digits = 1 - floor(log10(needed)) if needed else 0
+    found = {"kind": kind, "sign": sign, "scale": scale}
+    return {**verdict, **found, "needed": needed and round(needed, digits)}
 
 
 def _scale(
@@ -361,6 +367,22 @@ def _checks(report: _Report) -> Iterator[dict[str, Any]]:
             yield {"name": name, **check, "rows": rows, "scale": scale}
 
 
+def _judge(judge: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if not judge:
+        return None
+    more = {name: value for name, value in judge.items() if name != "summary"}
+    return {"summary": judge.get("summary", ()), "more": more}
+
+
+def _residue(residue: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+    signs = {True: ("good", "✔ passed"), False: ("bad", "✘ failed")}
+    for name, test in (residue or {}).items():
+        if isinstance(test, Mapping) and "passed" in test:
+            kind, outcome = signs.get(test["passed"], ("", "? not told"))
+            found = {"said": "", "what": "", "examples": None, **test}
+            yield {**found, "name": name, "kind": kind, "outcome": outcome}
+
+
 def _rows(report: _Report, rows: Sequence[_Row], cut: bool) -> dict[str, Any]:
     """The rows as JSON that no HTML can hide in: short, for there may be many."""
     systems = sorted(rows[0]["systems"], key=_first_shown)
@@ -446,10 +468,23 @@ def _confusion_line(
 
 
 def _labels(report: _Report) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "cells": {key.replace("_", " "): value for key, value in cells.items()}}
-        for name, cells in (report.get("labels") or {}).items()
-    ]
+    """A line a label: each system's share, and how far student and teacher are apart."""
+    found = []
+    apart = report.get("subgroups") or {}
+    for name, cells in (report.get("labels") or {}).items():
+        line = {"rows" if key == "n" else key: value for key, value in cells.items()}
+        if apart:
+            line["student minus teacher"] = _apart(apart.get(name) or {})
+        found.append({"name": name, "cells": line})
+    return found
+
+
+def _apart(subgroup: Mapping[str, Any]) -> str:
+    if not subgroup.get("difference"):
+        return "too few rows"
+    difference = subgroup["difference"]
+    beyond = " beyond chance" if subgroup.get("significant") else ""
+    return f"{difference['value']:+.3f}{_ends(difference)}{beyond}"
 
 
 def _money(money: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -464,40 +499,8 @@ def _money(money: Mapping[str, Any] | None) -> dict[str, Any] | None:
         **money,
         "names": list(money["per_query"]),
         "volumes": volumes,
-        "drawing": _cost_curves(money),
+        "drawing": cost_curves(money),
     }
-
-
-def _cost_curves(money: Mapping[str, Any]) -> Markup:
-    """Total cost over queries where nobody pays for hosting, and a month's cost otherwise."""
-    costs, hosting, spent = money["per_query"], money["hosting_per_month"], money["spent"]["total"]
-    monthly = any(hosting.values())
-    turn = {
-        name: one["pays_from" if monthly else "break_even_queries"]
-        for name, one in money["savings"].items()
-    }
-    turns = {name: one for name, one in turn.items() if one}
-    ends = [*turns.values(), *(month["queries"] for month in money["volumes"])]
-    low, high = max(1, min(ends) / 10), max(ends) * 10
-    queries = [low * (high / low) ** (step / 60) for step in range(61)]
-
-    def cost(name: str, number: float) -> float:
-        fixed = hosting.get(name, 0.0) if monthly else spent if name == "student" else 0.0
-        return float(fixed + costs[name] * number)
-
-    lines = {name: [(one, cost(name, one)) for one in queries] for name in costs}
-    marks = [
-        Mark(one, cost("student", one), f"{short(one)}: break-even, {name}")
-        for name, one in turns.items()
-        if name != "teacher, cached" or costs[name] != costs["teacher"]
-    ]
-    return curves(
-        {name: line for name, line in lines.items() if line[-1][1] > 0},
-        x="queries a month" if monthly else "queries",
-        y=f"{'cost of a month' if monthly else 'cost in all'} in {money['currency']}",
-        log=(True, True),
-        marks=marks,
-    )
 
 
 def _latency(report: _Report) -> dict[str, Any] | None:

@@ -174,6 +174,39 @@ def test_the_verdict_stands_first_in_words_and_with_a_sign() -> None:
         assert "About 1,200 more rows are needed." in text
 
 
+def test_a_verdict_says_which_interval_it_went_by_and_about_how_many_rows_it_lacks() -> None:
+    difference = {"value": 0.0, "low": -0.13, "high": 0.13, "n": 21.0, "level": 0.9}
+    told = verdict("not enough evidence", rows_needed=11785, difference=difference)
+    text = page(report(verdict=told), ROWS)
+    assert "About 12,000 more rows are needed." in text
+    assert "90 % interval" in text
+
+
+def test_tests_for_residue_are_told_apart_in_words_with_their_examples() -> None:
+    residue = {
+        "leak": {"what": "Does it tell?", "passed": False, "said": "3 of 20.", "examples": [EVIL]},
+        "scope": {"what": "Elsewhere?", "passed": True, "said": "None."},
+        "loss": {"what": "Other text?", "passed": None, "said": "No likelihoods."},
+    }
+    read = Read(page(report(residue=residue), ROWS))
+    assert "✘ failed" in read.text and "✔ passed" in read.text and "? not told" in read.text
+    assert EVIL in read.text and "3 of 20." in read.text
+    assert "residue" in read.sections
+
+
+def test_a_judges_summary_stands_before_its_numbers() -> None:
+    judge = {"summary": ["Judge: openai:j, uncorrected."], "scores": {"student": interval(0.5)}}
+    text = page(report(judge=judge), ROWS)
+    assert text.index("uncorrected.") < text.index("All numbers") < text.index("0.500 [0.400")
+
+
+def test_labels_say_where_student_and_teacher_differ_beyond_chance() -> None:
+    apart = {"difference": {"value": -0.4, "low": -0.6, "high": -0.1}, "significant": True}
+    text = page(report(subgroups={"a": apart}), ROWS)
+    assert "-0.400 [-0.600, -0.100] beyond chance" in text
+    assert "too few rows" in text
+
+
 def test_alerts_stand_before_the_first_section() -> None:
     text = page(report(alerts=["The student copies the query."]), ROWS)
     assert text.index("The student copies the query.") < text.index("<section")
