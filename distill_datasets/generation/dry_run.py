@@ -220,20 +220,19 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
         meter.check([*teachers.models, *(one.model for one in untouched.values())])
     chosen = select_rows(teachers.recipe, untouched, settings, share)
     queries = chosen.queries
-    journal = None
-    if out is not None:
-        journal = (share.folder(out) if share else Path(out)) / "journal.sqlite"
-    release = recipe if settings.ledger and not isinstance(recipe, Recipe) else None
+    folder = share.folder(out) if share and out is not None else out
+    journal = None if folder is None else Path(folder) / "journal.sqlite"
     sampled, made = _ask_some(teachers, _draw(queries, sample), journal, settings, meter)
+    release = recipe if settings.ledger and not isinstance(recipe, Recipe) else None
     with _KnownAnswers.of(journal, release, teachers.recipe) as answered:
         plan = _plan(teachers, chosen, answered)
-    loads = _loads(plan, made, sum(one.text is not None for one in sampled), priced)
+    loads = (*_loads(plan, made, sum(one.text is not None for one in sampled), priced),)
     return DryRun(
         recipe=teachers.recipe.name,
         queries=len(queries),
         requests=plan.requests,
         known=plan.known,
-        loads=tuple(loads),
+        loads=loads,
         concurrency=settings.concurrency,
         seconds=_seconds(sampled, plan.rows_left, settings.concurrency),
         disk=disk_bytes([*plan.by_model.values(), *plan.mixed.values()], made, loads),
@@ -242,8 +241,8 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
         sampled=tuple(sampled),
         sample_cost=meter.spent if meter else _stated_cost(made),
         sample_kept=journal is not None,
-        evidence=() if share else tuple(HeldOutRows.of(teachers.recipe, queries).lines()),
-        notes=tuple(_notes(teachers.recipe, plan, sampled)),
+        evidence=() if share else (*HeldOutRows.of(teachers.recipe, queries).lines(),),
+        notes=(*_notes(teachers.recipe, plan, sampled),),
     )
 
 

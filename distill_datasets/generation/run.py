@@ -122,10 +122,7 @@ def generate(
     release = recipe if settings.ledger and not isinstance(recipe, Recipe) else None
     teachers = open_teachers(recipe, teacher, trust=settings.trust, **settings.opening)
     folder = share.folder(out) if share else Path(out)
-    found = None
-    if teachers.recipe.examples and teachers.recipe.examples.choose:
-        with one_writer(folder, "run"):
-            teachers, found = choose_examples(teachers, folder / "journal.sqlite", settings, meter)
+    teachers, found = _with_examples(teachers, folder, settings, meter)
     untouched = open_untouched(teachers.recipe, settings)
     fingerprint = _fingerprint(teachers, untouched, settings, share)
     if meter is None and (summary := _finished(folder, fingerprint, settings)):
@@ -140,7 +137,7 @@ def generate(
             verified = verify_answers(chosen.queries, teachers, journal, settings, meter)
             rows = _answer(chosen, teachers, journal, settings, meter, building)
             summary = _summary(teachers, rows, journal, meter) | chosen.facts
-        summary |= {"fingerprint": fingerprint, **({} if found is None else {"examples": found})}
+        summary |= {"fingerprint": fingerprint, **found}
         summary["first_token"] = summary["first_token"] if settings.stream else None
         if verified and "from_ledger" in summary:
             summary["from_ledger"]["verified"] = verified
@@ -148,6 +145,17 @@ def generate(
         if share:
             share.record(chosen.queries, building, whole=chosen.whole, more=chosen.more)
     return _generated(folder, summary)
+
+
+def _with_examples(
+    teachers: Teachers, folder: Path, settings: GenerateSettings, meter: Meter | None
+) -> tuple[Teachers, dict[str, Any]]:
+    """Teachers whose recipe has its examples chosen, and what the summary says of the choice."""
+    if teachers.recipe.examples is None or teachers.recipe.examples.choose is None:
+        return teachers, {}
+    with one_writer(folder, "run"):
+        chosen, found = choose_examples(teachers, folder / "journal.sqlite", settings, meter)
+    return chosen, {"examples": found}
 
 
 def _answer(

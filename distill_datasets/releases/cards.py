@@ -51,7 +51,13 @@ def dataset_card(
     `written` before, what people wrote is kept: the text outside the two marker comments, and the
     metadata that differs from what `card_metadata` gave for it, which stands beside it.
     """
-    facts: dict[str, Any] = {"repo": None, "config": "default", "history": [], "panel": None}
+    facts: dict[str, Any] = {
+        "repo": None,
+        "config": "default",
+        "history": [],
+        "panel": None,
+        "examples": None,
+    }
     facts |= {"prompt": True, "warnings": [], "from_ledger": [], "checks": {}, "mix": []}
     facts |= manifest
     text = _fill("dataset.md", {**facts, **_seen(recipe), **_row(example, recipe)})

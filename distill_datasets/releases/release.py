@@ -432,6 +432,7 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None, prompt: bool) -> di
         "rejected": dict(sorted(found.rejected.items())),
         "errors": found.errors,
         **({"mix": [_mixed(part, found) for part in recipe.mix]} if recipe.mix else {}),
+        **({"examples": generation["examples"]} if "examples" in generation else {}),
         "ledger": (known or 0) if answers.sources else None,
         **({SOFT: old[SOFT]} if old and SOFT in old else {}),
         "references": found.references,

@@ -224,12 +224,9 @@ class DatasetSplit:
                 "longest": max(lengths),
             }
 
-        columns = {
-            "tokens": List(List(Value("int32"))),
-            "weights": List(List(Value("float32"))),
-            "bytes": List(Value("int32")),
-            **dict.fromkeys(("length", "longest"), Value("int32")),
-        }
+        count = Value("int32")
+        columns = {"tokens": List(List(count)), "weights": List(List(Value("float32")))}
+        columns |= {"bytes": List(count), "length": count, "longest": count}
         model = (connection.renderer_name, connection.tokenizer_source, connection.weights)
         fingerprint = digest([_VERSION, *self._key, *model, turns])[:32]
         rendered = (

@@ -15,6 +15,7 @@ from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.sections import Examples
+from distill_datasets.releases.release import publish
 from distill_datasets.schema import Message
 
 
@@ -129,3 +130,13 @@ def test_examples_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=says):
         load_recipe(recipe(tmp_path, **examples))
+
+
+@pytest.mark.filterwarnings("ignore:1 queries are examples")
+def test_a_release_says_how_its_examples_were_chosen(tmp_path: Path) -> None:
+    folder = recipe(tmp_path, choose=2, by="development", trials=4)
+    generate(folder, out=tmp_path / "run", teacher=Pupil())
+    card = (publish(tmp_path / "run").path / "README.md").read_text(encoding="utf-8")
+    assert "the best of 4 choices on 20 development rows" in card
+    manifest = json.loads((tmp_path / "run" / "release" / "manifest.json").read_text())
+    assert f"{100 * manifest['examples']['score']:.1f} % were answered rightly" in card
