@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.training.tracking import open_tracker, require_tracker, sparkline
+from distill_datasets.training.tracking import (
+    draw_curves,
+    open_tracker,
+    panels_html,
+    require_tracker,
+    sparkline,
+)
 
 NEEDS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "torch.utils.tensorboard"}
 
@@ -48,3 +54,30 @@ def test_a_sparkline_shows_the_shape_in_a_bounded_width() -> None:
     assert sparkline([1.0, 1.0]) == "▁▁"
     assert sparkline([]) == ""
     assert len(sparkline(range(1000), width=16)) == 16
+
+
+@pytest.mark.parametrize(("last", "scale"), [(0.001, "log"), (1.0, "linear")])
+def test_the_picture_has_a_title_the_best_step_and_an_axis_that_helps(
+    last: float, scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *to: (drawn.append(figure), save(figure, *to))
+    )
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": last, "validation_loss": last}]
+    draw_curves(lines, tmp_path / "loss.png", title="pocket", best=2)
+    (figure,) = drawn
+    axes = figure.axes[0]
+    assert (figure.get_suptitle(), axes.get_yscale()) == ("pocket", scale)
+    assert "best checkpoint: step 2" in [line.get_label() for line in axes.get_lines()]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_panels_are_drawn_for_pages_too_with_the_best_step_where_it_was_measured() -> None:
+    lines = [{"step": 1, "loss": 2.0, "learning_rate": 0.1}, {"step": 2, "validation_loss": 1.0}]
+    loss, rate = panels_html(lines, best=2)
+    assert "best: step 2" in loss and "best" not in rate
+    assert "best" not in panels_html(lines, best=1)[0]
