@@ -214,10 +214,8 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
     settings = settings or GenerateSettings()
     teachers = open_teachers(recipe, teacher, trust=settings.trust)
     priced = Prices.load(prices) if isinstance(prices, str | Path) else prices
-    meter = Meter(priced) if priced else None
     untouched = open_untouched(teachers.recipe, settings)
-    if meter:
-        meter.check([*teachers.models, *(one.model for one in untouched.values())])
+    meter = _meter(priced, [*teachers.models, *(one.model for one in untouched.values())])
     chosen = select_rows(teachers.recipe, untouched, settings, share)
     queries = chosen.queries
     folder = share.folder(out) if share and out is not None else out
@@ -244,6 +242,14 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
         evidence=() if share else (*HeldOutRows.of(teachers.recipe, queries).lines(),),
         notes=(*_notes(teachers.recipe, plan, sampled),),
     )
+
+
+def _meter(prices: Prices | None, models: Sequence[str]) -> Meter | None:
+    """Counts what is asked; raises `PriceError` for a model without a price."""
+    meter = Meter(prices) if prices else None
+    if meter:
+        meter.check(models)
+    return meter
 
 
 def _draw(queries: "Dataset", count: int) -> list[dict[str, Any]]:
