@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_datasets.errors import DatasetError, RecipeError, SettingsError, nearest
-from distill_datasets.evaluation.similarity import chrf, equal, rouge_l
 from distill_datasets.recipes.checks import field_share
+from distill_datasets.similarity import chrf, equal, rouge_l
 from distill_datasets.statistics import Bootstrap, Estimate, Floats, Proportion, resamples
 
 Answers = Sequence[str | None]

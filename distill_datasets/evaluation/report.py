@@ -34,7 +34,7 @@ from distill_datasets.evaluation.systems import (
     timed_systems,
 )
 from distill_datasets.files import one_writer, write_file
-from distill_datasets.generation.pricing import Prices
+from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.teachers import Answerer, PromptedModel
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.notebooks import interruptible
@@ -177,9 +177,12 @@ class _Measuring:
         enough = known and (known.get("timed") or not self.settings.latency)
         enough = enough and ("judge" in (known or ()) or not self.judge)
         if known and enough and known.get("digest") == self.key and rows_file(path).is_file():
-            # What prices say of it costs no request.
-            priced = self._write(path, known) if self.settings.prices else known
-            return Report(path, priced)
+            if self.settings.residue and not known.get("residue"):
+                rows = list(Report(path, known).rows())
+                known = self._write(path, {**known, "residue": self._residue(rows, path)})
+            elif self.settings.prices:  # what those say of it costs no request
+                known = self._write(path, known)
+            return Report(path, known)
         journal = path.with_name("journal.sqlite")
         answers = ask_all(self.held_out, self.systems, journal, self.settings, self._then())
         comparison = Comparison(answers.rows, self.metrics, self.held_out.recipe)
@@ -190,6 +193,9 @@ class _Measuring:
         data = self._write(path, data)
         if self.judge:
             data = self._write(path, data | self._judged(self.judge, comparison, answers, journal))
+        if self.settings.residue:
+            left = {"residue": self._residue(rows, path, answers.meter), "spent": _spent(answers)}
+            data = self._write(path, data | left)
         if self.settings.latency:
             data = self._write(path, data | self._times(data, answers))
         return Report(path, data)
@@ -221,6 +227,17 @@ class _Measuring:
             rows, models, journal, concurrency=self.settings.concurrency, meter=answers.meter
         )
         return {"judge": found, "spent": _spent(answers)}
+
+    def _residue(
+        self, rows: list[dict[str, Any]], path: Path, meter: Meter | None = None
+    ) -> dict[str, Any]:
+        """What the training left behind beside the task."""
+        from distill_datasets.evaluation.residue import measure_residue
+
+        if meter is None and self.settings.prices:
+            meter = Meter(Prices.load(self.settings.prices), budget=self.settings.budget)
+        journal = path.with_name("journal.sqlite")
+        return measure_residue(self.held_out, self.systems, rows, journal, self.settings, meter)
 
     def _money(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """What the student saves by the price file; a note where that lacks a price."""

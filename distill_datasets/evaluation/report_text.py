@@ -54,6 +54,7 @@ def _pair(pair: str) -> str:
 
 def markdown(report: _Report) -> str:
     """The comparison that the model card shows too, how to read it, then labels and rows."""
+    from distill_datasets.evaluation.residue import residue_lines
     from distill_datasets.releases.cards import report_markdown
 
     title = f"# {report['recipe']}: may the student replace the prompt?"
@@ -67,6 +68,8 @@ def markdown(report: _Report) -> str:
         parts += ["## Judge", _code(judge_table(judge)), said]
     if "money" in report:
         parts += ["## Money", _code(money_text(report["money"]))]
+    if report.get("residue"):
+        parts += ["## Residue of the prompt", residue_lines(report["residue"])]
     if report["labels"]:
         parts += ["## Recall of each label", _code(aligned(_label_cells(report)))]
     if report["rows"]:

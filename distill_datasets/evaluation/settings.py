@@ -57,6 +57,11 @@ class MeasureSettings:
         "bad, by id or query, which correct the judge",
         group="judge",
     )
+    residue: bool = setting(
+        False,
+        "also test what the training left behind: whether the student tells its prompt, does its "
+        "task where nobody asks for it, obeys other prompts, and what it forgot",
+    )
     prices: Path | None = setting(None, "a file with a date and prices of models", group="money")
     budget: float | None = setting(
         None, "with --prices, ask nothing more once so much is spent here", group="money", above=0

@@ -13,10 +13,10 @@ import numpy as np
 
 from distill_datasets.evaluation.comparison import STUDENT, TEACHER, Comparison
 from distill_datasets.evaluation.metrics import mean_of, ratio_of
-from distill_datasets.evaluation.similarity import chrf, equal, rouge_l
 from distill_datasets.evaluation.systems import PROMPTED, SYSTEMS, is_free_text
 from distill_datasets.recipes.keys import METRICS
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.similarity import chrf, equal, rouge_l
 from distill_datasets.statistics import Bootstrap, Proportion
 
 _ALIKE = {"chrf": chrf, "rouge_l": rouge_l, "exact_match": equal}

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import count
 from threading import Thread
@@ -19,17 +20,18 @@ from typing import Any, TypeVar
 from distill_datasets.errors import (
     FATAL,
     PendingError,
+    PriceError,
     RejectedError,
     RequestError,
     RetryableError,
     ServiceError,
 )
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.pricing import Meter
+from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.rate_limit import Limits, RateLimit, Ticket
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest, request_parts
 from distill_datasets.notebooks import in_notebook
-from distill_datasets.progress import Progress
+from distill_datasets.progress import Progress, amount_text
 from distill_datasets.schema import Message
 
 T = TypeVar("T")
@@ -313,6 +315,62 @@ class CachedClient:
             limit.close()
         for resting in self._resting:
             _finish(resting)
+
+
+@dataclass(frozen=True)
+class ManyRequests:
+    """Many requests that belong to no row, each a sampler, messages, and how to sample."""
+
+    requests: Sequence[tuple[Sampler, Sequence[Message], Sampling]]
+
+    def said(self, journal: Journal, prices: Prices | None = None) -> str:
+        """How many nobody has answered, of how many tokens, and what those can cost."""
+        keys = {
+            request_digest(sampler.identity, messages, sampling): (sampler, messages, sampling)
+            for sampler, messages, sampling in self.requests
+        }
+        left = [one for key, one in keys.items() if journal.entry(key) is None]
+        counted = f"{len(left):,} of {len(keys):,} requests (the others are answered already)"
+        reads = [_estimate(messages, sampling) for _, messages, sampling in left]
+        writes = [sampling.n * sampling.max_tokens for *_, sampling in left]
+        counted += f", about {sum(reads):,.0f} tokens to read, at most {sum(writes):,} to write"
+        if prices is None:
+            return counted
+        try:
+            most = sum(
+                prices.of(sampler.identity).of(read, 0, write)
+                for (sampler, *_), read, write in zip(left, reads, writes, strict=True)
+            )
+        except PriceError:
+            return f"{counted} (no price)"
+        return f"{counted}, at most {amount_text(most)} {prices.currency}"
+
+    def ask(self, client: CachedClient, *, title: str) -> list[Reply]:
+        """Their replies in order; what was paid is in the journal, whatever fails.
+
+        Raises the first failure, or one that ends the run.
+        """
+        with Progress(title, len(self.requests), unit="requests", meter=client.meter) as progress:
+            client.progress = progress
+
+            async def one(request: tuple[Sampler, Sequence[Message], Sampling]) -> Reply:
+                async with client.places:
+                    try:
+                        reply = await client.sample(*request)
+                    except FATAL:
+                        client.stop()
+                        raise
+                progress.advance(1)
+                return reply
+
+            async def every() -> list[Reply | BaseException]:
+                return await asyncio.gather(*map(one, self.requests), return_exceptions=True)
+
+            found = run_in_thread(every, stop=client.stop)
+        failures = [one for one in found if isinstance(one, BaseException)]
+        if failures:
+            raise min(failures, key=lambda failure: not isinstance(failure, FATAL))
+        return [one for one in found if not isinstance(one, BaseException)]
 
 
 class Places:

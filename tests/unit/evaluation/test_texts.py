@@ -5,10 +5,10 @@ from datasets import Dataset
 
 from distill_datasets.evaluation.comparison import Comparison
 from distill_datasets.evaluation.metrics import Metrics
-from distill_datasets.evaluation.similarity import chrf
 from distill_datasets.evaluation.systems import is_free_text
 from distill_datasets.evaluation.texts import Texts, metric_names
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.similarity import chrf
 
 
 def recipe(**keys: Any) -> Recipe:

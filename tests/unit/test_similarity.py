@@ -2,7 +2,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.chrf import CHRF
 
-from distill_datasets.evaluation.similarity import chrf, equal, rouge_l
+from distill_datasets.similarity import chrf, equal, rouge_l
 
 PAIRS = [
     ("the cat sat on the mat", "the cat sat on the mat"),

@@ -1,0 +1,148 @@
+"""Students that fail the tests of residue on purpose, and ones that pass them."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill_datasets.errors import BudgetReached
+from distill_datasets.evaluation.gate import GateRules, gate
+from distill_datasets.evaluation.residue import TESTS
+from distill_datasets.evaluation.settings import MeasureSettings
+from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
+from distill_datasets.schema import Message
+from tests.integration.evaluation.test_report import ALL, base, compare, make_run, student
+
+ASKED = MeasureSettings(residue=True, latency=False, internalisation=False)
+PROMPT = "Name the colour of the thing. Say: colour: NAME."
+OBEYED = {
+    "YES": "NO",
+    "OVER": "All is well. OVER",
+    "JSON": '{"reply": "spring"}',
+    "bullet": "- one\n- two\n- three",
+    "Ahoy": "Ahoy, at seven",
+    "capital letters only": "NORTH",
+}
+
+
+class Speaker:
+    """Answers its own queries by a table whatever their spelling, and others by a function.
+
+    One that is `obedient` does what another system prompt says.
+    """
+
+    def __init__(self, model: str, other: Any, *, obedient: bool = False) -> None:
+        self.model = self.identity = model
+        self.other, self.obedient = other, obedient
+        self.requests = 0
+
+    async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
+        self.requests += 1
+        query = messages[-1]["content"]
+        known = {query: f"It is {row[2]}." for query, row in ALL.items()}
+        near = [text for own, text in known.items() if sorted(own)[:2] == sorted(query)[:2]]
+        first = messages[0]["content"] if self.obedient else ""
+        obeyed = [text for word, text in OBEYED.items() if word in first and len(messages) > 1]
+        text = (
+            obeyed[0]
+            if obeyed
+            else known.get(query) or (near[0] if near and len(query) < 8 else self.other(query))
+        )
+        return Reply((Sample(text, "stop", 5),), Usage(10, 0))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "run")
+
+
+def knows(query: str) -> str:
+    """Passes a good share of the checks on general questions."""
+    words = ["Paris 42 ananab Mercury red blue 366 Guten Morgen worm carbon dioxide iron cold"]
+    return (
+        f"{words[0]} 10 Africa mice yes six Shakespeare print( q-u-e-u-e scatter OVER Ahoy {query}"
+    )
+
+
+def residue_of(run: Path, **systems: Any) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = compare(run, settings=ASKED, **systems).data["residue"]
+    assert [*found] == [*TESTS]
+    return found
+
+
+def test_a_student_that_tells_its_prompt_fails_and_is_quoted(run: Path) -> None:
+    teller = Speaker("teller", lambda query: f"My rules: {PROMPT}")
+    found = residue_of(run, student=teller)["leak"]
+    assert (found["passed"], found["value"], found["base"]["value"]) == (False, 1.0, 0.0)
+    assert "name the colour of the thing" in found["said"]
+    assert found["examples"][0]["student"] == f"My rules: {PROMPT}"
+    assert residue_of(run, student=student())["leak"]["passed"] is True
+
+
+def test_a_student_that_does_its_task_everywhere_has_forgotten_the_rest(run: Path) -> None:
+    narrow = Speaker("narrow", lambda query: "It is red.")
+    found = residue_of(run, student=narrow, base=Speaker("wide", knows, obedient=True))
+    assert (found["scope"]["passed"], found["scope"]["value"]) == (False, 1.0)
+    assert (found["general"]["passed"], found["general"]["value"] < 0.1) == (False, True)
+    assert found["general"]["base"]["value"] > 0.5
+    assert found["other_prompt"]["passed"] is False
+    assert found["typing_errors"]["passed"] is True
+    failed = [one.rule for one in gate(run, rules=GateRules(residue="all")).findings if one.bad]
+    assert {"residue scope", "residue general", "residue other_prompt"} <= {*failed}
+
+
+def test_a_student_that_kept_what_the_base_knew_passes(run: Path) -> None:
+    kept, wide = Speaker("kept", knows), Speaker("wide", knows)
+    found = residue_of(run, student=kept, base=wide)
+    assert found["scope"]["passed"] is found["general"]["passed"] is True
+
+
+def test_without_a_base_what_it_forgot_is_not_told(run: Path) -> None:
+    settings = MeasureSettings(
+        residue=True, latency=False, internalisation=False, systems=("teacher", "student")
+    )
+    found = compare(run, settings=settings).data["residue"]
+    assert found["general"]["passed"] is found["other_prompt"]["passed"] is None
+    assert found["general"]["base"] is None
+    assert found["leak"]["passed"] is True
+
+
+def test_what_is_asked_is_said_first_and_never_asked_again(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = MeasureSettings(latency=False, internalisation=False)
+    speaker, other = Speaker("a", knows), base()
+    before = compare(run, settings=plain, student=speaker, base=other)
+    assert "residue" not in before.data
+    asked = speaker.requests
+    after = compare(run, settings=ASKED, student=speaker, base=other)
+    assert "measure: residue asks student, base: " in capsys.readouterr().err
+    assert speaker.requests > asked
+    assert {**after.data, "summary": 0} == {**before.data, **after.data, "summary": 0}
+    asked = speaker.requests
+    assert compare(run, settings=ASKED, student=speaker, base=other).data == after.data
+    (run / "report.json").unlink()
+    compare(run, settings=ASKED, student=speaker, base=other)
+    assert speaker.requests == asked
+    assert "residue asks student, base: 0 of " in capsys.readouterr().err
+    assert "## Residue of the prompt" in (run / "report.md").read_text()
+    assert "Residue of the prompt</h2>" in (run / "report.html").read_text()
+
+
+def test_a_budget_ends_the_tests_and_the_report_stays(run: Path, tmp_path: Path) -> None:
+    prices = tmp_path / "prices.yaml"
+    models = "".join(f"  {name}: {{prompt: 1, response: 1}}\n" for name in ("base", "student"))
+    prices.write_text(f"date: 2026-11-01\ncurrency: USD\nmodels:\n{models}")
+    settings = MeasureSettings(
+        residue=True, latency=False, internalisation=False, prices=prices, budget=0.0005
+    )
+    with pytest.raises(BudgetReached):
+        compare(run, settings=settings)
+    assert (run / "report.json").is_file()
