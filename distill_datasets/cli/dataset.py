@@ -235,7 +235,8 @@ def publish(options: argparse.Namespace) -> None:
         create_pr=options.create_pr,
         allow=options.allow,
     )
-    place = pushed.pull_request or f"{pushed.repo}@{pushed.tag} ({pushed.commit})"
+    name = pushed.repo if config == "default" else f"{pushed.repo}:{config}"
+    place = pushed.pull_request or f"{name}@{pushed.tag} ({pushed.commit})"
     done = "pushed" if pushed.changed else "nothing to push: the Hub has"
     print(f"{done} {pushed.version}: {place}\n  {pushed.why}")
 

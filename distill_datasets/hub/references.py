@@ -19,7 +19,9 @@ from distill_datasets.files import write_file
 if TYPE_CHECKING:
     from distill_datasets.hub.client import HubDataset
 
-_REFERENCE = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[^@\s]+)?")
+_REFERENCE = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(?P<revision>@[^@\s]+)?"
+)
 # Besides a configuration's own files: what says how to read them.
 _ALWAYS = ("README.md", ".huggingface.yaml", "dataset_infos.json", "manifest.json")
 
@@ -33,8 +35,18 @@ class Pinned:
 
 
 def is_reference(given: Path | str) -> bool:
-    """Whether a text can name a Hub dataset: `name/dataset`, with or without `@revision`."""
+    """Whether a text can name a Hub dataset: `name/dataset`, with or without `:configuration` and
+    `@revision`.
+    """
     return isinstance(given, str) and _REFERENCE.fullmatch(given) is not None
+
+
+def split_config(given: Path | str) -> tuple[Path | str, str | None]:
+    """A reference without the configuration in `name/dataset:configuration@revision`, and that."""
+    found = _REFERENCE.fullmatch(given) if isinstance(given, str) else None
+    if found is None or found["config"] is None or Path(given).exists():
+        return given, None
+    return found["name"] + (found["revision"] or ""), found["config"]
 
 
 def folder_of(config: str | None) -> str:
@@ -47,10 +59,13 @@ def find_release(
 ) -> Pinned | None:
     """A release's folder with `parts` of it: the folder, that of a run, or a Hub dataset's.
 
-    `config` names one of several releases in one place. Of a Hub dataset only the manifest, the
-    recipe and the parts are downloaded. None for what is no release. Raises `DatasetError` where
-    a file of the parts is not the one that the manifest was written for; see `check_files`.
+    `config` names one of several releases in one place, as `name/dataset:config` does. Of a Hub
+    dataset only the manifest, the recipe and the parts are downloaded. None for what is no
+    release. Raises `DatasetError` where one of several must be named, and where a file of the
+    parts is not the one that the manifest was written for; see `check_files`.
     """
+    given, own = split_config(given)
+    config = config or own
     path, inside = Path(given).expanduser(), folder_of(config)
     commit, folders = None, [path / inside, path / "release"]
     if not path.exists() and is_reference(given):
@@ -60,6 +75,8 @@ def find_release(
     release = next((Pinned(folder, commit) for folder in folders if _is_release(folder)), None)
     if release and parts:
         check_files(release.path, parts)
+    if release is None and commit and config is None:
+        _require_no_configs(str(given))
     return release
 
 
@@ -217,6 +234,17 @@ def _fetch(reference: str, patterns: Sequence[str]) -> Pinned:
 
     dataset = _resolve(reference)
     return Pinned(hub.snapshot(dataset, list(patterns)), dataset.commit)
+
+
+def _require_no_configs(reference: str) -> None:
+    """Raise `DatasetError` where a repository's releases are configurations with names."""
+    found = _fetch(reference, ["*/manifest.json"])
+    if names := sorted(path.parent.name for path in found.path.glob("*/manifest.json")):
+        name, at, revision = reference.partition("@")
+        raise DatasetError(
+            f"{reference!r} has the configurations {names}: name one of them, as "
+            f"'{name}:{names[0]}{at}{revision}'."
+        )
 
 
 def _configs(readme: Path) -> list[Mapping[str, Any]]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from distill_datasets import resources
 from distill_datasets.errors import RecipeError, nearest
-from distill_datasets.hub.references import find_release, inside
+from distill_datasets.hub.references import find_release, inside, split_config
 from distill_datasets.recipes.prompt import is_jinja
 from distill_datasets.recipes.query_files import read_text
 from distill_datasets.recipes.recipe import PROMPT_LIMIT, Recipe
@@ -36,12 +36,15 @@ def load_recipe(source: str | Path, *, config: str | None = None, trust: bool = 
 
     `name:variant` is one of a recipe's variants, which is then part of its name. A release is a
     folder or a Hub dataset such as `me/name@v1.0.0`, of which only the recipe and the manifest are
-    downloaded; `config` names one of several in one repository. Raises `RecipeError` that names
-    the wrong key and the closest valid one; and, without `trust`, for a release whose queries are
-    neither in its own folder nor pinned: it would decide which of your files, or of the datasets
-    that you may read, are sent to a teacher and published.
+    downloaded; `config` names one of several in one repository, as `me/name:config@v1.0.0` does.
+    Raises `RecipeError` that names the wrong key and the closest valid one; and, without `trust`,
+    for a release whose queries are neither in its own folder nor pinned: it would decide which of
+    your files, or of the datasets that you may read, are sent to a teacher and published.
     """
-    source, variant = _split_variant(source)
+    repository, own = split_config(source)
+    variant = None
+    if own is None or Path(repository).exists():  # otherwise a configuration on the Hub
+        source, variant = _split_variant(source)
     folder = _find(source, config)
     prompt = folder / "prompt.md"
     if not prompt.is_file() and not _has_members(folder):

@@ -136,6 +136,7 @@ def publish(
     """
     runs = [Path(run)] if isinstance(run, (str, Path)) else [Path(one) for one in run]
     folder = _release_folder(runs, out)
+    find_parts(runs)  # before a folder is made, a lock in it
     if version is not None:
         check_version(version)
     with (

@@ -20,7 +20,13 @@ from distill_datasets.chat_rows import (
 )
 from distill_datasets.conversations import response_text
 from distill_datasets.errors import DatasetError, OutputError
-from distill_datasets.hub.references import Pinned, fetch_dataset, folder_of, is_reference
+from distill_datasets.hub.references import (
+    Pinned,
+    fetch_dataset,
+    folder_of,
+    is_reference,
+    split_config,
+)
 from distill_datasets.models.sampler import digest
 from distill_datasets.releases.contents import check_release
 from distill_datasets.schema import SOURCE, Message
@@ -255,6 +261,8 @@ class DatasetSplit:
 
 def locate(dataset: str | Path, config: str | None = None) -> DatasetSource:
     """Find a folder, a file, or a Hub dataset `name@revision`, of which `config` is downloaded."""
+    dataset, own = split_config(dataset)
+    config = config or own
     path = Path(dataset).expanduser()
     if path.is_file() and path.suffix not in _READERS:
         raise DatasetError(

@@ -6,12 +6,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill_datasets.errors import ModelError, OutputError, SettingsError
+from distill_datasets.hub.references import split_config
 from distill_datasets.notebooks import interruptible
 from distill_datasets.progress import Progress
 from distill_datasets.training.data import (
@@ -83,6 +84,8 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     settings = settings or TrainSettings()
     _require_untrained(str(student), resume)
     require_tracker(settings.track)
+    dataset, config = split_config(dataset)
+    settings = replace(settings, config=config) if config else settings
     source = locate(dataset, settings.config)
     before = find_predecessor(start, str(student), only_new=only_new)
     settings = before.settled(settings) if before else settings

@@ -118,6 +118,22 @@ def test_a_library_of_variants_is_generated_and_pushed_each_as_a_configuration(
         "    print(rows['messages'][0][-1]['content'])"
     )
     assert hub.run(read).stdout.splitlines() == ["red", "Surely it is red."]
+    assert "me/colours:long@v1.0.0" in said
+    again = str(tmp_path / "again")
+    code, told = verb(hub, ["generate", "me/colours@v1.1.0", "--out", again])
+    assert code == 2
+    assert "['long', 'short']: name one of them, as 'me/colours:long@v1.1.0'" in told
+    reuse = (
+        "from distill_datasets import Echo, generate\n"
+        "from distill_datasets.training.data import locate\n"
+        "teacher = Echo()\n"
+        f"generate('me/colours:short@v1.1.0', teacher=teacher, out={again!r})\n"
+        "source = locate('me/colours:short@v1.1.0')\n"
+        "print(teacher.calls, source.reference, source.manifest['config'])"
+    )
+    assert hub.run(reuse).stdout.split()[-3:] == ["0", "me/colours@v1.1.0", "short"]
+    code, told = verb(hub, ["diff", "me/colours:short@v1.1.0", "me/colours:long@v1.1.0"])
+    assert code == 0 and "changed" in told
 
 
 def test_all_variants_are_asked_for_by_one_command(

@@ -182,6 +182,14 @@ def test_a_sweep_shows_a_table_with_the_best_marked(
 def test_measure_says_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
     error = refusal(capsys, "measure", "--dataset", "some/release")
     assert "needs a run's folder, or all of --dataset, --student and --out; found 1" in error
+    assert "found 1 of the three" in refusal(capsys, "measure", "some/release@v1.0.0")
+
+
+def test_measure_takes_a_runs_release_for_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    release = make_run(tmp_path) / "release"
+    assert "'nonsense'" in refusal(capsys, "measure", release, "--student", "nonsense")
 
 
 @pytest.mark.parametrize("flag", ["--base", "--teacher", "--metric"])

@@ -11,6 +11,7 @@ import pytest
 from pyarrow.parquet import write_table
 
 from distill_datasets.generation.run import generate
+from distill_datasets.hub.references import split_config
 from distill_datasets.models.sampler import Echo
 from distill_datasets.releases.release import publish
 from tests.conftest import edit
@@ -299,3 +300,17 @@ print(json.dumps([
 def test_no_request_goes_elsewhere(hub: Hub, release: str) -> None:
     said(hub, located(release))
     assert not [seen for seen in hub.log() if seen.elsewhere or seen.leak]
+
+
+@pytest.mark.parametrize(
+    ("given", "split"),
+    [
+        ("me/all:short@v1.0.0", ("me/all@v1.0.0", "short")),
+        ("me/all:short", ("me/all", "short")),
+        ("me/all@v1.0.0", ("me/all@v1.0.0", None)),
+        ("tinker:me/all", ("tinker:me/all", None)),
+        (Path("me/all:short"), (Path("me/all:short"), None)),
+    ],
+)
+def test_a_configuration_is_named_within_a_reference(given: Any, split: Any) -> None:
+    assert split_config(given) == split

@@ -548,7 +548,8 @@ def test_a_kept_row_without_a_needed_value_is_refused(
 
 def test_a_folder_without_answers_is_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="has no answers"):
-        publish(tmp_path)
+        publish(tmp_path / "misspelt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_no_release_is_named(tmp_path: Path) -> None:
