@@ -119,7 +119,6 @@ def generate(
     `BudgetReached`, and what `load_recipe` and `open_sampler` raise, before any request.
     """
     settings = settings or GenerateSettings()
-    release = recipe if settings.ledger and not isinstance(recipe, Recipe) else None
     teachers = open_teachers(recipe, teacher, trust=settings.trust, **settings.opening)
     folder = share.folder(out) if share else Path(out)
     teachers, found = _with_examples(teachers, folder, settings, meter)
@@ -131,8 +130,8 @@ def generate(
     if meter is not None:
         meter.check([*teachers.models, *(one.model for one in untouched.values())])
     with one_writer(folder, "run"), _new_answers(folder) as building:
-        if release is not None:
-            take_over(release, folder)
+        if settings.ledger and not isinstance(recipe, Recipe):
+            take_over(recipe, folder)
         with Journal(folder / "journal.sqlite", bought_only=not settings.ledger) as journal:
             verified = verify_answers(chosen.queries, teachers, journal, settings, meter)
             rows = _answer(chosen, teachers, journal, settings, meter, building)
