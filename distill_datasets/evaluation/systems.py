@@ -230,7 +230,7 @@ def open_systems(
             "the recipe names none: leave it out of --systems, or set student.prompt."
         )
     makers: dict[str, Callable[[], Answerer]] = {
-        "teacher": lambda: plain if several(plain) else _changed(plain, _greedy),
+        "teacher": lambda: plain if several(plain) else _changed(plain, _first_answer),
         "teacher-again": lambda: _second_answer(plain, held_out.free_text),
         "student": lambda: _unprompted(opened, recipe),
         "student+prompt": lambda: _prompted(opened, recipe),
@@ -401,6 +401,12 @@ def _greedy(asked: PromptedModel) -> PromptedModel:
     kept = ("max_tokens", "stop", "json_schema", "extra", "tools")
     sampling = replace(plain, **{name: getattr(asked.sampling, name) for name in kept})
     return replace(asked, sampling=sampling)
+
+
+def _first_answer(asked: PromptedModel) -> PromptedModel:
+    """At temperature 0: as the recipe says where it says so, since the release has that answer."""
+    own = asked.sampling
+    return asked if own.temperature == 0 and own.n == 1 else _greedy(asked)
 
 
 def _second_answer(plain: Answerer, free_text: bool) -> Answerer:
