@@ -177,8 +177,9 @@ def measure(options: argparse.Namespace) -> None:
     """Compare base, teacher and student on rows that nobody trained on."""
     from distill_datasets.errors import SettingsError
     from distill_datasets.evaluation.report import measure as compare
+    from distill_datasets.evaluation.systems import names_release
 
-    if options.run is not None and _is_dataset(options.run):
+    if options.run is not None and names_release(options.run):
         options.dataset = options.dataset or str(options.run)
         options.run = options.run.parent if options.run.name == "release" else None
     given = (options.dataset, options.student, options.out)
@@ -195,14 +196,6 @@ def measure(options: argparse.Namespace) -> None:
         settings = read_settings(options, MeasureSettings, split=split)
         report = compare(dataset, student=student, out=out, settings=settings, **_named(options))
         _show(report, split)
-
-
-def _is_dataset(run: Path) -> bool:
-    """Whether what stands in a run's place is a release, here or on the Hub."""
-    from distill_datasets.hub.references import is_reference
-
-    pinned = "@" in run.name and is_reference(str(run)) and not run.exists()
-    return pinned or (run / "manifest.json").is_file()
 
 
 def training_folders(run: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from distill_datasets.evaluation.latency import (
 from distill_datasets.evaluation.settings import SystemName
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.teachers import Answerer, PromptedModel, Teachers, open_teachers
-from distill_datasets.hub.references import Pinned, find_release
+from distill_datasets.hub.references import Pinned, find_release, is_reference
 from distill_datasets.models.sampler import Sampler, Sampling
 from distill_datasets.parquet import read_batches
 from distill_datasets.recipes.loading import load_recipe
@@ -133,6 +133,12 @@ def read_held_out(dataset: str | Path, *, split: str, limit: int | None = None) 
 def splits_of(dataset: str | Path) -> list[str]:
     """The splits of a release, wherever it is; raises `DatasetError` where there is none."""
     return list(read_manifest(_find(dataset).path)["splits"])
+
+
+def names_release(path: Path) -> bool:
+    """Whether a path is a release's folder, or a text that can only be a revision on the Hub."""
+    pinned = "@" in path.name and is_reference(str(path)) and not path.exists()
+    return pinned or (path / "manifest.json").is_file()
 
 
 def _find(dataset: str | Path) -> Pinned:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.loading import read_yaml
@@ -29,6 +30,12 @@ def import_tools(source: Path) -> list[dict[str, Any]]:
     if isinstance(given, Mapping) and isinstance(given.get("paths"), Mapping):
         found = list(_operations(given))
     elif isinstance(given, Mapping) and isinstance(given.get("tools"), list):
+        if given.get("nextCursor"):
+            warn(
+                f"{str(source)!r} is one page of the server's list: more tools come with its "
+                f"cursor {str(given['nextCursor'])[:80]!r}. Put all pages' `tools` into one list.",
+                stacklevel=2,
+            )
         found = [_listed(one) for one in given["tools"]]
     elif isinstance(given, list):
         found = [_listed(one) for one in given]
@@ -189,7 +196,7 @@ class _Resolver:
         if not isinstance(given, Mapping):
             return given
         found = {
-            key: self.schema(value)
+            key: self._part(key, value)
             for key, value in given.items()
             if key not in _LEFT_OUT and not str(key).startswith("x-")
         }
@@ -204,6 +211,16 @@ class _Resolver:
             elif isinstance(found.get(bound), bool):
                 del found[bound]
         return found
+
+    def _part(self, key: str, value: Any) -> Any:
+        """What stands at a key of a schema: values as they are, schemas by whatever names."""
+        if key == "type" and value == "file":  # of Swagger 2
+            return "string"
+        if key in ("enum", "const", "default"):
+            return value
+        if key in ("properties", "patternProperties", "$defs") and isinstance(value, Mapping):
+            return {name: self.schema(one) for name, one in value.items()}
+        return self.schema(value)
 
     def local(self, schema: Any) -> Mapping[str, Any]:
         """The schema that a reference to `$defs` stands for."""

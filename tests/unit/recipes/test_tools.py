@@ -161,6 +161,28 @@ def test_what_an_mcp_server_lists_becomes_tools(tmp_path: Path, around: Any) -> 
     ]
 
 
+def test_one_page_of_an_mcp_servers_list_is_said_to_be_one(tmp_path: Path) -> None:
+    listed = {"tools": [{"name": "a", "inputSchema": {"type": "object"}}], "nextCursor": "p2"}
+    with pytest.warns(UserWarning, match="one page .* cursor 'p2'"):
+        import_tools(saved(tmp_path, listed))
+
+
+def test_arguments_keep_names_that_schemas_have_too(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {
+        "example": {"type": "string", "example": "dog", "default": {"example": 1}},
+        "x-id": {"type": "integer"}}}  # fmt: skip
+    body = {"in": "body", "name": "pet", "schema": schema}
+    picture = {"in": "formData", "name": "picture", "type": "file"}
+    operation = {"operationId": "add", "parameters": [body, picture]}
+    paths = {"swagger": "2.0", "paths": {"/pet": {"post": operation}}}
+    (tool,) = import_tools(saved(tmp_path, paths))
+    assert tool["function"]["parameters"]["properties"] == {
+        "body": {"type": "object", "properties": {
+            "example": {"type": "string", "default": {"example": 1}}, "x-id": {"type": "integer"}}},
+        "picture": {"type": "string"},
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
