@@ -15,7 +15,7 @@ from distill_datasets.resources import KINDS
 # What a run in parts on Ray takes of the settings, and what it doesn't take of the other flags.
 _ON_RAY = ("concurrency", "trust")
 _NOT_ON_RAY = ("prices", "budget", "shard")
-_SPEED = ("concurrency", "requests_per_minute", "tokens_per_minute")
+SPEED = ("concurrency", "requests_per_minute", "tokens_per_minute")
 _BYTES = 4  # of a prompt, in a token, where no tokenizer is at hand
 _SHOWN = 90  # characters of a description in the list of recipes
 # `run` publishes what it generates, so it stays until everything is answered.
@@ -353,7 +353,7 @@ def add_synthesize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the order of the attributes (default: 0)"
     )
-    add_settings(parser, GenerateSettings, only=_SPEED)
+    add_settings(parser, GenerateSettings, only=SPEED)
     add_money(parser)
 
 

@@ -7,7 +7,9 @@ from datetime import date
 from pathlib import Path
 
 from distill_datasets import resources
-from distill_datasets.cli.flags import count, quantity
+from distill_datasets.cli.dataset import SPEED, add_money
+from distill_datasets.cli.flags import add_settings, count, quantity, read_settings
+from distill_datasets.generation.settings import GenerateSettings
 
 
 def add_cost(parser: argparse.ArgumentParser) -> None:
@@ -189,6 +191,56 @@ def profile(options: argparse.Namespace) -> None:
         print(json.dumps(found.data, indent=2, ensure_ascii=False, allow_nan=False))
     else:
         print(found.text())
+
+
+def add_coverage(parser: argparse.ArgumentParser) -> None:
+    """Which prompt, on how many queries, and for how much."""
+    parser.add_argument("recipe", help="a shipped recipe's name, a folder, or a release")
+    parser.add_argument(
+        "--sample", type=count, default=20, metavar="N", help="how many queries (default: 20)"
+    )
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="a model reference (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="where answers are kept (default: runs/NAME/coverage)"
+    )
+    parser.add_argument("--yes", action="store_true", help="don't ask before something is spent")
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    add_settings(parser, GenerateSettings, only=SPEED)
+    add_money(parser)
+
+
+def coverage(options: argparse.Namespace) -> None:
+    """Say which rules of a prompt no query exercises."""
+    from distill_datasets.generation.pricing import open_meter
+    from distill_datasets.recipes.loading import load_recipe
+    from distill_datasets.synthesis.ablation import prompt_coverage
+
+    recipe = load_recipe(options.recipe)
+    out = options.out or Path("runs") / recipe.name / "coverage"
+    found = prompt_coverage(
+        recipe,
+        out=out,
+        sample=options.sample,
+        teacher=options.teacher,
+        limits=read_settings(options, GenerateSettings).limits,
+        meter=open_meter(options.prices, budget=options.budget, journal=out / "journal.sqlite"),
+        before=lambda said: _confirm(said, sure=options.yes),
+    )
+    if options.json:
+        print(json.dumps(found.data, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        print(f"{found.text()}\n({found.path})")
+
+
+def _confirm(said: str, *, sure: bool) -> None:
+    """Say what it takes, and ask a person before it is spent; a script has decided already."""
+    print(said, file=sys.stderr)
+    if sure or not sys.stdin.isatty():
+        return
+    if input("Go on? [y/N] ").strip().lower() != "y":
+        raise KeyboardInterrupt
 
 
 def _share(text: str) -> float:

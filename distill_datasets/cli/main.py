@@ -273,6 +273,15 @@ _VERBS = {
         ("synthesize support --n 2000", "synthesize language_id --n 100 --out mine"),
         usage="recipe --n N [flags]",
     ),
+    "coverage": _Verb(
+        "leave out each rule of a prompt in turn, and say which no query exercises",
+        evidence.coverage,
+        (evidence.add_coverage, _add_progress),
+        (
+            "coverage support --sample 40 --prices prices.yaml --budget 2.00",
+            "coverage language_id --teacher pocket --sample 5 --out runs/coverage",
+        ),
+    ),
     "publish": _Verb(
         "make a release of a run, and push it to the Hub",
         dataset.publish,
