@@ -127,6 +127,12 @@ def _saved(report: _Report) -> Iterator[str]:
         yield "Prompt tokens a query: a server doesn't count them."
         return
     long, short = (systems[name]["tokens"]["prompt_mean"] for name in ("teacher", "student"))
+    if saved["per_query"] < 0:
+        yield (
+            f"Prompt tokens a query: student {short:.1f}, teacher {long:.1f}: none saved. Each is "
+            "counted by its own model's tokenizer and chat format."
+        )
+        return
     yield (
         f"Prompt tokens a query: teacher {long:.1f} - student {short:.1f} = "
         f"{saved['per_query']:.1f} saved, {saved['ratio']:.1f} times fewer."

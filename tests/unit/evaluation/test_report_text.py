@@ -19,6 +19,17 @@ def test_long_answers_among_few_rows_leave_lines_that_can_be_read() -> None:
     assert short_line.split() == ["-", "en", "en", "en", "Hello"]
 
 
+def test_a_student_that_reads_more_than_the_teacher_saves_nothing() -> None:
+    report = _report([]) | {"prompt_tokens_saved": {"per_query": -300.0, "ratio": 0.25}}
+    tokens = {"teacher": 100.0, "base": 400.0, "student": 400.0}
+    report["systems"] = {
+        name: {**system, "tokens": {"prompt_mean": tokens[name], "response_mean": None}}
+        for name, system in report["systems"].items()
+    }
+    assert "student 400.0, teacher 100.0: none saved." in table(report)
+    assert "fewer" not in table(report)
+
+
 def _report(rows: list[dict[str, str | None]]) -> dict[str, Any]:
     system = {
         "prompt": None,

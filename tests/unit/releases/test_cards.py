@@ -231,6 +231,20 @@ def test_the_model_card_says_what_was_trained_on_what(recipe: Recipe) -> None:
     assert recipe.prompt in card
 
 
+def test_the_model_card_says_what_else_was_learned(recipe: Recipe) -> None:
+    mix = [
+        {"name": "general", "share": 0.1, "file": "general.jsonl", "license": "mit"},
+        {"name": "other", "share": 0.1, "file": "other.txt", "model": "openai:base"},
+    ]
+    for name in ("general.jsonl", "other.txt"):
+        (recipe.folder / name).write_text("one\n", encoding="utf-8")
+    mixed = recipe.replace(mix=mix)
+    said = "rows of something else: `general` (licence: mit), `other`. Ask it"
+    assert said in model_card(REPORT, TRAINING, mixed)
+    soft = {**TRAINING, "settings": {"objective": {"name": "soft"}}}
+    assert said not in model_card(REPORT, soft, mixed)
+
+
 def viewed(recipe: Recipe, **changes: Any) -> str:
     """How a reader shall ask the student."""
     card = model_card(REPORT, TRAINING, recipe.replace(**changes))
