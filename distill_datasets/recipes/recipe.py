@@ -133,6 +133,11 @@ class Recipe(RecipeKeys):
                 raise ValueError(
                     f"{name!r} has prompts, 'turns: all' or a mix: it can't be one of several"
                 )
+            if chosen := [key for key in (*_NEEDED, "teachers", "choose") if member._sets(key)]:
+                raise ValueError(
+                    f"{name!r} has {chosen}, which would say nothing here: one of several prompts "
+                    "is answered by the recipe's own teacher. Remove them there"
+                )
         return self
 
     @model_validator(mode="after")

@@ -264,6 +264,16 @@ def test_a_releases_mix_reads_no_file_or_dataset_of_yours_unasked(tmp_path: Path
         assert load_recipe(home, trust=True).mix == recipe.mix
 
 
+def test_one_of_several_prompts_chooses_no_answers(tmp_path: Path) -> None:
+    folder = write(tmp_path / "two", None, prompts={"[a]": "a"})
+    best = {"choose": "best", "judge": {"prompt": "judge.md"}, "sampling": {"n": 2}}
+    write(folder / "a", "Help.", **best, queries={"file": "questions.txt"}, response="{{ text }}")
+    (folder / "a" / "questions.txt").write_text("Why?\n", encoding="utf-8")
+    (folder / "a" / "judge.md").write_text("Rate {{ text }}", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"\['judge', 'choose'\], which would say nothing"):
+        load_recipe(folder)
+
+
 def test_a_recipe_with_a_mix_is_not_one_of_several(tmp_path: Path) -> None:
     folder = write(tmp_path / "two", None, prompts={"[a]": "a"})
     mixing(folder / "a")
