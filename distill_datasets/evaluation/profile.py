@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import regex
 
+from distill_datasets import html
 from distill_datasets.conversations import response_text, shown
 from distill_datasets.errors import DatasetError, nearest
 from distill_datasets.recipes.text_units import (
@@ -61,6 +62,10 @@ class Profile:
     def text(self) -> str:
         """Tables for a terminal."""
         return "\n\n".join(_sections(self.data))
+
+    def _repr_html_(self) -> str:
+        title, *others = _sections(self.data)
+        return html.card(title, *map(html.preformatted, others))
 
 
 def profile(
@@ -286,6 +291,8 @@ def _sections(data: Mapping[str, Any]) -> Iterator[str]:
         yield "\n".join(f"! {note}" for note in data["notes"])
     for name in ("answers", "openings"):
         found = data[name]
+        if name == "openings" and found == data["answers"]:  # of answers as short as an opening
+            continue
         head = f"{name}: {found['distinct']:,} distinct, evenness {found['evenness']:.2f}"
         lines = [
             [f"{one['share']:.1%}", f"{one['rows']:,}", _cut(one["text"]) or "(empty)"]

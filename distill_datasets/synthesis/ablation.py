@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distill_datasets import html
 from distill_datasets.conversations import readable
 from distill_datasets.errors import RecipeError
 from distill_datasets.files import one_writer, writable_folder, write_file
@@ -54,6 +55,11 @@ class PromptCoverage:
     def unexercised(self) -> list[str]:
         """The rules without which no answer of the sample changes."""
         return [one["rule"] for one in self.data["rules"] if not one["changed"]]
+
+    def _repr_html_(self) -> str:
+        return html.card(
+            f"Coverage of the prompt of {self.data['recipe']}", html.preformatted(self.text())
+        )
 
     def text(self) -> str:
         """A line a rule, and those that nothing exercises."""

@@ -99,5 +99,6 @@ def test_a_file_is_profiled_as_it_would_be_trained_on(
     assert "! Every row has one answer: 'Good day.'" in printed
     assert main(["profile", str(file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["lengths"]["query"]["words"]["most"] == 1
+    assert "<pre>! Every row has one answer" in profile(file)._repr_html_()
     with pytest.raises(DatasetError, match="no split 'tset'; found .'train'"):
         profile(file, split="tset")

@@ -138,6 +138,7 @@ def test_rules_that_change_no_answer_are_unexercised(folder: Path, tmp_path: Pat
     assert (
         "5 of 7 rules that no query of the sample exercises:\n  You sort letters." in covered.text()
     )
+    assert "Coverage of the prompt of letters" in covered._repr_html_()
     assert said[0].startswith("coverage: 7 rules on 3 queries: 27 of 27 requests")
     assert json.loads(covered.path.read_text()) == covered.data
     asked = model.requests
