@@ -93,7 +93,10 @@ def choose_examples(
             few = min(_FIRST_ROWS, len(rows))
             first = await right(tried, range(few))
             best = sorted(tried, key=lambda one: -first[one])[:_FINALISTS]
-            rest = await right([*dict.fromkeys([tried[0], *best])], range(few, len(rows)))
+            finalists = [*dict.fromkeys([tried[0], *best])]
+            if few == len(rows):
+                return {one: first[one] / few for one in finalists}
+            rest = await right(finalists, range(few, len(rows)))
             return {one: (first[one] + more) / len(rows) for one, more in rest.items()}
 
         found = run_in_thread(search, stop=client.stop)

@@ -102,6 +102,17 @@ def test_a_choice_is_found_on_development_rows_and_its_answers_are_paid_once(
 
 
 @pytest.mark.filterwarnings("ignore:1 queries are examples")
+def test_a_choice_is_found_on_few_development_rows(tmp_path: Path) -> None:
+    folder, pupil = recipe(tmp_path, choose=2, by="development", trials=9), Pupil()
+    lines = (folder / "queries.jsonl").read_text().splitlines(keepends=True)
+    few = [line for line in lines if "validation 1" not in line]
+    (folder / "queries.jsonl").write_text("".join(few[:22] + few[-21:]))
+    made = generate(folder, out=tmp_path / "run", teacher=pupil)
+    facts = json.loads((made.path / "answers" / "generation.json").read_text())["examples"]
+    assert (facts["rows"], facts["score"], facts["answers"]) == (2, 1.0, 18)
+
+
+@pytest.mark.filterwarnings("ignore:1 queries are examples")
 def test_a_server_that_is_away_makes_no_choice_worse(tmp_path: Path) -> None:
     folder = recipe(tmp_path, choose=2, by="development")
     with pytest.raises(ServiceError, match="away"):
