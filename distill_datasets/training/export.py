@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets import resources
 from distill_datasets.errors import (
     AccessError,
+    DatasetError,
     ModelError,
     OutputError,
     RecipeError,
@@ -305,8 +306,8 @@ def read_training(train: Path | str) -> Trained:
 def recipe_of(trained: Trained) -> Recipe | None:
     """The recipe of the release that was trained on; None for any other dataset."""
     try:
-        return load_recipe(_dataset(trained), trust=True)
-    except RecipeError:
+        return load_recipe(_dataset(trained), config=_config_of(trained), trust=True)
+    except (RecipeError, DatasetError):
         return None
 
 
@@ -316,11 +317,17 @@ def _dataset(trained: Trained) -> str | Path:
     return "@".join(on_hub) if on_hub else Path(trained.config["dataset"]["path"]).expanduser()
 
 
+def _config_of(trained: Trained) -> str | None:
+    """The configuration that was trained on, where it was named."""
+    config: str | None = trained.config.get("settings", {}).get("config")
+    return config
+
+
 def _write_check(trained: Trained, out: Path, report: Path | str | None) -> int:
     """Write check/ for a student of a release; how many rows it has, 0 where there is none."""
     if recipe_of(trained) is None:
         return 0
-    config = trained.config.get("settings", {}).get("config")
+    config = _config_of(trained)
     return write_check_files(_dataset(trained), out, config=config, said=_said(trained, report))
 
 

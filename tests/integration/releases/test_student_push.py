@@ -13,7 +13,7 @@ import yaml
 
 from distill_datasets.errors import AccessError, ModelError, OutputError, RepositoryError
 from distill_datasets.models.references import connect
-from distill_datasets.training.export import export_adapter, push_student
+from distill_datasets.training.export import Trained, export_adapter, push_student, recipe_of
 from distill_datasets.training.trainer import TrainSettings, train
 from tests.integration.releases.test_check_files import make_release, rows_of
 from tests.support.hub_fixture import Hub
@@ -272,6 +272,18 @@ def test_a_student_of_a_release_takes_its_held_out_rows_along(run: Path, tmp_pat
     (run / "report.json").write_text(json.dumps(report(run)))
     measured = rows_of(export_adapter(run, tmp_path / "measured", base_model="me/tiny"))
     assert [name for name, row in measured.items() if "wrong_at_release" in row] == ["sky"]
+
+
+def test_the_recipe_is_that_of_the_configuration_that_was_trained_on(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(recipe_folder, both / "short" / "recipe")
+    (both / "short" / "manifest.json").write_text("{}", encoding="utf-8")
+    config = {"dataset": {"path": str(both)}, "settings": {"config": "short"}}
+    recipe = recipe_of(Trained(tmp_path, config, {}))
+    assert recipe and recipe.name == "colours"
+    assert recipe_of(Trained(tmp_path, {**config, "settings": {}}, {})) is None
 
 
 def test_weights_on_tinker_need_a_key(run: Path, tmp_path: Path, base: Path) -> None:
