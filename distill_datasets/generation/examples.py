@@ -86,17 +86,14 @@ def choose_examples(
 
         async def right(some: Sequence[Choice], part: Sequence[int]) -> dict[Choice, int]:
             return {
-                one: await _right(_with(teachers, one), client, rows.select(part)) for one in some
+                one: await _right(_with(teachers, one), client, _part(rows, part)) for one in some
             }
 
         async def search() -> dict[Choice, float]:
             few = min(_FIRST_ROWS, len(rows))
             first = await right(tried, range(few))
             best = sorted(tried, key=lambda one: -first[one])[:_FINALISTS]
-            finalists = [*dict.fromkeys([tried[0], *best])]
-            if few == len(rows):
-                return {one: first[one] / few for one in finalists}
-            rest = await right(finalists, range(few, len(rows)))
+            rest = await right([*dict.fromkeys([tried[0], *best])], range(few, len(rows)))
             return {one: (first[one] + more) / len(rows) for one, more in rest.items()}
 
         found = run_in_thread(search, stop=client.stop)
@@ -138,6 +135,11 @@ def _with(teachers: Teachers, choice: Choice) -> Teachers:
     recipe = recipe.replace(examples=Examples(file=recipe.examples.file, rows=choice))
     members = tuple(replace(one, messages=recipe.messages) for one in teachers.members)
     return replace(teachers, recipe=recipe, members=members)
+
+
+def _part(rows: "Dataset", places: Sequence[int]) -> "Dataset":
+    """The rows in these places, which may be none: `select` takes no empty range at the end."""
+    return rows.select(list(places))
 
 
 async def _right(teachers: Teachers, client: CachedClient, rows: "Dataset") -> int:
