@@ -84,9 +84,7 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     settings = settings or TrainSettings()
     _require_untrained(str(student), resume)
     require_tracker(settings.track)
-    dataset, config = split_config(dataset)
-    settings = replace(settings, config=config) if config else settings
-    source = locate(dataset, settings.config)
+    source, settings = _located(dataset, settings)
     before = find_predecessor(start, str(student), only_new=only_new)
     settings = before.settled(settings) if before else settings
     folder = _open_folder(Path(out), source)
@@ -106,6 +104,13 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
             Trainer(opened, plan, source, folder, settings).fit(validators)
         folder.draw()
         return folder.result(settings)
+
+
+def _located(dataset: str | Path, settings: TrainSettings) -> tuple[DatasetSource, TrainSettings]:
+    """The dataset, and the settings with the configuration that its reference names."""
+    dataset, config = split_config(dataset)
+    settings = replace(settings, config=config or settings.config)
+    return locate(dataset, settings.config), settings
 
 
 def require_settings(

@@ -21,7 +21,7 @@ def recipe(**keys: Any) -> Recipe:
         "name": "colours",
         "description": "x",
         "teacher": "openai:x",
-        "queries": {"hub": "me/colours", "revision": "v1"},
+        "queries": {"hub": "me/colours", "revision": "v1", "reference": "colour"},
         "prompt": "Name the colour.",
         "response": "{{ text }}",
     }
