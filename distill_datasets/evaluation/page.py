@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from math import floor, isfinite, log10
+from math import floor, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from distill_datasets import html, resources
 from distill_datasets.drawing import short, whisker
 from distill_datasets.errors import DatasetError
 from distill_datasets.evaluation.money import cost_curves, read_report
+from distill_datasets.evaluation.verdict import about
 from distill_datasets.files import write_file
 from distill_datasets.progress import amount_text
 from distill_datasets.training.tracking import panels_html
@@ -201,9 +202,8 @@ def _verdict(report: _Report) -> dict[str, Any] | None:
         scale = _scale(caption, lines, across=(0.0, -margin), around=True)
         scale["unit"] = f"{100 * difference.get('level', 0.95):.0f} % interval"
     needed = verdict.get("rows_needed")
-    digits = 1 - floor(log10(needed)) if needed else 0
     found = {"kind": kind, "sign": sign, "scale": scale}
-    return {**verdict, **found, "needed": needed and round(needed, digits)}
+    return {**verdict, **found, "needed": needed and about(needed)}
 
 
 def _scale(

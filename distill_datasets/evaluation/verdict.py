@@ -222,8 +222,13 @@ def _rows(count: int) -> str:
     return "1 row" if count == 1 else f"{count:,} rows"
 
 
+def about(rows: int) -> int:
+    """A number of rows in two digits, and not fewer."""
+    unit: int = 10 ** max(0, len(str(rows)) - 2)
+    return ceil(rows / unit) * unit
+
+
 def _missing(verdict: Mapping[str, Any]) -> str:
     if not (needed := verdict["rows_needed"]):
         return ""
-    digits = max(0, len(str(needed)) - 2)
-    return f": about {ceil(needed / 10**digits) * 10**digits:,} more rows"
+    return f": about {about(needed):,} more rows"
