@@ -1,5 +1,6 @@
 """What every test shares: an environment with no key, no network and no progress bars."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from tests.support.hub_fixture import hub  # noqa: F401 - a fixture
 from tests.support.panels import models  # noqa: F401 - a fixture
 from tests.support.shared_server import model  # noqa: F401 - a fixture
 
+# Sessions of servers that have ended would go on complaining until the last line is printed.
+logging.getLogger("tinker.lib.internal_client_holder").setLevel(logging.CRITICAL)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
