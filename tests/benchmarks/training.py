@@ -117,7 +117,8 @@ def plan(dataset: Path, settings: TrainSettings) -> Planned:
     connection = references.connect("pocket", renderer=RENDERER)
     rendered = open_splits(locate(dataset), settings)["train"].render(connection, 4096)
     steps = plan_steps(rendered.lengths, settings, RATE)
-    batches = [rendered.conversations(step.places) for step in steps]
+    rows = (rendered.conversations(step.places) for step in steps)
+    batches = [[one.messages for one in batch] for batch in rows]
     register_tokenizer(connection.base_model, lambda: connection.tokenizer)
     return Planned(batches, connection.renderer)
 
