@@ -45,6 +45,11 @@ class Call(NamedTuple):
         return json.dumps(said, ensure_ascii=False)
 
 
+def has_calls(text: str) -> bool:
+    """Whether a call begins somewhere in a text, readable or not."""
+    return _OPEN in text
+
+
 def write_calls(content: str, calls: Iterable[Call | str]) -> str:
     """A response's words and its calls as one text; `split_calls` reads it.
 
@@ -202,16 +207,23 @@ def tool_calls(calls: Iterable[Call], *, first: int = 1) -> list[dict[str, Any]]
     ]
 
 
-def assistant_message(response: str, *, calls: bool, first: int = 1) -> Message:
+def user_message(text: str) -> Message:
+    """A text as the message of a user."""
+    return {"role": "user", "content": text}
+
+
+def assistant_message(response: str, *, calls: bool, after: Sequence[Message] = ()) -> Message:
     """A response as a message; its blocks are calls only where `calls` says so.
 
-    Raises `ValueError` for a call that can't be read.
+    They are numbered from those of the messages that it comes `after`. Raises `ValueError` for a
+    call that can't be read.
     """
     if not calls:
         return {"role": "assistant", "content": response}
     content, made = split_calls(response)
     message: Message = {"role": "assistant", "content": content}
     if made:
+        first = 1 + sum(len(one.get("tool_calls", ())) for one in after)
         message["tool_calls"] = tool_calls(made, first=first)
     return message
 
@@ -249,6 +261,11 @@ def to_text(messages: Sequence[Message]) -> str:
     return json.dumps([dict(one) for one in messages], ensure_ascii=False)
 
 
+def is_conversation_text(query: str) -> bool:
+    """Whether a query begins as `to_text` writes conversations."""
+    return query.startswith('[{"role": "')
+
+
 def from_text(query: str) -> list[Message]:
     """The messages of a query that `to_text` wrote."""
     messages: list[Message] = json.loads(query)
@@ -275,7 +292,7 @@ def shown(messages: Iterable[Mapping[str, Any]]) -> str:
 
 def readable(query: str) -> str:
     """A query for a reader: a conversation in paragraphs, other text as it is."""
-    if not query.startswith('[{"role": "'):
+    if not is_conversation_text(query):
         return query
     try:
         return shown(from_text(query))
@@ -294,7 +311,7 @@ def read_messages(value: Any, *, texts: bool = False) -> list[Message]:
     """
     if isinstance(value, str):
         said = texts and not _JSON.match(value)
-        value = {"role": "user", "content": value} if said else _loaded(value)
+        value = user_message(value) if said else _loaded(value)
     if isinstance(value, Mapping) and value.keys() & {"role", "from"}:
         value = _rows(value)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
@@ -365,7 +382,9 @@ def _said(given: Mapping[str, Any], role: str, calling: bool) -> tuple[str, Any]
     if role == "tool" and (answer := _ANSWER.fullmatch(text)):
         text = answer[1]
     return (
-        split_calls(text) if role == "assistant" and _OPEN in text and not calls else (text, calls)
+        split_calls(text)
+        if role == "assistant" and has_calls(text) and not calls
+        else (text, calls)
     )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import regex
 
-from distill_datasets.conversations import below, from_text, readable, to_text
+from distill_datasets.conversations import below, from_text, is_conversation_text, readable, to_text
 from distill_datasets.errors import ModelError
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.evaluation.systems import HeldOut
@@ -440,7 +440,7 @@ def reworded(text: str) -> str:
 
 def _last(query: str, change: Callable[[str], str]) -> str:
     """A query with its text, or its last user's message, changed."""
-    if not query.startswith('[{"role": "'):
+    if not is_conversation_text(query):
         return change(query)
     messages = from_text(query)
     last = max(place for place, one in enumerate(messages) if one["role"] == "user")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets.conversations import has_calls
 from distill_datasets.generation.batch_api import buy_in_batches
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient
@@ -15,7 +16,7 @@ from distill_datasets.generation.shards import Share
 from distill_datasets.generation.teachers import PromptedModel, Teachers
 from distill_datasets.generation.voting import Client
 from distill_datasets.models.sampler import Sampling
-from distill_datasets.recipes.mix import CALL, draw_mix, mixed_messages
+from distill_datasets.recipes.mix import draw_mix, mixed_messages
 from distill_datasets.recipes.parsing import EMPTY, TRUNCATED, UNKNOWN_TOOL, Reading
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import MixPart
@@ -146,7 +147,7 @@ def _as_it_is(query: str, reference: str | None, text: str, stop_reason: str) ->
         return Reading(rejection=TRUNCATED)
     if not text.strip():
         return Reading(rejection=EMPTY)
-    return Reading(rejection=UNKNOWN_TOOL) if CALL in text else Reading(response=text)
+    return Reading(rejection=UNKNOWN_TOOL) if has_calls(text) else Reading(response=text)
 
 
 def _write_answered(rows: "Dataset", columns: Sequence[str], file: Path) -> None:

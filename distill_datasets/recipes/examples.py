@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from distill_datasets.conversations import assistant_message, read_messages
+from distill_datasets.conversations import assistant_message, read_messages, user_message
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.query_files import TableFormat, read_rows
 from distill_datasets.recipes.tools import check_names
@@ -36,9 +36,7 @@ def _turns(row: dict[str, object], where: str, tools: str | None) -> list[Messag
     query, response = row.get("query"), row.get("response")
     try:
         turns: Sequence[Message] = (
-            read_messages(row["messages"])
-            if row.get("messages")
-            else [{"role": "user", "content": str(query)}]
+            read_messages(row["messages"]) if row.get("messages") else [user_message(str(query))]
         )
         if isinstance(response, str) and response.strip():
             turns = [*turns, _answer(response, calls=tools is not None)]

@@ -17,9 +17,12 @@ from distill_datasets.chat_rows import PAIRS, WHOLE, tools_in, turns_in
 from distill_datasets.conversations import (
     assistant_message,
     from_text,
+    has_calls,
+    is_conversation_text,
     read_calls,
     read_messages,
     to_text,
+    user_message,
     write_calls,
 )
 from distill_datasets.errors import RecipeError
@@ -32,8 +35,6 @@ from distill_datasets.schema import SOURCE, Message
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CALL = "<tool_call>"
-_CONVERSATION = '[{"role": "'  # how the text of a conversation begins
 _ALONE = (*WHOLE, "query", "prompt", "text")  # columns of what a model is to answer
 _COLUMNS = ("id", "query", "group", "reference", "split", SOURCE, "tools", "response")
 
@@ -72,15 +73,12 @@ def draw_mix(recipe: Recipe, queries: "Dataset", own: int) -> "list[Dataset]":
 
 def mixed_messages(query: str) -> list[Message]:
     """The conversation of a mixed row's query."""
-    if query.startswith(_CONVERSATION):
-        return from_text(query)
-    return [_from_user(query)]
+    return from_text(query) if is_conversation_text(query) else [user_message(query)]
 
 
 def mixed_answer(query: str, response: str) -> Message:
     """A mixed row's response as a message, its calls numbered after those of its conversation."""
-    first = 1 + sum(len(message.get("tool_calls", ())) for message in mixed_messages(query))
-    return assistant_message(response, calls=CALL in response, first=first)
+    return assistant_message(response, calls=has_calls(response), after=mixed_messages(query))
 
 
 def carried_part(part: MixPart, file: str) -> MixPart:
@@ -117,7 +115,7 @@ def _keys_of(recipe: Recipe, queries: "Dataset") -> Iterator[int]:
     recipes = (recipe, *recipe.members.values())
     shown = ((one, query) for one in recipes for query in one.example_queries)
     for one, query in chain(asked, shown):
-        yield _key(from_text(query) if one.holds_conversations else [_from_user(query)])
+        yield _key(from_text(query) if one.holds_conversations else [user_message(query)])
 
 
 def _key(messages: Sequence[Message]) -> int:
@@ -129,10 +127,6 @@ def _rank(query: str) -> bytes:
     return sha256(f"mix\n{query}".encode()).digest()
 
 
-def _from_user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
 def _new_rows(recipe: Recipe, part: MixPart, taken: Collection[int]) -> Iterator[MixRow]:
     """The rows of a source, each query once, without those that are taken already."""
     seen: set[int] = set()
@@ -142,8 +136,8 @@ def _new_rows(recipe: Recipe, part: MixPart, taken: Collection[int]) -> Iterator
             continue
         seen.add(key)
         text = messages[0]["content"]
-        whole = recipe.holds_conversations or text.startswith(_CONVERSATION)
-        alone = not whole and messages == [_from_user(text)]
+        whole = recipe.holds_conversations or is_conversation_text(text)
+        alone = not whole and messages == [user_message(text)]
         yield MixRow(text if alone else to_text(messages), response, tools)
 
 

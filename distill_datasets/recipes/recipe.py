@@ -18,6 +18,7 @@ from distill_datasets.conversations import (
     from_text,
     split_calls,
     to_text,
+    user_message,
     with_answers,
     write_calls,
 )
@@ -307,7 +308,7 @@ class Recipe(RecipeKeys):
         those with an `earlier` response.
         """
         if not self.holds_conversations:
-            return [_from_user(query)]
+            return [user_message(query)]
         messages = from_text(query)
         if self.turns == "last":
             return messages
@@ -325,7 +326,7 @@ class Recipe(RecipeKeys):
             member, own = self.part(query)
             return member.messages(own)
         if self.asks_in_one_message:
-            return [_from_user(self._filled(query=query))]
+            return [user_message(self._filled(query=query))]
         conversation = self.conversation(query, earlier)
         return below(self.system_text, self.example_turns, conversation)
 
@@ -577,10 +578,6 @@ class Recipe(RecipeKeys):
 def _said(section: Section) -> dict[str, Any]:
     """A section without its defaults, as it is written in a file."""
     return section.model_dump(mode="json", exclude_defaults=True, by_alias=True)
-
-
-def _from_user(text: str) -> Message:
-    return {"role": "user", "content": text}
 
 
 def _file_digest(path: Path) -> str:

@@ -175,8 +175,7 @@ def _messages(recipe: Recipe, row: Mapping[str, Any]) -> list[Message]:
     if mixed:
         return [*asked, mixed_answer(query, response)]
     calls = recipe.part(query)[0].tools is not None
-    first = 1 + sum(len(message.get("tool_calls", ())) for message in asked)
-    return [*asked, assistant_message(response, calls=calls, first=first)]
+    return [*asked, assistant_message(response, calls=calls, after=asked)]
 
 
 def _shows_prompt(recipe: Recipe, asked: Sequence[Message], query: str | None) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from distill_datasets import resources
-from distill_datasets.conversations import from_text, response_text, shown, to_text
+from distill_datasets.conversations import from_text, response_text, shown, to_text, user_message
 from distill_datasets.errors import FATAL, GenerationError
 from distill_datasets.generation.client import CachedClient, outcome
 from distill_datasets.models.sampler import Sampler, Sampling
@@ -124,13 +124,13 @@ class Interview:
         return render_ours(_template(template), **self._shared, **fields)
 
     async def _ask(self, text: str, sampling: Sampling, form: ReplyForm[T]) -> ParsedReply[T]:
-        messages: list[Message] = [{"role": "user", "content": text}]
+        messages = [user_message(text)]
         reply, problem = await self._read(messages, sampling, form)
         if reply.value is not None or reply.error is not None or not reply.said:
             return reply
         told = render_ours(_template("again"), problem=problem, form=form.words)
         messages.append({"role": "assistant", "content": reply.said})
-        messages.append({"role": "user", "content": told})
+        messages.append(user_message(told))
         again, _ = await self._read(messages, sampling, form)
         return again if again.error is None else reply
 
