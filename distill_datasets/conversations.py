@@ -319,6 +319,14 @@ def read_messages(value: Any, *, texts: bool = False) -> list[Message]:
     return _numbered([_message(one) for one in value])
 
 
+def without_answer(messages: Sequence[Message]) -> list[Message]:
+    """A conversation without what the assistant says at its end."""
+    found = [*messages]
+    while found and found[-1]["role"] == "assistant":
+        found.pop()
+    return found
+
+
 def with_answers(messages: Sequence[Message], answers: Sequence[str]) -> list[Message]:
     """A conversation up to the user's message after as many as there are answers.
 

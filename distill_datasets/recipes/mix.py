@@ -23,11 +23,12 @@ from distill_datasets.conversations import (
     read_messages,
     to_text,
     user_message,
+    without_answer,
     write_calls,
 )
 from distill_datasets.errors import RecipeError
-from distill_datasets.recipes.queries import read_source
-from distill_datasets.recipes.query_files import Rows
+from distill_datasets.recipes.queries import query_id, read_source
+from distill_datasets.recipes.query_files import Rows, without_nulls
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import MixPart
 from distill_datasets.schema import SOURCE, Message
@@ -98,7 +99,7 @@ def carried_line(part: MixPart, row: Mapping[str, Any]) -> dict[str, Any]:
 def _dataset(part: MixPart, rows: Sequence[MixRow]) -> "Dataset":
     from datasets import Dataset, Features, Value
 
-    ids = [sha256(row.query.encode()).hexdigest()[:16] for row in rows]
+    ids = [query_id(row.query) for row in rows]
     columns = {
         **{name: [None] * len(rows) for name in _COLUMNS},
         **{"id": ids, "group": ids, "split": ["train"] * len(rows)},
@@ -177,25 +178,16 @@ def _row(
     part: MixPart, row: Mapping[str, Any], columns: Mapping[str, str], left_out: Counter[str]
 ) -> tuple[list[Message], str | None, str | None]:
     if not part.file or part.file.endswith(".parquet"):
-        row = _present(row)
+        row = without_nulls(row)
     turns = [turns_in(row.get(name), role) for name, role in columns.items()]
     messages = read_messages([*chain.from_iterable(turns)])
     if part.model:
-        asked = list(messages)
-        while asked and asked[-1]["role"] == "assistant":
-            asked.pop()
+        asked = without_answer(messages)
         left_out["answers"] += len(asked) < len(messages)
         return _checked(asked), None, None
     *asked, answer = messages
     response = _response(answer)
     return _checked(asked), response, tools_in(row.get("tools"))
-
-
-def _present(value: Any) -> Any:
-    """A value without the keys that a table fills in with null, where its rows have others."""
-    if isinstance(value, Mapping):
-        return {key: _present(one) for key, one in value.items() if one is not None}
-    return [_present(one) for one in value] if isinstance(value, list) else value
 
 
 def _source(recipe: Recipe, part: MixPart, where: str) -> Iterator[Rows]:

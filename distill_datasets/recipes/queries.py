@@ -19,6 +19,7 @@ from distill_datasets.conversations import (
     read_calls,
     read_messages,
     to_text,
+    without_answer,
 )
 from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.hub.references import fetch_dataset
@@ -211,7 +212,7 @@ def _behind(handle: str, member: Recipe, columns: Columns) -> Columns:
     for number, (query, group, split) in enumerate(rows, 1):
         if query is None or not query.strip():
             raise RecipeError(f"Query {number} of {member.name!r} is empty: remove it or fill it.")
-        own = group or _own_name(query)
+        own = group or query_id(query)
         turns = below(handle, (), member.conversation(query))
         found["query"].append(to_text(turns))
         found["group"].append(f"{handle} {own}")
@@ -231,7 +232,8 @@ def _without_examples(recipe: Recipe, columns: Columns) -> Columns:
     return {name: [values[place] for place in kept] for name, values in columns.items()}
 
 
-def _own_name(query: str) -> str:
+def query_id(query: str) -> str:
+    """The `id` of a row whose query no other row has."""
     return sha256(query.encode()).hexdigest()[:16]
 
 
@@ -277,9 +279,7 @@ def _conversation(value: Any, *, every_turn: bool, left_out: Counter[str]) -> st
     """
     given = read_messages(value, texts=True)
     _check_results(given)
-    messages = list(given)
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
+    messages = without_answer(given)
     if every_turn:
         messages = [one for one in messages if one["role"] != "assistant"]
         if any(one["role"] == "tool" for one in messages):
@@ -515,7 +515,7 @@ class _RowMaker:
         import pyarrow as pa
 
         queries = [self._checked(text) for text in columns["query"]]
-        own = [_own_name(query) for query in queries]
+        own = [query_id(query) for query in queries]
         groups = [group or name for group, name in zip(columns["group"], own, strict=True)]
         splits = [
             forced or self._split(group)

@@ -294,7 +294,7 @@ def _values(column: Any) -> list[Any]:
     import pyarrow as pa
 
     if _holds_messages(column.type):
-        return [_present(value) for value in column.to_pylist()]
+        return [without_nulls(value) for value in column.to_pylist()]
     if not pa.types.is_dictionary(column.type):
         return list(column.to_pylist())
     known = column.dictionary.to_pylist()
@@ -311,11 +311,11 @@ def _holds_messages(kind: Any) -> bool:
     return bool(names & {"role", "from", "arguments", "function"})
 
 
-def _present(value: Any) -> Any:
-    """A value without the keys that Arrow fills in with null."""
+def without_nulls(value: Any) -> Any:
+    """A value without the keys that a table fills in with null, where its rows have others."""
     if isinstance(value, dict):
-        return {key: _present(one) for key, one in value.items() if one is not None}
-    return [_present(one) for one in value] if isinstance(value, list) else value
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _features(metadata: Mapping[bytes, bytes] | None) -> Mapping[str, Any]:
