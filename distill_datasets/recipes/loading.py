@@ -46,6 +46,14 @@ def load_recipe(source: str | Path, *, config: str | None = None, trust: bool = 
     if own is None or Path(repository).exists():  # otherwise a configuration on the Hub
         source, variant = _split_variant(source)
     folder = _find(source, config)
+    recipe = _load(folder, _prompt(folder), variant)
+    if not trust and is_copy(folder, "manifest.json"):
+        _check_sources(recipe)
+    return recipe
+
+
+def _prompt(folder: Path) -> str:
+    """The text of prompt.md; none of a recipe that has several prompts."""
     prompt = folder / "prompt.md"
     if not prompt.is_file() and not _has_members(folder):
         if without_prompt(folder.parent):
@@ -55,11 +63,7 @@ def load_recipe(source: str | Path, *, config: str | None = None, trust: bool = 
                 f"{str(folder)!r}; or train on the release, which needs no prompt."
             )
         raise RecipeError(f"Recipe {str(folder)!r} has no prompt.md; write the teacher's prompt.")
-    text = read_text(prompt, limit=PROMPT_LIMIT).strip() if prompt.is_file() else ""
-    recipe = _load(folder, text, variant)
-    if not trust and is_copy(folder, "manifest.json"):
-        _check_sources(recipe)
-    return recipe
+    return read_text(prompt, limit=PROMPT_LIMIT).strip() if prompt.is_file() else ""
 
 
 def load_released_recipe(release: Path) -> Recipe:
@@ -88,6 +92,11 @@ def _load(folder: Path, prompt: str, variant: str | None = None) -> Recipe:
     path = folder / "recipe.yaml"
     root = _compose(path)
     fields = _chosen(folder, _fields(path, root), variant)
+    for reserved in ("prompt", "folder", "members"):
+        if reserved in fields:
+            raise RecipeError(f"{path}: {reserved!r} is not a key; the prompt is in prompt.md.")
+    for section, key in (("answer", "json_schema"), ("sampling", "extra")):
+        _check_words(path, _child(_child(root, section), key))
     members = _members(folder, fields.get("prompts"))
     if members:
         prompt = "\n\n".join(f"# {handle}\n\n{one.prompt}" for handle, one in members.items())
@@ -112,9 +121,7 @@ def _load(folder: Path, prompt: str, variant: str | None = None) -> Recipe:
 def variants_of(source: str | Path) -> list[str]:
     """The names of a recipe's variants; none where it has none."""
     folder = _find(source, None)
-    return list(
-        _variants(folder, _fields(folder / "recipe.yaml", _compose(folder / "recipe.yaml")))
-    )
+    return list(_variants(folder, read_yaml(folder / "recipe.yaml")))
 
 
 def _split_variant(source: str | Path) -> tuple[str | Path, str | None]:
@@ -134,7 +141,7 @@ def _variants(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
         path = inside(folder, given)
         if not path.is_file():
             raise RecipeError(f"{where}: there is no file {given!r} in the recipe's folder.")
-        given, where = _fields(path, _compose(path)), str(path)
+        given, where = read_yaml(path), str(path)
     for name, changes in given.items() if isinstance(given, dict) else [("", None)]:
         if not isinstance(changes, dict) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(name)):
             raise RecipeError(
@@ -168,8 +175,7 @@ def _chosen(folder: Path, fields: dict[str, Any], variant: str | None) -> dict[s
 
 
 def _has_members(folder: Path) -> bool:
-    path = folder / "recipe.yaml"
-    return bool(_fields(path, _compose(path)).get("prompts"))
+    return bool(read_yaml(folder / "recipe.yaml").get("prompts"))
 
 
 def _members(folder: Path, prompts: Any) -> dict[str, Recipe]:
@@ -187,11 +193,7 @@ def _members(folder: Path, prompts: Any) -> dict[str, Recipe]:
             )
         if _has_members(home):
             raise RecipeError(f"{folder / 'recipe.yaml'}, prompts: {name!r} has prompts itself.")
-        members[str(handle)] = (
-            load_recipe(home, trust=True)
-            if variant is None
-            else _load(home, read_text(home / "prompt.md", limit=PROMPT_LIMIT).strip(), variant)
-        )
+        members[str(handle)] = _load(home, _prompt(home), variant)
     return members
 
 
@@ -301,11 +303,6 @@ def _fields(path: Path, root: yaml.Node) -> dict[str, Any]:
         fields: dict[str, Any] = yaml.SafeLoader("").construct_document(root)
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
-    for reserved in ("prompt", "folder", "members"):
-        if reserved in fields:
-            raise RecipeError(f"{path}: {reserved!r} is not a key; the prompt is in prompt.md.")
-    for section, key in (("answer", "json_schema"), ("sampling", "extra")):
-        _check_words(path, _child(_child(root, section), key))
     return fields
 
 

@@ -67,6 +67,18 @@ def test_variants_may_be_in_a_file_of_their_own(tmp_path: Path) -> None:
     assert load_recipe(f"{folder}:ada").messages("Hi")[0]["content"] == "You are Ada, of then."
 
 
+def test_a_variant_may_be_called_whatever_a_recipe_may_not_say(tmp_path: Path) -> None:
+    folder = persona(tmp_path, "people.yaml")
+    (folder / "people.yaml").write_text(yaml.safe_dump({"prompt": PEOPLE["ada"]}), encoding="utf-8")
+    assert load_recipe(f"{folder}:prompt").messages("Hi")[0]["content"] == "You are Ada, of then."
+
+
+def test_a_variant_cant_say_what_the_recipe_itself_cant(tmp_path: Path) -> None:
+    folder = persona(tmp_path, {"ada": {**PEOPLE["ada"], "prompt": "You are Ada."}})
+    with pytest.raises(RecipeError, match=r"'prompt' is not a key; the prompt is in prompt\.md"):
+        load_recipe(f"{folder}:ada")
+
+
 def test_a_copy_of_a_variant_is_that_variant_alone(tmp_path: Path) -> None:
     one = load_recipe(f"{persona(tmp_path)}:ada")
     one.dump(tmp_path / "copy")
