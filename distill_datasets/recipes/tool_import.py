@@ -60,8 +60,9 @@ def _outline(value: Any) -> str:
 def _document(path: Path) -> Any:
     if path.suffix.lower() in (".yaml", ".yml"):
         return read_yaml(path, limit=_LIMIT)
+    text = read_text(path, limit=_LIMIT)
     try:
-        return json.loads(read_text(path, limit=_LIMIT))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{str(path)!r} is not JSON: {error}. YAML ends in .yaml.") from error
 

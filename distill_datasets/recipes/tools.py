@@ -20,12 +20,11 @@ def read_tools(path: Path) -> str:
 
     Raises `RecipeError` that names the tool, for what is no list of tools with JSON schemas.
     """
+    if not path.is_file():
+        raise RecipeError(f"The recipe names the tools {path.name!r}, which isn't there.")
+    text = read_text(path, limit=_LIMIT)
     try:
-        given = json.loads(read_text(path, limit=_LIMIT))
-    except FileNotFoundError as error:
-        raise RecipeError(
-            f"The recipe names the tools {path.name!r}, which isn't there."
-        ) from error
+        given = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{str(path)!r} is not JSON: {error}.") from error
     if not isinstance(given, list) or not given:

@@ -200,3 +200,12 @@ def test_arguments_keep_names_that_schemas_have_too(tmp_path: Path) -> None:
 def test_what_cannot_be_imported_is_said(tmp_path: Path, given: Any, says: str) -> None:
     with pytest.raises(RecipeError, match=says):
         import_tools(saved(tmp_path, given))
+
+
+@pytest.mark.parametrize("read", [read_tools, import_tools])
+def test_bytes_that_are_no_text_are_not_said_to_be_wrong_json(tmp_path: Path, read: Any) -> None:
+    path = tmp_path / "tools.json"
+    path.write_bytes('[{"name": "café"}]'.encode("cp1252"))
+    with pytest.raises(RecipeError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path} is not UTF-8: line 1 holds other bytes.")
