@@ -68,7 +68,12 @@ def load_queries(recipe: Recipe) -> "Dataset":
             "wrote for another prompt: put your own in their place.",
             stacklevel=2,
         )
-    if left_out:
+    if examples := left_out["examples"]:
+        warn(
+            f"{examples:,} queries are examples of the prompt, and left out of the rows.",
+            stacklevel=2,
+        )
+    if left_out["messages"]:
         what = "every message of an assistant" if recipe.turns == "all" else "the last answer"
         warn(
             f"{left_out['messages']:,} messages are left out of {left_out['conversations']:,} of "
@@ -158,9 +163,12 @@ def read_lines(path: Path) -> Iterator[Rows]:
 
 def _read(recipe: Recipe, left_out: Counter[str] | None = None) -> Iterator[Columns]:
     """The columns of the source, a few rows at a time; counts what is left out of them."""
+    left_out = Counter() if left_out is None else left_out
     for handle, member in recipe.members.items():
+        before = 0
         for columns in _read(member, left_out):
-            yield _behind(handle, member, columns)
+            yield _behind(handle, member, columns, before)
+            before += len(columns["query"])
     if recipe.members:
         return
     spec = recipe.queries
@@ -178,8 +186,8 @@ def _read(recipe: Recipe, left_out: Counter[str] | None = None) -> Iterator[Colu
         reference = _Writer(partial(_calls, tools=recipe.tools_text), json=True)
     write = {"reference": reference}
     if spec.messages:
-        every, counted = recipe.turns == "all", Counter[str]() if left_out is None else left_out
-        conversation = partial(_conversation, every_turn=every, left_out=counted)
+        every = recipe.turns == "all"
+        conversation = partial(_conversation, every_turn=every, left_out=left_out)
         write["query"] = _Writer(conversation, json=True)
     number = 0
     for rows in chain([first], pieces):
@@ -189,6 +197,7 @@ def _read(recipe: Recipe, left_out: Counter[str] | None = None) -> Iterator[Colu
                 role: _texts(rows, name, role, number, write.get(role))
                 for role, name in names.items()
             },
+            left_out,
         )
         number += len(rows)
 
@@ -205,30 +214,30 @@ class _Writer(NamedTuple):
         return isinstance(value, kinds) and value == value
 
 
-def _behind(handle: str, member: Recipe, columns: Columns) -> Columns:
-    """Rows of one of several recipes: its handle is their system message, its splits stay."""
+def _behind(handle: str, member: Recipe, columns: Columns, before: int) -> Columns:
+    """Rows of one of several recipes: its handle is their system message, its splits stay.
+
+    `before` rows of it have come already.
+    """
     found: dict[str, list[str | None]] = {**columns, "query": [], "group": [], "split": []}
     rows = zip(columns["query"], columns["group"], columns["split"], strict=True)
-    for number, (query, group, split) in enumerate(rows, 1):
+    for number, (query, group, split) in enumerate(rows, before + 1):
         if query is None or not query.strip():
             raise RecipeError(f"Query {number} of {member.name!r} is empty: remove it or fill it.")
         own = group or query_id(query)
         turns = below(handle, (), member.conversation(query))
         found["query"].append(to_text(turns))
         found["group"].append(f"{handle} {own}")
-        found["split"].append(
-            split or ("train" if member.split.same_rows else member.split.of(own))
-        )
+        found["split"].append(split or member.split.of(own))
     return found
 
 
-def _without_examples(recipe: Recipe, columns: Columns) -> Columns:
+def _without_examples(recipe: Recipe, columns: Columns, left_out: Counter[str]) -> Columns:
     """Rows that are no examples: a student that is tested on what the prompt shows learns it."""
     if not (examples := recipe.example_queries):
         return columns
     kept = [place for place, query in enumerate(columns["query"]) if query not in examples]
-    if left := len(columns["query"]) - len(kept):
-        warn(f"{left} queries are examples of the prompt, and left out of the rows.", stacklevel=2)
+    left_out["examples"] += len(columns["query"]) - len(kept)
     return {name: [values[place] for place in kept] for name, values in columns.items()}
 
 
@@ -518,7 +527,7 @@ class _RowMaker:
         own = [query_id(query) for query in queries]
         groups = [group or name for group, name in zip(columns["group"], own, strict=True)]
         splits = [
-            forced or self._split(group)
+            forced or self.split.of(group)
             for forced, group in zip(columns["split"], groups, strict=True)
         ]
         ids = [self._id(name) for name in own]
@@ -534,9 +543,6 @@ class _RowMaker:
         if text is None or not text.strip():
             raise RecipeError(f"Query {self._count} is empty: remove the row or fill it.")
         return text
-
-    def _split(self, group: str) -> str:
-        return "train" if self.split.same_rows else self.split.of(group)
 
     def _id(self, name: str) -> str:
         number = int(name, 16)  # a third of the text's memory

@@ -81,6 +81,17 @@ def test_no_example_is_a_row(tmp_path: Path) -> None:
     assert len(rows) == 60 and "example B" not in rows["query"]
 
 
+def test_all_rows_that_are_examples_are_counted_in_one_warning(tmp_path: Path) -> None:
+    folder = recipe(tmp_path)
+    rows = [{"query": f"train {n}", "split": "train"} for n in range(20, 1_100)]
+    rows += [{"query": "example A", "split": "train"}]  # of another thousand
+    with (folder / "queries.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with pytest.warns(UserWarning) as told:
+        load_queries(load_recipe(folder))
+    assert [str(one.message)[:33] for one in told] == ["2 queries are examples of the pro"]
+
+
 @pytest.mark.filterwarnings("ignore:1 queries are examples")
 def test_a_choice_is_found_on_development_rows_and_its_answers_are_paid_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

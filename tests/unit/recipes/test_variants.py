@@ -151,6 +151,15 @@ def test_a_row_of_several_prompts_is_in_the_split_that_its_own_recipe_puts_it_in
     assert rows["group"][0] == "[mood] a"
 
 
+def test_an_empty_query_of_several_prompts_is_named_by_its_number(tmp_path: Path) -> None:
+    lines = [{"query": f"query {n}"} for n in range(1_200)] + [{"query": " "}]
+    write(tmp_path / "all" / "many", "p", "".join(json.dumps(line) + "\n" for line in lines))
+    write(tmp_path / "all" / "both", None, prompts={"[many]": "many"})
+    (tmp_path / "all" / "many").rename(tmp_path / "all" / "both" / "many")
+    with pytest.raises(RecipeError, match="Query 1201 of 'many' is empty"):
+        load_queries(load_recipe(tmp_path / "all" / "both"))
+
+
 def test_a_copy_of_several_prompts_holds_them_all(tmp_path: Path) -> None:
     recipe = library(tmp_path)
     recipe.dump(tmp_path / "copy")
