@@ -126,11 +126,9 @@ def holds_more(recipe: Recipe) -> bool:
     if not spec.file:
         return False
     columns = _all_columns(recipe)
-    used = {spec.group, spec.reference, spec.forced_split}
-    own = spec.messages or spec.query
-    used |= {own} if own else {"text" if {*columns} == {"text"} else "query"}
-    if {*columns} - used or not spec.messages:
-        return bool({*columns} - used)
+    unused = {*columns} - {*spec.columns(columns).values()}
+    if unused or not spec.messages:
+        return bool(unused)
     used_of = partial(_conversation, every_turn=recipe.turns == "all", left_out=Counter())
     given = (row[spec.messages] for row in chain.from_iterable(_pieces(recipe)))
     return any(value and from_text(used_of(value)) != value for value in given)
@@ -172,14 +170,11 @@ def _read(recipe: Recipe, left_out: Counter[str] | None = None) -> Iterator[Colu
     if recipe.members:
         return
     spec = recipe.queries
-    own = spec.messages or spec.query
-    names = {"query": own, "group": spec.group, "reference": spec.reference}
-    names["split"] = spec.forced_split
     pieces = _pieces(recipe)
     first = next(pieces, None)
     if first is None:
         raise RecipeError(f"The queries of recipe {recipe.name!r} are empty: nothing to ask.")
-    names["query"] = own or ("text" if first[0].keys() == {"text"} else "query")
+    names = spec.columns(first[0])
     _check_columns(recipe, names, first[0])
     reference = _Writer(recipe.teacher_reader.write)
     if recipe.tools_text is not None:

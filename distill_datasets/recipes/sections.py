@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from hashlib import sha256
 from pathlib import PurePath, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, Self
@@ -110,6 +110,16 @@ class Queries(Section):
         if self.query and self.messages:
             raise ValueError("name one of query (a column of texts) and messages (conversations)")
         return self
+
+    def columns(self, found: Collection[str]) -> dict[str, str | None]:
+        """The column of each role, of those `found` in the source; a lone `text` is the query's."""
+        alone = "text" if {*found} == {"text"} else "query"
+        return {
+            "query": self.messages or self.query or alone,
+            "group": self.group,
+            "reference": self.reference,
+            "split": self.forced_split,
+        }
 
     @property
     def pinned(self) -> bool:

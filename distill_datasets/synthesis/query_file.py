@@ -49,11 +49,10 @@ class QueryFile:
         """What our columns are called: as the recipe says, and never as one of its own."""
         spec = self.recipe.queries
         by_hand = {name for row in self.rows if not self.is_written(row) for name in row}
-        named = {spec.query, spec.messages, spec.group, spec.reference, spec.forced_split}
-        taken = by_hand | named
+        named = spec.columns(by_hand)
+        taken = by_hand | {*named.values()}
         names = {own: f"{ORIGIN}_{own}" if own in taken else own for own in (*_OWN, "group")}
-        own = spec.messages or spec.query
-        names["query"] = own or ("text" if by_hand == {"text"} else "query")
+        names["query"] = str(named["query"])
         names["group"] = spec.group or names["group"]
         return names
 
