@@ -22,6 +22,7 @@ from distill_datasets.notebooks import interruptible
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.synthesis.interview import open_teacher
 from distill_datasets.tables import aligned
 
 _SHOWN, _LONGEST = 3, 300  # examples of a rule, and characters of each text
@@ -108,11 +109,9 @@ def prompt_coverage(  # noqa: PLR0913 (whom to ask for how much, how fast, and w
         found.unexercised
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if isinstance(teacher, str):
-        recipe = recipe.with_teacher(teacher)
     rules = rules_of(recipe)
     queries = _drawn(recipe, sample)
-    sampler = teacher if teacher and not isinstance(teacher, str) else _open(recipe)
+    recipe, sampler = open_teacher(recipe, teacher)
     folder = writable_folder(Path(out))
     ablation = _Ablation(recipe, rules, queries, sampler)
     with one_writer(folder, "coverage"), Journal(folder / "journal.sqlite") as journal:
@@ -210,13 +209,6 @@ def _drawn(recipe: Recipe, sample: int) -> list[Mapping[str, Any]]:
     digests = [sha256(query.encode()).digest() for query in rows["query"]]
     places = sorted(range(len(digests)), key=digests.__getitem__)[:sample]
     return list(rows.select(places))
-
-
-def _open(recipe: Recipe) -> Sampler:
-    from distill_datasets.models.references import open_sampler
-
-    first = recipe.all_teachers[0]
-    return open_sampler(first.model, renderer=first.renderer)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,21 @@ class Question:
     again: int = 1
 
 
+def open_teacher(recipe: Recipe, teacher: Sampler | str | None) -> tuple[Recipe, Sampler]:
+    """Who is asked: a sampler as it is, the model of a reference, or the recipe's first teacher.
+
+    The recipe that comes with it has the referenced model for its teacher.
+    """
+    from distill_datasets.models.references import open_sampler
+
+    if isinstance(teacher, str):
+        recipe = recipe.with_teacher(teacher)
+    elif teacher is not None:
+        return recipe, teacher
+    first = recipe.all_teachers[0]
+    return recipe, open_sampler(first.model, renderer=first.renderer)
+
+
 class Interview:
     """One teacher, one prompt; every reply is in the journal.
 

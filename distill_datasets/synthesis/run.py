@@ -30,7 +30,7 @@ from distill_datasets.synthesis.coverage import (
     size_of,
 )
 from distill_datasets.synthesis.duplicates import NearDuplicates
-from distill_datasets.synthesis.interview import Interview, Question
+from distill_datasets.synthesis.interview import Interview, Question, open_teacher
 from distill_datasets.synthesis.query_file import ORIGIN, QueryFile, open_query_file
 from distill_datasets.synthesis.rounds import NEAR_DUPLICATE, OFF_TOPIC, NewQuery, QueryRounds
 
@@ -142,9 +142,8 @@ def synthesize(  # noqa: PLR0913 (whom to ask for how much, how fast, and where 
             "for another prompt: they are left out here. Remove them before you generate.",
             stacklevel=2,
         )
-    asked = file.recipe.with_teacher(teacher) if isinstance(teacher, str) else file.recipe
     folder = writable_folder(file.recipe.folder / "synthesis")
-    sampler = teacher if teacher and not isinstance(teacher, str) else _open(asked)
+    asked, sampler = open_teacher(file.recipe, teacher)
     before = min(n, len(file.written))
     with (
         one_writer(folder, "synthesis"),
@@ -155,13 +154,6 @@ def synthesize(  # noqa: PLR0913 (whom to ask for how much, how fast, and where 
         synthesis = _SynthesisRun(file, Interview(client, sampler, asked), seed)
         rounds = run_in_thread(lambda: synthesis.run(n, progress), stop=client.stop)
     return synthesis.save(rounds, n)
-
-
-def _open(recipe: Recipe) -> Sampler:
-    from distill_datasets.models.references import open_sampler
-
-    first = recipe.all_teachers[0]
-    return open_sampler(first.model, renderer=first.renderer)
 
 
 def more_rules(recipe: Recipe) -> list[str]:
