@@ -94,8 +94,7 @@ def render(template: str, **fields: Any) -> str:
         return str(fields[lone[1]])
     if not _is_cheap(template, expression=False):
         return str(_apart("template", template, fields))
-    uses = sum(1 for _ in _JINJA.parse(template).find_all(nodes.Name)) if _large(fields) else 0
-    if uses * sum(len(str(value)) for value in fields.values()) > _LARGEST:
+    if _uses(template) * sum(len(str(value)) for value in fields.values()) > _LARGEST:
         raise RecipeError(f"A template comes to over {_LARGEST:,} characters with its fields.")
     try:
         return _compiled(template).render(fields)
@@ -168,8 +167,10 @@ def _check_fields(found: set[str], known: set[str], where: str) -> None:
         raise ValueError(f"{where} uses the unknown field {field!r}.{hint} Known: {sorted(known)}")
 
 
-def _large(fields: Mapping[str, Any]) -> bool:
-    return sum(len(str(value)) for value in fields.values()) > 1_000
+@cache
+def _uses(template: str) -> int:
+    """How often a template names a field."""
+    return sum(1 for _ in _JINJA.parse(template).find_all(nodes.Name))
 
 
 @cache
