@@ -22,7 +22,7 @@ from distill_datasets.recipes.text_units import (
     language_of,
 )
 from distill_datasets.synthesis.duplicates import NearDuplicates
-from distill_datasets.tables import aligned
+from distill_datasets.tables import aligned, one_line
 from distill_datasets.training.data import DatasetSplit, locate, open_split
 
 _MOST_ROWS = 200_000  # that are read
@@ -280,8 +280,7 @@ def _alike(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _cut(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
+    return one_line(text, _LONGEST)
 
 
 def _sections(data: Mapping[str, Any]) -> Iterator[str]:

@@ -41,7 +41,7 @@ from distill_datasets.progress import Progress, amount_text
 from distill_datasets.recipes.evidence import HeldOutRows
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
-from distill_datasets.tables import aligned
+from distill_datasets.tables import aligned, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -485,8 +485,7 @@ def _notes(recipe: Recipe, plan: _Plan, sampled: Sequence[SampledRow]) -> Iterat
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
+    return one_line(text, _SHOWN)
 
 
 def _count(value: float) -> str:

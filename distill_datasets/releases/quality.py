@@ -7,6 +7,7 @@ from typing import Any
 
 from distill_datasets.recipes.checks import FAILED
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.tables import one_line
 
 _FREE_SHARE = 0.1  # of the distinct queries that one answer may be for, where any text is allowed
 _CHOICE_SHARE = 0.95
@@ -63,7 +64,7 @@ class AnswerTally:
             return None
         most = int(counts.max())
         text = self._texts.get(int(values[counts.argmax()]))
-        shown = f"the answer {_short(text)!r}" if text is not None else "one answer"
+        shown = f"the answer {one_line(text, _SHOWN)!r}" if text is not None else "one answer"
         share = f"{most:,} of {distinct:,} distinct queries ({most / distinct:.0%})"
         if self.choices:
             if distinct >= _FEWEST_CHOSEN and most >= _CHOICE_SHARE * distinct:
@@ -92,7 +93,7 @@ class AnswerTally:
         absent = [choice for choice in self.choices if _hash(choice) not in seen]
         if not absent:
             return None
-        named = ", ".join(repr(_short(choice)) for choice in absent[:_NAMED])
+        named = ", ".join(repr(one_line(choice, _SHOWN)) for choice in absent[:_NAMED])
         more = f" and {len(absent) - _NAMED:,} more" if len(absent) > _NAMED else ""
         return f"{len(absent):,} of {len(self.choices):,} choices never occur: {named}{more}"
 
@@ -126,7 +127,7 @@ class CheckTally:
         for name, fact in self.facts.items():
             rows, failed = fact["rows"], fact["rows"] - fact["passed"]
             rule = self.recipe.all_checks[name].covers
-            named = f"the check {name}" + (f" ({_short(rule)})" if rule else "")
+            named = f"the check {name}" + (f" ({one_line(rule, _SHOWN)})" if rule else "")
             if not rows:
                 found.append(f"{named} applies to none of the rows")
             elif failed >= _FEWEST and failed > _FAILED_SHARE * rows:
@@ -147,11 +148,6 @@ def _unusable(rejected: Mapping[str, int], errors: int, kept: int) -> str | None
     if by_reason[0][0].startswith(FAILED):
         hint = ": ask for it in prompt.md, mend the check, or leave it out of `keep`"
     return f"{dropped:,} of {dropped + kept:,} rows can't be used ({told}){hint}"
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
 
 
 def _hash(text: str) -> int:

@@ -23,7 +23,7 @@ from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.synthesis.interview import open_teacher
-from distill_datasets.tables import aligned
+from distill_datasets.tables import aligned, one_line
 
 _SHOWN, _LONGEST = 3, 300  # examples of a rule, and characters of each text
 _TITLE = 4  # words: a line of so many that ends with a colon is a title
@@ -67,7 +67,7 @@ class PromptCoverage:
         queries, noise = self.data["queries"], self.data["changed_by_chance"]
         table = [["changed", "rule left out"]]
         table += [
-            [f"{one['changed']:,}", _cut(one["rule"], 90)]
+            [f"{one['changed']:,}", one_line(one["rule"], 90)]
             for one in self.data["rules"]
             if one["changed"]
         ]
@@ -81,7 +81,7 @@ class PromptCoverage:
                 f"{len(missed):,} of {len(self.data['rules']):,} rules that no query of the sample "
                 "exercises:"
             )
-            lines += [f"  {_cut(rule, 90)}" for rule in missed]
+            lines += [f"  {one_line(rule, 90)}" for rule in missed]
         return "\n".join(lines)
 
 
@@ -276,7 +276,7 @@ class _Ablation:
                 "with": first.samples[0].text,
                 "without": second.samples[0].text,
             }
-            examples.append({name: _cut(text, _LONGEST) for name, text in texts.items()})
+            examples.append({name: one_line(text, _LONGEST) for name, text in texts.items()})
         return {"changed": changed, "checks": dict(failing), "examples": examples[:_SHOWN]}
 
     def _answer(self, reply: Reply) -> tuple[str | None, str | None]:
@@ -289,8 +289,3 @@ class _Ablation:
         sample, (answer, _) = reply.samples[0], self._answer(reply)
         said = row["query"], row["reference"], sample.text, sample.stop_reason, answer
         return self.recipe.check(*said)
-
-
-def _cut(text: str, longest: int) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= longest else line[: longest - 1] + "…"
