@@ -174,18 +174,13 @@ class Rubrics:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """What they are called."""
-        has_own = all(part.judge for part in self.parts)
+        has_own = all(part.judge for part in self.recipe.parts)
         if OWN in self.asked and not has_own:
             raise SettingsError(
                 "The rubric 'recipe' is the recipe's judge prompt, and the recipe has no `judge`: "
                 f"name one of {', '.join(_shipped())}."
             )
         return tuple(dict.fromkeys(self.asked)) or (OWN if has_own else "quality",)
-
-    @property
-    def parts(self) -> list[Recipe]:
-        """The recipes of several prompts, or the one."""
-        return [*self.recipe.members.values()] or [self.recipe]
 
     @cached_property
     def general(self) -> list[Rubric]:
@@ -201,7 +196,7 @@ class Rubrics:
     def scoring(self, sampler: Sampler) -> dict[str, ScoringModel]:
         """How the recipe's own prompt is asked and read, by the name of the part that has it."""
         found = {}
-        for part in self.parts if OWN in self.names else ():
+        for part in self.recipe.parts if OWN in self.names else ():
             section = part.judge
             assert section
             sampling = section.sampling_over(SamplingSection()).parameters()

@@ -466,8 +466,7 @@ def _spent(answers: AnswersOfAll) -> dict[str, Any] | None:
 
 def _measured_by(recipe: Recipe) -> dict[str, Any]:
     """What a recipe says of measuring alone, which changes no row."""
-    parts = [*recipe.members.values()] or [recipe]
-    confidences = [part.answer.confidence for part in parts if part.answer.confidence]
+    confidences = [part.answer.confidence for part in recipe.parts if part.answer.confidence]
     checks = [[name, one.model_dump(mode="json")] for name, one in recipe.all_checks.items()]
     return {
         "margin": recipe.margin,

@@ -398,7 +398,7 @@ def task_form(recipe: Recipe, others: Sequence[str]) -> Callable[[str, str], boo
 
     The form is what the student's answers are read by, or the recipe's checks, all of them.
     """
-    parts = [*recipe.members.values()] or [recipe]
+    parts = recipe.parts
 
     def is_read(text: str, stop_reason: str) -> bool:
         answers = [(part, part.student_reader.read(text, stop_reason).answer) for part in parts]

@@ -76,13 +76,9 @@ class HeldOut:
 
 def is_free_text(recipe: Recipe, references: Sequence[str | None]) -> bool:
     """Whether the whole text is the answer, and hardly any two rows have one right answer."""
-    parts = [*recipe.members.values()] or [recipe]
-    formed = [
-        part.answer.pattern or part.answer.choices or part.answer.json_schema or part.tools
-        for part in parts
-    ]
     known = [one for one in references if one]
-    return not any(formed) and (not known or 2 * len(set(known)) > len(known))
+    formed = any(part.has_form for part in recipe.parts)
+    return not formed and (not known or 2 * len(set(known)) > len(known))
 
 
 def read_held_out(dataset: str | Path, *, split: str, limit: int | None = None) -> HeldOut:
@@ -397,8 +393,7 @@ def _as_said(
         parsed = reader(recipe.part(query)[0]).read(text, stop_reason)
         return Reading(parsed.answer, None if parsed.answer is None else text, parsed.rejection)
 
-    parts = [*recipe.members.values()] or [recipe]
-    return read, [value for part in parts for value in reader(part).parts]
+    return read, [value for part in recipe.parts for value in reader(part).parts]
 
 
 def _greedy(asked: PromptedModel) -> PromptedModel:

@@ -63,19 +63,11 @@ def main_metric(recipe: Recipe, references: Sequence[str | None]) -> str:
     no means over rows, and babble is `answered` too. Without any it is `checks`, the share of the
     recipe's checks that a row passes, or `chrf` where there are none.
     """
-    if _has_form(recipe):
+    if all(part.has_form for part in recipe.parts):
         for name in recipe.metrics:
             if name == "agreement" or (name in _NEED_REFERENCES and any(references)):
                 return name
     return "checks" if recipe.all_checks else "chrf"
-
-
-def _has_form(recipe: Recipe) -> bool:
-    parts = [*recipe.members.values()] or [recipe]
-    return all(
-        part.tools or part.answer.pattern or part.answer.choices or part.answer.json_schema
-        for part in parts
-    )
 
 
 def decide(rows: PairedRows, margin: float, *, trained_on: bool = False) -> dict[str, Any]:

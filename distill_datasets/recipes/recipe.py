@@ -275,6 +275,16 @@ class Recipe(RecipeKeys):
         """Whether a query is the text of a conversation; see `conversations.to_text`."""
         return self.queries.messages is not None or bool(self.members)
 
+    @property
+    def parts(self) -> list["Recipe"]:
+        """The recipes of several prompts, or this one."""
+        return [*self.members.values()] or [self]
+
+    @property
+    def has_form(self) -> bool:
+        """Whether an answer is one of a form, of which one is right, and not free text."""
+        return any((self.tools, self.answer.pattern, self.answer.choices, self.answer.json_schema))
+
     def part(self, query: str) -> tuple["Recipe", str]:
         """The recipe that a query is for, and the query as that recipe has it."""
         if not self.members:

@@ -104,7 +104,7 @@ def _is_right(
     text, stop_reason = str(said["text"] or ""), said.get("stop_reason")
     if stop_reason == "length" or not text.strip():
         return False
-    if _has_form(part) and said["answer"] != (row["reference"] or row["answer"]):
+    if part.has_form and said["answer"] != (row["reference"] or row["answer"]):
         return False
     told = Said(text, stop_reason, said["answer"], row["reference"], part.tools is not None)
     passed = check_all(part.checks, told)
@@ -113,7 +113,7 @@ def _is_right(
 
 def _right(part: Recipe, row: Mapping[str, Any]) -> dict[str, Any]:
     """What the answer must be, where a task has one: the reference, or the teacher's answer."""
-    if not _has_form(part):
+    if not part.has_form:
         return {}
     answer = row["reference"] or row["answer"]
     if part.tools:
@@ -138,12 +138,6 @@ def _within(part: Recipe, answer: str) -> dict[str, Any]:
     if part.answer.field:
         return {"field": part.answer.field, "answer": answer}
     return {"json": read_json(answer)}
-
-
-def _has_form(part: Recipe) -> bool:
-    """Whether an answer is one of a form, of which one is right, and not free text."""
-    answer = part.answer
-    return bool(part.tools or answer.pattern or answer.choices or answer.json_schema)
 
 
 def _tells(check: Check, passed: Mapping[str, bool | None]) -> bool:
