@@ -152,9 +152,10 @@ def add_page(parser: argparse.ArgumentParser) -> None:
 
 def page(options: argparse.Namespace) -> None:
     """Write a report's page anew, and say where it is."""
-    from distill_datasets.evaluation.money import money_of_run, read_report
+    from distill_datasets.evaluation.money import money_of_run
     from distill_datasets.evaluation.page import write_page
     from distill_datasets.generation.pricing import Prices
+    from distill_datasets.report_files import read_report
 
     data = read_report(options.run)
     if options.prices:

@@ -4,7 +4,6 @@ A rule fails where the evidence says so: where the whole interval of a number li
 What a rule names and nobody measured fails too.
 """
 
-import json
 import math
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from distill_datasets.errors import DatasetError, GateError, SettingsError, nearest
-from distill_datasets.evaluation.money import read_report
+from distill_datasets.errors import GateError, SettingsError, nearest
+from distill_datasets.report_files import read_report, read_rows, report_file, rows_file
 from distill_datasets.statistics import Proportion, mean_difference, wilson
 from distill_datasets.tables import aligned
 
@@ -137,23 +136,26 @@ def gate(
 
 @dataclass(frozen=True)
 class _Measured:
-    """A run's report, and its rows as each system answered them, where they are there."""
+    """A run's report, and its rows by their ids; none where they aren't there, or are too many."""
 
     name: str
     report: Mapping[str, Any]
-    rows: Mapping[str, Mapping[str, Any]] | None
+    rows: Mapping[str, Mapping[str, Any]]
 
     @classmethod
     def read(cls, run: Path | str) -> "_Measured":
-        path = Path(run) / "report.json" if Path(run).is_dir() else Path(run)
-        rows = path.with_name(f"rows{path.stem.removeprefix('report')}.jsonl")
-        return cls(str(run), read_report(run), _read_rows(rows))
+        report, file = read_report(run), report_file(run)
+        rows = rows_file(file)
+        known = rows.is_file() and rows.stat().st_size <= _LARGEST
+        found = {str(row["id"]): row for row in read_rows(file)} if known else {}
+        return cls(str(run), report, found)
 
     def said(self, system: str) -> dict[str, Mapping[str, Any]]:
         """What a system said, by the rows' ids."""
-        rows = self.rows or {}
         return {
-            id_: row["systems"][system] for id_, row in rows.items() if system in row["systems"]
+            id_: row["systems"][system]
+            for id_, row in self.rows.items()
+            if system in row["systems"]
         }
 
     def metric(self, system: str, name: str) -> Mapping[str, float] | None:
@@ -167,23 +169,6 @@ class _Measured:
         verdict = self.report.get("verdict") or {}
         value = verdict.get(system) if verdict.get("metric") == name else None
         return None if value is None else {"value": value}
-
-
-def _read_rows(path: Path) -> dict[str, Mapping[str, Any]] | None:
-    if not path.is_file() or path.stat().st_size > _LARGEST:
-        return None
-    found = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                if isinstance(row["systems"], Mapping):
-                    found[str(row["id"])] = row
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise DatasetError(
-                    f"{str(path)!r}, line {number} is no row of a report: measure the run again."
-                ) from error
-    return found
 
 
 @dataclass(frozen=True)
@@ -252,7 +237,7 @@ class _Look:
                 return sum(passed) / len(passed) if passed else None
             if name != "accuracy":
                 return None
-            reference = (self.mine.rows or {})[id_].get("reference")
+            reference = self.mine.rows[id_].get("reference")
             return None if reference is None else float(answer["answer"] == reference)
 
         return value
@@ -309,8 +294,7 @@ class _Look:
 
     @cached_property
     def _groups(self) -> dict[str, str]:
-        rows = self.mine.rows or {}
-        return {id_: str(row.get("group") or id_) for id_, row in rows.items()}
+        return {id_: str(row.get("group") or id_) for id_, row in self.mine.rows.items()}
 
     def _checks_beside_the_other(self, most: float) -> Iterator[GateFinding]:
         measured, system, called = self.other

@@ -10,8 +10,9 @@ from typing import Any
 from markupsafe import Markup
 
 from distill_datasets.drawing import Mark, curves, short
-from distill_datasets.errors import DatasetError, PriceError
+from distill_datasets.errors import PriceError
 from distill_datasets.generation.pricing import HOURS_A_MONTH, Price, Prices
+from distill_datasets.report_files import read_object, read_report, report_file
 from distill_datasets.tables import aligned
 
 VOLUMES = (10_000, 100_000, 1_000_000)
@@ -19,7 +20,6 @@ TEACHER, CACHED, STUDENT = "teacher", "teacher, cached", "student"
 _DAYS = 365 / 12  # of a month
 _MONTHS = 12
 _LONG = 365  # days to break even that are worth a remark
-_LARGEST = 100_000_000  # bytes of a report
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class SpendingRecord:
     def student(self) -> str | None:
         """The model that the last training started from, by its reference."""
         for folder in reversed(self.trainings):
-            config = _json(folder / "config.json")
-            if isinstance(config, Mapping) and isinstance(config.get("student"), str):
+            config = read_object(folder / "config.json") or {}
+            if isinstance(config.get("student"), str):
                 return str(config["student"])
         return None
 
@@ -90,21 +90,20 @@ def money(
 
 def money_of_run(run: Path | str, prices: Prices, **options: Any) -> dict[str, Any]:
     """`money` of a run's folder: its report, what it generated, and what it trained."""
-    folder, report = Path(run), read_report(run)
+    folder, report = report_file(run).parent, read_report(run)
     other = options.pop("other", 0.0)
-    folder = folder if folder.is_dir() else folder.parent
     manifest = Path(report["dataset"]["path"]) / "manifest.json"
     places = (folder / "answers" / "generation.json", folder / "release" / "manifest.json")
     known = next((one for one in (*places, manifest) if one.is_file()), None)
-    generation = _json(known) if known else None
+    generation = read_object(known) if known else None
     spending = SpendingRecord(generation, _trainings(folder), other)
     return money(report, prices, spending=spending, **options)
 
 
 def priced_models(run: Path | str) -> list[str]:
     """The models of a run that a price file names: its teacher, and what its student began as."""
-    report, folder = read_report(run), Path(run) if Path(run).is_dir() else Path(run).parent
-    *_, student = _student_models(report, SpendingRecord(trainings=_trainings(folder)))
+    report, trainings = read_report(run), _trainings(report_file(run).parent)
+    *_, student = _student_models(report, SpendingRecord(trainings=trainings))
     return list(dict.fromkeys([report["systems"]["teacher"]["model"], student]))
 
 
@@ -119,21 +118,6 @@ def _student_models(report: Mapping[str, Any], paid: SpendingRecord) -> list[str
 
 def _trainings(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("train*/metrics.jsonl"))
-
-
-def read_report(run: Path | str) -> dict[str, Any]:
-    """What `measure` wrote into a run's folder, or the file itself; raises `DatasetError`."""
-    path = Path(run) / "report.json" if Path(run).is_dir() else Path(run)
-    if not path.is_file():
-        raise DatasetError(
-            f"There is no report {str(path)!r}: run `distill-datasets measure {run}` first."
-        )
-    found = _json(path) if path.stat().st_size <= _LARGEST else None
-    known = found if isinstance(found, dict) else {}
-    systems = known.get("systems")
-    if not isinstance(systems, dict) or not {"teacher", "student"} <= set(systems):
-        raise DatasetError(f"{str(path)!r} is no report of `measure`: measure the run again.")
-    return known
 
 
 def money_text(found: Mapping[str, Any]) -> str:
@@ -360,8 +344,7 @@ def _generated(
 
 def _trained(folder: Path, prices: Prices) -> dict[str, Any]:
     lines = [*_lines(folder / "metrics.jsonl")]
-    config = _json(folder / "config.json")
-    student = config.get("student", "") if isinstance(config, Mapping) else ""
+    student = (read_object(folder / "config.json") or {}).get("student", "")
     tokens = sum(line.get("tokens", 0) for line in lines)
     if spent := [line["spent"] for line in lines if "spent" in line]:
         return {"amount": spent[-1], "said": "as counted while training"}
@@ -513,10 +496,3 @@ def _money(number: float) -> str:
         return f"{number:,.2f}"
     text = f"{number:.{3 - math.floor(math.log10(abs(number)))}f}".rstrip("0")
     return f"{number:.2f}" if len(text.partition(".")[2]) < 2 else text
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None

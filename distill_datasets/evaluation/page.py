@@ -21,10 +21,11 @@ from markupsafe import Markup
 from distill_datasets import html, resources
 from distill_datasets.drawing import short, whisker
 from distill_datasets.errors import DatasetError
-from distill_datasets.evaluation.money import cost_curves, read_report
+from distill_datasets.evaluation.money import cost_curves
 from distill_datasets.evaluation.verdict import about
 from distill_datasets.files import write_file
 from distill_datasets.progress import amount_text
+from distill_datasets.report_files import read_report, read_rows, report_file, rows_file
 from distill_datasets.training.tracking import panels_html
 
 if TYPE_CHECKING:
@@ -72,12 +73,13 @@ def write_page(
     looked for in the run's folder unless given; `data` takes the place of what the file holds.
     Returns the page's path. Raises `DatasetError` where there is no report.
     """
-    file = Path(report) / "report.json" if Path(report).is_dir() else Path(report)
+    file = report_file(report)
     data = data or read_report(file)
     folder = training or _find_training(file.parent, data)
     record = TrainingRecord.read(folder) if folder else None
     written = file.with_suffix(".html")
-    write_file(written, page(data, _read_rows(rows_file(file)), training=record))
+    rows = read_rows(file) if rows_file(file).is_file() else ()
+    write_file(written, page(data, rows, training=record))
     return written
 
 
@@ -99,11 +101,6 @@ def summary_html(report: _Report, page_file: Path) -> str:
         *(f"{one['number']} {one['said']}" for one in _tiles(report)),
         f"More: {page_file}",
     )
-
-
-def rows_file(report: Path) -> Path:
-    """Where the rows of a report are: `rows.jsonl` beside `report.json`."""
-    return report.with_name(f"rows{report.stem.removeprefix('report')}.jsonl")
 
 
 def _find_training(run: Path, report: _Report) -> Path | None:
@@ -152,13 +149,6 @@ def page(
         "script_hash": base64.b64encode(digest).decode(),
     }
     return _environment().get_template("report.html").render(facts)
-
-
-def _read_rows(path: Path) -> Iterator[_Row]:
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
 
 
 def _environment() -> "Environment":

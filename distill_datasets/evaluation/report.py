@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import (
     BudgetReached,
-    DatasetError,
     ModelError,
     PriceError,
     SettingsError,
@@ -18,7 +17,7 @@ from distill_datasets.evaluation import report_text
 from distill_datasets.evaluation.asking import AnswersOfAll, ask_all
 from distill_datasets.evaluation.latency import measure_latency
 from distill_datasets.evaluation.money import SpendingRecord, money
-from distill_datasets.evaluation.page import rows_file, write_page
+from distill_datasets.evaluation.page import write_page
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.evaluation.systems import (
     PROMPTED,
@@ -40,6 +39,13 @@ from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.notebooks import interruptible
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Check
+from distill_datasets.report_files import (
+    read_object,
+    read_report,
+    read_rows,
+    report_file,
+    rows_file,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,28 +74,14 @@ class Report:
     @classmethod
     def read(cls, path: str | Path) -> "Report":
         """The report of a run's folder, or a report's file; raises `DatasetError` for any other."""
-        file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
-        data = _read(file)
-        if data is None or not {"systems", "split", "n"} <= data.keys():
-            raise DatasetError(
-                f"{str(file)!r} is no report: expected report.json, which `measure` writes."
-            )
-        return cls(file, data)
+        return cls(report_file(path), read_report(path))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row with all that every system said to it, as it said it.
 
         Raises `DatasetError` where their file isn't there, as beside a report of version 0.1.
         """
-        file = rows_file(self.path)
-        try:
-            with file.open(encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
-        except (OSError, ValueError) as error:
-            raise DatasetError(
-                f"{str(file)!r} can't be read ({error}): expected the rows of a report, which "
-                "`measure` writes beside it. Measure again."
-            ) from error
+        return read_rows(self.path)
 
     def to_pandas(self) -> "DataFrame":
         """Every row, with a column for each thing that a system said or passed."""
@@ -173,7 +165,7 @@ class _Measuring:
         """The report that is there, or a new one: written before the timing and after it."""
         from distill_datasets.evaluation.comparison import Comparison
 
-        known = _read(path)
+        known = read_object(path)
         enough = known and (known.get("timed") or not self.settings.latency)
         enough = enough and ("judge" in (known or ()) or not self.judge)
         if known and enough and known.get("digest") == self.key and rows_file(path).is_file():
@@ -473,11 +465,3 @@ def _measured_by(recipe: Recipe) -> dict[str, Any]:
         **({"confidences": confidences} if confidences else {}),
         **({"checks": checks} if checks else {}),
     }
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return data if isinstance(data, dict) else None
