@@ -8,6 +8,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from distill_datasets.tables import interval_text
+
 _MOST = 400  # characters of a cell
 
 
@@ -47,8 +49,7 @@ def measured(value: Mapping[str, float] | None) -> str:
     """A number with its interval; nothing where it was not measured."""
     if not value or "value" not in value:
         return ""
-    ends = [f"{value[end]:.3f}" for end in ("low", "high") if end in value]
-    return f"{value['value']:.3f}" + (f" [{', '.join(ends)}]" if ends else "")
+    return interval_text(value)
 
 
 def preformatted(text: str) -> Markup:

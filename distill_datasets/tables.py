@@ -1,6 +1,6 @@
-"""Tables for terminals and Markdown code blocks, as text."""
+"""Tables, and numbers with their intervals, as text for terminals and Markdown."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 
 _WIDEST = 1_000_000  # columns: nothing is wrapped
@@ -41,3 +41,18 @@ def aligned(rows: Iterable[Sequence[str]], *, right: bool = False) -> str:
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def interval_text(number: Mapping[str, float], sign: str = "", *, digits: int = 3) -> str:
+    """A number with its interval, where the rows can tell one; the `sign` "+" is for differences.
+
+    >>> interval_text({"value": 0.9, "low": 0.85, "high": 0.94})
+    '0.900 [0.850, 0.940]'
+    """
+    return f"{number['value']:{sign}.{digits}f}{ends_text(number, sign, digits=digits)}"
+
+
+def ends_text(number: Mapping[str, float], sign: str = "", *, digits: int = 3) -> str:
+    """The interval alone, with a space before it; empty where there is none."""
+    ends = [f"{number[end]:{sign}.{digits}f}" for end in ("low", "high") if end in number]
+    return f" [{', '.join(ends)}]" if ends else ""

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from distill_datasets.errors import GateError, SettingsError, nearest
 from distill_datasets.report_files import read_report, read_rows, report_file, rows_file
 from distill_datasets.statistics import Proportion, mean_difference, wilson
-from distill_datasets.tables import aligned
+from distill_datasets.tables import aligned, ends_text, interval_text
 
 PASSED, FAILED, UNSURE, MISSING = "passed", "FAILED", "unsure", "NOT MEASURED"
 _LOWER_IS_BETTER = ("ece", "brier")
@@ -266,7 +266,7 @@ class _Look:
         assert mine is not None
         said = (
             f"{name} {mine['value']:.3f} against {theirs['value']:.3f} of {called}: "
-            f"{found['value']:+.3f}{_interval(found)}, at most {limit:.3f} may be lost"
+            f"{found['value']:+.3f}{ends_text(found)}, at most {limit:.3f} may be lost"
             + (f" ({100 * most:g} %)" if relative else "")
         )
         return self._judged(rule, -sign * found["value"], ends[0], limit, said, ends[1])
@@ -307,7 +307,7 @@ class _Look:
             found = self._check_difference(name, mine, theirs[name])
             said = (
                 f"{mine['value']:.3f} against {theirs[name]['value']:.3f} of {called}: "
-                f"{found['value']:+.3f}{_interval(found)}, at most {most:g} may be lost"
+                f"{found['value']:+.3f}{ends_text(found)}, at most {most:g} may be lost"
             )
             least, worst = (-found.get(end, found["value"]) for end in ("high", "low"))
             yield self._judged(rule, -found["value"], least, most, said, worst)
@@ -337,7 +337,7 @@ class _Look:
             hint = nearest(name, list(known))
             return GateFinding(rule, MISSING, f"the report has no such check.{hint}")
         found = known[name]
-        said = f"{found['value']:.3f}{_interval(found)} of the rows, expected {least:g}"
+        said = f"{interval_text(found)} of the rows, expected {least:g}"
         high = found.get("high", found["value"])
         return self._judged(rule, -found["value"], -high, -least, said)
 
@@ -356,7 +356,7 @@ class _Look:
             hits = [odd(answer) for answer in answers]
             share = Proportion(list(map(float, hits)), groups).interval()
             counted = f"{sum(hits):,} of {len(hits):,} answers{_example(answers, hits)}"
-            text = f"{share['value']:.3f}{_interval(share)}, at most {limit:g}: {counted}"
+            text = f"{interval_text(share)}, at most {limit:g}: {counted}"
             yield self._judged(rule, share["value"], share["low"], limit, text)
 
     def _commonest(self, most: float) -> GateFinding:
@@ -375,7 +375,7 @@ class _Look:
         said = (
             f"{str(one['commonest'])[:60]!r} is {shares[0]['value']:.3f} of the answers, the "
             f"commonest of {called} {shares[1]['value']:.3f}: {found['value']:+.3f}"
-            f"{_interval(found)}, at most {most:+g}"
+            f"{ends_text(found)}, at most {most:+g}"
         )
         return self._judged("commonest answer", found["value"], found["low"], most, said)
 
@@ -525,12 +525,6 @@ def _example(answers: Sequence[Mapping[str, Any]], hits: Sequence[bool]) -> str:
     """The first that was hit, which says more than a share."""
     found = next((one["text"] for one, hit in zip(answers, hits, strict=True) if hit), None)
     return f", such as {found[-60:]!r}" if found else ""
-
-
-def _interval(found: Mapping[str, float]) -> str:
-    if not {"low", "high"} <= set(found):
-        return ""
-    return f" [{found['low']:.3f}, {found['high']:.3f}]"
 
 
 def _expected() -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from distill_datasets.conversations import readable
 from distill_datasets.errors import DatasetError
 from distill_datasets.statistics import FEW, LEVEL, Proportion, mcnemar, mean_difference
-from distill_datasets.tables import aligned
+from distill_datasets.tables import aligned, interval_text
 
 STUDENT, TEACHER = "student", "teacher"
 TIE = "tie"
@@ -177,7 +177,7 @@ def _scores(opinions: Opinions, groups: Sequence[str]) -> dict[str, Any]:
                 continue
             differences.setdefault(f"{STUDENT}-{other}", {})[criterion] = plain
             if plain["rows"] >= FEW and (strict["low"] > 0 or strict["high"] < 0):
-                gaps.append(f"{criterion}: {STUDENT} - {other} {interval(plain, '+')}")
+                gaps.append(f"{criterion}: {STUDENT} - {other} {_interval(plain, '+')}")
     return {"scores": means, "differences": differences, "gaps": gaps}
 
 
@@ -487,7 +487,7 @@ def _cells(judge: Mapping[str, Any]) -> Iterator[list[str]]:
     yield ["system", *judge["scales"], "rows"]
     for system, scores in judge["scores"].items():
         rows = "/".join(dict.fromkeys(str(one["rows"]) for one in scores.values()))
-        cells = (interval(scores[one]) if one in scores else "-" for one in judge["scales"])
+        cells = (_interval(scores[one]) if one in scores else "-" for one in judge["scales"])
         yield [system, *cells, rows]
 
 
@@ -510,21 +510,21 @@ def _preferred(judge: Mapping[str, Any]) -> Iterator[str]:
     )
     if "difference" in found:
         p = "p < 0.001" if found["p"] < 0.001 else f"p = {found['p']:.3f}"
-        yield f"Share of wins, student - teacher: {interval(found['difference'], '+')}, {p}."
+        yield f"Share of wins, student - teacher: {_interval(found['difference'], '+')}, {p}."
 
 
 def _itself(judge: Mapping[str, Any]) -> Iterator[str]:
     if judge["agreement"]:
         yield (
-            f"Agrees with itself when asked in the other order: {interval(judge['agreement'])} of "
+            f"Agrees with itself when asked in the other order: {_interval(judge['agreement'])} of "
             "the pairs."
         )
     if judge["first_shown"]:
-        yield f"Prefers the text shown first: {interval(judge['first_shown'])} (0.5 is no bias)."
+        yield f"Prefers the text shown first: {_interval(judge['first_shown'])} (0.5 is no bias)."
     if length := judge["length_bias"]:
         longer = length["longer_wins"]
-        wins = f"; the longer text wins {interval(longer)} of the decided pairs" if longer else ""
-        yield f"Length bias: {interval(length, '+')} (0 is none){wins}."
+        wins = f"; the longer text wins {_interval(longer)} of the decided pairs" if longer else ""
+        yield f"Length bias: {_interval(length, '+')} (0 is none){wins}."
     else:
         yield (
             "Length bias can't be told: it takes pairs where the student's text is the longer one, "
@@ -540,13 +540,12 @@ def _labelled(judge: Mapping[str, Any]) -> Iterator[str]:
         yield f"These numbers are uncorrected: {found['why']}."
     else:
         yield (
-            f"{found['what']}: the judge says {interval(found['observed'])}; corrected by "
-            f"{found['rows']} human labels {interval(found['rate'])} (sensitivity "
-            f"{interval(found['sensitivity'])}, specificity {interval(found['specificity'])})."
+            f"{found['what']}: the judge says {_interval(found['observed'])}; corrected by "
+            f"{found['rows']} human labels {_interval(found['rate'])} (sensitivity "
+            f"{_interval(found['sensitivity'])}, specificity {_interval(found['specificity'])})."
         )
 
 
-def interval(number: _Number, sign: str = "") -> str:
-    """A number with its interval, where the rows can tell one."""
-    around = ", ".join(f"{number[end]:{sign}.2f}" for end in ("low", "high") if end in number)
-    return f"{number['value']:{sign}.2f}" + (f" [{around}]" if around else "")
+def _interval(number: _Number, sign: str = "") -> str:
+    """Scores and shares of opinions in two digits."""
+    return interval_text(number, sign, digits=2)

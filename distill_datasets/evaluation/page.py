@@ -26,6 +26,7 @@ from distill_datasets.evaluation.verdict import about
 from distill_datasets.files import write_file
 from distill_datasets.progress import amount_text
 from distill_datasets.report_files import read_report, read_rows, report_file, rows_file
+from distill_datasets.tables import interval_text
 from distill_datasets.training.tracking import panels_html
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def _scale(
     lines = [
         {
             "name": name,
-            "said": f"{value['value']:+.3f}" + _ends(value) if around else html.measured(value),
+            "said": interval_text(value, "+" if around else ""),
             "drawing": whisker(
                 value["value"],
                 value.get("low"),
@@ -228,10 +229,6 @@ def _scale(
     ]
     low, high = map(short, (float(f"{bounds[0]:.2g}"), float(f"{bounds[1]:.2g}")))
     return {"caption": caption, "low": low, "high": high, "unit": "95 % interval", "lines": lines}
-
-
-def _ends(value: Mapping[str, float]) -> str:
-    return f" [{value['low']:+.3f}, {value['high']:+.3f}]" if "low" in value else ""
 
 
 def _tiles(report: _Report) -> Iterator[dict[str, str]]:
@@ -474,7 +471,7 @@ def _apart(subgroup: Mapping[str, Any]) -> str:
         return "too few rows"
     difference = subgroup["difference"]
     beyond = " beyond chance" if subgroup.get("significant") else ""
-    return f"{difference['value']:+.3f}{_ends(difference)}{beyond}"
+    return interval_text(difference, "+") + beyond
 
 
 def _money(money: Mapping[str, Any] | None) -> dict[str, Any] | None:

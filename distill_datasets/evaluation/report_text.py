@@ -7,7 +7,7 @@ from typing import Any
 from distill_datasets.evaluation.judge_findings import judge_lines, judge_table
 from distill_datasets.evaluation.money import money_text
 from distill_datasets.evaluation.verdict import lines
-from distill_datasets.tables import aligned
+from distill_datasets.tables import aligned, interval_text
 
 _FIRST, _LAST = "expected", "query"  # of the cells of a row; any script may come last
 _RULE = 60  # characters of what a check covers
@@ -235,11 +235,10 @@ def _cell(name: str, text: str) -> str:
 
 
 def _interval(number: Mapping[str, float] | None, sign: str = "", *, ends: bool = True) -> str:
-    """A number with its interval, where the rows can tell one."""
+    """A cell with a number, and its interval where the rows can tell one."""
     if number is None:
         return "-"
-    around = [f"{number[key]:{sign}.3f}" for key in ("low", "high") if key in number and ends]
-    return f"{number['value']:{sign}.3f}" + (f" [{', '.join(around)}]" if around else "")
+    return interval_text(number, sign) if ends else f"{number['value']:{sign}.3f}"
 
 
 def _code(text: str) -> str:

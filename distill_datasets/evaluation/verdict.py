@@ -16,6 +16,7 @@ from distill_datasets.statistics import (
     rows_needed,
     rows_needed_of_scores,
 )
+from distill_datasets.tables import interval_text
 
 REPLACES = "replaces the prompt"
 DOES_NOT = "does not replace the prompt"
@@ -196,8 +197,8 @@ def lines(verdict: Mapping[str, Any]) -> list[str]:
         )
         found.append(
             f"{verdict['metric']}: student {verdict['student']:.3f}, teacher "
-            f"{verdict['teacher']:.3f}, difference {difference['value']:+.3f} "
-            f"[{difference['low']:+.3f}, {difference['high']:+.3f}] on {rows}."
+            f"{verdict['teacher']:.3f}, difference "
+            f"{interval_text(difference, '+')} on {rows}."
         )
     found.append(verdict["rule"])
     if verdict["only_teacher"] or verdict["only_student"]:

@@ -11,6 +11,7 @@ from distill_datasets.progress import amount_text
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.card_merge import Halves, card_text, markers, merged, size_category
 from distill_datasets.releases.manifest import side_config
+from distill_datasets.tables import interval_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -301,5 +302,4 @@ def _measured(value: Mapping[str, float] | None, interval: bool = True) -> str:
     """A number, with its interval where there is one; an empty cell where it was not measured."""
     if value is None:
         return ""
-    ends = [f"{value[end]:.3f}" for end in ("low", "high") if end in value and interval]
-    return f"{value['value']:.3f}" + (f" [{', '.join(ends)}]" if ends else "")
+    return interval_text(value) if interval else f"{value['value']:.3f}"
