@@ -7,9 +7,9 @@ has zero width: where nothing varies, a bootstrap alone would claim certainty.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, lgamma, log, pi, sqrt, tan
+from math import exp, hypot, lgamma, log, pi, sqrt, tan
 from statistics import NormalDist
 from typing import Any
 
@@ -202,6 +202,22 @@ def mean_difference(
         value + sqrt((high - value) ** 2 + unseen**2),
     )
     return {"value": value, "low": max(-1.0, low), "high": min(1.0, high), "n": n}
+
+
+def independent_difference(
+    first: Mapping[str, float], second: Mapping[str, float]
+) -> dict[str, float]:
+    """The difference of two numbers of different rows, by the interval that each has of its own.
+
+    The method of variance estimates recovery, which for shares is Newcombe's (1998). Without both
+    intervals there is none of the difference.
+    """
+    value = first["value"] - second["value"]
+    if not {"low", "high"} <= first.keys() & second.keys():
+        return {"value": value}
+    low = hypot(first["value"] - first["low"], second["high"] - second["value"])
+    high = hypot(first["high"] - first["value"], second["value"] - second["low"])
+    return {"value": value, "low": value - low, "high": value + high}
 
 
 def mcnemar(differences: Sequence[float], groups: Sequence[str] | None = None) -> float:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill_datasets.errors import GateError, SettingsError, nearest
 from distill_datasets.report_files import read_report, read_rows, report_file, rows_file
-from distill_datasets.statistics import Proportion, mean_difference, wilson
+from distill_datasets.statistics import Proportion, independent_difference, mean_difference, wilson
 from distill_datasets.tables import aligned, ends_text, interval_text
 
 PASSED, FAILED, UNSURE, MISSING = "passed", "FAILED", "unsure", "NOT MEASURED"
@@ -290,7 +290,7 @@ class _Look:
         measured, system, _ = self.other
         paired = _paired(self.mine.said("student"), measured.said(system), self._groups, value)
         theirs = measured.metric(system, name)
-        return paired or (theirs and _apart(mine, theirs))
+        return paired or (theirs and independent_difference(mine, theirs))
 
     @cached_property
     def _groups(self) -> dict[str, str]:
@@ -328,7 +328,7 @@ class _Look:
 
         measured, system, _ = self.other
         said = self.mine.said("student"), measured.said(system)
-        return _paired(*said, self._groups, value) or _apart(mine, theirs)
+        return _paired(*said, self._groups, value) or independent_difference(mine, theirs)
 
     def _check(self, name: str, least: float) -> GateFinding:
         known = self.mine.report["systems"]["student"].get("checks") or {}
@@ -371,7 +371,7 @@ class _Look:
         for counted, n in ((one, self.mine.report["n"]), (other, measured.report["n"])):
             low, high = wilson(counted["commonest_share"], n)
             shares.append({"value": counted["commonest_share"], "low": low, "high": high})
-        found = _apart(*shares)
+        found = independent_difference(*shares)
         said = (
             f"{str(one['commonest'])[:60]!r} is {shares[0]['value']:.3f} of the answers, the "
             f"commonest of {called} {shares[1]['value']:.3f}: {found['value']:+.3f}"
@@ -468,19 +468,6 @@ def _paired(
     if {*one, *other} <= {0.0, 1.0}:
         return (Proportion(one, names) - Proportion(other, names)).interval()
     return mean_difference(one, other, names)
-
-
-def _apart(mine: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
-    """The difference of two numbers of different rows, by their own intervals.
-
-    The method of variance estimates recovery, which for shares is Newcombe's.
-    """
-    value = mine["value"] - theirs["value"]
-    if not {"low", "high"} <= set(mine) & set(theirs):
-        return {"value": value}
-    low = math.hypot(mine["value"] - mine["low"], theirs["high"] - theirs["value"])
-    high = math.hypot(mine["high"] - mine["value"], theirs["value"] - theirs["low"])
-    return {"value": value, "low": value - low, "high": value + high}
 
 
 def ends_in_a_loop(text: str) -> bool:

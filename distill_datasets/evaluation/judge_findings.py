@@ -11,7 +11,14 @@ from typing import Any, Literal
 
 from distill_datasets.conversations import readable
 from distill_datasets.errors import DatasetError
-from distill_datasets.statistics import FEW, LEVEL, Proportion, mcnemar, mean_difference
+from distill_datasets.statistics import (
+    FEW,
+    LEVEL,
+    Proportion,
+    independent_difference,
+    mcnemar,
+    mean_difference,
+)
 from distill_datasets.tables import aligned, interval_text
 
 STUDENT, TEACHER = "student", "teacher"
@@ -282,33 +289,26 @@ def _length_bias(rows: Sequence[JudgedRow], pairs: Sequence[str | None]) -> dict
     won: dict[bool, tuple[list[float], list[str]]] = {True: ([], []), False: ([], [])}
     longer_won, groups = list[float](), list[str]()
     for row, who in zip(rows, pairs, strict=True):
-        apart = len(row.texts[STUDENT]) - len(row.texts[TEACHER])
-        if who is None or not apart or not row.is_pair:
+        more = len(row.texts[STUDENT]) - len(row.texts[TEACHER])
+        if who is None or not more or not row.is_pair:
             continue
-        shares, related = won[apart > 0]
+        shares, related = won[more > 0]
         shares.append({STUDENT: 1.0, TIE: 0.5, TEACHER: 0.0}[who])
         related.append(row.group)
         if who != TIE:
-            longer_won.append(float((who == STUDENT) == (apart > 0)))
+            longer_won.append(float((who == STUDENT) == (more > 0)))
             groups.append(row.group)
     if not all(shares for shares, _ in won.values()):
         return None
     longer, shorter = (Proportion(*won[one]).interval() for one in (True, False))
-    value = longer["value"] - shorter["value"]
-    # Newcombe's interval (1998): independent shares, each by its own.
-    low = value - sqrt(_side(longer, "low") ** 2 + _side(shorter, "high") ** 2)
-    high = value + sqrt(_side(longer, "high") ** 2 + _side(shorter, "low") ** 2)
+    apart = independent_difference(longer, shorter)
     return {
-        "value": value,
-        "low": max(-1.0, low),
-        "high": min(1.0, high),
+        "value": apart["value"],
+        "low": max(-1.0, apart["low"]),
+        "high": min(1.0, apart["high"]),
         "n": min(longer["n"], shorter["n"]),
         "longer_wins": Proportion(longer_won, groups).interval() if longer_won else None,
     }
-
-
-def _side(share: _Number, end: str) -> float:
-    return share[end] - share["value"]
 
 
 def _corrected(
