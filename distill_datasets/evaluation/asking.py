@@ -69,8 +69,8 @@ def ask_all(
 
     What is asked is said on standard error first, with what is asked `then`.
     """
-    prices = _named(Prices.load(settings.prices), systems) if settings.prices else None
-    meter = Meter(prices, budget=settings.budget) if prices else None
+    meter = open_meter(settings, systems)
+    prices = meter.prices if meter else None
     rows, began = {}, monotonic()
     with Journal(path) as journal:
         _take_released(held_out, systems, journal)
@@ -84,6 +84,13 @@ def ask_all(
             client = CachedClient(journal, limits=limits, meter=meters[name])
             rows[name] = _complete(ask(held_out.rows, system, client, title=name), name)
     return AnswersOfAll(rows, monotonic() - began, meter, meters)
+
+
+def open_meter(settings: MeasureSettings, systems: Mapping[str, Answerer]) -> Meter | None:
+    """What counts what is asked, by the settings' price file; None without one."""
+    if settings.prices is None:
+        return None
+    return Meter(_named(Prices.load(settings.prices), systems), budget=settings.budget)
 
 
 def _named(prices: Prices, systems: Mapping[str, Answerer]) -> Prices:

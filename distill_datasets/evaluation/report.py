@@ -14,7 +14,7 @@ from distill_datasets.errors import (
     SettingsError,
 )
 from distill_datasets.evaluation import report_text
-from distill_datasets.evaluation.asking import AnswersOfAll, ask_all
+from distill_datasets.evaluation.asking import AnswersOfAll, ask_all, open_meter
 from distill_datasets.evaluation.latency import measure_latency
 from distill_datasets.evaluation.money import SpendingRecord, money
 from distill_datasets.evaluation.page import write_page
@@ -226,8 +226,7 @@ class _Measuring:
         """What the training left behind beside the task."""
         from distill_datasets.evaluation.residue import measure_residue
 
-        if meter is None and self.settings.prices:
-            meter = Meter(Prices.load(self.settings.prices), budget=self.settings.budget)
+        meter = meter or open_meter(self.settings, self.systems)
         journal = path.with_name("journal.sqlite")
         return measure_residue(self.held_out, self.systems, rows, journal, self.settings, meter)
 

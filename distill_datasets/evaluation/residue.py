@@ -18,7 +18,7 @@ import numpy as np
 import regex
 
 from distill_datasets.conversations import below, from_text, is_conversation_text, readable, to_text
-from distill_datasets.errors import ModelError
+from distill_datasets.errors import ModelError, PriceError
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.evaluation.systems import HeldOut
 from distill_datasets.generation.cache import Journal
@@ -81,17 +81,23 @@ def measure_residue(
 
     `rows` are those of a report, as every system said them; what is asked is at temperature 0,
     said beforehand on standard error, and kept in the `journal`. A test that says nothing here,
-    as without a base, has None for `passed`.
+    as without a base, has None for `passed`. The `meter` counts where it has a price for both.
     """
     asked = {name: one for name in ("student", "base") if (one := _asked(systems, name))}
     tests = _Tests(held_out, asked, rows)
+    prices, counted = meter.prices if meter else None, meter
+    try:
+        if meter:
+            meter.check(one.identity for one in asked.values())
+    except PriceError:
+        counted = None
     with Journal(journal) as known:
         limits = Limits(settings.concurrency)
         requests = ManyRequests([one for part in tests.requests.values() for one in part])
-        said = requests.said(known, meter.prices if meter else None)
+        said = requests.said(known, prices)
         texts = f" {len(tests.connections) * len(_read('texts')):,} texts are scored."
         print(f"measure: residue asks {', '.join(asked)}: {said}.{texts}", file=sys.stderr)
-        client = CachedClient(known, limits=limits, meter=meter)
+        client = CachedClient(known, limits=limits, meter=counted)
         replies = iter(requests.ask(client, title="residue"))
         for key, part in tests.requests.items():
             samples = [next(replies).samples[0] for _ in part]

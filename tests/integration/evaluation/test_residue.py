@@ -1,5 +1,6 @@
 """Students that fail the tests of residue on purpose, and ones that pass them."""
 
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -136,10 +137,32 @@ def test_what_is_asked_is_said_first_and_never_asked_again(
     assert "Residue of the prompt</h2>" in (run / "report.html").read_text()
 
 
+def priced(folder: Path, *names: str) -> Path:
+    models = "".join(f"  {name}: {{prompt: 1, response: 1}}\n" for name in names)
+    (folder / "prices.yaml").write_text(f"date: 2026-11-01\ncurrency: USD\nmodels:\n{models}")
+    return folder / "prices.yaml"
+
+
+def test_the_tests_of_an_earlier_report_cost_what_their_systems_do(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prices = priced(tmp_path, "base", "student")
+    settings = MeasureSettings(latency=False, internalisation=False, prices=prices)
+    assert "residue" not in compare(run, settings=settings).data
+    found = compare(run, settings=dataclasses.replace(settings, residue=True)).data
+    assert "leak" in found["residue"]
+    asked = next(one for one in capsys.readouterr().err.splitlines() if "residue asks" in one)
+    assert "at most 0." in asked and "USD" in asked
+
+
+def test_systems_without_a_price_are_tested_and_not_counted(run: Path, tmp_path: Path) -> None:
+    prices = priced(tmp_path, "teacher")
+    settings = dataclasses.replace(ASKED, prices=prices)
+    assert "leak" in compare(run, settings=settings).data["residue"]
+
+
 def test_a_budget_ends_the_tests_and_the_report_stays(run: Path, tmp_path: Path) -> None:
-    prices = tmp_path / "prices.yaml"
-    models = "".join(f"  {name}: {{prompt: 1, response: 1}}\n" for name in ("base", "student"))
-    prices.write_text(f"date: 2026-11-01\ncurrency: USD\nmodels:\n{models}")
+    prices = priced(tmp_path, "base", "student")
     settings = MeasureSettings(
         residue=True, latency=False, internalisation=False, prices=prices, budget=0.0005
     )
