@@ -264,11 +264,16 @@ def make_release(run: Any, **how: Any) -> "Release":
 
 
 def confirm_push(what: str, repo: str, options: argparse.Namespace) -> None:
-    """Ask a person before anything leaves the machine; a script has decided already."""
-    if options.yes or not sys.stdin.isatty():
-        return
+    """Ask a person before anything leaves the machine."""
     seen = "privately" if options.private else "for everybody"
-    if input(f"Push {what} to {repo}, {seen}? [y/N] ").strip().lower() != "y":
+    confirm(f"Push {what} to {repo}, {seen}?", sure=options.yes)
+
+
+def confirm(question: str, *, sure: bool) -> None:
+    """Raises `KeyboardInterrupt` unless a person says yes; a script has decided already."""
+    if sure or not sys.stdin.isatty():
+        return
+    if input(f"{question} [y/N] ").strip().lower() != "y":
         raise KeyboardInterrupt
 
 

@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 
 from distill_datasets import resources
-from distill_datasets.cli.dataset import SPEED, add_money
+from distill_datasets.cli.dataset import SPEED, add_money, confirm
 from distill_datasets.cli.flags import add_settings, count, quantity, read_settings
 from distill_datasets.generation.settings import GenerateSettings
 
@@ -236,12 +236,9 @@ def coverage(options: argparse.Namespace) -> None:
 
 
 def _confirm(said: str, *, sure: bool) -> None:
-    """Say what it takes, and ask a person before it is spent; a script has decided already."""
+    """Say what it takes, and ask a person before it is spent."""
     print(said, file=sys.stderr)
-    if sure or not sys.stdin.isatty():
-        return
-    if input("Go on? [y/N] ").strip().lower() != "y":
-        raise KeyboardInterrupt
+    confirm("Go on?", sure=sure)
 
 
 def _share(text: str) -> float:
