@@ -470,12 +470,13 @@ def _volume_cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
                 f"{costs[name]:,.2f}",
                 f"{costs[STUDENT]:,.2f}",
                 f"{against['saving']:,.2f}{share}",
-                _days_text(days),
+                days_text(days),
                 "-" if returned is None else f"{100 * returned:+,.0f} %",
             ]
 
 
-def _days_text(days: float | None) -> str:
+def days_text(days: float | None) -> str:
+    """How long it takes until what was spent is back."""
     if days is None:
         return "never"
     return f"{days:,.1f}" if days >= 1 or not days else f"{days:.2g}"

@@ -21,8 +21,8 @@ from markupsafe import Markup
 from distill_datasets import html, resources
 from distill_datasets.drawing import short, whisker
 from distill_datasets.errors import DatasetError
-from distill_datasets.evaluation.money import cost_curves
-from distill_datasets.evaluation.verdict import about
+from distill_datasets.evaluation.money import CACHED, cost_curves, days_text
+from distill_datasets.evaluation.verdict import DOES_NOT, REPLACES, about
 from distill_datasets.files import write_file
 from distill_datasets.progress import amount_text
 from distill_datasets.report_files import read_report, read_rows, report_file, rows_file
@@ -37,7 +37,7 @@ _MOST_TEXT = 20_000  # characters of a text
 _MOST_FLIPS, _FLIP_TEXT = 5, 300
 _MOST_LABELS = 30
 _SHOWN = ("teacher", "student", "base")  # side by side, in this order
-_OUTCOMES = {"replaces the prompt": ("good", "✔"), "does not replace the prompt": ("bad", "✘")}
+_OUTCOMES = {REPLACES: ("good", "✔"), DOES_NOT: ("bad", "✘")}
 _Row = Mapping[str, Any]
 _Report = Mapping[str, Any]
 
@@ -477,15 +477,13 @@ def _apart(subgroup: Mapping[str, Any]) -> str:
 def _money(money: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not money:
         return None
-    volumes = []
-    for month in money["volumes"]:
-        against = month["against"].get("teacher, cached") or {}
-        days = against.get("break_even_days")
-        volumes.append({**month, "days": "never" if days is None else f"{days:,.1f}"})
     return {
         **money,
         "names": list(money["per_query"]),
-        "volumes": volumes,
+        "volumes": [
+            {**month, "days": days_text(month["against"][CACHED]["break_even_days"])}
+            for month in money["volumes"]
+        ],
         "drawing": cost_curves(money),
     }
 
