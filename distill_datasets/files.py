@@ -10,10 +10,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from distill_datasets.errors import DistillError, OutputError
 
 _LOCK = ".lock"
+
+
+def read_yaml(path: Path | str, error: type[DistillError], *, what: str, limit: int = -1) -> Any:
+    """What a YAML file of the user's own holds, or its first `limit` characters.
+
+    Raises the `error` where it can't be read, which calls the file by `what` it is.
+    """
+    import yaml
+
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            return yaml.safe_load(file.read(limit))
+    except (OSError, ValueError, yaml.YAMLError) as problem:
+        raise error(f"The {what} {str(path)!r} can't be read: {problem}") from problem
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill_datasets.errors import GateError, SettingsError, nearest
+from distill_datasets.files import read_yaml
 from distill_datasets.report_files import read_report, read_rows, report_file, rows_file
 from distill_datasets.statistics import Proportion, independent_difference, mean_difference, wilson
 from distill_datasets.tables import aligned, ends_text, interval_text
@@ -58,10 +58,7 @@ class GateRules(BaseModel):
     @classmethod
     def load(cls, path: Path | str) -> "GateRules":
         """Read a YAML file; raises `SettingsError` that names what is wrong in it."""
-        try:
-            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SettingsError(f"The rules {str(path)!r} can't be read: {error}") from error
+        fields = read_yaml(path, SettingsError, what="rules")
         if not isinstance(fields, Mapping):
             raise SettingsError(f"The rules {str(path)!r} hold no keys: {_expected()}")
         try:

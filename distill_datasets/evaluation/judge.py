@@ -35,6 +35,7 @@ from distill_datasets.evaluation.judge_findings import (
     warnings,
 )
 from distill_datasets.evaluation.systems import HeldOut
+from distill_datasets.files import read_yaml
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient, outcome, run_in_thread
 from distill_datasets.generation.pricing import Meter
@@ -92,11 +93,7 @@ class Rubric:
                     f"prompt), or a YAML file `criterion: what it means`.{nearest(name, names)}"
                 )
             return cls(name, known[name])
-        try:
-            with Path(name).open(encoding="utf-8") as file:
-                criteria = yaml.safe_load(file.read(_LARGEST))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise SettingsError(f"The rubric {name!r} can't be read: {error}") from error
+        criteria = read_yaml(name, SettingsError, what="rubric", limit=_LARGEST)
         if not (
             isinstance(criteria, dict)
             and criteria

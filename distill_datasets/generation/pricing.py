@@ -15,6 +15,7 @@ import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distill_datasets.errors import BudgetReached, PriceError, nearest
+from distill_datasets.files import read_yaml
 from distill_datasets.generation.cache import Journal
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_parts
 from distill_datasets.schema import Message
@@ -96,10 +97,7 @@ class Prices(BaseModel):
     @classmethod
     def load(cls, path: Path | str) -> "Prices":
         """Read a YAML or JSON file; raises `PriceError` that names what is wrong in it."""
-        try:
-            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise PriceError(f"The price file {str(path)!r} can't be read: {error}") from error
+        fields = read_yaml(path, PriceError, what="price file")
         if not isinstance(fields, Mapping):
             raise PriceError(f"The price file {str(path)!r} holds no keys: {_EXPECTED}.")
         try:

@@ -131,6 +131,7 @@ def test_an_identity_has_the_price_of_the_reference_it_begins_with(prices: Price
         ("currency: USD", "currency: dollars", "currency: String should match"),
         (FILE, "- 1", "holds no keys"),
         (FILE, "{", "can't be read"),
+        ("date: 2026-11-01", "date: 2026-13-01", "can't be read: month must be in 1..12"),
     ],
 )
 def test_a_wrong_price_file_says_what_is_wrong(
