@@ -13,21 +13,18 @@ from distill_datasets.errors import GenerationError, PriceError
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.evaluation.systems import HeldOut, as_released
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import CachedClient
+from distill_datasets.generation.client import CachedClient, estimated_tokens
 from distill_datasets.generation.ledger import LEDGER, find_replies
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.rows import ask
 from distill_datasets.generation.teachers import Answerer, PromptedModel
 from distill_datasets.hub.references import find_release
-from distill_datasets.models.sampler import request_parts
 from distill_datasets.progress import amount_text
 from distill_datasets.schema import failure_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_CHARACTERS = 4  # of a prompt, in a token
 
 
 @dataclass(frozen=True)
@@ -158,9 +155,7 @@ def _planned(
 def _load(one: PromptedModel, query: str) -> tuple[float, int]:
     """About how many tokens a request reads, and how many it can write."""
     messages, sampling = one.request(query)
-    texts, written = request_parts(messages, sampling)
-    characters = sum(map(len, [*texts, *written]))
-    return characters / _CHARACTERS, sampling.n * sampling.max_tokens
+    return estimated_tokens(messages, sampling), sampling.n * sampling.max_tokens
 
 
 def _said(

@@ -37,7 +37,12 @@ from distill_datasets.evaluation.judge_findings import (
 from distill_datasets.evaluation.systems import HeldOut
 from distill_datasets.files import read_yaml
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import CachedClient, outcome, run_in_thread
+from distill_datasets.generation.client import (
+    CachedClient,
+    estimated_tokens,
+    outcome,
+    run_in_thread,
+)
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.voting import ScoringModel, all_of
@@ -47,7 +52,6 @@ from distill_datasets.models.sampler import (
     Sampling,
     digest,
     request_digest,
-    request_parts,
 )
 from distill_datasets.progress import Progress, amount_text
 from distill_datasets.recipes.prompt import render_ours
@@ -65,7 +69,6 @@ _VERSION = 1  # goes into the report's digest: raise it when opinions come out d
 _SCORED = (TEACHER, STUDENT, "base")
 _SCALE = (1.0, 10.0)
 _SAMPLING = Sampling(temperature=0.0, max_tokens=2048, seed=0)  # some judges think first
-_CHARACTERS = 4  # of a prompt, in a token
 _LARGEST = 100_000  # bytes of a rubric
 _CHOSEN = (
     "The recipe's judge prompt also chose among the teacher's answers, so its scores favour the "
@@ -326,12 +329,7 @@ class AnswerJudge:
             for one in questions
         }
         left = [one for key, one in asked.items() if journal.entry(key) is None]
-        prompt = sum(
-            len(text) / _CHARACTERS
-            for one in left
-            for texts in request_parts(one.messages, one.sampling)
-            for text in texts
-        )
+        prompt = sum(estimated_tokens(one.messages, one.sampling) for one in left)
         most = sum(one.sampling.n * one.sampling.max_tokens for one in left)
         money, counted = "", meter
         if meter and meter.prices:

@@ -230,7 +230,7 @@ class CachedClient:
         limit, meter = self.limits.of(sampler.identity), self.meter
         async with meter.room(sampler, messages, sampling) if meter else nullcontext():
             ticket = await limit.enter(
-                _estimate(messages, sampling) if self.limits.tokens_per_minute else 0
+                estimated_tokens(messages, sampling) if self.limits.tokens_per_minute else 0
             )
             with ExitStack() as unanswered:
                 unanswered.callback(limit.fail, ticket)
@@ -331,7 +331,7 @@ class ManyRequests:
         }
         left = [one for key, one in keys.items() if journal.entry(key) is None]
         counted = f"{len(left):,} of {len(keys):,} requests (the others are answered already)"
-        reads = [_estimate(messages, sampling) for _, messages, sampling in left]
+        reads = [estimated_tokens(messages, sampling) for _, messages, sampling in left]
         writes = [sampling.n * sampling.max_tokens for *_, sampling in left]
         counted += f", about {sum(reads):,.0f} tokens to read, at most {sum(writes):,} to write"
         if prices is None:
@@ -476,6 +476,7 @@ def _finish(waiting: "asyncio.Future[None]") -> None:
         waiting.set_result(None)
 
 
-def _estimate(messages: Sequence[Message], sampling: Sampling) -> float:
+def estimated_tokens(messages: Sequence[Message], sampling: Sampling) -> float:
+    """About how many tokens a request reads, where no tokenizer is at hand."""
     texts, written = request_parts(messages, sampling)
     return sum(map(len, [*texts, *written])) / _CHARACTERS
