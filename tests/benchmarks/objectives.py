@@ -30,7 +30,7 @@ from distill_datasets.models import connection
 from distill_datasets.models.connection import Connection
 from distill_datasets.models.references import connect
 from distill_datasets.models.sampler import Sampling
-from distill_datasets.models.scoring import Scorer, likelihoods
+from distill_datasets.models.scoring import Judged, Scorer, likelihoods
 from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
@@ -79,10 +79,12 @@ def unrelated_loss(model: Connection) -> float:
     return -sum(float(found.sum()) for found in scored) / sum(map(len, scored))
 
 
-def conversations(rows: Any, messages: Callable[[str], list[Message]]) -> list[list[Message]]:
+def conversations(rows: Any, messages: Callable[[str], list[Message]]) -> list[Judged]:
     """The held-out queries as `messages` puts them, and the teacher's answers."""
     pairs = zip(rows["query"], rows["response"], strict=True)
-    return [[*messages(query), {"role": "assistant", "content": said}] for query, said in pairs]
+    return [
+        Judged([*messages(query), {"role": "assistant", "content": said}]) for query, said in pairs
+    ]
 
 
 def bounds(rows: Any, recipe: Recipe, base: Connection, out: Path) -> dict[str, Any]:

@@ -35,7 +35,8 @@ rows = Dataset.from_generator(made, features=answer_features(), cache_dir=str(ru
 rows.save_to_disk(str(run / "answers"))
 recipe.dump(run / "answers" / "recipe")
 facts = {"recipe_digest": recipe.digest, "teacher": "pocket", "identity": "pocket/0",
-         "renderer": None, "sampling": {}, "tokens": {"prompt": 0, "cached": 0, "response": 0},
+         "renderer": None, "sampling": {}, "rows": len(rows), "errors": 0,
+         "tokens": {"prompt": 0, "cached": 0, "response": 0},
          "created": "2026-11-21", "versions": {}}
 (run / "answers" / "generation.json").write_text(json.dumps(facts))
 """
