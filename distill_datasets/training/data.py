@@ -181,10 +181,7 @@ class DatasetSplit:
                 f"{self.where} has only rows that were learned before, {len(self.rows)} of them. "
                 "Train on a later version of the dataset, or leave out only_new (--only-new)."
             )
-        fewer = copy(self)
-        fewer.rows = self.rows.select(new)
-        fewer._key = (*self._key, sha256(new.tobytes()).hexdigest())
-        return fewer
+        return self._select(new, sha256(new.tobytes()).hexdigest())
 
     def at_most(self, count: int) -> "DatasetSplit":
         """So many of the rows, always the same ones of equal splits."""
@@ -193,10 +190,7 @@ class DatasetSplit:
         if len(self.rows) <= count:
             return self
         places = np.random.default_rng(0).permutation(len(self.rows))[:count]
-        fewer = copy(self)
-        fewer.rows = self.rows.select(sorted(places.tolist()))
-        fewer._key = (*self._key, f"{count} rows")
-        return fewer
+        return self._select(sorted(places.tolist()), f"{count} rows")
 
     def own_rows(self) -> "DatasetSplit":
         """Without the rows of a release that its recipe mixes in, which its teacher never saw."""
@@ -204,9 +198,12 @@ class DatasetSplit:
             return self  # a column of somebody else's that has that name says nothing
         sources = self.rows.with_format(None)[SOURCE]
         own = [place for place, source in enumerate(sources) if not source]
+        return self._select(own, "own rows")
+
+    def _select(self, places: "Sequence[int] | NDArray[np.int64]", why: str) -> "DatasetSplit":
+        """Some of the rows; with those of this split, `why` decides which."""
         fewer = copy(self)
-        fewer.rows = self.rows.select(own)
-        fewer._key = (*self._key, "own rows")
+        fewer.rows, fewer._key = self.rows.select(places), (*self._key, why)
         return fewer
 
     def render(self, connection: "Connection", max_length: int, turns: Turns = "last") -> Rendered:
