@@ -209,8 +209,8 @@ class TrainingFolder:
     def add(self, checkpoint: SavedCheckpoint) -> list[SavedCheckpoint]:
         """Add a checkpoint that the server has confirmed; those that nobody needs since then."""
         checkpoints = [*self.checkpoints, checkpoint]
-        best = [one for one in checkpoints if one.best][-1:]
-        needed = [one for one in checkpoints if one.kept or one in best or one is checkpoint]
+        best = _best(checkpoints)
+        needed = [one for one in checkpoints if one.kept or one == best or one is checkpoint]
         self._rewrite("checkpoints.jsonl", [asdict(one) for one in needed])
         return [one for one in checkpoints if one not in needed]
 
@@ -220,10 +220,10 @@ class TrainingFolder:
 
         config = self.config or {}
         rows = config.get("dataset", {}).get("rows", {}).get("train", 0)
-        best = [one.step for one in self.checkpoints if one.best][-1:]
         title = f"{config.get('student', 'student')}, trained on {rows:,} rows"
+        best = _best(self.checkpoints)
         draw_curves(
-            self.metrics, self.path / "loss.png", title=title, best=best[0] if best else None
+            self.metrics, self.path / "loss.png", title=title, best=best.step if best else None
         )
 
     def result(self, settings: TrainSettings) -> TrainingResult:
@@ -232,7 +232,7 @@ class TrainingFolder:
         steps, final = [line for line in metrics if "loss" in line], checkpoints[-1]
         return TrainingResult(
             path=self.path,
-            best=next((one for one in reversed(checkpoints) if one.best), final),
+            best=_best(checkpoints) or final,
             final=final,
             final_loss=steps[-1]["loss"]
             if final.validation_loss is None
@@ -274,6 +274,11 @@ def next_folder(out: Path) -> Path:
     """The first of `out`-2, `out`-3, … that isn't there."""
     numbered = (out.with_name(f"{out.name}-{number}") for number in itertools.count(2))
     return next(folder for folder in numbered if not folder.exists())
+
+
+def _best(checkpoints: Sequence[SavedCheckpoint]) -> SavedCheckpoint | None:
+    """The last that was the best of all up to it."""
+    return next((one for one in reversed(checkpoints) if one.best), None)
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
