@@ -25,7 +25,7 @@ _ROLES = {
 _CALLING = ("function_call", "tool_call")  # roles of the assistant's messages that are calls
 _JSON = re.compile(r"\s*(\{|\[\s*[\[{\]\"])")
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_WORDS = {"True": True, "False": False, "None": None}  # as formats write Python's values
+PYTHON_WORDS = {"True": True, "False": False, "None": None}  # as formats write Python's values
 _ANSWER = re.compile(
     r"\s*<tool_response>\s*((?:(?!<tool_response>).)*?)\s*</tool_response>\s*", re.S
 )
@@ -169,14 +169,14 @@ def plain_value(text: str) -> Any:
     """The JSON value that a text writes; the text where it is none, or may have been meant as
     text: Python's words, and a number that would be written otherwise.
     """
-    value = text if text in _WORDS else _value(text)
+    value = text if text in PYTHON_WORDS else _value(text)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return text if number and json.dumps(_canonical(value)) != text else value
 
 
 def _value(text: str) -> Any:
     try:
-        value = _WORDS[text] if text in _WORDS else _json(text)
+        value = PYTHON_WORDS[text] if text in PYTHON_WORDS else _json(text)
     except ValueError:
         return text
     return text if isinstance(value, float) and not math.isfinite(value) else value

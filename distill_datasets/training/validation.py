@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from distill_datasets.chat_rows import Conversation
 from distill_datasets.conversations import (
+    PYTHON_WORDS,
     Call,
     calls_text,
     plain_value,
@@ -176,9 +177,8 @@ def is_response(text: str, response: Message, *, typed: bool) -> bool:
 
 def _untyped(call: Call) -> Call:
     """A call whose texts are read as the JSON, or Python's words, that they may be."""
-    words = {"True": "true", "False": "false", "None": "null"}
     values = {
-        name: plain_value(words.get(one, one)) if isinstance(one, str) else one
+        name: PYTHON_WORDS.get(one, plain_value(one)) if isinstance(one, str) else one
         for name, one in call.arguments.items()
     }
     return Call(call.name, values)
