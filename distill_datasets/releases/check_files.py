@@ -59,7 +59,7 @@ def write_check_files(
     shutil.copyfile(resources.cards() / "gate.yaml", folder / "gate.yaml")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "rows.jsonl").write_text(lines, encoding="utf-8")
-    most, tools = recipe.sampling.max_tokens, dict(_tools(recipe))
+    most, tools = recipe.sampling.max_tokens, given_tools(recipe)
     text = json.dumps({"max_tokens": most, "tools": tools}, ensure_ascii=False, indent=1)
     (folder / "student.json").write_text(text + "\n", encoding="utf-8")
     asked = _promptfoo(recipe.name, most, tools.get(""))
@@ -149,12 +149,14 @@ def _demand(check: Check) -> list[Any]:
     return [check.kind, check.model_dump(mode="json")[check.kind]]
 
 
-def _tools(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+def given_tools(recipe: Recipe) -> dict[str, Any]:
     """The tools that the student is given, by the handle; of one prompt by an empty text."""
     parts = recipe.members or {"": recipe}
-    for handle, part in parts.items():
-        if part.student_tools:
-            yield handle, json.loads(part.student_tools)
+    return {
+        handle: json.loads(part.student_tools)
+        for handle, part in parts.items()
+        if part.student_tools
+    }
 
 
 def _promptfoo(name: str, max_tokens: int, tools: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from distill_datasets.files import replacing
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.cards import dataset_on_hub, model_card
-from distill_datasets.releases.check_files import CHECK, write_check_files
+from distill_datasets.releases.check_files import CHECK, given_tools, write_check_files
 from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
@@ -63,6 +64,26 @@ class Trained:
         lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
         return round(losses[-1], 4) if losses else None
+
+    @property
+    def dataset(self) -> str | Path:
+        """What was trained on: a commit on the Hub, or a folder."""
+        on_hub = dataset_on_hub(self.config)
+        return "@".join(on_hub) if on_hub else Path(self.config["dataset"]["path"]).expanduser()
+
+    @property
+    def dataset_config(self) -> str | None:
+        """The configuration that was trained on, where it was named."""
+        config: str | None = self.config.get("settings", {}).get("config")
+        return config
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        """The recipe of the release that was trained on; None for any other dataset."""
+        try:
+            return load_recipe(self.dataset, config=self.dataset_config, trust=True)
+        except (RecipeError, DatasetError):
+            return None
 
 
 @dataclass(frozen=True)
@@ -106,13 +127,15 @@ def export_adapter(
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{str(folder)!r} isn't empty: choose a new folder for the adapter.")
+    found = read_report(trained, report)
     with tempfile.TemporaryDirectory(prefix="distill-adapter-") as scratch:
-        rows = _write_check(trained, Path(scratch), report) if check else 0
-        card = student_card(trained, base, read_report(trained, report), repo, held_out=rows)
+        about = _report_file(trained, report) if found else None
+        rows = _write_check(trained, Path(scratch), about) if check else 0
+        card = student_card(trained, base, found, repo, held_out=rows)
         weights = _weights_folder(trained, base, Path(scratch))
         with replacing(folder) as building:
             _write(building, weights, base, trained.folder / "loss.png")
-            if tools := _tools(recipe_of(trained)):
+            if tools := _tools(trained.recipe):
                 text = json.dumps(tools, ensure_ascii=False, indent=1) + "\n"
                 (building / _TOOLS).write_text(text, encoding="utf-8")
             (building / "README.md").write_text(card, encoding="utf-8")
@@ -154,7 +177,7 @@ def push_student(  # noqa: PLR0913 (what is pushed, where to, and what goes alon
 
 
 def _require_license(trained: Trained) -> None:
-    recipe = recipe_of(trained)
+    recipe = trained.recipe
     if recipe is None or recipe.license is None:
         raise RepositoryError(
             "A public student needs the licence of its training data, and the recipe states none: "
@@ -303,38 +326,21 @@ def read_training(train: Path | str) -> Trained:
     )
 
 
-def recipe_of(trained: Trained) -> Recipe | None:
-    """The recipe of the release that was trained on; None for any other dataset."""
-    try:
-        return load_recipe(_dataset(trained), config=_config_of(trained), trust=True)
-    except (RecipeError, DatasetError):
-        return None
+def _write_check(trained: Trained, out: Path, report: Path | None) -> int:
+    """Write check/ for a student of a release; how many rows it has, 0 where there is none.
 
-
-def _dataset(trained: Trained) -> str | Path:
-    """What was trained on: a commit on the Hub, or a folder."""
-    on_hub = dataset_on_hub(trained.config)
-    return "@".join(on_hub) if on_hub else Path(trained.config["dataset"]["path"]).expanduser()
-
-
-def _config_of(trained: Trained) -> str | None:
-    """The configuration that was trained on, where it was named."""
-    config: str | None = trained.config.get("settings", {}).get("config")
-    return config
-
-
-def _write_check(trained: Trained, out: Path, report: Path | str | None) -> int:
-    """Write check/ for a student of a release; how many rows it has, 0 where there is none."""
-    if recipe_of(trained) is None:
+    `report` is the file of one that is about this checkpoint.
+    """
+    if trained.recipe is None:
         return 0
-    config = _config_of(trained)
-    return write_check_files(_dataset(trained), out, config=config, said=_said(trained, report))
+    said = _said(report) if report else {}
+    return write_check_files(trained.dataset, out, config=trained.dataset_config, said=said)
 
 
-def _said(trained: Trained, report: Path | str | None) -> dict[str, Any]:
-    """What the student said to each row when this checkpoint was measured, by the rows' ids."""
-    path = (Path(report) if report else trained.folder.parent / "report.json").with_name(_ROWS)
-    if not path.is_file() or read_report(trained, report) is None:
+def _said(report: Path) -> dict[str, Any]:
+    """What the student said to each row when it was measured, by the rows' ids."""
+    path = report.with_name(_ROWS)
+    if not path.is_file():
         return {}
     with path.open(encoding="utf-8") as lines:
         rows = map(json.loads, lines)
@@ -343,7 +349,7 @@ def _said(trained: Trained, report: Path | str | None) -> dict[str, Any]:
 
 def read_report(trained: Trained, report: Path | str | None) -> dict[str, Any] | None:
     """What was measured of this very checkpoint; naming a report of another one is an error."""
-    path = Path(report) if report else trained.folder.parent / "report.json"
+    path = _report_file(trained, report)
     if not path.is_file():
         if report:
             raise ModelError(f"There is no report {str(path)!r}: name what `measure` wrote.")
@@ -360,6 +366,10 @@ def read_report(trained: Trained, report: Path | str | None) -> dict[str, Any] |
     return None
 
 
+def _report_file(trained: Trained, report: Path | str | None) -> Path:
+    return Path(report) if report else trained.folder.parent / "report.json"
+
+
 def student_card(
     trained: Trained,
     base: AdapterBase,
@@ -372,7 +382,7 @@ def student_card(
 
     `held_out` is the number of rows that lie beside it in `check/`.
     """
-    recipe = recipe_of(trained)
+    recipe = trained.recipe
     prompt, tools = _asked(recipe)
     system: list[Message] = [{"role": "system", "content": prompt}] if prompt else []
     conversation: list[Message] = [*system, {"role": "user", "content": _EXAMPLE_QUERY}]
@@ -437,11 +447,8 @@ def _ties_embeddings(base: AdapterBase) -> bool:
 
 def _tools(recipe: Recipe | None) -> Any:
     """The tools that the student is given, as JSON; None for none."""
-    if recipe is None or not recipe.members:
-        tools = recipe.student_tools if recipe else None
-        return json.loads(tools) if tools else None
-    given = {handle: _tools(member) for handle, member in recipe.members.items()}
-    return {handle: tools for handle, tools in given.items() if tools} or None
+    given = given_tools(recipe) if recipe else {}
+    return given.get("", given) or None
 
 
 def _asked(recipe: Recipe | None) -> tuple[str | None, str | None]:
@@ -450,7 +457,7 @@ def _asked(recipe: Recipe | None) -> tuple[str | None, str | None]:
         return None, None
     if not recipe.members:
         return recipe.student_prompt, recipe.student_tools
-    handle = next(iter(_tools(recipe) or recipe.members))
+    handle = next(iter(given_tools(recipe) or recipe.members))
     return handle, recipe.members[handle].student_tools
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from distill_datasets.errors import AccessError, ModelError, OutputError, RepositoryError
 from distill_datasets.models.references import connect
-from distill_datasets.training.export import Trained, export_adapter, push_student, recipe_of
+from distill_datasets.training.export import Trained, export_adapter, push_student
 from distill_datasets.training.trainer import TrainSettings, train
 from tests.integration.releases.test_check_files import make_release, rows_of
 from tests.support.hub_fixture import Hub
@@ -281,9 +281,9 @@ def test_the_recipe_is_that_of_the_configuration_that_was_trained_on(
     shutil.copytree(recipe_folder, both / "short" / "recipe")
     (both / "short" / "manifest.json").write_text("{}", encoding="utf-8")
     config = {"dataset": {"path": str(both)}, "settings": {"config": "short"}}
-    recipe = recipe_of(Trained(tmp_path, config, {}))
+    recipe = Trained(tmp_path, config, {}).recipe
     assert recipe and recipe.name == "colours"
-    assert recipe_of(Trained(tmp_path, {**config, "settings": {}}, {})) is None
+    assert Trained(tmp_path, {**config, "settings": {}}, {}).recipe is None
 
 
 def test_weights_on_tinker_need_a_key(run: Path, tmp_path: Path, base: Path) -> None:
