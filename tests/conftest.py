@@ -1,5 +1,6 @@
 """What every test shares: an environment with no key, no network and no progress bars."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -7,7 +8,10 @@ from pathlib import Path
 import pyqwest._errors  # noqa: F401 - see sdk.py
 import pytest
 
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.recipe import Recipe
 from tests.support.hub_fixture import hub  # noqa: F401 - a fixture
+from tests.support.openai_server import named_server, server  # noqa: F401 - fixtures
 from tests.support.panels import models  # noqa: F401 - a fixture
 from tests.support.shared_server import model  # noqa: F401 - a fixture
 
@@ -35,6 +39,15 @@ def edit(folder: Path, name: str, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
+
+
+def many(folder: Path, count: int) -> Recipe:
+    """The recipe of `recipe_folder` with so many other queries, each a group of its own."""
+    rows = (json.dumps({"query": f"thing {n}, colour red"}) for n in range(count))
+    (folder / "queries.jsonl").write_text("\n".join(rows))
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(recipe.replace(", group: family, reference: colour", ""))
+    return load_recipe(folder)
 
 
 @pytest.fixture

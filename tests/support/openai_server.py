@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import pytest
 from aiohttp import web
 
 from distill_datasets.models.openai.client import OpenAISampler
@@ -289,6 +290,20 @@ def serving(*, key: str | None = None) -> Iterator[OpenAIServer]:
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture
+def server() -> Iterator[OpenAIServer]:
+    with serving() as started:
+        yield started
+
+
+@pytest.fixture
+def named_server(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> OpenAIServer:
+    """The one that answers wherever a model is named `openai:`."""
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    return server
 
 
 ASKED: list[Message] = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": ""}]

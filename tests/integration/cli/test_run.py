@@ -1,23 +1,14 @@
 """`run` from queries to a report, against a server that echoes and a tiny local student."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from distill_datasets.cli.main import main
 from tests.conftest import edit
-from tests.support.openai_server import OpenAIServer, serving
+from tests.support.openai_server import OpenAIServer
 from tests.support.training_runs import ROWS, write
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
-    with serving() as found:
-        monkeypatch.setenv("OPENAI_BASE_URL", found.url)
-        monkeypatch.setenv("OPENAI_API_KEY", "any")
-        yield found
 
 
 def recipe_of(folder: Path, queries: int) -> Path:
@@ -35,7 +26,7 @@ def run(recipe: Path, out: Path, *flags: str | Path) -> int:
 
 
 def test_a_prompt_that_was_edited_gives_a_new_version_and_a_training_of_its_own(
-    server: OpenAIServer,
+    named_server: OpenAIServer,
     model: str,
     recipe_folder: Path,
     tmp_path: Path,
@@ -44,21 +35,21 @@ def test_a_prompt_that_was_edited_gives_a_new_version_and_a_training_of_its_own(
     recipe, out = recipe_of(recipe_folder, 24), tmp_path / "run"
     assert run(recipe, out, "--student", model) == 0
     assert "training anew" not in capsys.readouterr().out
-    asked, first = server.asked.total(), (out / "report.json").read_bytes()
+    asked, first = named_server.asked.total(), (out / "report.json").read_bytes()
 
     edit(recipe, "prompt.md", "Name the colour", "Say the colour")
     assert run(recipe, out, "--student", model) == 0
     said = capsys.readouterr().out
     assert f"{out}/train holds a training of other data: training anew in {out}/train-2" in said
     assert "release 1.0.0" not in said and "release " in said
-    assert server.asked.total() > asked
+    assert named_server.asked.total() > asked
     assert (out / "report.json").read_bytes() != first
     assert (out / "train/config.json").is_file() and (out / "train-2/config.json").is_file()
 
-    asked = server.asked.total()
+    asked = named_server.asked.total()
     assert run(recipe, out, "--student", model) == 0
     assert not (out / "train-3").exists()
-    assert server.asked.total() == asked
+    assert named_server.asked.total() == asked
 
 
 @pytest.mark.parametrize(
@@ -72,7 +63,7 @@ def test_a_prompt_that_was_edited_gives_a_new_version_and_a_training_of_its_own(
 def test_what_would_stop_a_run_later_stops_it_before_anybody_is_asked(
     flags: list[str],
     expected: str,
-    server: OpenAIServer,
+    named_server: OpenAIServer,
     recipe_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -80,12 +71,15 @@ def test_what_would_stop_a_run_later_stops_it_before_anybody_is_asked(
     student = ["--student", "pocket"] if flags else []
     assert run(recipe_of(recipe_folder, 24), tmp_path / "run", *flags, *student) == 2
     assert expected in capsys.readouterr().err
-    assert not server.asked
+    assert not named_server.asked
     assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_metric_stops_a_run_before_anybody_is_asked(
-    server: OpenAIServer, recipe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    named_server: OpenAIServer,
+    recipe_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = recipe_of(recipe_folder, 24)
     (recipe / "recipe.yaml").write_text(
@@ -93,7 +87,7 @@ def test_an_unknown_metric_stops_a_run_before_anybody_is_asked(
     )
     assert run(recipe, tmp_path / "run", "--student", "pocket") == 2
     assert "nosuch" in capsys.readouterr().err
-    assert not server.asked
+    assert not named_server.asked
 
 
 @pytest.mark.parametrize(
@@ -107,7 +101,7 @@ def test_an_unknown_metric_stops_a_run_before_anybody_is_asked(
 def test_a_student_that_can_not_be_trained_so_stops_a_run_before_anybody_is_asked(
     flags: list[str],
     expected: str,
-    server: OpenAIServer,
+    named_server: OpenAIServer,
     model: str,
     recipe_folder: Path,
     tmp_path: Path,
@@ -116,7 +110,7 @@ def test_a_student_that_can_not_be_trained_so_stops_a_run_before_anybody_is_aske
     recipe = recipe_of(recipe_folder, 24)
     assert run(recipe, tmp_path / "run", "--student", model, *flags) == 2
     assert expected in capsys.readouterr().err
-    assert not server.asked
+    assert not named_server.asked
 
 
 def test_a_student_that_is_not_named_is_that_of_the_training_it_starts_from(

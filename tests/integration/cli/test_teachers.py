@@ -10,7 +10,7 @@ import pytest
 from distill_datasets import progress
 from distill_datasets.cli.main import main
 from tests.integration.evaluation.test_report import make_run
-from tests.support.openai_server import OpenAIServer, serving
+from tests.support.openai_server import OpenAIServer
 from tests.support.training_runs import ROWS, write
 
 PRICES = """\
@@ -27,14 +27,6 @@ def _as_before() -> Iterator[None]:
     """`--progress json` holds for the process, which is this one."""
     yield
     progress.use("line")
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
-    with serving() as found:
-        monkeypatch.setenv("OPENAI_BASE_URL", found.url)
-        monkeypatch.setenv("OPENAI_API_KEY", "any")
-        yield found
 
 
 @pytest.fixture
@@ -62,17 +54,20 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 
 def test_a_streamed_run_says_when_first_tokens_came(
-    server: OpenAIServer, recipe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    named_server: OpenAIServer,
+    recipe_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for _ in range(2):  # the second finds a finished run
         assert generate(recipe_folder, tmp_path / "run", "--stream") == 0
         said = capsys.readouterr().out
         assert re.search(r"first token: \d\.\d\d s \(median of 6\), 95 % within", said)
-    assert len(server.bodies) == 6
+    assert len(named_server.bodies) == 6
 
 
 def test_a_dry_run_asks_nobody_and_writes_nothing(
-    server: OpenAIServer,
+    named_server: OpenAIServer,
     recipe_folder: Path,
     prices: Path,
     tmp_path: Path,
@@ -81,11 +76,11 @@ def test_a_dry_run_asks_nobody_and_writes_nothing(
     assert generate(recipe_folder, tmp_path / "run", "--dry-run", "--prices", prices) == 0
     said = capsys.readouterr().out
     assert "6 queries, 6 requests" in said and "USD" in said
-    assert not server.asked and not (tmp_path / "run").exists()
+    assert not named_server.asked and not (tmp_path / "run").exists()
 
 
 def test_parts_publish_to_the_release_of_a_whole_run(
-    server: OpenAIServer, recipe_folder: Path, tmp_path: Path
+    named_server: OpenAIServer, recipe_folder: Path, tmp_path: Path
 ) -> None:
     parts = tmp_path / "parts"
     assert generate(recipe_folder, tmp_path / "whole") == 0
@@ -101,7 +96,7 @@ def test_parts_publish_to_the_release_of_a_whole_run(
 
 
 def test_a_budget_ends_with_1_and_a_higher_one_goes_on(
-    server: OpenAIServer,
+    named_server: OpenAIServer,
     recipe_folder: Path,
     prices: Path,
     tmp_path: Path,
@@ -113,13 +108,16 @@ def test_a_budget_ends_with_1_and_a_higher_one_goes_on(
 
     assert bought("0.04") == 1
     assert "run again with a higher budget" in capsys.readouterr().err
-    assert 0 < len(server.asked) < 6
+    assert 0 < len(named_server.asked) < 6
     assert bought("10") == 0
-    assert set(server.asked.values()) == {1} and len(server.asked) == 6
+    assert set(named_server.asked.values()) == {1} and len(named_server.asked) == 6
 
 
 def test_progress_for_programs_is_json_lines(
-    server: OpenAIServer, recipe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    named_server: OpenAIServer,
+    recipe_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert generate(recipe_folder, tmp_path / "run", "--progress", "json") == 0
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
@@ -144,14 +142,14 @@ def test_progress_for_programs_is_json_lines(
 def test_flags_that_can_not_be_followed_are_refused_before_anything_is_asked(
     flags: list[str],
     expected: str,
-    server: OpenAIServer,
+    named_server: OpenAIServer,
     recipe_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ["generate", recipe_folder, "--teacher", "openai:echo-large", *flags]
     assert expected in refusal(capsys, *arguments, "--out", tmp_path / "run")
-    assert not server.asked
+    assert not named_server.asked
 
 
 def test_a_run_checks_its_training_settings_before_it_asks_anybody(

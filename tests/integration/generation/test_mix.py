@@ -1,7 +1,6 @@
 """Rows of a mix in a run and its release: asked once, named, and made again for nothing."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,13 @@ from distill_datasets.releases.release import Release, publish
 from distill_datasets.releases.show import print_rows, show
 from distill_datasets.training.data import locate, open_splits
 from distill_datasets.training.settings import TrainSettings
-from tests.support.openai_server import OpenAIServer, serving
+from tests.support.openai_server import OpenAIServer
 from tests.unit.recipes.test_mix import FIND, GENERAL, chat, mixing, user
 from tests.unit.recipes.test_variants import write
 
 ASKED = {"name": "beyond", "share": 0.2, "file": "beyond.jsonl", "model": "openai:echo-large"}
 TRAIN = {"split": {"train": 0.5, "validation": 0.25, "test": 0.25}}
 PRICE = {"prompt": 1.0, "response": 1.0}
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
-    with serving() as started:
-        monkeypatch.setenv("OPENAI_BASE_URL", started.url)
-        monkeypatch.setenv("OPENAI_API_KEY", "any")
-        yield started
 
 
 @pytest.fixture
@@ -64,13 +55,13 @@ def own_train(made: Generated) -> int:
 
 
 def test_the_untouched_model_is_asked_without_a_prompt_or_tools_and_paid_once(
-    server: OpenAIServer, folder: Path, tmp_path: Path
+    named_server: OpenAIServer, folder: Path, tmp_path: Path
 ) -> None:
     made = generate(folder, teacher=Echo(), out=tmp_path / "run")
     own, asked = own_train(made), mixed(made, "beyond")
     assert len(asked) == len(mixed(made, "general")) == round(own / 3)
-    assert len(server.bodies) == len(asked)
-    for body in server.bodies:
+    assert len(named_server.bodies) == len(asked)
+    for body in named_server.bodies:
         assert body["messages"] == [user(body["messages"][0]["content"])]
         assert body["model"] == "echo-large" and body["temperature"] == 0
         assert "tools" not in body and body["max_tokens"] == 512
@@ -84,15 +75,15 @@ def test_the_untouched_model_is_asked_without_a_prompt_or_tools_and_paid_once(
         path.unlink()  # as a run that ended early
     again = generate(folder, teacher=Echo(), out=tmp_path / "run")
     assert again.rows.to_list() == made.rows.to_list()
-    assert len(server.bodies) == len(asked)
+    assert len(named_server.bodies) == len(asked)
 
 
 def test_a_release_names_and_counts_the_rows_and_makes_itself_again_for_nothing(
-    server: OpenAIServer, folder: Path, tmp_path: Path
+    named_server: OpenAIServer, folder: Path, tmp_path: Path
 ) -> None:
     made = generate(folder, teacher=Echo(), out=tmp_path / "run")
     release = publish(tmp_path / "run")
-    bought, count = len(server.bodies), len(mixed(made, "general"))
+    bought, count = len(named_server.bodies), len(mixed(made, "general"))
     general = {"name": "general", "rows": count, "share": 0.2, "from": "general.jsonl"}
     beyond = {"name": "beyond", "rows": bought, "share": 0.2, "from": "beyond.jsonl"}
     assert read_manifest(release.path)["mix"] == [
@@ -109,7 +100,7 @@ def test_a_release_names_and_counts_the_rows_and_makes_itself_again_for_nothing(
     (folder / "general.jsonl").unlink()
     generate(release.path, teacher=teacher, out=tmp_path / "again")
     second = publish(tmp_path / "again")
-    assert (teacher.calls, len(server.bodies)) == (0, bought)
+    assert (teacher.calls, len(named_server.bodies)) == (0, bought)
     assert second.digest == release.digest
     assert rows_of(second) == rows_of(release)
     assert diff(release.path, second.path).empty
@@ -121,7 +112,7 @@ def test_a_release_names_and_counts_the_rows_and_makes_itself_again_for_nothing(
 
 
 def test_what_was_cut_off_or_calls_a_tool_is_rejected_with_the_reason(
-    server: OpenAIServer, folder: Path, tmp_path: Path
+    named_server: OpenAIServer, folder: Path, tmp_path: Path
 ) -> None:
     asked = [{"text": text} for text in ("one two three four", "short", "<tool_call>\n{}")]
     (folder / "beyond.jsonl").write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
@@ -144,7 +135,7 @@ def test_what_was_cut_off_or_calls_a_tool_is_rejected_with_the_reason(
 
 
 def test_a_dry_run_counts_the_rows_to_ask_and_what_was_asked(
-    server: OpenAIServer, folder: Path, tmp_path: Path
+    named_server: OpenAIServer, folder: Path, tmp_path: Path
 ) -> None:
     prices = Prices(date="2026-11-01", currency="USD", models={"echo": PRICE})
     with pytest.raises(PriceError, match="openai:echo-large"):
@@ -152,7 +143,7 @@ def test_a_dry_run_counts_the_rows_to_ask_and_what_was_asked(
     with pytest.raises(PriceError, match="openai:echo-large"):
         generate(folder, teacher=Echo(), out=tmp_path / "run", meter=Meter(prices))
     before = dry_run(folder, teacher=Echo())
-    assert not server.bodies
+    assert not named_server.bodies
     loads = {load.model: load.requests for load in before.loads}
     made = generate(folder, teacher=Echo(), out=tmp_path / "run")
     asked = len(mixed(made, "beyond"))
@@ -163,7 +154,7 @@ def test_a_dry_run_counts_the_rows_to_ask_and_what_was_asked(
 
 
 def test_the_cost_and_the_tokens_of_the_rows_are_counted(
-    server: OpenAIServer, folder: Path, tmp_path: Path
+    named_server: OpenAIServer, folder: Path, tmp_path: Path
 ) -> None:
     models = {"echo": {"prompt": 0, "response": 0}, "openai:echo-large": {**PRICE, "response": 0}}
     meter = Meter(Prices(date="2026-11-01", currency="USD", models=models))
@@ -174,7 +165,7 @@ def test_the_cost_and_the_tokens_of_the_rows_are_counted(
 
 
 def test_a_limited_run_has_its_share_and_no_row_of_the_other_queries(
-    server: OpenAIServer, folder: Path, tmp_path: Path
+    named_server: OpenAIServer, folder: Path, tmp_path: Path
 ) -> None:
     own = [{"query": f"own {number}"} for number in range(20)] + [
         {"query": f"chat {number}"} for number in range(20)
@@ -188,7 +179,7 @@ def test_a_limited_run_has_its_share_and_no_row_of_the_other_queries(
 
 
 def test_parts_of_a_run_make_the_release_of_the_whole(
-    server: OpenAIServer, folder: Path, tmp_path: Path
+    named_server: OpenAIServer, folder: Path, tmp_path: Path
 ) -> None:
     whole = generate(folder, teacher=Echo(), out=tmp_path / "whole")
     for number in (2, 1, 3):
@@ -203,13 +194,13 @@ def test_parts_of_a_run_make_the_release_of_the_whole(
 
 
 def test_batches_are_bought_of_the_untouched_model_too(
-    server: OpenAIServer, folder: Path, tmp_path: Path
+    named_server: OpenAIServer, folder: Path, tmp_path: Path
 ) -> None:
     keys = (folder / "recipe.yaml").read_text(encoding="utf-8")
     keys = keys.replace("teacher: echo\n", "teacher: openai:echo-small\n")
     (folder / "recipe.yaml").write_text(keys, encoding="utf-8")
     made = generate(folder, out=tmp_path / "run", settings=GenerateSettings(batch=True, poll=0))
-    assert (made.errors, len(server.bodies)) == (0, 0)
+    assert (made.errors, len(named_server.bodies)) == (0, 0)
     assert {row["response"] for row in mixed(made, "beyond")} == {
         row["query"] for row in mixed(made, "beyond")
     }

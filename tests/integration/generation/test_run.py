@@ -1,6 +1,5 @@
 """Runs in processes of their own: several on one folder, killed and interrupted ones."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,8 +11,7 @@ import pytest
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.run import generate
 from distill_datasets.models.sampler import Echo
-from distill_datasets.recipes.loading import load_recipe
-from distill_datasets.recipes.recipe import Recipe
+from tests.conftest import many
 from tests.support.openai_server import serving
 
 _SCRIPT = """
@@ -53,14 +51,6 @@ def test_nothing_is_bought_twice_by_several_processes_on_one_folder(
     assert any(one.returncode == 0 for one in started)
     with Journal(tmp_path / "run/journal.sqlite") as journal:
         assert {times for _, times in journal} == {1}
-
-
-def many(folder: Path, count: int) -> Recipe:
-    rows = (json.dumps({"query": f"thing {n}, colour red"}) for n in range(count))
-    (folder / "queries.jsonl").write_text("\n".join(rows))
-    recipe = (folder / "recipe.yaml").read_text()
-    (folder / "recipe.yaml").write_text(recipe.replace(", group: family, reference: colour", ""))
-    return load_recipe(folder)
 
 
 _AGAIN = """

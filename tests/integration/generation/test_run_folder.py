@@ -29,7 +29,7 @@ from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.release import publish
 from distill_datasets.schema import Message
-from tests.conftest import edit
+from tests.conftest import edit, many
 
 
 @dataclass
@@ -60,14 +60,6 @@ class Scripted:
 @pytest.fixture
 def recipe(recipe_folder: Path) -> Recipe:
     return load_recipe(recipe_folder)
-
-
-def many(folder: Path, count: int) -> Recipe:
-    rows = (json.dumps({"query": f"thing {n}, colour red"}) for n in range(count))
-    (folder / "queries.jsonl").write_text("\n".join(rows))
-    recipe = (folder / "recipe.yaml").read_text()
-    (folder / "recipe.yaml").write_text(recipe.replace(", group: family, reference: colour", ""))
-    return load_recipe(folder)
 
 
 def test_kept_rejected_and_failed_rows_are_told_apart(recipe: Recipe, tmp_path: Path) -> None:

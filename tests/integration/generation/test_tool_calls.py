@@ -1,7 +1,6 @@
 """Recipes with tools: what is asked over a real connection, and what its calls become."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from distill_datasets.generation.run import Generated, generate
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.models.openai.client import OpenAISampler
-from tests.support.openai_server import OpenAIServer, serving
+from tests.support.openai_server import OpenAIServer
 
 SIZE = {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]}
 TOOLS = [
@@ -22,12 +21,6 @@ ASKED = {
     "words": "Which one do you mean?",
     "broken": 'call find {"id": "A',
 }
-
-
-@pytest.fixture
-def server() -> Iterator[OpenAIServer]:
-    with serving() as started:
-        yield started
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,12 +23,6 @@ from distill_datasets.models.openai.client import OpenAISampler
 from distill_datasets.models.references import open_sampler
 from distill_datasets.models.sampler import Reply, Sampler, Sampling
 from tests.support.openai_server import Fault, OpenAIServer, ask, serving
-
-
-@pytest.fixture
-def server() -> Iterator[OpenAIServer]:
-    with serving() as started:
-        yield started
 
 
 def large(size: int) -> bytes:

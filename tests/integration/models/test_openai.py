@@ -1,6 +1,5 @@
 import asyncio
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -23,13 +22,7 @@ from distill_datasets.models.openai.client import OpenAISampler
 from distill_datasets.models.openai.errors import read_allowance, read_retry_after
 from distill_datasets.models.references import open_sampler
 from distill_datasets.models.sampler import Allowance, Logprobs, Sampling, Usage
-from tests.support.openai_server import ASKED, Answer, Fault, OpenAIServer, ask, serving
-
-
-@pytest.fixture
-def server() -> Iterator[OpenAIServer]:
-    with serving() as started:
-        yield started
+from tests.support.openai_server import ASKED, Answer, Fault, OpenAIServer, ask
 
 
 def test_a_request_says_all_of_the_sampling_and_nothing_else(server: OpenAIServer) -> None:

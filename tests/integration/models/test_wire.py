@@ -1,7 +1,6 @@
 """Streamed answers, in all the forms that servers give them."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,13 +11,7 @@ from distill_datasets.errors import (
     RetryableError,
 )
 from distill_datasets.models.endpoint import MOST_BYTES
-from tests.support.openai_server import Answer, Fault, OpenAIServer, ask, serving
-
-
-@pytest.fixture
-def server() -> Iterator[OpenAIServer]:
-    with serving() as started:
-        yield started
+from tests.support.openai_server import Answer, Fault, OpenAIServer, ask
 
 
 def test_a_stream_that_breaks_off_is_no_answer(server: OpenAIServer) -> None:

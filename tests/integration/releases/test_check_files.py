@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +23,7 @@ from distill_datasets.recipes.checks import Said, passes
 from distill_datasets.recipes.sections import Check
 from distill_datasets.releases.check_files import write_check_files
 from distill_datasets.releases.release import publish
-from tests.support.openai_server import Answer, OpenAIServer, serving
+from tests.support.openai_server import Answer, OpenAIServer
 
 
 class Table:
@@ -89,12 +89,6 @@ TOOL = {
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
     lines = (folder / "check" / "rows.jsonl").read_text().splitlines()
     return {row["messages"][-1]["content"]: row for row in map(json.loads, lines)}
-
-
-@pytest.fixture
-def server() -> Iterator[OpenAIServer]:
-    with serving() as running:
-        yield running
 
 
 def check(folder: Path, server: OpenAIServer | None = None) -> tuple[int, str]:
