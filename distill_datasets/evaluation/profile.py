@@ -83,14 +83,14 @@ def profile(
         print(profile("runs/support/release").text())
     """
     source = locate(dataset, config)
-    splits = source.load(config)
+    splits = source.load()
     names = [str(name) for name in splits]
     if split is not None and split not in names:
         raise DatasetError(
             f"{source.reference!r} has no split {split!r}; found {names}.{nearest(split, names)}"
         )
     wanted = [split] if split else [name for name in names if len(splits[name])]
-    parts = [open_split(source, config, name, splits) for name in wanted]
+    parts = [open_split(source, name, splits) for name in wanted]
     rows = list(islice((row for part in parts for row in _rows(part)), _MOST_ROWS))
     if not rows:
         raise DatasetError(f"{source.reference!r} has no rows: expected at least one.")

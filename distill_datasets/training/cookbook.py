@@ -50,11 +50,11 @@ class DistilledDatasetBuilder(ChatDatasetBuilder):
         """The training rows, and the validation rows where there are any."""
         source = locate(self.dataset, self.config)
         require_turns(self.turns, source.turns, repr(source.reference))
-        splits = source.load(self.config)
-        train = self._rows(open_split(source, self.config, self.train_split, splits))
+        splits = source.load()
+        train = self._rows(open_split(source, self.train_split, splits))
         if not splits.get(self.validation_split):
             return train, None
-        held_out = open_split(source, self.config, self.validation_split, splits)
+        held_out = open_split(source, self.validation_split, splits)
         return train, self._rows(held_out)
 
     def _rows(self, split: DatasetSplit) -> "DistilledDataset":

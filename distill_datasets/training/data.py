@@ -67,14 +67,16 @@ class Example:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A dataset on this disk. `revision` is a Hub commit, a release's version and content
-    digest, or the digest of the files; `files` is the latter, for a Hub dataset the commit.
+    """A dataset on this disk, and the configuration of it that was named. `revision` is a Hub
+    commit, a release's version and content digest, or the digest of the files; `files` is the
+    latter, for a Hub dataset the commit.
     """
 
     reference: str
     path: Path
     revision: str
     files: str
+    config: str | None = None
     manifest: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -83,8 +85,8 @@ class DatasetSource:
         released = "content_digest" in self.manifest
         return "last" if released and self.manifest.get("turns") != "all" else "all"
 
-    def load(self, config: str | None) -> "DatasetDict":
-        """All splits of a configuration; a release's or the folder's own default without one."""
+    def load(self) -> "DatasetDict":
+        """All splits of the configuration; a release's or the folder's own default without one."""
         from datasets import DatasetDict, load_dataset_builder, load_from_disk
         from datasets.exceptions import DatasetsError
 
@@ -95,7 +97,7 @@ class DatasetSource:
                 reader = _READERS[self.path.suffix]
                 loaded = _load(load_dataset_builder(reader, data_files=str(self.path)))
             else:
-                loaded = _load(load_dataset_builder(str(self.path), name=config))
+                loaded = _load(load_dataset_builder(str(self.path), name=self.config))
         except DatasetError:
             raise
         except (DatasetsError, ValueError, OSError, *_NO_ROWS) as error:
@@ -150,13 +152,11 @@ class Rendered:
 class DatasetSplit:
     """One split that has rows, and columns to learn from; `DatasetError` where it has others."""
 
-    def __init__(
-        self, source: DatasetSource, config: str | None, name: str, rows: "Dataset"
-    ) -> None:
+    def __init__(self, source: DatasetSource, name: str, rows: "Dataset") -> None:
         """Use `open_split` or `open_splits`."""
         self.name, self.rows = name, rows
         self.where = f"The split {name!r} of {source.reference!r}"
-        self._key: tuple[str | None, ...] = (source.files, config, name)
+        self._key: tuple[str | None, ...] = (source.files, source.config, name)
         self._read = conversation_reader(rows, self.where)
 
     @property
@@ -277,7 +277,7 @@ def locate(dataset: str | Path, config: str | None = None) -> DatasetSource:
     # The Hub's cache gets more files of a commit when somebody asks for them.
     files = commit or _files_digest(path)
     released = "/".join(str(manifest[k]) for k in ("version", "content_digest") if k in manifest)
-    return DatasetSource(str(dataset), path, commit or released or files, files, manifest)
+    return DatasetSource(str(dataset), path, commit or released or files, files, config, manifest)
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
@@ -329,18 +329,16 @@ def open_splits(source: DatasetSource, settings: TrainSettings) -> dict[str, Dat
 
     A validation split that was asked for by another name than the default must be there.
     """
-    splits = source.load(settings.config)
+    splits = source.load()
     names = {"train": settings.train_split}
     asked = settings.validation_split
     if asked in splits or asked != type(settings).validation_split:
         names["validation"] = asked
-    return {role: open_split(source, settings.config, name, splits) for role, name in names.items()}
+    return {role: open_split(source, name, splits) for role, name in names.items()}
 
 
-def open_split(
-    source: DatasetSource, config: str | None, name: str, splits: "Mapping[str, Dataset]"
-) -> DatasetSplit:
-    """The one of a configuration's `splits` that has this name; raises `DatasetError` where none
+def open_split(source: DatasetSource, name: str, splits: "Mapping[str, Dataset]") -> DatasetSplit:
+    """The one of the dataset's `splits` that has this name; raises `DatasetError` where none
     has, or where it has no row.
     """
     if name not in splits:
@@ -352,7 +350,7 @@ def open_split(
         raise DatasetError(
             f"The split {name!r} of {source.reference!r} is empty: expected at least one row."
         )
-    return DatasetSplit(source, config, name, splits[name])
+    return DatasetSplit(source, name, splits[name])
 
 
 def _load(builder: "DatasetBuilder") -> "DatasetDict":

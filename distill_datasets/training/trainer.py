@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill_datasets.errors import ModelError, OutputError, SettingsError
-from distill_datasets.hub.references import split_config
 from distill_datasets.notebooks import interruptible
 from distill_datasets.progress import Progress
 from distill_datasets.training.data import (
@@ -84,7 +83,8 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     settings = settings or TrainSettings()
     _require_untrained(str(student), resume)
     require_tracker(settings.track)
-    source, settings = _located(dataset, settings)
+    source = locate(dataset, settings.config)
+    settings = replace(settings, config=source.config)
     before = find_predecessor(start, str(student), only_new=only_new)
     settings = before.settled(settings) if before else settings
     folder = _open_folder(Path(out), source)
@@ -104,13 +104,6 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
             Trainer(opened, plan, source, folder, settings).fit(validators)
         folder.draw()
         return folder.result(settings)
-
-
-def _located(dataset: str | Path, settings: TrainSettings) -> tuple[DatasetSource, TrainSettings]:
-    """The dataset, and the settings with the configuration that its reference names."""
-    dataset, config = split_config(dataset)
-    settings = replace(settings, config=config or settings.config)
-    return locate(dataset, settings.config), settings
 
 
 def require_settings(

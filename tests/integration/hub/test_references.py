@@ -97,7 +97,7 @@ from distill_datasets.training.data import locate
 found = []
 for reference in {references}:
     source = locate(reference, {config!r})
-    rows = source.load({config!r})["train"]["query"][:]
+    rows = source.load()["train"]["query"][:]
     found.append([source.revision, source.files, rows])
 print(json.dumps(found))
 """
@@ -290,11 +290,12 @@ print(json.dumps([
     replay({NAME!r}, "mine", config="said"),
     replay({NAME!r}, "mine"),
     diff({NAME!r}, {NAME!r}, config="said").empty,
-    len(source.load("said")["train"]),
+    len(source.load()["train"]),
     source.manifest["config"],
+    locate({f"{NAME}:said"!r}).load()["train"].config_name,
 ]))
 """
-    assert said(hub, code) == ["Name", "Say ", 6, 6, True, 4, "said"]
+    assert said(hub, code) == ["Name", "Say ", 6, 6, True, 4, "said", "said"]
 
 
 def test_no_request_goes_elsewhere(hub: Hub, release: str) -> None:
