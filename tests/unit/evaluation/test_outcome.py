@@ -6,21 +6,13 @@ from distill_datasets.evaluation.comparison import Comparison
 from distill_datasets.evaluation.metrics import Metrics
 from distill_datasets.evaluation.outcome import alerts_of, judge_rows
 from distill_datasets.evaluation.texts import Texts
-from distill_datasets.recipes.recipe import Recipe
+from tests.support.recipes import any_recipe
 
 
 def texts(
     said: dict[str, list[str]], references: list[str | None] | None = None, **keys: Any
 ) -> Texts:
-    fields: dict[str, Any] = {
-        "name": "any",
-        "description": "x",
-        "teacher": "openai:x",
-        "queries": {"hub": "me/any", "revision": "v1"},
-        "prompt": "Answer.",
-        "response": "{{ text }}",
-    }
-    recipe = Recipe(**{**fields, **keys})
+    recipe = any_recipe(**{"response": "{{ text }}", **keys})
     answers = {
         system: Dataset.from_list(
             [

@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,18 +10,9 @@ from distill_datasets.evaluation.systems import is_free_text
 from distill_datasets.evaluation.texts import Texts, metric_names
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.similarity import chrf
+from tests.support.recipes import any_recipe
 
-
-def recipe(**keys: Any) -> Recipe:
-    fields = {
-        "name": "any",
-        "description": "x",
-        "teacher": "openai:x",
-        "queries": {"hub": "me/any", "revision": "v1"},
-        "prompt": "Answer.",
-        "response": "{{ text }}",
-    }
-    return Recipe(**{**fields, **keys})
+recipe = partial(any_recipe, response="{{ text }}")
 
 
 def texts(

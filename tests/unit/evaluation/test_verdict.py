@@ -16,8 +16,8 @@ from distill_datasets.evaluation.verdict import (
     lines,
     main_metric,
 )
-from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.statistics import mcnemar, paired, power
+from tests.support.recipes import any_recipe
 
 
 def right(both: int, teacher: int = 0, student: int = 0, neither: int = 0) -> PairedRows:
@@ -175,17 +175,6 @@ def test_of_differences_that_are_the_margin_5_percent_at_most_replace(
 COLOURS = {"choices": ["red", "blue"]}
 
 
-def recipe(**keys: Any) -> Recipe:
-    fields = {
-        "name": "colours",
-        "description": "x",
-        "teacher": "openai:x",
-        "queries": {"hub": "me/colours", "revision": "v1"},
-        "prompt": "Name the colour.",
-    }
-    return Recipe(**{**fields, **keys})
-
-
 @pytest.mark.parametrize(
     ("keys", "references", "metric"),
     [
@@ -201,11 +190,11 @@ def recipe(**keys: Any) -> Recipe:
 def test_the_first_metric_that_applies_decides(
     keys: dict[str, Any], references: list[str | None], metric: str
 ) -> None:
-    assert main_metric(recipe(**keys), references) == metric
+    assert main_metric(any_recipe(**keys), references) == metric
 
 
 def test_the_margin_is_no_part_of_what_makes_rows() -> None:
-    assert recipe().margin == 0.02
-    assert recipe(margin=0.05).digest == recipe().digest
+    assert any_recipe().margin == 0.02
+    assert any_recipe(margin=0.05).digest == any_recipe().digest
     with pytest.raises(ValueError, match="greater than 0"):
-        recipe(margin=0)
+        any_recipe(margin=0)

@@ -1,7 +1,7 @@
 """What a test split can decide is said before it is paid for, and no more of it is bought."""
 
 from collections import Counter
-from typing import Any
+from functools import partial
 
 import pytest
 from datasets import Dataset
@@ -10,18 +10,10 @@ from distill_datasets.errors import SettingsError
 from distill_datasets.recipes.evidence import HeldOutRows, keep_for_evidence
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.statistics import least_margin, rows_needed
+from tests.support.recipes import any_recipe
 
-
-def recipe(**keys: Any) -> Recipe:
-    fields = {
-        "name": "colours",
-        "description": "x",
-        "teacher": "openai:x",
-        "queries": {"hub": "me/colours", "revision": "v1"},
-        "prompt": "Name the colour.",
-        "split": {"train": 0.5, "validation": 0.1, "test": 0.4},
-    }
-    return Recipe(**{**fields, **keys})
+SPLIT = {"train": 0.5, "validation": 0.1, "test": 0.4}
+recipe = partial(any_recipe, split=SPLIT)
 
 
 def queries(size: int = 1, **splits: int) -> Dataset:
