@@ -68,26 +68,24 @@ class Sweep:
         return DataFrame(facts).drop(columns="values")
 
     def _repr_html_(self) -> str:
-        finished = [trial for trial in self.trials if trial.loss is not None]
-        lowest = min((trial.loss or 0.0 for trial in finished), default=0.0)
-        highest = max((trial.loss or 0.0 for trial in finished), default=1.0)
+        losses = [trial.loss for trial in self.trials if trial.loss is not None]
+        best = self.best if losses else None
+        bounds = min([0.0, *losses]), max([1e-9, *losses])
         names = list(self.trials[0].values) if self.trials else []
         lines = [
             [
                 *trial.values.values(),
                 trial.loss,
-                ""
-                if trial.loss is None
-                else html.plot(whisker(trial.loss, bounds=(min(0.0, lowest), max(highest, 1e-9)))),
+                "" if trial.loss is None else html.plot(whisker(trial.loss, bounds=bounds)),
                 trial.best_step,
                 trial.seconds,
                 trial.parameters,
-                trial.error or ("best" if finished and trial is self.best else ""),
+                trial.error or ("best" if trial is best else ""),
             ]
             for trial in self.trials
         ]
         head = [*names, "loss", "0 to the highest", "best step", "seconds", "parameters", ""]
-        said = f"Best: {self.best.folder}" if finished else "No training was finished"
+        said = f"Best: {best.folder}" if best else "No training was finished"
         return html.card(f"{said}, of {len(self.trials)} in {self.path}", html.table(lines, head))
 
     def table(self) -> str:
