@@ -105,7 +105,7 @@ class _TensorBoard:
         self._writer.close()
 
 
-def panels(
+def _panels(
     metrics: Sequence[Mapping[str, Any]],
 ) -> list[tuple[str, dict[str, list[tuple[int, float]]]]]:
     """Each kind of number that the lines hold, with its curves over the steps."""
@@ -116,7 +116,7 @@ def panels(
 def panels_html(metrics: Sequence[Mapping[str, Any]], best: int | None = None) -> list[Markup]:
     """Every panel as inline SVG, with the step of the `best` checkpoint marked on the loss."""
     drawn = []
-    for name, lines in panels(metrics):
+    for name, lines in _panels(metrics):
         at = dict(lines.get("validation", ()))
         marks = [Mark(best, at[best], f"best: step {best}")] if best in at else []
         log = False, name == _PANELS[0][0]
@@ -133,7 +133,7 @@ def draw_curves(
     """
     from matplotlib.figure import Figure
 
-    drawn = panels(metrics)
+    drawn = _panels(metrics)
     if not drawn:
         return
     # No automatic layout: it would take as long as all the rest.
