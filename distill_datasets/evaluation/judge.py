@@ -39,13 +39,14 @@ from distill_datasets.files import read_yaml
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import (
     CachedClient,
+    all_of,
     estimated_tokens,
     outcome,
     run_in_thread,
 )
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.generation.voting import ScoringModel, all_of
+from distill_datasets.generation.voting import ScoringModel
 from distill_datasets.models.sampler import (
     Sample,
     Sampler,

@@ -8,7 +8,7 @@ limit, asks, puts the answer on disk, gives the place back, and asks again what 
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -84,6 +84,18 @@ async def outcome(work: Awaitable[T]) -> T | Exception:
         raise
     except Exception as error:
         return error
+
+
+async def all_of(requests: Iterable[Awaitable[T]]) -> list[T]:
+    """Every result; raises only when all have ended, since what is in flight is paid for.
+
+    Of several failures the first is raised, or one that ends the run.
+    """
+    found = await asyncio.gather(*requests, return_exceptions=True)
+    failures = [result for result in found if isinstance(result, BaseException)]
+    if failures:
+        raise min(failures, key=lambda failure: not isinstance(failure, FATAL))
+    return [result for result in found if not isinstance(result, BaseException)]
 
 
 def work_in_thread(work: Callable[[], T], *, stop: Callable[[], None]) -> T:
@@ -363,14 +375,7 @@ class ManyRequests:
                 progress.advance(1)
                 return reply
 
-            async def every() -> list[Reply | BaseException]:
-                return await asyncio.gather(*map(one, self.requests), return_exceptions=True)
-
-            found = run_in_thread(every, stop=client.stop)
-        failures = [one for one in found if isinstance(one, BaseException)]
-        if failures:
-            raise min(failures, key=lambda failure: not isinstance(failure, FATAL))
-        return [one for one in found if not isinstance(one, BaseException)]
+            return run_in_thread(lambda: all_of(map(one, self.requests)), stop=client.stop)
 
 
 class Places:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_datasets.conversations import readable
+from distill_datasets.generation.client import all_of
 from distill_datasets.generation.turns import why_over
 from distill_datasets.generation.voting import (
     Best,
@@ -18,7 +19,6 @@ from distill_datasets.generation.voting import (
     RowRequests,
     ScoringModel,
     TeacherSample,
-    all_of,
 )
 from distill_datasets.models.sampler import (
     Reply,

@@ -1,12 +1,11 @@
 """Which of several answers to one query is kept, by majority, verifier or judge."""
 
-import asyncio
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from distill_datasets.errors import FATAL
+from distill_datasets.generation.client import all_of
 from distill_datasets.models.sampler import Reply, Sample, Sampler, Sampling, request_digest, total
 from distill_datasets.recipes.checks import FAILED
 from distill_datasets.recipes.parsing import find_all
@@ -17,8 +16,6 @@ NONE_PARSED = "no sample parsed"
 NO_MAJORITY = "no majority"
 REFUSED = "verifier refused"
 NO_SCORE = "judge gave no score"
-
-T = TypeVar("T")
 
 
 class Client(Protocol):
@@ -248,15 +245,3 @@ class Best:
             text: judge.score(reply.samples[0]) for text, reply in zip(texts, replies, strict=True)
         }
         return {text: score for text, score in scores.items() if score is not None}
-
-
-async def all_of(requests: Iterable[Awaitable[T]]) -> list[T]:
-    """Every result; raises only when all have ended, since what is in flight is paid for.
-
-    Of several failures the first is raised, or one that ends the run.
-    """
-    found = await asyncio.gather(*requests, return_exceptions=True)
-    failures = [result for result in found if isinstance(result, BaseException)]
-    if failures:
-        raise min(failures, key=lambda failure: not isinstance(failure, FATAL))
-    return [result for result in found if not isinstance(result, BaseException)]
