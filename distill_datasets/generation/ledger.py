@@ -3,7 +3,6 @@
 A run that takes them over says whose they are and how many, and can ask for some of them again.
 """
 
-import asyncio
 import json
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.errors import DatasetError
 from distill_datasets.files import write_file
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import CachedClient, run_in_thread
+from distill_datasets.generation.client import CachedClient, ManyRequests
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.teachers import PromptedModel, Teachers
@@ -23,7 +22,6 @@ from distill_datasets.generation.turns import Request, known_requests
 from distill_datasets.hub.references import Pinned, find_release
 from distill_datasets.models.sampler import Reply, Sampling, request_digest
 from distill_datasets.parquet import ROWS_PER_BATCH, read_batches
-from distill_datasets.progress import Progress
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import SOURCE
 
@@ -231,22 +229,12 @@ def verify_answers(
     drawn = nsmallest(settings.verify_ledger, takeable, key=lambda one: one[0].key)
     if not drawn:
         return {"asked": 0, "agree": 0}
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        Journal(Path(scratch, "journal")) as fresh,
-        Progress("verify", len(drawn), meter=meter) as progress,
-    ):
-        client = CachedClient(fresh, progress, limits=settings.limits, meter=meter)
-
-        async def ask_all() -> list[Reply]:
-            requests = (
-                client.sample(model.sampler, request.messages, request.sampling)
-                for request, model, _ in drawn
-            )
-            return await asyncio.gather(*requests)
-
-        replies = run_in_thread(ask_all, stop=client.stop)
-        progress.advance(len(drawn))
+    requests = ManyRequests(
+        [(model.sampler, request.messages, request.sampling) for request, model, _ in drawn]
+    )
+    with tempfile.TemporaryDirectory() as scratch, Journal(Path(scratch, "journal")) as fresh:
+        client = CachedClient(fresh, limits=settings.limits, meter=meter)
+        replies = requests.ask(client, title="verify")
     agree = sum(
         _answers(model, query, journal.get(request.key)) == _answers(model, query, reply)
         for (request, model, query), reply in zip(drawn, replies, strict=True)
