@@ -78,9 +78,11 @@ def replay(source: Path | str, out: Path | str, *, config: str | None = None) ->
     Returns how many answers were new to the run. Nothing in `out` is made without any.
     """
     release = _find(source, config)
-    if release is None or not any((release.path / LEDGER).glob("*.parquet")):
-        return 0
-    with Journal(Path(out) / "journal.sqlite") as journal:
+    return _replayed(release, Path(out)) if release else 0
+
+
+def _replayed(release: Pinned, out: Path) -> int:
+    with Journal(out / "journal.sqlite") as journal:
         return restore(release.path, journal)
 
 
@@ -107,11 +109,13 @@ def ledger_digests(source: Path | str, *, config: str | None = None) -> set[str]
     return {digest for _, batch in batches for digest in batch["digest"].to_pylist()}
 
 
-def _find(source: Path | str, config: str | None) -> Pinned | None:
+def _find(source: Path | str, config: str | None = None) -> Pinned | None:
+    """The release that a source is, where it carries a ledger."""
     try:
-        return find_release(source, (LEDGER,), config)
+        release = find_release(source, (LEDGER,), config)
     except DatasetError as error:
         raise DatasetError(f"{error} Run without the ledger to buy every answer.") from error
+    return release if release and any((release.path / LEDGER).glob("*.parquet")) else None
 
 
 def answering_requests(
@@ -176,10 +180,10 @@ def who_was_asked(recipe: Recipe, generation: Mapping[str, Any]) -> Sequence[tup
 
 def take_over(release: Path | str, folder: Path) -> None:
     """Put the answers in a release's ledger into a run's journal, and note where they are from."""
-    found = find_release(release, (LEDGER,))
-    if found is None or not any((found.path / LEDGER).glob("*.parquet")):
+    found = _find(release)
+    if found is None:
         return
-    new = replay(release, folder)
+    new = _replayed(found, folder)
     if not new and (folder / _ORIGIN).exists():
         return
     manifest = json.loads((found.path / "manifest.json").read_text(encoding="utf-8"))
