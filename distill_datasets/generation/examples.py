@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import RecipeError, RejectedError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import CachedClient, outcome, run_in_thread
+from distill_datasets.generation.client import CachedClient, all_of, run_in_thread
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.teachers import Teachers
@@ -80,13 +80,15 @@ def choose_examples(
     tried = choices(recipe.examples, len(recipe.all_examples))
     with (
         Journal(journal) as kept,
-        Progress("choose examples", most_answers(recipe), meter=meter) as progress,
+        Progress("choose examples", _most(len(tried), len(rows)), meter=meter) as progress,
     ):
         client = CachedClient(kept, progress, limits=settings.limits, meter=meter)
 
         async def right(some: Sequence[Choice], part: Sequence[int]) -> dict[Choice, int]:
+            # `select` takes an empty list, and no empty range at the end.
             return {
-                one: await _right(_with(teachers, one), client, _part(rows, part)) for one in some
+                one: await _right(_with(teachers, one), client, rows.select([*part]))
+                for one in some
             }
 
         async def search() -> dict[Choice, float]:
@@ -115,6 +117,10 @@ def choose_examples(
     return _with(teachers, chosen), facts
 
 
+def _most(tried: int, rows: int) -> int:
+    return _answers(tried, min(tried, _FINALISTS + 1), rows)
+
+
 def _answers(tried: int, finalists: int, rows: int) -> int:
     first = min(_FIRST_ROWS, rows)
     return tried * first + finalists * (rows - first)
@@ -125,8 +131,7 @@ def most_answers(recipe: Recipe) -> int:
     if recipe.examples is None or recipe.examples.choose is None:
         return 0
     tried = choices(recipe.examples, len(recipe.all_examples))
-    finalists = min(len(tried), _FINALISTS + 1)
-    return _answers(len(tried), finalists, len(development_rows(recipe)))
+    return _most(len(tried), len(development_rows(recipe)))
 
 
 def _with(teachers: Teachers, choice: Choice) -> Teachers:
@@ -137,23 +142,16 @@ def _with(teachers: Teachers, choice: Choice) -> Teachers:
     return replace(teachers, recipe=recipe, members=members)
 
 
-def _part(rows: "Dataset", places: Sequence[int]) -> "Dataset":
-    """The rows in these places, which may be none: `select` takes no empty range at the end."""
-    return rows.select(list(places))
-
-
 async def _right(teachers: Teachers, client: CachedClient, rows: "Dataset") -> int:
     """How many rows are answered rightly; what the provider rejects for good is wrong."""
-    from asyncio import gather
 
     async def right(query: str, reference: str) -> bool:
-        found = await outcome(teachers.answer(query, client, reference))
-        client.progress.advance(1)
-        if isinstance(found, Exception):
-            if not isinstance(found, RejectedError):
-                raise found  # a choice is not worse because a server was away
+        try:
+            first, *_ = await teachers.answer(query, client, reference)
+        except RejectedError:  # of other failures no choice is the worse
             return False
-        return bool(found[0].get("answer") == reference)
+        finally:
+            client.progress.advance(1)
+        return bool(first.get("answer") == reference)
 
-    pairs = zip(rows["query"], rows["reference"], strict=True)
-    return sum(await gather(*(right(*pair) for pair in pairs)))
+    return sum(await all_of(map(right, rows["query"], rows["reference"])))
