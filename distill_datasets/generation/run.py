@@ -121,14 +121,14 @@ def generate(
     settings = settings or GenerateSettings()
     teachers = open_teachers(recipe, teacher, trust=settings.trust, **settings.opening)
     folder = share.folder(out) if share else Path(out)
-    teachers, found = _with_examples(teachers, folder, settings, meter)
     untouched = open_untouched(teachers.recipe, settings)
+    if meter is not None:
+        meter.check([*teachers.models, *(one.model for one in untouched.values())])
+    teachers, found = _with_examples(teachers, folder, settings, meter)
     fingerprint = _fingerprint(teachers, untouched, settings, share)
     if meter is None and (summary := _finished(folder, fingerprint, settings)):
         return _generated(folder, summary)
     chosen = select_rows(teachers.recipe, untouched, settings, share)
-    if meter is not None:
-        meter.check([*teachers.models, *(one.model for one in untouched.values())])
     with one_writer(folder, "run"), _new_answers(folder) as building:
         if settings.ledger and not isinstance(recipe, Recipe):
             take_over(recipe, folder)

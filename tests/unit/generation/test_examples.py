@@ -3,13 +3,15 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import pytest
 import yaml
 
-from distill_datasets.errors import RecipeError, ServiceError
+from distill_datasets.errors import PriceError, RecipeError, ServiceError
 from distill_datasets.generation.examples import choices, most_answers
+from distill_datasets.generation.pricing import Meter, Price, Prices
 from distill_datasets.generation.run import generate
 from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
 from distill_datasets.recipes.loading import load_recipe
@@ -128,6 +130,22 @@ def test_a_server_that_is_away_makes_no_choice_worse(tmp_path: Path) -> None:
     folder = recipe(tmp_path, choose=2, by="development")
     with pytest.raises(ServiceError, match="away"):
         generate(folder, out=tmp_path / "run", teacher=Pupil(fails=True))
+
+
+@pytest.mark.filterwarnings("ignore:1 queries are examples")
+def test_a_model_of_the_mix_without_a_price_is_refused_before_a_choice_is_tried(
+    tmp_path: Path,
+) -> None:
+    folder, pupil = recipe(tmp_path, choose=2, by="development"), Pupil()
+    keys = yaml.safe_load((folder / "recipe.yaml").read_text())
+    keys["mix"] = [{"name": "beyond", "share": 0.2, "file": "beyond.jsonl", "model": "pocket"}]
+    (folder / "beyond.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(20)))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(keys))
+    price = Price(prompt=1.0, response=1.0)
+    meter = Meter(Prices(date=date(2026, 11, 1), currency="USD", models={"pupil": price}))
+    with pytest.raises(PriceError, match="pocket"):
+        generate(folder, out=tmp_path / "run", teacher=pupil, meter=meter)
+    assert not pupil.calls
 
 
 def test_choices_are_each_tried_once_and_begin_with_the_files_order() -> None:
