@@ -402,8 +402,8 @@ def _requests(
     turns = recipe.turns_of(query)
     if len(found) < turns and answered.get(found[-1].key) is None:
         for turn in range(len(found), turns):
-            key = request_digest(found[-1].key, *model.request(query, [""] * turn))
-            yield Request(key, *model.request(query, [""] * turn)), turn - len(found) + 1
+            asks = model.request(query, [""] * turn)
+            yield Request(request_digest(found[-1].key, *asks), *asks), turn - len(found) + 1
 
 
 def _texts(queries: "Dataset") -> Iterator[str]:
