@@ -57,7 +57,7 @@ def answered_contents(
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    for rows in answers.stream() if isinstance(answers, Joined) else stream(answers):
+    for rows in _tables(answers):
         if pa.types.is_string(rows["error"].type):
             raise DatasetError(
                 "The answers were written by an earlier version: expected `error` with a type, "
@@ -79,11 +79,15 @@ def answered_contents(
             yield (REJECTED,), dropped.select(schema.names).cast(schema)
 
 
+def _tables(answers: "Dataset | Joined") -> Iterator["pa.Table"]:
+    return answers.stream() if isinstance(answers, Joined) else stream(answers)
+
+
 def tally_checks(answers: "Dataset | Joined", recipe: Recipe) -> CheckTally:
     """How many of the rows that a release keeps pass each of the recipe's checks."""
     tally = CheckTally(recipe)
     if tally.facts:
-        for rows in answers.stream() if isinstance(answers, Joined) else stream(answers):
+        for rows in _tables(answers):
             own, _ = _parted(rows)
             for row in own.to_pylist():
                 tally.add(row)
@@ -92,7 +96,7 @@ def tally_checks(answers: "Dataset | Joined", recipe: Recipe) -> CheckTally:
 
 def mixed_rows(answers: "Dataset | Joined", part: str) -> Iterator[dict[str, Any]]:
     """The rows of a part of the recipe's mix, those that can't be used too."""
-    for rows in answers.stream() if isinstance(answers, Joined) else stream(answers):
+    for rows in _tables(answers):
         _, mixed = _parted(rows)
         yield from (row for row in mixed.to_pylist() if row[SOURCE] == part)
 
