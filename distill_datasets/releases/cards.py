@@ -11,6 +11,7 @@ from distill_datasets.progress import amount_text
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.card_merge import Halves, card_text, markers, merged, size_category
 from distill_datasets.releases.manifest import side_config
+from distill_datasets.schema import EARLIER
 from distill_datasets.tables import interval_text
 
 if TYPE_CHECKING:
@@ -53,14 +54,10 @@ def dataset_card(
     metadata that differs from what `card_metadata` gave for it, which stands beside it.
     """
     facts: dict[str, Any] = {
-        "repo": None,
-        "config": "default",
-        "history": [],
-        "panel": None,
-        "examples": None,
+        **{"repo": None, "config": "default", "history": [], "panel": None, "examples": None},
+        **{"prompt": True, "warnings": [], "from_ledger": [], "checks": {}, "mix": []},
+        **manifest,
     }
-    facts |= {"prompt": True, "warnings": [], "from_ledger": [], "checks": {}, "mix": []}
-    facts |= manifest
     text = _fill("dataset.md", {**facts, **_seen(recipe), **_row(example, recipe)})
     begin, end = markers(facts["config"])
     metadata = {**card_metadata(manifest["splits"], recipe), **layout}
@@ -83,7 +80,7 @@ def _row(example: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     if not (recipe.holds_conversations or recipe.tools) or not example:
         return {"example": example, "conversation": None}
     messages = [json.loads(one) if isinstance(one, str) else one for one in example["messages"]]
-    aside = ("query", "messages", "tools", "earlier_responses", "response")
+    aside = ("query", "messages", "tools", EARLIER, "response")
     others = {name: value for name, value in example.items() if name not in aside}
     return {"example": others, "conversation": shown(messages)}
 

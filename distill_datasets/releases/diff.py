@@ -42,10 +42,8 @@ _CONTENT = (
     *("teacher", "raw", "rejection", "error"),
     *("candidates", "agreement", "score"),
 )
-_ADDED = (
-    EARLIER,
-    SOURCE,
-)  # columns that few recipes have, and that are content where they hold anything
+# Columns that few recipes have, and that are content where they hold anything.
+_ADDED = (EARLIER, SOURCE)
 _COMPARED = (*_CONTENT, *_ADDED)
 _COUNTS = ("teacher_prompt_tokens", "teacher_cached_tokens", "teacher_response_tokens")
 _LENGTHS = ("prompt_tokens", "response_tokens", "response_characters")
