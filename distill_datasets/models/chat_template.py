@@ -79,9 +79,7 @@ class ChatTemplateRenderer(Renderer):
                 self.build_generation_prompt, self.build_supervised_example, learned
             )
         asked = self._tokens(messages[:-1])
-        text = ensure_text(messages[-1]["content"])
-        if made := messages[-1].get("tool_calls"):
-            text = write_calls(text, read_calls([one.model_dump() for one in made]))
+        text = spoken_text(messages[-1])
         answered = [*self.tokenizer.encode(text, add_special_tokens=False), self._end]
         weights = torch.tensor([0.0] * len(asked) + [1.0] * len(answered))
         return tinker.ModelInput.from_ints(asked + answered), weights
@@ -94,8 +92,7 @@ class ChatTemplateRenderer(Renderer):
         try:
             content, calls = split_calls(text)
             if calls:
-                made = [ToolCall.model_validate(one) for one in tool_calls(calls)]
-                message |= {"content": content, "tool_calls": made}
+                message = _calling(content, calls)
         except ValueError as error:
             message["unparsed_tool_calls"] = [UnparsedToolCall(raw_text=text, error=str(error))]
         if thoughts:
@@ -217,9 +214,15 @@ class ChatTemplateRenderer(Renderer):
         return int(end)
 
 
-def _calling(content: str, calls: Sequence[Call]) -> dict[str, Any]:
+def _calling(content: str, calls: Sequence[Call]) -> Message:
     made = [ToolCall.model_validate(one) for one in tool_calls(calls)]
-    return {"role": "assistant", "content": content, "tool_calls": made}
+    return Message(role="assistant", content=content, tool_calls=made)
+
+
+def spoken_text(message: Mapping[str, Any]) -> str:
+    """A message's words, and behind them its calls as `write_calls` writes them."""
+    words, made = ensure_text(message["content"]), message.get("tool_calls")
+    return write_calls(words, read_calls([one.model_dump() for one in made])) if made else words
 
 
 def _declared(name: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from distill_datasets.conversations import (
 )
 from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.models.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
-from distill_datasets.models.chat_template import marked, several_turns
+from distill_datasets.models.chat_template import marked, several_turns, spoken_text
 from distill_datasets.models.sampler import split_thoughts
 
 _WORDS = """\
@@ -381,10 +381,7 @@ def _in_words(
 
 def _spoken(message: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in message.items() if key != "tool_calls"}
-    if made := message.get("tool_calls"):
-        calls = read_calls([call.model_dump() for call in made])
-        plain["content"] = write_calls(ensure_text(message["content"]), calls)
-    return plain
+    return {**plain, "content": spoken_text(message)} if message.get("tool_calls") else plain
 
 
 def _told(messages: list[Any], tools: Sequence[Mapping[str, Any]], role: str) -> list[Any]:
