@@ -2,11 +2,11 @@
 
 Every sampled token counts, the stop token too, however short the answer; later places are not
 credited to earlier tokens. With the reverse KL the student learns, at each place that it reached,
-the gradient of the divergence over its own likeliest tokens; or, over the sampled token alone, a
-one-sample estimate by policy gradients, where a token's advantage is the teacher's log-probability
-of it less the student's own, and importance sampling corrects for the steps learned since. That
-takes less of a server and more luck: a student whose answers don't vary gets no gradient. With the
-forward KL the teacher's likeliest tokens at these places are targets.
+the gradient of the divergence over its own likeliest tokens and all others as one; or, over the
+sampled token alone, a one-sample estimate by policy gradients, where a token's advantage is the
+teacher's log-probability of it less the student's own, and importance sampling corrects for the
+steps learned since. That takes less of a server and more luck: a student whose answers don't vary
+gets no gradient. With the forward KL the teacher's likeliest tokens at these places are targets.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -6,7 +6,7 @@ much each is learned.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tinker
@@ -21,6 +21,7 @@ from distill_datasets.training.student import (
 )
 
 _LEAST = float(np.log(np.finfo(np.float32).tiny))  # no server's probability is smaller, but for 0
+_LEAST_REST = 1e-6  # of float32 probabilities that add up to 1
 
 
 @dataclass(frozen=True)
@@ -77,32 +78,57 @@ def reverse_targets(
     student: NDArray[np.floating],
     teacher: NDArray[np.floating],
 ) -> SoftTargets:
-    """Targets whose cross-entropy has the gradient of the reverse KL over the tokens `ids` (N, K).
+    """Targets whose cross-entropy has the exact gradient of `reverse_kl`.
 
-    `student` and `teacher` (N, K) are log-probabilities, the student's from its current weights. A
-    token weighs p (a - Σ p a / Σ p), where p is how likely the student finds it and a by how much
-    likelier the teacher does: the weights of a place add up to 0. The first column is the
-    response's own token, which weighs nothing.
+    `student` and `teacher` (N, K) are log-probabilities of the tokens `ids`, the student's from its
+    current weights. A token weighs p (a - r), where p is how likely the student finds it, and a and
+    r by how much likelier the teacher finds it and all other tokens together: as p of the rest is
+    what the K leave, its gradient is theirs. The first column is the response's own token, which
+    weighs nothing.
     """
-    p, gain = np.exp(np.asarray(student, np.float64)), _gain(student, teacher)
-    mean = (p * gain).sum(axis=1, keepdims=True) / p.sum(axis=1, keepdims=True)
+    p, gain, rest = _shares(student, teacher)
     own = np.asarray(tokens, np.int64)[:, None]
-    weights = np.concatenate([np.zeros_like(p[:, :1]), p * (gain - mean)], axis=1)
+    weights = np.concatenate([np.zeros_like(p[:, :1]), p * (gain - rest.gain)], axis=1)
     others = np.where(np.isfinite(student), ids, own)
     return SoftTargets(np.concatenate([own, others], axis=1), weights.astype(np.float32))
 
 
 def reverse_kl(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Nats at each of N places by which the student leaves the teacher, over the tokens (N, K)."""
-    p = np.exp(np.asarray(student, np.float64))
-    return np.asarray(-(p * _gain(student, teacher)).sum(axis=1) / p.sum(axis=1), np.float64)
+    """Nats at each of N places by which the student leaves the teacher, never less than 0.
+
+    Over the tokens (N, K), and all others as one token more.
+    """
+    p, gain, rest = _shares(student, teacher)
+    # p - p exp(a) adds up to 0 over both whole distributions; with it no term is below 0.
+    terms = [one * (np.expm1(a) - a) for one, a in ((p, gain), (rest.p, rest.gain))]
+    return np.asarray(sum(term.sum(axis=1) for term in terms), np.float64)
 
 
-def _gain(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Places with fewer tokens than others end with minus infinity on the student's side."""
+class _Rest(NamedTuple):
+    """All other tokens as one (N, 1): how likely, and by how much likelier to the teacher."""
+
+    p: NDArray[np.float64]
+    gain: NDArray[np.float64]
+
+
+def _shares(
+    student: NDArray[np.floating], teacher: NDArray[np.floating]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], _Rest]:
+    """The student's probabilities of tokens (N, K), by how much likelier the teacher finds them in
+    nats, and the rest. Places with fewer tokens end with minus infinity on the student's side.
+
+    What float32 can't tell from a rest of 0 counts as the least rest: as the gradient there falls
+    with the rest itself, that moves it by nothing.
+    """
     likely = np.isfinite(student)
     ours = np.where(likely, student, 0.0).astype(np.float64)
-    return np.where(likely, np.maximum(teacher, _LEAST) - ours, 0.0)
+    theirs = np.where(likely, np.maximum(teacher, _LEAST), -np.inf).astype(np.float64)
+    p = np.where(likely, np.exp(ours), 0.0)
+    left, taught = (
+        np.maximum(1 - one.sum(axis=1, keepdims=True), _LEAST_REST) for one in (p, np.exp(theirs))
+    )
+    gain = np.where(likely, theirs - ours, 0.0)
+    return p, gain, _Rest(left, np.log(taught) - np.log(left))
 
 
 def soft_batch(

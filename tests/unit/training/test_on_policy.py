@@ -43,19 +43,21 @@ def test_per_example_a_short_answer_weighs_as_much_as_a_long_one() -> None:
     assert sums == pytest.approx([-0.5, -0.5])
 
 
-def test_the_reverse_kl_moves_probability_among_what_the_student_would_say() -> None:
-    """The student finds 7 and 8 likely; the teacher prefers 8, by two nats, and doesn't know 2."""
+def test_the_reverse_kl_moves_probability_to_what_the_teacher_finds_likelier() -> None:
+    """The student says 7, 8 or another by 0.75, 0.2, 0.05; the teacher by 0.25, 0.7, 0.05."""
     answer = rollout([7, 2], [-1.0, -2.0], [-4.0, -0.5])
-    judged = np.log([[0.75, 0.25]] * 2) + np.array([0.0, 2.0])
-    batch = reverse_batch([replace(answer, judged=judged)], "token")
+    ranking = Ranking(np.array([[7, 8]] * 2), np.log([[0.75, 0.2]] * 2))
+    answer = replace(answer, ranking=ranking, judged=np.log([[0.25, 0.7]] * 2))
+    batch = reverse_batch([answer], "token")
     assert batch.loss == "cross_entropy"
     fields = batch.datums[0].loss_fn_inputs
     weights, targets = fields["weights"].to_numpy(), fields["target_tokens"].to_numpy()
     assert targets[2:].tolist() == [[7, 7, 8], [2, 7, 8]]
-    # p (a - mean of a): 0.75 (0 - 0.5) and 0.25 (2 - 0.5), of two tokens each.
-    assert weights[2:] == pytest.approx(np.array([[0, -0.1875, 0.1875]] * 2))
+    # p (a - a of the rest, which is 0), of two tokens each.
+    less, more = 0.75 * np.log(0.25 / 0.75) / 2, 0.2 * np.log(0.7 / 0.2) / 2
+    assert weights[2:] == pytest.approx(np.array([[0, less, more]] * 2))
     assert not weights[:2].any()
-    assert divergence([replace(answer, judged=judged)]) == pytest.approx(-0.5)
+    assert divergence([answer]) == pytest.approx(-2 * (less + more))
 
 
 def test_the_forward_kl_teaches_the_teachers_likeliest_at_each_place_reached() -> None:

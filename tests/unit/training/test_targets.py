@@ -76,28 +76,45 @@ def test_float16_moves_a_distribution_by_less_than_its_entropy_over_2048() -> No
         assert moved.max() > 0
 
 
-def test_reverse_targets_have_the_gradient_of_the_divergence() -> None:
-    """Over all tokens there are, three places of six."""
+@pytest.mark.parametrize("mass", [0.3, 0.7, 0.99, 1 - 1e-9])
+def test_reverse_targets_have_the_gradient_of_the_divergence_with_the_rest_as_one_token(
+    mass: float,
+) -> None:
+    """Over a vocabulary of 200, of whose tokens the 8 likeliest have that much of the student."""
     made = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 6, generator=made, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(3, 6, generator=made, dtype=torch.float64).log_softmax(1)
+    tops = torch.randn(5, 8, generator=made, dtype=torch.float64).softmax(1) * mass
+    others = torch.rand(5, 192, generator=made, dtype=torch.float64) + 0.1
+    others *= (1 - mass) / others.sum(1, keepdim=True)
+    logits = torch.cat([tops, others], 1).log().requires_grad_()
+    teacher = torch.randn(5, 200, generator=made, dtype=torch.float64).mul(2).log_softmax(1)
     student = logits.log_softmax(1)
-    divergence = (student.exp() * (student - teacher)).sum(1)
+    grouped = [
+        torch.cat([p[:, :8], p[:, 8:].sum(1, True)], 1) for p in (student.exp(), teacher.exp())
+    ]
+    divergence = (grouped[0] * (grouped[0].log() - grouped[1].log())).sum(1)
     (wanted,) = torch.autograd.grad(divergence.sum(), logits, retain_graph=True)
-    said, ids = [5, 0, 2], np.tile(np.arange(6), (3, 1))
-    found = reverse_targets(said, ids, student.detach().numpy(), teacher.numpy())
-    assert found.tokens[:, 0].tolist() == said
+    likely = [one[:, :8].detach().float().numpy() for one in (student, teacher)]
+    found = reverse_targets([5] * 5, np.tile(np.arange(8), (5, 1)), *likely)
+    assert found.tokens[:, 0].tolist() == [5] * 5 and not found.weights[:, 0].any()
     learned = student.gather(1, torch.from_numpy(found.tokens))
-    loss = -(learned * torch.from_numpy(found.weights)).sum()
-    (gradient,) = torch.autograd.grad(loss, logits)
-    assert gradient.numpy() == pytest.approx(wanted.numpy(), abs=1e-6)
-    apart = reverse_kl(student.detach().numpy(), teacher.numpy())
-    assert apart == pytest.approx(divergence.detach().numpy())
+    (gradient,) = torch.autograd.grad(-(learned * torch.from_numpy(found.weights)).sum(), logits)
+    assert torch.cosine_similarity(gradient.ravel(), wanted.ravel(), dim=0) > 0.9999
+    assert gradient.norm() == pytest.approx(float(wanted.norm()), rel=1e-3)
+    assert reverse_kl(*likely) == pytest.approx(divergence.detach().numpy(), rel=1e-3)
+
+
+def test_the_reverse_kl_of_a_part_of_the_vocabulary_is_never_negative() -> None:
+    """A teacher that likes each of the likeliest tokens better has less for the others."""
+    student, teacher = np.log([[0.5, 0.2], [0.9, 0.1], [1.0, 1e-9]]), np.log([[0.6, 0.39]] * 3)
+    apart = reverse_kl(student, teacher)
+    wanted = 0.5 * np.log(0.5 / 0.6) + 0.2 * np.log(0.2 / 0.39) + 0.3 * np.log(0.3 / 0.01)
+    assert apart[0] == pytest.approx(wanted) and (apart > 0).all()
+    assert reverse_kl(student, student).tolist() == pytest.approx([0.0] * 3, abs=1e-5)
 
 
 def test_a_place_with_fewer_likely_tokens_has_its_own_again_and_stays_finite() -> None:
     student = np.array([[np.log(0.5), np.log(0.25), -np.inf]])
-    teacher = np.array([[-np.inf, np.log(0.5), 0.0]])
+    teacher = np.array([[-np.inf, np.log(0.7), 0.0]])
     found = reverse_targets([7], np.array([[1, 2, 0]]), student, teacher)
     assert found.tokens.tolist() == [[7, 1, 2, 7]]
     assert np.isfinite(found.weights).all()
