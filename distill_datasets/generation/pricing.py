@@ -28,6 +28,7 @@ HOURS_A_MONTH = 730  # a twelfth of 365 days
 _PER = 1_000_000  # prices are for so many tokens
 _STATED = "USD"  # what providers state costs in
 _ROUNDING = 1 + 1e-9
+_READ = 1  # token that a request must sample to have its prompt read
 _FRAME = 16  # tokens that a chat format puts around a message
 _CATALOGUE = 1000  # and around its tools
 _JSON = 3  # times as many bytes as it may have elsewhere
@@ -220,6 +221,22 @@ class Meter:
     def count(self, sampler: Sampler, reply: Reply, *, batch: bool = False) -> None:
         """Add a reply that was just bought, alone or in a provider's `batch`."""
         self._add(sampler.identity, self.cost(sampler.identity, reply, batch=batch))
+
+    def read(self, identity: str, prompts: Sequence[int]) -> None:
+        """Count requests that only read prompts of so many tokens, before they are sent: all or
+        none.
+
+        Raises `BudgetReached` where they don't fit together, and `PriceError` for a model without
+        a price. Nothing is known of the server's cache: a prompt costs as much as uncached.
+        """
+        if self.prices is None:
+            raise PriceError(f"No price is known for {identity!r}: name a price file (--prices).")
+        price = self.prices.of(identity)
+        costs = [price.of(tokens, 0, _READ) for tokens in prompts]
+        if self.budget is not None and self.spent + sum(costs) > self.budget * _ROUNDING:
+            raise BudgetReached(self._stopped())
+        for cost in costs:
+            self._add(identity, cost)
 
     @asynccontextmanager
     async def room(

@@ -245,12 +245,17 @@ class Judged(NamedTuple):
 
 
 def likelihoods(
-    connection: "Connection", conversations: Sequence[Judged], *, title: str
+    connection: "Connection",
+    conversations: Sequence[Judged],
+    *,
+    title: str,
+    spend: Callable[[Sequence[int]], None] | None = None,
 ) -> list[Likelihood]:
     """Of the last message of each conversation, after all before it and its tools.
 
-    Costs a request a conversation, whose prompt is read and from which nothing is sampled. Raises
-    `ModelError`, `AccessError` or `ServiceError`.
+    Costs a request a conversation, whose prompt is read and from which nothing is sampled;
+    `spend` gets the tokens of some of them before those are sent. Raises `ModelError`,
+    `AccessError` or `ServiceError`, and what `spend` raises.
     """
     scorer = Scorer(connection)
     found: list[Likelihood] = []
@@ -258,6 +263,8 @@ def likelihoods(
         for first in range(0, len(conversations), _AT_ONCE):
             part = conversations[first : first + _AT_ONCE]
             spans = [_span(connection, one) for one in part]
+            if spend:
+                spend([len(context) + len(answer) for context, answer in spans])
             pending = [scorer.read(context, answer) for context, answer in spans]
             for (context, answer), request in zip(spans, pending, strict=True):
                 nats = -float(request.result().logprobs.sum())

@@ -6,19 +6,23 @@ answers: 0 is the base without the prompt, 1 the teacher with it. Nothing is cli
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from distill_datasets.conversations import assistant_message
 from distill_datasets.errors import DatasetError
-from distill_datasets.models.scoring import Judged, likelihoods
+from distill_datasets.models.scoring import Judged, Likelihood, likelihoods
 from distill_datasets.statistics import Bootstrap, Floats, resamples
 
 if TYPE_CHECKING:
+    from distill_datasets.generation.pricing import Meter
     from distill_datasets.models.connection import Connection
     from distill_datasets.recipes.recipe import Recipe
     from distill_datasets.schema import Message
+
+    Meters = Mapping[str, Meter | None]  # by the names of systems; None for one without a price
 
 _RESAMPLES = 2_000
 _LEAST_ROWS, _HARDLY = 20, 0.05  # answers, and nats a token between base and teacher, to report
@@ -70,22 +74,28 @@ class TeacherAnswer:
         query = row["query"]
         part = recipe.part(query)[0]
         calls = part.tools is not None
-        taught = [*recipe.messages(query), assistant_message(said, calls=calls)]
-        learned = [*recipe.student_messages(query), assistant_message(response, calls=calls)]
+        asked, seen = recipe.messages(query), recipe.student_messages(query)
+        taught = [*asked, assistant_message(said, calls=calls, after=asked)]
+        learned = [*seen, assistant_message(response, calls=calls, after=seen)]
         return cls(row["group"], taught, learned, part.tools_text, part.student_tools, ended)
 
 
 def reference_likelihoods(
-    answers: Sequence[TeacherAnswer], *, base: "Connection", teacher: "Connection"
+    answers: Sequence[TeacherAnswer],
+    *,
+    base: "Connection",
+    teacher: "Connection",
+    meters: "Meters | None" = None,
 ) -> ReferenceLikelihoods:
     """Ask both how likely they find the teacher's answers; costs two requests an answer.
 
     Where a recipe rewrites what the teacher says, the teacher is asked about its own words: it
-    gives the answer at least that likelihood.
+    gives the answer at least that likelihood. `meters` count what "base" and "teacher" are asked;
+    raises `BudgetReached` before the first request that one has no room for.
     """
-    without = likelihoods(base, _learned(answers), title="base's likelihood")
+    without = _likelihoods("base", base, _learned(answers), meters)
     asked = [Judged(one.taught, one.taught_tools, one.ended) for one in answers]
-    taught = likelihoods(teacher, asked, title="teacher's likelihood")
+    taught = _likelihoods("teacher", teacher, asked, meters)
     return ReferenceLikelihoods(
         groups=[one.group for one in answers],
         tokens=[one.tokens for one in without],
@@ -94,20 +104,31 @@ def reference_likelihoods(
     )
 
 
+def _likelihoods(
+    system: str, model: "Connection", asked: Sequence[Judged], meters: "Meters | None"
+) -> list[Likelihood]:
+    meter = (meters or {}).get(system)
+    spend = partial(meter.read, model.identity) if meter else None
+    return likelihoods(model, asked, title=f"{system}'s likelihood", spend=spend)
+
+
 def _learned(answers: Sequence[TeacherAnswer]) -> list[Judged]:
     return [Judged(one.learned, one.learned_tools, one.ended) for one in answers]
 
 
 def measure_internalisation(
-    answers: Sequence[TeacherAnswer], connections: "Mapping[str, Connection]"
+    answers: Sequence[TeacherAnswer],
+    connections: "Mapping[str, Connection]",
+    meters: "Meters | None" = None,
 ) -> dict[str, Any]:
     """The score of `connections` "student" between "base" and "teacher", with its interval.
 
-    Besides, every system's nats a response token; costs three requests an answer. Where a score
-    would say nothing, `why` stands in its place.
+    Besides, every system's nats a response token; costs three requests an answer, which `meters`
+    count by the systems' names. Where a score would say nothing, `why` stands in its place.
     """
-    ends = reference_likelihoods(answers, base=connections["base"], teacher=connections["teacher"])
-    found = likelihoods(connections["student"], _learned(answers), title="student's likelihood")
+    base, teacher = connections["base"], connections["teacher"]
+    ends = reference_likelihoods(answers, base=base, teacher=teacher, meters=meters)
+    found = _likelihoods("student", connections["student"], _learned(answers), meters)
     student = [one.nats for one in found]
     systems = {"base": ends.base, "teacher": ends.teacher, "student": student}
     nats = {name: per_token(nats, ends) for name, nats in systems.items()}

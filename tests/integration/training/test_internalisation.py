@@ -1,10 +1,13 @@
 """The internalisation score of real models' likelihoods."""
 
 from dataclasses import replace
+from datetime import date
 
 import pytest
 from tinker import LoraConfig
 
+from distill_datasets.errors import BudgetReached
+from distill_datasets.generation.pricing import Meter, Price, Prices
 from distill_datasets.models.references import connect
 from distill_datasets.training.internalisation import (
     TeacherAnswer,
@@ -68,3 +71,18 @@ def test_an_end_that_the_teacher_did_not_make_is_not_counted(model: str) -> None
     assert [one - 1 for one in whole.tokens] == list(found.tokens)
     for shorter, longer in zip(found.base, whole.base, strict=True):
         assert shorter < longer
+
+
+def test_a_budget_stops_before_the_first_request_that_it_has_no_room_for(model: str) -> None:
+    base = connect(model)
+    price = Price(prompt=1.0, response=1.0)
+    prices = Prices(date=date(2026, 1, 1), currency="USD", models={model: price})
+    enough, none = Meter(prices, budget=1.0), Meter(prices, budget=1e-9)
+    systems = {"base": enough, "teacher": enough, "student": None}
+    connections = dict.fromkeys(systems, base)
+    measure_internalisation(ANSWERS[:2], connections, systems)
+    tokens = enough.spent * 1e6
+    assert tokens > 4 * 20  # of two conversations, each read twice
+    with pytest.raises(BudgetReached):
+        measure_internalisation(ANSWERS[:2], connections, {**systems, "teacher": none})
+    assert none.spent == 0 and enough.spent * 1e6 == pytest.approx(1.5 * tokens, rel=0.2)

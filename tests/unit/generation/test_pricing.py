@@ -360,3 +360,16 @@ def test_answers_out_of_a_batch_stay_cheaper_in_the_next_run(
         journal.put("b", "openai:gpt-x", reply(0, 1_000))
     meter = open_meter(prices, budget=None, journal=path)
     assert meter is not None and meter.spent == pytest.approx(0.015)
+
+
+def test_requests_that_only_read_are_counted_before_they_are_sent_all_or_none(
+    prices: Prices,
+) -> None:
+    meter, one = Meter(prices, budget=0.3), prices.of("openai:gpt-x").of(1_000, 0, 1)
+    meter.read("openai:gpt-x/digest", [1_000] * 2)
+    assert meter.spent == pytest.approx(2 * one)
+    with pytest.raises(BudgetReached):
+        meter.read("openai:gpt-x", [1_000] * 1_000)
+    assert meter.spent == pytest.approx(2 * one)
+    with pytest.raises(PriceError, match="no price for 'openai:other'"):
+        meter.read("openai:other", [1])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from distill_datasets.conversations import to_text
+from distill_datasets.conversations import assistant_message, to_text
 from distill_datasets.errors import DatasetError
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.training.internalisation import (
@@ -84,3 +84,28 @@ def test_an_answer_stands_in_what_teacher_and_student_see(tmp_path: Path) -> Non
     kept = TeacherAnswer.to(recipe.replace(student={"tools": "keep"}), row, said, said)
     assert kept.learned_tools == answer.taught_tools
     assert [*kept.learned] == [*asked, called]
+
+
+def test_calls_of_an_answer_are_numbered_after_those_of_the_conversation(tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text(
+        '[{"type": "function", "function": {"name": "look", "parameters": {}}}]'
+    )
+    recipe = Recipe(
+        name="support",
+        description="Support.",
+        teacher="pocket",
+        queries={"file": "queries.jsonl", "messages": "messages"},
+        tools="tools.json",
+        prompt="Look before you answer.",
+        folder=tmp_path,
+    )
+    said = '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'
+    asked = [
+        {"role": "user", "content": "Where is it?"},
+        assistant_message(said, calls=True),
+        {"role": "tool", "content": "nowhere"},
+    ]
+    answer = TeacherAnswer.to(recipe, {"query": to_text(asked), "group": "a"}, said, said)
+    for conversation in (answer.taught, answer.learned):
+        ids = [call["id"] for one in conversation for call in one.get("tool_calls", ())]
+        assert ids == ["call_1", "call_2"]
