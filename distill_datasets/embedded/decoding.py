@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from .model import LoadedModel
 from .prefix_attention import AttentionPlan, KeyValues
-from .scheduler import Prefix
+from .scheduler import Constraint, Prefix, SampleJob, Watch
 from .wire import (
     MOST_SCORES,
     Array,
@@ -162,15 +162,22 @@ class _OpenSample:
     """One sample in the making."""
 
     owner: int
+    index: int
     request: SampleRequest
     limit: int
     ends: frozenset[int]
+    watch: Watch | None
+    constraint: Constraint | None
     drawn: DrawnSample = field(default_factory=lambda: DrawnSample([], [], [], False))
 
     def add(self, token: int, logprob: float, base: LoadedModel) -> bool:
         """Append a token; True when the sample is complete."""
         self.drawn.tokens.append(token)
         self.drawn.logprobs.append(logprob)
+        if self.constraint is not None:
+            self.constraint.accept(token)
+        if self.watch is not None and not self.watch(self.index, token, logprob):
+            return True
         self.drawn.stopped = token in self.ends or self._at_stop_text(base)
         return self.drawn.stopped or len(self.drawn.tokens) >= self.limit
 
@@ -196,18 +203,26 @@ class _Decoding:
     def __init__(
         self,
         base: LoadedModel,
-        requests: Sequence[SampleRequest],
+        jobs: Sequence[SampleJob],
         shared: Sequence[KeyValues] | None,
     ) -> None:
         self.base, self.shared = base, shared
         self.offset = shared[0][0].shape[2] if shared else 0
         self.rows = [
-            _OpenSample(owner, request, _limit(request, base), _ends(request, base))
-            for owner, request in enumerate(requests)
-            for _ in range(request.num_samples)
+            _OpenSample(
+                owner,
+                index,
+                job.request,
+                _limit(job.request, base),
+                _ends(job.request, base),
+                job.watch,
+                None if job.constrain is None else job.constrain(),
+            )
+            for owner, job in enumerate(jobs)
+            for index in range(job.request.num_samples)
         ]
         self.live = list(range(len(self.rows)))
-        counts = [request.num_samples for request in requests]
+        counts = [job.request.num_samples for job in jobs]
         self.firsts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
         self.settings = _settings(self.rows, base.device)
         self.cache = DynamicCache()
@@ -260,6 +275,19 @@ class _Decoding:
         logits: Tensor = network.get_output_embeddings()(hidden)
         return logits
 
+    def allow(self, logits: Tensor) -> Tensor:
+        """The logits with what a row's constraint forbids left out."""
+        rows = [(at, self.rows[index].constraint) for at, index in enumerate(self.live)]
+        bound = [(at, one.allowed()) for at, one in rows if one is not None]
+        if not bound:
+            return logits
+        if not all(allowed.any() for _, allowed in bound):
+            raise InvalidRequestError("expected a constraint that allows a token; found none")
+        index = torch.tensor([at for at, _ in bound], device=logits.device)
+        mask = torch.from_numpy(np.stack([allowed for _, allowed in bound])).to(logits.device)
+        left = logits[index].masked_fill(~mask, float("-inf"))
+        return logits.index_copy(0, index, left)
+
     def samples(self, owner: int) -> list[DrawnSample]:
         """What was drawn for one request."""
         return [row.drawn for row in self.rows if row.owner == owner]
@@ -281,11 +309,9 @@ def _limit(request: SampleRequest, base: LoadedModel) -> int:
 def _settings(rows: Sequence[_OpenSample], device: torch.device) -> RowSettings:
     drawn = [row.limit for row in rows if row.request.temperature > 0]
     numbers = np.zeros((len(rows), max(drawn, default=0)))
-    sample = 0
     for index, row in enumerate(rows):
-        sample = sample + 1 if index and rows[index - 1].owner == row.owner else 0
         if row.request.temperature > 0:
-            numbers[index, : row.limit] = uniforms(row.request.seed, sample, row.limit)
+            numbers[index, : row.limit] = uniforms(row.request.seed, row.index, row.limit)
     requests = [row.request for row in rows]
     return RowSettings(
         torch.tensor([one.temperature for one in requests], dtype=torch.float64, device=device),
@@ -298,19 +324,19 @@ def _settings(rows: Sequence[_OpenSample], device: torch.device) -> RowSettings:
 @torch.inference_mode()
 def decode(
     base: LoadedModel,
-    requests: Sequence[SampleRequest],
+    jobs: Sequence[SampleJob],
     shared: Sequence[KeyValues] | None,
     done: Finish,
 ) -> None:
     """Sample for all requests with the active adapter; `done` is called as each is complete."""
-    run = _Decoding(base, requests, shared)
+    run, requests = _Decoding(base, jobs, shared), [job.request for job in jobs]
     hidden = run.read_prompts()
     scores = score(requests, run.firsts, hidden, run.project)
     logits = run.project(hidden[:, -1])
     waiting = [request.num_samples for request in requests]
     step = 0
     while run.live:
-        tokens = choose(logits, run.settings, step)
+        tokens = choose(run.allow(logits), run.settings, step)
         over = _record(run, logits, tokens)
         for row in over:
             owner = run.rows[run.live[row]].owner

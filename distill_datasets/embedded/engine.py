@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.errors import DistillError
 
 from .model import LoadedModel, ModelCard, load_model
+from .scheduler import Constraint, Payload, Resolve, SampleJob
 from .store import ExecutionLog, Kind, Store, StoredCheckpoint, StoredRun
 from .wire import (
     Body,
     InvalidRequestError,
     MissingError,
-    SampleRequest,
     SampleResult,
     pb,
     write_sample_result,
@@ -37,9 +37,8 @@ if TYPE_CHECKING:
     from .scheduler import Prefixes
     from .trainer import Trainee
 
-# A finished request: protobuf bytes or JSON.
-Payload = bytes | dict[str, Any]
-Resolve = Callable[[Payload], None]
+__all__ = ["Constraint", "Payload", "Resolve", "SampleJob"]  # beside what is defined here
+
 # The key of the base model's own weights.
 BASE = "base"
 # Adapters kept in memory for sampling; others are read again when needed.
@@ -59,25 +58,6 @@ class Job:
 
     run: Callable[[], Payload]
     resolve: Resolve
-
-
-@dataclass(frozen=True)
-class SampleJob:
-    """A sample request from one version of the weights."""
-
-    weights: str
-    request: SampleRequest
-    resolve: Resolve
-
-    def joins(self, other: SampleJob) -> bool:
-        """Whether both may run in one batch.
-
-        Scores cost as much as the most that any request of a batch asks for.
-        """
-        own, others = self.request.scoring, other.request.scoring
-        alike = own.asked == others.asked and own.top == others.top
-        wide = [1 if one.targets is None else one.targets.ids.shape[1] for one in (own, others)]
-        return alike and self.weights == other.weights and (wide[0] == wide[1] or max(wide) <= 256)
 
 
 # Runs the first of the given samplings and whichever others fit; returns those that ran.
@@ -217,7 +197,7 @@ class Engine:
         def done(index: int, result: SampleResult) -> None:
             chosen[index].resolve(write_sample_result(chosen[index].request, result))
 
-        decode(base, [one.request for one in chosen], shared, done)
+        decode(base, chosen, shared, done)
         return chosen
 
     def _fits(self, sampling: SampleJob) -> bool:

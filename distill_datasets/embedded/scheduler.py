@@ -9,11 +9,58 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .prefix_attention import KeyValues
 from .wire import Ints, SampleRequest
+
+if TYPE_CHECKING:
+    from .prefix_attention import KeyValues
+
+# A finished request: protobuf bytes or JSON.
+Payload = bytes | dict[str, Any]
+Resolve = Callable[[Payload], None]
+
+# Called on the compute thread with a sample's index, each token as it is drawn, and its logprob.
+Watch = Callable[[int, int, float], bool]
+
+
+class Constraint(Protocol):
+    """Which tokens one sample may be made of."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which tokens of the vocabulary may be drawn next; at least one."""
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that was drawn."""
+
+
+@dataclass(frozen=True)
+class SampleJob:
+    """A sample request from one version of the weights.
+
+    `watch` sees each token as it is drawn, and gives a sample up by returning False;
+    `constrain` makes the constraint of each sample. Logprobs are the model's own all the same.
+    """
+
+    weights: str
+    request: SampleRequest
+    resolve: Resolve
+    watch: Watch | None = None
+    constrain: Callable[[], Constraint] | None = None
+
+    def joins(self, other: SampleJob) -> bool:
+        """Whether both may run in one batch.
+
+        Scores cost as much as the most that any request of a batch asks for.
+        """
+        own, others = self.request.scoring, other.request.scoring
+        alike = own.asked == others.asked and own.top == others.top
+        wide = [1 if one.targets is None else one.targets.ids.shape[1] for one in (own, others)]
+        return alike and self.weights == other.weights and (wide[0] == wide[1] or max(wide) <= 256)
+
 
 # Below this length a prefix costs more to keep apart than to compute again.
 SHORTEST = 24
