@@ -4,6 +4,7 @@ Or lines of JSON, for programs.
 """
 
 import json
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TextIO
@@ -147,7 +148,7 @@ class Progress:
         self._shown = time.monotonic()
         if self._bar is not None:
             bar, task = self._bar
-            bar.update(task, completed=self.done, detail=self._detail())
+            bar.update(task, completed=self.done, detail=self._detail(), left=self._left())
         elif self._cell is not None:
             self._cell.update(self._shown_in_cell(), raw=True)
         elif self._style == "json":
@@ -156,8 +157,7 @@ class Progress:
             print(self._plain_line(), file=self._stream, flush=True)
 
     def _detail(self) -> str:
-        seconds = max(time.monotonic() - self._began, 1e-9)
-        parts = [f"{(self.done - self._start) / seconds:,.1f} {self.unit}/s"]
+        parts = [self._speed()]
         if self.tokens:
             parts.append(f"{self.tokens:,} tokens")
         if self._meter is not None:
@@ -168,11 +168,22 @@ class Progress:
             parts.append(self._note)
         return "  ".join(parts)
 
+    def _speed(self) -> str:
+        new, seconds = self.done - self._start, max(time.monotonic() - self._began, 1e-9)
+        if not new and self.done < self.total:
+            return f"waiting for the first {self.unit}"
+        if 0 < new < seconds:
+            one = re.sub("ie$", "y", self.unit.removesuffix("s"))
+            return f"{seconds / new:,.1f} s a {one}"
+        return f"{new / seconds:,.1f} {self.unit}/s"
+
     def _plain_line(self) -> str:
-        facts = self.state("")
-        left = f", {facts['eta_seconds']:.0f} s left" if facts["eta_seconds"] else ""
-        clock = f"{facts['elapsed_seconds']:.0f} s{left}"
+        clock = ", ".join(filter(None, [f"{time.monotonic() - self._began:.0f} s", self._left()]))
         return f"{self.title}: {self.done}/{self.total} {self.unit}  {self._detail()}  {clock}"
+
+    def _left(self) -> str:
+        seconds = self.state("")["eta_seconds"]
+        return f"{seconds:.0f} s left" if seconds else ""
 
     def _shown_in_cell(self) -> dict[str, str]:
         """The state for a notebook: a bar, and the same as text for whatever shows no HTML."""
@@ -187,7 +198,6 @@ class Progress:
             MofNCompleteColumn,
             TextColumn,
             TimeElapsedColumn,
-            TimeRemainingColumn,
         )
         from rich.progress import Progress as Bar
 
@@ -197,11 +207,12 @@ class Progress:
             MofNCompleteColumn(),
             TextColumn("{task.fields[detail]}"),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),  # rich's own is silent about the first batch
             console=Console(file=self._stream),
         )
         bar.start()
-        return bar, bar.add_task(self.title, total=self.total, completed=self._start, detail="")
+        shown = {"detail": self._detail(), "left": ""}
+        return bar, bar.add_task(self.title, total=self.total, completed=self._start, **shown)
 
 
 def _line(state: dict[str, Any]) -> str:

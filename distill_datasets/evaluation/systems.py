@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.conversations import to_text
 from distill_datasets.errors import DatasetError, ModelError, SettingsError
 from distill_datasets.evaluation.latency import (
+    Latency,
     TimedSystem,
     UncachedClient,
     uncacheable,
@@ -331,11 +332,12 @@ def timed_systems(
     }
 
 
-def latency_note(rows: int) -> str:
+def latency_note(found: Latency) -> str:
     """How the latencies came about."""
+    requests = found.rows * len(found.milliseconds)
     return (
-        f"Latency is that of the first {rows} rows, one request at a time and "
-        "the systems in turns, from this client. A server may keep the teacher's prompt in its "
+        f"Latency is that of the first rows, {found.rows} of them, in {requests} requests, one at "
+        "a time and the systems in turns, from this client. A server may keep the teacher's prompt in its "
         "cache; uncached requests put a new line before the prompt, so that it is read anew."
     )
 

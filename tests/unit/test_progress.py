@@ -64,6 +64,28 @@ def test_plain_lines_come_at_the_start_every_five_seconds_and_at_the_end(clock: 
     assert lines[-1] == "generate: 100/100 rows  10.0 rows/s  200 tokens  10 s"
 
 
+def test_slow_work_says_what_it_waits_for_and_then_how_long_one_takes(clock: Clock) -> None:
+    stream = io.StringIO()
+    with Progress("label", 12, unit="queries", stream=stream) as shown:
+        clock.now += 30
+        shown.advance(0, note="sampling 2 of 4")
+        clock.now += 30
+        shown.advance(4)
+    first, waits, batch, _ = stream.getvalue().splitlines()
+    assert first == "label: 0/12 queries  waiting for the first queries  0 s"
+    assert waits == "label: 0/12 queries  waiting for the first queries  sampling 2 of 4  30 s"
+    assert batch == "label: 4/12 queries  15.0 s a query  sampling 2 of 4  60 s, 120 s left"
+
+
+def test_a_terminal_says_how_long_is_left_from_the_first_batch_on(clock: Clock) -> None:
+    stream = Terminal()
+    with Progress("label", 12, stream=stream) as shown:
+        clock.now += 60
+        shown.advance(4)
+    assert "15.0 s a row" in stream.getvalue()
+    assert "120 s left" in stream.getvalue()
+
+
 @pytest.mark.usefixtures("as_json")
 def test_json_lines_say_everything_once_a_second_at_most(clock: Clock) -> None:
     stream, purse = io.StringIO(), Purse()
