@@ -211,8 +211,10 @@ class Progress:
             console=Console(file=self._stream),
         )
         bar.start()
-        shown = {"detail": self._detail(), "left": ""}
-        return bar, bar.add_task(self.title, total=self.total, completed=self._start, **shown)
+        task = bar.add_task(
+            self.title, total=self.total, completed=self._start, detail=self._detail(), left=""
+        )
+        return bar, task
 
 
 def _line(state: dict[str, Any]) -> str:

@@ -152,9 +152,10 @@ def _group_count(known: NDArray[np.bool_], groups: Sequence[str]) -> float:
 
 
 class FieldMatch(_Metric):
-    """The mean share of the values in a reference's JSON that the answer has in the same place.
+    """The mean share of the reference's values that the answer has in the same place.
 
-    No answer has none of them; what the answer has beside them doesn't count.
+    Both are JSON, or `key: value; key: value`. No answer has none of them; what the answer has
+    beside them doesn't count.
     """
 
     def estimate(self, found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:  # noqa: D102

@@ -337,8 +337,8 @@ def latency_note(found: Latency) -> str:
     requests = found.rows * len(found.milliseconds)
     return (
         f"Latency is that of the first rows, {found.rows} of them, in {requests} requests, one at "
-        "a time and the systems in turns, from this client. A server may keep the teacher's prompt in its "
-        "cache; uncached requests put a new line before the prompt, so that it is read anew."
+        "a time and the systems in turns, from this client. A server may keep the teacher's prompt "
+        "in its cache; uncached requests put a new line before the prompt, so that it is read anew."
     )
 
 

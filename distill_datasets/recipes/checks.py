@@ -207,10 +207,14 @@ def _fields_equal(names: Sequence[str], said: Said) -> bool | None:
 
 
 def _structure(text: str | None) -> Any:
-    """The object or list that a text is; None for any other."""
+    """The object or list that a text is, as JSON or as `key: value; key: value`; else None."""
     with suppress(ValueError, RecursionError):
         value = read_json(text or "")
         return value if isinstance(value, dict | list) else None
+    parts = [part.partition(":") for part in (text or "").split(";")]
+    if len(parts) > 1 and all(key.strip() and colon for key, colon, _ in parts):
+        return {key.strip(): value.strip() for key, _, value in parts}
+    return None
 
 
 def _part(value: Any, path: str) -> str | None:
@@ -226,9 +230,10 @@ def _part(value: Any, path: str) -> str | None:
 
 
 def field_share(answer: str | None, reference: str) -> float:
-    """The share of the values in the reference's JSON that the answer has in the same place.
+    """The share of the reference's values that the answer has in the same place.
 
-    Of a reference that is neither an object nor a list: 1 where the answer equals it, else 0.
+    Both are JSON, or `key: value; key: value`. Of a reference that is neither an object nor a list:
+    1 where the answer equals it, else 0.
     """
     right = _structure(reference)
     if not right:

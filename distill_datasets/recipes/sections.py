@@ -412,8 +412,8 @@ class Check(Section):
     json_form: Annotated[bool | dict[str, Any] | None, Field(alias="json")] = None
     """`true` where the whole text is JSON, or the JSON schema that it fits."""
     fields: Words | None = None
-    """Parts of the answer's JSON, `a.b` within `a`, that equal the reference's; rows whose
-    reference is no JSON are not checked."""
+    """Parts of the answer's JSON (or `key: value; key: value`), `a.b` within `a`, that equal the
+    reference's; rows whose reference is no JSON are not checked."""
     contains: Words | None = None
     """Texts that all occur in the text, in upper or lower case, within words too."""
     contains_any: Words | None = None

@@ -201,6 +201,20 @@ def test_fields_are_compared_with_the_references_as_json_values() -> None:
     assert equal("a", reference=None) is None
 
 
+def test_fields_of_a_line_are_compared_by_their_names() -> None:
+    right = "name: Ada; city: Lima; quantity: 3"
+
+    def equal(field: str, answer: str | None, text: str = "") -> Any:
+        return check(said=Said(text, answer=answer, reference=right), fields=[field])
+
+    assert equal("name", "name: Ada; city: Rome")
+    assert not equal("city", "name: Ada; city: Rome")
+    assert not equal("name", None, "Ada orders 3 mugs: soon; perhaps")
+    assert equal("quantity", None, "quantity: 3; name: Eve")
+    assert field_share("city: Lima; name: Eve; quantity: 3", right) == pytest.approx(2 / 3)
+    assert field_share("Ada from Lima", right) == 0.0
+
+
 def test_the_share_of_equal_fields_counts_the_references_values() -> None:
     reference = '{"a": {"b": 1, "c": null}, "d": ["x", "y"], "e": []}'
     assert field_share(reference, reference) == 1
