@@ -336,9 +336,10 @@ def latency_note(found: Latency) -> str:
     """How the latencies came about."""
     requests = found.rows * len(found.milliseconds)
     return (
-        f"Latency is that of the first rows, {found.rows} of them, in {requests} requests, one at "
-        "a time and the systems in turns, from this client. A server may keep the teacher's prompt "
-        "in its cache; uncached requests put a new line before the prompt, so that it is read anew."
+        f"Latency is that of the first {found.rows} rows, {requests} requests in all, one request "
+        "at a time and the systems in turns, from this client. A server may keep the teacher's "
+        "prompt in its cache; uncached requests put a new line before the prompt, so that it is "
+        "read anew."
     )
 
 

@@ -608,7 +608,7 @@ def test_markdown_shows_the_comparison_costs_labels_and_rows(run: Path) -> None:
         "| teacher | yes | 0.750 [",
         "- `teacher`: teacher\n",
         "Prompt tokens a query: teacher 10.0 - student 1.0 = 9.0 saved",
-        "one request at a time",
+        "first 8 rows, 32 requests in all, one request at a time",
         "    blue   4     0.000  0.750    0.750",
         "    blue      -        -     red      plum",
     ):
