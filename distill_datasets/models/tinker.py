@@ -227,7 +227,9 @@ class TinkerSampler:
         return self.connection.renderer.get_stop_sequences()
 
     async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
-        """Answer once. `Sampling.stop` cuts the text here: its tokens are sampled, and paid."""
+        """Answer once. `Sampling.stop` cuts the text here: a server that isn't told of it samples,
+        and is paid for, what is behind.
+        """
         if sampling.extra is not None:
             raise ModelError(
                 f"{self.model!r} takes no further settings: expected a recipe without "
@@ -257,8 +259,18 @@ class TinkerSampler:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             seed=sampling.seed,
-            stop=self._stop,
+            stop=self._stops(sampling.stop),
         )
+
+    def _stops(self, texts: tuple[str, ...]) -> Any:
+        """Where a server ends a sample. The protocol takes texts or tokens, not both, and only the
+        server of a local model is known to find a control token by its text.
+        """
+        whole = all(isinstance(one, str) for one in self._stop)
+        if not texts or not (whole or self.connection.server is not None):
+            return self._stop
+        decode = self.connection.tokenizer.decode
+        return [*texts, *(one if isinstance(one, str) else decode([one]) for one in self._stop)]
 
     def _read(self, sequence: Any, sampling: Sampling) -> Sample:
         text, reasoning = self.connection.renderer.read_response(

@@ -24,8 +24,9 @@ from distill_datasets.errors import (
 )
 from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.models.connection import Connection
+from distill_datasets.models.references import connect
 from distill_datasets.models.renderers import open_renderer
-from distill_datasets.models.sampler import Logprobs, Reply, Sampling
+from distill_datasets.models.sampler import Logprobs, Reply, Sample, Sampling
 from distill_datasets.models.tinker import Prompts, TinkerSampler
 from distill_datasets.schema import Message
 from tests.support import tinker_endpoint
@@ -251,3 +252,23 @@ def test_an_answer_that_takes_too_long_may_be_asked_for_again(answer: list[int])
         with pytest.raises(RetryableError) as raised:
             ask(TinkerSampler(connection, timeout=0.1))
     assert raised.value.type == "time-out"
+
+
+def test_a_local_server_ends_a_sample_at_a_stop_text_and_at_the_turns_end(model: str) -> None:
+    sampler, messages = TinkerSampler(connect(model)), system("I am here")
+
+    def ask(**more: Any) -> Sample:
+        sampling = Sampling(temperature=1.0, max_tokens=200, seed=4, **more)
+        return asyncio.run(sampler.sample(messages, sampling)).samples[0]
+
+    whole = ask()
+    assert whole.stop_reason == "stop"
+    middle = whole.text[len(whole.text) // 2]
+    cut = ask(stop=(middle,))
+    assert cut.stop_reason == "stop"
+    assert cut.text == whole.text[: whole.text.index(middle)]
+    assert cut.tokens is not None
+    assert whole.tokens is not None
+    assert cut.tokens < whole.tokens
+    ended = ask(stop=("never said",))
+    assert (ended.tokens, ended.stop_reason) == (whole.tokens, whole.stop_reason)
