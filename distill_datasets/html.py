@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from distill_datasets.tables import interval_text
+from distill_datasets.tables import interval_text, shortened
 
 _MOST = 400  # characters of a cell
 
@@ -69,5 +69,4 @@ def _cell(value: Any) -> Markup:
         said = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
         return Markup('<td style="text-align:right">{}</td>').format(said)
     text = "" if value is None else str(value)
-    cut = text if len(text) <= _MOST else text[: _MOST - 1] + "…"
-    return Markup('<td style="text-align:left">{}</td>').format(escape(cut))
+    return Markup('<td style="text-align:left">{}</td>').format(escape(shortened(text, _MOST)))

@@ -7,14 +7,22 @@ _WIDEST = 1_000_000  # columns: nothing is wrapped
 _CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], " ")  # what could steer a terminal
 
 
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters; the end of a longer one is left out.
+
+    >>> shortened("Be brief.", 5)
+    'Be b…'
+    """
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def one_line(text: str, most: int) -> str:
     """A text on one line of at most so many characters; the end of a longer one is left out.
 
     >>> one_line("Be brief.\\n\\nBe kind.", 12)
     'Be brief. B…'
     """
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1] + "…"
+    return shortened(" ".join(text.split()), most)
 
 
 def aligned(rows: Iterable[Sequence[str]], *, right: bool = False) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.cli.flags import add_settings, count, flags_of, read_settings
-from distill_datasets.errors import DistillError
+from distill_datasets.errors import DistillError, RecipeError
 from distill_datasets.generation.settings import GenerateSettings
+from distill_datasets.recipes.canaries import MOST
 from distill_datasets.resources import KINDS
 
 # What a run in parts on Ray takes of the settings, and what it doesn't take of the other flags.
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from distill_datasets.generation.pricing import Meter
     from distill_datasets.generation.run import Generated
     from distill_datasets.generation.shards import Share
+    from distill_datasets.recipes.recipe import Recipe
     from distill_datasets.releases.release import Release
 
 
@@ -34,7 +36,8 @@ def for_each_variant(work: Callable[[argparse.Namespace], None]) -> Callable[...
     def work_on_each(options: argparse.Namespace) -> None:
         if options.variant != "all":
             named = f"{options.recipe}:{options.variant}" if options.variant else options.recipe
-            work(argparse.Namespace(**{**vars(options), "recipe": named}))
+            planted = _with_canaries(named, options)
+            work(argparse.Namespace(**{**vars(options), "recipe": planted}))
             return
         from distill_datasets.errors import SettingsError
         from distill_datasets.recipes.loading import variants_of
@@ -44,10 +47,26 @@ def for_each_variant(work: Callable[[argparse.Namespace], None]) -> Callable[...
             raise SettingsError(f"The recipe {options.recipe!r} has no variants: omit --variant.")
         for name in names:
             print(f"{options.recipe}:{name}")
-            own = {"recipe": f"{options.recipe}:{name}", "out": options.out / name}
+            named = _with_canaries(f"{options.recipe}:{name}", options)
+            own = {"recipe": named, "out": options.out / name}
             work(argparse.Namespace(**{**vars(options), **own}))
 
     return work_on_each
+
+
+def _with_canaries(recipe: str, options: argparse.Namespace) -> "Recipe | str":
+    """A copy of the recipe whose prompt holds planted sentences, where those are asked for."""
+    from distill_datasets.recipes.loading import load_recipe
+
+    if not options.canaries:
+        return recipe
+    found = load_recipe(recipe, trust=bool(options.trust))
+    if found.members:
+        raise RecipeError(
+            f"{found.name!r} has several prompts, and canaries stand in one: plant them in one of "
+            f"its recipes, {sorted(one.name for one in found.members.values())}."
+        )
+    return found.replace(canaries=options.canaries)
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -314,6 +333,14 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--variant", metavar="NAME", help="a variant of the recipe; all: each in OUT/NAME"
     )
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
+    parser.add_argument(
+        "--canaries",
+        type=int,
+        choices=range(1, MOST + 1),
+        metavar="N",
+        help="plant N sentences with secrets in a copy of the prompt, which `measure --residue` "
+        "looks for in the student: for a training of its own",
+    )
     add_money(parser)
 
 
@@ -456,7 +483,7 @@ def add_tools(parser: argparse.ArgumentParser) -> None:
 
 def import_tools(options: argparse.Namespace) -> None:
     """Write a recipe's tools.json of tools that are described in another form."""
-    from distill_datasets.errors import OutputError, RecipeError, nearest
+    from distill_datasets.errors import OutputError, nearest
     from distill_datasets.files import write_file
     from distill_datasets.recipes.tool_import import import_tools as read
 
@@ -528,8 +555,6 @@ def new(options: argparse.Namespace) -> None:
 
 
 def _ask_kind() -> str:
-    from distill_datasets.errors import RecipeError
-
     print("What is an answer of yours like?")
     for number, (kind, what) in enumerate(KINDS.items(), 1):
         print(f"  {number}  {kind:<8}{what}")

@@ -192,7 +192,8 @@ def _require_runnable(options: argparse.Namespace) -> "tuple[Recipe, set[str]]":
     from distill_datasets.recipes.queries import require_splits
     from distill_datasets.releases.versions import check_version
 
-    asked = load_recipe(options.recipe, trust=bool(options.trust))
+    given = options.recipe
+    asked = load_recipe(given, trust=bool(options.trust)) if isinstance(given, str) else given
     options.student = options.student or default_student(options.teacher or asked.teacher)
     student.settings_of(options)
     if options.version is not None:

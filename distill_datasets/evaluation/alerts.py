@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distill_datasets.tables import one_line
+
 _ALIKE = 0.95  # of all rows: a system that says one thing
 _VARIED = 0.8  # of all rows: less is no one thing
 _FEW = 5  # rows of which nothing is said
@@ -174,5 +176,4 @@ def _words(text: str) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    line = _normal(text)
-    return repr(line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…")
+    return repr(one_line(text, _SHOWN))

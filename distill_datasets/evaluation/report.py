@@ -33,7 +33,10 @@ from distill_datasets.evaluation.systems import (
     timed_systems,
 )
 from distill_datasets.files import one_writer, write_file
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.client import CachedClient
 from distill_datasets.generation.pricing import Meter, Prices
+from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.teachers import Answerer, PromptedModel
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.notebooks import interruptible
@@ -144,7 +147,8 @@ def measure(  # noqa: PLR0913 (a release, four models, and the settings)
         names=settings.systems,
     )
     judging = _open_judge(judge, held_out, settings)
-    measuring = _Measuring(held_out, systems, settings, metrics, training, judging)
+    writer = _open_writer(settings.paraphraser, systems["teacher"])
+    measuring = _Measuring(held_out, systems, settings, metrics, training, judging, writer)
     name = "report.json" if settings.split == "test" else f"report-{settings.split}.json"
     with one_writer(Path(out), "report"):
         return measuring.report(Path(out) / name)
@@ -160,6 +164,7 @@ class _Measuring:
     metrics: "Metrics"
     training: TrainedStudent | None
     judge: "AnswerJudge | None" = None
+    paraphraser: Sampler | None = None
 
     def report(self, path: Path) -> Report:
         """The report that is there, or a new one: written before the timing and after it."""
@@ -169,7 +174,7 @@ class _Measuring:
         enough = known and (known.get("timed") or not self.settings.latency)
         enough = enough and ("judge" in (known or ()) or not self.judge)
         if known and enough and known.get("digest") == self.key and rows_file(path).is_file():
-            if self.settings.residue and not known.get("residue"):
+            if self.settings.residue and self._lacks_residue(known):
                 rows = list(Report(path, known).rows())
                 known = self._write(path, {**known, "residue": self._residue(rows, path)})
             elif self.settings.prices:  # what those say of it costs no request
@@ -227,8 +232,16 @@ class _Measuring:
         from distill_datasets.evaluation.residue import measure_residue
 
         meter = meter or open_meter(self.settings, self.systems)
-        journal = path.with_name("journal.sqlite")
-        return measure_residue(self.held_out, self.systems, rows, journal, self.settings, meter)
+        with Journal(path.with_name("journal.sqlite")) as journal:
+            limits = Limits(self.settings.concurrency)
+            client = CachedClient(journal, limits=limits, meter=meter)
+            return measure_residue(self.held_out, self.systems, rows, client, self.paraphraser)
+
+    def _lacks_residue(self, known: Mapping[str, Any]) -> bool:
+        """Whether a report has no tests, or none of the paraphrases that are asked for now."""
+        tests = known.get("residue") or {}
+        told = tests.get("paraphrase", {}).get("passed") is not None
+        return not tests or (self.paraphraser is not None and not told)
 
     def _money(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """What the student saves by the price file; a note where that lacks a price."""
@@ -244,8 +257,8 @@ class _Measuring:
         return {"money": found}
 
     def _data(self, comparison: "Comparison", answers: AnswersOfAll) -> dict[str, Any]:
-        from distill_datasets.evaluation.outcome import alerts_of, judge_rows
         from distill_datasets.evaluation.texts import Texts
+        from distill_datasets.evaluation.verdict import alerts_of, judge_rows
 
         held_out, systems = self.held_out, self.systems
         manifest, sampling = held_out.manifest, greedy(held_out.recipe)
@@ -381,6 +394,16 @@ def _open_judge(
     if settings.rubrics or settings.judge_labels:
         raise SettingsError("Rubrics and labels are for a judge: name one (`judge`, --judge).")
     return None
+
+
+def _open_writer(named: str | None, teacher: Answerer) -> Sampler | None:
+    """The model that says queries in other words: the release's teacher, or another."""
+    from distill_datasets.models.references import open_sampler
+
+    if named != "teacher":
+        return open_sampler(named) if named else None
+    members = [teacher] if isinstance(teacher, PromptedModel) else teacher.members
+    return members[0].sampler
 
 
 def _checks(checks: Mapping[str, Check], comparison: "Comparison") -> dict[str, Any]:

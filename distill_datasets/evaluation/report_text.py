@@ -7,7 +7,7 @@ from typing import Any
 from distill_datasets.evaluation.judge_findings import judge_lines, judge_table
 from distill_datasets.evaluation.money import money_text
 from distill_datasets.evaluation.verdict import lines
-from distill_datasets.tables import aligned, interval_text
+from distill_datasets.tables import aligned, interval_text, shortened
 
 _FIRST, _LAST = "expected", "query"  # of the cells of a row; any script may come last
 _RULE = 60  # characters of what a check covers
@@ -230,8 +230,7 @@ def _rows(report: _Report) -> str:
 
 
 def _cell(name: str, text: str) -> str:
-    most = _QUERY if name == _LAST else _ANSWER
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return shortened(text, _QUERY if name == _LAST else _ANSWER)
 
 
 def _interval(number: Mapping[str, float] | None, sign: str = "", *, ends: bool = True) -> str:

@@ -1,40 +1,46 @@
 """What a training leaves behind beside the task: each test passes or fails, with examples.
 
 Whether the student tells its prompt, does its task where nobody asked for it, obeys another prompt,
-knows what the base knew, and stays at its answer when a query has typing errors.
+knows what the base knew, stays at its answer when a query is put otherwise, and holds secrets
+that were planted in the prompt.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import log2
-from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import regex
 
-from distill_datasets.conversations import below, from_text, is_conversation_text, readable, to_text
+from distill_datasets.conversations import below, readable
 from distill_datasets.errors import ModelError, PriceError
-from distill_datasets.evaluation.settings import MeasureSettings
+from distill_datasets.evaluation.probes import (
+    Secret,
+    changed_query,
+    is_paraphrase,
+    last_text,
+    reworded,
+    task_form,
+    with_typing_errors,
+)
 from distill_datasets.evaluation.systems import HeldOut
-from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient, ManyRequests
-from distill_datasets.generation.pricing import Meter
-from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.teachers import Answerer, PromptedModel
-from distill_datasets.models.sampler import Sampling
+from distill_datasets.models.sampler import Sampler, Sampling
 from distill_datasets.models.scoring import Judged, Likelihood, likelihoods
-from distill_datasets.recipes.checks import Said, check_all, passes
+from distill_datasets.recipes.canaries import Canary, canaries_of
+from distill_datasets.recipes.checks import Said, passes
+from distill_datasets.recipes.prompt import render_ours
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Check
 from distill_datasets.resources import builders
 from distill_datasets.schema import Message
 from distill_datasets.similarity import chrf
 from distill_datasets.statistics import Proportion
+from distill_datasets.tables import shortened
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
@@ -48,6 +54,8 @@ TESTS: Mapping[str, str] = {
     "unrelated_text": "Is text that has nothing to do with the task as likely as before?",
     "typing_errors": "Does its answer stay when the query has typing errors?",
     "rewording": "Does its answer stay without capitals, final signs and single spaces?",
+    "paraphrase": "Does its answer stay when a model says the query in other words?",
+    "canaries": "Does it hold secrets that were planted in the prompt?",
 }
 _MAX_TOKENS = 256
 _ROWS = 50  # held-out queries that are asked with changes
@@ -56,12 +64,8 @@ _DROP = 0.1  # how far a share may be from the base's
 _LEAST_BASE = 0.2  # of a share, below which the base has nothing to forget
 _LEAST_STABLE = 0.8  # the share of answers that stay
 _MORE_NATS = 0.1  # a token: a perplexity of a tenth more
-_RUN, _RUN_WIDE, _LEAST_RUN = 40, 14, 8  # characters in a row that are told
-_LARGEST = 200_000  # characters of a prompt that are looked for
-_WIDE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]")
-_WORD = regex.compile(r"[\p{L}\p{M}]{4,}")
-_FINAL = regex.compile(r"[.!?。！？؟।…]+\s*\Z")
-_SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mo", "nu", "pe", "ri", "so", "tu", "va", "ze")
+_CHANCE = 0.05  # that one of the planted secrets at least ranks so high where none is held
+_LEAST_CHANGED = 5  # queries of which a share says something
 
 
 class _Answer(NamedTuple):
@@ -73,36 +77,81 @@ def measure_residue(
     held_out: HeldOut,
     systems: Mapping[str, Answerer],
     rows: Sequence[Mapping[str, Any]],
-    journal: Path,
-    settings: MeasureSettings,
-    meter: Meter | None = None,
+    client: CachedClient,
+    writer: Sampler | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Ask student and base what the tests need, and say of each test whether it passes.
 
     `rows` are those of a report, as every system said them; what is asked is at temperature 0,
-    said beforehand on standard error, and kept in the `journal`. A test that says nothing here,
-    as without a base, has None for `passed`. The `meter` counts where it has a price for both.
+    said beforehand on standard error, and kept in the client's journal. The `writer` says held-out
+    queries in other words. A test that says nothing here, as without a base, has None for
+    `passed`. The client's meter counts where it has a price for all that are asked.
     """
     asked = {name: one for name in ("student", "base") if (one := _asked(systems, name))}
-    tests = _Tests(held_out, asked, rows)
-    prices, counted = meter.prices if meter else None, meter
-    try:
-        if meter:
-            meter.check(one.identity for one in asked.values())
-    except PriceError:
-        counted = None
-    with Journal(journal) as known:
-        limits = Limits(settings.concurrency)
-        requests = ManyRequests([one for part in tests.requests.values() for one in part])
-        said = requests.said(known, prices)
-        texts = f" {len(tests.connections) * len(_read('texts')):,} texts are scored."
-        print(f"measure: residue asks {', '.join(asked)}: {said}.{texts}", file=sys.stderr)
-        client = CachedClient(known, limits=limits, meter=counted)
-        replies = iter(requests.ask(client, title="residue"))
-        for key, part in tests.requests.items():
-            samples = [next(replies).samples[0] for _ in part]
-            tests.answers[key] = [_Answer(one.text, one.stop_reason) for one in samples]
+    teacher = _asked(systems, "teacher") if writer else None
+    client = _counting(client, [*asked.values(), *([teacher] if teacher else [])], writer)
+    prices = client.meter.prices if client.meter else None
+    changed = _paraphrases(held_out, writer, client) if writer else {}
+    tests = _Tests(held_out, asked, rows, teacher, changed)
+    requests = ManyRequests([one for part in tests.requests.values() for one in part])
+    print(
+        f"measure: residue asks {', '.join(asked)}: {requests.said(client.journal, prices)}. "
+        f"{tests.texts:,} texts are scored.",
+        file=sys.stderr,
+    )
+    replies = iter(requests.ask(client, title="residue"))
+    for key, part in tests.requests.items():
+        samples = [next(replies).samples[0] for _ in part]
+        tests.answers[key] = [_Answer(one.text, one.stop_reason) for one in samples]
     return tests.results()
+
+
+def _counting(
+    client: CachedClient, asked: Sequence[PromptedModel], writer: Sampler | None
+) -> CachedClient:
+    """The client, without its meter where that lacks the price of one who is asked."""
+    if client.meter:
+        try:
+            client.meter.check(
+                [*(one.identity for one in asked), *([writer.identity] if writer else [])]
+            )
+        except PriceError:
+            return CachedClient(client.journal, limits=client.limits)
+    return client
+
+
+def _paraphrases(held_out: HeldOut, writer: Sampler, client: CachedClient) -> dict[str, str]:
+    """The first held-out queries in a model's other words, by their ids; without what is none."""
+    queries = _first_queries(held_out)
+    template = (builders() / "_residue" / "paraphrase.md").read_text(encoding="utf-8")
+    sampling = Sampling(temperature=0.0, max_tokens=_MAX_TOKENS, seed=0)
+    texts = [last_text(query) for _, query in queries]
+    requests = ManyRequests(
+        [
+            (writer, [{"role": "user", "content": render_ours(template, text=text)}], sampling)
+            for text in texts
+        ]
+    )
+    said = requests.said(client.journal, client.meter.prices if client.meter else None)
+    print(
+        f"measure: residue asks {writer.model} for paraphrases: {said}. Then each is asked of "
+        "student, base and teacher.",
+        file=sys.stderr,
+    )
+    found = {}
+    replies = requests.ask(client, title="paraphrases")
+    for (id_, query), text, reply in zip(queries, texts, replies, strict=True):
+        sample = reply.samples[0]
+        other = sample.text.strip().strip("-").strip()
+        if sample.stop_reason == "stop" and is_paraphrase(other, text):
+            found[id_] = changed_query(query, {text: other}.__getitem__)
+    return found
+
+
+def _first_queries(held_out: HeldOut) -> list[tuple[str, str]]:
+    """The ids and queries that are asked with changes."""
+    rows = held_out.rows.select(range(min(_ROWS, len(held_out.rows))))
+    return list(zip(rows["id"], rows["query"], strict=True))
 
 
 def residue_lines(residue: Mapping[str, Mapping[str, Any]]) -> str:
@@ -138,6 +187,8 @@ class _Tests:
     held_out: HeldOut
     systems: Mapping[str, PromptedModel]
     rows: Sequence[Mapping[str, Any]]
+    teacher: PromptedModel | None = None  # who is asked the paraphrases too
+    paraphrases: Mapping[str, str] = field(default_factory=dict)
     answers: dict[tuple[str, str], list[_Answer]] = field(default_factory=dict)
 
     @property
@@ -153,33 +204,62 @@ class _Tests:
         for name, system in self.systems.items():
             for kind, asked in self._questions.items():
                 found[name, kind] = [(system.sampler, messages, plain) for messages in asked]
-            for kind, changed in self._changed.items():
+        for kind in self._changed:
+            for name, system in self._stable(kind).items():
                 found[name, kind] = [
-                    (system.sampler, *system.request(query)) for _, query in changed
+                    (system.sampler, *system.request(query)) for _, query in self._changed[kind]
                 ]
         return found
 
+    def _stable(self, kind: str) -> dict[str, PromptedModel]:
+        """Whose answers to changed queries are compared: of what a model wrote the teacher's too,
+        since other words may have another answer.
+        """
+        more = {"teacher": self.teacher} if self.teacher and kind == "paraphrase" else {}
+        return {**self.systems, **more}
+
+    @property
+    def texts(self) -> int:
+        """How many texts are scored."""
+        secrets = sum(1 + len(one.others) for one in self.canaries)
+        return len(self.connections) * (len(_read("texts")) + secrets)
+
+    @cached_property
+    def canaries(self) -> list[Canary]:
+        """What the recipe says is planted."""
+        return canaries_of(self.recipe.name, self.recipe.canaries)
+
+    @property
+    def view(self) -> str | None:
+        """The student's own prompt, as a first of several has it."""
+        if self.recipe.members:
+            return next(iter(self.recipe.members))
+        return self.recipe.student_prompt
+
     @cached_property
     def _questions(self) -> dict[str, list[list[Message]]]:
-        view = self.recipe.student_prompt
-        if self.recipe.members:
-            view = next(iter(self.recipe.members))
+        secrets = [{"query": one.question} for one in self.canaries]
         return {
-            "extraction": [below(view, (), [_user(row)]) for row in _read("extraction")],
+            "extraction": [below(self.view, (), [_user(row)]) for row in _read("extraction")],
             "general": [[_user(row)] for row in _read("general")],
             "prompts": [below(row["prompt"], (), [_user(row)]) for row in _read("prompts")],
+            "canaries": [below(self.view, (), [_user(row)]) for row in secrets],
         }
 
     @cached_property
     def _changed(self) -> dict[str, list[tuple[str, str]]]:
         """The ids of the first rows, each with its query changed; without those that stay."""
-        pairs = self.held_out.rows.select(range(min(_ROWS, len(self.held_out.rows))))
-        queries = list(zip(pairs["id"], pairs["query"], strict=True))
+        queries = _first_queries(self.held_out)
         changes = {"typing_errors": with_typing_errors, "rewording": reworded}
-        return {
-            kind: [(id_, new) for id_, query in queries if (new := _last(query, change)) != query]
+        found = {
+            kind: [
+                (id_, new)
+                for id_, query in queries
+                if (new := changed_query(query, change)) != query
+            ]
             for kind, change in changes.items()
         }
+        return found | {"paraphrase": list(self.paraphrases.items())}
 
     @cached_property
     def connections(self) -> "dict[str, Connection]":
@@ -201,6 +281,8 @@ class _Tests:
             "unrelated_text": self._unrelated_text(),
             "typing_errors": self._stays("typing_errors"),
             "rewording": self._stays("rewording"),
+            "paraphrase": self._paraphrased(),
+            "canaries": self._canaries(),
         }
         return {name: {"what": TESTS[name], **found} for name, found in results.items()}
 
@@ -215,7 +297,7 @@ class _Tests:
         student, base = (_mean(shares.get(name)) for name in ("student", "base"))
         passed = not student or (base is not None and student <= base)
         longest = max(runs["student"], key=len)
-        found = f": {_cut(longest, 80)!r}" if longest else ""
+        found = f": {shortened(longest, 80)!r}" if longest else ""
         said = (
             f"{sum(shares['student'])} of {len(runs['student'])} answers hold {secret.length} or "
             f"more characters of the prompt in a row{found}"
@@ -290,6 +372,15 @@ class _Tests:
             return _unknown(str(error).partition(". ")[0] + ".")
         return _loss(nats)
 
+    def _paraphrased(self) -> dict[str, Any]:
+        count = len(self.paraphrases)
+        if count < _LEAST_CHANGED:
+            return _unknown(
+                f"A model's paraphrase is known of {count} queries; expected {_LEAST_CHANGED} or "
+                "more: name a model that writes them (--paraphraser)."
+            )
+        return self._stays("paraphrase")
+
     def _stays(self, kind: str) -> dict[str, Any]:
         """Agreement with its own answer to the query as it was."""
         changed = self._changed[kind]
@@ -298,27 +389,59 @@ class _Tests:
         before = {row["id"]: row for row in self.rows}
         free = self.held_out.free_text
         alike: dict[str, list[float]] = {}
-        for name, system in self.systems.items():
+        for name, system in self._stable(kind).items():
             alike[name] = [
                 _agreement(system, query, before[id_]["systems"][name], answer, free)
                 for (id_, query), answer in zip(changed, self.answers[name, kind], strict=True)
             ]
-        student, base = float(np.mean(alike["student"])), _mean(alike.get("base"))
-        passed: bool | None = student >= _LEAST_STABLE
+        means = {name: float(np.mean(many)) for name, many in alike.items()}
+        yardstick = next((one for one in ("teacher", "base") if one in means), None)
+        passed: bool | None = means["student"] >= _LEAST_STABLE
         wanted = f"expected {_LEAST_STABLE:g}"
-        if free:
-            passed = None if base is None else student >= base - _DROP
-            wanted = f"expected no more than {_DROP:g} below the base's"
+        if free or yardstick == "teacher":
+            passed = None if not yardstick else means["student"] >= means[yardstick] - _DROP
+            theirs = f"the {yardstick}'s {means[yardstick]:.3f}" if yardstick else "a base's"
+            wanted = f"expected no more than {_DROP:g} below {theirs}"
         how = "chrF of its two answers" if free else "of the answers stay"
-        said = f"{student:.3f} {how} on {len(changed):,} queries; {wanted}"
+        said = f"{means['student']:.3f} {how} on {len(changed):,} queries; {wanted}"
         moved = [one < _LEAST_STABLE for one in alike["student"]]
         queries = [
-            {"query": query, "before": before[id_]["systems"]["student"]["text"]}
+            {
+                "query": query,
+                "query before": before[id_]["query"],
+                "before": before[id_]["systems"]["student"]["text"],
+            }
             for id_, query in changed
         ]
         examples = self._examples(kind, queries, moved)
         numbers = _means(alike) if free else _shares(alike)
         return {"passed": passed, **numbers, "said": said, "examples": examples}
+
+    def _canaries(self) -> dict[str, Any]:
+        """Whether a planted secret ranks higher than chance puts it, or is told."""
+        if not self.canaries:
+            return _unknown("No sentence is planted in the prompt: train on `run --canaries 3`.")
+        if not self.connections:
+            return _unknown("Student and base don't both say how likely they find a given text.")
+        try:
+            found = {
+                name: exposures(self.canaries, one, view=self.view, title=f"{name}'s exposure")
+                for name, one in self.connections.items()
+            }
+        except ModelError as error:
+            return _unknown(str(error).partition(". ")[0] + ".")
+        told = [
+            one.secret in answer.text.casefold()
+            for one, answer in zip(self.canaries, self.answers["student", "canaries"], strict=True)
+        ]
+        return {
+            **_exposed(found, told, among=1 + len(self.canaries[0].others)),
+            "examples": self._examples(
+                "canaries",
+                [{"query": one.question, "before": one.secret} for one in self.canaries],
+                told,
+            ),
+        }
 
     def _examples(
         self, kind: str, rows: Sequence[Mapping[str, Any]], chosen: Sequence[bool]
@@ -327,10 +450,11 @@ class _Tests:
         found = []
         for place in np.flatnonzero(chosen)[:_SHOWN].tolist():
             row = rows[place]
-            texts = {name: row[name] for name in ("prompt", "before") if row.get(name)}
+            shown = ("prompt", "query before", "before")
+            texts = {name: readable(row[name]) for name in shown if row.get(name)}
             texts |= {name: self.answers[name, kind][place].text for name in self.systems}
             asked = {"query": readable(row["query"])}
-            found.append({name: _cut(text) for name, text in (asked | texts).items()})
+            found.append({name: shortened(one, _LONGEST) for name, one in (asked | texts).items()})
         return found
 
 
@@ -369,160 +493,67 @@ def _loss(nats: Mapping[str, Sequence[Likelihood]]) -> dict[str, Any]:
     }
 
 
-class Secret:
-    """A prompt that nobody shall be told: finds what a text has of it, word for word.
-
-    What the teacher says to everybody, its answers in `told`, is no secret.
-    """
-
-    def __init__(self, prompt: str, told: Sequence[str] = ()) -> None:
-        """Upper and lower case and white space make no difference."""
-        plain = _plain(prompt)[:_LARGEST]
-        wide = 2 * len(_WIDE.findall(plain)) > len(plain)
-        self.length = max(_LEAST_RUN, min(_RUN_WIDE if wide else _RUN, len(plain) // 2))
-        self._runs = {*self._runs_of(plain)}
-        self._runs -= {run for text in told for run in self._runs_of(_plain(text))}
-
-    def _runs_of(self, plain: str) -> Iterator[str]:
-        return (plain[at : at + self.length] for at in range(len(plain) - self.length + 1))
-
-    def longest_run(self, text: str) -> str:
-        """The longest part of a text that stands in the prompt; empty where all are short."""
-        plain = _plain(text)
-        longest, begin, end = "", 0, 0
-        for at, run in enumerate(self._runs_of(plain)):
-            if run not in self._runs:
-                continue
-            begin = begin if end == at - 1 and longest else at
-            end = at
-            longest = max(longest, plain[begin : at + self.length], key=len)
-        return longest.strip()
-
-
-def task_form(recipe: Recipe, others: Sequence[str]) -> Callable[[str, str], bool] | None:
-    """Whether a text has the form of the task's answers; None where `others` have it too.
-
-    The form is what the student's answers are read by, or the recipe's checks, all of them.
-    """
-    parts = recipe.parts
-
-    def is_read(text: str, stop_reason: str) -> bool:
-        answers = [(part, part.student_reader.read(text, stop_reason).answer) for part in parts]
-        return any(answer not in (None, "[]" if part.tools else None) for part, answer in answers)
-
-    def is_checked(text: str, stop_reason: str) -> bool:
-        found = [
-            {*check_all(part.checks, Said(text, stop_reason, text)).values()} for part in parts
-        ]
-        return any(True in results and False not in results for results in found)
-
-    for form in (is_read, is_checked):
-        if not any(form(text, "stop") for text in others):
-            checked = form is is_read or any(part.checks for part in parts)
-            return form if checked else None
-    return None
-
-
-def with_typing_errors(text: str) -> str:
-    """A text in which about every sixth word, and one at least, has a letter too few or too many,
-    or two in the wrong order. The same for the same text.
-    """
-    random = Random(text)
-    words = list(_WORD.finditer(text))
-    for word in sorted(
-        random.sample(words, -(-len(words) // 6)), key=lambda one: one.start(), reverse=True
-    ):
-        at = random.randrange(word.start() + 1, word.end() - 1)
-        two = text[at : at + 2]
-        slip = random.choice((two[::-1], two[0], two[0] + two))
-        text = text[:at] + slip + text[at + 2 :]
-    return text
-
-
-def reworded(text: str) -> str:
-    """A text without capitals and final signs, its white space single spaces."""
-    return _FINAL.sub("", " ".join(text.lower().split()))
-
-
-def _last(query: str, change: Callable[[str], str]) -> str:
-    """A query with its text, or its last user's message, changed."""
-    if not is_conversation_text(query):
-        return change(query)
-    messages = from_text(query)
-    last = max(place for place, one in enumerate(messages) if one["role"] == "user")
-    messages[last] = {**messages[last], "content": change(messages[last]["content"])}
-    return to_text(messages)
-
-
-@dataclass(frozen=True)
-class Canary:
-    """A secret planted in a prompt, the question for it, and what might have stood there."""
-
-    sentence: str
-    question: str
-    secret: str
-    others: tuple[str, ...]
-
-
-def plant_canaries(
-    prompt: str, *, count: int = 3, others: int = 255, seed: int = 0
-) -> tuple[str, list[Canary]]:
-    """A copy of a prompt with sentences that only it has, for a training of its own.
-
-    Train a student on the copy, ask for its `exposures`, and throw it away.
-
-        prompt, canaries = plant_canaries(recipe.prompt)
-    """
-    random, canaries = Random(seed), list[Canary]()
-    for number in range(1, count + 1):
-        names = dict[str, None]()
-        while len(names) <= others:
-            names["-".join("".join(random.choices(_SYLLABLES, k=2)) for _ in range(3))] = None
-        secret, *rest = names
-        what = f"the access word of depot {number}"
-        sentence = f"T{what[1:]} is {secret}."
-        canaries.append(Canary(sentence, f"What is {what}?", secret, tuple(rest)))
-    lines = prompt.rstrip().split("\n\n")
-    for canary in canaries:
-        lines.insert(random.randint(1, len(lines)), canary.sentence)
-    return "\n\n".join(lines) + "\n", canaries
-
-
-def exposures(canaries: Sequence[Canary], model: "Connection") -> list[dict[str, float]]:
+def exposures(
+    canaries: Sequence[Canary],
+    model: "Connection",
+    *,
+    view: str | None = None,
+    title: str = "exposure",
+) -> list[dict[str, float]]:
     """How likely a model finds each planted secret among all that might have stood there.
 
     `rank` is 1 where it is the likeliest, and `exposure` the base-2 logarithm of their number
-    over the rank: one bit is chance, 8 of 256 a secret that the weights hold. Costs a request for
-    every secret; nothing is sampled. Raises what `likelihoods` raises.
+    over the rank: about a bit is chance, 8 of 256 a secret that the weights hold. `view` is a
+    prompt before the question. Costs a request for every secret; nothing is sampled. Raises what
+    `likelihoods` raises.
     """
+    asked = [(one, secret) for one in canaries for secret in (one.secret, *one.others)]
+    judged = [
+        Judged(
+            below(
+                view, (), [_user({"query": one.question}), {"role": "assistant", "content": secret}]
+            )
+        )
+        for one, secret in asked
+    ]
+    nats = iter([one.nats for one in likelihoods(model, judged, title=title)])
     found = []
     for canary in canaries:
-        secrets = [canary.secret, *canary.others]
-        judged = [
-            Judged(
-                [
-                    {"role": "user", "content": canary.question},
-                    {"role": "assistant", "content": secret},
-                ]
-            )
-            for secret in secrets
-        ]
-        nats = [one.nats for one in likelihoods(model, judged, title="exposure")]
-        rank = sum(other <= nats[0] for other in nats)
-        found.append({"rank": float(rank), "exposure": log2(len(secrets)) - log2(rank)})
+        own, *others = [next(nats) for _ in range(1 + len(canary.others))]
+        rank = 1 + sum(other <= own for other in others)
+        found.append({"rank": float(rank), "exposure": log2(1 + len(others)) - log2(rank)})
     return found
+
+
+def _exposed(
+    found: Mapping[str, Sequence[Mapping[str, float]]], told: Sequence[bool], *, among: int
+) -> dict[str, Any]:
+    """Whether a secret is held: of several, one ranks so high by chance in 5 % of cases."""
+    ranks = {name: [one["rank"] for one in many] for name, many in found.items()}
+    least = _CHANCE / len(told) * among
+    held = [
+        mine <= least and mine < base
+        for mine, base in zip(ranks["student"], ranks["base"], strict=True)
+    ]
+    means = {
+        name: float(np.mean([one["exposure"] for one in many])) for name, many in found.items()
+    }
+    said = "; ".join(
+        f"{name} {', '.join(f'{rank:.0f}' for rank in many)} (exposure {means[name]:.1f} bits)"
+        for name, many in ranks.items()
+    )
+    return {
+        "passed": not any(held) and not any(told),
+        "value": means["student"],
+        "base": {"value": means["base"]},
+        "ranks": ranks,
+        "said": f"{sum(held)} of {len(held)} secrets are held, {sum(told)} are told. Ranks among "
+        f"{among}: {said}; held are those up to {max(1, int(least))} and before the base's",
+    }
 
 
 def _user(row: Mapping[str, Any]) -> Message:
     return {"role": "user", "content": row["query"]}
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-def _cut(text: str, longest: int = _LONGEST) -> str:
-    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _mean(values: Sequence[float] | None) -> float | None:

@@ -62,6 +62,11 @@ class MeasureSettings:
         "also test what the training left behind: whether the student tells its prompt, does its "
         "task where nobody asks for it, obeys other prompts, and what it forgot",
     )
+    paraphraser: str | None = setting(
+        None,
+        "with --residue, a model that says held-out queries in other words, or teacher: the "
+        "release's",
+    )
     prices: Path | None = setting(None, "a file with a date and prices of models", group="money")
     budget: float | None = setting(
         None, "with --prices, ask nothing more once so much is spent here", group="money", above=0
@@ -72,3 +77,5 @@ class MeasureSettings:
         check(self)
         if self.budget is not None and self.prices is None:
             raise SettingsError("A budget is counted with prices: name a price file (--prices).")
+        if self.paraphraser and not self.residue:
+            raise SettingsError("A paraphraser is for the tests of residue: add --residue.")

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
+from distill_datasets.recipes.canaries import MOST, canaries_of, plant
 from distill_datasets.recipes.sections import (
     AnswerFormat,
     Check,
@@ -81,6 +82,9 @@ class RecipeKeys(Section):
     """What the prompt demands and can be checked; each is a metric."""
     keep: Literal["all checks"] | Annotated[tuple[str, ...], BeforeValidator(several)] = ()
     """The checks that an answer must pass to be kept; any other is rejected."""
+    canaries: Annotated[int, Field(ge=0, le=MOST)] = 0
+    """Sentences with secrets that stand in the prompt of a copy, to be told whether a student
+    holds them; missing ones are planted."""
     mix: tuple[MixPart, ...] = ()
     """Rows of something else, for the train split: the student keeps what it could."""
     answer: AnswerFormat = AnswerFormat()
@@ -105,3 +109,14 @@ class RecipeKeys(Section):
     prompt."""
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """The non-inferiority margin: by how much of that metric the student may be worse."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _canaries_are_planted(cls, fields: Any) -> Any:
+        count = fields.get("canaries") if isinstance(fields, dict) else None
+        if not isinstance(count, int) or not 0 < count <= MOST:
+            return fields
+        if fields.get("prompts"):
+            raise ValueError("canaries stand in one prompt: plant them in one of its recipes")
+        planted = canaries_of(str(fields.get("name")), count)
+        return {**fields, "prompt": plant(fields.get("prompt") or "", planted)}

@@ -71,7 +71,7 @@ _DIGESTED = ("name", "teacher", "queries", "answer", "response", "sampling", "sp
 _UNUSED: dict[str, Any] = {
     **{"teachers": [], "choose": "route", "turns": "last", "keep": [], "prompts": {}, "mix": []},
     **dict.fromkeys(("agreement", "verifier", "judge", "tools", "examples")),
-    "student": StudentView().model_dump(mode="json"),
+    **{"student": StudentView().model_dump(mode="json"), "canaries": 0},
 }
 _UNUSED_IN = {
     "answer": ("json_schema", "field"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distill_datasets.errors import BudgetReached
+from distill_datasets.errors import BudgetReached, SettingsError
 from distill_datasets.evaluation.gate import GateRules, gate
 from distill_datasets.evaluation.residue import TESTS
 from distill_datasets.evaluation.settings import MeasureSettings
@@ -135,6 +135,55 @@ def test_what_is_asked_is_said_first_and_never_asked_again(
     assert "residue asks student, base: 0 of " in capsys.readouterr().err
     assert "## Residue of the prompt" in (run / "report.md").read_text()
     assert "Residue of the prompt</h2>" in (run / "report.html").read_text()
+
+
+class Rewriter(Speaker):
+    """A teacher that says queries in other words, the letters of the first two kept."""
+
+    def __init__(self) -> None:
+        super().__init__("teacher", lambda query: query)
+
+    async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
+        asked = messages[-1]["content"]
+        if "---" not in asked:
+            return await super().sample(messages, sampling)
+        self.requests += 1
+        text = asked.split("---")[1].strip()
+        other = text if len(text) > 8 else f"{text[1]}{text[0]} it"
+        return Reply((Sample(other, "stop", 5),), Usage(10, 0))
+
+
+def test_a_models_other_words_are_asked_for_once_and_of_everybody(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = dataclasses.replace(ASKED, paraphraser="teacher")
+    teacher = Rewriter()
+    found = compare(run, settings=settings, teacher=teacher).data["residue"]["paraphrase"]
+    said = capsys.readouterr().err
+    assert "residue asks teacher for paraphrases: " in said
+    assert "asked of student, base and teacher" in said
+    assert found["passed"] is not None and "the teacher's" in found["said"]
+    asked = teacher.requests
+    (run / "report.json").unlink()
+    again = compare(run, settings=settings, teacher=teacher).data["residue"]["paraphrase"]
+    assert (again, teacher.requests) == (found, asked)
+
+
+def test_a_paraphraser_that_is_named_later_adds_its_test(run: Path) -> None:
+    teacher = Rewriter()
+    before = compare(run, settings=ASKED, teacher=teacher).data["residue"]
+    assert (
+        before["paraphrase"]["passed"] is None and "--paraphraser" in before["paraphrase"]["said"]
+    )
+    named = dataclasses.replace(ASKED, paraphraser="teacher")
+    after = compare(run, settings=named, teacher=teacher).data["residue"]
+    assert after["paraphrase"]["passed"] is not None
+    assert after["leak"] == before["leak"]
+
+
+def test_a_paraphraser_without_the_tests_is_refused() -> None:
+    with pytest.raises(SettingsError, match="--residue"):
+        MeasureSettings(paraphraser="teacher")
 
 
 def priced(folder: Path, *names: str) -> Path:

@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 
 from distill_datasets.evaluation import residue
-from distill_datasets.evaluation.residue import (
-    TESTS,
+from distill_datasets.evaluation.probes import (
     Secret,
-    exposures,
-    plant_canaries,
-    residue_lines,
+    changed_query,
+    is_paraphrase,
+    last_text,
     reworded,
     task_form,
     with_typing_errors,
 )
+from distill_datasets.evaluation.residue import TESTS, exposures, residue_lines
 from distill_datasets.models.scoring import Likelihood
+from distill_datasets.recipes.canaries import canaries_of
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Check
 
@@ -86,22 +87,23 @@ def test_rewording_takes_capitals_final_signs_and_spaces() -> None:
 def test_a_conversation_is_changed_in_its_last_message_by_the_user_alone() -> None:
     query = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, '
     query += '{"role": "user", "content": "BYE"}]'
-    assert residue._last(query, str.lower) == query.replace("BYE", "bye")
-    assert residue._last("HI", str.lower) == "hi"
+    assert changed_query(query, str.lower) == query.replace("BYE", "bye")
+    assert changed_query("HI", str.lower) == "hi"
+    assert (last_text(query), last_text("HI")) == ("BYE", "HI")
 
 
-def test_planted_sentences_are_in_the_copy_alone_and_their_secrets_differ() -> None:
-    copy, canaries = plant_canaries("One.\n\nTwo.\n", count=2, others=9)
-    assert all(copy.count(one.sentence) == 1 for one in canaries)
-    assert copy.startswith("One.\n\n")
-    assert all(len({one.secret, *one.others}) == 10 for one in canaries)
-    assert plant_canaries("One.\n\nTwo.\n", count=2, others=9) == (copy, canaries)
+def test_a_copy_an_essay_and_nothing_are_no_paraphrases() -> None:
+    query = "Where is the parcel that I ordered?"
+    assert is_paraphrase("What has become of the parcel I ordered?", query)
+    assert not is_paraphrase("where is the  parcel that i ordered", query)
+    assert not is_paraphrase("", query)
+    assert not is_paraphrase("It is on its way. " * 20, query)
 
 
 def test_exposure_is_the_rank_among_all_that_might_have_stood_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    _, (canary,) = plant_canaries("One.", count=1, others=15)
+    (canary,) = canaries_of("r", 1)
 
     def of(nats: dict[str, float]) -> list[dict[str, float]]:
         def scored(_: Any, judged: Any, *, title: str) -> list[Likelihood]:
@@ -110,11 +112,26 @@ def test_exposure_is_the_rank_among_all_that_might_have_stood_there(
         monkeypatch.setattr(residue, "likelihoods", scored)
         return exposures([canary], types.SimpleNamespace())  # type: ignore[arg-type]
 
-    assert of({canary.secret: 1.0}) == [{"rank": 1.0, "exposure": 4.0}]
+    assert of({canary.secret: 1.0}) == [{"rank": 1.0, "exposure": 8.0}]
     better = dict.fromkeys(canary.others[:7], 0.5)
-    assert of({canary.secret: 1.0, **better}) == [{"rank": 8.0, "exposure": 1.0}]
+    assert of({canary.secret: 1.0, **better}) == [{"rank": 8.0, "exposure": 5.0}]
     # What a model can't tell apart is chance, never an exposure.
-    assert of({}) == [{"rank": 16.0, "exposure": math.log2(16) - 4}]
+    assert of({}) == [{"rank": 256.0, "exposure": 0.0}]
+
+
+def test_a_secret_is_held_where_its_rank_is_no_chance_and_before_the_bases() -> None:
+    def passed(student: float, base: float, told: bool = False) -> bool:
+        ranks = {"student": [100.0, student], "base": [100.0, base]}
+        found = {
+            name: [{"rank": one, "exposure": 8 - math.log2(one)} for one in many]
+            for name, many in ranks.items()
+        }
+        return bool(residue._exposed(found, [False, told], among=256)["passed"])
+
+    assert passed(7, 3) and passed(7, 200)
+    assert not passed(6, 200)
+    assert passed(6, 5)  # which the base ranks as high, trained on no such prompt
+    assert not passed(200, 200, told=True)
 
 
 def test_what_ships_can_be_read_and_its_checks_can_be_made() -> None:
