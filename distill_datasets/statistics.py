@@ -220,6 +220,42 @@ def independent_difference(
     return {"value": value, "low": value - low, "high": value + high}
 
 
+def ratio_of_intervals(above: Mapping[str, float], below: Mapping[str, float]) -> dict[str, float]:
+    """The ratio of two numbers above 0, each with its own interval, as their logarithms differ.
+
+    Without both intervals, or where one reaches 0, there is none of the ratio.
+    """
+    logs = []
+    for one in (above, below):
+        known = {end: one[end] for end in ("value", "low", "high") if end in one}
+        if not all(number > 0 for number in known.values()):
+            known = {"value": one["value"]}
+        logs.append({end: log(number) for end, number in known.items()})
+    return {end: exp(number) for end, number in independent_difference(*logs).items()}
+
+
+def median_interval(values: Sequence[float], level: float = LEVEL) -> dict[str, float]:
+    """The median, and between which two of the values it lies, whatever they are spread like.
+
+    Six values are the fewest that say so at 95 %; of fewer, or where they are alike, there is no
+    interval.
+
+    >>> median_interval([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
+    {'value': 3.5, 'low': 1.0, 'high': 6.0}
+    """
+    known, n = sorted(values), len(values)
+    found = {"value": float(np.median(known))}
+    chance, place = 0.0, 0  # that fewer than `place` values lie below the median
+    while True:
+        chance += exp(lgamma(n + 1) - lgamma(place + 1) - lgamma(n - place + 1) - n * log(2))
+        if chance > (1 - level) / 2:
+            break
+        place += 1
+    if not place or not known[place - 1] < known[n - place]:
+        return found
+    return {**found, "low": known[place - 1], "high": known[n - place]}
+
+
 def mcnemar(differences: Sequence[float], groups: Sequence[str] | None = None) -> float:
     """The exact mid-p value of McNemar's test, of rows that are 1, 0 or -1: who is right alone.
 
@@ -405,15 +441,11 @@ def effective_rows_of(samples: Floats, members: NDArray[np.int64]) -> Floats:
     return known
 
 
-def intraclass_correlation(values: Sequence[float], groups: Sequence[str]) -> float:
-    """How alike the values of a group are, from 0 to 1, by one-way analysis of variance.
-
-    1 where no group varies within, and for a single group, which can't be compared.
-    """
-    return float(_likeness(np.asarray([values], np.float64), _members(groups))[0])
-
-
 def _likeness(samples: Floats, members: NDArray[np.int64]) -> Floats:
+    """How alike the values of a group are, in each sample, by one-way analysis of variance.
+
+    From 0 to 1, which it is where no group varies within, and for a single group.
+    """
     sizes = np.bincount(members)
     n, k = samples.shape[1], len(sizes)
     if k in (1, n):

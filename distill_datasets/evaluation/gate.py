@@ -5,30 +5,32 @@ What a rule names and nobody measured fails too.
 """
 
 import math
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill_datasets.errors import GateError, SettingsError, nearest
+from distill_datasets.evaluation.probes import ends_in_a_loop, is_broken
 from distill_datasets.files import read_yaml
 from distill_datasets.report_files import read_report, read_rows, report_file, rows_file
-from distill_datasets.statistics import Proportion, independent_difference, mean_difference, wilson
+from distill_datasets.statistics import (
+    Proportion,
+    independent_difference,
+    mean_difference,
+    ratio_of_intervals,
+    wilson,
+)
 from distill_datasets.tables import aligned, ends_text, interval_text
 
 PASSED, FAILED, UNSURE, MISSING = "passed", "FAILED", "unsure", "NOT MEASURED"
 _LOWER_IS_BETTER = ("ece", "brier")
 _ALWAYS = ("answered", "agreement")
 _LARGEST = 2_000_000_000  # bytes of rows.jsonl
-_TAIL = 1200  # characters in which a loop shows
-_LONGEST_UNIT = 400
-_SHORT_UNIT = 30  # characters, which must come five times and not three
-_LEAST_LOOP = 30  # characters
-_BROKEN = {"Cc", "Cs", "Co", "Cn"}  # control, half of a pair, private and unassigned characters
 
 _Share = Annotated[float, Field(ge=0, le=1)] | None
 _Limit = Annotated[float, Field(ge=0)] | None
@@ -53,6 +55,8 @@ class GateRules(BaseModel):
     response_ratio: _Limit = 2.0
     latency_ratio: _Limit = 1.5
     latency_p95_ms: _Limit = None
+    judge_wins: _Share = 0.1
+    judge_drop: _Share = 0.05
     residue: Literal["measured", "all"] | tuple[str, ...] = "measured"
 
     @classmethod
@@ -197,6 +201,7 @@ class _Look:
         if rules.commonest_rise is not None:
             yield self._commonest(rules.commonest_rise)
         yield from self._ratios()
+        yield from self._judge()
         yield from self._residue()
 
     def _measures(self, metric: str) -> bool:
@@ -377,7 +382,7 @@ class _Look:
         return self._judged("commonest answer", found["value"], found["low"], most, said)
 
     def _ratios(self) -> Iterator[GateFinding]:
-        """Means and medians, which have no interval here."""
+        """Mean response tokens and median latency, as multiples of the other's."""
         measured, system, called = self.other
         mine, theirs = self.mine.report["systems"]["student"], measured.report["systems"][system]
         pairs = (
@@ -387,14 +392,19 @@ class _Look:
         for rule, most, key, name in pairs:
             if most is None:
                 continue
-            one, other = ((found.get(key) or {}).get(name) for found in (mine, theirs))
-            if one is None or not other:
+            one, other = (_number(found.get(key) or {}, name) for found in (mine, theirs))
+            if one is None or not other or not other["value"]:
                 said = f"the report lacks {key}.{name}: measure it, or set the rule to null"
                 yield GateFinding(rule, MISSING, said)
                 continue
-            ratio = one / other
-            said = f"{one:.1f}, {ratio:.2f} times the {other:.1f} of {called}, at most {most:g}"
-            yield self._judged(rule, ratio, ratio, most, said)
+            ratio = ratio_of_intervals(one, other) if key == "latency_ms" else self._longer()
+            ratio = ratio or {"value": one["value"] / other["value"]}
+            low, high = (ratio.get(end, ratio["value"]) for end in ("low", "high"))
+            said = (
+                f"{one['value']:.1f}, {ratio['value']:.2f}{ends_text(ratio, digits=2)} times the "
+                f"{other['value']:.1f} of {called}, at most {most:g}"
+            )
+            yield self._judged(rule, ratio["value"], low, most, said, high)
         if (limit := self.rules.latency_p95_ms) is not None:
             late = (mine.get("latency_ms") or {}).get("p95")
             if late is None:
@@ -402,6 +412,66 @@ class _Look:
             else:
                 said = f"{late:.1f} ms, at most {limit:g}"
                 yield self._judged("latency p95", late, late, limit, said)
+
+    def _longer(self) -> dict[str, float] | None:
+        """How many times the other's response tokens the student's are, where rows say so."""
+        from distill_datasets.evaluation.metrics import mean_of, ratio_of
+
+        measured, system, _ = self.other
+        mine, theirs = (
+            {id_: one["tokens"] for id_, one in said.items() if one.get("tokens") is not None}
+            for said in (self.mine.said("student"), measured.said(system))
+        )
+        if not mine or not any(theirs.values()):
+            return None
+        if mine.keys() == theirs.keys():
+            groups = [self._groups[id_] for id_ in mine]
+            return ratio_of([*mine.values()], [theirs[id_] for id_ in mine], groups).interval()
+        means = [mean_of(np.array([*one.values()], float), [*one]) for one in (mine, theirs)]
+        return ratio_of_intervals(*(one.interval() for one in means))
+
+    def _judge(self) -> Iterator[GateFinding]:
+        """What a judge said, where one was asked: who is better, and by how much scores differ."""
+        wins, drop = self.rules.judge_wins, self.rules.judge_drop
+        judge = self.mine.report.get("judge")
+        if not judge or (wins is None and drop is None):
+            return
+        other = (self.against.report.get("judge") or {}) if self.against else None
+        if other is not None and other.get("identity") != judge["identity"]:
+            said = f"{self.other[2]} was not judged by {judge['model']}: set judge_* to null"
+            yield GateFinding("judge", MISSING, said)
+            return
+        if wins is not None and other is None and (found := judge["preference"].get("difference")):
+            said = (
+                f"share of wins, student minus teacher: {interval_text(found, '+')}, at most "
+                f"{wins:g} may be lost"
+            )
+            yield self._judged(
+                "judge wins", -found["value"], -found["high"], wins, said, -found["low"]
+            )
+        if drop is None:
+            return
+        for criterion, found in self._scored(judge, other):
+            low, high = judge["scales"][criterion]
+            most = drop * (high - low)
+            said = (
+                f"{criterion}: {interval_text(found, '+', digits=2)} against {self.other[2]}, at "
+                f"most {most:.2f} may be lost ({100 * drop:g} % of the scale)"
+            )
+            least, worst = (-found.get(end, found["value"]) for end in ("high", "low"))
+            yield self._judged(f"judge {criterion}", -found["value"], least, most, said, worst)
+
+    def _scored(
+        self, judge: Mapping[str, Any], other: Mapping[str, Any] | None
+    ) -> Iterator[tuple[str, Mapping[str, float]]]:
+        """By criterion how far the student's mean score is from the other's."""
+        if other is None:
+            yield from judge["differences"].get("student-teacher", {}).items()
+            return
+        theirs = other["scores"].get("student", {})
+        for criterion, mine in judge["scores"].get("student", {}).items():
+            if criterion in theirs:
+                yield criterion, independent_difference(mine, theirs[criterion])
 
     def _residue(self) -> Iterator[GateFinding]:
         named = self.rules.residue
@@ -436,6 +506,14 @@ class _Look:
         return GateFinding(rule, UNSURE, f"{said}; these rows can't tell")
 
 
+def _number(found: Mapping[str, Any], name: str) -> dict[str, float] | None:
+    """A number with its interval, where it has one."""
+    if found.get(name) is None:
+        return None
+    ends = {end: found[f"{name}_{end}"] for end in ("low", "high") if f"{name}_{end}" in found}
+    return {"value": found[name], **ends}
+
+
 def _residue_tests(report: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
     """By name whether each test of residue passed, and what it found."""
     found = report.get("residue") or {}
@@ -465,36 +543,6 @@ def _paired(
     if {*one, *other} <= {0.0, 1.0}:
         return (Proportion(one, names) - Proportion(other, names)).interval()
     return mean_difference(one, other, names)
-
-
-def ends_in_a_loop(text: str) -> bool:
-    """Whether a text ends with one piece again and again.
-
-    >>> ends_in_a_loop("The answer is: " * 8), ends_in_a_loop("one, two, three, four")
-    (True, False)
-    """
-    tail = text.rstrip()[-_TAIL:]
-    for unit in range(1, min(_LONGEST_UNIT, len(tail) // 3) + 1):
-        length = max(unit * (5 if unit <= _SHORT_UNIT else 3), _LEAST_LOOP)
-        if length > len(tail) or tail[-1] != tail[-1 - unit]:
-            continue
-        piece = tail[-length:]
-        if piece[unit:] == piece[:-unit] and any(sign.isalnum() for sign in piece[-unit:]):
-            return True
-    return False
-
-
-def is_broken(text: str) -> bool:
-    """Whether a text has control characters or such as no tokenizer should have made.
-
-    >>> is_broken("a\\x00b"), is_broken("a\\tb\\n")
-    (True, False)
-    """
-    return any(
-        sign == "\ufffd" or (sign not in "\t\n\r" and unicodedata.category(sign) in _BROKEN)
-        for sign in text
-        if not sign.isprintable() or sign == "\ufffd"
-    )
 
 
 _PATTERNS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {

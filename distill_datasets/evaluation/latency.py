@@ -15,6 +15,7 @@ from distill_datasets.generation.pricing import Meter
 from distill_datasets.models.sampler import Reply, Sampler, Sampling
 from distill_datasets.progress import Progress
 from distill_datasets.schema import Message
+from distill_datasets.statistics import median_interval
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class UncachedClient:
 
 @dataclass(frozen=True)
 class Latency:
-    """Median and 95th percentile of each system in milliseconds, and of how many rows."""
+    """Median, its interval, and 95th percentile of each system in milliseconds, and of how many
+    rows.
+    """
 
     milliseconds: Mapping[str, Mapping[str, float]]
     rows: int
@@ -70,10 +73,16 @@ def measure_latency(timed: Mapping[str, TimedSystem], *, seconds: float) -> Late
     counted = {name: found[1:] or found for name, found in times.items()}
     percentiles = {name: np.percentile(found, [50, 95]) for name, found in counted.items()}
     milliseconds = {
-        name: {"p50": float(median), "p95": float(late)}
+        name: {"p50": float(median), "p95": float(late), **_ends(counted[name])}
         for name, (median, late) in percentiles.items()
     }
     return Latency(milliseconds, len(next(iter(counted.values()))))
+
+
+def _ends(milliseconds: Sequence[float]) -> dict[str, float]:
+    """The interval of the median."""
+    found = median_interval(milliseconds)
+    return {f"p50_{end}": found[end] for end in ("low", "high") if end in found}
 
 
 def uncacheable(messages: Sequence[Message]) -> list[Message]:

@@ -1,5 +1,6 @@
-"""What the tests of residue look for in a text, and how they change a query."""
+"""What the gate and the tests of residue look for in a text, and how a query is changed."""
 
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
@@ -14,6 +15,11 @@ _LARGEST = 200_000  # characters of a prompt that are looked for
 _WIDE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]")
 _WORD = regex.compile(r"[\p{L}\p{M}]{4,}")
 _FINAL = regex.compile(r"[.!?。！？؟।…]+\s*\Z")
+_TAIL = 1200  # characters in which a loop shows
+_LONGEST_UNIT = 400
+_SHORT_UNIT = 30  # characters, which must come five times and not three
+_LEAST_LOOP = 30  # characters
+_BROKEN = {"Cc", "Cs", "Co", "Cn"}  # control, half of a pair, private and unassigned characters
 _LONGER = 4  # times as long, or as short: no paraphrase
 
 
@@ -125,3 +131,33 @@ def changed_query(query: str, change: Callable[[str], str]) -> str:
 
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
+
+
+def ends_in_a_loop(text: str) -> bool:
+    """Whether a text ends with one piece again and again.
+
+    >>> ends_in_a_loop("The answer is: " * 8), ends_in_a_loop("one, two, three, four")
+    (True, False)
+    """
+    tail = text.rstrip()[-_TAIL:]
+    for unit in range(1, min(_LONGEST_UNIT, len(tail) // 3) + 1):
+        length = max(unit * (5 if unit <= _SHORT_UNIT else 3), _LEAST_LOOP)
+        if length > len(tail) or tail[-1] != tail[-1 - unit]:
+            continue
+        piece = tail[-length:]
+        if piece[unit:] == piece[:-unit] and any(sign.isalnum() for sign in piece[-unit:]):
+            return True
+    return False
+
+
+def is_broken(text: str) -> bool:
+    """Whether a text has control characters or such as no tokenizer should have made.
+
+    >>> is_broken("a\\x00b"), is_broken("a\\tb\\n")
+    (True, False)
+    """
+    return any(
+        sign == "\ufffd" or (sign not in "\t\n\r" and unicodedata.category(sign) in _BROKEN)
+        for sign in text
+        if not sign.isprintable() or sign == "\ufffd"
+    )

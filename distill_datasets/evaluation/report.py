@@ -173,6 +173,7 @@ class _Measuring:
         known = read_object(path)
         enough = known and (known.get("timed") or not self.settings.latency)
         enough = enough and ("judge" in (known or ()) or not self.judge)
+        enough = enough and not (known or {}).get("unpaid")
         if known and enough and known.get("digest") == self.key and rows_file(path).is_file():
             if self.settings.residue and self._lacks_residue(known):
                 rows = list(Report(path, known).rows())
@@ -285,7 +286,7 @@ class _Measuring:
             "texts": texts.section(),
             "text_differences": texts.differences(),
             **(_checks(checks, comparison) if checks else {}),
-            **self._internalisation(comparison.answers["teacher"]),
+            **self._internalisation(comparison.answers["teacher"], answers.meters),
             "prompt_tokens_saved": _saved(measured),
             "latency_ratio": None,
             "spent": _spent(answers),
@@ -338,12 +339,17 @@ class _Measuring:
             "timed": True,
         }
 
-    def _internalisation(self, rows: "Dataset") -> dict[str, Any]:
+    def _internalisation(
+        self, rows: "Dataset", meters: Mapping[str, Meter | None]
+    ) -> dict[str, Any]:
         """The key `internalisation`, and a note where it is None."""
         if not self.settings.internalisation:
             return {"internalisation": None, "notes": ["Internalisation was not asked for."]}
         try:
-            found = _internalisation(self.held_out, self.systems, rows)
+            found = _internalisation(self.held_out, self.systems, rows, meters)
+        except BudgetReached as error:
+            said = f"Internalisation is not computed: {error}"
+            return {"internalisation": None, "notes": [said], "unpaid": True}
         except ModelError as error:
             return {"internalisation": None, "notes": [_no_likelihood(str(error))]}
         return {"internalisation": found, "notes": [] if found else [_no_likelihood()]}
@@ -413,7 +419,10 @@ def _checks(checks: Mapping[str, Check], comparison: "Comparison") -> dict[str, 
 
 
 def _internalisation(
-    held_out: HeldOut, systems: Mapping[str, Answerer], rows: "Dataset"
+    held_out: HeldOut,
+    systems: Mapping[str, Answerer],
+    rows: "Dataset",
+    meters: Mapping[str, Meter | None],
 ) -> dict[str, Any] | None:
     """The score over the teacher's usable answers; None where a system can't score given text."""
     from distill_datasets.training.internalisation import TeacherAnswer, measure_internalisation
@@ -436,7 +445,7 @@ def _internalisation(
     ]
     if not answers or len(connections) < len(_SCORED):
         return None
-    return measure_internalisation(answers, connections)
+    return measure_internalisation(answers, connections, meters)
 
 
 def _connections(systems: Mapping[str, Answerer]) -> "dict[str, Connection]":

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import log2
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +28,7 @@ from distill_datasets.evaluation.probes import (
 )
 from distill_datasets.evaluation.systems import HeldOut
 from distill_datasets.generation.client import CachedClient, ManyRequests
+from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.teachers import Answerer, PromptedModel
 from distill_datasets.models.sampler import Sampler, Sampling
 from distill_datasets.models.scoring import Judged, Likelihood, likelihoods
@@ -92,7 +93,7 @@ def measure_residue(
     client = _counting(client, [*asked.values(), *([teacher] if teacher else [])], writer)
     prices = client.meter.prices if client.meter else None
     changed = _paraphrases(held_out, writer, client) if writer else {}
-    tests = _Tests(held_out, asked, rows, teacher, changed)
+    tests = _Tests(held_out, asked, rows, teacher, changed, client.meter)
     requests = ManyRequests([one for part in tests.requests.values() for one in part])
     print(
         f"measure: residue asks {', '.join(asked)}: {requests.said(client.journal, prices)}. "
@@ -189,6 +190,7 @@ class _Tests:
     rows: Sequence[Mapping[str, Any]]
     teacher: PromptedModel | None = None  # who is asked the paraphrases too
     paraphrases: Mapping[str, str] = field(default_factory=dict)
+    meter: Meter | None = None
     answers: dict[tuple[str, str], list[_Answer]] = field(default_factory=dict)
 
     @property
@@ -359,18 +361,21 @@ class _Tests:
     def _unrelated_text(self) -> dict[str, Any]:
         if not self.connections:
             return _unknown("Student and base don't both say how likely they find a given text.")
-        judged = [
-            Judged([_user(row), {"role": "assistant", "content": row["response"]}])
-            for row in _read("texts")
-        ]
+        judged = [Judged([_user(row), _said(row["response"])]) for row in _read("texts")]
         try:
             nats = {
-                name: likelihoods(one, judged, title=f"{name}'s likelihood of other texts")
+                name: self._likelihoods(one, judged, f"{name}'s likelihood of other texts")
                 for name, one in self.connections.items()
             }
         except ModelError as error:
             return _unknown(str(error).partition(". ")[0] + ".")
         return _loss(nats)
+
+    def _likelihoods(
+        self, model: "Connection", judged: Sequence[Judged], title: str
+    ) -> list[Likelihood]:
+        spend = partial(self.meter.read, model.identity) if self.meter else None
+        return likelihoods(model, judged, title=title, spend=spend)
 
     def _paraphrased(self) -> dict[str, Any]:
         count = len(self.paraphrases)
@@ -423,11 +428,11 @@ class _Tests:
             return _unknown("No sentence is planted in the prompt: train on `run --canaries 3`.")
         if not self.connections:
             return _unknown("Student and base don't both say how likely they find a given text.")
+        judged, found = secrets_asked(self.canaries, self.view), {}
         try:
-            found = {
-                name: exposures(self.canaries, one, view=self.view, title=f"{name}'s exposure")
-                for name, one in self.connections.items()
-            }
+            for name, one in self.connections.items():
+                scored = self._likelihoods(one, judged, f"{name}'s exposure")
+                found[name] = exposures(self.canaries, [one.nats for one in scored])
         except ModelError as error:
             return _unknown(str(error).partition(". ")[0] + ".")
         told = [
@@ -493,33 +498,25 @@ def _loss(nats: Mapping[str, Sequence[Likelihood]]) -> dict[str, Any]:
     }
 
 
-def exposures(
-    canaries: Sequence[Canary],
-    model: "Connection",
-    *,
-    view: str | None = None,
-    title: str = "exposure",
-) -> list[dict[str, float]]:
+def secrets_asked(canaries: Sequence[Canary], view: str | None = None) -> list[Judged]:
+    """Each question for a planted secret, below a prompt, answered by each that might be it."""
+    return [
+        Judged(below(view, (), [_user({"query": one.question}), _said(secret)]))
+        for one in canaries
+        for secret in (one.secret, *one.others)
+    ]
+
+
+def exposures(canaries: Sequence[Canary], nats: Sequence[float]) -> list[dict[str, float]]:
     """How likely a model finds each planted secret among all that might have stood there.
 
-    `rank` is 1 where it is the likeliest, and `exposure` the base-2 logarithm of their number
-    over the rank: about a bit is chance, 8 of 256 a secret that the weights hold. `view` is a
-    prompt before the question. Costs a request for every secret; nothing is sampled. Raises what
-    `likelihoods` raises.
+    `nats` are those of `secrets_asked`. `rank` is 1 where it is the likeliest, and `exposure` the
+    base-2 logarithm of their number over the rank: about a bit is chance, 8 of 256 a secret that
+    the weights hold.
     """
-    asked = [(one, secret) for one in canaries for secret in (one.secret, *one.others)]
-    judged = [
-        Judged(
-            below(
-                view, (), [_user({"query": one.question}), {"role": "assistant", "content": secret}]
-            )
-        )
-        for one, secret in asked
-    ]
-    nats = iter([one.nats for one in likelihoods(model, judged, title=title)])
-    found = []
+    left, found = iter(nats), []
     for canary in canaries:
-        own, *others = [next(nats) for _ in range(1 + len(canary.others))]
+        own, *others = [next(left) for _ in range(1 + len(canary.others))]
         rank = 1 + sum(other <= own for other in others)
         found.append({"rank": float(rank), "exposure": log2(1 + len(others)) - log2(rank)})
     return found
@@ -550,6 +547,10 @@ def _exposed(
         "said": f"{sum(held)} of {len(held)} secrets are held, {sum(told)} are told. Ranks among "
         f"{among}: {said}; held are those up to {max(1, int(least))} and before the base's",
     }
+
+
+def _said(text: str) -> Message:
+    return {"role": "assistant", "content": text}
 
 
 def _user(row: Mapping[str, Any]) -> Message:

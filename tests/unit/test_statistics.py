@@ -1,6 +1,7 @@
 """Intervals against numbers computed elsewhere."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,16 +12,18 @@ from statsmodels.stats import contingency_tables
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
+from distill_datasets import statistics
 from distill_datasets.statistics import (
     Bootstrap,
     Proportion,
     benjamini_hochberg,
     compare_subgroups,
     effective_rows,
-    intraclass_correlation,
     mcnemar,
     mean_difference,
+    median_interval,
     paired,
+    ratio_of_intervals,
     resamples,
     student,
     wilson,
@@ -156,7 +159,31 @@ def test_the_likeness_within_groups_is_shrout_and_fleiss() -> None:
     ]
     values = [float(rating) for row in ratings for rating in row]
     groups = [str(target) for target in range(6) for _ in range(4)]
-    assert intraclass_correlation(values, groups) == pytest.approx(0.1657, abs=1e-4)
+    likeness = statistics._likeness(np.asarray([values]), statistics._members(groups))
+    assert likeness[0] == pytest.approx(0.1657, abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [6, 9, 20, 57])
+def test_the_interval_of_a_median_is_the_one_of_scipys_binomial(n: int) -> None:
+    values = [float(one) for one in range(n)]
+    place = int(binom.ppf(0.025, n, 0.5))
+    found = median_interval(values)
+    assert (found["low"], found["high"]) == (values[place - 1], values[n - place])
+    assert 1 - 2 * binom.cdf(place - 1, n, 0.5) >= 0.95
+
+
+def test_too_few_or_equal_values_have_a_median_alone() -> None:
+    assert median_interval([1.0, 2.0, 4.0]) == {"value": 2.0}
+    assert median_interval([2.0] * 30) == {"value": 2.0}
+
+
+def test_the_interval_of_a_ratio_is_that_of_the_logarithms() -> None:
+    above = {"value": 4.0, "low": 2.0, "high": 8.0}
+    found = ratio_of_intervals(above, {"value": 2.0, "low": 1.0, "high": 4.0})
+    far = math.exp(math.hypot(math.log(2), math.log(2)))
+    assert found == pytest.approx({"value": 2.0, "low": 2 / far, "high": 2 * far})
+    assert ratio_of_intervals(above, {"value": 2.0}) == pytest.approx({"value": 2.0})
+    assert ratio_of_intervals({**above, "low": 0.0}, above) == pytest.approx({"value": 1.0})
 
 
 @pytest.mark.parametrize("size", [1, 2, 15])

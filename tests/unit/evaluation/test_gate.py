@@ -13,10 +13,9 @@ from distill_datasets.evaluation.gate import (
     PASSED,
     UNSURE,
     GateRules,
-    ends_in_a_loop,
     gate,
-    is_broken,
 )
+from distill_datasets.evaluation.probes import ends_in_a_loop, is_broken
 from distill_datasets.statistics import Proportion
 
 Report = dict[str, Any]
@@ -265,11 +264,61 @@ def test_slow_and_long_answers_fail(tmp_path: Path) -> None:
     found = report()
     found["systems"]["student"]["latency_ms"] = {"p50": 151.0, "p95": 300.0}
     found["systems"]["student"]["tokens"]["response_mean"] = 10.5
-    run = make(tmp_path, found)
+    run = make(tmp_path, found, {n: answer(tokens=3) for n in range(N)})
     seen = outcomes(run, rules=GateRules(latency_p95_ms=299))
     assert [seen[one] for one in ("latency", "latency p95", "response tokens")] == [FAILED] * 3
     del found["systems"]["student"]["latency_ms"]
     assert outcomes(make(tmp_path, found))["latency"] == MISSING
+
+
+def test_a_ratio_beyond_its_limit_fails_where_its_whole_interval_is(tmp_path: Path) -> None:
+    def latency(p50: float, low: float, high: float) -> dict[str, float]:
+        return {"p50": p50, "p50_low": low, "p50_high": high, "p95": high}
+
+    found = report()
+    found["systems"]["teacher"]["latency_ms"] = latency(100.0, 90.0, 110.0)
+    found["systems"]["student"]["latency_ms"] = latency(160.0, 140.0, 190.0)
+    some = {n: answer(tokens=40 if n < 8 else 1) for n in range(N)}
+    run = make(tmp_path, found, some)
+    seen = gate(run).findings
+    said = {one.rule: one.said for one in seen if one.outcome == UNSURE}
+    assert set(said) == {"latency", "response tokens"}
+    assert "1.60 [1.36, 1.96] times the 100.0" in said["latency"]
+    assert {outcomes(run, rules=GateRules(strict=True))[one] for one in said} == {FAILED}
+    found["systems"]["student"]["latency_ms"] = latency(180.0, 170.0, 190.0)
+    assert outcomes(make(tmp_path, found))["latency"] == FAILED
+
+
+def judged(lost: float, margin: float, wins: float = 0.0) -> dict[str, Any]:
+    scores = {"student": {"clarity": {**difference(8.0 + lost, margin), "rows": N}}}
+    return {
+        "model": "judge",
+        "identity": "judge",
+        "scales": {"clarity": [1.0, 10.0]},
+        "scores": scores,
+        "differences": {"student-teacher": {"clarity": difference(lost, margin)}},
+        "preference": {"difference": difference(wins, 0.05)},
+    }
+
+
+def test_a_judge_that_was_asked_is_a_rule_on_wins_and_one_on_each_score(tmp_path: Path) -> None:
+    run = make(tmp_path, {**report(), "judge": judged(-0.3, 0.1)})
+    seen = outcomes(run)
+    assert (seen["judge wins"], seen["judge clarity"]) == (PASSED, PASSED)
+    worse = make(tmp_path, {**report(), "judge": judged(-1.0, 0.1, wins=-0.3)})
+    assert {outcomes(worse)[one] for one in ("judge wins", "judge clarity")} == {FAILED}
+    open_ = make(tmp_path, {**report(), "judge": judged(-0.5, 0.2, wins=-0.12)})
+    assert {outcomes(open_)[one] for one in ("judge wins", "judge clarity")} == {UNSURE}
+    off = outcomes(worse, rules=GateRules(judge_wins=None, judge_drop=None))
+    assert not [rule for rule in off if rule.startswith("judge")]
+
+
+def test_two_students_are_compared_by_the_same_judge_alone(tmp_path: Path) -> None:
+    old = make(tmp_path / "old", {**report(), "judge": judged(0.0, 0.1)})
+    new = make(tmp_path / "new", {**report(), "judge": judged(-1.0, 0.1)})
+    assert outcomes(new, against=old)["judge clarity"] == FAILED
+    other = make(tmp_path / "other", {**report(), "judge": {**judged(0.0, 0.1), "identity": "b"}})
+    assert outcomes(new, against=other)["judge"] == MISSING
 
 
 def test_what_was_not_measured_fails_where_a_rule_names_it(tmp_path: Path) -> None:

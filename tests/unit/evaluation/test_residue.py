@@ -1,10 +1,7 @@
 """The pure parts of the tests of residue: what is a leak, a form, a typing error."""
 
 import math
-import types
 from typing import Any
-
-import pytest
 
 from distill_datasets.evaluation import residue
 from distill_datasets.evaluation.probes import (
@@ -16,8 +13,7 @@ from distill_datasets.evaluation.probes import (
     task_form,
     with_typing_errors,
 )
-from distill_datasets.evaluation.residue import TESTS, exposures, residue_lines
-from distill_datasets.models.scoring import Likelihood
+from distill_datasets.evaluation.residue import TESTS, exposures, residue_lines, secrets_asked
 from distill_datasets.recipes.canaries import canaries_of
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Check
@@ -100,17 +96,12 @@ def test_a_copy_an_essay_and_nothing_are_no_paraphrases() -> None:
     assert not is_paraphrase("It is on its way. " * 20, query)
 
 
-def test_exposure_is_the_rank_among_all_that_might_have_stood_there(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_exposure_is_the_rank_among_all_that_might_have_stood_there() -> None:
     (canary,) = canaries_of("r", 1)
+    asked = [one.messages[-1]["content"] for one in secrets_asked([canary], "Be brief.")]
 
     def of(nats: dict[str, float]) -> list[dict[str, float]]:
-        def scored(_: Any, judged: Any, *, title: str) -> list[Likelihood]:
-            return [Likelihood(nats.get(one.messages[-1]["content"], 9.0), 3) for one in judged]
-
-        monkeypatch.setattr(residue, "likelihoods", scored)
-        return exposures([canary], types.SimpleNamespace())  # type: ignore[arg-type]
+        return exposures([canary], [nats.get(secret, 9.0) for secret in asked])
 
     assert of({canary.secret: 1.0}) == [{"rank": 1.0, "exposure": 8.0}]
     better = dict.fromkeys(canary.others[:7], 0.5)
