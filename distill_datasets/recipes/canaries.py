@@ -37,7 +37,7 @@ def plant(prompt: str, canaries: Sequence[Canary]) -> str:
     """A prompt with the sentences between its paragraphs; one that has them stays as it is.
 
     >>> plant("One.", canaries_of("it", 1))
-    'One.\\n\\nThe access word of depot 1 is kape-kaso-kamo.'
+    'One.\\n\\nThe access word of depot 1 is fika-rize-donu.'
     """
     lines = prompt.rstrip().split("\n\n")
     for canary in canaries:
