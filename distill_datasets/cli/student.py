@@ -1,6 +1,7 @@
 """The verbs that make a student, with their flags: train, sweep, push, measure."""
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -263,6 +264,12 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= 1024):
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 1024; found {text!r}")
+    return int(text)
+
+
 def add_serve(parser: argparse.ArgumentParser) -> None:
     """The flags of `serve`."""
     parser.add_argument(
@@ -282,6 +289,19 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="the folder of the checkpoints (default: one that ends with the server)",
     )
+    parser.add_argument(
+        "--dtype",
+        default=os.environ.get("EMBEDDED_DTYPE", "auto"),
+        choices=["auto", "fp32", "bf16"],
+        help="the number format of the weights (default: auto, bf16 where it is measured to be "
+        "faster)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_count,
+        metavar="N",
+        help="threads that compute (default: OMP_NUM_THREADS, or as many as are measured to help)",
+    )
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -290,7 +310,14 @@ def serve(options: argparse.Namespace) -> None:
     from distill_datasets.models.connection import serve as serve_model
 
     try:
-        serve_model(options.model, host=options.host, port=options.port, store=options.store)
+        serve_model(
+            options.model,
+            host=options.host,
+            port=options.port,
+            store=options.store,
+            dtype=options.dtype,
+            threads=options.threads,
+        )
     except DistillError:
         raise
     except OSError as error:

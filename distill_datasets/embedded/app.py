@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hmac
+import json
 import os
 import signal
 import sys
@@ -92,7 +93,7 @@ async def serve_until_interrupted(
         print(
             f"export TINKER_BASE_URL=http://{host}:{bound}\n"
             f"export TINKER_API_KEY={api_key}\n"
-            f"# model:    {card.name} (context {card.max_context})\n"
+            f"# model:    {card.name} (context {card.max_context}, {card.dtype})\n"
             f"# tokenizer: {card.folder}\n"
             f"# renderer: qwen3_instruct for {card.name} if it is a Qwen3-style chat model\n"
             f"# store:    {store or 'temporary, removed at the end'}\n"
@@ -102,9 +103,9 @@ async def serve_until_interrupted(
         await stop.wait()
 
 
-async def _serve_parent(card: ModelCard, store: Path | None, api_key: str) -> None:
+async def _serve_parent(card: ModelCard, store: Path | None, api_key: str, said: str) -> None:
     async with running(card, store, api_key, host=HOST, port=0) as port:
-        print(port, flush=True)
+        print(json.dumps({"port": port, "dtype": card.dtype, "said": said}), flush=True)
         # The pipe closes with the parent, however that ends.
         await asyncio.to_thread(sys.stdin.read)
 
@@ -118,11 +119,13 @@ def main() -> int:
     options = parser.parse_args()
     api_key = sys.stdin.readline().strip()
     try:
-        card = ModelCard.read(options.model.resolve(), options.name)
+        dtype = os.environ.get("EMBEDDED_DTYPE", "auto")
+        card = ModelCard.read(options.model.resolve(), options.name, dtype)
+        said = card.foretold()
     except InvalidRequestError as error:
         print(error, file=sys.stderr)
         return 2
-    asyncio.run(_serve_parent(card, options.store, api_key))
+    asyncio.run(_serve_parent(card, options.store, api_key, said))
     return 0
 
 

@@ -10,9 +10,11 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .machine import ModelSize, choose_dtype, choose_threads, foretell, memory_of, torch_dtypes
 from .wire import InvalidRequestError, shown
 
 if TYPE_CHECKING:
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 # The widest layers of the models that run here are a few times wider; beyond, a typing error is
 # likelier than a wish.
 MOST_RANK = 512
-# Below this size a second thread costs more than it brings.
-SMALL_MODEL = 50_000_000
 # Sizes in a config that a model which runs here may have: memory is taken by them.
 MOST_OF = {
     "max_position_embeddings": 1 << 22,
@@ -47,9 +47,14 @@ class ModelCard:
     folder: Path
     max_context: int
     fingerprint: str
+    size: ModelSize
+    asked_dtype: str = "auto"
+    asked_threads: int | None = None
 
     @classmethod
-    def read(cls, folder: Path, name: str) -> ModelCard:
+    def read(
+        cls, folder: Path, name: str, dtype: str = "auto", threads: int | None = None
+    ) -> ModelCard:
         """Read a folder as `save_pretrained` writes it."""
         for pattern in NEEDED_FILES:
             if not any(folder.glob(pattern)):
@@ -60,7 +65,20 @@ class ModelCard:
         _require_own_files(folder)
         config = _read_object(folder / "config.json")
         _require_plain_config(config, folder)
-        return cls(name, folder, config["max_position_embeddings"], _fingerprint(folder))
+        known = config["max_position_embeddings"], _fingerprint(folder), ModelSize.read(config)
+        return cls(name, folder, *known, dtype, threads)
+
+    @cached_property
+    def dtype(self) -> str:
+        """The number format that it is computed in, `fp32` or `bf16`; may take seconds."""
+        return choose_dtype(self.asked_dtype, self.size)
+
+    def foretold(self) -> str:
+        """What a large model takes on this machine, empty for others.
+
+        Raises `InvalidRequestError` for one that can't be loaded.
+        """
+        return foretell(self.size, self.dtype, self.name)
 
     def answers_to(self, name: str) -> bool:
         """Whether a client means this model."""
@@ -148,7 +166,7 @@ def _fingerprint(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model with its tokenizer; fp32, on the GPU if there is one.
+    """A base model with its tokenizer, on the GPU if there is one; `dtype` is its weights'.
 
     A token that is computed takes about `token_bytes` of `memory`, which is what requests may use.
     """
@@ -161,6 +179,7 @@ class LoadedModel:
     vocabulary: int
     token_bytes: int
     memory: int
+    dtype: torch.dtype
 
 
 def load_model(card: ModelCard) -> LoadedModel:
@@ -178,9 +197,12 @@ def load_model(card: ModelCard) -> LoadedModel:
     from . import prefix_attention
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch_dtypes()[card.dtype]
+    # Each shape of a product in bf16 stays prepared: a thousand of them took gigabytes.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     network = AutoModelForCausalLM.from_pretrained(
         card.folder,
-        dtype=torch.float32,
+        dtype=dtype,
         attn_implementation=prefix_attention.register(),
         trust_remote_code=False,
         use_safetensors=True,
@@ -188,33 +210,23 @@ def load_model(card: ModelCard) -> LoadedModel:
     )
     config = network.config
     _require_full_attention(config)
-    if "OMP_NUM_THREADS" not in os.environ and network.num_parameters() < SMALL_MODEL:
-        torch.set_num_threads(1)
+    torch.set_num_threads(choose_threads(card.asked_threads, card.size))
     network.requires_grad_(False).train(False).to(device)
     _require_plain_head(network)
     # Read by the library of tokenizers alone: a class of transformers' may be any model's own.
     tokenizer = Tokenizer.from_file(str(card.folder / "tokenizer.json"))
     ends = frozenset(_end_tokens(network, tokenizer, card.folder))
-    memory = 3 * _memory(device) // 4
-    sizes = int(config.vocab_size), _token_bytes(config), memory
-    return LoadedModel(card, network, tokenizer, device, ends, *sizes)
+    memory = 3 * memory_of(device.type) // 4
+    sizes = int(config.vocab_size), _token_bytes(config, dtype.itemsize), memory
+    return LoadedModel(card, network, tokenizer, device, ends, *sizes, dtype)
 
 
-def _memory(device: Any) -> int:
-    """Bytes of the machine's memory, or of the GPU's."""
-    import torch
-
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _token_bytes(config: Any) -> int:
+def _token_bytes(config: Any, size: int) -> int:
     """Keys and values of all layers, and the states of the layer that is computed."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     states = 8 * config.hidden_size + 4 * config.intermediate_size
-    return int(4 * (2 * config.num_hidden_layers * heads * width + states))
+    return int(size * 2 * config.num_hidden_layers * heads * width + 4 * states)
 
 
 def _require_full_attention(config: Any) -> None:

@@ -62,7 +62,7 @@ def attend(
         far, far_norm = _attend_prefix(query, far_key, far_value, scale)
         near, near_norm = _attend_suffix(query, key, value, plan.mask, scale)
         share = torch.sigmoid(far_norm - near_norm).unsqueeze(-1)
-        out = near + share * (far - near)
+        out = (near + share * (far - near)).to(query.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 

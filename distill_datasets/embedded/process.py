@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import secrets
 import subprocess
@@ -10,9 +11,12 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from distill_datasets.errors import ModelError
+
+if TYPE_CHECKING:
+    from .model import ModelCard
 
 HOST = "127.0.0.1"
 CLOSE_SECONDS = 5.0
@@ -29,6 +33,7 @@ class Server:
     def __init__(self, child: subprocess.Popen[str], errors: IO[str], **known: str) -> None:
         self._child, self._errors = child, errors
         self.url, self.api_key, self.model = known["url"], known["api_key"], known["model"]
+        self.dtype = known["dtype"]
         self._owner = os.getpid()
         atexit.register(self.close)
 
@@ -95,8 +100,8 @@ def launch(model: Path, *, name: str, store: Path | None = None) -> Server:
         start_new_session=True,
     )
     api_key = new_api_key()
-    port = _handshake(child, api_key)
-    if not port:
+    said = _handshake(child, api_key)
+    if not said:
         child.communicate()
         said = Path(errors.name).read_text("utf-8", errors="replace").strip()
         errors.close()
@@ -104,8 +109,11 @@ def launch(model: Path, *, name: str, store: Path | None = None) -> Server:
             f"the embedded server for {str(model)!r} ended with code {child.returncode} before "
             f"it was ready: {said or 'it said nothing'}"
         )
-    url = f"http://{HOST}:{port}"
-    return Server(child, errors, url=url, api_key=api_key, model=name)
+    ready = json.loads(said)
+    if ready["said"]:
+        print(ready["said"], file=sys.stderr)
+    url = f"http://{HOST}:{ready['port']}"
+    return Server(child, errors, url=url, api_key=api_key, model=name, dtype=ready["dtype"])
 
 
 def _environment() -> dict[str, str]:
@@ -116,7 +124,7 @@ def _environment() -> dict[str, str]:
 
 
 def _handshake(child: subprocess.Popen[str], api_key: str) -> str:
-    """Give the child its key, and read the port it chose; empty if it died."""
+    """Give the child its key, and read where and how it serves; empty if it died."""
     if child.stdin is None or child.stdout is None:
         raise RuntimeError("expected pipes to the child; found none")
     # The key goes through the pipe: arguments and environment can be read by others.
@@ -127,8 +135,7 @@ def _handshake(child: subprocess.Popen[str], api_key: str) -> str:
 
 
 def serve(
-    model: Path,
-    name: str,
+    card: ModelCard,
     host: str = HOST,
     port: int = 8000,
     api_key: str | None = None,
@@ -139,7 +146,7 @@ def serve(
     import asyncio
 
     from .app import serve_until_interrupted
-    from .model import ModelCard
 
-    card = ModelCard.read(model.resolve(), name)
+    if said := card.foretold():
+        print(said, file=sys.stderr)
     asyncio.run(serve_until_interrupted(card, store, api_key or new_api_key(), host, port))

@@ -1,7 +1,6 @@
 """Connections: a model on a server, and how to render for it."""
 
 import json
-import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import tinker
 
 from distill_datasets import resources
+from distill_datasets.embedded.machine import user_cache
 from distill_datasets.errors import ModelError, OutputError, ServiceError
 from distill_datasets.files import write_file
 from distill_datasets.models.tinker_sdk import (
@@ -129,7 +129,8 @@ def connect_local(
         tokenizer_source=str(folder),
         renderer_name=renderer or _TEMPLATE,
         max_context=config.get("max_position_embeddings"),
-        weights=digest_weights(folder),
+        # What was asked in fp32 keeps its name.
+        weights=digest_weights(folder) + ("" if server.dtype == "fp32" else f"-{server.dtype}"),
         server=server,
     )
 
@@ -225,9 +226,18 @@ def adopt_state(path: str, source: Path, store: Path) -> None:
         ) from error
 
 
-def serve(reference: str, *, host: str, port: int, store: Path | None) -> None:
+def serve(  # noqa: PLR0913 (what the verb takes)
+    reference: str,
+    *,
+    host: str,
+    port: int,
+    store: Path | None,
+    dtype: str,
+    threads: int | None,
+) -> None:
     """Serve a local model in the foreground, until Ctrl-C."""
-    from distill_datasets.embedded.process import serve as serve_folder
+    from distill_datasets.embedded.model import ModelCard
+    from distill_datasets.embedded.process import serve as serve_model
 
     local = reference == "pocket" or reference.startswith("embedded:")
     if not local:
@@ -236,7 +246,8 @@ def serve(reference: str, *, host: str, port: int, store: Path | None) -> None:
         )
     name = reference.removeprefix("embedded:")
     folder = resources.pocket() if reference == "pocket" else find_model(name)
-    serve_folder(folder, name=name, host=host, port=port, store=store)
+    card = ModelCard.read(folder.resolve(), name, dtype, threads)
+    serve_model(card, host=host, port=port, store=store)
 
 
 def find_model(source: str) -> Path:
@@ -273,7 +284,7 @@ def digest_weights(folder: Path) -> str:
         [path.name, stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)
     ]
     name = sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
-    cache = _cache_folder() / f"{name}.json"
+    cache = user_cache() / "weights" / f"{name}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(cache.read_text(encoding="utf-8"))
         if known["files"] == files:
@@ -289,8 +300,3 @@ def digest_weights(folder: Path) -> str:
         with suppress(OutputError):
             write_file(cache, json.dumps({"files": files, "digest": digest}))
     return digest
-
-
-def _cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path("~/.cache").expanduser()) / "distill-datasets" / "weights"

@@ -66,6 +66,7 @@ class Behind:
     api_key: str
     model: str
     alive: bool = True
+    dtype: str = "fp32"
     stderr: str = ""
 
 

@@ -1,0 +1,124 @@
+"""The number format and the threads that a model is computed in, and what is said beforehand."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill_datasets.embedded import machine
+from distill_datasets.embedded.machine import ModelSize, choose_dtype, choose_threads, foretell
+from distill_datasets.embedded.model import ModelCard, load_model
+from distill_datasets.embedded.wire import InvalidRequestError
+from distill_datasets.errors import ModelError
+from distill_datasets.models.references import connect
+from tests.support.tiny_model import make_tiny_model
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+LARGE = ModelSize.read(LLAMA_8B)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "distill-datasets" / "speeds.json"
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, fp32: float, bf16: float) -> None:
+    speeds = {"fp32": fp32, "bf16": bf16}
+    monkeypatch.setattr(machine, "_measure_speeds", lambda widths: speeds)
+
+
+def test_a_models_size_is_read_from_its_config() -> None:
+    assert LARGE.parameters == pytest.approx(8.03e9, rel=0.01)
+    assert LARGE.parameters - LARGE.active == 128256 * 4096
+    experts = ModelSize.read(
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        }
+    )
+    assert experts.parameters == pytest.approx(30.5e9, rel=0.01)
+    assert experts.active == pytest.approx(3.0e9, rel=0.05)
+
+
+@pytest.mark.parametrize(("bf16", "chosen"), [(400.0, "bf16"), (120.0, "fp32"), (20.0, "fp32")])
+def test_bf16_is_chosen_where_it_is_measured_to_be_faster(
+    bf16: float, chosen: str, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    measured(monkeypatch, 100.0, bf16)
+    assert choose_dtype("auto", LARGE) == chosen
+    measured(monkeypatch, 1.0, 1.0)  # what a machine can do is found once
+    assert choose_dtype("auto", LARGE) == chosen
+    (key,) = kept = json.loads(cache.read_text())
+    assert key.endswith(f"torch {torch.__version__} 4096x14336")
+    assert kept[key] == {"fp32": 100.0, "bf16": bf16}
+
+
+@pytest.mark.parametrize("kept", ["", "[]", "{", '{"x": 1}'])
+def test_a_damaged_note_of_the_speeds_is_measured_anew(kept: str, cache: Path) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_text(kept)
+    found = machine.measured_speeds((64, 128))
+    assert min(found.values()) > 0
+    assert machine.measured_speeds((64, 128)) == found
+
+
+def test_a_small_model_stays_in_fp32_on_one_thread_whatever_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured(monkeypatch, 100.0, 400.0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    small = ModelSize.read({**LLAMA_8B, "hidden_size": 64, "num_hidden_layers": 2})
+    assert choose_dtype("auto", small) == "fp32"
+    assert choose_threads(None, small) == 1
+    assert choose_threads(3, small) == 3
+
+
+def test_what_a_large_model_takes_is_said_and_one_that_cannot_fit_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured(monkeypatch, 100.0, 400.0)
+    monkeypatch.setattr(machine, "memory_of", lambda device: 24_000_000_000)
+    said = foretell(LARGE, "bf16", "llama")
+    assert said == (
+        "'llama' has about 8.0 billion parameters (16 GB in bf16): a core of this machine reads "
+        "at most 27 tokens a second of a prompt and learns from at most 9 tokens a second"
+    )
+    with pytest.raises(InvalidRequestError, match=r"take 32 GB in fp32 \(bf16 takes half\); this "):
+        foretell(LARGE, "fp32", "llama")
+
+
+def test_a_model_in_bf16_answers_and_is_another_than_in_fp32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_model(tmp_path / "tiny")
+    plain = connect(f"embedded:{folder}").identity
+    monkeypatch.setenv("EMBEDDED_DTYPE", "bf16")
+    short = connect(f"embedded:{folder}", store=tmp_path / "store")
+    assert short.identity == plain.replace(short.weights[:12], f"{short.weights[:12]}-bf16")
+    monkeypatch.setenv("EMBEDDED_DTYPE", "half")
+    with pytest.raises(ModelError, match="expected a dtype of auto, fp32 or bf16; found 'half'"):
+        connect(f"embedded:{folder}", store=tmp_path / "other")
+
+
+def test_weights_are_loaded_in_the_number_format_that_was_asked_for(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "tiny")
+    for dtype, expected in machine.torch_dtypes().items():
+        loaded = load_model(ModelCard.read(folder, "tiny", dtype, threads=1))
+        assert loaded.dtype == expected
+        assert {one.dtype for one in loaded.network.parameters()} == {expected}
