@@ -21,6 +21,16 @@ def rows_file(report: Path) -> Path:
     return report.with_name(f"rows{report.stem.removeprefix('report')}.jsonl")
 
 
+def gate_file(report: Path) -> Path:
+    """Where what a gate found is kept: `gate.json` beside `report.json`."""
+    return report.with_name(f"gate{report.stem.removeprefix('report')}.json")
+
+
+def coverage_file(report: Path) -> Path:
+    """Where the coverage of a run's prompt is kept, by default."""
+    return report.with_name("coverage") / "coverage.json"
+
+
 def read_report(run: Path | str) -> dict[str, Any]:
     """What `measure` wrote into a run's folder, or the file itself; raises `DatasetError`."""
     path = report_file(run)

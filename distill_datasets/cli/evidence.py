@@ -130,6 +130,7 @@ def gate(options: argparse.Namespace) -> None:
     if options.strict:
         rules = rules.model_copy(update={"strict": True})
     found = look(options.run, against=options.against, rules=rules)
+    found.keep()
     print(json.dumps(found.to_json(), indent=2) if options.json else found.text())
     found.require()
     if not options.json:

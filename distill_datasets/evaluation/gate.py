@@ -4,6 +4,7 @@ A rule fails where the evidence says so: where the whole interval of a number li
 What a rule names and nobody measured fails too.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill_datasets.errors import GateError, SettingsError, nearest
 from distill_datasets.evaluation.probes import ends_in_a_loop, is_broken
-from distill_datasets.files import read_yaml
-from distill_datasets.report_files import read_report, read_rows, report_file, rows_file
+from distill_datasets.files import read_yaml, write_file
+from distill_datasets.report_files import (
+    gate_file,
+    read_report,
+    read_rows,
+    report_file,
+    rows_file,
+)
 from distill_datasets.statistics import (
     Proportion,
     independent_difference,
@@ -105,6 +112,14 @@ class GateResult:
         """The same as JSON values."""
         rules = [vars(one) for one in self.findings]
         return {"run": self.run, "passed": self.passed, "rules": rules}
+
+    def keep(self) -> Path:
+        """Write what was found beside the report, for its page; the file's path."""
+        file = report_file(self.run)
+        found = {"report": read_report(file).get("digest"), **self.to_json()}
+        text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+        write_file(gate_file(file), text)
+        return gate_file(file)
 
     def require(self) -> None:
         """Raise `GateError` with the reasons where a rule fails."""

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from distill_datasets.evaluation.alerts import SystemRows, find_alerts
-from distill_datasets.evaluation.verdict import PairedRows, decide
+from distill_datasets.evaluation.verdict import PairedRows, SystemRows, decide, find_alerts
 
 LABELS = ["red", "green", "blue", "grey"]
 QUERIES = [f"What is the colour of the {thing} number {n}?" for n in range(10) for thing in "abcd"]

@@ -392,3 +392,12 @@ def test_damaged_rows_are_an_error(tmp_path: Path) -> None:
     (run / "rows.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(DatasetError, match=r"rows.jsonl', line 1"):
         gate(run)
+
+
+def test_what_was_found_is_kept_beside_the_report_it_is_of(tmp_path: Path) -> None:
+    run = make(tmp_path, {**report(), "digest": "d1"})
+    found = gate(run)
+    kept = json.loads(found.keep().read_text())
+    assert kept == {"report": "d1", **found.to_json()}
+    (run / "report-edge.json").write_text((run / "report.json").read_text())
+    assert gate(run / "report-edge.json").keep() == run / "gate-edge.json"

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.evaluation.page import TrainingRecord, page, write_page
+from distill_datasets.evaluation.page import page, write_page
+from distill_datasets.evaluation.page_facts import TrainingRecord
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)> & "quoted" {{ 7 * 7 }}'
 FORMATS = Path(__file__).parents[2] / "integration" / "formats"
@@ -364,3 +365,41 @@ def test_the_training_in_the_runs_folder_is_found_by_its_student(tmp_path: Path)
         config = {"student": f"base of {name}", "renderer": "r", "settings": {}}
         (folder / "config.json").write_text(json.dumps(config))
     assert "base of train-2, 2 steps" in write_page(tmp_path).read_text()
+
+
+def beside_report(folder: Path, *, digest: str = "d1", recipe: str = "letters") -> str:
+    """The page of a run where a gate and a coverage were kept."""
+    (folder / "report.json").write_text(json.dumps(report()))
+    rules = [
+        {"rule": "quality", "outcome": "passed", "said": "accuracy 0.8"},
+        {"rule": "loops", "outcome": "FAILED", "said": EVIL},
+    ]
+    gate = {"report": digest, "run": "r", "passed": False, "rules": rules}
+    (folder / "gate.json").write_text(json.dumps(gate))
+    rule = {"rule": "Say please.", "changed": 2, "checks": {}, "examples": [{"query": EVIL}]}
+    coverage = {
+        "recipe": recipe,
+        "teacher": "pocket",
+        "queries": 5,
+        "changed_by_chance": 1,
+        "rules": [{"rule": "Be kind.", "changed": 0, "checks": {}, "examples": []}, rule],
+    }
+    (folder / "coverage").mkdir(exist_ok=True)
+    (folder / "coverage" / "coverage.json").write_text(json.dumps(coverage))
+    return write_page(folder).read_text()
+
+
+def test_what_a_gate_found_and_what_no_query_exercises_are_sections(tmp_path: Path) -> None:
+    found = beside_report(tmp_path)
+    assert "does not pass: 1 of 2 rules fail" in found
+    assert found.index(">loops<") < found.index(">quality<", found.index('id="gate"'))
+    assert "1 rule that no query of the sample exercises" in found
+    assert found.index("<li>Be kind.</li>") < found.index("Say please.")
+    assert "<img src=x" not in found
+
+
+def test_a_gate_of_another_report_and_a_coverage_of_another_prompt_are_not_shown(
+    tmp_path: Path,
+) -> None:
+    found = beside_report(tmp_path, digest="d0", recipe="words")
+    assert 'id="gate"' not in found and 'id="coverage"' not in found
