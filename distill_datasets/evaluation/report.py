@@ -429,15 +429,13 @@ def _internalisation(
 
     connections = _connections(systems)
     recipe = held_out.recipe
-    # What a stop text cut off may have gone on, whatever the model would have said.
-    stopped = any(recipe.sampling_of(teacher).stop for teacher in recipe.all_teachers)
     answers = [
         TeacherAnswer.to(
             recipe,
             row,
             row["raw"],
             part.write_response(row["raw"], row["answer"]),
-            ended=row["stop_reason"] == "stop" and not stopped,
+            stop_reason=row["stop_reason"],
         )
         for row in rows
         if row["answer"] is not None

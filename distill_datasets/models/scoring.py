@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_datasets.errors import DatasetError, ModelError
+from distill_datasets.models.ends import end_length
 from distill_datasets.progress import Progress
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _AT_ONCE = 256  # conversations whose likelihoods are asked for together
 _NO_TOKEN = -9e4  # the SDK writes -99999 where there are fewer than k
-_LONGEST_END = 16  # tokens that end a message
 _MISSING = -1  # what stands where no log-probability is asked for
 
 
@@ -126,7 +126,7 @@ class Scorer:
         for row, tokens in enumerate(wanted):
             ids[row, : len(tokens)] = tokens
 
-        def read(found: NDArray[np.float64]) -> list[dict[int, float]]:
+        def read(found: NDArray[np.float64], _: Any) -> list[dict[int, float]]:
             rows = zip(wanted, found.tolist(), strict=True)
             return [dict(zip(tokens, row, strict=False)) for tokens, row in rows]
 
@@ -137,14 +137,33 @@ class Scorer:
         self, context: Sequence[int], response: Sequence[int], ids: NDArray[np.integer]
     ) -> Pending[NDArray[np.float64]]:
         """The log-probabilities (N, K) of the tokens `ids` (N, K) at the response's N places."""
-        return self._chosen(context, response, ids, lambda found: found)
+        return self._chosen(context, response, ids, lambda found, _: found)
 
-    def _chosen(
+    def chosen_and_likeliest(
         self,
         context: Sequence[int],
         response: Sequence[int],
         ids: NDArray[np.integer],
-        read: Callable[[NDArray[np.float64]], T],
+        k: int,
+    ) -> Pending[tuple[NDArray[np.float64], Ranking]]:
+        """The same, and the `k` likeliest at each place."""
+        own = len(response)
+        more = {"topk_prompt_logprobs": k, "prompt_logprobs_last_n": own}
+
+        def read(found: NDArray[np.float64], reply: Any) -> tuple[NDArray[np.float64], Ranking]:
+            ranking = self._scored(reply, response, k).ranking
+            assert ranking is not None
+            return found, ranking
+
+        return self._chosen(context, response, ids, read, include_prompt_logprobs=True, **more)
+
+    def _chosen(  # noqa: PLR0913 (a request, and what else it asks for)
+        self,
+        context: Sequence[int],
+        response: Sequence[int],
+        ids: NDArray[np.integer],
+        read: Callable[[NDArray[np.float64], Any], T],
+        **more: Any,
     ) -> Pending[T]:
         import tinker
 
@@ -160,9 +179,10 @@ class Scorer:
                     "another teacher."
                 )
             found = np.asarray(scored.target_prompt_logprobs.to_numpy(), np.float64)
-            return read(found.reshape(targets.shape)[-len(ids) :])
+            return read(found.reshape(targets.shape)[-len(ids) :], scored)
 
-        request = self._ask(prompt, target_prompt_logprobs=tinker.TensorData.from_numpy(targets))
+        wanted = tinker.TensorData.from_numpy(targets)
+        request = self._ask(prompt, target_prompt_logprobs=wanted, **more)
         return Pending(self.connection, request, rows)
 
     def _ask(self, prompt: Sequence[int], **wanted: Any) -> Any:
@@ -280,20 +300,6 @@ def _span(connection: "Connection", judged: Judged) -> tuple[list[int], list[int
         return before, said
     end = end_length(said, connection.renderer.get_stop_sequences(), connection.tokenizer.decode)
     return before, said[: max(1, len(said) - end)]
-
-
-def end_length(
-    tokens: Sequence[int],
-    stops: Sequence[int] | Sequence[str],
-    decode: Callable[[Sequence[int]], str],
-) -> int:
-    """How many of the last tokens are the end of a message, by a chat format's stop sequences."""
-    texts = [stop for stop in stops if isinstance(stop, str)]
-    for length in range(1, min(len(tokens), _LONGEST_END) + 1):
-        tail = tokens[-length:]
-        if tail[0] in stops or (texts and any(text in decode(tail) for text in texts)):
-            return length
-    return 0
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

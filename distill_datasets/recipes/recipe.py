@@ -505,6 +505,12 @@ class Recipe(RecipeKeys):
         return sampling.parameters(self.answer.schema_text, self.tools_text)
 
     @cached_property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The texts at which a teacher is cut; with any, an answer's end may not be its own."""
+        sampled = (teacher.sampling_over(self.sampling) for teacher in self.all_teachers)
+        return tuple(sorted({text for sampling in sampled for text in sampling.stop if text}))
+
+    @cached_property
     def digest(self) -> str:
         """Changes with whatever changes a row; not with descriptions, licences or folders."""
         fields = self._fields_of_rows

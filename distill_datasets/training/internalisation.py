@@ -68,9 +68,13 @@ class TeacherAnswer:
         said: str,
         response: str,
         *,
-        ended: bool = True,
+        stop_reason: str = "stop",
     ) -> Self:
-        """What was said to a row's query, and what the student is to say."""
+        """What was said to a row's query, and what the student is to say.
+
+        What a stop text cut off may have gone on, whatever the model would have said.
+        """
+        ended = stop_reason == "stop" and not recipe.stop_texts
         query = row["query"]
         part = recipe.part(query)[0]
         calls = part.tools is not None

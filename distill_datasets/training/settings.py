@@ -16,6 +16,7 @@ _FREE = ("ahead", "track", "price_per_million", "ttl_seconds", "rolling_every", 
 _CONSTANT = {"temperature": 1.0}
 # Settings that version 0.1 lacks: what is said of a training names them only where they are used.
 _LATER = ("turns", "validation_rows")
+_WARM = 30  # steps: a new student's own samples say little of the prompt
 _PRESETS = {"poc": (8, 100), "debug": (10, 50)}  # rows, steps
 
 
@@ -69,6 +70,13 @@ class ObjectiveSettings:
     stale: int = setting(
         1, "age of the sampling weights in steps", at_least=0, at_most=1, flag=False
     )
+    warm_start: int | None = setting(
+        None,
+        "steps that learn the release's responses before a new student samples, on policy",
+        group="objective",
+        at_least=0,
+        unset="a third of the steps, at most 30",
+    )
 
     def __post_init__(self) -> None:
         """Refuse what can't be trained, before anything is spent."""
@@ -85,6 +93,11 @@ class ObjectiveSettings:
                 else "1"
             )
             raise SettingsError(f"objective.top_k must be at least {least}; found {self.top_k!r}.")
+
+    def warm_steps(self, total: int) -> int:
+        """How many of a new student's `total` steps learn the release's responses, on policy."""
+        most = min(total // 3, _WARM)
+        return most if self.warm_start is None else self.warm_start
 
     @property
     def policy_gradient(self) -> bool:
@@ -273,6 +286,8 @@ def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     if found["preset"] == "production":  # in version 0.1: all rows
         found["preset"] = None
     found["objective"] = {**_CONSTANT, **found["objective"]}
+    if found["objective"].get("warm_start") is None or found["objective"]["name"] != "on_policy":
+        found["objective"].pop("warm_start", None)
     unused = {name for name in _LATER if found[name] == getattr(TrainSettings, name)}
     return {name: value for name, value in found.items() if name not in unused}
 

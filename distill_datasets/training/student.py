@@ -109,10 +109,13 @@ def datums(examples: Sequence[Example], normalization: Normalization) -> list[ti
 
 @dataclass(frozen=True)
 class RowLoss:
-    """A row's response: its negative log-likelihood in nats, and its tokens."""
+    """A row's response: its negative log-likelihood in nats, its tokens, and the log-probability
+    of each.
+    """
 
     nll: float
     tokens: float
+    logprobs: NDArray[np.float64]
 
 
 def row_losses(examples: Sequence[Example], outputs: Sequence[Mapping[str, Any]]) -> list[RowLoss]:
@@ -121,7 +124,8 @@ def row_losses(examples: Sequence[Example], outputs: Sequence[Mapping[str, Any]]
     for example, output in zip(examples, outputs, strict=True):
         mask = example.targets
         logprobs = np.asarray(output["logprobs"].to_numpy(), dtype=np.float64)
-        rows.append(RowLoss(-float(logprobs[mask > 0] @ mask[mask > 0]), float(mask.sum())))
+        said = logprobs[mask > 0]
+        rows.append(RowLoss(-float(said @ mask[mask > 0]), float(mask.sum()), said))
     return rows
 
 

@@ -177,7 +177,11 @@ class Trainer:
         from distill_datasets.training.objectives import TrainingTask
 
         self.student, self.folder, self.settings = student, folder, settings
-        self.task = TrainingTask(student, plan.train, source, settings, folder.path)
+        new = "start" not in (folder.config or {})
+        warm = settings.objective.warm_steps(len(plan.steps)) if new else 0
+        self.task = TrainingTask(
+            student, plan.train, source, settings, folder.path, warm, self._say
+        )
         self.steps, self._validation = plan.steps, plan.validation
         self.schedule = Schedule(len(plan.steps), settings, plan.validation is not None)
         self.selection = folder.selection(settings)
@@ -243,6 +247,9 @@ class Trainer:
         if measured:
             scores = [validator.submit(self.student, saved) for validator in self._validators]
         self._submitted.append(_SubmittedSave(step, name, saved, scores, kept))
+
+    def _say(self, note: str) -> None:
+        self._progress.advance(0, note=note)
 
     def _stops_early(self) -> bool:
         if self.settings.patience is None:

@@ -49,7 +49,13 @@ from distill_datasets.training.objectives.teacher import (
     teacher_texts,
 )
 from distill_datasets.training.settings import VALIDATION_LOSS
-from distill_datasets.training.student import PendingLoss, PendingSave, Student, bits_per_byte
+from distill_datasets.training.student import (
+    PendingLoss,
+    PendingSave,
+    RowLoss,
+    Student,
+    bits_per_byte,
+)
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
@@ -103,12 +109,13 @@ class _Loss:
         loss = sum(row.nll for row in rows) / tokens
         bits = bits_per_byte(loss, tokens, self._bytes)
         found = {VALIDATION_LOSS: loss} | ({"validation_bits_per_byte": bits} if bits else {})
-        return found | _internalised([row.nll for row in rows], self._ends)
+        return found | (_internalised(rows, self._ends) if self._ends else {})
 
 
-def _internalised(nats: Sequence[float], ends: ReferenceLikelihoods | None) -> dict[str, float]:
-    if ends is None:
-        return {}
+def _internalised(rows: Sequence[RowLoss], ends: ReferenceLikelihoods) -> dict[str, float]:
+    """Of as many of a response's tokens as were judged: an end that isn't the teacher's is last."""
+    judged = zip(rows, ends.tokens, strict=True)
+    nats = [-float(row.logprobs[:tokens].sum()) for row, tokens in judged]
     interval = internalisation(nats, ends).interval()
     names = {"value": "", "low": "_low", "high": "_high"}
     return {f"internalisation{names[name]}": one for name, one in interval.items()}

@@ -15,6 +15,7 @@ A run that is killed goes on from a checkpoint with a new objective: what it doe
 depends on the step, the settings and the student's weights, never on what it did before.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -46,7 +47,8 @@ class TrainingTask:
     """What an objective works with: a student, its training rows, and how they are learned.
 
     `rows` are those that are short enough, `source` is the dataset that they are from. `folder` is
-    the training's own, for what outlives a killed run.
+    the training's own, for what outlives a killed run. On policy the first `warm_steps` learn the
+    rows' own responses. `say` shows what is waited for.
     """
 
     student: Student
@@ -54,6 +56,8 @@ class TrainingTask:
     source: DatasetSource
     settings: TrainSettings
     folder: Path
+    warm_steps: int = 0
+    say: Callable[[str], None] = lambda _: None
 
     def update(self, step: Step) -> tinker.AdamParams:
         """Adam's settings for a step."""

@@ -7,6 +7,9 @@ sampled token alone, a one-sample estimate by policy gradients, where a token's 
 teacher's log-probability of it less the student's own, and importance sampling corrects for the
 steps learned since. That takes less of a server and more luck: a student whose answers don't vary
 gets no gradient. With the forward KL the teacher's likeliest tokens at these places are targets.
+
+A base's own answers say little of the prompt: a new student learns the release's responses for the
+first steps. Where the teacher is cut at stop texts, so is the student, which learns to end there.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +31,9 @@ from distill_datasets.models.scoring import (
     SoftLabels,
     require_same_tokenizer,
 )
-from distill_datasets.training.objectives import TrainingTask
+from distill_datasets.training.objectives import SupervisedObjective, TrainingTask
 from distill_datasets.training.objectives.targets import (
+    LEAST,
     SoftExample,
     reverse_kl,
     reverse_targets,
@@ -40,6 +44,7 @@ from distill_datasets.training.objectives.teacher import (
     ReleasedRow,
     chosen_rows,
     connect_teacher,
+    cut_ends,
     prompt_tokens,
     read_teacher_prompts,
     released_rows,
@@ -54,13 +59,16 @@ from distill_datasets.training.student import (
     shares,
 )
 
+_CUT_AMONG = 20  # likeliest tokens of a teacher, to know how likely it is cut
+
 
 @dataclass(frozen=True)
 class Rollout:
     """One sampled answer: the student's log-probabilities of its tokens, and the teacher's.
 
     `ranking` holds the likeliest tokens in their places: the teacher's for the forward KL, the
-    student's for the reverse KL; `judged` the teacher's log-probabilities of the latter.
+    student's for the reverse KL; `judged` the teacher's log-probabilities of the latter, and
+    `meant` what the student is to say for them where the teacher is cut at stop texts.
     """
 
     prompt: Sequence[int]
@@ -70,6 +78,7 @@ class Rollout:
     ended: bool
     ranking: Ranking | None = None
     judged: NDArray[np.float64] | None = None
+    meant: NDArray[np.integer] | None = None
 
 
 class OnPolicyObjective:
@@ -88,51 +97,77 @@ class OnPolicyObjective:
         teacher = connect_teacher(task, prompts)
         require_same_tokenizer(teacher, task.student.connection)
         self._scorer = Scorer(teacher)
-        self._stop = task.student.connection.renderer.get_stop_sequences()
+        self._hard, self._cuts = SupervisedObjective(task), cut_ends(task, prompts)
+        ends = task.student.connection.renderer.get_stop_sequences()
+        self._stop = self._cuts.stops if self._cuts else ends
         self._likeliest = self._objective.top_k if self._objective.kl == "reverse" else 0
         self._longest = self._objective.max_tokens or prompts.recipe.sampling.max_tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
-        self._started: dict[int, Future[list[Rollout]]] = {}
+        self._started: dict[int, tuple[int, Future[list[Rollout]]]] = {}
+        self._submitted: int | None = None
+        self._first = 0
         self._context = lru_cache(maxsize=4096)(
             lambda query: prompt_tokens(teacher, prompts, query)
         )
 
     def prepare(self, step: Step) -> None:
         """Sample a coming step in the background, with the current weights."""
-        if self._objective.stale:
+        if self._submitted is None:
+            self._submitted = step.number - 1
+        if self._objective.stale and step.number > self._task.warm_steps:
             self._start(step)
 
     def submit(self, step: Step) -> PendingStep:
         """Learn the step's answers; waits for those that are still being sampled."""
-        if step.number not in self._started:
+        if step.number > self._task.warm_steps and step.number not in self._started:
+            self._submitted = step.number - 1
             self._start(step)
-        rollouts = self._started.pop(step.number).result()
-        settings = self._task.settings
+        self._submitted = step.number
+        if step.number <= self._task.warm_steps:
+            return self._hard.submit(step)
+        age, sampled = self._started.pop(step.number)
+        rollouts, normalization = sampled.result(), self._task.settings.normalization
         if self._objective.kl == "forward":
-            batch = forward_batch(rollouts, settings.normalization)
+            batch = forward_batch(rollouts, normalization)
         elif self._objective.policy_gradient:
-            batch = sampled_batch(rollouts, settings.normalization)
+            batch = sampled_batch(rollouts, normalization)
         else:
-            batch = reverse_batch(rollouts, settings.normalization)
-        return self._task.student.learn(batch, self._task.update(step))
+            batch = reverse_batch(rollouts, normalization)
+
+        def read(outputs: Sequence[Mapping[str, Any]]) -> Learned:
+            learned = batch.read(outputs)
+            return replace(learned, extra={**learned.extra, "staleness": age})
+
+        return self._task.student.learn(replace(batch, read=read), self._task.update(step))
 
     def close(self) -> None:
         """Wait for nothing; requests that are on their way are dropped."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, step: Step) -> None:
+        assert self._submitted is not None
+        self._first = self._first or step.number
+        self._say(step, "the weights that sample it")
         client = self._task.student.snapshot()
-        self._started[step.number] = self._thread.submit(self._roll, step, client)
+        rolling = self._thread.submit(self._roll, step, client)
+        self._started[step.number] = (step.number - 1 - self._submitted, rolling)
 
     def _roll(self, step: Step, client: tinker.SamplingClient) -> list[Rollout]:
         rows = released_rows(self._task, step.places)
         sampling = [self._sample(step, row, client) for row in rows]
-        judging = [
-            self._judge(row, sequence)
-            for row, pending in zip(rows, sampling, strict=True)
-            for sequence in pending.result()
-        ]
-        return [judged() for judged in judging]
+        judging = []
+        for done, (row, pending) in enumerate(zip(rows, sampling, strict=True)):
+            self._say(step, f"the student's answers to {len(rows) - done} of {len(rows)} queries")
+            judging += [self._judge(row, sequence) for sequence in pending.result()]
+        rollouts = []
+        for done, judged in enumerate(judging):
+            self._say(step, f"the teacher on {len(judging) - done} of {len(judging)} answers")
+            rollouts.append(judged())
+        return rollouts
+
+    def _say(self, step: Step, what: str) -> None:
+        if step.number == self._first:  # nothing else is shown yet
+            self._task.say(f"step {step.number} waits for {what}")
 
     def _sample(self, step: Step, row: ReleasedRow, client: tinker.SamplingClient) -> Pending[Any]:
         named = [self._task.settings.seed, step.number, row.id, row.sample]
@@ -141,7 +176,7 @@ class OnPolicyObjective:
             num_samples=self._objective.samples,
             topk_sample_logprobs=self._likeliest,
             sampling_params=tinker.SamplingParams(
-                max_tokens=self._longest,
+                max_tokens=self._room(row),
                 temperature=1.0,
                 seed=int(digest(named)[:8], 16) >> 1,
                 stop=self._stop,
@@ -149,30 +184,69 @@ class OnPolicyObjective:
         )
         return Pending(self._task.student.connection, request, lambda reply: reply.sequences)
 
+    def _room(self, row: ReleasedRow) -> int:
+        """The most tokens of an answer that student and teacher can both read."""
+        read = (
+            (self._task.student.connection, row.prompt),
+            (self._scorer.connection, self._context(row.query)),
+        )
+        left = [one.max_context - len(prompt) - 1 for one, prompt in read if one.max_context]
+        return max(1, min([self._longest, *left]))
+
     def _judge(self, row: ReleasedRow, sequence: Any) -> Callable[[], Rollout]:
         """Ask the teacher about one answer; what is returned waits for it."""
-        context, tokens = self._context(row.query), sequence.tokens
-        own, ended = np.asarray(sequence.logprobs, np.float64), sequence.stop_reason == "stop"
+        cut = self._cuts.cut(sequence.tokens) if self._cuts else None
+        tokens, own = sequence.tokens[:cut], np.asarray(sequence.logprobs, np.float64)[:cut]
+        ended = cut is not None or sequence.stop_reason == "stop"
+        rollout = Rollout(row.prompt, tokens, own, own, ended)
         if self._likeliest:
-            ranking = self._ranking(sequence)
-            ids = np.concatenate([np.asarray(tokens)[:, None], ranking.ids], axis=1)
-            chosen = self._scorer.chosen(context, tokens, ids)
-
-            def judged() -> Rollout:
-                theirs, *likely = chosen.result().T
-                return Rollout(row.prompt, tokens, own, theirs, ended, ranking, np.array(likely).T)
-
-            return judged
-        k = self._objective.top_k if self._objective.kl == "forward" else 0
-        pending = self._scorer.read(context, tokens, k)
+            return self._compare(
+                row, replace(rollout, ranking=self._ranking(sequence, len(tokens)))
+            )
+        k = self._objective.top_k or (_CUT_AMONG if self._cuts else 0)
+        pending = self._scorer.read(self._context(row.query), tokens, k)
 
         def scored() -> Rollout:
             found = pending.result()
-            return Rollout(row.prompt, tokens, own, found.logprobs, ended, found.ranking)
+            theirs, ranking = found.logprobs, found.ranking
+            if self._cuts and ranking:
+                said = np.asarray(tokens)[:, None]
+                theirs = self._cuts.judged(said, own[:, None], theirs[:, None], ranking)[:, 0]
+                ranking = Ranking(self._cuts.meant(ranking.ids), ranking.logprobs)
+            return replace(rollout, teacher=np.maximum(theirs, LEAST), ranking=ranking)
 
         return scored
 
-    def _ranking(self, sequence: Any) -> Ranking:
+    def _compare(self, row: ReleasedRow, rollout: Rollout) -> Callable[[], Rollout]:
+        """Ask the teacher about the student's likeliest tokens too."""
+        context, tokens, ranking, cuts = (
+            self._context(row.query),
+            rollout.tokens,
+            rollout.ranking,
+            self._cuts,
+        )
+        assert ranking is not None
+        ids = np.concatenate([np.asarray(tokens)[:, None], ranking.ids], axis=1)
+        if cuts is None:
+            chosen = self._scorer.chosen(context, tokens, ids)
+
+            def judged() -> Rollout:
+                found = chosen.result()
+                return replace(rollout, teacher=found[:, 0], judged=found[:, 1:])
+
+            return judged
+        asked = self._scorer.chosen_and_likeliest(context, tokens, ids, self._objective.top_k)
+
+        def judged_as_meant() -> Rollout:
+            found, top = asked.result()
+            theirs = cuts.judged(ranking.ids, ranking.logprobs, found[:, 1:], top)
+            return replace(
+                rollout, teacher=found[:, 0], judged=theirs, meant=cuts.meant(ranking.ids)
+            )
+
+        return judged_as_meant
+
+    def _ranking(self, sequence: Any, places: int) -> Ranking:
         """The student's likeliest tokens; places with fewer have the sampled token again."""
         top = sequence.topk_logprobs_np
         if top is None or not top.token_ids.shape[-1]:
@@ -180,8 +254,9 @@ class OnPolicyObjective:
                 f"{self._task.student.connection.reference!r} gives no top-k log-probabilities "
                 "of what it samples: train with top_k=0 or kl='forward'."
             )
-        found = Ranking.read(top, len(sequence.tokens))
-        said = np.asarray(sequence.tokens)[:, None]
+        every = Ranking.read(top, len(sequence.tokens))
+        found = Ranking(every.ids[:places], every.logprobs[:places])
+        said = np.asarray(sequence.tokens[:places])[:, None]
         return replace(found, ids=np.where(np.isfinite(found.logprobs), found.ids, said))
 
 
@@ -193,7 +268,11 @@ def reverse_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> 
         examples.append(SoftExample(rollout.prompt, _labels(rollout)))
         targets.append(
             reverse_targets(
-                rollout.tokens, rollout.ranking.ids, rollout.ranking.logprobs, rollout.judged
+                rollout.tokens,
+                rollout.ranking.ids,
+                rollout.ranking.logprobs,
+                rollout.judged,
+                rollout.meant,
             )
         )
     datums = soft_batch(examples, targets, normalization).datums

@@ -28,6 +28,7 @@ from distill_datasets.training.objectives.teacher import (
     TeacherPrompts,
     chosen_rows,
     connect_teacher,
+    cut_ends,
     prompt_tokens,
     read_teacher_prompts,
     released_rows,
@@ -62,15 +63,19 @@ class SoftObjective:
         with ExitStack() as unopened:
             unopened.callback(self._store.close)
             self._keys = get_labels(task, self._store)
+            self._cuts = cut_ends(task, read_teacher_prompts(task))
             unopened.pop_all()
 
     def examples(self, places: Sequence[int]) -> list[SoftExample]:
         """The rows at these places of the training rows."""
         rows = zip(places, released_rows(self._task, places), strict=True)
         return [
-            SoftExample(row.prompt, self._store.get(self._keys[place]), row.bytes)
+            SoftExample(row.prompt, self._cut(self._store.get(self._keys[place]), row), row.bytes)
             for place, row in rows
         ]
+
+    def _cut(self, labels: SoftLabels, row: ReleasedRow) -> SoftLabels:
+        return self._cuts.hard(labels, row.tokens) if self._cuts else labels
 
     def prepare(self, step: Step) -> None:
         """Nothing to start."""

@@ -20,7 +20,7 @@ from distill_datasets.training.student import (
     shares,
 )
 
-_LEAST = float(np.log(np.finfo(np.float32).tiny))  # no server's probability is smaller, but for 0
+LEAST = float(np.log(np.finfo(np.float32).tiny))  # no server's probability is smaller, but for 0
 _LEAST_REST = 1e-6  # of float32 probabilities that add up to 1
 
 
@@ -77,6 +77,7 @@ def reverse_targets(
     ids: NDArray[np.integer],
     student: NDArray[np.floating],
     teacher: NDArray[np.floating],
+    meant: NDArray[np.integer] | None = None,
 ) -> SoftTargets:
     """Targets whose cross-entropy has the exact gradient of `reverse_kl`.
 
@@ -85,12 +86,21 @@ def reverse_targets(
     r by how much likelier the teacher finds it and all other tokens together: as p of the rest is
     what the K leave, its gradient is theirs. The first column is the response's own token, which
     weighs nothing.
+
+    Where a token is not `meant` (N, K) but another, what the teacher gives it is taken from it and
+    learned for the other, as a hard label is.
     """
     p, gain, rest = _shares(student, teacher)
     own = np.asarray(tokens, np.int64)[:, None]
     weights = np.concatenate([np.zeros_like(p[:, :1]), p * (gain - rest.gain)], axis=1)
     others = np.where(np.isfinite(student), ids, own)
-    return SoftTargets(np.concatenate([own, others], axis=1), weights.astype(np.float32))
+    found = np.concatenate([own, others], axis=1)
+    if meant is not None and (moved := np.isfinite(student) & (meant != ids)).any():
+        mass = np.where(moved, np.exp(teacher), 0.0)
+        weights[:, 1:] -= mass
+        found = np.concatenate([found, np.where(moved, meant, own)], axis=1)
+        weights = np.concatenate([weights, mass], axis=1)
+    return SoftTargets(found, weights.astype(np.float32))
 
 
 def reverse_kl(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -122,7 +132,7 @@ def _shares(
     """
     likely = np.isfinite(student)
     ours = np.where(likely, student, 0.0).astype(np.float64)
-    theirs = np.where(likely, np.maximum(teacher, _LEAST), -np.inf).astype(np.float64)
+    theirs = np.where(likely, np.maximum(teacher, LEAST), -np.inf).astype(np.float64)
     p = np.where(likely, np.exp(ours), 0.0)
     left, taught = (
         np.maximum(1 - one.sum(axis=1, keepdims=True), _LEAST_REST) for one in (p, np.exp(theirs))

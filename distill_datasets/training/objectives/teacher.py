@@ -16,6 +16,7 @@ import numpy as np
 from distill_datasets.errors import DatasetError, ModelError, OutputError
 from distill_datasets.generation.ledger import find_replies
 from distill_datasets.hub.references import find_release
+from distill_datasets.models.ends import CutEnds
 from distill_datasets.models.sampler import request_digest
 from distill_datasets.models.scoring import SoftLabels, response_span
 from distill_datasets.recipes.loading import load_recipe
@@ -40,6 +41,7 @@ CREATE TABLE IF NOT EXISTS scores (
 )
 """
 _KEYS_AT_ONCE = 500  # in one statement of SQLite
+_SEEN = 512  # responses, to know what is in them
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,16 @@ def connect_teacher(
             "are. Generate and publish again, or train with labels='scored'."
         )
     return teacher
+
+
+def cut_ends(task: TrainingTask, prompts: TeacherPrompts) -> CutEnds | None:
+    """Where the answers of a teacher with stop texts end; None for one that ends its own."""
+    texts = prompts.recipe.stop_texts
+    if not texts:
+        return None
+    places = choose_rows(len(task.rows), task.settings)[:_SEEN]
+    responses = [row.tokens for row in released_rows(task, places)]
+    return CutEnds.of(task.student.connection, texts, responses)
 
 
 def prompt_tokens(teacher: "Connection", prompts: TeacherPrompts, query: str) -> list[int]:

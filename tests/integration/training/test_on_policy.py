@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tinker import LoraConfig
 
@@ -14,6 +15,7 @@ from distill_datasets.training.objectives import TrainingTask
 from distill_datasets.training.objectives.on_policy import (
     OnPolicyObjective,
     Rollout,
+    reverse_batch,
 )
 from distill_datasets.training.schedule import Step
 from distill_datasets.training.settings import ObjectiveSettings
@@ -31,7 +33,8 @@ def tiny_release(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(**objective: Any) -> TrainSettings:
-    chosen = ObjectiveSettings(**{"name": "on_policy", "max_tokens": 3, "top_k": 4, **objective})
+    fields = {"name": "on_policy", "max_tokens": 3, "top_k": 4, "warm_start": 0, **objective}
+    chosen = ObjectiveSettings(**fields)
     return replace(SMALL, epochs=2, objective=chosen)
 
 
@@ -104,7 +107,73 @@ def test_a_training_samples_scores_and_learns_each_step(
         assert list(metrics(training, name)) == [1, 2, 3, 4]
     if kl == "reverse":
         assert metrics(training) == metrics(training, "reverse_kl")
+    ages = [float(stale and step > 1) for step in range(1, 5)]
+    assert list(metrics(training, "staleness").values()) == ages
     assert not (tmp_path / "out" / "journal.sqlite").exists()
+
+
+def test_an_answer_is_as_long_as_the_contexts_let_it_be(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    """512 tokens, of which the teacher's prompt takes more than the student's."""
+    task = training_task(tiny_release, model, tmp_path, settings(max_tokens=500))
+    asked: Any = [{"role": "system", "content": PROMPT}, {"role": "user", "content": "el cielo 3"}]
+    prompt = connect(model).renderer.build_generation_prompt(asked).to_ints()
+    longest = 512 - len(prompt) - 1
+    assert all(len(one.tokens) == longest or one.ended for one in rollouts(task))
+
+
+def test_a_new_student_learns_the_responses_first(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    """One that was trained before has no need to."""
+    chosen = settings(warm_start=None)
+    warm = replace(chosen, epochs=3)
+    training = train(tiny_release, student=model, out=tmp_path / "new", settings=warm)
+    hard = replace(warm, objective=ObjectiveSettings())
+    sft = train(tiny_release, student=model, out=tmp_path / "sft", settings=hard)
+    losses = metrics(training)
+    assert [losses[step] for step in (1, 2)] == [metrics(sft)[step] for step in (1, 2)]
+    assert list(metrics(training, "reverse_kl")) == [3, 4, 5, 6]
+    again = train(
+        tiny_release, student=model, out=tmp_path / "again", settings=chosen, start=tmp_path / "new"
+    )
+    assert list(metrics(again, "reverse_kl")) == [1, 2, 3, 4]
+
+
+def test_a_student_is_cut_where_its_teacher_is_and_learns_to_end_there(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    """The stop text is what the student of `tiny_release` says first."""
+    connection = connect(model)
+    every = settings(top_k=200)
+    free = rollouts(training_task(tiny_release, model, tmp_path, every))[0]
+    (stop,) = connection.tokenizer.batch_decode([free.tokens[:1]])
+    cut = release(tmp_path / "cut", model, sampling={"stop": [stop]})
+    one = rollouts(training_task(cut, model, tmp_path / "task", every))[0]
+    assert one.tokens == free.tokens[:1] and one.ended
+    assert one.ranking is not None and one.meant is not None and one.judged is not None
+    meant, ids = one.meant[0], one.ranking.ids[0]
+    assert {*meant[meant != ids]} == {connection.tokenizer.eos_token_id}
+    assert one.tokens[0] in ids[meant != ids]
+    fields = reverse_batch([one], "token").datums[0].loss_fn_inputs
+    targets, weights = (fields[name].to_numpy()[-1] for name in ("target_tokens", "weights"))
+    assert targets[201:][meant != ids].tolist() == meant[meant != ids].tolist()
+    assert weights[201:].sum() == pytest.approx(np.exp(one.judged[0][meant != ids]).sum(), rel=1e-4)
+
+
+def test_what_the_first_step_waits_for_is_said(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    task = replace(training_task(tiny_release, model, tmp_path, settings()), say=said.append)
+    with closing(OnPolicyObjective(task)) as objective:
+        objective.prepare(STEP)
+        objective.submit(STEP).result()
+        objective.submit(replace(STEP, number=2)).result()
+    assert said[0] == "step 1 waits for the weights that sample it"
+    assert "step 1 waits for the student's answers to 2 of 2 queries" in said
+    assert said[-1] == "step 1 waits for the teacher on 1 of 2 answers"
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,25 @@ def responses(examples: dict[int, SoftExample], model: str) -> list[str]:
     return [tokenizer.decode(example.labels.tokens[:-1]) for example in examples.values()]
 
 
+def test_where_stop_texts_cut_the_teacher_the_end_is_learned_as_it_is(
+    model: str, tmp_path: Path
+) -> None:
+    """The rest of the answer is the teacher's distribution, as without stop texts."""
+    found = {}
+    for stop in ((), ("\n",)):
+        folder = tmp_path / str(len(stop))
+        cut = release(folder, model, sampling={"stop": stop})
+        found[stop] = soft_examples(
+            training_task(cut, model, folder / "task", settings(labels="scored"))
+        )[3].labels
+    whole, hard = found.values()
+    end = connect(model).tokenizer.eos_token_id
+    assert whole.tokens[-1] == hard.tokens[-1] == end
+    assert hard.ids[-1].tolist() == [end] * 4
+    assert np.exp(hard.logprobs[-1]).tolist() == [1, 0, 0, 0] != np.exp(whole.logprobs[-1]).tolist()
+    assert hard.logprobs[:-1].tolist() == whole.logprobs[:-1].tolist()
+
+
 def test_a_response_is_scored_under_the_prompt_that_the_student_never_sees(
     tiny_release: Path, model: str, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from distill_datasets.training.data import Rendered, open_splits
 from distill_datasets.training.objectives import TrainingTask
 from distill_datasets.training.settings import ObjectiveSettings
 from distill_datasets.training.trainer import TrainSettings, train
-from distill_datasets.training.validation import validation_likelihoods
+from distill_datasets.training.validation import LossValidator, validation_likelihoods
 from tests.support.soft_releases import PROMPT, SMALL, release, training_task
 from tests.support.training_runs import at_step, metrics, write
 
@@ -58,6 +58,19 @@ def test_base_and_teacher_are_asked_about_what_each_would_say(
         answer = f"Final Answer: {'en' if 'weather' in query else 'de'}<|im_end|>"
         tokens = connection.tokenizer.encode(answer)
         assert -scorer.read(prompt, tokens).result().logprobs.sum() == pytest.approx(nats, abs=1e-3)
+
+
+def test_an_end_that_a_stop_text_made_counts_for_nobody(model: str, tmp_path: Path) -> None:
+    """A new student is the base, and scores 0."""
+    said = "The answer is {{ answer }} and nothing else at all."
+    cut = release(tmp_path / "cut", model, response=said, sampling={"stop": ["\n"]})
+    task, rows = validated(cut, model, tmp_path)
+    ends = validation_likelihoods(task, rows)
+    assert ends is not None
+    losses = task.student.loss(list(rows.batches(4))).rows()
+    assert list(ends.tokens) == [row.tokens - 1 for row in losses]
+    scores = LossValidator(rows, 4, ends).submit(task.student, task.student.save("new")).result()
+    assert scores["internalisation"] == pytest.approx(0, abs=1e-3)
 
 
 def test_every_validation_has_the_score_that_its_loss_makes_by_hand(

@@ -120,3 +120,27 @@ def test_a_place_with_fewer_likely_tokens_has_its_own_again_and_stays_finite() -
     assert np.isfinite(found.weights).all()
     assert found.weights[0, 1] < 0 < found.weights[0, 2]
     assert (found.weights[0, 0], found.weights[0, 3]) == (0, 0)
+
+
+def test_a_token_that_means_another_hands_on_what_the_teacher_gives_it() -> None:
+    """Tokens 0 and 1 are one to the teacher, who likes them; the student shall say 0 for both.
+
+    The gradient is that of the divergence over {0, 1}, 2, 3 and the rest, and of how likely 0 is
+    of the two, as often as the teacher says either.
+    """
+    logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.1, 0.1, 0.1]], dtype=torch.float64))
+    logits.requires_grad_()
+    student = logits.log_softmax(1)
+    p = student.exp()[0]
+    ours = torch.stack([p[0] + p[1], p[2], p[3], p[4] + p[5]])
+    theirs = torch.tensor([0.8, 0.1, 0.05, 0.05], dtype=torch.float64)
+    divergence = (ours * (ours / theirs).log()).sum() - 0.8 * (p[0] / (p[0] + p[1])).log()
+    (wanted,) = torch.autograd.grad(divergence, logits, retain_graph=True)
+    shared = np.log([[0.8 * 0.1 / 0.5, 0.8 * 0.4 / 0.5, 0.1, 0.05]])
+    likely = student[:, :4].detach().numpy()
+    ids, meant = np.array([[0, 1, 2, 3]]), np.array([[0, 0, 2, 3]])
+    found = reverse_targets([1], ids, likely, shared, meant)
+    assert reverse_kl(likely, shared) > 0
+    learned = student.gather(1, torch.from_numpy(found.tokens))
+    (gradient,) = torch.autograd.grad(-(learned * torch.from_numpy(found.weights)).sum(), logits)
+    assert gradient.numpy() == pytest.approx(wanted.numpy(), abs=1e-6)
