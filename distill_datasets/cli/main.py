@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_datasets import __version__
-from distill_datasets.cli import dataset, evidence, student
+from distill_datasets.cli import dataset, evidence, serving, student
 from distill_datasets.cli.flags import METAVARS, read_settings
 from distill_datasets.errors import DistillError
 
@@ -396,9 +396,9 @@ _VERBS = {
         ),
     ),
     "serve": _Verb(
-        "serve a local model over Tinker's protocol",
-        student.serve,
-        (student.add_serve,),
+        "serve a local model and its students over OpenAI's protocol, and over Tinker's",
+        serving.serve,
+        (serving.add_serve,),
         ("serve", "serve --model embedded:models/smol --port 9000 --store runs/store"),
     ),
 }

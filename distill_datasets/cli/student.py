@@ -1,7 +1,6 @@
 """The verbs that make a student, with their flags: train, sweep, push, measure."""
 
 import argparse
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -256,72 +255,3 @@ def push(options: argparse.Namespace) -> None:
     )
     done = "pushed the student" if pushed.changed else "nothing to push: the student is there"
     print(f"{done}: {pushed.repo} ({pushed.commit})")
-
-
-def _port(text: str) -> int:
-    if not (text.isdecimal() and int(text) < 1 << 16):
-        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535; found {text!r}")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not (text.isdecimal() and 1 <= int(text) <= 1024):
-        raise argparse.ArgumentTypeError(f"expected a number from 1 to 1024; found {text!r}")
-    return int(text)
-
-
-def add_serve(parser: argparse.ArgumentParser) -> None:
-    """The flags of `serve`."""
-    parser.add_argument(
-        "--model",
-        default="pocket",
-        metavar="MODEL",
-        help="a local model: pocket or embedded:<folder> (default: pocket)",
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="the address to listen at (default: 127.0.0.1)"
-    )
-    parser.add_argument(
-        "--port", type=_port, default=8000, metavar="N", help="the port (default: 8000)"
-    )
-    parser.add_argument(
-        "--store",
-        type=Path,
-        help="the folder of the checkpoints (default: one that ends with the server)",
-    )
-    parser.add_argument(
-        "--dtype",
-        default=os.environ.get("EMBEDDED_DTYPE", "auto"),
-        choices=["auto", "fp32", "bf16"],
-        help="the number format of the weights (default: auto, bf16 where it is measured to be "
-        "faster)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=_count,
-        metavar="N",
-        help="threads that compute (default: OMP_NUM_THREADS, or as many as are measured to help)",
-    )
-
-
-def serve(options: argparse.Namespace) -> None:
-    """Serve a local model until Ctrl-C."""
-    from distill_datasets.errors import DistillError, ServiceError
-    from distill_datasets.models.connection import serve as serve_model
-
-    try:
-        serve_model(
-            options.model,
-            host=options.host,
-            port=options.port,
-            store=options.store,
-            dtype=options.dtype,
-            threads=options.threads,
-        )
-    except DistillError:
-        raise
-    except OSError as error:
-        raise ServiceError(
-            f"Can't serve at {options.host}:{options.port}: {error}. Choose another --host or "
-            "--port."
-        ) from error

@@ -7,9 +7,8 @@ import asyncio
 import hmac
 import json
 import os
-import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +25,8 @@ from .store import Store
 from .wire import LARGEST_BODY, InvalidRequestError, MissingError
 
 HOST = "127.0.0.1"
+# Where another protocol may be spoken.
+OTHER = "/v1/"
 
 
 def _refused(status: int, message: str) -> web.Response:
@@ -33,11 +34,16 @@ def _refused(status: int, message: str) -> web.Response:
 
 
 def _gate(api_key: str) -> Middleware:
-    """Let requests with the key through; turn refusals into answers that aren't retried."""
+    """Let requests with the key through; turn refusals into answers that aren't retried.
+
+    What lies under `OTHER` has a gate of its own.
+    """
     expected = api_key.encode()
 
     @web.middleware
     async def gate(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path.startswith(OTHER):
+            return await handler(request)
         found = request.headers.get("X-API-Key", "").encode("utf-8", "surrogateescape")
         if not hmac.compare_digest(found, expected) and request.path != "/api/v1/healthz":
             message = (
@@ -62,13 +68,24 @@ def _gate(api_key: str) -> Middleware:
 
 @asynccontextmanager
 async def running(
-    card: ModelCard, store: Path | None, api_key: str, *, host: str, port: int
+    card: ModelCard,
+    store: Path | None,
+    api_key: str,
+    *,
+    host: str = HOST,
+    port: int = 0,
+    extend: Callable[[web.Application], None] | None = None,
 ) -> AsyncIterator[int]:
-    """Serve while the context lasts; yields the port, free if `port` is 0."""
+    """Serve while the context lasts; yields the port, free if `port` is 0.
+
+    `extend` may add what lies under `OTHER`.
+    """
     with TemporaryDirectory(prefix="distill-store-") as temporary:
         app = web.Application(middlewares=[_gate(api_key)], client_max_size=LARGEST_BODY)
         service = app[SERVICE] = Service(card, Store(store or Path(temporary)))
         app.router.add_routes(routes)
+        if extend is not None:
+            extend(app)
         # No grace for open connections: clients hold theirs for as long as they live.
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
@@ -81,30 +98,8 @@ async def running(
             service.engine.close()
 
 
-async def serve_until_interrupted(
-    card: ModelCard, store: Path | None, api_key: str, host: str, port: int
-) -> None:
-    """Serve in the foreground until Ctrl-C; prints what clients have to export."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(sign, stop.set)
-    async with running(card, store, api_key, host=host, port=port) as bound:
-        print(
-            f"export TINKER_BASE_URL=http://{host}:{bound}\n"
-            f"export TINKER_API_KEY={api_key}\n"
-            f"# model:    {card.name} (context {card.max_context}, {card.dtype})\n"
-            f"# tokenizer: {card.folder}\n"
-            f"# renderer: qwen3_instruct for {card.name} if it is a Qwen3-style chat model\n"
-            f"# store:    {store or 'temporary, removed at the end'}\n"
-            "# Ctrl-C ends the server",
-            flush=True,
-        )
-        await stop.wait()
-
-
 async def _serve_parent(card: ModelCard, store: Path | None, api_key: str, said: str) -> None:
-    async with running(card, store, api_key, host=HOST, port=0) as port:
+    async with running(card, store, api_key) as port:
         print(json.dumps({"port": port, "dtype": card.dtype, "said": said}), flush=True)
         # The pipe closes with the parent, however that ends.
         await asyncio.to_thread(sys.stdin.read)

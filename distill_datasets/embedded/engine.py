@@ -162,16 +162,25 @@ class Engine:
         """Load the model; seconds."""
         self._base = load_model(self.card)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the loaded model knows."""
+        return self._require_base().vocabulary
+
     def close(self) -> None:
         """Remove weights that were saved for this process only."""
         self._scratch.cleanup()
 
-    def weights_of(self, model_path: str | None) -> str:
-        """The key of the weights at a sampler path; a path written anew is another key."""
+    def weights_of(self, model_path: str | None, store: Store | None = None) -> str:
+        """The key of the weights at a sampler path; a path written anew is another key.
+
+        They are in the engine's own store, unless another is named.
+        """
         if model_path is None:
             return BASE
-        checkpoint, folder = self.store.find(model_path)
-        run = self._require_kind(checkpoint, "sampler_weights")
+        store = store or self.store
+        checkpoint, folder = store.find(model_path)
+        run = self._require_kind(checkpoint, "sampler_weights", store)
         key = f"{model_path}@{checkpoint.created}"
         self._saved[key] = SavedWeights(folder, run.lora)
         return key
@@ -316,9 +325,9 @@ class Engine:
     def training_checkpoint(self, path: str) -> tuple[StoredRun, Path]:
         """The run and the folder of a training checkpoint that belongs to the served model."""
         checkpoint, folder = self.store.find(path)
-        return self._require_kind(checkpoint, "weights"), folder
+        return self._require_kind(checkpoint, "weights", self.store), folder
 
-    def _require_kind(self, checkpoint: StoredCheckpoint, kind: Kind) -> StoredRun:
+    def _require_kind(self, checkpoint: StoredCheckpoint, kind: Kind, store: Store) -> StoredRun:
         if checkpoint.kind != kind:
             use = "sampled" if kind == "sampler_weights" else "trained further"
             maker = "save_weights_for_sampler" if kind == "sampler_weights" else "save_state"
@@ -326,7 +335,7 @@ class Engine:
                 f"expected a path under {kind}/, which can be {use}; found {checkpoint.path!r}: "
                 f"save one with {maker}()"
             )
-        run = self.store.run(checkpoint.run_id)
+        run = store.run(checkpoint.run_id)
         if run.fingerprint != self.card.fingerprint:
             raise InvalidRequestError(
                 f"{checkpoint.path} was trained on {run.base_model!r} ({run.fingerprint}); this "

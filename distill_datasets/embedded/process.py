@@ -11,12 +11,9 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from distill_datasets.errors import ModelError
-
-if TYPE_CHECKING:
-    from .model import ModelCard
 
 HOST = "127.0.0.1"
 CLOSE_SECONDS = 5.0
@@ -132,21 +129,3 @@ def _handshake(child: subprocess.Popen[str], api_key: str) -> str:
         child.stdin.write(f"{api_key}\n")
         child.stdin.flush()
     return child.stdout.readline().strip()
-
-
-def serve(
-    card: ModelCard,
-    host: str = HOST,
-    port: int = 8000,
-    api_key: str | None = None,
-    store: Path | None = None,
-) -> None:
-    """Serve a model in the foreground until Ctrl-C; says what clients have to export."""
-    # Imported late: `launch` needs none of the server in the parent.
-    import asyncio
-
-    from .app import serve_until_interrupted
-
-    if said := card.foretold():
-        print(said, file=sys.stderr)
-    asyncio.run(serve_until_interrupted(card, store, api_key or new_api_key(), host, port))

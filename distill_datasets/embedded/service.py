@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from distill_datasets.errors import ServiceError
+
 from .engine import ComputeThread, Engine, Job, Payload, Resolve, SampleJob, failure
 from .model import ModelCard
 from .store import Store
@@ -116,6 +118,16 @@ class Service:
                 "new sampling client"
             )
         return self.samplers[sampler_id]
+
+    async def vocabulary(self) -> int:
+        """How many tokens the model knows, once it is loaded."""
+        found = Promise("vocabulary")
+        run = Job(lambda: {"vocabulary": self.engine.vocabulary}, self._resolver(found))
+        self.compute.submit(run)
+        await found.done.wait()
+        if not isinstance(found.payload, dict) or "vocabulary" not in found.payload:
+            raise ServiceError(f"the model can't be asked: {found.payload!r:.300}")
+        return int(found.payload["vocabulary"])
 
     def promise(self, request_id: str, run: Callable[[], Payload]) -> Promise:
         """Compute; a repeated request gets the first one's promise."""

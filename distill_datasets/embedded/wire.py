@@ -330,7 +330,9 @@ class PromptScoring:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One request for samples; `stop` None means the model's own end tokens."""
+    """One request for samples; `stop` None means the model's own end tokens, which texts and token
+    ids take the place of.
+    """
 
     prompt: Ints
     num_samples: int
@@ -339,7 +341,7 @@ class SampleRequest:
     top_k: int
     top_p: float
     seed: int
-    stop: tuple[str, ...] | tuple[int, ...] | None
+    stop: tuple[str | int, ...] | None
     top_logprobs: int
     scoring: PromptScoring
 

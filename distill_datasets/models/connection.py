@@ -226,28 +226,16 @@ def adopt_state(path: str, source: Path, store: Path) -> None:
         ) from error
 
 
-def serve(  # noqa: PLR0913 (what the verb takes)
-    reference: str,
-    *,
-    host: str,
-    port: int,
-    store: Path | None,
-    dtype: str,
-    threads: int | None,
-) -> None:
-    """Serve a local model in the foreground, until Ctrl-C."""
-    from distill_datasets.embedded.model import ModelCard
-    from distill_datasets.embedded.process import serve as serve_model
-
-    local = reference == "pocket" or reference.startswith("embedded:")
-    if not local:
+def find_served(reference: str) -> tuple[str, Path]:
+    """A local model's name on a server, and its folder; raises `ModelError` for any other."""
+    if reference == "pocket":
+        return reference, resources.pocket()
+    name = reference.removeprefix("embedded:")
+    if name == reference:
         raise ModelError(
             f"Only local models are served: 'pocket' or 'embedded:<folder>', not {reference!r}."
         )
-    name = reference.removeprefix("embedded:")
-    folder = resources.pocket() if reference == "pocket" else find_model(name)
-    card = ModelCard.read(folder.resolve(), name, dtype, threads)
-    serve_model(card, host=host, port=port, store=store)
+    return name, find_model(name)
 
 
 def find_model(source: str) -> Path:

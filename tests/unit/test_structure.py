@@ -19,6 +19,7 @@ HEAVY = {"torch", "transformers", "tinker", "tinker_cookbook", "evaluate", "peft
 # may import it, and it imports no folder.
 ARROWS = {
     "cli": {
+        "serving",
         "evaluation",
         "training",
         "synthesis",
@@ -27,6 +28,7 @@ ARROWS = {
         "recipes",
         "models",
     },
+    "serving": {"recipes", "models", "embedded", "hub"},
     "evaluation": {
         "training",
         "synthesis",

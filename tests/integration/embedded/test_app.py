@@ -516,20 +516,3 @@ def test_pickled_weights_are_no_weights(tmp_path: Path, model: Path) -> None:
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"found no \*.safetensors"):
         launch(tmp_path, name="pickled")
-
-
-def test_the_foreground_server_says_what_to_export_and_ends_with_ctrl_c(model: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from distill_datasets.embedded.process import "
-        "serve; serve(Path(sys.argv[1]), 'tiny', port=0)"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(model)], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as child:
-        assert child.stdout is not None
-        address, key = (child.stdout.readline().strip().partition("=")[2] for _ in range(2))
-        rest = tinker.RestClient(base_url=address, api_key=key)
-        found = rest.get_server_capabilities().result(60).supported_models
-        assert [one.model_name for one in found] == ["tiny"]
-        child.send_signal(signal.SIGINT)
-        assert child.wait(60) == 0

@@ -1,0 +1,9 @@
+"""The student in front of traffic.
+
+server.py       serve(): the embedded server, with OpenAI's protocol beside Tinker's
+served.py       the models that it has: the base, students, and each with its prompt
+requests.py     bodies of OpenAI's protocol to plain dataclasses
+live.py         a request to the engine while it runs
+answers.py      what a model drew as bodies of OpenAI's protocol, whole or in chunks
+openai_app.py   the endpoints: keys, refusals, streams, clients that go away
+"""

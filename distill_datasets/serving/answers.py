@@ -1,0 +1,292 @@
+"""What a model drew as bodies of OpenAI's protocol, whole or in chunks."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from distill_datasets.conversations import assistant_message
+from distill_datasets.embedded.wire import DrawnSample
+from distill_datasets.schema import Message
+
+from .live import Outcome, Top
+from .requests import Asked
+from .served import ChatFormat
+
+_CALL = "<tool_call>"
+_OPENED, _CLOSED = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class SpokenMessage:
+    """A response as a message: its words, calls and thoughts; `cut` says that a stop ended it."""
+
+    content: str
+    cut: bool
+    calls: Sequence[Mapping[str, Any]] = ()
+    reasoning: str | None = None
+
+
+class ResponseReader(Protocol):
+    """Reads tokens as one kind of response, and says how much of it can't change any more."""
+
+    def read(self, tokens: Sequence[int]) -> SpokenMessage:
+        """The whole response."""
+        ...
+
+    def settled(self, tokens: Sequence[int]) -> str:
+        """The part of its words that holds whatever follows."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChatReader:
+    """Reads messages as a chat format writes them; `thinks` where its prompt opens the thoughts."""
+
+    format: ChatFormat
+    asked: Asked
+    messages: Sequence[Message]
+    tools: str | None
+    thinks: bool
+
+    def read(self, tokens: Sequence[int]) -> SpokenMessage:
+        """The message that the renderer reads, up to a stop."""
+        text, reasoning = self.format.renderer.read_response(tokens, tools=self.tools)
+        text, cut = _cut(text, self.asked.stop)
+        if self.tools is None:
+            return SpokenMessage(text, cut, (), reasoning)
+        try:
+            message = assistant_message(text, calls=True, after=self.messages)
+        except ValueError:  # a call that can't be read is what the model said
+            return SpokenMessage(text, cut, (), reasoning)
+        return SpokenMessage(message["content"], cut, message.get("tool_calls", ()), reasoning)
+
+    def settled(self, tokens: Sequence[int]) -> str:
+        """Its words before any call, once its thoughts are over."""
+        raw = str(self.format.tokenizer.decode(tokens)).lstrip()
+        opens = self.thinks or raw.startswith(_OPENED) or _OPENED.startswith(raw)
+        if opens and _CLOSED not in raw:
+            return ""
+        text, _ = self.format.renderer.read_response(tokens, tools=self.tools)
+        marks = (*self.asked.stop, *((_CALL,) if self.tools else ()))
+        return _settled(_cut(text, marks)[0], marks)
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """Reads a plain continuation."""
+
+    format: ChatFormat
+    asked: Asked
+
+    def read(self, tokens: Sequence[int]) -> SpokenMessage:
+        """The text without the token that ended it, up to a stop."""
+        ended = tokens[-1:] and tokens[-1] in self.format.ends
+        text = str(self.format.tokenizer.decode(tokens[:-1] if ended else tokens))
+        return SpokenMessage(*_cut(text, self.asked.stop))
+
+    def settled(self, tokens: Sequence[int]) -> str:
+        """The text but for what may be the beginning of a character or of a stop."""
+        return _settled(self.read(tokens).content, self.asked.stop)
+
+
+def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+def _settled(text: str, marks: Sequence[str]) -> str:
+    begun = [
+        len(text) - size
+        for mark in marks
+        for size in range(1, min(len(mark), len(text) + 1))
+        if text.endswith(mark[:size])
+    ]
+    # Half a character is read as this sign, and blanks at an end may not be part of the message.
+    return text[: min(begun, default=len(text))].rstrip("\ufffd").rstrip()
+
+
+@dataclass
+class Choice:
+    """One sample in a stream: what was drawn, and how much of it was sent."""
+
+    reader: ResponseReader
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    told: int = 0
+
+    def add(self, token: int, logprob: float) -> None:
+        """Take note of a token."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+
+    def news(self) -> str:
+        """Words that can be sent now."""
+        settled = self.reader.settled(self.tokens)
+        if not settled.startswith(self.text):
+            return ""
+        self.text, new = settled, settled[len(self.text) :]
+        return new
+
+    def rest(self, whole: str) -> str | None:
+        """Words that are still to be sent; None where others were sent before."""
+        return whole[len(self.text) :] if whole.startswith(self.text) else None
+
+
+@dataclass(frozen=True)
+class BodyWriter:
+    """Writes the bodies of one answer."""
+
+    chat: bool
+    asked: Asked
+    format: ChatFormat
+    fingerprint: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def body(self, choices: Sequence[Mapping[str, Any]], *, chunk: bool = False) -> dict[str, Any]:
+        """An answer, or a chunk of one."""
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}",
+            "object": f"{kind}.chunk" if chunk and self.chat else kind,
+            "created": self.created,
+            "model": self.asked.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": list(choices),
+        }
+
+    def choice(self, index: int, reader: ResponseReader, sample: DrawnSample) -> dict[str, Any]:
+        """A whole sample as a choice."""
+        said = reader.read(sample.tokens)
+        found: dict[str, Any] = {"index": index, "finish_reason": finish(said, sample)}
+        if not self.chat:
+            places = self.text_logprobs(sample.tokens, sample.logprobs, sample.top)
+            return {**found, "text": said.content, "logprobs": places}
+        message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
+        if said.reasoning:
+            message["reasoning_content"] = said.reasoning
+        if said.calls:
+            message |= {"content": said.content or None, "tool_calls": list(said.calls)}
+        places = self.chat_logprobs(sample.tokens, sample.logprobs, sample.top)
+        return {**found, "message": message, "logprobs": places}
+
+    def echo(
+        self,
+        index: int,
+        reader: ResponseReader,
+        prompt: Sequence[int],
+        outcome: Outcome,
+        sample: DrawnSample,
+    ) -> dict[str, Any]:
+        """A sample behind its prompt, with the log-probabilities of both."""
+        found = self.choice(index, reader, sample)
+        logprobs = [*outcome.prompt_logprobs, *sample.logprobs]
+        top = [*outcome.prompt_top, *sample.top] if self.asked.top else []
+        places = self.text_logprobs([*prompt, *sample.tokens], logprobs, top)
+        text = f"{self.format.tokenizer.decode(prompt)}{found['text']}"
+        return {**found, "text": text, "logprobs": places}
+
+    def first_delta(self, index: int) -> dict[str, Any]:
+        """How a choice begins in a stream of a chat."""
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def delta(self, index: int, choice: Choice, text: str) -> dict[str, Any]:
+        """More words of a choice, with the log-probabilities of all tokens since the last."""
+        tokens, logprobs = choice.tokens[choice.told :], choice.logprobs[choice.told :]
+        choice.told = len(choice.tokens)
+        found: dict[str, Any] = {"index": index, "finish_reason": None}
+        if self.chat:
+            places = self.chat_logprobs(tokens, logprobs, [])
+            return {**found, "delta": {"content": text}, "logprobs": places}
+        return {**found, "text": text, "logprobs": self.text_logprobs(tokens, logprobs, [])}
+
+    def last_delta(
+        self, index: int, choice: Choice, said: SpokenMessage, text: str, sample: DrawnSample
+    ) -> dict[str, Any]:
+        """The end of a choice: all that was not sent before."""
+        place = choice.told
+        parts = sample.tokens[place:], sample.logprobs[place:], sample.top[place:]
+        found: dict[str, Any] = {"index": index, "finish_reason": finish(said, sample)}
+        if not self.chat:
+            return {**found, "text": text, "logprobs": self.text_logprobs(*parts)}
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if said.reasoning:
+            delta["reasoning_content"] = said.reasoning
+        if said.calls:
+            delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(said.calls)]
+        return {**found, "delta": delta, "logprobs": self.chat_logprobs(*parts)}
+
+    def chat_logprobs(
+        self, tokens: Sequence[int], logprobs: Sequence[float], top: Sequence[Top]
+    ) -> dict[str, Any] | None:
+        """Log-probabilities as chats have them; None where they were not asked for."""
+        if self.asked.top is None:
+            return None
+        rows = top or [([], [])] * len(tokens)
+        places = []
+        for token, logprob, row in zip(tokens, logprobs, rows, strict=True):
+            likeliest = [self._place(*one) for one in zip(*row, strict=True)]
+            places.append({**self._place(token, logprob), "top_logprobs": likeliest})
+        return {"content": places, "refusal": None}
+
+    def text_logprobs(
+        self,
+        tokens: Sequence[int],
+        logprobs: Sequence[float | None],
+        top: Sequence[Top | None],
+    ) -> dict[str, Any] | None:
+        """Log-probabilities as texts have them; None where they were not asked for."""
+        if self.asked.top is None:
+            return None
+        names, offsets, end = [self._name(token) for token in tokens], [], 0
+        for token in tokens:
+            offsets.append(end)
+            end += len(self._text(token))
+        rows = [
+            row and {self._name(id): value for id, value in zip(*row, strict=True)} for row in top
+        ]
+        return {
+            "tokens": names,
+            "token_logprobs": list(logprobs),
+            "top_logprobs": rows or None,
+            "text_offset": offsets,
+        }
+
+    def _place(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._text(token)
+        whole = "\ufffd" not in text
+        return {
+            "token": self._name(token),
+            "logprob": logprob,
+            "bytes": list(text.encode()) if whole else None,
+        }
+
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self.asked.by_id else self._text(token)
+
+    def _text(self, token: int) -> str:
+        return str(self.format.tokenizer.decode([token]))
+
+
+def finish(said: SpokenMessage, sample: DrawnSample) -> str:
+    """Why a choice ended, in the protocol's words."""
+    if said.calls:
+        return "tool_calls"
+    return "stop" if sample.stopped or said.cut else "length"
+
+
+def usage(prompts: Sequence[int], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The token counts of requests; `prompts` are the lengths of their prompts."""
+    drawn = sum(len(one.tokens) for outcome in outcomes for one in outcome.samples)
+    return {
+        "prompt_tokens": sum(prompts),
+        "completion_tokens": drawn,
+        "total_tokens": sum(prompts) + drawn,
+        "prompt_tokens_details": {"cached_tokens": sum(one.cached for one in outcomes)},
+    }
