@@ -14,27 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_datasets.errors import DatasetError
+from distill_datasets.models.scoring import Ranking, SoftLabels, end_length
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
-    from distill_datasets.models.scoring import Ranking, SoftLabels
 
-_LONGEST_END = 16  # tokens that end a message
 _MOST_STOPS = 256  # tokens at which a server is told to stop; others are cut here
-
-
-def end_length(
-    tokens: Sequence[int],
-    stops: Sequence[int] | Sequence[str],
-    decode: Callable[[Sequence[int]], str],
-) -> int:
-    """How many of the last tokens are the end of a message, by a chat format's stop sequences."""
-    texts = [stop for stop in stops if isinstance(stop, str)]
-    for length in range(1, min(len(tokens), _LONGEST_END) + 1):
-        tail = tokens[-length:]
-        if tail[0] in stops or (texts and any(text in decode(tail) for text in texts)):
-            return length
-    return 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +92,7 @@ class CutEnds:
             whole, most = most, most - 1
         return whole if len(places) or most < whole else None
 
-    def hard(self, labels: "SoftLabels", response: Sequence[int]) -> "SoftLabels":
+    def hard(self, labels: SoftLabels, response: Sequence[int]) -> SoftLabels:
         """The labels of a response whose end is a hard label, as is all of it that the teacher said
         in other tokens.
         """
@@ -126,7 +111,7 @@ class CutEnds:
         ids: NDArray[np.integer],
         student: NDArray[np.floating],
         teacher: NDArray[np.floating],
-        ranking: "Ranking",
+        ranking: Ranking,
     ) -> NDArray[np.float64]:
         """The teacher's log-probabilities of the student's tokens `ids` (N, K), by their meaning.
 

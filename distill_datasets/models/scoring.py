@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_datasets.errors import DatasetError, ModelError
-from distill_datasets.models.ends import end_length
 from distill_datasets.progress import Progress
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _AT_ONCE = 256  # conversations whose likelihoods are asked for together
 _NO_TOKEN = -9e4  # the SDK writes -99999 where there are fewer than k
+_LONGEST_END = 16  # tokens that end a message
 _MISSING = -1  # what stands where no log-probability is asked for
 
 
@@ -300,6 +300,20 @@ def _span(connection: "Connection", judged: Judged) -> tuple[list[int], list[int
         return before, said
     end = end_length(said, connection.renderer.get_stop_sequences(), connection.tokenizer.decode)
     return before, said[: max(1, len(said) - end)]
+
+
+def end_length(
+    tokens: Sequence[int],
+    stops: Sequence[int] | Sequence[str],
+    decode: Callable[[Sequence[int]], str],
+) -> int:
+    """How many of the last tokens are the end of a message, by a chat format's stop sequences."""
+    texts = [stop for stop in stops if isinstance(stop, str)]
+    for length in range(1, min(len(tokens), _LONGEST_END) + 1):
+        tail = tokens[-length:]
+        if tail[0] in stops or (texts and any(text in decode(tail) for text in texts)):
+            return length
+    return 0
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
