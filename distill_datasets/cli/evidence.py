@@ -164,6 +164,33 @@ def page(options: argparse.Namespace) -> None:
     print(write_page(options.run, options.training, data=data))
 
 
+def add_check(parser: argparse.ArgumentParser) -> None:
+    """What is looked at, how far ahead, and at whose prices."""
+    parser.add_argument("target", type=Path, help="the folder of a release, a training or a run")
+    parser.add_argument(
+        "--days",
+        type=count,
+        default=30,
+        metavar="N",
+        help="fail so many days before a model is switched off (default: 30)",
+    )
+    parser.add_argument(
+        "--prices", type=Path, help="a file with a date and prices, to see whether they still hold"
+    )
+    parser.add_argument("--json", action="store_true", help="print what was looked at as JSON")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Say what a release or a student stands on, and fail where some of it is gone."""
+    from distill_datasets.generation.pricing import Prices
+    from distill_datasets.serving.watch import check as look
+
+    prices = Prices.load(options.prices) if options.prices else None
+    found = look(options.target, days=options.days, prices=prices)
+    print(json.dumps(found.to_json(), indent=2) if options.json else found.text())
+    found.require()
+
+
 def add_profile(parser: argparse.ArgumentParser) -> None:
     """Which rows, and how many of them are looked at closely."""
     parser.add_argument(

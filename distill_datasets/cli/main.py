@@ -30,7 +30,7 @@ model references:
 exit codes:
   0    done
   1    a service, the Hub or rows failed, or the budget is spent: what was paid for is kept;
-       or a student fails its gate
+       or a student fails its gate, or something that it needs is gone
   2    the input is wrong: the message says what was expected, what was found, and what to do
   75   a provider's batches take their time: run the same command again later
   130  interrupted: run the same command to continue
@@ -351,6 +351,12 @@ _VERBS = {
         evidence.profile,
         (evidence.add_profile,),
         ("profile runs/support/release", "profile me/support@v1.0.0 --all --json"),
+    ),
+    "check": _Verb(
+        "see whether the models, weights and prices that a release or student needs still hold",
+        evidence.check,
+        (evidence.add_check,),
+        ("check runs/support", "check runs/support/release --days 60 --prices prices.yaml"),
     ),
     "push": _Verb(
         "push a trained student to the Hub, with its card",

@@ -6,4 +6,5 @@ requests.py     bodies of OpenAI's protocol to plain dataclasses
 live.py         a request to the engine while it runs
 answers.py      what a model drew as bodies of OpenAI's protocol, whole or in chunks
 openai_app.py   the endpoints: keys, refusals, streams, clients that go away
+watch.py        whether what a release or a student stands on is still there
 """

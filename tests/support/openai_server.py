@@ -76,6 +76,7 @@ class OpenAIServer:
     def __init__(self, *, key: str | None = None) -> None:
         self.key = key
         self.answer, self.faults = Answer(), list[Fault]()
+        self.listed: list[dict[str, Any]] = [{"id": name} for name in KNOWN]
         self.asked: Counter[str] = Counter()  # requests by their last message
         self.bodies: list[dict[str, Any]] = []
         self.refuses_max_tokens, self.moved_to = False, ""
@@ -126,7 +127,7 @@ class OpenAIServer:
     async def _models(self, request: web.Request) -> web.Response:
         if self.moved_to:
             raise web.HTTPTemporaryRedirect(self.moved_to)
-        return web.json_response({"object": "list", "data": [{"id": name} for name in KNOWN]})
+        return web.json_response({"object": "list", "data": self.listed})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -28,7 +28,7 @@ ARROWS = {
         "recipes",
         "models",
     },
-    "serving": {"recipes", "models", "embedded", "hub"},
+    "serving": {"releases", "generation", "recipes", "models", "embedded", "hub"},
     "evaluation": {
         "training",
         "synthesis",
