@@ -1,7 +1,8 @@
 """Notebooks: whether one is at work, and how a verb ends there when its cell is stopped."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -24,16 +25,31 @@ def in_notebook() -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
+@contextmanager
+def _without_other_bars() -> Iterator[None]:
+    """Without the bars of `datasets`, which fill a cell line by line."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
 def interruptible(verb: Callable[P, T]) -> Callable[P, T]:
-    """A verb that says in one line of a notebook that it was interrupted."""
+    """A verb whose cell in a notebook has our bars alone, and one line where it is interrupted."""
 
     @wraps(verb)
     def called(*values: P.args, **named: P.kwargs) -> T:
-        try:
+        if not in_notebook():
             return verb(*values, **named)
+        try:
+            with _without_other_bars():
+                return verb(*values, **named)
         except KeyboardInterrupt as interrupt:
-            if not in_notebook():
-                raise
             ended = Interrupted("what was paid for is kept; run the same again to continue.")
             for note in getattr(interrupt, "__notes__", ()):
                 ended.add_note(note)

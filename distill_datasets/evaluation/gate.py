@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from distill_datasets import html
 from distill_datasets.errors import GateError, SettingsError, nearest
-from distill_datasets.evaluation.probes import ends_in_a_loop, is_broken
+from distill_datasets.evaluation.probes import ODD_PATTERNS
 from distill_datasets.files import read_yaml, write_file
 from distill_datasets.report_files import (
     gate_file,
@@ -33,6 +34,9 @@ from distill_datasets.statistics import (
     wilson,
 )
 from distill_datasets.tables import aligned, ends_text, interval_text
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 PASSED, FAILED, UNSURE, MISSING = "passed", "FAILED", "unsure", "NOT MEASURED"
 _LOWER_IS_BETTER = ("ece", "brier")
@@ -107,6 +111,18 @@ class GateResult:
     def text(self) -> str:
         """A line a rule."""
         return aligned([[one.outcome, one.rule, one.said] for one in self.findings])
+
+    def to_pandas(self) -> "DataFrame":
+        """A row a rule."""
+        from pandas import DataFrame
+
+        return DataFrame([vars(one) for one in self.findings])
+
+    def _repr_html_(self) -> str:
+        said = "passes" if self.passed else "does not pass"
+        cells = [[one.outcome, one.rule, one.said] for one in self.findings]
+        table = html.table(cells, ["outcome", "rule", "what was found"])
+        return html.card(f"The student of {self.run} {said}", table)
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON values."""
@@ -362,7 +378,7 @@ class _Look:
         """What no good answer looks like, by the share of rows."""
         said = self.mine.said("student")
         answers, groups = list(said.values()), [self._groups[id_] for id_ in said]
-        for rule, odd in _PATTERNS.items():
+        for rule, odd in ODD_PATTERNS.items():
             limit = getattr(self.rules, rule)
             if limit is None:
                 continue
@@ -558,14 +574,6 @@ def _paired(
     if {*one, *other} <= {0.0, 1.0}:
         return (Proportion(one, names) - Proportion(other, names)).interval()
     return mean_difference(one, other, names)
-
-
-_PATTERNS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
-    "empty": lambda answer: not str(answer["text"] or "").strip(),
-    "cut_off": lambda answer: answer.get("stop_reason") == "length",
-    "loops": lambda answer: ends_in_a_loop(str(answer["text"] or "")),
-    "non_printing": lambda answer: is_broken(str(answer["text"] or "")),
-}
 
 
 def _example(answers: Sequence[Mapping[str, Any]], hits: Sequence[bool]) -> str:

@@ -5,15 +5,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from distill_datasets import html
 from distill_datasets.drawing import Mark, curves, short
 from distill_datasets.errors import PriceError
 from distill_datasets.generation.pricing import HOURS_A_MONTH, Price, Prices
 from distill_datasets.report_files import read_object, read_report, report_file
 from distill_datasets.tables import aligned
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 VOLUMES = (10_000, 100_000, 1_000_000)
 TEACHER, CACHED, STUDENT = "teacher", "teacher, cached", "student"
@@ -88,7 +92,22 @@ def money(
     }
 
 
-def money_of_run(run: Path | str, prices: Prices, **options: Any) -> dict[str, Any]:
+class RunCosts(dict[str, Any]):
+    """What `money_of_run` found; a notebook shows its advice, its volumes and their curves."""
+
+    def to_pandas(self) -> "DataFrame":
+        """A row a volume."""
+        from pandas import json_normalize
+
+        return json_normalize(self["volumes"])
+
+    def _repr_html_(self) -> str:
+        head, *cells = _volume_cells(self)
+        lines = html.preformatted("\n".join([*self["arithmetic"], *self["notes"]]))
+        return html.card(self["advice"], html.table(cells, head), cost_curves(self), lines)
+
+
+def money_of_run(run: Path | str, prices: Prices, **options: Any) -> RunCosts:
     """`money` of a run's folder: its report, what it generated, and what it trained."""
     folder, report = report_file(run).parent, read_report(run)
     other = options.pop("other", 0.0)
@@ -97,7 +116,7 @@ def money_of_run(run: Path | str, prices: Prices, **options: Any) -> dict[str, A
     known = next((one for one in (*places, manifest) if one.is_file()), None)
     generation = read_object(known) if known else None
     spending = SpendingRecord(generation, _trainings(folder), other)
-    return money(report, prices, spending=spending, **options)
+    return RunCosts(money(report, prices, spending=spending, **options))
 
 
 def priced_models(run: Path | str) -> list[str]:

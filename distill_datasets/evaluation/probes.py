@@ -1,8 +1,9 @@
 """What the gate and the tests of residue look for in a text, and how a query is changed."""
 
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
+from typing import Any
 
 import regex
 
@@ -161,3 +162,12 @@ def is_broken(text: str) -> bool:
         for sign in text
         if not sign.isprintable() or sign == "\ufffd"
     )
+
+
+# What no good answer looks like, by the rule that says how many may.
+ODD_PATTERNS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    "empty": lambda answer: not str(answer["text"] or "").strip(),
+    "cut_off": lambda answer: answer.get("stop_reason") == "length",
+    "loops": lambda answer: ends_in_a_loop(str(answer["text"] or "")),
+    "non_printing": lambda answer: is_broken(str(answer["text"] or "")),
+}

@@ -263,8 +263,16 @@ def judge_rows(texts: Texts, recipe: Recipe, *, free_text: bool) -> dict[str, An
     ids = list(comparison.answers[TEACHER]["id"])
     rows = PairedRows(metric, ids, comparison.groups, teacher, student)
     found = decide(rows, recipe.margin, trained_on=recipe.split.same_rows)
-    if metric == "chrf" and not comparison.labelled and _AGAIN not in comparison.answers:
-        found |= {"rule": _NEED_SECOND, "rows_needed": None}
+    if metric == "agreement" or (metric == "chrf" and not comparison.labelled):
+        found["student_better"] = False  # nearer to the teacher than its second answer is no better
+    if metric == "chrf" and not comparison.labelled:
+        if _AGAIN not in comparison.answers:
+            found |= {"rule": _NEED_SECOND, "rows_needed": None}
+        elif ceiling := found["teacher"]:
+            found["rule"] += (
+                f" The teacher's second answer is {ceiling:.3f} like its first, as near as anybody "
+                f"comes; the margin is {recipe.margin / ceiling:.0%} of that."
+            )
     return found
 
 

@@ -11,6 +11,7 @@ from heapq import nsmallest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets import html
 from distill_datasets.conversations import readable
 from distill_datasets.errors import DistillError, RequestError
 from distill_datasets.generation.cache import Journal
@@ -37,6 +38,7 @@ from distill_datasets.generation.shards import Share
 from distill_datasets.generation.teachers import PromptedModel, Teachers, open_teachers
 from distill_datasets.generation.turns import Request, known_requests
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
+from distill_datasets.notebooks import interruptible
 from distill_datasets.progress import Progress, amount_text
 from distill_datasets.recipes.evidence import HeldOutRows
 from distill_datasets.recipes.recipe import Recipe
@@ -123,6 +125,9 @@ class DryRun:
             lines.append(f"{'' if place else 'evidence':<10}{line}")
         return "\n".join([*lines, *(f"note      {note}" for note in self.notes)])
 
+    def _repr_html_(self) -> str:
+        return html.card(f"A dry run of {self.recipe}", html.preformatted(self.text()))
+
     def _cells(self) -> Iterator[Sequence[str]]:
         priced = f"cost ({self.currency})" if self.currency else "cost"
         yield ["model", "requests", "prompt tokens", "", "response tokens", priced]
@@ -192,6 +197,7 @@ class _Plan:
         return left
 
 
+@interruptible
 def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
     recipe: Recipe | str | Path,
     *,

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_datasets import html
 from distill_datasets.errors import DatasetError, HubError, RepositoryError, VersionError
 from distill_datasets.hub.client import (
     HubDataset,
@@ -18,6 +19,7 @@ from distill_datasets.hub.client import (
 )
 from distill_datasets.hub.references import folder_of, inside
 from distill_datasets.hub.screening import require_clean, screen
+from distill_datasets.notebooks import interruptible
 from distill_datasets.parquet import open_parquet, read_batches
 from distill_datasets.recipes.loading import load_released_recipe
 from distill_datasets.recipes.recipe import Recipe
@@ -74,7 +76,11 @@ class Pushed:
     why: str
     pull_request: str | None = None
 
+    def _repr_html_(self) -> str:
+        return html.card(f"Pushed {self.version} to {self.repo}", html.facts(asdict(self)))
 
+
+@interruptible
 def push_release(  # noqa: PLR0913 (where to, as what, who sees it, and what to let through)
     release: Path,
     repo: str,

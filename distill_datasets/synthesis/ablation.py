@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill_datasets import html
 from distill_datasets.conversations import readable
@@ -24,6 +24,9 @@ from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.synthesis.interview import open_teacher
 from distill_datasets.tables import aligned, one_line
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _SHOWN, _LONGEST = 3, 300  # examples of a rule, and characters of each text
 _TITLE = 4  # words: a line of so many that ends with a colon is a title
@@ -56,6 +59,12 @@ class PromptCoverage:
     def unexercised(self) -> list[str]:
         """The rules without which no answer of the sample changes."""
         return [one["rule"] for one in self.data["rules"] if not one["changed"]]
+
+    def to_pandas(self) -> "DataFrame":
+        """A row a rule: how many answers change without it, and which checks they fail then."""
+        from pandas import DataFrame
+
+        return DataFrame(self.data["rules"])
 
     def _repr_html_(self) -> str:
         return html.card(

@@ -5,12 +5,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets import resources
+from distill_datasets import html, resources
 from distill_datasets.errors import (
     AccessError,
     DatasetError,
@@ -20,6 +20,7 @@ from distill_datasets.errors import (
     RepositoryError,
 )
 from distill_datasets.files import replacing
+from distill_datasets.notebooks import interruptible
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.cards import dataset_on_hub, model_card
@@ -102,6 +103,9 @@ class PushedStudent:
     commit: str
     changed: bool
 
+    def _repr_html_(self) -> str:
+        return html.card(f"Pushed the student to {self.repo}", html.facts(asdict(self)))
+
 
 def export_adapter(
     train: Path | str,
@@ -144,6 +148,7 @@ def export_adapter(
     return folder
 
 
+@interruptible
 def push_student(  # noqa: PLR0913 (what is pushed, where to, and what goes along)
     train: Path | str,
     repo: str,

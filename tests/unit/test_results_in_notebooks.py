@@ -7,11 +7,16 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import DatasetError
+from distill_datasets.evaluation.gate import GateFinding, GateResult
+from distill_datasets.evaluation.money import RunCosts, money
 from distill_datasets.evaluation.report import Report
+from distill_datasets.generation.pricing import Prices
 from distill_datasets.generation.run import Generated
 from distill_datasets.releases.diff import Difference
+from distill_datasets.releases.push import Pushed
 from distill_datasets.releases.release import Release
 from distill_datasets.synthesis.run import Synthesized
+from distill_datasets.training.export import PushedStudent
 from distill_datasets.training.folder import SavedCheckpoint, TrainingResult
 from distill_datasets.training.sweeps import Sweep, SweepTrial
 
@@ -114,3 +119,34 @@ def test_a_report_shows_its_verdict_and_every_metric(tmp_path: Path) -> None:
     text = shown(made)
     assert text.index("not enough evidence") < text.index("0.900 [0.800, 0.950]")
     assert made.to_pandas()["systems.student.checks.short"].tolist() == [True]
+
+
+def test_a_gate_shows_whether_the_student_passes_and_each_rule() -> None:
+    found = GateResult("runs/a", [GateFinding("loops", "FAILED", EVIL)])
+    text = shown(found)
+    assert "does not pass" in text and "loops" in text
+    assert found.to_pandas().columns.tolist() == ["rule", "outcome", "said"]
+
+
+def test_costs_show_the_advice_the_volumes_and_their_curves() -> None:
+    tokens = {"prompt_mean": 600.0, "response_mean": 5.0}
+    report = {
+        "n": 10,
+        "systems": {
+            "teacher": {"model": "t", "tokens": tokens},
+            "student": {"model": "s", "tokens": {**tokens, "prompt_mean": 50.0}},
+        },
+    }
+    price = {"prompt": 3.0, "response": 15.0}
+    prices = Prices.model_validate(
+        {"date": "2026-11-01", "currency": "USD", "models": {"t": price, "s": price}}
+    )
+    found = RunCosts(money(report, prices))
+    text = shown(found)
+    assert "1,000,000" in text and "<svg" in text and "a query" in text
+    assert len(found.to_pandas()) == 3
+
+
+def test_a_push_shows_where_it_went() -> None:
+    assert "me/student" in shown(PushedStudent("me/student", "c" * 40, changed=True))
+    assert "v1.0.0" in shown(Pushed("me/it", "1.0.0", "c" * 40, "v1.0.0", True, EVIL))

@@ -85,6 +85,17 @@ def test_texts_are_judged_by_the_teachers_second_answer_or_not_at_all() -> None:
     second = {**said, "teacher again": ["one text", "other texts"]}
     found = verdict(texts(second), free_text=True)
     assert found["metric"] == "chrf" and found["teacher"] > found["student"] > 0.5
+    assert f"second answer is {found['teacher']:.3f} like its first" in found["rule"]
+
+
+def test_a_student_nearer_to_the_teacher_than_its_second_answer_is_not_called_better() -> None:
+    words = [f"the answer number {row} is here" for row in range(60)]
+    said = {"teacher": words, "teacher again": ["nothing alike"] * 60, "student": words}
+    found = verdict(texts(said), free_text=True)
+    assert found["outcome"] == "replaces the prompt" and not found["student_better"]
+    labels = {"teacher": ["a", "b"] * 40, "teacher again": ["b", "a"] * 40}
+    found = verdict(texts({**labels, "student": ["a", "b"] * 40}, **CHOICES))
+    assert found["metric"] == "agreement" and not found["student_better"]
 
 
 def test_texts_with_references_are_judged_by_them() -> None:
