@@ -12,9 +12,10 @@ from tests.support.training_runs import ROWS, write
 
 
 def recipe_of(folder: Path, queries: int) -> Path:
-    lines = (json.dumps({"query": f"thing {n}, colour red"}) for n in range(queries))
-    (folder / "queries.jsonl").write_text("\n".join(lines))
-    edit(folder, "recipe.yaml", ", group: family, reference: colour", "")
+    rows = [{"query": f"thing {n}, colour red", "split": None} for n in range(queries)]
+    rows[-1]["split"] = "hard"
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    edit(folder, "recipe.yaml", ", group: family, reference: colour", ", forced_split: split")
     edit(folder, "recipe.yaml", "languages: [en]", "languages: [en]\nsampling: {max_tokens: 32}")
     return folder
 
@@ -36,6 +37,8 @@ def test_a_prompt_that_was_edited_gives_a_new_version_and_a_training_of_its_own(
     assert run(recipe, out, "--student", model) == 0
     assert "training anew" not in capsys.readouterr().out
     asked, first = named_server.asked.total(), (out / "report.json").read_bytes()
+    assert json.loads(first)["timed"]
+    assert not json.loads((out / "report-hard.json").read_text())["timed"]
 
     edit(recipe, "prompt.md", "Name the colour", "Say the colour")
     assert run(recipe, out, "--student", model) == 0
