@@ -125,7 +125,7 @@ def compare(folder: Path, steps: int) -> None:
         assert model.server is not None
         rows = batches(model, steps)
         ours, losses = by_server(model, rows)
-        dtype = DTYPES[getattr(model.server, "dtype", "fp32")]
+        dtype = DTYPES[model.server.dtype]
         model.server.close()
         (adapter,) = {
             file.parent
