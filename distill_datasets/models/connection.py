@@ -17,9 +17,11 @@ from distill_datasets.embedded.machine import user_cache
 from distill_datasets.errors import ModelError, OutputError, ServiceError
 from distill_datasets.files import write_file
 from distill_datasets.models.tinker_sdk import (
+    NOT_STATED,
     explained,
     hosted_key,
     hosted_service,
+    optional,
     require_service,
     rest_client,
 )
@@ -154,10 +156,11 @@ def connect_hosted(
     hosted_key(reference)
     require_service(reference)
     with explained(reference):
-        capabilities = rest_client(reference).get_server_capabilities().result()
-    models = {model.model_name: model for model in capabilities.supported_models}
+        asked = rest_client(reference).get_server_capabilities()
+        stated = optional(asked, NOT_STATED)
+    models = {model.model_name: model for model in stated.supported_models} if stated else {}
     model = models.get(base_model)
-    if model is None or model.sampleable is False:
+    if stated and (model is None or model.sampleable is False):
         near = get_close_matches(base_model, [str(name) for name in models], n=3, cutoff=0.3)
         problem = "is unknown to the server" if model is None else "can't be sampled"
         raise ModelError(f"{base_model!r} {problem}. Near names: {near}; it has {len(models)}.")
@@ -167,7 +170,7 @@ def connect_hosted(
         base_model=base_model,
         tokenizer_source=base_model,
         renderer_name=renderer or _recommended_renderer(base_model),
-        max_context=model.max_context_length,
+        max_context=model.max_context_length if model else None,
         model_path=model_path,
     )
 

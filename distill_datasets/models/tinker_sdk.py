@@ -1,13 +1,24 @@
-"""The Tinker SDK: its hosted service, waiting for what it is asked, its errors as sentences."""
+"""The Tinker SDK: its hosted service, waiting for what it is asked, its errors as sentences.
+
+A server of its protocol may lack what only keeps house (`optional`); what training can't do
+without is looked for before it begins (`require_endpoints`).
+"""
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import tinker
+from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
+from tinker.lib.internal_client_holder import _internal_client_holder_thread_singleton
 
 # The SDK's transport imports this from its threads at its first failure, where the import lock of
 # CPython 3.11 can break.
@@ -16,6 +27,7 @@ with suppress(ImportError):
 
 from distill_datasets.errors import (
     AccessError,
+    DistillError,
     ModelError,
     RejectedError,
     RetryableError,
@@ -24,7 +36,19 @@ from distill_datasets.errors import (
 from distill_datasets.models.endpoint import Endpoint, read_address, read_key
 from distill_datasets.models.openai.errors import read_retry_after
 
+NOT_STATED = "what the server has, and what it can do with it, is not checked"
 GLANCE = 2.0  # seconds between looks at whether a server of this machine still runs
+TRAINING = (  # what a server needs before a student can be trained there
+    "create_model",
+    "forward_backward",
+    "optim_step",
+    "save_weights",
+    "save_weights_for_sampler",
+    "load_weights",
+    "create_sampling_session",
+    "asample",
+    "retrieve_future",
+)
 _HOSTED = "https://tinker.thinkingmachines.dev"
 _FATAL = (
     tinker.AuthenticationError,
@@ -33,6 +57,12 @@ _FATAL = (
     tinker.NotFoundError,
 )
 _KEY, _ADDRESS = "TINKER_API_KEY", "TINKER_BASE_URL"
+_NO_ROUTE = ("", "not found", "detail not found", "error not found", "message not found")
+_MOST_SAID = 500  # characters of a server's answer that a message shows
+_ASKING = 20.0  # seconds for a request that a server answers at once
+_ENDING = 5.0  # seconds at exit for what is on its way
+_SETTLED = 5  # looks in a row that find no thread of the transport at work
+_TOLD: set[str] = set()
 
 
 def hosted_key(reference: str) -> str:
@@ -63,7 +93,8 @@ def hosted_service(reference: str) -> tinker.ServiceClient:
 
 def rest_client(reference: str) -> tinker.RestClient:
     """Named by address and key: left out, the SDK keeps one client for the whole process."""
-    return tinker.RestClient(base_url=_address(), api_key=hosted_key(reference))
+    with explained(reference):
+        return tinker.RestClient(base_url=_address(), api_key=hosted_key(reference))
 
 
 def require_service(reference: str) -> None:
@@ -105,17 +136,45 @@ async def answered(request: Any, ended: Callable[[], ServiceError | None]) -> An
 
 @contextmanager
 def explained(reference: str) -> Iterator[None]:
-    """Turns the SDK's refusals that no later call can cure into errors that say what to set."""
+    """Turns the SDK's refusals that no later call can cure into errors that say what to set.
+
+    Each names the request that was refused.
+    """
     try:
         yield
-    except (tinker.AuthenticationError, tinker.PermissionDeniedError) as error:
-        raise AccessError(
-            f"{reference!r}: the server refused the key ({error}). Check {_KEY}."
+    except tinker.APIStatusError as error:
+        if told := _refusal(reference, error):
+            raise told from error
+        raise
+    except tinker.APIResponseValidationError as error:
+        raise ServiceError(
+            f"{reference!r}: the server answered outside Tinker's protocol: {_answer(error)}"
         ) from error
-    except tinker.BillingError as error:
-        raise AccessError(f"{reference!r}: the account is out of credit ({error}).") from error
-    except tinker.NotFoundError as error:
-        raise ModelError(f"{reference!r} is unknown to the server: {error}") from error
+    except ValueError as error:
+        # So the SDK says that the result of a request can't be had.
+        if isinstance(error, DistillError) or not isinstance(error.__cause__, tinker.APIError):
+            raise
+        raise ServiceError(
+            f"{reference!r}: the server lost a request: {_answer(error.__cause__)} Run it again."
+        ) from error
+
+
+def _refusal(reference: str, error: tinker.APIStatusError) -> ModelError | None:
+    """What to say of a refusal that holds for every request; None for any other."""
+    answer = _answer(error)
+    if isinstance(error, tinker.AuthenticationError | tinker.PermissionDeniedError):
+        return AccessError(f"{reference!r}: the server refused the key ({answer}). Check {_KEY}.")
+    if isinstance(error, tinker.BillingError):
+        return AccessError(f"{reference!r}: the account is out of credit ({answer}).")
+    if _lacks(error):
+        return ModelError(
+            f"{reference!r}: the server has no endpoint {_endpoint(error)}, which is needed here "
+            f"({error.status_code}). Name another server of Tinker's protocol in {_ADDRESS}, or a "
+            "newer version of this one."
+        )
+    if isinstance(error, tinker.NotFoundError):
+        return ModelError(f"{reference!r}: the server doesn't find what it was asked for: {answer}")
+    return None
 
 
 @contextmanager
@@ -128,9 +187,98 @@ def all_explained(reference: str, *, refused: str, kept: str) -> Iterator[None]:
         with explained(reference):
             yield
     except (tinker.APIConnectionError, tinker.InternalServerError) as error:
-        raise ServiceError(f"{reference!r}: the server is gone ({error}). {kept}") from error
-    except (tinker.RequestFailedError, tinker.APIStatusError) as error:
-        raise ModelError(f"{reference!r}: the server {refused}: {error}") from error
+        raise ServiceError(f"{reference!r}: the server is gone: {_answer(error)} {kept}") from error
+    except tinker.APIStatusError as error:
+        raise ModelError(f"{reference!r}: the server {refused}: {_answer(error)}") from error
+    except tinker.RequestFailedError as error:
+        raise ModelError(
+            f"{reference!r}: the server {refused} (request {error.request_id}): {error}"
+        ) from error
+
+
+def _endpoint(error: tinker.APIError) -> str:
+    """Method and path of the request that failed, as "POST /api/v1/asample"."""
+    return f"{error.request.method} {error.request.url.path}"
+
+
+def _answer(error: tinker.APIError) -> str:
+    """The request that failed, and what came back."""
+    status, said = getattr(error, "status_code", None), error.body or str(error)
+    if isinstance(said, dict):
+        said = said.get("error") or said.get("detail") or said
+    text = " ".join(str(said).split())[:_MOST_SAID]
+    return f"{_endpoint(error)}: {f'{status}: ' if status else ''}{text}"
+
+
+def _lacks(error: tinker.APIStatusError) -> bool:
+    """Whether the endpoint itself isn't there, by the status or by a router's own words."""
+    if error.status_code in (405, 501):
+        return True
+    words = re.sub(r"[\W\d_]+", " ", str(error.body or "")).strip().lower()
+    return error.status_code == 404 and (words in _NO_ROUTE or words.startswith("doctype html"))
+
+
+def optional(request: Any, without: str) -> Any:
+    """A request's result, or None where the server lacks the endpoint: `without` says what follows
+    from that, once in a process.
+    """
+    try:
+        return request.result()
+    except tinker.APIStatusError as error:
+        if not _lacks(error):
+            raise
+        _tell(without, _answer(error))
+        return None
+
+
+def try_to(request: Any, without: str, *, timeout: float) -> None:
+    """Waits for a request that only keeps house: whatever the server refuses is told as `optional`
+    tells it. A server that is gone is the SDK's error.
+    """
+    try:
+        request.result(timeout)
+    except FutureTimeout:
+        _tell(without, f"nothing within {timeout:g} s")
+    except tinker.APIStatusError as error:
+        _tell(without, _answer(error))
+
+
+def _tell(without: str, answer: str) -> None:
+    if without not in _TOLD:
+        _TOLD.add(without)
+        print(f"note: {without}; the server answered {answer}", file=sys.stderr)
+
+
+def ask(rest: tinker.RestClient, method: str, endpoint: str, body: Any = None) -> Any:
+    """A request for an endpoint's answer as JSON, asked once; for what the SDK's types leave out.
+
+    As the SDK's own requests it has `result`.
+    """
+
+    async def send() -> Any:
+        with rest.holder.aclient(ClientConnectionPoolType.SESSION) as client:
+            options: Any = {"max_retries": 0, "timeout": _ASKING}
+            path = f"/api/v1/{endpoint}"
+            if method == "GET":
+                return await client.get(path, cast_to=object, options=options)
+            return await client.post(path, body=body, cast_to=object, options=options)
+
+    return rest.holder.run_coroutine_threadsafe(send())
+
+
+def require_endpoints(
+    rest: tinker.RestClient, reference: str, endpoints: Sequence[str] = TRAINING
+) -> None:
+    """Raises `ModelError` that names the first endpoint which the server doesn't have.
+
+    Each is asked with an empty request, which a server that has it refuses.
+    """
+    requests = [ask(rest, "POST", endpoint, {}).future() for endpoint in endpoints]
+    for request in requests:
+        error = request.exception()
+        if isinstance(error, tinker.APIStatusError) and _lacks(error):
+            with explained(reference):
+                raise error
 
 
 @contextmanager
@@ -145,7 +293,7 @@ def classified() -> Iterator[None]:
     except (tinker.BadRequestError, tinker.UnprocessableEntityError) as error:
         raise RejectedError(str(error), type=_kind(str(error)), status=error.status_code) from error
     except tinker.APIStatusError as error:
-        if isinstance(error, _FATAL):
+        if isinstance(error, _FATAL) or _lacks(error):
             raise  # `explained` says what to set
         limited = isinstance(error, tinker.RateLimitError)
         kind = "rate limit" if limited else "server error"
@@ -160,3 +308,40 @@ def classified() -> Iterator[None]:
 
 def _kind(message: str) -> str:
     return "context length" if "context" in message.lower() else "bad request"
+
+
+def _end() -> None:
+    """Ends what is on its way when Python ends.
+
+    The transport answers on threads of its own. One that comes back while the interpreter is being
+    taken down is thrown out of Python in the midst of Rust, which aborts the whole process.
+    """
+    background = _internal_client_holder_thread_singleton
+    loop, thread = background.loop_if_started(), background._thread
+    if loop is None or thread is None or not thread.is_alive():  # none in a forked child
+        return
+    with suppress(ValueError):  # another thread ends Python
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends already, within seconds
+    end = time.monotonic() + _ENDING
+    with suppress(FutureTimeout):
+        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result(_ENDING)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(max(0.0, end - time.monotonic()))
+    # A cancelled request still reports to Python once, and nothing says when it has.
+    settled = 0
+    while settled < _SETTLED and time.monotonic() < end:
+        time.sleep(0.01)
+        known = {one.ident for one in threading.enumerate()}
+        settled = settled + 1 if known.issuperset(sys._current_frames()) else 0
+
+
+async def _cancel_all() -> None:
+    # What is cancelled may begin something else.
+    while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+# Before `atexit`: by then the executors are shut, on which the SDK's requests would fail aloud.
+threading._register_atexit(_end)  # type: ignore[attr-defined]

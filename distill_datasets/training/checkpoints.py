@@ -22,7 +22,7 @@ from distill_datasets.files import write_file
 from distill_datasets.models.connection import Connection, adopt_state
 from distill_datasets.models.references import connect, find_training, read_training
 from distill_datasets.models.sampler import digest
-from distill_datasets.models.tinker_sdk import explained
+from distill_datasets.models.tinker_sdk import explained, optional, try_to
 from distill_datasets.training.folder import SavedCheckpoint
 from distill_datasets.training.schedule import Selection
 from distill_datasets.training.settings import TrainSettings, decisive, unlike_default
@@ -32,6 +32,14 @@ _RENDERER = "renderer_name"  # the cookbook's name: its tools find a checkpoint'
 _DECISIVE = ("learning_rate", "max_length", "steps", "base_model", "renderer")
 _ADAPTED = ("rank", "train_attention", "train_mlp", "train_unembed")
 _DELETION = 10.0  # seconds for the server to delete what nobody needs
+_KEEPING = 60.0  # seconds for it to keep one for good
+_NOT_DELETED = "checkpoints that nobody needs any more stay on the server"
+_NOT_KEPT = (
+    "how long checkpoints stay on the server can't be changed: save the student (`push`, or "
+    "`export`) before it expires"
+)
+_UNLISTED = "checkpoints can't be looked up on the server"
+_UNKNOWN_BASE = "nothing says which model the weights to begin with were trained from"
 _WEEK = 7 * 24 * 3600
 RowKeys = NDArray[np.uint64]
 
@@ -93,7 +101,13 @@ def read_metadata(connection: Connection, path: str) -> dict[str, str]:
     """What the training state at a `tinker://` path says of itself, by the server alone."""
     run = require_state(path).training_run_id
     with explained(path):
-        saved = connection.rest.list_checkpoints(run).result().checkpoints
+        listed = optional(connection.rest.list_checkpoints(run), _UNLISTED)
+    if listed is None:
+        raise ModelError(
+            f"{path!r} can't be resumed from: its server doesn't say how far it was trained. "
+            "Continue in the folder of its training (--out), or start from its weights (--from)."
+        )
+    saved = listed.checkpoints
     for checkpoint in saved:
         if checkpoint.tinker_path == path:
             return dict(checkpoint.user_metadata or {})
@@ -150,24 +164,26 @@ class CheckpointRetention:
         self._connection = connection
         default = None if connection.server else _WEEK
         self.ttl = default if ttl_seconds is None else ttl_seconds or None
-        self._pending: list[Any] = []
+        self._pending: list[tuple[Any, str]] = []
 
     def delete(self, checkpoints: Iterable[SavedCheckpoint]) -> None:
         """Begin to delete; what fails expires by itself."""
         rest = self._connection.rest
         self._pending += [
-            rest.delete_checkpoint_from_tinker_path(path) for path in _paths(checkpoints)
+            (rest.delete_checkpoint_from_tinker_path(path), _NOT_DELETED)
+            for path in _paths(checkpoints)
         ]
 
     def replace_best(self, old: Iterable[SavedCheckpoint], new: SavedCheckpoint) -> None:
         """Begin to keep the new one without end; the old ones get the usual time to live."""
-        self._pending += [*self._set_ttl(old, self.ttl), *self._set_ttl([new], None)]
+        requests = [*self._set_ttl(old, self.ttl), *self._set_ttl([new], None)]
+        self._pending += [(request, _NOT_KEPT) for request in requests]
 
     def keep(self, checkpoints: Iterable[SavedCheckpoint]) -> None:
-        """Keep them for good; waits until the server has confirmed it."""
+        """Keep them for good; waits until the server has confirmed it, or says that it doesn't."""
         with explained(self._connection.reference):
             for request in self._set_ttl(checkpoints, None):
-                request.result()
+                try_to(request, _NOT_KEPT, timeout=_KEEPING)
 
     def _set_ttl(self, checkpoints: Iterable[SavedCheckpoint], ttl: int | None) -> list[Any]:
         if self.ttl is None:
@@ -178,9 +194,10 @@ class CheckpointRetention:
     def close(self) -> None:
         """Give what was begun a few seconds."""
         end = time.monotonic() + _DELETION
-        for request in self._pending:
+        for request, without in self._pending:
             with suppress(tinker.TinkerError, TimeoutError):
-                request.result(max(0.0, end - time.monotonic()))
+                request.future().exception(max(0.0, end - time.monotonic()))
+                optional(request, without)
 
 
 @dataclass(frozen=True)
@@ -214,7 +231,7 @@ class Predecessor:
 
 
 def find_predecessor(
-    start: str | Path | None, student: str, *, only_new: bool = False
+    start: str | Path | None, student: str, *, only_new: bool = False, renderer: str | None = None
 ) -> Predecessor | None:
     """A training folder's best checkpoint, or the state at tinker://<run>/weights/<name>.
 
@@ -242,9 +259,12 @@ def find_predecessor(
             "tinker://<run>/weights/<name>."
         )
     require_state(path)
-    connection = connect(student)
+    connection = connect(student, renderer=renderer)
     with explained(path):
-        info = connection.rest.get_weights_info_by_tinker_path(path).result()
+        asked = connection.rest.get_weights_info_by_tinker_path(path)
+        info = optional(asked, f"{_UNKNOWN_BASE}: {student!r} is trusted to be it")
+    if info is None:
+        return Predecessor(path, None, {})
     _require_base(path, info.base_model, connection.base_model)
     return Predecessor(path, None, {"rank": info.lora_rank} if info.lora_rank else {})
 

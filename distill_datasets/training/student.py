@@ -9,12 +9,11 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal, Self
 
-import httpx
 import numpy as np
 import tinker
 from numpy.typing import NDArray
 
-from distill_datasets.errors import ModelError, OutputError, SettingsError
+from distill_datasets.errors import ModelError, OutputError, ServiceError, SettingsError
 from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.models.connection import Connection
 from distill_datasets.models.tinker import TinkerSampler
@@ -166,8 +165,10 @@ class PendingStep:
 
     def result(self) -> Learned:
         """Wait until the server has learned it."""
-        with _explained(self._student.connection.reference):
+        reference, batch = self._student.connection.reference, self._batch
+        with _explained(reference, f"a batch of {len(batch.datums)} rows with {batch.loss!r}"):
             outputs = self._student.wait(self._gradient).loss_fn_outputs
+        with _explained(reference, "a step of the optimizer"):
             metrics = self._student.wait(self._update).metrics or {}
         learned = self._batch.read(outputs)
         if not math.isfinite(learned.loss):
@@ -190,7 +191,7 @@ class PendingLoss:
 
     def rows(self) -> list[RowLoss]:
         """Wait for all of them: each row's score, in their order."""
-        with _explained(self._student.connection.reference):
+        with _explained(self._student.connection.reference, "to compute a loss"):
             return [
                 row
                 for examples, future in self._batches
@@ -212,8 +213,10 @@ class PendingSave:
 
     def result(self) -> Saved:
         """Wait until the server has confirmed all of it."""
-        with _explained(self._student.connection.reference):
+        reference = self._student.connection.reference
+        with _explained(reference, "to save weights for sampling"):
             sampler = self._student.wait(self._sampler).path if self._sampler else None
+        with _explained(reference, "to save weights and optimizer"):
             return Saved(self._student.wait(self._state).path, sampler)
 
 
@@ -264,20 +267,20 @@ class Student:
 
     @classmethod
     def _opened(cls, connection: Connection, create: Callable[..., Any], **options: Any) -> Self:
-        with _explained(connection.reference):
+        with _explained(connection.reference, f"to open {options.get('path', 'a new student')}"):
             # `.future()`: only on clients does the SDK log a warning inside a running event loop.
             return cls(connection, create(**options).future().result())
 
     def learn(self, batch: TrainingBatch, update: tinker.AdamParams) -> PendingStep:
         """Learn one batch; returns at once, so that the next can be queued behind it."""
-        with _explained(self.connection.reference):
+        with _explained(self.connection.reference, "to learn a batch"):
             gradient = self._client.forward_backward(list(batch.datums), batch.loss)
             updating = self._client.optim_step(update)
         return PendingStep(self, batch, (gradient, updating))
 
     def loss(self, batches: Sequence[Sequence[Example]]) -> PendingLoss:
         """The loss with the weights as the steps submitted before leave them; learns nothing."""
-        with _explained(self.connection.reference):
+        with _explained(self.connection.reference, "to compute a loss"):
             pending = [
                 (examples, self._client.forward(datums(examples, "token"), "cross_entropy"))
                 for examples in batches
@@ -296,7 +299,7 @@ class Student:
         resuming and, where `sampler`, for sampling; returns before the server has them.
         """
         kept = dict(metadata or {})
-        with _explained(self.connection.reference):
+        with _explained(self.connection.reference, "to save weights"):
             sampled = None
             if sampler:
                 sampled = self._client.save_weights_for_sampler(name, ttl_seconds, kept)
@@ -310,7 +313,7 @@ class Student:
         """Sample with the weights as the steps submitted before leave them; kept for as long as
         the client is. Waits for the server.
         """
-        with _explained(self.connection.reference):
+        with _explained(self.connection.reference, "to sample from the present weights"):
             opened = self._client.save_weights_and_get_sampling_client()
             client: tinker.SamplingClient = self.wait(opened)
             return client
@@ -329,9 +332,9 @@ async def _nothing() -> None:
 
 
 @contextmanager
-def _explained(reference: str) -> Iterator[None]:
-    """Adds to the SDK's errors what only training requests run into."""
-    with sdk.all_explained(reference, refused="refused", kept=_KEPT):
+def _explained(reference: str, asked: str) -> Iterator[None]:
+    """Adds to the SDK's errors what only training requests run into, and what was `asked` for."""
+    with sdk.all_explained(reference, refused=f"refused {asked}", kept=_KEPT):
         try:
             yield
         except tinker.RequestFailedError as error:
@@ -347,8 +350,10 @@ def require_trainable(connection: Connection, settings: TrainSettings) -> int:
     """Check the student, the rank, the context and the objective; the longest row to train on.
 
     Tinker states which models it trains and their context; what a server doesn't state is not
-    checked here. Raises `ModelError` or `SettingsError`.
+    checked here, but for the endpoints that training needs. Raises `ModelError` or `SettingsError`.
     """
+    if connection.server is None:
+        sdk.require_endpoints(connection.rest, connection.reference)
     return require_stated(_stated(connection), connection, settings)
 
 
@@ -383,23 +388,24 @@ def require_stated(
 
 
 def _stated(connection: Connection) -> Mapping[str, Any]:
-    models = {str(model["model_name"]): model for model in _models(connection)}
+    with sdk.explained(connection.reference):
+        # Not by the SDK's type, which leaves out the limits that a server may state.
+        asked = sdk.ask(connection.rest, "GET", "get_server_capabilities")
+        found = sdk.optional(asked, sdk.NOT_STATED)
+    if found is None:
+        return {}
+    listed = found.get("supported_models") if isinstance(found, dict) else None
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        raise ServiceError(
+            f"{connection.reference!r}: expected the server to list its models in "
+            f"get_server_capabilities; found {str(found)[:200]!r}."
+        )
+    models = {str(model.get("model_name")): model for model in listed}
     if connection.base_model not in models:
         near = get_close_matches(connection.base_model, list(models), n=3, cutoff=0.3)
         raise ModelError(
             f"{connection.base_model!r} is unknown to the server. Near names: {near}; it has "
             f"{len(models)}."
         )
-    return models[connection.base_model]
-
-
-def _models(connection: Connection) -> list[dict[str, Any]]:
-    with sdk.explained(connection.reference):
-        if connection.server is None:
-            found = connection.rest.get_server_capabilities().result().supported_models
-            return [model.model_dump() for model in found]
-    # The SDK's type leaves out the limits that a server of this machine states.
-    url = f"{connection.server.url}/api/v1/get_server_capabilities"
-    answer = httpx.get(url, headers={"X-API-Key": connection.server.api_key}, timeout=20)
-    models: list[dict[str, Any]] = answer.raise_for_status().json()["supported_models"]
-    return models
+    stated: Mapping[str, Any] = models[connection.base_model]
+    return stated

@@ -85,7 +85,7 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     require_tracker(settings.track)
     source = locate(dataset, settings.config)
     settings = replace(settings, config=source.config)
-    before = find_predecessor(start, str(student), only_new=only_new)
+    before = find_predecessor(start, str(student), only_new=only_new, renderer=settings.renderer)
     settings = before.settled(settings) if before else settings
     folder = _open_folder(Path(out), source)
     request = _request(str(student), source, settings, resume)
@@ -545,6 +545,8 @@ def _connect(
 @contextmanager
 def _session(connection: "Connection", out: str | Path) -> Iterator[None]:
     """Ends the session with the server; a failed one is not waited for, it may be what failed."""
+    from distill_datasets.models.tinker_sdk import try_to
+
     ending: Literal["success", "errored", "interrupted"] = "errored"
     try:
         yield
@@ -556,4 +558,4 @@ def _session(connection: "Connection", out: str | Path) -> Iterator[None]:
     finally:
         closed = connection.service.close(ending)
         if ending == "success":
-            closed.result()
+            try_to(closed, "the session of the training stays open on the server", timeout=60)

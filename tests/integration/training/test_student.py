@@ -137,7 +137,7 @@ def test_a_full_disk_of_the_server_says_so() -> None:
         request_id="1",
         category=RequestErrorCategory.Server,
     )
-    with pytest.raises(OutputError, match="disk is full.*run again"), _explained("pocket"):
+    with pytest.raises(OutputError, match="disk is full.*run again"), _explained("pocket", "it"):
         raise failed
 
 
