@@ -401,11 +401,24 @@ _VERBS = {
             "tools import listed.json --only find_order refund",
         ),
     ),
+    "calibrate": _Verb(
+        "choose when the student answers alone, with a guarantee, and say what that saves",
+        serving.calibrate,
+        (serving.add_calibrate, _add_progress),
+        (
+            "calibrate runs/support --epsilon 0.01 0.02 0.05 --prices prices.yaml",
+            "calibrate runs/demo --score mean",
+        ),
+        usage="run [flags]",
+    ),
     "serve": _Verb(
         "serve a local model and its students over OpenAI's protocol, and over Tinker's",
         serving.serve,
         (serving.add_serve,),
-        ("serve", "serve --model embedded:models/smol --port 9000 --store runs/store"),
+        (
+            "serve pocket --student runs/demo",
+            "serve embedded:models/smol --student mine=runs/support/train --port 9000",
+        ),
     ),
 }
 

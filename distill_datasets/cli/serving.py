@@ -1,4 +1,4 @@
-"""The verbs of a student in front of traffic: serve."""
+"""The verbs of a student in front of traffic: serve and calibrate."""
 
 import argparse
 import os
@@ -45,15 +45,20 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         "--renderer", help="the base's chat format (default: that of its chat template)"
     )
     parser.add_argument(
+        "--store",
+        type=Path,
+        help="the folder of the checkpoints (default: one that ends with the server)",
+    )
+    _add_place(parser)
+    _add_computing(parser)
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--host", default="127.0.0.1", help="the address to listen at (default: 127.0.0.1)"
     )
     parser.add_argument(
         "--port", type=_port, default=8000, metavar="N", help="the port (default: 8000)"
-    )
-    parser.add_argument(
-        "--store",
-        type=Path,
-        help="the folder of the checkpoints (default: one that ends with the server)",
     )
     parser.add_argument(
         "--api-key",
@@ -61,6 +66,9 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         help="what clients have to send; Tinker's takes keys that begin with tml- (default: "
         "DISTILL_API_KEY, or a fresh one)",
     )
+
+
+def _add_computing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default=os.environ.get("EMBEDDED_DTYPE", "auto"),
@@ -92,3 +100,54 @@ def serve(options: argparse.Namespace) -> None:
             f"Can't serve at {options.host}:{options.port}: {error}. Choose another --host or "
             "--port."
         ) from error
+
+
+def add_calibrate(parser: argparse.ArgumentParser) -> None:
+    """The flags of `calibrate`."""
+    parser.add_argument("run", type=Path, help="a run's folder, with the report of `measure`")
+    parser.add_argument(
+        "--epsilon",
+        type=_share,
+        nargs="+",
+        metavar="X",
+        help="shares of what the student serves in which it may disagree with its teacher "
+        "(default: 0.01 0.02 0.05)",
+    )
+    parser.add_argument(
+        "--score",
+        choices=("least", "mean", "sum"),
+        default="least",
+        help="how the log-probabilities of an answer's tokens are its confidence (default: least)",
+    )
+    parser.add_argument("--split", default="test", help="the held-out split (default: test)")
+    parser.add_argument("--prices", type=Path, help="a file with a date and prices of models")
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+
+
+def _share(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 1:
+        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1; found {text!r}")
+    return found
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    """Choose when the student answers alone, and say what that saves."""
+    from distill_datasets.generation.pricing import Prices
+    from distill_datasets.serving.calibration import EPSILONS
+    from distill_datasets.serving.calibration import calibrate as choose_thresholds
+
+    found = choose_thresholds(
+        options.run,
+        epsilons=options.epsilon or EPSILONS,
+        score=options.score,
+        split=options.split,
+        prices=Prices.load(options.prices) if options.prices else None,
+    )
+    if options.json:
+        print(found.path.read_text(encoding="utf-8"), end="")
+        return
+    print(f"{found.text()}\n\nwrote {found.path} and {found.path.with_suffix('.html')}")

@@ -28,7 +28,15 @@ ARROWS = {
         "recipes",
         "models",
     },
-    "serving": {"releases", "generation", "recipes", "models", "embedded", "hub"},
+    "serving": {
+        "evaluation",
+        "releases",
+        "generation",
+        "recipes",
+        "models",
+        "embedded",
+        "hub",
+    },
     "evaluation": {
         "training",
         "synthesis",

@@ -1,0 +1,325 @@
+"""When the student may answer alone: a threshold of its confidence, with a guarantee.
+
+What a student says with less confidence goes to the teacher. Of what the student serves, it
+disagrees with its teacher in at most a share that is asked for, with 95 % confidence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from markupsafe import Markup
+
+from distill_datasets.drawing import Mark, curves
+from distill_datasets.errors import DatasetError, SettingsError
+from distill_datasets.evaluation.money import STUDENT, TEACHER, money_of_run
+from distill_datasets.evaluation.systems import greedy, read_held_out
+from distill_datasets.files import one_writer, write_file
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.client import CachedClient, all_of, run_in_thread
+from distill_datasets.generation.rate_limit import Limits
+from distill_datasets.models.references import find_training, open_sampler
+from distill_datasets.models.sampler import Sample
+from distill_datasets.notebooks import interruptible
+from distill_datasets.progress import Progress
+from distill_datasets.report_files import read_report, read_rows, report_file
+from distill_datasets.selective import certify, rows_to_certify
+from distill_datasets.statistics import LEVEL, effective_rows
+from distill_datasets.tables import aligned
+
+if TYPE_CHECKING:
+    from distill_datasets.generation.pricing import Prices
+    from distill_datasets.models.sampler import Sampler
+    from distill_datasets.recipes.recipe import Recipe
+
+Score = Literal["least", "mean", "sum"]
+SCORES: tuple[Score, ...] = get_args(Score)
+EPSILONS = (0.01, 0.02, 0.05)
+CALIBRATION = "calibration.json"
+_POINTS = 40  # of the curve
+_CURVE = (0.002, 0.3)
+_CONCURRENCY = 64
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A query's confidence, and whether student and teacher gave one answer."""
+
+    id: str
+    group: str
+    confidence: float
+    agrees: bool
+
+
+@dataclass(frozen=True)
+class Point:
+    """What `epsilon` allows: the student serves a share of `served`, above `threshold`.
+
+    There is no threshold where none holds, and where all may be served, which `served` tells apart.
+    `bound` is the most that it disagrees in, and `saved` the share of the teacher's cost.
+    """
+
+    epsilon: float
+    served: float
+    threshold: float | None = None
+    rows: int = 0
+    disagreements: int = 0
+    bound: float | None = None
+    saved: float | None = None
+
+    def serves(self, confidence: float) -> bool:
+        """Whether the student answers alone."""
+        return self.served > 0 and (self.threshold is None or confidence > self.threshold)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found; it stands in the run's calibration.json."""
+
+    path: Path
+    score: Score
+    student: str
+    split: str
+    rows: int
+    groups: int
+    worth: float
+    disagreements: int
+    level: float
+    points: Sequence[Point]
+    curve: Sequence[Point]
+    pairs: Sequence[Pair]
+
+    @classmethod
+    def read(cls, run: str | Path) -> Calibration:
+        """That of a run; raises `DatasetError` where there is none."""
+        path = report_file(run).with_name(CALIBRATION)
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            for name, kind in _LISTS.items():
+                found[name] = [kind(**one) for one in found[name]]
+            return cls(path=path, **found)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DatasetError(
+                f"{str(path)!r} is no calibration ({error}): run `distill-datasets calibrate "
+                f"{run}`."
+            ) from error
+
+    def text(self) -> str:
+        """A table for a terminal, and what it means."""
+        cells = [["epsilon", "served", "threshold", "rows", "disagree", "at most", "saved"]]
+        cells += [_cells(one) for one in self.points]
+        agree = 1 - self.disagreements / self.rows
+        return (
+            f"{self.rows} queries in {self.groups} groups of {self.split!r}, worth "
+            f"{self.worth:.0f} independent ones; student and teacher agree on {agree:.1%}. "
+            f"Confidence is the {self.score} of an answer's log-probabilities.\n\n"
+            f"{aligned(cells)}\n\n"
+            f"With {self.level:.0%} confidence the student disagrees with its teacher in at most "
+            "epsilon of what it serves; the teacher answers the rest."
+        )
+
+    def drawing(self) -> Markup:
+        """The share that the student serves, over epsilon."""
+        points = [(one.epsilon, one.served) for one in self.curve]
+        marks = [Mark(one.epsilon, one.served, f"{one.served:.0%}") for one in self.points]
+        names = {"x": "disagreements allowed", "y": "share served by the student"}
+        return curves({names["y"]: points}, **names, log=(True, False), marks=marks)
+
+    def keep(self) -> None:
+        """Write it beside the report, with its curve as a page."""
+        found = {name: value for name, value in asdict(self).items() if name != "path"}
+        write_file(self.path, json.dumps(found, indent=1) + "\n")
+        page = _PAGE.format(curve=self.drawing(), text=self.text())
+        write_file(self.path.with_suffix(".html"), page)
+
+
+_LISTS: Mapping[str, type] = {"points": Point, "curve": Point, "pairs": Pair}
+_PAGE = Markup(
+    "<!doctype html><meta charset=utf-8><title>calibration</title>"
+    "<style>body{{font:16px system-ui;max-width:44rem;margin:2rem auto;color:#222}}"
+    "pre{{overflow:auto}}</style><h1>When the student may answer alone</h1>{curve}<pre>{text}</pre>"
+)
+
+
+@interruptible
+def calibrate(
+    run: str | Path,
+    *,
+    epsilons: Sequence[float] = EPSILONS,
+    score: Score = "least",
+    split: str = "test",
+    prices: Prices | None = None,
+) -> Calibration:
+    """Choose thresholds of the student's confidence on held-out queries that `measure` asked.
+
+    The student is asked again, for its log-probabilities, and the answers are kept in the run's
+    journal. Raises `DatasetError` for a run without a report, or whose answers are free text, of
+    which none equals another.
+
+        print(calibrate("runs/demo", epsilons=[0.02]).text())
+    """
+    if not epsilons or not all(0 < one < 1 for one in epsilons) or score not in SCORES:
+        raise SettingsError(
+            f"Expected shares between 0 and 1, and a score of {SCORES}; found "
+            f"{list(epsilons)} and {score!r}."
+        )
+    name = "report.json" if split == "test" else f"report-{split}.json"
+    path = report_file(run).with_name(name)
+    report = read_report(path)
+    training = find_training(path.parent)
+    if training is None:
+        raise DatasetError(f"{str(path.parent)!r} holds no trained student: run `train` first.")
+    held_out = read_held_out(report["dataset"]["path"], split=split)
+    if held_out.free_text:
+        raise DatasetError(
+            "Answers of free text are never equal, so that nothing says whether two agree: "
+            "calibrate a recipe whose answers have a form (`answer.choices`, `answer.pattern`, "
+            "`answer.json_schema`, `tools`)."
+        )
+    sampler = open_sampler(training)
+    with one_writer(path.parent, "calibration"):
+        taught = _taught(path)
+        rows = [row for row in held_out.rows if row["id"] in taught]
+        queries = [row["query"] for row in rows]
+        samples = _ask(held_out.recipe, queries, sampler, path.with_name("journal.sqlite"))
+        pairs = list(_pairs(held_out.recipe, rows, samples, taught, score))
+        wrong = [float(not one.agrees) for one in pairs]
+        costs = None if prices is None else money_of_run(path, prices)["per_query"]
+        found = Calibration(
+            path=path.with_name(CALIBRATION),
+            score=score,
+            student=sampler.identity,
+            split=split,
+            rows=len(pairs),
+            groups=len({one.group for one in pairs}),
+            worth=effective_rows(wrong, [one.group for one in pairs]),
+            disagreements=int(sum(wrong)),
+            level=LEVEL,
+            points=choose(pairs, sorted(epsilons), costs),
+            curve=choose(pairs, np.geomspace(*_CURVE, _POINTS).tolist(), costs),
+            pairs=pairs,
+        )
+        found.keep()
+    return found
+
+
+def choose(
+    pairs: Sequence[Pair], epsilons: Sequence[float], costs: Mapping[str, float] | None = None
+) -> list[Point]:
+    """What each epsilon allows; `costs` are those of a query to teacher and student."""
+    if not pairs:
+        raise DatasetError("There are no queries to calibrate on.")
+    scores = [one.confidence for one in pairs]
+    wrong, groups = [not one.agrees for one in pairs], [one.group for one in pairs]
+    found = []
+    for epsilon in epsilons:
+        chosen = certify(scores, wrong, groups, epsilon)
+        point = Point(epsilon, 0.0)
+        if chosen is not None:
+            whole = chosen.threshold == -float("inf")
+            point = Point(
+                epsilon,
+                chosen.rows / len(pairs),
+                None if whole else chosen.threshold,
+                chosen.rows,
+                chosen.wrong,
+                chosen.bound,
+            )
+        found.append(replace(point, saved=_saved(point.served, costs)))
+    return found
+
+
+def held_in(
+    pairs: Sequence[Pair],
+    epsilon: float,
+    *,
+    splits: int = 1000,
+    size: int | None = None,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """In which share of resampled calibrations epsilon holds for all pairs, and the share served.
+
+    Each draws `size` of the pairs, as many as there are unless given, and chooses by them.
+    """
+    generator, holds, served = np.random.default_rng(seed), 0, 0.0
+    confidences = np.array([one.confidence for one in pairs])
+    wrong = np.array([not one.agrees for one in pairs])
+    for _ in range(splits):
+        drawn = generator.integers(len(pairs), size=size or len(pairs))
+        sample = [replace(pairs[place], group=str(n)) for n, place in enumerate(drawn)]
+        (point,) = choose(sample, [epsilon])
+        serves = np.array([point.serves(one) for one in confidences])
+        holds += not serves.any() or float(wrong[serves].mean()) <= epsilon
+        served += float(serves.mean())
+    return holds / splits, served / splits
+
+
+def confidence_of(sample: Sample, score: Score) -> float:
+    """How sure a student is of its answer: of the log-probabilities of all of its tokens."""
+    if sample.logprobs is None or not sample.logprobs.logprobs:
+        raise DatasetError(
+            "The student's server gives no log-probabilities: serve it with `serve`."
+        )
+    values = sample.logprobs.logprobs
+    if score == "mean":
+        return sum(values) / len(values)
+    return min(values) if score == "least" else sum(values)
+
+
+def _ask(recipe: Recipe, queries: Sequence[str], sampler: Sampler, path: Path) -> list[Sample]:
+    """The student's answer to each query, with its log-probabilities."""
+    plain = replace(greedy(recipe), top_logprobs=0)
+    with Journal(path) as journal:
+        client = CachedClient(journal, limits=Limits(_CONCURRENCY))
+        with Progress("calibrate", len(queries), unit="queries") as progress:
+            client.progress = progress
+
+            async def one(query: str) -> Sample:
+                asked = recipe.student_messages(query), recipe.fitted_to_student(query, plain)
+                reply = await client.sample(sampler, *asked)
+                progress.advance()
+                return reply.samples[0]
+
+            return run_in_thread(lambda: all_of(map(one, queries)), stop=client.stop)
+
+
+def _taught(report: Path) -> dict[str, Any]:
+    """The teacher's answer to each query, as it was measured."""
+    return {row["id"]: row["systems"]["teacher"]["answer"] for row in read_rows(report)}
+
+
+def _pairs(
+    recipe: Recipe,
+    rows: Sequence[Mapping[str, Any]],
+    samples: Sequence[Sample],
+    taught: Mapping[str, Any],
+    score: Score,
+) -> Iterator[Pair]:
+    for row, sample in zip(rows, samples, strict=True):
+        reader = recipe.part(row["query"])[0].student_reader
+        answer = reader.read(sample.text, sample.stop_reason).answer
+        # A teacher whose answer can't be read is agreed with by nobody.
+        agrees = answer is not None and answer == taught[row["id"]]
+        yield Pair(row["id"], row["group"], confidence_of(sample, score), agrees)
+
+
+def _saved(served: float, costs: Mapping[str, float] | None) -> float | None:
+    """The share of the teacher's cost that is saved, where the student is asked every query."""
+    if costs is None or not costs[TEACHER]:
+        return None
+    return served - costs[STUDENT] / costs[TEACHER]
+
+
+def _cells(point: Point) -> list[str]:
+    saved = "" if point.saved is None else f"{point.saved:.1%}"
+    if not point.served:
+        least = f"none: {rows_to_certify(point.epsilon)} queries tell at the least"
+        return [f"{point.epsilon:g}", "0.0%", least, "", "", "", saved]
+    threshold = "all" if point.threshold is None else f"{point.threshold:.4f}"
+    counts = [f"{point.rows}", f"{point.disagreements}", f"{point.bound:.4f}"]
+    return [f"{point.epsilon:g}", f"{point.served:.1%}", threshold, *counts, saved]

@@ -1,0 +1,35 @@
+"""`calibrate` of a run that an echo taught a tiny student."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distill_datasets.cli.main import main
+from distill_datasets.serving.calibration import Calibration
+from tests.integration.cli.test_run import recipe_of, run
+from tests.support.openai_server import OpenAIServer
+
+
+def test_a_student_that_agrees_with_nobody_serves_nothing(
+    named_server: OpenAIServer,
+    model: str,
+    recipe_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe, out = recipe_of(recipe_folder, 40), tmp_path / "run"
+    assert main(["calibrate", str(out)]) == 2
+    assert "measure" in capsys.readouterr().err
+    assert run(recipe, out, "--student", model) == 0
+    asked = named_server.asked.total()
+    rows = len((out / "rows.jsonl").read_text().splitlines())
+    capsys.readouterr()
+    assert main(["calibrate", str(out), "--epsilon", "0.05", "0.5"]) == 0
+    assert "none: 59 queries tell at the least" in capsys.readouterr().out
+    found = Calibration.read(out)
+    assert (found.rows, found.disagreements) == (rows, rows)
+    assert [one.served for one in found.points] == [0.0, 0.0]
+    assert named_server.asked.total() == asked, "the teacher's answers are those of the report"
+    assert main(["calibrate", str(out), "--score", "mean", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["score"] == "mean"

@@ -1,0 +1,68 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from distill_datasets.errors import DatasetError
+from distill_datasets.models.sampler import Logprobs, Sample
+from distill_datasets.serving.calibration import (
+    Calibration,
+    Pair,
+    choose,
+    confidence_of,
+    held_in,
+)
+
+PAIRS = [Pair(f"q{n}", f"g{n}", n / 600, n % 40 != 0 or n > 400) for n in range(600)]
+COSTS = {"teacher": 2.0, "student": 0.1}
+
+
+def test_the_teacher_answers_what_the_student_is_less_sure_of() -> None:
+    strict, loose, all_served = choose(PAIRS, [0.01, 0.02, 0.2], COSTS)
+    assert strict.served == 0 or strict.served < loose.served < all_served.served == 1.0
+    assert all_served.threshold is None and all_served.serves(-1e9)
+    assert loose.threshold is not None
+    assert loose.serves(loose.threshold + 1e-9) and not loose.serves(loose.threshold)
+    assert all_served.saved == pytest.approx(1 - 0.1 / 2.0)
+    assert loose.saved == pytest.approx(loose.served - 0.05)
+
+
+def test_nothing_is_served_where_nothing_can_be_promised() -> None:
+    (point,) = choose(PAIRS[:40], [0.01])
+    assert (point.served, point.saved) == (0.0, None)
+    assert not point.serves(0.0)
+    with pytest.raises(DatasetError, match="no queries"):
+        choose([], [0.1])
+
+
+def test_epsilon_holds_in_resampled_calibrations_of_recorded_pairs() -> None:
+    share, served = held_in(PAIRS, 0.05, splits=60)
+    assert share >= 0.9
+    assert 0 < served <= 1
+
+
+def test_a_confidence_is_the_least_the_mean_or_the_sum() -> None:
+    sample = Sample("a", "stop", 3, logprobs=Logprobs((1, 2, 3), (-0.5, -2.0, -0.5)))
+    assert confidence_of(sample, "least") == -2.0
+    assert confidence_of(sample, "mean") == -1.0
+    assert confidence_of(sample, "sum") == -3.0
+    with pytest.raises(DatasetError, match="gives no log-probabilities"):
+        confidence_of(replace(sample, logprobs=None), "least")
+
+
+def test_a_calibration_is_read_as_it_was_kept_and_shown_as_a_curve(tmp_path: Path) -> None:
+    points = choose(PAIRS, [0.02, 0.2], COSTS)
+    curve = choose(PAIRS, [0.01, 0.05, 0.2], COSTS)
+    facts = {"score": "least", "student": "runs/a", "split": "test", "rows": 600}
+    facts |= {"groups": 600, "worth": 600.0, "disagreements": 10, "level": 0.95}
+    found = Calibration(
+        path=tmp_path / "calibration.json", **facts, points=points, curve=curve, pairs=PAIRS[:5]
+    )
+    found.keep()
+    assert Calibration.read(tmp_path) == found
+    assert "98.3%" in found.text() and "100.0%" in found.text()
+    page = (tmp_path / "calibration.html").read_text()
+    assert "<svg" in page and "share served by the student" in page
+    (tmp_path / "calibration.json").write_text("{}")
+    with pytest.raises(DatasetError, match="is no calibration"):
+        Calibration.read(tmp_path)

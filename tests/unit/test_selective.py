@@ -1,0 +1,88 @@
+"""Thresholds of confidence, against scipy and against populations whose truth is known."""
+
+import numpy as np
+import pytest
+from scipy.stats import beta, binom
+
+from distill_datasets.selective import binomial_tail, certify, rows_to_certify, share_at_most
+
+
+def alone(count: int) -> list[str]:
+    return [f"g{number}" for number in range(count)]
+
+
+def test_binomial_tails_and_bounds_are_those_of_scipy() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        n = int(generator.integers(1, 3000))
+        k = int(generator.integers(0, n))
+        share = float(generator.random() * generator.choice([1.0, 0.1, 0.01]))
+        assert binomial_tail(k, n, share) == pytest.approx(binom.cdf(k, n, share), abs=1e-10)
+        assert share_at_most(k, n) == pytest.approx(beta.ppf(0.95, k + 1, n - k), abs=1e-9)
+    assert binomial_tail(3, 3, 0.5) == 1.0
+    assert share_at_most(5, 5) == pytest.approx(1.0)
+
+
+def test_as_few_rows_as_are_said_tell_and_one_fewer_does_not() -> None:
+    for most in (0.01, 0.02, 0.05, 0.2):
+        n = rows_to_certify(most)
+        rows = list(range(n))
+        found = certify(rows, [False] * n, alone(n), most)
+        assert found is not None
+        assert (found.rows, found.wrong, found.threshold) == (n, 0, -np.inf)
+        assert found.bound <= most
+        assert certify(rows[1:], [False] * (n - 1), alone(n - 1), most) is None
+
+
+def test_a_threshold_leaves_out_where_the_student_is_wrong() -> None:
+    scores = [number / 1000 for number in range(1000)]
+    wrong = [score < 0.3 for score in scores]
+    found = certify(scores, wrong, alone(1000), 0.02)
+    assert found is not None
+    assert 650 < found.rows <= 720
+    assert 0.27 < found.threshold < 0.35
+    assert found.rows == sum(score > found.threshold for score in scores)
+    assert found.wrong == sum(
+        is_wrong for score, is_wrong in zip(scores, wrong, strict=True) if score > found.threshold
+    )
+
+
+def test_rows_that_score_alike_are_served_together_or_not_at_all() -> None:
+    scores = [1.0] * 400 + [0.5] * 400
+    wrong = [False] * 400 + [number % 3 == 0 for number in range(400)]
+    found = certify(scores, wrong, alone(800), 0.05)
+    assert found is not None
+    assert (found.rows, found.threshold) == (400, 0.5)
+
+
+def test_rows_of_groups_count_as_many_as_they_are_worth() -> None:
+    scores, right = [float(n) for n in range(300)], [False] * 300
+    assert certify(scores, right, alone(300), 0.05) is not None
+    assert certify(scores, right, [f"g{n // 15}" for n in range(300)], 0.05) is None
+
+
+def test_nothing_is_certified_of_no_rows() -> None:
+    assert certify([], [], [], 0.05) is None
+
+
+@pytest.mark.parametrize(
+    ("most", "above"),
+    [(0.02, 0.021), (0.05, 0.052), (0.05, 0.0)],
+    ids=["just above 2 %", "just above 5 %", "falling"],
+)
+def test_the_promise_holds_in_95_of_100_calibrations(most: float, above: float) -> None:
+    generator = np.random.default_rng(1)
+    size = 20_000
+    scores = generator.random(size)
+    chance = np.where(scores > 0.4, above, 0.3) if above else 0.3 * (1 - scores) ** 2
+    wrong = generator.random(size) < chance
+    held, trials, served = 0, 120, 0
+    for _ in range(trials):
+        rows = generator.integers(size, size=500)
+        found = certify(scores[rows].tolist(), wrong[rows].tolist(), alone(500), most)
+        serves = scores > found.threshold if found else np.zeros(size, bool)
+        held += not serves.any() or wrong[serves].mean() <= most
+        served += bool(serves.any())
+    # 95 % hold; of 120 trials fewer than 107 would by chance in one of a thousand cases.
+    assert held >= 107
+    assert served or above
