@@ -500,6 +500,54 @@ def _tail(level: float, n: float | None) -> float:
     return _NORMAL.cdf(-sqrt(max(n, 2.0) / freedom) * student(1 - tail, freedom))
 
 
+def confidence_sequence(total: float, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """The interval of a mean of `n` numbers from 0 to 1 that holds however often one looks.
+
+    Other intervals are for a number of rows that was chosen before; whoever looks after each row
+    and stops when one excludes a value is wrong far more often than they say. This one is all
+    means that `excludes` does not name. `total` is the sum of the numbers.
+
+    >>> [round(end, 3) for end in confidence_sequence(95, 100)]
+    [0.844, 0.993]
+    """
+
+    def end(outside: float) -> float:
+        inside = total / n
+        for _ in range(40):
+            middle = (inside + outside) / 2
+            inside, outside = (
+                (inside, middle) if excludes(total, n, middle, level) else (middle, outside)
+            )
+        return inside
+
+    if n <= 0:
+        return 0.0, 1.0
+    return (end(0.0) if total > 0 else 0.0), (end(1.0) if total < n else 1.0)
+
+
+def excludes(total: float, n: int, mean: float, level: float = LEVEL) -> bool:
+    """Whether numbers from 0 to 1 rule out their mean, at every time that one asks together.
+
+    They do where Beta(1/2, 1/2)'s mixture of likelihood ratios, which is a supermartingale, has
+    reached 1 / (1 - level) (Ville's inequality; Robbins, 1970).
+    """
+    won, lost = max(total, 0.0), max(n - total, 0.0)
+    if (mean <= 0 and won) or (mean >= 1 and lost):
+        return True
+    mixture = lgamma(won + 0.5) + lgamma(lost + 0.5) - lgamma(n + 1) - log(pi)
+    likelihood = (won * log(mean) if won else 0.0) + (lost * log(1 - mean) if lost else 0.0)
+    return mixture - likelihood >= -log(1 - level)
+
+
+def rows_to_tell(mean: float, limit: float, level: float = LEVEL) -> int | None:
+    """After about how many numbers of this mean they exclude the limit; None after a million."""
+
+    def told(n: int) -> bool:
+        return excludes(mean * n, n, limit, level)
+
+    return _first(told, _MOST_ROWS) if mean != limit and told(_MOST_ROWS) else None
+
+
 def student(share: float, freedom: float) -> float:
     """The quantile of Student's distribution, good to a hundredth from two degrees of `freedom`."""
     if freedom < 2:

@@ -420,6 +420,13 @@ _VERBS = {
             "serve embedded:models/smol --student mine=runs/support/train --port 9000",
         ),
     ),
+    "rollout": _Verb(
+        "answer for teacher and student, and move traffic from one to the other by evidence",
+        serving.rollout,
+        (serving.add_rollout,),
+        ("rollout runs/support --prices prices.yaml --budget 5", "rollout runs/support --to off"),
+        usage="run [flags]",
+    ),
 }
 
 

@@ -1,9 +1,12 @@
-"""The verbs of a student in front of traffic: serve and calibrate."""
+"""The verbs of a student in front of traffic: serve, calibrate and rollout."""
 
 import argparse
 import os
 from dataclasses import fields
 from pathlib import Path
+
+from distill_datasets.cli.flags import add_settings, read_settings
+from distill_datasets.serving.settings import RolloutSettings
 
 
 def _port(text: str) -> int:
@@ -151,3 +154,34 @@ def calibrate(options: argparse.Namespace) -> None:
         print(found.path.read_text(encoding="utf-8"), end="")
         return
     print(f"{found.text()}\n\nwrote {found.path} and {found.path.with_suffix('.html')}")
+
+
+def add_rollout(parser: argparse.ArgumentParser) -> None:
+    """The flags of `rollout`."""
+    parser.add_argument("run", type=Path, help="a run's folder: its release, report and student")
+    parser.add_argument(
+        "--to", metavar="STAGE", help="go to a stage by hand, of a running proxy too, and end"
+    )
+    parser.add_argument(
+        "--harvest",
+        type=Path,
+        metavar="PATH",
+        help="write the queries that --keep-texts kept as a queries file, and end",
+    )
+    add_settings(parser, RolloutSettings)
+
+
+def rollout(options: argparse.Namespace) -> None:
+    """Answer for teacher and student, and move the traffic from one to the other."""
+    from distill_datasets.serving.rollout import harvest
+    from distill_datasets.serving.start import move
+    from distill_datasets.serving.start import rollout as start
+
+    if options.harvest:
+        print(f"{harvest(options.run, options.harvest):,} queries: {options.harvest}")
+        return
+    settings = read_settings(options, RolloutSettings)
+    if options.to:
+        print(move(options.run, options.to, settings))
+        return
+    start(options.run, settings)

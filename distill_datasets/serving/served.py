@@ -82,33 +82,42 @@ class Served:
         self, messages: Sequence[Message], tools: str | None
     ) -> tuple[Sequence[Message], str | None]:
         """The messages and the tools that this model sees; see `WITH_PROMPT`."""
-        recipe = self.recipe
-        if recipe is None:
+        if self.recipe is None:
             return messages, tools
-        if recipe.members:
-            query = to_text(messages)
-            try:
-                member, _ = recipe.part(query)
-            except KeyError as error:
-                raise InvalidRequestError(
-                    f"expected a system message that begins with one of {sorted(recipe.members)}, "
-                    f"which says whose prompt it is; found {str(error)[:80]}"
-                ) from error
-            return recipe.messages(query), tools or member.tools_text
-        first = messages[0]
-        if first["role"] == "system" and first["content"].strip() == recipe.student_prompt:
-            messages = messages[1:]  # the student's own, in the teacher's place
-        if recipe.asks_in_one_message:
-            if [one["role"] for one in messages] != ["user"]:
-                raise InvalidRequestError(
-                    "this model's prompt holds the query: expected one message of the user; "
-                    f"found {[one['role'] for one in messages][:20]}"
-                )
-            return recipe.messages(messages[0]["content"]), tools or recipe.tools_text
-        if not messages:
-            raise InvalidRequestError("expected a message of the user; found the prompt alone")
-        shown = below(recipe.system_text, recipe.example_turns, messages)
-        return shown, tools or recipe.tools_text
+        return with_prompt(self.recipe, messages, tools)
+
+
+def with_prompt(
+    recipe: Recipe, messages: Sequence[Message], tools: str | None
+) -> tuple[Sequence[Message], str | None]:
+    """A conversation below a recipe's prompt, and the tools that go with it.
+
+    Raises `InvalidRequestError` for one that the prompt can't be put before.
+    """
+    if recipe.members:
+        query = to_text(messages)
+        try:
+            member, _ = recipe.part(query)
+        except KeyError as error:
+            raise InvalidRequestError(
+                f"expected a system message that begins with one of {sorted(recipe.members)}, "
+                f"which says whose prompt it is; found {str(error)[:80]}"
+            ) from error
+        return recipe.messages(query), tools or member.tools_text
+    first = messages[0]
+    if first["role"] == "system" and first["content"].strip() == recipe.student_prompt:
+        messages = messages[1:]  # the student's own, in the teacher's place
+    if recipe.asks_in_one_message:
+        if [one["role"] for one in messages] != ["user"]:
+            raise InvalidRequestError(
+                "this model's prompt holds the query: expected one message of the user; "
+                f"found {[one['role'] for one in messages][:20]}"
+            )
+        return recipe.messages(messages[0]["content"]), tools or recipe.tools_text
+    if not messages:
+        raise InvalidRequestError("expected a message of the user; found the prompt alone")
+    shown = below(recipe.system_text, recipe.example_turns, messages)
+    return shown, tools or recipe.tools_text
 
 
 class Catalogue:

@@ -1,0 +1,360 @@
+"""An OpenAI-compatible proxy before a teacher with its prompt and a student without.
+
+Applications keep their client and the name of their model. Each request goes to one of the two;
+where that fails before anything was sent, the other answers. Of what the student answers, a share
+is asked of the teacher too, behind the client's back.
+"""
+
+import asyncio
+import hmac
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import aiohttp
+from aiohttp import web
+from yarl import URL
+
+from distill_datasets.conversations import to_text
+from distill_datasets.errors import DistillError
+from distill_datasets.generation.pricing import Price
+from distill_datasets.models.sampler import digest
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.schema import Message
+from distill_datasets.serving.exchanges import SpokenStream, read_exchange, read_messages
+from distill_datasets.serving.monitor import Monitor
+from distill_datasets.serving.openai_app import refused
+from distill_datasets.serving.rollout import Exchange, Rollout
+from distill_datasets.serving.served import with_prompt
+from distill_datasets.serving.stages import Move, by_name
+
+Arm = Literal["teacher", "student"]
+_LARGEST = 16 << 20  # bytes of a request, and of an answer
+_SECONDS = 600.0
+BROKEN, GONE = "broken", "gone"  # a stream that its model left, or its reader
+_REMEMBERED = 10_000  # answers of the teacher, so that none is paid twice
+_MOST_SHADOWS = 256  # at once; more traffic than that is told enough by a part of it
+# A status that says nothing of the request: the other model may answer it.
+_ELSEWHERE = frozenset({401, 403, 404, 408, 409, 425, 429, *range(500, 600)})
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a model answers; `price` is what it takes, where that is known."""
+
+    url: URL
+    model: str
+    key: str | None = None
+    price: Price | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What goes there and nowhere else."""
+        key = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return {"Content-Type": "application/json", **key}
+
+
+class BackendError(Exception):
+    """A model did not answer, and another one may."""
+
+    def __init__(self, status: int, said: str) -> None:
+        """`said` is what a client reads if nobody answers."""
+        super().__init__(said)
+        self.status, self.said = status, said
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request as it came, and as each model is asked."""
+
+    body: Mapping[str, Any]
+    messages: Sequence[Message]
+    recipe: Recipe
+
+    @property
+    def key(self) -> str:
+        """Whose it is: the user's name, or else the conversation's beginning."""
+        user = self.body.get("user")
+        if isinstance(user, str) and user:
+            return f"user {user}"
+        first = next((one for one in self.messages if one["role"] == "user"), self.messages[0])
+        return digest([first["content"]])
+
+    def body_for(self, arm: Arm, model: str) -> dict[str, Any]:
+        """The body that a model gets: the teacher's with the prompt, the student's without."""
+        bare = without_prompt(self.recipe, self.messages)
+        if arm == "teacher":
+            tools = self.body.get("tools")
+            shown, known = with_prompt(self.recipe, bare, json.dumps(tools) if tools else None)
+            more = {"tools": json.loads(known)} if known else {}
+        else:
+            own = self.recipe.student_prompt
+            shown = [{"role": "system", "content": own}, *bare] if own else list(bare)
+            more = {}
+        return {**self.body, **more, "model": model, "messages": list(shown)}
+
+
+def without_prompt(recipe: Recipe, messages: Sequence[Message]) -> Sequence[Message]:
+    """A conversation without the recipe's prompt, where the application still sends it."""
+    if recipe.members or not messages:
+        return messages
+    if recipe.asks_in_one_message:
+        mark = "\x00"
+        before, _, after = recipe.messages(mark)[0]["content"].partition(mark)
+        text = messages[0]["content"]
+        whole = len(messages) == 1 and len(text) >= len(before) + len(after)
+        if whole and text.startswith(before) and text.endswith(after):
+            return [{**messages[0], "content": text[len(before) : len(text) - len(after)]}]
+        return messages
+    first, prompt = messages[0], recipe.system_text.strip()
+    if first["role"] == "system" and first["content"].strip() == prompt:
+        shown, rest = list(recipe.example_turns), list(messages[1:])
+        return rest[len(shown) :] if shown and rest[: len(shown)] == shown else rest
+    return messages
+
+
+class Proxy:
+    """The application: `/v1/chat/completions`, `/v1/models`, `/metrics`, and a page at `/`."""
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        backends: Mapping[Arm, Backend],
+        *,
+        budget: float | None = None,
+        api_key: str | None = None,
+        admin_key: str,
+    ) -> None:
+        """Opens its connections when the application starts."""
+        self.rollout, self.backends, self.budget = rollout, backends, budget
+        self._api_key, self._admin_key = api_key, admin_key
+        self.monitor = Monitor(rollout)
+        self._known: OrderedDict[str, asyncio.Future[Exchange]] = OrderedDict()
+        self._shadows: set[asyncio.Task[None]] = set()
+        self._session: aiohttp.ClientSession | None = None
+
+    def app(self) -> web.Application:
+        """The application, for one event loop."""
+        app = web.Application(client_max_size=_LARGEST)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/", self._page)
+        app.router.add_post("/rollout/stage", self._move)
+        app.cleanup_ctx.append(self._connected)
+        return app
+
+    async def _connected(self, _: web.Application) -> Any:
+        connector = aiohttp.TCPConnector(limit=0)
+        jar = aiohttp.DummyCookieJar()
+        async with aiohttp.ClientSession(connector=connector, cookie_jar=jar) as session:
+            self._session = session
+            yield
+            await self.settle()
+        self.rollout.save()
+
+    async def settle(self) -> None:
+        """Wait until nothing is shadowed any more."""
+        while self._shadows:
+            await asyncio.gather(*self._shadows, return_exceptions=True)
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        if refusal := self._locked_out(request, self._api_key):
+            return refusal
+        try:
+            body = json.loads(await request.read())
+            asked = _Asked(body, read_messages(body), self.rollout.judgement.recipe)
+            chosen: Arm = "student" if self.rollout.takes(asked.key) else "teacher"
+            bodies = {arm: asked.body_for(arm, self.backends[arm].model) for arm in self.backends}
+        except (ValueError, RecursionError) as error:  # ours that say what a request lacks are too
+            return refused(400, f"the request can't be read: {error}")
+        failed: list[BackendError] = []
+        for arm in (chosen, _other(chosen)):
+            began = time.perf_counter()
+            try:
+                response, said = await self._answer(request, arm, bodies[arm], asked)
+            except BackendError as error:
+                failed.append(error)
+                self.monitor.count_failed(arm, error.status, other=len(failed) == 1)
+                if arm == "student":
+                    self.rollout.count_request()
+                    self.rollout.count_failed()
+                continue
+            self.monitor.count_answer(arm, response.status, time.perf_counter() - began, said)
+            if said is not None and arm == "student":
+                self._judge(asked, bodies["teacher"], said)
+            return response
+        return refused(failed[0].status, failed[0].said, kind="server_error")
+
+    def _judge(self, asked: _Asked, body: Mapping[str, Any], said: Exchange) -> None:
+        """Take what the student said into account, and have it compared."""
+        if said.stop_reason == GONE:
+            return
+        self.rollout.count_request()
+        if said.stop_reason == BROKEN:
+            self.rollout.count_failed()
+            return
+        self.rollout.count_answer(asked.messages, said)
+        self._shadow(asked, body, said)
+
+    async def _answer(
+        self, request: web.Request, arm: Arm, body: Mapping[str, Any], asked: _Asked
+    ) -> tuple[web.StreamResponse, Exchange | None]:
+        """One model's answer, on its way to the client; None is one that the model refused.
+
+        Raises `BackendError` as long as nothing was sent.
+        """
+        assert self._session is not None
+        backend, name = self.backends[arm], str(asked.body.get("model", ""))
+        timeout = aiohttp.ClientTimeout(total=_SECONDS, sock_connect=5)
+        began: web.StreamResponse | None = None
+        try:
+            async with self._session.post(
+                backend.url / "chat/completions",
+                json=body,
+                headers=backend.headers,
+                timeout=timeout,
+                allow_redirects=False,
+            ) as upstream:
+                if upstream.status != 200 or not body.get("stream"):
+                    return await self._whole(upstream, name)
+                stream = SpokenStream(name)
+                async for line in upstream.content:
+                    if began is None:
+                        began = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+                        await began.prepare(request)
+                    await began.write(stream.passed(line))
+                if began is None:
+                    raise BackendError(502, f"{arm}: an empty stream")
+                return began, stream.exchange if stream.done else Exchange("", BROKEN)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if began is None:
+                said = f"{arm}: {type(error).__name__}: {error}"
+                raise BackendError(502, said) from error
+            if request.transport is not None:
+                # The client has a part: it must see that there is no end.
+                request.transport.abort()
+            gone = isinstance(error, ConnectionResetError)  # raised where the client is written to
+            return began, Exchange("", GONE if gone else BROKEN)
+
+    async def _whole(
+        self, upstream: aiohttp.ClientResponse, name: str
+    ) -> tuple[web.Response, Exchange | None]:
+        text = await upstream.content.read(_LARGEST + 1)
+        while not upstream.content.at_eof() and len(text) <= _LARGEST:
+            text += await upstream.content.read(_LARGEST + 1 - len(text))
+        if upstream.status in _ELSEWHERE or len(text) > _LARGEST:
+            raise BackendError(
+                upstream.status if upstream.status in _ELSEWHERE else 502,
+                text[:500].decode(errors="replace"),
+            )
+        if upstream.status != 200:  # the request's own fault: the other would refuse it too
+            passed = web.Response(status=upstream.status, body=text)
+            passed.content_type = upstream.content_type
+            return passed, None
+        try:
+            answer = json.loads(text)
+            said = read_exchange(answer)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise BackendError(502, f"an answer that can't be read: {error!r}") from error
+        return web.json_response({**answer, "model": name or answer.get("model")}), said
+
+    def _shadow(self, asked: _Asked, body: Mapping[str, Any], said: Exchange) -> None:
+        """Have the teacher answer too, later, if it is this one's turn and there is money left."""
+        wanted = self.rollout.shadows(digest([asked.key, to_text(asked.messages)]))
+        affordable = self.budget is None or self.rollout.spent < self.budget
+        if not (wanted and affordable) or len(self._shadows) >= _MOST_SHADOWS:
+            return
+        plain = {key: value for key, value in body.items() if not key.startswith("stream")}
+        stage = self.rollout.stage
+        task = asyncio.create_task(self._compare(asked, {**plain, "n": 1}, said, stage.name))
+        self._shadows.add(task)
+        task.add_done_callback(self._shadows.discard)
+
+    async def _compare(
+        self, asked: _Asked, body: Mapping[str, Any], said: Exchange, stage: str
+    ) -> None:
+        """Score the student's answer by the teacher's; one of an earlier stage is no evidence."""
+        try:
+            theirs = await self._teacher_says(body)
+        except BackendError as error:
+            self.monitor.count_shadow_failed(error.status)
+            return
+        if self.rollout.stage.name == stage:
+            score = self.rollout.count_shadowed(asked.messages, said, theirs)
+            self.monitor.count_shadowed(score)
+
+    async def _teacher_says(self, body: Mapping[str, Any]) -> Exchange:
+        """The teacher's answer; the same request is paid once, also while it is on its way."""
+        name = digest(body)
+        if name not in self._known:
+            self._known[name] = asyncio.ensure_future(self._ask_teacher(body))
+            while len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        try:
+            return await asyncio.shield(self._known[name])
+        except BackendError:
+            self._known.pop(name, None)
+            raise
+
+    async def _ask_teacher(self, body: Mapping[str, Any]) -> Exchange:
+        assert self._session is not None
+        backend = self.backends["teacher"]
+        try:
+            async with self._session.post(
+                backend.url / "chat/completions",
+                json=body,
+                headers=backend.headers,
+                timeout=aiohttp.ClientTimeout(total=_SECONDS, sock_connect=5),
+                allow_redirects=False,
+            ) as upstream:
+                _, said = await self._whole(upstream, backend.model)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise BackendError(502, str(error)) from error
+        if said is None:
+            raise BackendError(400, "the teacher refuses the request")
+        if backend.price is not None:
+            counts = (said.prompt_tokens, said.cached_tokens, said.response_tokens)
+            self.rollout.spend(backend.price.of(*counts))
+        return said
+
+    async def _models(self, request: web.Request) -> web.Response:
+        if refusal := self._locked_out(request, self._api_key):
+            return refusal
+        names = [backend.model for backend in self.backends.values()]
+        listed = [{"id": one, "object": "model", "owned_by": "rollout"} for one in names]
+        return web.json_response({"object": "list", "data": listed})
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=self.monitor.metrics(), headers=self.monitor.headers)
+
+    async def _page(self, _: web.Request) -> web.Response:
+        return web.Response(text=self.monitor.page(), content_type="text/html")
+
+    async def _move(self, request: web.Request) -> web.Response:
+        if refusal := self._locked_out(request, self._admin_key):
+            return refusal
+        try:
+            target = by_name(str((await request.json())["to"]), self.rollout.stages)
+        except (DistillError, ValueError, KeyError, TypeError) as error:
+            return refused(400, f"expected {{'to': STAGE}}: {error}")
+        evidence = self.rollout.evidence
+        interval = {"interval": evidence.interval, "shadowed": evidence.shadowed}
+        self.rollout.move(Move(target.name, "by hand", interval))
+        return web.json_response({"stage": target.name})
+
+    @staticmethod
+    def _locked_out(request: web.Request, key: str | None) -> web.Response | None:
+        if key is None:
+            return None
+        found = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if hmac.compare_digest(found.encode("utf-8", "surrogateescape"), key.encode()):
+            return None
+        return refused(401, "expected this proxy's key as 'Authorization: Bearer <key>'")
+
+
+def _other(arm: Arm) -> Arm:
+    return "teacher" if arm == "student" else "student"

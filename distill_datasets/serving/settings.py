@@ -1,0 +1,78 @@
+"""How a student is put in front of traffic: every setting with its default and range."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill_datasets.errors import SettingsError
+from distill_datasets.settings import check, setting
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """Where the proxy listens, where both models answer, and what it may do by itself.
+
+    Without other addresses the student is asked at `serve`'s own, under the name of its run, and
+    so is a teacher that is a local model; one that the release calls `openai:<model>` is asked at
+    OPENAI_BASE_URL. Keys are OPENAI_API_KEY for such a teacher, and STUDENT_API_KEY or
+    DISTILL_API_KEY for what `serve` serves.
+    """
+
+    host: str = setting("127.0.0.1", "the address to listen at", group="addresses")
+    port: int = setting(8080, "the port", group="addresses", at_least=0, at_most=65535)
+    api_key: str | None = setting(
+        None, "what clients have to send", group="addresses", unset="nothing on loopback"
+    )
+    student_url: str = setting(
+        "http://127.0.0.1:8000/v1", "where the student answers", group="addresses"
+    )
+    student_model: str | None = setting(
+        None, "the student's name there", group="addresses", unset="that of the run's folder"
+    )
+    teacher_url: str | None = setting(
+        None,
+        "where the teacher answers",
+        group="addresses",
+        unset="OPENAI_BASE_URL for openai:<model>, the student's for a local model",
+    )
+    teacher_model: str | None = setting(
+        None, "the teacher's name there", group="addresses", unset="as the release says"
+    )
+    rules: Path | None = setting(
+        None, "a gate's YAML file of limits", group="stages", unset="those of gate --template"
+    )
+    stages: tuple[str, ...] = setting(
+        (),
+        "NAME=SHARE:SHADOW, a stage with the student's share of the users, and of its answers "
+        "those that the teacher gives too; several times for several (default: alpha=0.01:1, "
+        "beta=0.1:0.5, rollout=0.5:0.1, production=1:0.02)",
+        group="stages",
+        flag="stage",
+    )
+    manual: bool = setting(
+        False,
+        "promote by hand only; what breaks a rule is taken off all the same",
+        group="stages",
+    )
+    keep_texts: bool = setting(
+        False,
+        "keep queries on which the two disagree, for --harvest; else no text is kept",
+        group="stages",
+    )
+    prices: Path | None = setting(None, "a file with a date and prices of models", group="money")
+    budget: float | None = setting(
+        None,
+        "with --prices, shadow nothing more once so much is spent on it",
+        group="money",
+        above=0,
+    )
+
+    def __post_init__(self) -> None:
+        """Raises `SettingsError` for what is out of range or can't go together."""
+        check(self)
+        if self.budget is not None and self.prices is None:
+            raise SettingsError("A budget is counted with prices: name a price file (--prices).")
+        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.api_key:
+            raise SettingsError(
+                f"Whoever reaches {self.host} could ask both models: set --api-key, or listen on "
+                "127.0.0.1."
+            )

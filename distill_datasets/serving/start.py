@@ -1,0 +1,189 @@
+"""Starts a rollout's proxy, and tells a running one to change its stage."""
+
+import asyncio
+import os
+import secrets
+import signal
+import sys
+from pathlib import Path
+
+from aiohttp import web
+
+from distill_datasets.errors import (
+    ModelError,
+    OutputError,
+    ServiceError,
+    SettingsError,
+)
+from distill_datasets.evaluation.gate import GateRules
+from distill_datasets.files import one_writer, write_file
+from distill_datasets.generation.pricing import Prices
+from distill_datasets.models.endpoint import read_address, read_key
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.serving.proxy import Arm, Backend, Proxy
+from distill_datasets.serving.rollout import (
+    Judgement,
+    Rollout,
+    parse_stages,
+    read_run,
+    rules_of,
+)
+from distill_datasets.serving.settings import RolloutSettings
+from distill_datasets.serving.stages import STAGES, Move, Stage, by_name
+
+_ADMIN = "admin.txt"  # the address of a running proxy, and the key that moves it
+_WORSE = 0.1  # by which agreement falls, in what is promised of a worse student
+
+
+def rollout(run: Path | str, settings: RolloutSettings | None = None) -> None:
+    """Answer for both models until Ctrl-C; goes on where an earlier rollout of this run stood.
+
+    Raises `DatasetError` for a run without release or report, `ModelError` where no address of a
+    model is known, `SettingsError` and `ServiceError`.
+    """
+    settings, folder = settings or RolloutSettings(), Path(run)
+    controlled, proxy, admin = _open(folder, settings)
+    with one_writer(controlled.folder, "rollout"):
+        asyncio.run(_serve(controlled, proxy, admin, settings))
+
+
+def move(run: Path | str, to: str, settings: RolloutSettings | None = None) -> str:
+    """Change the stage of a rollout, whether its proxy runs or not; says what was done.
+
+    Raises `SettingsError` for a stage that it does not have, `ServiceError` where a running proxy
+    refuses.
+    """
+    settings, folder = settings or RolloutSettings(), Path(run)
+    by_name(to, _stages(settings))
+    controlled = _controlled(folder, settings)[0]
+    try:
+        with one_writer(controlled.folder, "rollout"):
+            controlled.move(Move(to, "by hand", {}))
+            return f"{folder} is at stage {to}; no proxy runs."
+    except OutputError:
+        return _tell(controlled.folder, to)
+
+
+def _tell(folder: Path, to: str) -> str:
+    import httpx
+
+    try:
+        url, key = (folder / _ADMIN).read_text(encoding="utf-8").split()
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = httpx.post(f"{url}/rollout/stage", json={"to": to}, headers=headers, timeout=10)
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise ServiceError(
+            f"The rollout in {str(folder)!r} can't be reached: {error}. Stop its proxy, and name "
+            "the stage as it starts."
+        ) from error
+    if answer.status_code != 200:
+        raise ServiceError(f"The proxy of {str(folder)!r} refuses: {answer.text[:300]}")
+    return f"The proxy at {url} is at stage {to}."
+
+
+def _controlled(run: Path, settings: RolloutSettings) -> tuple[Rollout, Recipe]:
+    recipe, report = read_run(run)
+    gate = GateRules.load(settings.rules) if settings.rules else GateRules()
+    judgement = Judgement(recipe, bool(report.get("free_text")))
+    controlled = Rollout(
+        run,
+        judgement,
+        rules_of(report, gate),
+        _stages(settings),
+        automatic=not settings.manual,
+        keep_texts=settings.keep_texts,
+    )
+    return controlled, recipe
+
+
+def _stages(settings: RolloutSettings) -> tuple[Stage, ...]:
+    return parse_stages(settings.stages) if settings.stages else STAGES
+
+
+def _open(run: Path, settings: RolloutSettings) -> tuple[Rollout, Proxy, str]:
+    try:
+        import prometheus_client  # noqa: F401
+    except ImportError as error:
+        raise SettingsError(
+            "A rollout counts with prometheus-client: pip install 'distill-datasets[serve]'."
+        ) from error
+    controlled, recipe = _controlled(run, settings)
+    admin = secrets.token_urlsafe(24)
+    proxy = Proxy(
+        controlled,
+        _backends(run, recipe, settings),
+        budget=settings.budget,
+        api_key=settings.api_key,
+        admin_key=admin,
+    )
+    return controlled, proxy, admin
+
+
+def _backends(run: Path, recipe: Recipe, settings: RolloutSettings) -> dict[Arm, Backend]:
+    prices = Prices.load(settings.prices) if settings.prices else None
+    own = os.environ.get("STUDENT_API_KEY") or os.environ.get("DISTILL_API_KEY")
+    url, key = settings.student_url, read_key(own, "STUDENT_API_KEY")
+    name = settings.student_model or run.resolve().name
+    student = Backend(read_address(url, "--student-url"), name, key)
+    reference = recipe.all_teachers[0].model
+    if len(recipe.all_teachers) > 1 and not settings.teacher_model:
+        raise ModelError(
+            f"The release has several teachers ({recipe.teacher_name}): name the one that answers "
+            "beside the student with --teacher-model and --teacher-url."
+        )
+    hosted = reference.startswith("openai:")
+    if hosted:
+        url = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        key = read_key(os.environ.get("OPENAI_API_KEY"), "OPENAI_API_KEY")
+    elif reference.startswith("tinker:") and not settings.teacher_url:
+        raise ModelError(
+            f"{reference!r} has no OpenAI-compatible address: name one with --teacher-url."
+        )
+    model = settings.teacher_model or reference.partition(":")[2] or reference
+    priced = prices.of(reference) if prices else None
+    address = read_address(settings.teacher_url or url, "--teacher-url")
+    return {"student": student, "teacher": Backend(address, model, key, priced)}
+
+
+async def _serve(controlled: Rollout, proxy: Proxy, admin: str, settings: RolloutSettings) -> None:
+    runner = web.AppRunner(proxy.app(), access_log=None, shutdown_timeout=10)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, settings.host, settings.port)
+        await site.start()
+    except OSError as error:
+        await runner.cleanup()
+        raise ServiceError(
+            f"Can't listen at {settings.host}:{settings.port}: {error}. Choose another --port."
+        ) from error
+    url = f"http://{settings.host}:{runner.addresses[0][1]}"
+    file = controlled.folder / _ADMIN
+    write_file(file, "")
+    file.chmod(0o600)
+    with file.open("w", encoding="utf-8") as written:
+        written.write(f"{url} {admin}\n")
+    print(said(controlled, url), file=sys.stderr)
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(name, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        await runner.cleanup()
+        controlled.save()
+
+
+def said(controlled: Rollout, url: str) -> str:
+    """What a user reads as the proxy starts: where it is, and what it promises."""
+    rules, stage = controlled.rules, controlled.stage
+    up, down = rules.promised(max(0.0, rules.least - _WORSE))
+    lines = [
+        f"The rollout answers at {url}/v1, numbers are at {url}/metrics and a page at {url}/.",
+        f"Stage {stage.name}: the student answers {stage.share:.0%} of the users, and of that the "
+        f"teacher {stage.shadow:.0%} too.",
+        f"Held-out rows agree in {rules.expected:.3f}; {rules.least:.3f} is the least. A student "
+        f"as good is promoted after about {up or 'a million and more'} shadowed answers, one that "
+        f"agrees in {max(0.0, rules.least - _WORSE):.3f} is taken off after about {down}.",
+    ]
+    return "\n".join(lines)
