@@ -19,6 +19,7 @@ from distill_datasets.models.scoring import Ranking, SoftLabels, end_length
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
 
+_MOST_WAYS = 64  # tokens that a teacher is asked about for one
 _MOST_STOPS = 256  # tokens at which a server is told to stop; others are cut here
 
 
@@ -80,6 +81,10 @@ class CutEnds:
         """What the student says for tokens; a model may have more than its tokenizer."""
         last = len(self.table) - 1
         return np.where(ids > last, ids, self.table[np.minimum(ids, last)]).astype(np.int32)
+
+    def ways(self, token: int) -> list[int]:
+        """The tokens with which a teacher says a token, some of those where it is cut included."""
+        return np.flatnonzero(self.table == token)[:_MOST_WAYS].tolist() or [token]
 
     def cut(self, tokens: Sequence[int]) -> int | None:
         """How many of a sampled answer's tokens there are up to its cut, that included; None where

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_datasets.errors import DatasetError
+from distill_datasets.models.ends import CutEnds
 from distill_datasets.models.scoring import Scorer, SoftLabels, split_conversation
 from distill_datasets.training.objectives.teacher import (
     LabelRequest,
@@ -47,6 +48,8 @@ class LabelScorer:
         self._scorer = Scorer(teacher)
         self._said = lru_cache(maxsize=4096)(lambda text: spoken_tokens(teacher, text))
         self._written = lru_cache(maxsize=4096)(lambda text: spoken_tokens(student, text))
+        self._cut_at = prompts.recipe.stop_texts
+        self._cuts: CutEnds | None = None
 
     def request(self, row: ReleasedRow, text: str) -> LabelRequest:
         """How to ask for a row's labels, where the teacher itself said `text`.
@@ -60,7 +63,8 @@ class LabelScorer:
             raise _outside(row.query, row.response, known, self._prompts.where)
         spoken = [self._said(wording.teacher) for wording in wordings]
         prompt = prompt_tokens(self._teacher, self._prompts, row.query)
-        key = score_key("choices", self._teacher.identity, prompt, spoken, row.tokens, responses)
+        asked = [self._teacher.identity, prompt, spoken, row.tokens, responses]
+        key = score_key("choices", *asked, *self._cut_at)
 
         def start() -> Callable[[], SoftLabels]:
             finish = self._start(prompt, spoken)
@@ -70,18 +74,24 @@ class LabelScorer:
 
     def _start(self, prompt: list[int], spoken: Sequence[Tokens]) -> Callable[[], Any]:
         shared, labels = diverging(spoken)
-        places = children(labels)
+        if self._cut_at and self._cuts is None:
+            self._cuts = CutEnds.of(self._teacher, self._cut_at, spoken)
+        places, ways = children(labels), self._cuts.ways if self._cuts else lambda token: [token]
         asked = []
         for path in paths(labels):
             beginnings = [path[:length] for length in range(len(path) + 1)]
-            wanted = [places[beginning] for beginning in beginnings]
+            wanted = [[way for one in places[place] for way in ways(one)] for place in beginnings]
             pending = self._scorer.following([*prompt, *shared], path, wanted)
             asked.append((beginnings, pending))
 
         def finish() -> Any:
             found: dict[Tokens, Mapping[int, float]] = {}
             for beginnings, pending in asked:
-                found.update(zip(beginnings, pending.result(), strict=True))
+                for place, row in zip(beginnings, pending.result(), strict=True):
+                    found[place] = {
+                        token: float(np.logaddexp.reduce([row[way] for way in ways(token)]))
+                        for token in places[place]
+                    }
             return label_logprobs(labels, found)
 
         return finish

@@ -85,6 +85,26 @@ def test_where_stop_texts_cut_the_teacher_the_end_is_learned_as_it_is(
     assert hard.logprobs[:-1].tolist() == whole.logprobs[:-1].tolist()
 
 
+def test_a_label_that_begins_another_ends_where_the_teacher_is_cut_too(
+    model: str, tmp_path: Path
+) -> None:
+    """ "en" or "enough": behind "en" a stop text is as good as the end."""
+    found = []
+    for stop in ((), ("a",)):
+        folder = tmp_path / str(len(stop))
+        choices = ("en", "enough", *list(LANGUAGES)[1:])
+        made = release(
+            folder,
+            model,
+            sampling={"stop": stop},
+            answer={"pattern": r"Answer: (?P<answer>\w+)$", "choices": choices},
+        )
+        chosen = settings(labels="choices")
+        found.append(soft_examples(training_task(made, model, folder / "task", chosen))[0].labels)
+    own, cut = (labels.kept for labels in found)
+    assert cut > own
+
+
 def test_a_response_is_scored_under_the_prompt_that_the_student_never_sees(
     tiny_release: Path, model: str, tmp_path: Path
 ) -> None:
