@@ -105,7 +105,7 @@ class OnPolicyObjective:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._started: dict[int, tuple[int, Future[list[Rollout]]]] = {}
         self._submitted: int | None = None
-        self._first = 0
+        self._sampled = False  # until then nothing else shows that work goes on
         self._context = lru_cache(maxsize=4096)(
             lambda query: prompt_tokens(teacher, prompts, query)
         )
@@ -127,6 +127,7 @@ class OnPolicyObjective:
             return self._hard.submit(step)
         age, sampled = self._started.pop(step.number)
         rollouts, normalization = sampled.result(), self._task.settings.normalization
+        self._sampled = True
         if self._objective.kl == "forward":
             batch = forward_batch(rollouts, normalization)
         elif self._objective.policy_gradient:
@@ -146,7 +147,6 @@ class OnPolicyObjective:
 
     def _start(self, step: Step) -> None:
         assert self._submitted is not None
-        self._first = self._first or step.number
         self._say(step, "the weights that sample it")
         client = self._task.student.snapshot()
         rolling = self._thread.submit(self._roll, step, client)
@@ -166,7 +166,7 @@ class OnPolicyObjective:
         return rollouts
 
     def _say(self, step: Step, what: str) -> None:
-        if step.number == self._first:  # nothing else is shown yet
+        if not self._sampled:
             self._task.say(f"step {step.number} waits for {what}")
 
     def _sample(self, step: Step, row: ReleasedRow, client: tinker.SamplingClient) -> Pending[Any]:
