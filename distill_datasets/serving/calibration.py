@@ -265,10 +265,14 @@ def confidence_of(sample: Sample, score: Score) -> float:
         raise DatasetError(
             "The student's server gives no log-probabilities: serve it with `serve`."
         )
-    values = sample.logprobs.logprobs
+    return confidence(sample.logprobs.logprobs, score)
+
+
+def confidence(logprobs: Sequence[float], score: Score) -> float:
+    """One number of the log-probabilities of an answer's tokens, at least one."""
     if score == "mean":
-        return sum(values) / len(values)
-    return min(values) if score == "least" else sum(values)
+        return sum(logprobs) / len(logprobs)
+    return min(logprobs) if score == "least" else sum(logprobs)
 
 
 def _ask(recipe: Recipe, queries: Sequence[str], sampler: Sampler, path: Path) -> list[Sample]:

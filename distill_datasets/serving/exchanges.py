@@ -1,7 +1,7 @@
 """Requests and answers of OpenAI's protocol as a proxy needs them: read, and passed on."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distill_datasets.conversations import Call, write_calls
@@ -48,6 +48,36 @@ def read_exchange(answer: Mapping[str, Any]) -> Exchange:
     text = str(message.get("content") or "")
     text = write_calls(text, calls) if calls else text
     return Exchange(text, _reason(choice.get("finish_reason")), *_counts(answer.get("usage")))
+
+
+def read_logprobs(answer: Mapping[str, Any]) -> list[float]:
+    """The log-probabilities of the first choice's tokens; none where the server gives none."""
+    found = answer["choices"][0].get("logprobs")
+    places = found.get("content") if isinstance(found, Mapping) else None
+    if not isinstance(places, list):
+        return []
+    values = [one.get("logprob") for one in places if isinstance(one, Mapping)]
+    return [float(one) for one in values if isinstance(one, int | float)]
+
+
+def as_events(answer: Mapping[str, Any]) -> Iterator[bytes]:
+    """A whole answer as the events of a stream: what it says, why it ends, and its tokens."""
+    shared = {key: answer[key] for key in ("id", "created", "model") if key in answer}
+    shared["object"] = "chat.completion.chunk"
+    choice = answer["choices"][0]
+    calls = choice["message"].get("tool_calls") or ()
+    delta = dict(choice["message"])
+    if calls:
+        delta["tool_calls"] = [{"index": place, **one} for place, one in enumerate(calls)]
+    first = {"index": 0, "delta": delta, "finish_reason": None}
+    last = {"index": 0, "delta": {}, "finish_reason": choice.get("finish_reason")}
+    if choice.get("logprobs"):
+        first["logprobs"] = choice["logprobs"]
+    for event in ({"choices": [first]}, {"choices": [last]}):
+        yield f"data: {json.dumps({**shared, **event}, ensure_ascii=False)}\n\n".encode()
+    if usage := answer.get("usage"):
+        yield f"data: {json.dumps({**shared, 'choices': [], 'usage': usage})}\n\n".encode()
+    yield b"data: [DONE]\n\n"
 
 
 def _reason(said: Any) -> str:

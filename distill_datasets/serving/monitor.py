@@ -36,6 +36,8 @@ class Monitor:
         self.failovers = counter("failovers", "Requests that the other model got", "from")
         self.tokens = counter("tokens", "Tokens as the servers count them", "model", "kind")
         self.shadowed = counter("shadowed", "Answers that the teacher gave too", "outcome")
+        self.unsure = counter("unsure", "Answers of the student that it was not sure of")
+        self.blended = counter("blended", "Of these, queries to the student with the prompt")
         self.latency: Histogram = Histogram(
             "rollout_seconds",
             "Time to the end of an answer",
@@ -50,13 +52,16 @@ class Monitor:
         }
         self.spent = gauge("spent", "What shadowing cost, in the currency of the prices")
 
-    def count_answer(self, arm: str, status: int, seconds: float, said: Exchange | None) -> None:
+    def count_answer(self, arm: str, seconds: float, said: Exchange) -> None:
         """Take an answer into account."""
-        self.requests.labels(arm, status).inc()
+        self.requests.labels(arm, 200).inc()
         self.latency.labels(arm).observe(seconds)
-        if said is not None:
-            self.tokens.labels(arm, "prompt").inc(said.prompt_tokens)
-            self.tokens.labels(arm, "response").inc(said.response_tokens)
+        self.tokens.labels(arm, "prompt").inc(said.prompt_tokens)
+        self.tokens.labels(arm, "response").inc(said.response_tokens)
+
+    def count_refused(self, arm: str, status: int) -> None:
+        """Take a request into account that a model refused for good."""
+        self.requests.labels(arm, status).inc()
 
     def count_failed(self, arm: str, status: int, *, other: bool) -> None:
         """Take a failure into account, and that the `other` model is asked."""
@@ -67,6 +72,14 @@ class Monitor:
     def count_shadowed(self, score: float) -> None:
         """Take an answer that both gave into account."""
         self.shadowed.labels("agrees" if score == 1 else "differs").inc()
+
+    def count_unsure(self) -> None:
+        """Take an answer into account that the student was not sure enough of."""
+        self.unsure.inc()
+
+    def count_blended(self, blended: bool) -> None:
+        """Take such a query into account, if the student got it with the prompt."""
+        self.blended.inc(float(blended))
 
     def count_shadow_failed(self, status: int) -> None:
         """Take into account that the teacher did not answer beside the student."""

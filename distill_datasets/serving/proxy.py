@@ -24,10 +24,17 @@ from distill_datasets.generation.pricing import Price
 from distill_datasets.models.sampler import digest
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
-from distill_datasets.serving.exchanges import SpokenStream, read_exchange, read_messages
+from distill_datasets.serving.calibration import Point, Score, confidence
+from distill_datasets.serving.exchanges import (
+    SpokenStream,
+    as_events,
+    read_exchange,
+    read_logprobs,
+    read_messages,
+)
 from distill_datasets.serving.monitor import Monitor
 from distill_datasets.serving.openai_app import refused
-from distill_datasets.serving.rollout import Exchange, Rollout
+from distill_datasets.serving.rollout import Exchange, Rollout, fraction
 from distill_datasets.serving.served import with_prompt
 from distill_datasets.serving.stages import Move, by_name
 
@@ -36,6 +43,7 @@ _LARGEST = 16 << 20  # bytes of a request, and of an answer
 _SECONDS = 600.0
 BROKEN, GONE = "broken", "gone"  # a stream that its model left, or its reader
 _REMEMBERED = 10_000  # answers of the teacher, so that none is paid twice
+_JSON, _EVENTS = "application/json", {"Content-Type": "text/event-stream"}
 _MOST_SHADOWS = 256  # at once; more traffic than that is told enough by a part of it
 # A status that says nothing of the request: the other model may answer it.
 _ELSEWHERE = frozenset({401, 403, 404, 408, 409, 425, 429, *range(500, 600)})
@@ -57,13 +65,38 @@ class Backend:
         return {"Content-Type": "application/json", **key}
 
 
+@dataclass(frozen=True)
+class Chooser:
+    """By which confidence the student answers alone, as `calibrate` chose it.
+
+    `blend` is the share of the users whose other queries go to the student with the prompt.
+    """
+
+    point: Point
+    score: Score
+    blend: float = 0.0
+
+    def serves(self, logprobs: Sequence[float]) -> bool:
+        """Whether it is sure enough of an answer, by the log-probabilities of its tokens."""
+        return self.point.serves(confidence(logprobs, self.score))
+
+
 class BackendError(Exception):
     """A model did not answer, and another one may."""
 
-    def __init__(self, status: int, said: str) -> None:
+    def __init__(self, arm: Arm, status: int, said: str) -> None:
         """`said` is what a client reads if nobody answers."""
         super().__init__(said)
-        self.status, self.said = status, said
+        self.arm, self.status, self.said = arm, status, said
+
+
+class RefusedError(Exception):
+    """A model refuses a request for good, as the other would too."""
+
+    def __init__(self, arm: Arm, status: int, body: bytes) -> None:
+        """`body` is what the client reads."""
+        super().__init__(body[:500].decode(errors="replace"))
+        self.arm, self.status, self.body = arm, status, body
 
 
 @dataclass(frozen=True)
@@ -73,6 +106,11 @@ class _Asked:
     body: Mapping[str, Any]
     messages: Sequence[Message]
     recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """The model's name as the client says it."""
+        return str(self.body.get("model", ""))
 
     @property
     def key(self) -> str:
@@ -124,12 +162,14 @@ class Proxy:
         rollout: Rollout,
         backends: Mapping[Arm, Backend],
         *,
+        chooser: Chooser | None = None,
         budget: float | None = None,
         api_key: str | None = None,
         admin_key: str,
     ) -> None:
         """Opens its connections when the application starts."""
         self.rollout, self.backends, self.budget = rollout, backends, budget
+        self.chooser = chooser
         self._api_key, self._admin_key = api_key, admin_key
         self.monitor = Monitor(rollout)
         self._known: OrderedDict[str, asyncio.Future[Exchange]] = OrderedDict()
@@ -167,27 +207,93 @@ class Proxy:
         try:
             body = json.loads(await request.read())
             asked = _Asked(body, read_messages(body), self.rollout.judgement.recipe)
-            chosen: Arm = "student" if self.rollout.takes(asked.key) else "teacher"
             bodies = {arm: asked.body_for(arm, self.backends[arm].model) for arm in self.backends}
         except (ValueError, RecursionError) as error:  # ours that say what a request lacks are too
             return refused(400, f"the request can't be read: {error}")
+        try:
+            return await self._reply(request, asked, bodies)
+        except RefusedError as error:
+            self.monitor.count_refused(error.arm, error.status)
+            return web.Response(status=error.status, body=error.body, content_type=_JSON)
+
+    async def _reply(
+        self, request: web.Request, asked: _Asked, bodies: Mapping[Arm, Mapping[str, Any]]
+    ) -> web.StreamResponse:
+        """The answer of the model whose turn it is, or of the other one where that fails."""
+        chosen: Arm = "student" if self.rollout.takes(asked.key) else "teacher"
         failed: list[BackendError] = []
         for arm in (chosen, _other(chosen)):
             began = time.perf_counter()
             try:
-                response, said = await self._answer(request, arm, bodies[arm], asked)
+                if arm == "student" and self.chooser is not None:
+                    response, said, arm = await self._choose(request, asked, bodies)
+                else:
+                    response, said = await self._answer(request, arm, bodies[arm], asked.name)
             except BackendError as error:
                 failed.append(error)
-                self.monitor.count_failed(arm, error.status, other=len(failed) == 1)
-                if arm == "student":
-                    self.rollout.count_request()
-                    self.rollout.count_failed()
+                self._count_failed(error, other=len(failed) == 1)
                 continue
-            self.monitor.count_answer(arm, response.status, time.perf_counter() - began, said)
-            if said is not None and arm == "student":
+            self.monitor.count_answer(arm, time.perf_counter() - began, said)
+            if arm == "student":
                 self._judge(asked, bodies["teacher"], said)
             return response
         return refused(failed[0].status, failed[0].said, kind="server_error")
+
+    def _count_failed(self, error: BackendError, *, other: bool) -> None:
+        self.monitor.count_failed(error.arm, error.status, other=other)
+        if error.arm == "student":
+            self.rollout.count_request()
+            self.rollout.count_failed()
+
+    async def _choose(
+        self, request: web.Request, asked: _Asked, bodies: Mapping[Arm, Mapping[str, Any]]
+    ) -> tuple[web.StreamResponse, Exchange, Arm]:
+        """The student's answer where it is sure enough; else the teacher's, or for a share of such
+        queries the student's with the prompt.
+        """
+        assert self.chooser is not None
+        plain = {key: one for key, one in bodies["student"].items() if not key.startswith("stream")}
+        answer = await self._fetch("student", {**plain, "logprobs": True})
+        values = read_logprobs(answer)
+        if not values:
+            said = "student: no log-probabilities, by which it is chosen"
+            raise BackendError("student", 502, said)
+        if self.chooser.serves(values):
+            return await self._give(request, asked, answer), read_exchange(answer), "student"
+        self.rollout.keep_query(asked.messages, "low confidence")
+        self.monitor.count_unsure()
+        # With the prompt the student is another system: no answer of that is evidence.
+        blends = fraction(f"blend {asked.key}") < self.chooser.blend
+        arm: Arm = "student" if blends else "teacher"
+        body = {**bodies["teacher"], "model": self.backends[arm].model}
+        self.monitor.count_blended(blends)
+        try:
+            return (*await self._answer(request, arm, body, asked.name), "teacher")
+        except BackendError as error:
+            # An answer of little confidence is better than none.
+            self._count_failed(error, other=True)
+            return await self._give(request, asked, answer), read_exchange(answer), "student"
+
+    async def _give(
+        self, request: web.Request, asked: _Asked, answer: dict[str, Any]
+    ) -> web.StreamResponse:
+        """A whole answer that was held back, in the form that was asked for."""
+        if not asked.body.get("logprobs"):
+            answer["choices"][0].pop("logprobs", None)
+        answer["model"] = asked.name or answer.get("model")
+        if asked.body.get("stream"):
+            return await self._as_stream(request, answer)
+        return web.json_response(answer)
+
+    async def _as_stream(
+        self, request: web.Request, answer: Mapping[str, Any]
+    ) -> web.StreamResponse:
+        """A whole answer as events: it was held back until it was sure."""
+        response = web.StreamResponse(headers=_EVENTS)
+        await response.prepare(request)
+        for event in as_events(answer):
+            await response.write(event)
+        return response
 
     def _judge(self, asked: _Asked, body: Mapping[str, Any], said: Exchange) -> None:
         """Take what the student said into account, and have it compared."""
@@ -201,66 +307,56 @@ class Proxy:
         self._shadow(asked, body, said)
 
     async def _answer(
-        self, request: web.Request, arm: Arm, body: Mapping[str, Any], asked: _Asked
-    ) -> tuple[web.StreamResponse, Exchange | None]:
-        """One model's answer, on its way to the client; None is one that the model refused.
+        self, request: web.Request, arm: Arm, body: Mapping[str, Any], name: str
+    ) -> tuple[web.StreamResponse, Exchange]:
+        """One model's answer, on its way to the client; raises before anything was sent."""
+        if body.get("stream"):
+            return await self._pass_on(request, arm, body, name)
+        answer = await self._fetch(arm, body)
+        said = read_exchange(answer)
+        return web.json_response({**answer, "model": name or answer.get("model")}), said
 
-        Raises `BackendError` as long as nothing was sent.
-        """
-        assert self._session is not None
-        backend, name = self.backends[arm], str(asked.body.get("model", ""))
-        timeout = aiohttp.ClientTimeout(total=_SECONDS, sock_connect=5)
-        began: web.StreamResponse | None = None
+    async def _pass_on(
+        self, request: web.Request, arm: Arm, body: Mapping[str, Any], name: str
+    ) -> tuple[web.StreamResponse, Exchange]:
+        """A stream as it comes; one that breaks off breaks off for the client too."""
+        began, stream = web.StreamResponse(headers=_EVENTS), SpokenStream(name)
         try:
-            async with self._session.post(
-                backend.url / "chat/completions",
-                json=body,
-                headers=backend.headers,
-                timeout=timeout,
-                allow_redirects=False,
-            ) as upstream:
-                if upstream.status != 200 or not body.get("stream"):
-                    return await self._whole(upstream, name)
-                stream = SpokenStream(name)
+            async with self._post(arm, body) as upstream:
+                if upstream.status != 200:
+                    await _read_whole(upstream, arm)
                 async for line in upstream.content:
-                    if began is None:
-                        began = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+                    if not began.prepared:
                         await began.prepare(request)
                     await began.write(stream.passed(line))
-                if began is None:
-                    raise BackendError(502, f"{arm}: an empty stream")
-                return began, stream.exchange if stream.done else Exchange("", BROKEN)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            if began is None:
-                said = f"{arm}: {type(error).__name__}: {error}"
-                raise BackendError(502, said) from error
+            if not began.prepared:
+                raise BackendError(arm, 502, f"{arm}: {type(error).__name__}: {error}") from error
             if request.transport is not None:
-                # The client has a part: it must see that there is no end.
                 request.transport.abort()
             gone = isinstance(error, ConnectionResetError)  # raised where the client is written to
             return began, Exchange("", GONE if gone else BROKEN)
+        if not began.prepared:
+            raise BackendError(arm, 502, f"{arm}: an empty stream")
+        return began, stream.exchange if stream.done else Exchange("", BROKEN)
 
-    async def _whole(
-        self, upstream: aiohttp.ClientResponse, name: str
-    ) -> tuple[web.Response, Exchange | None]:
-        text = await upstream.content.read(_LARGEST + 1)
-        while not upstream.content.at_eof() and len(text) <= _LARGEST:
-            text += await upstream.content.read(_LARGEST + 1 - len(text))
-        if upstream.status in _ELSEWHERE or len(text) > _LARGEST:
-            raise BackendError(
-                upstream.status if upstream.status in _ELSEWHERE else 502,
-                text[:500].decode(errors="replace"),
-            )
-        if upstream.status != 200:  # the request's own fault: the other would refuse it too
-            passed = web.Response(status=upstream.status, body=text)
-            passed.content_type = upstream.content_type
-            return passed, None
+    async def _fetch(self, arm: Arm, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A whole answer."""
         try:
-            answer = json.loads(text)
-            said = read_exchange(answer)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise BackendError(502, f"an answer that can't be read: {error!r}") from error
-        return web.json_response({**answer, "model": name or answer.get("model")}), said
+            async with self._post(arm, body) as upstream:
+                return await _read_whole(upstream, arm)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise BackendError(arm, 502, f"{arm}: {type(error).__name__}: {error}") from error
+
+    def _post(self, arm: Arm, body: Mapping[str, Any]) -> Any:
+        assert self._session is not None
+        return self._session.post(
+            self.backends[arm].url / "chat/completions",
+            json=body,
+            headers=self.backends[arm].headers,
+            timeout=aiohttp.ClientTimeout(total=_SECONDS, sock_connect=5),
+            allow_redirects=False,
+        )
 
     def _shadow(self, asked: _Asked, body: Mapping[str, Any], said: Exchange) -> None:
         """Have the teacher answer too, later, if it is this one's turn and there is money left."""
@@ -280,7 +376,7 @@ class Proxy:
         """Score the student's answer by the teacher's; one of an earlier stage is no evidence."""
         try:
             theirs = await self._teacher_says(body)
-        except BackendError as error:
+        except (BackendError, RefusedError) as error:
             self.monitor.count_shadow_failed(error.status)
             return
         if self.rollout.stage.name == stage:
@@ -296,29 +392,18 @@ class Proxy:
                 self._known.popitem(last=False)
         try:
             return await asyncio.shield(self._known[name])
-        except BackendError:
+        except (BackendError, RefusedError):
             self._known.pop(name, None)
             raise
 
     async def _ask_teacher(self, body: Mapping[str, Any]) -> Exchange:
-        assert self._session is not None
-        backend = self.backends["teacher"]
-        try:
-            async with self._session.post(
-                backend.url / "chat/completions",
-                json=body,
-                headers=backend.headers,
-                timeout=aiohttp.ClientTimeout(total=_SECONDS, sock_connect=5),
-                allow_redirects=False,
-            ) as upstream:
-                _, said = await self._whole(upstream, backend.model)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise BackendError(502, str(error)) from error
-        if said is None:
-            raise BackendError(400, "the teacher refuses the request")
-        if backend.price is not None:
+        said, price = (
+            read_exchange(await self._fetch("teacher", body)),
+            self.backends["teacher"].price,
+        )
+        if price is not None:
             counts = (said.prompt_tokens, said.cached_tokens, said.response_tokens)
-            self.rollout.spend(backend.price.of(*counts))
+            self.rollout.spend(price.of(*counts))
         return said
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -354,6 +439,25 @@ class Proxy:
         if hmac.compare_digest(found.encode("utf-8", "surrogateescape"), key.encode()):
             return None
         return refused(401, "expected this proxy's key as 'Authorization: Bearer <key>'")
+
+
+async def _read_whole(upstream: aiohttp.ClientResponse, arm: Arm) -> dict[str, Any]:
+    """Raises `BackendError` for what another model may answer, and for an answer that is none."""
+    text = bytearray()
+    async for piece in upstream.content.iter_chunked(1 << 16):
+        text += piece
+        if len(text) > _LARGEST:
+            raise BackendError(arm, 502, f"an answer of more than {_LARGEST >> 20} MiB")
+    if upstream.status in _ELSEWHERE:
+        raise BackendError(arm, upstream.status, text[:500].decode(errors="replace"))
+    if upstream.status != 200:
+        raise RefusedError(arm, upstream.status, bytes(text))
+    try:
+        answer = json.loads(text)
+        read_exchange(answer)
+        return dict(answer)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise BackendError(arm, 502, f"an answer that can't be read: {error!r}") from error
 
 
 def _other(arm: Arm) -> Arm:

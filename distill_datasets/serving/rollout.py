@@ -128,11 +128,11 @@ class Rollout:
         """Whether the student answers who has this key: the same at every time of a stage, and
         still so where the share rises.
         """
-        return _fraction(f"traffic {key}") < self.stage.share
+        return fraction(f"traffic {key}") < self.stage.share
 
     def shadows(self, key: str) -> bool:
         """Whether the teacher answers beside the student."""
-        return _fraction(f"shadow {key}") < self.stage.shadow
+        return fraction(f"shadow {key}") < self.stage.shadow
 
     def count_request(self) -> None:
         """Take a request to the student into account."""
@@ -288,6 +288,6 @@ def parse_stages(texts: Sequence[str]) -> tuple[Stage, ...]:
     return tuple(found)
 
 
-def _fraction(text: str) -> float:
+def fraction(text: str) -> float:
     """A number from 0 to 1 that follows from a text alone, evenly spread."""
     return int.from_bytes(blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()) / 2**64

@@ -48,6 +48,22 @@ class RolloutSettings:
         group="stages",
         flag="stage",
     )
+    epsilon: float | None = setting(
+        None,
+        "serve only answers of the student that it is sure of, so that at most this share of them "
+        "differs from the teacher's; one of those that calibrate was run with",
+        group="stages",
+        above=0,
+        at_most=1,
+    )
+    blend: float = setting(
+        0.0,
+        "with --epsilon, the share of the users whose other queries go to the student with the "
+        "prompt, not to the teacher",
+        group="stages",
+        at_least=0,
+        at_most=1,
+    )
     manual: bool = setting(
         False,
         "promote by hand only; what breaks a rule is taken off all the same",
@@ -71,6 +87,8 @@ class RolloutSettings:
         check(self)
         if self.budget is not None and self.prices is None:
             raise SettingsError("A budget is counted with prices: name a price file (--prices).")
+        if self.blend and self.epsilon is None:
+            raise SettingsError("--blend is a share of what --epsilon keeps from the student.")
         if self.host not in ("127.0.0.1", "localhost", "::1") and not self.api_key:
             raise SettingsError(
                 f"Whoever reaches {self.host} could ask both models: set --api-key, or listen on "

@@ -20,7 +20,8 @@ from distill_datasets.files import one_writer, write_file
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.models.endpoint import read_address, read_key
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.serving.proxy import Arm, Backend, Proxy
+from distill_datasets.serving.calibration import Calibration
+from distill_datasets.serving.proxy import Arm, Backend, Chooser, Proxy
 from distill_datasets.serving.rollout import (
     Judgement,
     Rollout,
@@ -112,11 +113,31 @@ def _open(run: Path, settings: RolloutSettings) -> tuple[Rollout, Proxy, str]:
     proxy = Proxy(
         controlled,
         _backends(run, recipe, settings),
+        chooser=_chooser(run, settings),
         budget=settings.budget,
         api_key=settings.api_key,
         admin_key=admin,
     )
     return controlled, proxy, admin
+
+
+def _chooser(run: Path, settings: RolloutSettings) -> Chooser | None:
+    if settings.epsilon is None:
+        return None
+    found = Calibration.read(run)
+    for point in found.points:
+        if point.epsilon == settings.epsilon:
+            if not point.served:
+                raise SettingsError(
+                    f"calibrate found no answers that keep to epsilon {settings.epsilon:g}: name a "
+                    "larger one, or calibrate on more rows."
+                )
+            return Chooser(point, found.score, settings.blend)
+    raise SettingsError(
+        f"The run was calibrated for {', '.join(f'{one.epsilon:g}' for one in found.points)}, not "
+        f"{settings.epsilon:g}: run `distill-datasets calibrate {run} --epsilon "
+        f"{settings.epsilon:g}`."
+    )
 
 
 def _backends(run: Path, recipe: Recipe, settings: RolloutSettings) -> dict[Arm, Backend]:

@@ -207,7 +207,7 @@ class OpenAIServer:
         if self.answer.reasoning is not None:
             choice["message"][self.answer.reasoning_key] = self.answer.reasoning
         if body.get("logprobs") and "logprobs" not in self.answer.ignores:
-            tops = 0 if "top_logprobs" in self.answer.ignores else body["top_logprobs"]
+            tops = 0 if "top_logprobs" in self.answer.ignores else body.get("top_logprobs") or 0
             choice["logprobs"] = {"content": [likely(word, tops) for word in kept]}
         return choice
 

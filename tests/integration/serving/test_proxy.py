@@ -25,7 +25,8 @@ from distill_datasets.cli.main import main
 from distill_datasets.errors import DatasetError, OutputError, ScreeningError
 from distill_datasets.evaluation.gate import GateRules
 from distill_datasets.generation.pricing import Price
-from distill_datasets.serving.proxy import Backend, Proxy, without_prompt
+from distill_datasets.serving.calibration import Point
+from distill_datasets.serving.proxy import Backend, Chooser, Proxy, without_prompt
 from distill_datasets.serving.rollout import Judgement, Rollout, harvest, read_moves
 from distill_datasets.serving.stages import OFF, STAGES, Stage, StageRules
 from tests.support.openai_server import KNOWN, Answer, Fault, OpenAIServer, serving
@@ -302,6 +303,53 @@ def test_numbers_and_a_page_say_what_happens_and_no_text_is_kept(place: Place) -
     page = httpx.get(f"{place.url}/").text
     assert 'http-equiv="refresh"' in page and "agreement with the teacher" in page
     assert "secret" not in page + numbers
+
+
+def sure_above(threshold: float, blend: float = 0.0) -> Chooser:
+    return Chooser(Point(0.05, 0.5, threshold), "least", blend)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_the_student_is_sure_of_is_served_whole_or_as_a_stream(
+    place: Place, stream: bool
+) -> None:
+    client = place.start(chooser=sure_above(-1.0))
+    asked: Any = {"model": "mine", "messages": [{"role": "user", "content": "one two"}]}
+    if stream:
+        chunks = list(client.chat.completions.create(**asked, stream=True))
+        said = "".join(one.choices[0].delta.content or "" for one in chunks if one.choices)
+        assert [one.choices[0].finish_reason for one in chunks if one.choices][-1] == "stop"
+    else:
+        answer = client.chat.completions.create(**asked)
+        said = answer.choices[0].message.content
+        assert answer.choices[0].logprobs is None and answer.model == "mine"
+    place.settle()
+    assert said == "one two" and place.student.bodies[0]["logprobs"] is True
+    assert place.rollout.evidence.shadowed == 1
+
+
+def test_what_the_student_is_not_sure_of_is_the_teachers(place: Place) -> None:
+    client = place.start(chooser=sure_above(-0.1), keep_texts=True)
+    assert ask(client, "one two") == "one two"
+    assert place.teacher.asked["one two"] == 1 and not place.rollout.evidence.answers
+    assert "low confidence" in (place.rollout.folder / "texts.jsonl").read_text()
+
+
+def test_hard_queries_may_go_to_the_student_with_the_prompt(place: Place) -> None:
+    client = place.start(chooser=sure_above(-0.1, blend=1.0))
+    assert ask(client, "one two") == "one two"
+    bare, prompted = place.student.bodies
+    assert len(bare["messages"]) == 1 and prompted["messages"][0]["content"] == PROMPT
+    assert prompted["model"] == KNOWN[1] and not place.teacher.bodies
+    assert not place.rollout.evidence.answers
+
+
+def test_a_student_without_log_probabilities_is_not_trusted(place: Place) -> None:
+    client = place.start(chooser=sure_above(-1.0))
+    place.student.answer = Answer(ignores=("logprobs",))
+    assert ask(client, "one two") == "one two"
+    assert place.teacher.asked["one two"] == 1
+    assert place.rollout.evidence.odd == {"failed": 1}
 
 
 @pytest.fixture(scope="module")
