@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b, sha256
 from pathlib import Path
@@ -131,6 +131,15 @@ class Rendered:
         """The tokens of each kept row."""
         lengths = self.rows["length"][:]
         return [lengths[place] for place in self.kept]
+
+    def at_most(self, count: int) -> "Rendered":
+        """So many of the kept rows, always the same ones of equal splits."""
+        import numpy as np
+
+        if len(self) <= count:
+            return self
+        places = np.random.default_rng(0).permutation(len(self))[:count]
+        return replace(self, kept=[self.kept[place] for place in sorted(places.tolist())])
 
     def examples(self, places: Sequence[int]) -> "list[Example]":
         """The kept rows at these places."""

@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distill_datasets import html
-from distill_datasets.errors import OtherTrainingError, OutputError
+from distill_datasets.errors import ModelError, OtherTrainingError, OutputError
 from distill_datasets.files import one_writer, writable_folder, write_file
 from distill_datasets.training.schedule import Selection, why_it_ended
-from distill_datasets.training.settings import TrainSettings, decisive
+from distill_datasets.training.settings import VALIDATION_LOSS, TrainSettings, decisive
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 _SAME = ("student", "identity", "settings", "dataset.revision", "dataset.files", "resumed", "start")
+_OF_ANSWERS = ("answers", "teacher_")  # numbers of sampled answers, which choose no checkpoint
 T = TypeVar("T")
 
 
@@ -54,9 +55,10 @@ class TrainingResult:
     """A finished training: `path` can be sampled wherever a model is named.
 
     `final_loss` is per response token, after the last step on the validation rows, or without
-    those the last batch's; `best` may be of an earlier step. `why` says what ended it. `rows` and
-    `skipped` count the training split, `tokens` everything that was learned from;
-    `normalization` says what the loss weighs alike.
+    those the last batch's; `best` may be of an earlier step. `why` says what ended it, `doubt`
+    what speaks against the best weights, if anything does. `rows` and `skipped` count the training
+    split, `tokens` everything that was learned from; `normalization` says what the loss weighs
+    alike.
     """
 
     path: Path
@@ -70,18 +72,20 @@ class TrainingResult:
     seconds: float
     why: str
     normalization: str
+    doubt: str = ""
 
     @property
     def verdict(self) -> str:
-        """Which weights won, and by what."""
+        """Which weights won, and by what; and what speaks against them."""
         if not self.final.scores:
             return f"step {self.best.step} is the last; there are no validation rows to choose by"
-        if self.best.step == self.final.step:
-            return f"the final weights won ({_scores(self.final)})"
-        return (
-            f"step {self.best.step} won ({_scores(self.best)}); the final weights, of step "
-            f"{self.final.step}, have {_scores(self.final)}"
-        )
+        said = f"the final weights won ({_scores(self.final)})"
+        if self.best.step != self.final.step:
+            said = (
+                f"step {self.best.step} won ({_scores(self.best)}); the final weights, of step "
+                f"{self.final.step}, have {_scores(self.final)}"
+            )
+        return f"{said}; but {self.doubt}" if self.doubt else said
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -226,10 +230,30 @@ class TrainingFolder:
             self.metrics, self.path / "loss.png", title=title, best=best.step if best else None
         )
 
+    def warnings(self) -> list[str]:
+        """What speaks against the training's best weights: a collapse, or no gain over before."""
+        told = (self.config or {}).get("settings", {})
+        settings = TrainSettings(select=told.get("select", VALIDATION_LOSS))
+        found = self.selection(settings)
+        stopped = why_it_ended(found, settings, 0, 0) if found.collapsed else ""
+        return [one for one in (stopped, found.doubt) if one]
+
     def result(self, settings: TrainSettings) -> TrainingResult:
-        """The result that a finished training's files hold."""
+        """The result that a finished training's files hold.
+
+        Raises `ModelError` where the student's answers collapsed before any checkpoint was good.
+        """
         config, metrics, checkpoints = self.config or {}, self.metrics, self.checkpoints
         steps, final = [line for line in metrics if "loss" in line], checkpoints[-1]
+        selection = self.selection(settings)
+        why = why_it_ended(selection, settings, final.step, config["steps"])
+        if selection.collapsed and _best(checkpoints) is None:
+            raise ModelError(
+                f"Training in {str(self.path)!r} stopped at step {final.step}: {why}, and no "
+                "checkpoint before is good. Look at the responses of the training split, lower "
+                "the learning rate, and train again into another folder; answered_rows=0 "
+                "(--answered-rows 0) trains to the end whatever the student answers."
+            )
         return TrainingResult(
             path=self.path,
             best=_best(checkpoints) or final,
@@ -243,7 +267,8 @@ class TrainingFolder:
             tokens=sum(line["tokens"] for line in steps),
             seconds=round(sum(line["seconds"] for line in steps), 2),
             normalization=config["normalization"],
-            why=why_it_ended(self.selection(settings), settings, final.step, config["steps"]),
+            why=why,
+            doubt=selection.doubt,
         )
 
     def _lines(self, name: str, read: Callable[[dict[str, Any]], T]) -> list[T]:
@@ -294,7 +319,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _scores(checkpoint: SavedCheckpoint) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in checkpoint.scores.items())
+    shown = {n: v for n, v in checkpoint.scores.items() if not n.startswith(_OF_ANSWERS)}
+    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 
 def installed_versions() -> dict[str, str]:

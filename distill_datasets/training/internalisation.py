@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     Meters = Mapping[str, Meter | None]  # by the names of systems; None for one without a price
 
 _RESAMPLES = 2_000
-_LEAST_ROWS, _HARDLY = 20, 0.05  # answers, and nats a token between base and teacher, to report
+LEAST_ROWS = 20  # answers of the teacher that a score takes
+_HARDLY = 0.05  # nats a token between base and teacher, to report
 _LEAST = 1e-4  # nats a token between base and teacher: servers round log-probabilities
 
 
@@ -141,8 +142,8 @@ def measure_internalisation(
 
 def _scored(student: Sequence[float], ends: ReferenceLikelihoods) -> dict[str, Any]:
     """The score and its interval, or why there is none."""
-    if len(ends.tokens) < _LEAST_ROWS:
-        return {"why": f"it takes {_LEAST_ROWS} answers of the teacher; found {len(ends.tokens)}."}
+    if len(ends.tokens) < LEAST_ROWS:
+        return {"why": f"it takes {LEAST_ROWS} answers of the teacher; found {len(ends.tokens)}."}
     base, teacher = per_token(ends.base, ends), per_token(ends.teacher, ends)
     if base - teacher < _HARDLY:
         return {

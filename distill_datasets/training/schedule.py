@@ -1,8 +1,12 @@
-"""What is learned when, at which rate, and when training stops for want of improvement."""
+"""What is learned and measured when, and when training stops.
+
+It stops for want of improvement, or where the student's answers collapse: they become one, don't
+end where the teacher's do, or are empty.
+"""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.training.settings import VALIDATION_LOSS, TrainSettings
@@ -14,6 +18,20 @@ if TYPE_CHECKING:
 _LEAST_STEPS = 60
 _BLUR = 0.2  # of a length: similar rows meet in other batches in every epoch
 _SUBSET = 1  # tells the choice of the rows from the order of them
+_SHARE = 0.1  # of the training's tokens: what validation reads and writes
+_MOST_MEASURED, _LEAST_MEASURED = 10, 3  # times a training, where nobody says how often
+_FEW_ROWS, _FEW_ANSWERS = 8, 4  # measured and sampled, where little is trained
+_IN_A_ROW = 2  # measurements that show a collapse before training stops
+_COLLAPSES = {
+    "empty": "its answers are empty",
+    "endless": "its answers don't end where the teacher's do",
+    "one": "its answers to different queries have become one",
+}
+# Shares of the sampled answers from which a collapse is seen.
+_EMPTY, _UNENDING, _LOOPING = 0.5, 0.75, 0.5
+_VARIED = 8  # times as many different answers of the teacher, or one alone, are a collapse
+_DOMINANT = 0.5  # a larger share of one response of the teacher's leaves nothing to be said
+_FREE_TEXT = 0.5  # share of responses that occur once: fewer are labels
 
 
 @dataclass(frozen=True)
@@ -30,17 +48,17 @@ class Step:
 class Schedule:
     """After which of `total` steps something is due beside learning.
 
-    `measured` is whether there are validation rows.
+    `evaluate_every` is None where there are no validation rows.
     """
 
     total: int
     settings: TrainSettings
-    measured: bool
+    evaluate_every: int | None
 
     def measures(self, done: int) -> bool:
         """Whether the validation rows are measured; always of weights that are saved too."""
-        every = self.settings.evaluate_every or max(1, self.total // 10)
-        return self.measured and (done % every == 0 or self.keeps(done))
+        every = self.evaluate_every
+        return every is not None and (done % every == 0 or done == self.total)
 
     def keeps(self, done: int) -> bool:
         """Whether a full checkpoint is due that later ones don't replace."""
@@ -77,6 +95,53 @@ def plan_steps(lengths: Sequence[int], settings: TrainSettings, learning_rate: f
     return [
         Step(step + 1, epoch, places, rate(step)) for step, (epoch, places) in enumerate(batches)
     ]
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """After every how many steps how many validation rows are measured, and how many of those
+    queries the student answers.
+
+    `share` estimates the tokens of all that, the untrained student's measurement included, as a
+    share of the training's.
+    """
+
+    every: int
+    rows: int
+    answered: int
+    share: float
+
+    @classmethod
+    def of(
+        cls, steps: int, trained: int, lengths: Sequence[int], settings: TrainSettings
+    ) -> "ValidationPlan":
+        """At most a tenth of the `trained` tokens, unless the settings say how often.
+
+        First it measures less often, then fewer of the rows, whose tokens `lengths` are; a few
+        rows are always measured at the end.
+        """
+        rows, answered = len(lengths), min(settings.answered_rows, len(lengths))
+        mean = sum(lengths) / rows
+
+        def share(times: int, rows: int, answered: int) -> float:
+            return (times + 1) * (rows + answered) * mean / trained
+
+        if settings.evaluate_every:
+            times = math.ceil(steps / settings.evaluate_every)
+            return cls(settings.evaluate_every, rows, answered, share(times, rows, answered))
+        times = min(_MOST_MEASURED, steps)
+        while times > _LEAST_MEASURED and share(times, rows, answered) > _SHARE:
+            times -= 1
+        while (found := share(times, rows, answered)) > _SHARE:
+            few_rows, few = min(rows, _FEW_ROWS), min(answered, _FEW_ANSWERS)
+            if (rows, answered) != (few_rows, few):
+                less = _SHARE / found
+                rows, answered = max(few_rows, int(rows * less)), max(few, int(answered * less))
+            elif times > 1:
+                times -= 1
+            else:
+                break
+        return cls(math.ceil(steps / times), rows, answered, found)
 
 
 def choose_rows(rows: int, settings: TrainSettings) -> list[int]:
@@ -140,7 +205,9 @@ class Selection:
     """The measurements up to a step, as far as a decision needs them.
 
     `mark` is the last value that was better than the mark before by `min_improvement`; `stale`
-    counts the measurements since.
+    counts the measurements since. `base` is the untrained student's value, `lowest` the lowest
+    validation loss. `sign` is the collapse that the last `struck` measurements show; an earlier
+    one was `clean` of these signs.
     """
 
     metric: str = VALIDATION_LOSS
@@ -150,6 +217,11 @@ class Selection:
     mark: float | None = None
     mark_step: int = 0
     stale: int = 0
+    base: float | None = None
+    lowest: float | None = None
+    clean: Sequence[str] = field(default_factory=list)
+    sign: str = ""
+    struck: int = 0
 
     @classmethod
     def of(
@@ -161,9 +233,49 @@ class Selection:
         """What the lines of a metrics.jsonl say, after what was known when they began."""
         selection = begun or cls(settings.select, settings.min_improvement)
         for line in metrics:
-            if selection.metric in line:
-                selection = selection.after(line["step"], line[selection.metric])
+            if selection.metric in line or VALIDATION_LOSS in line:
+                selection = selection.measured(line["step"], line)
         return selection
+
+    def measured(self, step: int, scores: Mapping[str, Any]) -> "Selection":
+        """With one measurement more; that of step 0 is of the untrained student.
+
+        A collapse counts where an earlier measurement was without it, or where the validation loss
+        doesn't improve: many a base never ends an answer, and every student of few labels says the
+        commonest first. What shows one is never the best.
+        """
+        signs, loss = collapse_signs(scores), scores.get(VALIDATION_LOSS)
+        improves = loss is not None and (self.lowest is None or loss < self.lowest)
+        found = replace(self, lowest=loss) if improves else self
+        if scores.get("answers"):
+            found = replace(found, clean=sorted({*self.clean, *({*_COLLAPSES} - {*signs})}))
+        if step == 0:
+            return replace(found, base=scores.get(self.metric))
+        labels = scores.get("teacher_once", 0.0) < _FREE_TEXT
+        for sign in signs:
+            if not improves or (sign in self.clean and not (labels and sign == "one")):
+                return replace(found, sign=sign, struck=self.struck + 1, stale=self.stale + 1)
+        found = replace(found, sign="", struck=0)
+        value = scores.get(self.metric)
+        return found if value is None else found.after(step, value)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the last measurements show that the student's answers have collapsed."""
+        return self.struck >= _IN_A_ROW
+
+    @property
+    def doubt(self) -> str:
+        """What speaks against the best checkpoint, in words; empty where nothing does."""
+        found = []
+        if self.struck and not self.collapsed:
+            found.append(f"of the last weights {_COLLAPSES[self.sign]}")
+        base, best = self.base, self.best
+        if base is not None and best is not None and not self._gain(base, best) > 0:
+            found.append(
+                f"it is no better than the student before training ({self.metric} {base:.4g})"
+            )
+        return "; ".join(found)
 
     def after(self, step: int, value: float) -> "Selection":
         """With one measurement more; of equal ones, the first stays the best."""
@@ -183,8 +295,31 @@ class Selection:
         return before - now if self.metric.endswith("loss") else now - before
 
 
+def collapse_signs(scores: Mapping[str, Any]) -> list[str]:
+    """What a measurement's sampled answers show that the teacher's responses don't."""
+
+    def score(name: str) -> float:
+        return float(scores.get(name, 0.0))
+
+    if score("answers") < _FEW_ANSWERS:
+        return []
+    varied = max(_VARIED, score("teacher_distinct"))
+    seen = {
+        "empty": score("answers_empty") >= _EMPTY,
+        "endless": score("answers_unending") >= _UNENDING or score("answers_looping") >= _LOOPING,
+        "one": score("teacher_commonest") <= _DOMINANT
+        and score("answers_distinct") * _VARIED <= varied,
+    }
+    return [sign for sign in _COLLAPSES if seen[sign]]
+
+
 def why_it_ended(selection: Selection, settings: TrainSettings, done: int, planned: int) -> str:
     """The reason, in words."""
+    if selection.collapsed:
+        return (
+            f"the student collapsed: {_COLLAPSES[selection.sign]}, in {selection.struck} "
+            "validations in a row"
+        )
     if done < planned and selection.exhausted(settings.patience):
         least = f" of {settings.min_improvement:g}" if settings.min_improvement else ""
         times = "validation" if settings.patience == 1 else "validations"

@@ -11,7 +11,10 @@ Turns = Literal["last", "all"]
 VALIDATION_LOSS = "validation_loss"
 _LEAST_TTL = 3600  # seconds: Tinker takes no less
 # What may change between two runs of one training: no weight depends on it.
-_FREE = ("ahead", "track", "price_per_million", "ttl_seconds", "rolling_every", "internalisation")
+_FREE = (
+    *("ahead", "track", "price_per_million", "ttl_seconds", "rolling_every", "internalisation"),
+    "answered_rows",
+)
 # Settings that version 0.1 wrote down, with the one value that means the same today.
 _CONSTANT = {"temperature": 1.0}
 # Settings that version 0.1 lacks: what is said of a training names them only where they are used.
@@ -169,7 +172,7 @@ class TrainSettings:
         "steps between measurements of the validation rows",
         group="stopping",
         at_least=1,
-        unset="ten a run",
+        unset="at most ten times, and for a tenth of the training's tokens",
     )
     select: str = setting(
         VALIDATION_LOSS,
@@ -235,6 +238,13 @@ class TrainSettings:
         "most validation rows that are measured; a larger split gives a fixed choice of them",
         group="stopping",
         at_least=1,
+    )
+    answered_rows: int = setting(
+        16,
+        "validation queries that the student answers at each measurement, so that training stops "
+        "where its answers collapse; 0 for none",
+        group="stopping",
+        at_least=0,
     )
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
 

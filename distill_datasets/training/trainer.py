@@ -5,6 +5,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
@@ -31,6 +32,7 @@ from distill_datasets.training.folder import (
 from distill_datasets.training.schedule import (
     Schedule,
     Step,
+    ValidationPlan,
     choose_rows,
     default_learning_rate,
     plan_steps,
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from distill_datasets.training.checkpoints import Predecessor
     from distill_datasets.training.objectives import Objective, TrainingTask
     from distill_datasets.training.student import Learned, PendingSave, PendingStep, Student
-    from distill_datasets.training.validation import PendingScores, Validator
+    from distill_datasets.training.validation import AnswerScores, PendingScores, Validator
 
     MakeValidator = Callable[[TrainingTask, Rendered], Validator]
 
@@ -97,7 +99,7 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
         splits = _open_splits(source, settings, before if only_new else None)
         connection = _connect(str(student), source, settings, folder)
         with _session(connection, out):
-            plan = _plan(splits, connection, source, settings)
+            plan = _plan(splits, connection, source, settings, folder.config)
             if folder.config is None:
                 write_learned(folder.path, splits["train"].keys[plan.chosen], before)
             opened = _open_student(folder, _config(request, plan), connection, before)
@@ -136,11 +138,13 @@ def require_settings(
 class TrainingPlan:
     """The rows as tokens, the steps over them, and what the configuration says of both.
 
-    `chosen` are the rows of the training split that are learned.
+    `chosen` are the rows of the training split that are learned; `measured` says how those of the
+    validation split are.
     """
 
     train: Rendered
     validation: Rendered | None
+    measured: ValidationPlan | None
     chosen: Sequence[int]
     steps: Sequence[Step]
     found: Mapping[str, Any]
@@ -148,13 +152,22 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class _SubmittedSave:
-    """A save on its way to the server; `scores` are None where nothing is measured."""
+    """A save on its way to the server, and what is measured of it.
+
+    Without a `save` it is the untrained student that is measured.
+    """
 
     step: Step
     name: str
-    save: "PendingSave"
-    scores: "Sequence[PendingScores] | None"
+    save: "PendingSave | None"
+    scores: "Sequence[PendingScores]"
+    answers: "Future[AnswerScores | None] | None"
     kept: bool
+
+    @property
+    def ready(self) -> bool:
+        """Whether what runs beside the training has ended."""
+        return self.answers is None or self.answers.done()
 
 
 class Trainer:
@@ -182,18 +195,20 @@ class Trainer:
         self.task = TrainingTask(
             student, plan.train, source, settings, folder.path, warm, self._say
         )
-        self.steps, self._validation = plan.steps, plan.validation
-        self.schedule = Schedule(len(plan.steps), settings, plan.validation is not None)
+        self.steps, self._validation, self._measured = plan.steps, plan.validation, plan.measured
+        every = plan.measured.every if plan.measured else None
+        self.schedule = Schedule(len(plan.steps), settings, every)
         self.selection = folder.selection(settings)
         self._retention = CheckpointRetention(student.connection, settings.ttl_seconds)
         self._described = describe(folder.config or {})
-        self._submitted: deque[tuple[Step, PendingStep] | _SubmittedSave] = deque()
+        self._learning: deque[tuple[Step, PendingStep]] = deque()
+        self._saves: deque[_SubmittedSave] = deque()
         self._losses: deque[float] = deque(maxlen=_SHOWN)
         self._tokens = sum(line.get("tokens", 0) for line in folder.metrics)
 
     def fit(self, validators: "Sequence[MakeValidator]" = ()) -> None:
         """Learn all steps that are left, or until the measurements don't get better any more."""
-        from distill_datasets.training.validation import open_validators
+        from distill_datasets.training.validation import open_answers, open_validators
 
         checkpoints, config = self.folder.checkpoints, self.folder.config or {}
         done = checkpoints[-1].step if checkpoints else 0
@@ -203,14 +218,15 @@ class Trainer:
         with ExitStack() as opened:
             objective = opened.enter_context(closing(_open_objective(self.task)))
             self._validators = open_validators(self.task, self._validation, validators)
+            self._answers = open_answers(self.task, self._validation, self._measured)
             tracker = open_tracker(self.settings.track, self.folder.path, config)
             self._tracker = opened.enter_context(closing(tracker))
             shown = Progress("train", len(self.steps), unit="steps", start=done)
             self._progress = opened.enter_context(shown)
             self._progress.advance(0, note=f"the loss weighs {config['normalization']}")
             self._began = time.monotonic()
-            if done and self.schedule.measures(done) and not self.folder.measured(done):
-                self.checkpoint(self.steps[done - 1])
+            if not self.folder.measured(done):
+                self._measure_first(done, len(validators))
             objective.prepare(steps[0])
             for step, coming in zip_longest(steps, steps[1:]):
                 if self._stops_early():
@@ -218,7 +234,7 @@ class Trainer:
                 # After a save a continued run has nothing prepared: nor must this one.
                 if coming and not self.schedule.saves(step.number):
                     objective.prepare(coming)
-                self._submitted.append((step, objective.submit(step)))
+                self._learning.append((step, objective.submit(step)))
                 if self.schedule.saves(step.number):
                     self.checkpoint(step)
                 self._confirm(steps=self.settings.ahead)
@@ -243,31 +259,50 @@ class Trainer:
             sampler=kept or measured,
             ttl_seconds=None if final else self._retention.ttl,
         )
-        scores = None
-        if measured:
-            scores = [validator.submit(self.student, saved) for validator in self._validators]
-        self._submitted.append(_SubmittedSave(step, name, saved, scores, kept))
+        measuring = self._validators if measured else ()
+        scores = [validator.submit(self.student, saved) for validator in measuring]
+        answers = self._answers.submit(self.student, saved) if measured and self._answers else None
+        self._saves.append(_SubmittedSave(step, name, saved, scores, answers, kept))
+
+    def _measure_first(self, done: int, own: int) -> None:
+        """Measure the student before its next step: as it was saved after step `done`, or before
+        the very first step.
+
+        Then the last `own` validators wait, which need weights that are saved; and weights that
+        training starts from can't be sampled before they are saved.
+        """
+        if done and self.schedule.measures(done):
+            self.checkpoint(self.steps[done - 1])
+        if done or not self._validators:
+            return
+        measuring = self._validators[: len(self._validators) - own]
+        scores = [one.submit(self.student, None) for one in measuring]
+        answers = None
+        if self._answers and not {"start", "resumed"} & {*(self.folder.config or {})}:
+            answers = self._answers.submit(self.student, None)
+        step = Step(0, 0, (), 0.0)
+        self._saves.append(_SubmittedSave(step, "", None, scores, answers, kept=False))
 
     def _say(self, note: str) -> None:
         self._progress.advance(0, note=note)
 
     def _stops_early(self) -> bool:
-        if self.settings.patience is None:
-            return False
-        self._confirm(saves=0)
-        return self.selection.exhausted(self.settings.patience)
+        if self.settings.patience is not None:
+            self._confirm(saves=0)
+        return self.selection.collapsed or self.selection.exhausted(self.settings.patience)
 
     def _confirm(self, *, steps: float = math.inf, saves: float = math.inf) -> None:
-        """Wait until at most so many steps and saves are submitted and not confirmed."""
-        while True:
-            waiting = sum(isinstance(one, _SubmittedSave) for one in self._submitted)
-            if waiting <= saves and len(self._submitted) - waiting <= steps:
-                return
-            first = self._submitted.popleft()
-            if isinstance(first, _SubmittedSave):
-                self._confirm_save(first)
+        """Wait until at most so many steps and saves are submitted and not confirmed.
+
+        Steps don't wait for a save before them whose answers are still being sampled.
+        """
+        while (too_many := len(self._saves) > saves) or len(self._learning) > steps:
+            learned = self._learning[0][0].number if self._learning else math.inf
+            save = self._saves[0] if self._saves else None
+            if save and save.step.number < learned and (too_many or save.ready):
+                self._confirm_save(self._saves.popleft())
             else:
-                self._confirm_step(*first)
+                self._confirm_step(*self._learning.popleft())
 
     def _confirm_step(self, step: Step, pending: "PendingStep") -> None:
         learned = pending.result()
@@ -298,22 +333,23 @@ class Trainer:
         return {name: value for name, value in line.items() if value is not None}
 
     def _confirm_save(self, submitted: _SubmittedSave) -> None:
-        done = submitted.step.number
+        done, scores = submitted.step.number, self._measurement(submitted)
+        if submitted.save is None:
+            return
         saved = submitted.save.result()
-        scores = {name: v for one in submitted.scores or () for name, v in one.result().items()}
-        if scores:
-            self._log(submitted.step, scores)
-            self.selection = self.selection.after(done, self._chosen(scores))
         before = [checkpoint for checkpoint in self.folder.checkpoints if checkpoint.best][-1:]
-        stops = self.selection.exhausted(self.settings.patience)
+        stops = self.selection.collapsed or self.selection.exhausted(self.settings.patience)
+        final = done == self.schedule.total or stops
+        # Without any measurement that speaks for one, the last weights are the best there are.
+        last = final and self.selection.best is None and not self.selection.collapsed
         checkpoint = SavedCheckpoint(
             name=submitted.name,
             step=done,
             state=saved.state,
             sampler=saved.sampler,
             validation_loss=scores.get(VALIDATION_LOSS),
-            best=self.selection.best_step == done if scores else submitted.kept,
-            final=done == self.schedule.total or stops,
+            best=last or (self.selection.best_step == done if scores else submitted.kept),
+            final=final,
             kept=submitted.kept,
             scores=scores,
         )
@@ -325,13 +361,22 @@ class Trainer:
             self._retention.replace_best([one for one in before if one.kept], checkpoint)
         self._retention.delete(superseded)
 
-    def _chosen(self, scores: Mapping[str, float]) -> float:
-        name = self.selection.metric
-        if name not in scores:
+    def _measurement(self, submitted: _SubmittedSave) -> dict[str, float]:
+        """All numbers of the validation rows, written down and shown."""
+        scores = {name: v for one in submitted.scores for name, v in one.result().items()}
+        answers = submitted.answers.result() if submitted.answers else None
+        scores |= answers.scores if answers else {}
+        name, done = self.selection.metric, submitted.step.number
+        if scores and submitted.save and name not in scores:
             raise SettingsError(
                 f"select={name!r} was not measured: expected one of {sorted(scores)}."
             )
-        return scores[name]
+        if scores:
+            self._log(submitted.step, scores)
+            self.selection = self.selection.measured(done, scores)
+        for line in answers.lines if answers else ():
+            print(f"train: step {done}: {line}", file=sys.stderr)
+        return scores
 
     def _log(self, step: Step, values: Mapping[str, Any]) -> None:
         self.folder.log({"step": step.number, "epoch": step.epoch, **values})
@@ -343,8 +388,9 @@ def _plan(
     connection: "Connection",
     source: DatasetSource,
     settings: TrainSettings,
+    begun: Mapping[str, Any] | None,
 ) -> TrainingPlan:
-    """Render the splits and plan the steps."""
+    """Render the splits and plan the steps; a training that has `begun` goes on as it was."""
     from distill_datasets.training.student import require_trainable
 
     _require_validation("validation" in splits, repr(source.reference), settings)
@@ -356,6 +402,10 @@ def _plan(
     steps = plan_steps(rendered["train"].lengths, settings, learning_rate)
     kept = rendered["train"].kept
     chosen = [kept[place] for place in choose_rows(len(kept), settings)]
+    measured = None
+    if "validation" in rendered:
+        measured = _plan_validation(rendered, steps, settings, begun)
+        rendered["validation"] = rendered["validation"].at_most(measured.rows)
     rows = {role: len(rows) for role, rows in rendered.items()} | {"train": len(chosen)}
     found = {
         "base_model": connection.base_model,
@@ -365,6 +415,7 @@ def _plan(
         "max_length": longest,
         "steps": len(steps),
         "normalization": _MEANS[settings.normalization],
+        "measured": asdict(measured) if measured else None,
         "dataset": {
             "splits": {role: split.name for role, split in splits.items()},
             "rows": rows,
@@ -372,7 +423,25 @@ def _plan(
         },
         "versions": installed_versions(),
     }
-    return TrainingPlan(rendered["train"], rendered.get("validation"), chosen, steps, found)
+    validation = rendered.get("validation")
+    return TrainingPlan(rendered["train"], validation, measured, chosen, steps, found)
+
+
+def _plan_validation(
+    rendered: Mapping[str, Rendered],
+    steps: Sequence[Step],
+    settings: TrainSettings,
+    begun: Mapping[str, Any] | None,
+) -> ValidationPlan:
+    if begun and (known := begun.get("measured")):
+        return ValidationPlan(**known)
+    rows = rendered["validation"].lengths
+    trained = sum(rendered["train"].lengths[place] for step in steps for place in step.places)
+    if begun:  # by a version that measured ten times, and all rows
+        settings = replace(
+            settings, evaluate_every=settings.evaluate_every or len(steps) // 10 or 1
+        )
+    return ValidationPlan.of(len(steps), trained, rows, settings)
 
 
 def _open_student(

@@ -1,17 +1,20 @@
 """What is measured on the validation rows while training, to choose the best checkpoint by.
 
 The loss, accuracy, and internalisation, whose two ends (how likely base and teacher find the
-teacher's answers) are measured once.
+teacher's answers) are measured once; and what the student answers to a few of the queries.
 """
 
 import asyncio
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from distill_datasets.chat_rows import Conversation
 from distill_datasets.conversations import (
@@ -20,10 +23,12 @@ from distill_datasets.conversations import (
     calls_text,
     plain_value,
     read_calls,
+    response_text,
     split_calls,
 )
 from distill_datasets.errors import (
     DatasetError,
+    DistillError,
     HubError,
     ModelError,
     RecipeError,
@@ -32,10 +37,15 @@ from distill_datasets.errors import (
 )
 from distill_datasets.files import write_file
 from distill_datasets.generation.ledger import LEDGER
-from distill_datasets.models.sampler import Sampling, digest
+from distill_datasets.models.sampler import Sample, Sampling, digest
+from distill_datasets.models.scoring import split_conversation
+from distill_datasets.models.tinker import TinkerSampler
+from distill_datasets.progress import amount_text
 from distill_datasets.schema import Message
-from distill_datasets.training.data import Rendered, cache_folder
+from distill_datasets.tables import one_line
+from distill_datasets.training.data import Example, Rendered, cache_folder
 from distill_datasets.training.internalisation import (
+    LEAST_ROWS,
     ReferenceLikelihoods,
     TeacherAnswer,
     internalisation,
@@ -48,6 +58,7 @@ from distill_datasets.training.objectives.teacher import (
     read_teacher_prompts,
     teacher_texts,
 )
+from distill_datasets.training.schedule import ValidationPlan
 from distill_datasets.training.settings import VALIDATION_LOSS
 from distill_datasets.training.student import (
     PendingLoss,
@@ -62,6 +73,12 @@ if TYPE_CHECKING:
 
 _SLACK = 8  # tokens that an answer may be longer than the longest response, to be seen as other
 _AT_ONCE = 256  # requests
+_LONGEST_ANSWER = 512  # tokens that are sampled to see how an answer goes on
+_ROWS_READ = 1_000  # training rows whose responses tell labels from free text
+_FEW_ENDS = 4  # responses that end, before answers that don't are counted
+_REPEATS = 3  # times that the end of a text stands in a row where it is a loop
+_SHORTEST_LOOP = 8  # characters
+_SHOWN, _LINE = 2, 60  # answers that are printed, and characters of each and of its query
 _FILE = "bounds.json"  # in the training's folder, so that a rerun asks nobody
 _VERSION = 2  # of what is cached: raise it when the likelihoods come out differently
 _COLUMNS = ("query", "sample", "response", "group")
@@ -78,8 +95,11 @@ class PendingScores(Protocol):
 class Validator(Protocol):
     """Measures the student as the steps submitted so far leave it."""
 
-    def submit(self, student: Student, save: PendingSave) -> PendingScores:
-        """Begin; `save` is of the same weights, for what must sample from them."""
+    def submit(self, student: Student, save: PendingSave | None) -> PendingScores:
+        """Begin; `save` is of the same weights, for what must sample from them.
+
+        The package's own get None for the student before its first step.
+        """
         ...
 
 
@@ -94,7 +114,7 @@ class LossValidator:
         self._bytes = sum(one.bytes for batch in self._batches for one in batch)
         self._ends = ends
 
-    def submit(self, student: Student, save: PendingSave) -> PendingScores:
+    def submit(self, student: Student, save: PendingSave | None) -> PendingScores:
         """Queued behind the steps."""
         return _Loss(student.loss(self._batches), self._bytes, self._ends)
 
@@ -134,34 +154,213 @@ class AccuracyValidator:
         longest = max(int((one.targets > 0).sum()) for one in rows.examples(places))
         self._sampling = Sampling(temperature=0.0, max_tokens=longest + _SLACK)
 
-    def submit(self, student: Student, save: PendingSave) -> PendingScores:
-        """Samples beside the training that goes on."""
+    def submit(self, student: Student, save: PendingSave | None) -> PendingScores:
+        """Samples beside the training that goes on; without a `save`, the untrained student."""
         pool = ThreadPoolExecutor(1, thread_name_prefix="accuracy")
         try:
             return pool.submit(self._score, student, save)
         finally:
             pool.shutdown(wait=False)
 
-    def _score(self, student: Student, save: PendingSave) -> Mapping[str, float]:
-        path = save.result().sampler
-        if path is None:
-            raise ValueError("expected a save for sampling; found a state only")
-        return {"accuracy": asyncio.run(self._share(student, path))}
+    def _score(self, student: Student, save: PendingSave | None) -> Mapping[str, float]:
+        return {"accuracy": asyncio.run(self._share(_sampler(student, save)))}
 
-    async def _share(self, student: Student, path: str) -> float:
-        sampler, gate = student.sampler(path), asyncio.Semaphore(_AT_ONCE)
-
-        async def right(conversation: Conversation) -> bool:
-            *asked, response = conversation.messages
-            sampling = replace(self._sampling, tools=conversation.tools)
-            async with gate:
-                reply = await sampler.sample(asked, sampling)
-            return is_response(
-                reply.samples[0].text, response, typed=conversation.tools is not None
-            )
-
-        found = await asyncio.gather(*map(right, self._conversations))
+    async def _share(self, sampler: TinkerSampler) -> float:
+        asked = [(one, self._sampling) for one in self._conversations]
+        said = await _sample_all(sampler, asked)
+        found = [
+            is_response(answer.text, one.messages[-1], typed=one.tools is not None)
+            for answer, one in zip(said, self._conversations, strict=True)
+        ]
         return sum(found) / len(found)
+
+
+def _sampler(student: Student, save: PendingSave | None) -> TinkerSampler:
+    """Of what was saved, or of the untrained student."""
+    if save is None:
+        return TinkerSampler(student.connection)
+    path = save.result().sampler
+    if path is None:
+        raise ValueError("expected a save for sampling; found a state only")
+    return student.sampler(path)
+
+
+async def _sample_all(
+    sampler: TinkerSampler, asked: Sequence[tuple[Conversation, Sampling]]
+) -> list[Sample]:
+    """What the sampler says in place of each conversation's last message."""
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def answer(conversation: Conversation, sampling: Sampling) -> Sample:
+        async with gate:
+            reply = await sampler.sample(
+                conversation.messages[:-1], replace(sampling, tools=conversation.tools)
+            )
+        return reply.samples[0]
+
+    return await asyncio.gather(*(answer(*one) for one in asked))
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """What a student answers to a few validation queries: numbers beside the teacher's, and lines
+    that show some of it.
+    """
+
+    scores: Mapping[str, float]
+    lines: Sequence[str]
+
+
+class AnswerValidator:
+    """Answers a few of the validation queries, so that a collapse of the answers is seen.
+
+    Samples as the release's teacher was sampled, else greedily, up to somewhat more tokens than
+    the longest of these responses has.
+    """
+
+    def __init__(self, task: TrainingTask, rows: Rendered, count: int) -> None:
+        """Chooses so many rows, always the same ones of equal splits."""
+        connection = task.student.connection
+        places = np.random.default_rng(0).permutation(len(rows))[:count].tolist()
+        self._conversations = rows.conversations(places)
+        responses = [response_text(one.messages[-1]) for one in self._conversations]
+        tokens = [
+            len(connection.tokenizer.encode(text, add_special_tokens=False)) + 1
+            for text in responses
+        ]
+        longest = min(_LONGEST_ANSWER, max(tokens) + max(2 * _SLACK, max(tokens) // 2))
+        read = rows.rows[[rows.kept[place] for place in places]]["longest"]
+        context = connection.max_context or max(read) + longest
+        limits = [
+            max(1, min(longest, context - whole + own))
+            for whole, own in zip(read, tokens, strict=True)
+        ]
+        sampling = _sampling(task)
+        self._asked = [
+            (one, replace(sampling, max_tokens=limit))
+            for one, limit in zip(self._conversations, limits, strict=True)
+        ]
+        self._teacher = [
+            Sample(text, "stop" if own <= limit else "length", own)
+            for text, own, limit in zip(responses, tokens, limits, strict=True)
+        ]
+        self._once = _said_once(task.rows, rows, places)
+
+    def submit(self, student: Student, save: PendingSave | None) -> "Future[AnswerScores | None]":
+        """Samples beside the training that goes on; without a `save`, the untrained student.
+
+        The result is None where the server can't sample, which a line on standard error says.
+        """
+        pool = ThreadPoolExecutor(1, thread_name_prefix="answers")
+        try:
+            return pool.submit(self._score, student, save)
+        finally:
+            pool.shutdown(wait=False)
+
+    def _score(self, student: Student, save: PendingSave | None) -> AnswerScores | None:
+        try:
+            said = asyncio.run(_sample_all(_sampler(student, save), self._asked))
+        except DistillError as error:
+            print(f"train: the student's answers can't be sampled: {error}", file=sys.stderr)
+            return None
+        scores = compare_answers(said, self._teacher, self._once)
+        return AnswerScores(scores, [_summary(scores), *self._examples(said)])
+
+    def _examples(self, said: Sequence[Sample]) -> list[str]:
+        shown = zip(self._conversations[:_SHOWN], said[:_SHOWN], strict=True)
+        return [
+            f"  {_plain(one.messages[-2]['content'])!r} -> {_plain(answer.text)!r}"
+            for one, answer in shown
+        ]
+
+
+def _plain(text: str) -> str:
+    return one_line("".join(one if one.isprintable() else " " for one in text), _LINE)
+
+
+def _sampling(task: TrainingTask) -> Sampling:
+    """As the release's teacher was sampled, as far as its manifest says; else greedily."""
+    told = task.source.manifest.get("sampling")
+    found = Sampling(temperature=0.0, seed=task.settings.seed)
+    if not isinstance(told, Mapping):
+        return found
+    stop = told.get("stop")
+    numbers = {name: told.get(name) for name in ("temperature", "top_p", "top_k")}
+    known: dict[str, Any] = {
+        name: one for name, one in numbers.items() if isinstance(one, int | float)
+    }
+    if isinstance(stop, list) and all(isinstance(one, str) and one for one in stop):
+        known["stop"] = tuple(stop)
+    return replace(found, **known)
+
+
+def _said_once(train: Rendered, rows: Rendered, places: Sequence[int]) -> float:
+    """The share of the responses at these places that no other row has: none of a few labels."""
+    every = range(len(rows))
+    others = train.examples(range(min(len(train), _ROWS_READ)))
+    counts = Counter(map(_response, [*others, *rows.examples(every)]))
+    once = [counts[_response(one)] == 1 for one in rows.examples(places)]
+    return sum(once) / len(once)
+
+
+def _response(example: Example) -> tuple[int, ...]:
+    pairs = zip(example.tokens, example.weights, strict=True)
+    return tuple(token for token, weight in pairs if weight)
+
+
+def compare_answers(
+    student: Sequence[Sample], teacher: Sequence[Sample], once: float
+) -> dict[str, float]:
+    """Answers of a student beside the teacher's to the same queries, as numbers.
+
+    `answers_distinct` counts different ones; `_ended`, `_empty`, `_looping` and `_unending` are
+    shares, the last two of the queries whose answer the teacher ended; `_tokens` is a mean.
+    `once` is the share of the teacher's that no other row has.
+    """
+    pairs = list(zip(student, teacher, strict=True))
+    ending = [s for s, t in pairs if t.stop_reason == "stop" and not is_loop(t.text)]
+    running = [one for one in ending if one.stop_reason != "stop"]
+    speaking = [s for s, t in pairs if t.text.strip()]
+    empty = [one for one in speaking if not one.text.strip() and not one.reasoning]
+    few = len(ending) < _FEW_ENDS
+    said = {"answers": student, "teacher": teacher}
+    found: dict[str, float] = {"answers": len(student)}
+    for name, samples in said.items():
+        found[f"{name}_distinct"] = len({one.text.strip() for one in samples})
+        ended = sum(one.stop_reason == "stop" for one in samples)
+        found[f"{name}_ended"] = ended / len(samples)
+        found[f"{name}_tokens"] = sum(one.tokens or 0 for one in samples) / len(samples)
+    commonest = Counter(one.text.strip() for one in teacher).most_common(1)[0][1]
+    return found | {
+        "answers_empty": len(empty) / len(speaking) if speaking else 0.0,
+        "answers_unending": 0.0 if few else len(running) / len(ending),
+        "answers_looping": 0.0 if few else sum(is_loop(s.text) for s in running) / len(ending),
+        "teacher_commonest": commonest / len(teacher),
+        "teacher_once": once,
+    }
+
+
+def is_loop(text: str) -> bool:
+    """Whether at least half of a text is one piece of it again and again, to the end."""
+    size = len(text)
+    for period in range(1, size // _REPEATS + 1):
+        place = size - 1
+        while place >= period and text[place] == text[place - period]:
+            place -= 1
+        # What repeats begins a period before the first place that equals the one before it.
+        if size - 1 - place + period >= max(size / 2, _REPEATS * period, _SHORTEST_LOOP):
+            return True
+    return False
+
+
+def _summary(scores: Mapping[str, float]) -> str:
+    count = round(scores["answers"])
+    return (
+        f"{scores['answers_distinct']:.0f} of {count} answers differ (the teacher's: "
+        f"{scores['teacher_distinct']:.0f}), {scores['answers_ended']:.0%} end (the teacher's: "
+        f"{scores['teacher_ended']:.0%}), {scores['answers_tokens']:.0f} tokens (the teacher's: "
+        f"{scores['teacher_tokens']:.0f})"
+    )
 
 
 def is_response(text: str, response: Message, *, typed: bool) -> bool:
@@ -212,23 +411,47 @@ def open_validators(
     return [*found, *(make(task, rows) for make in more)]
 
 
+def open_answers(
+    task: TrainingTask, rows: Rendered | None, plan: ValidationPlan | None
+) -> AnswerValidator | None:
+    """What samples answers of the student, None where nothing is sampled.
+
+    Says what validation costs, as a share of the training.
+    """
+    if rows is None or plan is None:
+        return None
+    answered = f", {plan.answered} queries are answered" if plan.answered else ""
+    print(
+        f"train: after every {plan.every} steps {plan.rows} validation rows are measured"
+        f"{answered}: in all about {plan.share:.0%} of the training's tokens",
+        file=sys.stderr,
+    )
+    return AnswerValidator(task, rows, plan.answered) if plan.answered else None
+
+
 def validation_likelihoods(task: TrainingTask, rows: Rendered) -> ReferenceLikelihoods | None:
     """How likely base and teacher find the teacher's answers to the validation rows.
 
-    Its own words come from the release's ledger. None where there is no score: the dataset is no
-    release or lacks what its teacher said, its teacher can't score, or the prompt changes nothing;
-    a line on standard error says why.
-    Costs two requests a row, and nothing in a folder where they were made, or where another
-    training on this machine has asked the same models about the same answers.
+    Its own words come from the release's ledger. None where there is no score: there are few rows,
+    the dataset is no release or lacks what its teacher said, its teacher can't score, or the
+    prompt changes nothing; a line on standard error says why.
+    Costs two requests a row, which a line says before, and nothing in a folder where they were
+    made, or where another training on this machine has asked the same models about the same
+    answers.
     """
     file = task.folder / _FILE
-    if known := _known(file):
+    if (known := _known(file)) and len(known.tokens) == len(rows):
         return known
     try:
+        if len(rows) < LEAST_ROWS:
+            raise DatasetError(
+                f"it takes {LEAST_ROWS} validation rows, and {len(rows)} are measured. "
+                "evaluate_every (--evaluate-every) measures all of a split."
+            )
         prompts = read_teacher_prompts(task, (LEDGER,))
         answers = _answers(task, prompts, rows)
         teacher = connect_teacher(task, prompts)
-        ends = _cached(answers, base=task.student.connection, teacher=teacher)
+        ends = _cached(task, answers, teacher)
         internalisation(ends.base, ends)  # no score is defined between equal ends
     except (DatasetError, RecipeError, ModelError, ServiceError, HubError) as error:
         print(f"train: no internalisation score: {error}", file=sys.stderr)
@@ -238,15 +461,36 @@ def validation_likelihoods(task: TrainingTask, rows: Rendered) -> ReferenceLikel
 
 
 def _cached(
-    answers: Sequence[TeacherAnswer], *, base: "Connection", teacher: "Connection"
+    task: TrainingTask, answers: Sequence[TeacherAnswer], teacher: "Connection"
 ) -> ReferenceLikelihoods:
+    base = task.student.connection
     asked = [_VERSION, base.identity, teacher.identity, *map(asdict, answers)]
     cached = cache_folder() / f"bounds-{digest(asked)[:32]}.json"
     if known := _known(cached):
         return known
+    print(f"train: {_price(task, answers, teacher)}", file=sys.stderr)
     ends = reference_likelihoods(answers, base=base, teacher=teacher)
     _write(cached, ends)
     return ends
+
+
+def _price(task: TrainingTask, answers: Sequence[TeacherAnswer], teacher: "Connection") -> str:
+    """What the likelihoods will ask, as the first answer says, and the release of its teacher."""
+    count, first = len(answers), answers[0]
+    asked = (teacher, first.taught, first.taught_tools)
+    seen = (task.student.connection, first.learned, first.learned_tools)
+    tokens = count * sum(len(part) for one in (asked, seen) for part in split_conversation(*one))
+    cost, paid = task.source.manifest.get("cost"), task.source.manifest.get("ledger")
+    money = ""
+    if isinstance(cost, Mapping) and isinstance(paid, int) and paid > 0:
+        amount, currency = cost.get("amount"), cost.get("currency")
+        if isinstance(amount, int | float) and isinstance(currency, str):
+            part = f"{amount_text(count * amount / paid)} {currency}"
+            money = f"; the teacher's cost about {part}, at the price of the release's answers"
+    return (
+        f"the internalisation score asks base and teacher once about {count} answers: "
+        f"{2 * count} requests, about {tokens:,} tokens{money}"
+    )
 
 
 def _answers(task: TrainingTask, prompts: TeacherPrompts, rows: Rendered) -> list[TeacherAnswer]:

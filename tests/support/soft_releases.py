@@ -51,9 +51,10 @@ def release(
     ledger: bool = True,
     written: Callable[[str], str] = str,
     says: str = "Final Answer: {}",
+    validation: int = 4,
     **changes: Any,
 ) -> Path:
-    """Eight rows to train on and four to validate with, and a ledger with what was said.
+    """Eight rows to train on and some to validate with, and a ledger with what was said.
 
     `written` makes a query of a text, `says` is the teacher's answer for a language.
     """
@@ -62,7 +63,7 @@ def release(
     identity = connection.identity
     rows = []
     with Journal(folder / "run" / "journal.sqlite") as journal:
-        for number in range(12):
+        for number in range(8 + validation):
             language = list(LANGUAGES)[number % 4]
             query = written(f"{LANGUAGES[language]} {number}")
             text = says.replace("{}", language)

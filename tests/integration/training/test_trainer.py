@@ -240,7 +240,7 @@ def test_the_best_checkpoint_has_the_lowest_validation_loss(model: str, tmp_path
     right = [{**row, "response": "en"} for row in ROWS[:29]]
     path = write(tmp_path / "dataset", train=right, validation=wrong)
     settings = TrainSettings(
-        epochs=3, batch_size=8, rank=4, learning_rate=1e-2, schedule="constant", save_every=2
+        epochs=3, batch_size=8, rank=4, learning_rate=1e-2, schedule="constant", evaluate_every=2
     )
     training = train(path, student=model, out=tmp_path / "out", settings=settings)
     saved = TrainingFolder(training.path).checkpoints

@@ -30,7 +30,7 @@ def labels(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     A random model finds a longer text less likely, as one without the prompt would an answer.
     """
     said = "The answer is {{ answer }} and nothing else at all."
-    return release(tmp_path_factory.mktemp("labels"), model, response=said)
+    return release(tmp_path_factory.mktemp("labels"), model, response=said, validation=20)
 
 
 def validated(
@@ -87,7 +87,7 @@ def test_every_validation_has_the_score_that_its_loss_makes_by_hand(
     assert scores == pytest.approx(
         {step: (base - nats) / (base - teacher) for step, nats in student.items()}, rel=1e-4
     )
-    assert list(scores) == [2, 4, 6]
+    assert list(scores) == [0, 2, 4, 6]  # 0 is the base
     assert training.best.scores["internalisation"] == max(scores.values())
     low, high = (metrics(training, f"internalisation_{end}") for end in ("low", "high"))
     assert all(low[step] <= score <= high[step] for step, score in scores.items())
@@ -137,7 +137,7 @@ def refused(
 def test_a_dataset_that_is_no_release_has_none_and_says_why(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"query": f"hello {number}", "response": "en"} for number in range(6)]
+    rows = [{"query": f"hello {number}", "response": "en"} for number in range(24)]
     dataset = write(tmp_path / "dataset", train=rows[:4], validation=rows[4:])
     why = refused(dataset, model, tmp_path, capsys)
     assert "doesn't say how its teacher is asked" in why
@@ -146,11 +146,37 @@ def test_a_dataset_that_is_no_release_has_none_and_says_why(
         train(dataset, student=model, out=tmp_path / "out", settings=settings)
 
 
+def test_of_few_rows_there_is_none(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = release(tmp_path / "few", model, validation=19)
+    assert "it takes 20 validation rows, and 19 are measured" in refused(
+        few, model, tmp_path, capsys
+    )
+
+
+def test_what_it_will_ask_is_said_before_it_is_asked(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the teacher with its prompt and of the base, and the money by what the release cost."""
+    said = "It is {{ answer }}, and I am sure of it, as I have said before."
+    dataset = release(tmp_path / "own", model, response=said, validation=20)
+    task, rows = validated(dataset, model, tmp_path)
+    manifest = {**task.source.manifest, "cost": {"amount": 2.8, "currency": "USD"}}
+    priced = replace(task, source=replace(task.source, manifest=manifest))
+    assert validation_likelihoods(priced, rows) is not None
+    line = "asks base and teacher once about 20 answers: 40 requests, about"
+    assert line in (err := capsys.readouterr().err)
+    assert "the teacher's cost about 2.00 USD" in err
+    assert validation_likelihoods(task, rows) is not None
+    assert line not in capsys.readouterr().err
+
+
 def test_without_the_teachers_own_words_there_is_none(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = "The answer is {{ answer }} and nothing else at all."
-    bare = release(tmp_path / "bare", model, ledger=False, response=said)
+    bare = release(tmp_path / "bare", model, ledger=False, response=said, validation=20)
     assert "doesn't hold what its teacher said" in refused(bare, model, tmp_path, capsys)
 
 
@@ -165,7 +191,9 @@ def test_a_prompt_that_changes_nothing_has_no_score_and_ends_no_training(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The teacher sees the query alone and says what the student shall say."""
-    unprompted = release(tmp_path / "none", model, response="{{ text }}", prompt="{{ query }}")
+    unprompted = release(
+        tmp_path / "none", model, response="{{ text }}", prompt="{{ query }}", validation=20
+    )
     assert "score is not defined" in refused(unprompted, model, tmp_path, capsys)
 
 
