@@ -248,6 +248,8 @@ class Trainer:
         from distill_datasets.training.checkpoints import describe_progress
 
         self._confirm(saves=0)
+        if self._stopped:  # what was learned since then is not kept
+            return
         done = step.number
         final, kept = done == self.schedule.total, self.schedule.keeps(done)
         measured = self.schedule.measures(done)
@@ -289,6 +291,10 @@ class Trainer:
     def _stops_early(self) -> bool:
         if self.settings.patience is not None:
             self._confirm(saves=0)
+        return self._stopped
+
+    @property
+    def _stopped(self) -> bool:
         return self.selection.collapsed or self.selection.exhausted(self.settings.patience)
 
     def _confirm(self, *, steps: float = math.inf, saves: float = math.inf) -> None:
@@ -338,8 +344,7 @@ class Trainer:
             return
         saved = submitted.save.result()
         before = [checkpoint for checkpoint in self.folder.checkpoints if checkpoint.best][-1:]
-        stops = self.selection.collapsed or self.selection.exhausted(self.settings.patience)
-        final = done == self.schedule.total or stops
+        final = done == self.schedule.total or self._stopped
         # Without any measurement that speaks for one, the last weights are the best there are.
         last = final and self.selection.best is None and not self.selection.collapsed
         checkpoint = SavedCheckpoint(
