@@ -6,17 +6,19 @@ end where the teacher's do, or are empty.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.training.settings import VALIDATION_LOSS, TrainSettings
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
+    from distill_datasets.training.data import DatasetSplit, Rendered
 
 
 _LEAST_STEPS = 60
 _BLUR = 0.2  # of a length: similar rows meet in other batches in every epoch
+_MEANS = {"token": "every response token of a batch alike", "example": "every response alike"}
 _SUBSET = 1  # tells the choice of the rows from the order of them
 _SHARE = 0.1  # of the training's tokens: what validation reads and writes
 _MOST_MEASURED, _LEAST_MEASURED = 10, 3  # times a training, where nobody says how often
@@ -142,6 +144,81 @@ class ValidationPlan:
             else:
                 break
         return cls(math.ceil(steps / times), rows, answered, found)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The rows as tokens, the steps over them, and what the configuration says of both.
+
+    `chosen` are the rows of the training split that are learned; `measured` says how those of the
+    validation split are.
+    """
+
+    train: "Rendered"
+    validation: "Rendered | None"
+    measured: ValidationPlan | None
+    chosen: Sequence[int]
+    steps: Sequence[Step]
+    found: Mapping[str, Any]
+
+
+def plan_training(
+    splits: "Mapping[str, DatasetSplit]",
+    connection: "Connection",
+    settings: TrainSettings,
+    begun: Mapping[str, Any] | None,
+) -> TrainingPlan:
+    """Render the splits and plan the steps; a training that has `begun` goes on as it was."""
+    from distill_datasets.training.student import require_trainable
+
+    longest = require_trainable(connection, settings)
+    rendered = {
+        role: split.render(connection, longest, settings.turns) for role, split in splits.items()
+    }
+    learning_rate = settings.learning_rate or default_learning_rate(connection)
+    steps = plan_steps(rendered["train"].lengths, settings, learning_rate)
+    kept = rendered["train"].kept
+    chosen = [kept[place] for place in choose_rows(len(kept), settings)]
+    measured = None
+    if "validation" in rendered:
+        measured = _plan_validation(rendered, steps, settings, begun)
+        rendered["validation"] = rendered["validation"].at_most(measured.rows)
+    rows = {role: len(rows) for role, rows in rendered.items()} | {"train": len(chosen)}
+    found = {
+        "base_model": connection.base_model,
+        "renderer": connection.renderer_name,
+        "identity": connection.identity,
+        "learning_rate": learning_rate,
+        "max_length": longest,
+        "steps": len(steps),
+        "normalization": _MEANS[settings.normalization],
+        "measured": asdict(measured) if measured else None,
+        "dataset": {
+            "splits": {role: split.name for role, split in splits.items()},
+            "rows": rows,
+            "skipped": {role: rows.skipped for role, rows in rendered.items()},
+        },
+    }
+    validation = rendered.get("validation")
+    return TrainingPlan(rendered["train"], validation, measured, chosen, steps, found)
+
+
+def _plan_validation(
+    rendered: "Mapping[str, Rendered]",
+    steps: Sequence[Step],
+    settings: TrainSettings,
+    begun: Mapping[str, Any] | None,
+) -> ValidationPlan:
+    if begun and (known := begun.get("measured")):
+        plan = ValidationPlan(**known)
+        return replace(plan, answered=min(plan.answered, settings.answered_rows))
+    rows = rendered["validation"].lengths
+    trained = sum(rendered["train"].lengths[place] for step in steps for place in step.places)
+    if begun:  # by a version that measured ten times, and all rows
+        settings = replace(
+            settings, evaluate_every=settings.evaluate_every or len(steps) // 10 or 1
+        )
+    return ValidationPlan.of(len(steps), trained, rows, settings)
 
 
 def choose_rows(rows: int, settings: TrainSettings) -> list[int]:

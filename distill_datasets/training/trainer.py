@@ -29,14 +29,7 @@ from distill_datasets.training.folder import (
     TrainingResult,
     installed_versions,
 )
-from distill_datasets.training.schedule import (
-    Schedule,
-    Step,
-    ValidationPlan,
-    choose_rows,
-    default_learning_rate,
-    plan_steps,
-)
+from distill_datasets.training.schedule import Schedule, Step, TrainingPlan, plan_training
 from distill_datasets.training.settings import VALIDATION_LOSS, TrainSettings, Turns
 from distill_datasets.training.tracking import open_tracker, require_tracker, sparkline
 
@@ -51,7 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainSettings", "Trainer", "TrainingResult", "require_settings", "train"]
 
-_MEANS = {"token": "every response token of a batch alike", "example": "every response alike"}
 _SHOWN = 64  # of the last losses in the live line
 
 
@@ -99,7 +91,8 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
         splits = _open_splits(source, settings, before if only_new else None)
         connection = _connect(str(student), source, settings, folder)
         with _session(connection, out):
-            plan = _plan(splits, connection, source, settings, folder.config)
+            _require_validation("validation" in splits, repr(source.reference), settings)
+            plan = plan_training(splits, connection, settings, folder.config)
             if folder.config is None:
                 write_learned(folder.path, splits["train"].keys[plan.chosen], before)
             opened = _open_student(folder, _config(request, plan), connection, before)
@@ -132,22 +125,6 @@ def require_settings(
     if splits is not None:
         _require_validation(settings.validation_split in splits, "The dataset", settings)
     require_trainable(connect(student, renderer=settings.renderer, store=store), settings)
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """The rows as tokens, the steps over them, and what the configuration says of both.
-
-    `chosen` are the rows of the training split that are learned; `measured` says how those of the
-    validation split are.
-    """
-
-    train: Rendered
-    validation: Rendered | None
-    measured: ValidationPlan | None
-    chosen: Sequence[int]
-    steps: Sequence[Step]
-    found: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -388,67 +365,6 @@ class Trainer:
         self._tracker.log(step.number, values)
 
 
-def _plan(
-    splits: Mapping[str, DatasetSplit],
-    connection: "Connection",
-    source: DatasetSource,
-    settings: TrainSettings,
-    begun: Mapping[str, Any] | None,
-) -> TrainingPlan:
-    """Render the splits and plan the steps; a training that has `begun` goes on as it was."""
-    from distill_datasets.training.student import require_trainable
-
-    _require_validation("validation" in splits, repr(source.reference), settings)
-    longest = require_trainable(connection, settings)
-    rendered = {
-        role: split.render(connection, longest, settings.turns) for role, split in splits.items()
-    }
-    learning_rate = settings.learning_rate or default_learning_rate(connection)
-    steps = plan_steps(rendered["train"].lengths, settings, learning_rate)
-    kept = rendered["train"].kept
-    chosen = [kept[place] for place in choose_rows(len(kept), settings)]
-    measured = None
-    if "validation" in rendered:
-        measured = _plan_validation(rendered, steps, settings, begun)
-        rendered["validation"] = rendered["validation"].at_most(measured.rows)
-    rows = {role: len(rows) for role, rows in rendered.items()} | {"train": len(chosen)}
-    found = {
-        "base_model": connection.base_model,
-        "renderer": connection.renderer_name,
-        "identity": connection.identity,
-        "learning_rate": learning_rate,
-        "max_length": longest,
-        "steps": len(steps),
-        "normalization": _MEANS[settings.normalization],
-        "measured": asdict(measured) if measured else None,
-        "dataset": {
-            "splits": {role: split.name for role, split in splits.items()},
-            "rows": rows,
-            "skipped": {role: rows.skipped for role, rows in rendered.items()},
-        },
-        "versions": installed_versions(),
-    }
-    validation = rendered.get("validation")
-    return TrainingPlan(rendered["train"], validation, measured, chosen, steps, found)
-
-
-def _plan_validation(
-    rendered: Mapping[str, Rendered],
-    steps: Sequence[Step],
-    settings: TrainSettings,
-    begun: Mapping[str, Any] | None,
-) -> ValidationPlan:
-    if begun and (known := begun.get("measured")):
-        return ValidationPlan(**known)
-    rows = rendered["validation"].lengths
-    trained = sum(rendered["train"].lengths[place] for step in steps for place in step.places)
-    if begun:  # by a version that measured ten times, and all rows
-        settings = replace(
-            settings, evaluate_every=settings.evaluate_every or len(steps) // 10 or 1
-        )
-    return ValidationPlan.of(len(steps), trained, rows, settings)
-
-
 def _open_student(
     folder: TrainingFolder,
     config: Mapping[str, Any],
@@ -547,7 +463,8 @@ def _request(
 
 def _config(request: Mapping[str, Any], plan: TrainingPlan) -> dict[str, Any]:
     """The folder's configuration: what was asked for, and what was found."""
-    return {**request, **plan.found, "dataset": {**request["dataset"], **plan.found["dataset"]}}
+    dataset = {**request["dataset"], **plan.found["dataset"]}
+    return {**request, **plan.found, "dataset": dataset, "versions": installed_versions()}
 
 
 def _open_splits(
