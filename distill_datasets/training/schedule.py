@@ -26,11 +26,12 @@ _FEW_ROWS, _FEW_ANSWERS = 8, 4  # measured and sampled, where little is trained
 _IN_A_ROW = 2  # measurements that show a collapse before training stops
 _COLLAPSES = {
     "empty": "its answers are empty",
+    "loops": "its answers repeat themselves without end",
     "endless": "its answers don't end where the teacher's do",
     "one": "its answers to different queries have become one",
 }
-# Shares of the sampled answers from which a collapse is seen.
-_EMPTY, _UNENDING, _LOOPING = 0.5, 0.75, 0.5
+# Shares of the sampled answers from which a collapse is seen, and up to which none is.
+_EMPTY, _LOOPING, _UNENDING, _CLEAN = 0.5, 0.5, 0.75, 0.25
 _VARIED = 8  # times as many different answers of the teacher, or one alone, are a collapse
 _DOMINANT = 0.5  # a larger share of one response of the teacher's leaves nothing to be said
 _FREE_TEXT = 0.5  # share of responses that occur once: fewer are labels
@@ -284,7 +285,7 @@ class Selection:
     `mark` is the last value that was better than the mark before by `min_improvement`; `stale`
     counts the measurements since. `base` is the untrained student's value, `lowest` the lowest
     validation loss. `sign` is the collapse that the last `struck` measurements show; an earlier
-    one was `clean` of these signs.
+    one was clearly `clean` of these signs.
     """
 
     metric: str = VALIDATION_LOSS
@@ -324,8 +325,7 @@ class Selection:
         signs, loss = collapse_signs(scores), scores.get(VALIDATION_LOSS)
         improves = loss is not None and (self.lowest is None or loss < self.lowest)
         found = replace(self, lowest=loss) if improves else self
-        if scores.get("answers"):
-            found = replace(found, clean=sorted({*self.clean, *({*_COLLAPSES} - {*signs})}))
+        found = replace(found, clean=sorted({*self.clean, *_clean_signs(scores)}))
         if step == 0:
             return replace(found, base=scores.get(self.metric))
         labels = scores.get("teacher_once", 0.0) < _FREE_TEXT
@@ -383,11 +383,22 @@ def collapse_signs(scores: Mapping[str, Any]) -> list[str]:
     varied = max(_VARIED, score("teacher_distinct"))
     seen = {
         "empty": score("answers_empty") >= _EMPTY,
-        "endless": score("answers_unending") >= _UNENDING or score("answers_looping") >= _LOOPING,
+        "loops": score("answers_looping") >= _LOOPING,
+        "endless": score("answers_unending") >= _UNENDING,
         "one": score("teacher_commonest") <= _DOMINANT
         and score("answers_distinct") * _VARIED <= varied,
     }
     return [sign for sign in _COLLAPSES if seen[sign]]
+
+
+def _clean_signs(scores: Mapping[str, Any]) -> set[str]:
+    """Those that a measurement is clearly without."""
+    if not scores.get("answers"):
+        return set()
+    shares = {"empty": "empty", "loops": "looping", "endless": "unending"}
+    found = {sign for sign, name in shares.items() if scores.get(f"answers_{name}", 0.0) <= _CLEAN}
+    varied = 2 * scores.get("answers_distinct", 0) >= scores.get("teacher_distinct", 0)
+    return found | ({"one"} if varied else set())
 
 
 def why_it_ended(selection: Selection, settings: TrainSettings, done: int, planned: int) -> str:

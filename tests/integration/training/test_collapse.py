@@ -18,7 +18,7 @@ VARIED = [
 ]
 COLLAPSES = {
     "one": ("en", "have become one"),
-    "endless": ("blau " * 40, "don't end"),
+    "endless": ("blau " * 40, "repeat themselves without end"),
     "empty": (" ", "are empty"),
 }
 SETTINGS = replace(QUICK, epochs=20, evaluate_every=4, schedule="constant")

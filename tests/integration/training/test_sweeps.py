@@ -67,14 +67,15 @@ def test_base_and_teacher_are_asked_once_for_all_trials_on_the_same_answers(
 
     monkeypatch.setattr(validation, "reference_likelihoods", counted)
     said = "The answer is {{ answer }} and nothing else at all."
-    labels = release(tmp_path / "labels", model, response=said)
+    labels = release(tmp_path / "labels", model, response=said, validation=20)
     swept(labels, model, tmp_path / "out", rank=[2, 4])
-    assert asked == [4]
+    assert asked == [20]
     first, second = (file.read_text() for file in (tmp_path / "out").glob("*/bounds.json"))
     assert first == second
-    others = release(tmp_path / "others", model, response=said, prompt="Name the language.")
+    prompt = "Name the language."
+    others = release(tmp_path / "others", model, response=said, prompt=prompt, validation=20)
     swept(others, model, tmp_path / "more", rank=[2])
-    assert asked == [4, 4]
+    assert asked == [20, 20]
     (third,) = (file.read_text() for file in (tmp_path / "more").glob("*/bounds.json"))
     assert third != first
 

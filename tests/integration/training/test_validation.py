@@ -63,7 +63,8 @@ def test_base_and_teacher_are_asked_about_what_each_would_say(
 def test_an_end_that_a_stop_text_made_counts_for_nobody(model: str, tmp_path: Path) -> None:
     """A new student is the base, and scores 0."""
     said = "The answer is {{ answer }} and nothing else at all."
-    cut = release(tmp_path / "cut", model, response=said, sampling={"stop": ["\n"]})
+    stop = {"stop": ["\n"]}
+    cut = release(tmp_path / "cut", model, response=said, sampling=stop, validation=20)
     task, rows = validated(cut, model, tmp_path)
     ends = validation_likelihoods(task, rows)
     assert ends is not None
