@@ -33,6 +33,7 @@ from distill_datasets.statistics import LEVEL, effective_rows
 from distill_datasets.tables import aligned
 
 if TYPE_CHECKING:
+    from distill_datasets.evaluation.systems import HeldOut
     from distill_datasets.generation.pricing import Prices
     from distill_datasets.models.sampler import Sampler
     from distill_datasets.recipes.recipe import Recipe
@@ -78,7 +79,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Thresholds:
     """What `calibrate` found; it stands in the run's calibration.json."""
 
     path: Path
@@ -95,7 +96,7 @@ class Calibration:
     pairs: Sequence[Pair]
 
     @classmethod
-    def read(cls, run: str | Path) -> Calibration:
+    def read(cls, run: str | Path) -> Thresholds:
         """That of a run; raises `DatasetError` where there is none."""
         path = report_file(run).with_name(CALIBRATION)
         try:
@@ -154,7 +155,7 @@ def calibrate(
     score: Score = "least",
     split: str = "test",
     prices: Prices | None = None,
-) -> Calibration:
+) -> Thresholds:
     """Choose thresholds of the student's confidence on held-out queries that `measure` asked.
 
     The student is asked again, for its log-probabilities, and the answers are kept in the run's
@@ -163,24 +164,14 @@ def calibrate(
 
         print(calibrate("runs/demo", epsilons=[0.02]).text())
     """
-    if not epsilons or not all(0 < one < 1 for one in epsilons) or score not in SCORES:
-        raise SettingsError(
-            f"Expected shares between 0 and 1, and a score of {SCORES}; found "
-            f"{list(epsilons)} and {score!r}."
-        )
+    _require_settings(epsilons, score)
     name = "report.json" if split == "test" else f"report-{split}.json"
     path = report_file(run).with_name(name)
-    report = read_report(path)
-    training = find_training(path.parent)
+    report, training = read_report(path), find_training(path.parent)
     if training is None:
         raise DatasetError(f"{str(path.parent)!r} holds no trained student: run `train` first.")
     held_out = read_held_out(report["dataset"]["path"], split=split)
-    if held_out.free_text:
-        raise DatasetError(
-            "Answers of free text are never equal, so that nothing says whether two agree: "
-            "calibrate a recipe whose answers have a form (`answer.choices`, `answer.pattern`, "
-            "`answer.json_schema`, `tools`)."
-        )
+    _require_form(held_out)
     sampler = open_sampler(training)
     with one_writer(path.parent, "calibration"):
         taught = _taught(path)
@@ -188,9 +179,9 @@ def calibrate(
         queries = [row["query"] for row in rows]
         samples = _ask(held_out.recipe, queries, sampler, path.with_name("journal.sqlite"))
         pairs = list(_pairs(held_out.recipe, rows, samples, taught, score))
-        wrong = [float(not one.agrees) for one in pairs]
         costs = None if prices is None else money_of_run(path, prices)["per_query"]
-        found = Calibration(
+        wrong = [float(not one.agrees) for one in pairs]
+        found = Thresholds(
             path=path.with_name(CALIBRATION),
             score=score,
             student=sampler.identity,
@@ -206,6 +197,23 @@ def calibrate(
         )
         found.keep()
     return found
+
+
+def _require_settings(epsilons: Sequence[float], score: str) -> None:
+    if not epsilons or not all(0 < one < 1 for one in epsilons) or score not in SCORES:
+        raise SettingsError(
+            f"Expected shares between 0 and 1, and a score of {SCORES}; found "
+            f"{list(epsilons)} and {score!r}."
+        )
+
+
+def _require_form(held_out: HeldOut) -> None:
+    if held_out.free_text:
+        raise DatasetError(
+            "Answers of free text are never equal, so that nothing says whether two agree: "
+            "calibrate a recipe whose answers have a form (`answer.choices`, `answer.pattern`, "
+            "`answer.json_schema`, `tools`)."
+        )
 
 
 def choose(

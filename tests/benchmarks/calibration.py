@@ -10,7 +10,7 @@ share of the splits at most epsilon of what is served is wrong, and the share th
 import argparse
 from pathlib import Path
 
-from distill_datasets.serving.calibration import EPSILONS, Calibration, held_in
+from distill_datasets.serving.calibration import EPSILONS, Thresholds, held_in
 from distill_datasets.tables import aligned
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=1000)
     parser.add_argument("--rows", type=int, nargs="+", default=[500, 1000, 2000])
     options = parser.parse_args()
-    found = Calibration.read(options.run)
+    found = Thresholds.read(options.run)
     agree = 1 - found.disagreements / found.rows
     print(f"{found.rows} pairs of {found.student}; {agree:.1%} agree; score: {found.score}")
     cells = [["epsilon", "rows", "holds", "served"]]

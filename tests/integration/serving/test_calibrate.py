@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distill_datasets.cli.main import main
-from distill_datasets.serving.calibration import Calibration
+from distill_datasets.serving.calibration import Thresholds
 from tests.integration.cli.test_run import recipe_of, run
 from tests.support.openai_server import OpenAIServer
 
@@ -27,7 +27,7 @@ def test_a_student_that_agrees_with_nobody_serves_nothing(
     capsys.readouterr()
     assert main(["calibrate", str(out), "--epsilon", "0.05", "0.5"]) == 0
     assert "none: 59 queries tell at the least" in capsys.readouterr().out
-    found = Calibration.read(out)
+    found = Thresholds.read(out)
     assert (found.rows, found.disagreements) == (rows, rows)
     assert [one.served for one in found.points] == [0.0, 0.0]
     assert named_server.asked.total() == asked, "the teacher's answers are those of the report"

@@ -6,8 +6,8 @@ import pytest
 from distill_datasets.errors import DatasetError
 from distill_datasets.models.sampler import Logprobs, Sample
 from distill_datasets.serving.calibration import (
-    Calibration,
     Pair,
+    Thresholds,
     choose,
     confidence_of,
     held_in,
@@ -55,14 +55,14 @@ def test_a_calibration_is_read_as_it_was_kept_and_shown_as_a_curve(tmp_path: Pat
     curve = choose(PAIRS, [0.01, 0.05, 0.2], COSTS)
     facts = {"score": "least", "student": "runs/a", "split": "test", "rows": 600}
     facts |= {"groups": 600, "worth": 600.0, "disagreements": 10, "level": 0.95}
-    found = Calibration(
+    found = Thresholds(
         path=tmp_path / "calibration.json", **facts, points=points, curve=curve, pairs=PAIRS[:5]
     )
     found.keep()
-    assert Calibration.read(tmp_path) == found
+    assert Thresholds.read(tmp_path) == found
     assert "98.3%" in found.text() and "100.0%" in found.text()
     page = (tmp_path / "calibration.html").read_text()
     assert "<svg" in page and "share served by the student" in page
     (tmp_path / "calibration.json").write_text("{}")
     with pytest.raises(DatasetError, match="is no calibration"):
-        Calibration.read(tmp_path)
+        Thresholds.read(tmp_path)
