@@ -20,7 +20,7 @@ from distill_datasets.files import one_writer, write_file
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.models.endpoint import read_address, read_key
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.serving.calibration import Calibration
+from distill_datasets.serving.calibration import Thresholds
 from distill_datasets.serving.proxy import Arm, Backend, Chooser, Proxy
 from distill_datasets.serving.rollout import (
     Judgement,
@@ -124,7 +124,7 @@ def _open(run: Path, settings: RolloutSettings) -> tuple[Rollout, Proxy, str]:
 def _chooser(run: Path, settings: RolloutSettings) -> Chooser | None:
     if settings.epsilon is None:
         return None
-    found = Calibration.read(run)
+    found = Thresholds.read(run)
     for point in found.points:
         if point.epsilon == settings.epsilon:
             if not point.served:
