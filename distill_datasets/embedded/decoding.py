@@ -1,102 +1,58 @@
-"""Batched sampling: one pass over the prompts, then one token per row and step.
+"""A running batch: each step draws a token for every row, and reads the prompts of newcomers.
 
-Tokens are greedy, or drawn by temperature, top-k and top-p. The pass over the prompts also tells
-how likely their own tokens are, for the requests that ask for it.
+Rows join and leave between steps. What they share of their prompts is computed once, and stands
+in no row's own keys and values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache
 
+from .choosing import choose, uniforms
+from .logprobs import score
 from .model import LoadedModel
-from .prefix_attention import AttentionPlan, KeyValues
-from .scheduler import Constraint, Prefix, SampleJob, Watch
+from .prefix_attention import CacheShape, NextTokens, Reading, Segment, Slots
+from .scheduler import (
+    Admission,
+    Build,
+    Constraint,
+    Newcomer,
+    OpenRequest,
+    Pace,
+    Payload,
+    Prefix,
+    Prefixes,
+    Room,
+    SampleJob,
+    slot_width,
+)
 from .wire import (
     MOST_SCORES,
-    Array,
     DrawnSample,
     Ints,
     InvalidRequestError,
     PromptScores,
     SampleRequest,
     SampleResult,
+    write_sample_result,
 )
 
-Finish = Callable[[int, SampleResult], None]
-# From hidden states to logits.
-Project = Callable[[Tensor], Tensor]
-# Logits that exist at once: few enough that they are still in a core's cache when they are
-# read again.
-MOST_LOGITS = 1 << 20
+MOST_ROWS = 64
 # Memory per logit while a token is drawn: float64 and several copies.
 LOGIT_BYTES = 40
-
-
-@dataclass
-class RowSettings:
-    """How each row of a batch picks its tokens; `uniforms` drives the draws, step by step."""
-
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    uniforms: Tensor
-
-    def select(self, rows: Tensor) -> RowSettings:
-        """Keep some rows."""
-        return RowSettings(
-            self.temperature[rows], self.top_k[rows], self.top_p[rows], self.uniforms[rows]
-        )
-
-
-def uniforms(seed: int, sample: int, count: int) -> NDArray[np.float64]:
-    """Random numbers of one sample: the same for a seed and index in whatever batch they run."""
-    return np.random.Generator(np.random.Philox(key=[seed % 2**64, sample])).random(count)
-
-
-def choose(logits: Tensor, settings: RowSettings, step: int) -> Tensor:
-    """Pick one token per row."""
-    tokens = logits.argmax(dim=-1)
-    drawn = (settings.temperature > 0).nonzero().squeeze(-1)
-    if len(drawn):
-        some = settings.select(drawn)
-        # Scaling and sums in float64 keep a draw at a boundary from depending on the batch.
-        weights = torch.softmax(logits[drawn].double() / some.temperature.unsqueeze(-1), dim=-1)
-        filtered = ((some.top_k > 0) | (some.top_p < 1)).nonzero().squeeze(-1)
-        if len(filtered):
-            weights[filtered] = _keep_top(weights[filtered], some.select(filtered))
-        tokens[drawn] = _draw(weights, some.uniforms[:, step])
-    return tokens
-
-
-def _keep_top(weights: Tensor, settings: RowSettings) -> Tensor:
-    """Zero what top-k and then top-p leave out."""
-    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
-    size = ordered.shape[-1]
-    limit = torch.where(settings.top_k > 0, settings.top_k.clamp(max=size), size)
-    ranks = torch.arange(size, device=weights.device)
-    ordered = ordered.masked_fill(ranks >= limit.unsqueeze(-1), 0.0)
-    ordered = ordered / ordered.sum(dim=-1, keepdim=True)
-    before = ordered.cumsum(dim=-1) - ordered
-    ordered = ordered.masked_fill(before >= settings.top_p.unsqueeze(-1), 0.0)
-    return torch.zeros_like(weights).scatter(-1, order, ordered)
-
-
-def _draw(weights: Tensor, numbers: Tensor) -> Tensor:
-    """Invert the cumulative distribution at one uniform number per row."""
-    totals = weights.cumsum(dim=-1)
-    found = torch.searchsorted(totals, (numbers * totals[:, -1]).unsqueeze(-1), right=True)
-    # Rounding may land beyond the last token with any weight.
-    last = (totals < totals[:, -1:]).sum(dim=-1, keepdim=True)
-    return torch.minimum(found, last).squeeze(-1)
+# What one step may read of prompts, in tokens times parameters: about a second on a laptop's core.
+STEP_WORK = 7 * 10**10
+GPU_FACTOR = 100
+LEAST_READ, MOST_READ = 256, 8192
 
 
 def check_context(request: SampleRequest, base: LoadedModel) -> None:
@@ -117,7 +73,7 @@ def check_context(request: SampleRequest, base: LoadedModel) -> None:
                 f"expected at most {base.vocabulary} targets a position, the vocabulary; found "
                 f"{targets.ids.shape[1]}"
             )
-    drawn = request.num_samples * _limit(request, base)
+    drawn = request.num_samples * limit_of(request, base)
     scored = min(request.scoring.top, base.vocabulary) * request.scoring.own(length)
     scores = max(scored, min(request.top_logprobs, base.vocabulary) * drawn)
     if scores > MOST_SCORES:
@@ -125,17 +81,24 @@ def check_context(request: SampleRequest, base: LoadedModel) -> None:
             f"expected at most {MOST_SCORES} of the likeliest tokens in a response; found "
             f"{scores}: ask for fewer per position, or for fewer positions"
         )
-    _require_memory(request.num_samples, length, drawn, base)
-
-
-def _require_memory(rows: int, length: int, drawn: int, base: LoadedModel) -> None:
-    needed = base.token_bytes * (rows * length + drawn) + LOGIT_BYTES * rows * base.vocabulary
-    if needed > base.memory:
+    held, most = slot_width(length + limit_of(request, base)), held_tokens(base)
+    if held > most:
         raise InvalidRequestError(
-            f"expected samples that fit into {base.memory >> 20} MiB of memory; found {rows} of "
-            f"a prompt of {length} tokens, which may take {needed >> 20} MiB: lower num_samples "
-            "or max_tokens"
+            f"expected a prompt and an answer that fit into {base.memory >> 20} MiB of memory, "
+            f"about {most} tokens; found {length} and max_tokens={request.max_tokens}, which take "
+            f"{held}: lower max_tokens, shorten the prompt, or serve a smaller model"
         )
+
+
+def held_tokens(base: LoadedModel) -> int:
+    """How many tokens of rows fit into memory beside logits and cached prefixes."""
+    logits = LOGIT_BYTES * most_rows(base) * base.vocabulary
+    return max(0, 3 * base.memory // 4 - logits) // base.token_bytes
+
+
+def most_rows(base: LoadedModel) -> int:
+    """How many rows run at once: on a GPU a step takes about as long for many as for few."""
+    return MOST_ROWS if base.device.type == "cpu" else 4 * MOST_ROWS
 
 
 def require_tokens(tokens: Ints, base: LoadedModel, name: str) -> None:
@@ -147,290 +110,380 @@ def require_tokens(tokens: Ints, base: LoadedModel, name: str) -> None:
         )
 
 
-@torch.inference_mode()
-def compute_prefix(base: LoadedModel, tokens: Ints) -> Prefix:
-    """Run the model over tokens that prompts share, and keep what each layer computed."""
-    cache = DynamicCache()
-    ids = torch.from_numpy(tokens).to(base.device).unsqueeze(0)
-    base.network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    layers: list[Any] = cache.layers
-    return Prefix(tokens, [(layer.keys, layer.values) for layer in layers])
+def limit_of(request: SampleRequest, base: LoadedModel) -> int:
+    """How many tokens a sample has at most."""
+    return request.max_tokens or base.card.max_context - len(request.prompt)
 
 
-@dataclass
-class _OpenSample:
-    """One sample in the making."""
+@dataclass(eq=False)
+class Row:
+    """One sample in the making; `length` of its tokens are in its slots, behind the prefix's."""
 
-    owner: int
-    index: int
-    request: SampleRequest
-    limit: int
+    newcomer: Newcomer
     ends: frozenset[int]
-    watch: Watch | None
+    numbers: NDArray[np.float64] | None
     constraint: Constraint | None
+    length: int = 0
     drawn: DrawnSample = field(default_factory=lambda: DrawnSample([], [], [], False))
 
-    def add(self, token: int, logprob: float, base: LoadedModel) -> bool:
+    @classmethod
+    def open(cls, newcomer: Newcomer, ends: frozenset[int]) -> Row:
+        """A sample whose prompt is to be read."""
+        job, request = newcomer.request.job, newcomer.request.request
+        if request.stop is not None:
+            ends = frozenset(one for one in request.stop if isinstance(one, int))
+        numbers = None
+        if request.temperature > 0:
+            numbers = uniforms(request.seed, newcomer.index, newcomer.request.limit)
+        constraint = None if job.constrain is None else job.constrain()
+        return cls(newcomer, ends, numbers, constraint)
+
+    @property
+    def request(self) -> OpenRequest:
+        """The request that it is a sample of."""
+        return self.newcomer.request
+
+    @property
+    def unread(self) -> Ints:
+        """The tokens to read next: what is left of the prompt, or the token drawn last."""
+        return np.array(self.drawn.tokens[-1:]) if self.drawn.tokens else self.newcomer.suffix
+
+    @property
+    def number(self) -> float:
+        """What drives the next draw."""
+        return 0.0 if self.numbers is None else float(self.numbers[len(self.drawn.tokens)])
+
+    def add(self, token: int, logprob: float, tokenizer: Any) -> bool:
         """Append a token; True when the sample is complete."""
         self.drawn.tokens.append(token)
         self.drawn.logprobs.append(logprob)
         if self.constraint is not None:
             self.constraint.accept(token)
-        if self.watch is not None and not self.watch(self.index, token, logprob):
+        watch = self.request.job.watch
+        if watch is not None and not watch(self.newcomer.index, token, logprob):
             return True
-        self.drawn.stopped = token in self.ends or self._at_stop_text(base)
-        return self.drawn.stopped or len(self.drawn.tokens) >= self.limit
+        self.drawn.stopped = token in self.ends or self._at_stop_text(tokenizer)
+        return self.drawn.stopped or len(self.drawn.tokens) >= self.request.limit
 
-    def _at_stop_text(self, base: LoadedModel) -> bool:
-        texts = [text for text in self.request.stop or () if isinstance(text, str)]
+    def _at_stop_text(self, tokenizer: Any) -> bool:
+        texts = [text for text in self.request.request.stop or () if isinstance(text, str)]
         if not texts:
             return False
         # A token holds at least one byte, so that a stop text can't reach further back.
         reach = max(len(text.encode()) for text in texts) + 4
-        tail = base.tokenizer.decode(self.drawn.tokens[-reach:], skip_special_tokens=False)
+        tail = tokenizer.decode(self.drawn.tokens[-reach:], skip_special_tokens=False)
         return any(text in tail for text in texts)
 
 
-def _ends(request: SampleRequest, base: LoadedModel) -> frozenset[int]:
-    if request.stop is None:
-        return base.end_tokens
-    return frozenset(item for item in request.stop if isinstance(item, int))
+# What rows that attend alike have in common: a prefix, how much of it, the width of their slots.
+Kind = tuple[Prefix | None, int, int]
 
 
-class _Decoding:
-    """The tensors of a batch while it decodes; rows leave as their samples are complete."""
+class Group:
+    """Rows behind one prefix, with about as many tokens of their own."""
 
-    def __init__(
-        self,
-        base: LoadedModel,
-        jobs: Sequence[SampleJob],
-        shared: Sequence[KeyValues] | None,
-    ) -> None:
-        self.base, self.shared = base, shared
-        self.offset = shared[0][0].shape[2] if shared else 0
-        self.rows = [
-            _OpenSample(
-                owner,
-                index,
-                job.request,
-                _limit(job.request, base),
-                _ends(job.request, base),
-                job.watch,
-                None if job.constrain is None else job.constrain(),
-            )
-            for owner, job in enumerate(jobs)
-            for index in range(job.request.num_samples)
-        ]
-        self.live = list(range(len(self.rows)))
-        counts = [job.request.num_samples for job in jobs]
-        self.firsts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
-        self.settings = _settings(self.rows, base.device)
-        self.cache = DynamicCache()
-        self.seen, self.position = torch.empty(0), torch.empty(0)
+    def __init__(self, shape: CacheShape, kind: Kind) -> None:
+        prefix, shared, self.width = kind
+        self.kind, self.rows = kind, list[Row]()
+        self._prefix = None if prefix is None else prefix.cut(shared)
+        self._slots = Slots(shape, self.width)
 
-    def read_prompts(self) -> Tensor:
-        """Run over the prompts behind the shared prefix; the last layer's states."""
-        suffixes = [row.request.prompt[self.offset :] for row in self.rows]
-        width = max(len(suffix) for suffix in suffixes)
-        ids = np.zeros((len(suffixes), width), np.int64)
-        seen = np.zeros((len(suffixes), width), bool)
-        for index, suffix in enumerate(suffixes):
-            ids[index, width - len(suffix) :] = suffix
-            seen[index, width - len(suffix) :] = True
-        self.seen = torch.from_numpy(seen).to(self.base.device)
-        position = self.offset + (self.seen.cumsum(dim=1) - 1).clamp(min=0)
-        self.position = position[:, -1]
-        mask = None if seen.all() else self._prompt_mask()
-        return self._forward(torch.from_numpy(ids).to(self.base.device), position, mask)
+    def segments(self, joining: Sequence[Row]) -> Iterator[tuple[Segment, Sequence[Row]]]:
+        """The parts of a pass that read the rows' last tokens and the prompts of new rows."""
+        if self.rows:
+            lengths = [row.length for row in self.rows]
+            yield NextTokens(self._slots, lengths, self._prefix), self.rows
+        if joining:
+            if self.width:
+                self._slots.reserve(len(self.rows) + len(joining))
+            lengths = [len(row.unread) for row in joining]
+            slots = self._slots if self.width else None
+            yield Reading(lengths, self._prefix, slots, first=len(self.rows)), joining
 
-    def _prompt_mask(self) -> Tensor:
-        ones = self.seen.new_ones(self.seen.shape[1], self.seen.shape[1])
-        # Padding sees itself: a softmax over nothing is not a number.
-        itself = torch.eye(len(ones), dtype=torch.bool, device=ones.device)
-        return (ones.tril() & self.seen.unsqueeze(1) | itself).unsqueeze(1)
+    def take(self, row: Row, source: Group) -> None:
+        """Move a row here, to wider slots."""
+        self._slots.reserve(len(self.rows) + 1)
+        self._slots.copy(len(self.rows), source._slots, source.rows.index(row), row.length)
+        self.rows.append(row)
+        source.remove(row)
 
-    def read_tokens(self, tokens: Tensor) -> Tensor:
-        """Run over the tokens just drawn; logits of the next."""
-        self.position = self.position + 1
-        self.seen = torch.cat([self.seen, self.seen.new_ones(len(tokens), 1)], dim=1)
-        mask = self.seen[:, None, None]
-        return self.project(
-            self._forward(tokens.unsqueeze(1), self.position.unsqueeze(1), mask)[:, -1]
+    def remove(self, row: Row) -> None:
+        """Let a row go; the last one takes its place."""
+        index, last = self.rows.index(row), self.rows.pop()
+        if last is not row:
+            if self.width:
+                self._slots.copy(index, self._slots, len(self.rows), last.length)
+            self.rows[index] = last
+
+
+@dataclass
+class _Pass:
+    """The tokens of one pass, side by side; each of `rows` draws from the state at its `last`."""
+
+    segments: list[Segment] = field(default_factory=list)
+    ids: list[Ints] = field(default_factory=list)
+    positions: list[Ints] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    last: list[int] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, segment: Segment, rows: Sequence[Row]) -> None:
+        """Read what is unread of some rows."""
+        self.segments.append(segment)
+        for row in rows:
+            self.add_tokens(row.unread, row.newcomer.shared + row.length)
+            self.rows.append(row)
+            self.last.append(self.size - 1)
+
+    def add_tokens(self, ids: Ints, start: int) -> None:
+        """Read tokens from a position on."""
+        self.ids.append(ids)
+        self.positions.append(np.arange(start, start + len(ids)))
+        self.size += len(ids)
+
+
+# A token that was drawn for a row, its logprob, and its likeliest rivals.
+_Drawn = tuple[Row, int, float, tuple[list[int], list[float]] | None]
+
+
+class RunningBatch:
+    """The samples of one version of the weights that run together, and those that wait for them.
+
+    A step that failed may be repeated: nothing is changed before every row has its token.
+    """
+
+    def __init__(self, base: LoadedModel, weights: str, prefixes: Prefixes) -> None:
+        self._base, self._shape = base, CacheShape.of(base.network)
+        self._longest = longest_reading(base)
+        self._admission = Admission(weights, prefixes, self._longest)
+        self._pace = Pace()
+        self._groups: dict[Kind, Group] = {}
+        self._build: Slots | None = None
+        # Rows whose prompt is read in the next pass; tokens that nobody was told of yet.
+        self._joining: list[Row] = []
+        self._drawn: deque[_Drawn] = deque()
+        # Whom a failure is told. Until that is known, newcomers are tried one by one.
+        self._blamed: list[OpenRequest] = []
+        self._one_by_one = False
+
+    @property
+    def _rows(self) -> list[Row]:
+        return [row for group in self._groups.values() for row in group.rows]
+
+    @property
+    def held(self) -> int:
+        """The tokens that its rows may come to hold."""
+        return sum(row.newcomer.reserved for row in [*self._rows, *self._joining])
+
+    @property
+    def running(self) -> bool:
+        """Whether any row runs."""
+        return bool(self._groups or self._joining)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything runs or waits."""
+        return bool(self.running or self._admission.waiting)
+
+    def add(self, job: SampleJob) -> None:
+        """Queue a request; raises `InvalidRequestError` where it can't be served."""
+        check_context(job.request, self._base)
+        request = OpenRequest(job, limit_of(job.request, self._base))
+        if not self.busy:
+            self._pace = Pace(request)
+        self._admission.waiting.append(request)
+
+    def blame_all(self) -> None:
+        """Let the next failure be everybody's."""
+        running = [row.request for row in [*self._rows, *self._joining]]
+        self._blamed = list(dict.fromkeys([*running, *self._admission.waiting]))
+
+    def fail(self, payload: Payload) -> None:
+        """Answer the requests that made a step fail, and go on without them."""
+        if not self._blamed and len(self._joining) > 1 and not self._one_by_one:
+            self._one_by_one = True
+            return
+        newest = [row.request for row in self._joining[:1] or self._rows[-1:]]
+        if self._admission.build is not None and not self._joining:
+            newest = [self._admission.build.owner]
+        for request in self._blamed or newest:
+            self._pace.drop(request)
+            self._admission.drop(request)
+            self._joining = [row for row in self._joining if row.request is not request]
+            self._drawn = deque(one for one in self._drawn if one[0].request is not request)
+            for group in self._groups.values():
+                for row in [row for row in group.rows if row.request is request]:
+                    group.remove(row)
+            request.job.resolve(payload)
+        self._forget_empty()
+
+    @torch.inference_mode()
+    def step(self, holding: int) -> None:
+        """Draw a token for each row; rows that may hold so many tokens more may join."""
+        self._record()
+        began, running, requests = time.perf_counter(), len(self._rows), self._pace.requests()
+        if not self._joining:
+            self._one_by_one = False
+            room = Room(most_rows(self._base) - running, requests, self._longest, holding)
+            for newcomer in self._admission.pick(room):
+                self._blamed = [newcomer.request]
+                self._joining.append(Row.open(newcomer, self._base.end_tokens))
+        joining = self._joining[:1] if self._one_by_one else list(self._joining)
+        building = self._admission.build if requests or not running else None
+        self._run(joining, building)
+        self._pace.stepped(time.perf_counter() - began, len(joining) + (building is not None))
+        self._record()
+
+    def _run(self, joining: Sequence[Row], building: Build | None) -> None:
+        """One pass: the rows' last tokens, new rows' prompts, and a part of a prefix."""
+        one = self._gather(joining)
+        masks = self._masks(one.rows)
+        self._blamed = []
+        read = 0 if building is None else self._add_build(one, building)
+        if not one.size:
+            return
+        hidden = self._forward(one)
+        scores = self._score(one, hidden)
+        drawn = self._choose(one, hidden, masks) if one.rows else []
+        # Nothing is changed before this line.
+        self._advance(building, read)
+        for row in one.rows:
+            row.length += len(row.unread)
+        for row in joining:
+            self._groups[row.newcomer.kind].rows.append(row)
+            row.request.scores = scores.get(row, row.request.scores)
+        self._joining = self._joining[len(joining) :]
+        self._drawn.extend(drawn)
+
+    def _gather(self, joining: Sequence[Row]) -> _Pass:
+        one = _Pass()
+        for group in list(self._groups.values()):
+            for row in [row for row in group.rows if row.length >= group.width]:
+                self._group((*group.kind[:2], 2 * group.width)).take(row, group)
+        for row in joining:
+            self._group(row.newcomer.kind)
+        for kind, group in self._groups.items():
+            fresh = [row for row in joining if row.newcomer.kind == kind]
+            for segment, rows in group.segments(fresh):
+                one.add(segment, rows)
+        return one
+
+    def _group(self, kind: Kind) -> Group:
+        if kind not in self._groups:
+            self._groups[kind] = Group(self._shape, kind)
+        return self._groups[kind]
+
+    def _forget_empty(self) -> None:
+        self._groups = {kind: group for kind, group in self._groups.items() if group.rows}
+
+    def _masks(self, rows: Sequence[Row]) -> list[tuple[int, NDArray[np.bool_]]]:
+        """What the constraints of rows allow."""
+        masks = []
+        for index, row in enumerate(rows):
+            if row.constraint is not None:
+                self._blamed = [row.request]
+                masks.append((index, row.constraint.allowed()))
+                if not masks[-1][1].any():
+                    raise InvalidRequestError(
+                        "expected a constraint that allows a token; found none"
+                    )
+        return masks
+
+    def _add_build(self, one: _Pass, building: Build) -> int:
+        """Read a part of a prefix; how many tokens."""
+        if building.slots is None:
+            building.slots = Slots(self._shape, len(building.tokens))
+            building.slots.reserve(1)
+            if building.begin is not None:
+                building.slots.fill(building.begin.layers, building.done)
+        rest = building.tokens[building.done :]
+        rest = rest[: max(0, self._longest - one.size)]
+        if len(rest):
+            segment = Reading([len(rest)], None, building.slots, past=building.done)
+            one.segments.append(segment)
+            one.add_tokens(rest, building.done)
+        return len(rest)
+
+    def _advance(self, building: Build | None, read: int) -> None:
+        if building is not None and building.slots is not None:
+            building.done += read
+            if building.done == len(building.tokens):
+                self._admission.built(building.slots.layers)
+
+    def _forward(self, one: _Pass) -> Tensor:
+        """The last layer's states of all tokens."""
+        ids, positions = (
+            torch.from_numpy(np.concatenate(parts)).to(self._base.device).unsqueeze(0)
+            for parts in (one.ids, one.positions)
         )
-
-    def _forward(self, ids: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
-        out = self.base.network.base_model(
-            input_ids=ids,
-            position_ids=position,
-            past_key_values=self.cache,
-            use_cache=True,
-            plan=AttentionPlan(mask, self.shared),
+        out = self._base.network.base_model(
+            input_ids=ids, position_ids=positions, use_cache=False, segments=one.segments
         )
-        hidden: Tensor = out.last_hidden_state
+        hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """The logits of hidden states."""
-        network: Any = self.base.network
+    def _project(self, hidden: Tensor) -> Tensor:
+        network: Any = self._base.network
         logits: Tensor = network.get_output_embeddings()(hidden)
         return logits
 
-    def allow(self, logits: Tensor) -> Tensor:
-        """The logits with what a row's constraint forbids left out."""
-        rows = [(at, self.rows[index].constraint) for at, index in enumerate(self.live)]
-        bound = [(at, one.allowed()) for at, one in rows if one is not None]
-        if not bound:
-            return logits
-        if not all(allowed.any() for _, allowed in bound):
-            raise InvalidRequestError("expected a constraint that allows a token; found none")
-        index = torch.tensor([at for at, _ in bound], device=logits.device)
-        mask = torch.from_numpy(np.stack([allowed for _, allowed in bound])).to(logits.device)
-        left = logits[index].masked_fill(~mask, float("-inf"))
-        return logits.index_copy(0, index, left)
+    def _score(self, one: _Pass, hidden: Tensor) -> dict[Row, PromptScores]:
+        """What new rows ask of their prompts."""
+        rows, states = [], []
+        for row, last in zip(one.rows, one.last, strict=True):
+            scoring = row.request.request.scoring
+            if scoring.asked and not row.drawn.tokens and not row.newcomer.index:
+                rows.append(row)
+                states.append(hidden[last - scoring.reach(len(row.request.request.prompt)) : last])
+        found = score([row.request.request for row in rows], states, self._project)
+        return dict(zip(rows, found, strict=True))
 
-    def samples(self, owner: int) -> list[DrawnSample]:
-        """What was drawn for one request."""
-        return [row.drawn for row in self.rows if row.owner == owner]
+    def _choose(
+        self, one: _Pass, hidden: Tensor, masks: Sequence[tuple[int, NDArray[np.bool_]]]
+    ) -> list[_Drawn]:
+        """A token for each row."""
+        index = torch.tensor(one.last, device=hidden.device)
+        logits = self._project(hidden[index]).float()
+        requests, bound = [row.request.request for row in one.rows], logits
+        if masks:
+            bound = logits.clone()
+            for row, mask in masks:
+                bound[row, torch.from_numpy(~mask).to(logits.device)] = float("-inf")
+        tokens = choose(bound, requests, [row.number for row in one.rows])
+        values = torch.log_softmax(logits, dim=-1)
+        logprobs = values.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        rivals: list[Any] = [None] * len(requests)
+        if most := max(request.top_logprobs for request in requests):
+            top = values.topk(min(most, values.shape[1]), dim=-1)
+            for row, request in enumerate(requests):
+                if wanted := request.top_logprobs:
+                    found = (part[row, :wanted].tolist() for part in (top.indices, top.values))
+                    rivals[row] = tuple(found)
+        return list(zip(one.rows, tokens.tolist(), logprobs.tolist(), rivals, strict=True))
 
-    def keep_rows(self, kept: list[int]) -> Tensor:
-        """Go on with some of the rows only; returns their indices."""
-        self.live = [self.live[row] for row in kept]
-        index = torch.tensor(kept, dtype=torch.long, device=self.base.device)
-        self.settings = self.settings.select(index)
-        self.seen, self.position = self.seen[index], self.position[index]
-        self.cache.batch_select_indices(index)
-        return index
+    def _record(self) -> None:
+        """Tell of the tokens that were drawn; complete rows leave."""
+        while self._drawn:
+            row, token, logprob, rivals = self._drawn.popleft()
+            self._blamed = [row.request]
+            if rivals is not None:
+                row.drawn.top.append(rivals)
+            if row.add(token, logprob, self._base.tokenizer):
+                next(group for group in self._groups.values() if row in group.rows).remove(row)
+                self._complete(row)
+        self._blamed = []
+        self._forget_empty()
 
-
-def _limit(request: SampleRequest, base: LoadedModel) -> int:
-    return request.max_tokens or base.card.max_context - len(request.prompt)
-
-
-def _settings(rows: Sequence[_OpenSample], device: torch.device) -> RowSettings:
-    drawn = [row.limit for row in rows if row.request.temperature > 0]
-    numbers = np.zeros((len(rows), max(drawn, default=0)))
-    for index, row in enumerate(rows):
-        if row.request.temperature > 0:
-            numbers[index, : row.limit] = uniforms(row.request.seed, row.index, row.limit)
-    requests = [row.request for row in rows]
-    return RowSettings(
-        torch.tensor([one.temperature for one in requests], dtype=torch.float64, device=device),
-        torch.tensor([one.top_k for one in requests], device=device),
-        torch.tensor([one.top_p for one in requests], dtype=torch.float64, device=device),
-        torch.from_numpy(numbers).to(device),
-    )
-
-
-@torch.inference_mode()
-def decode(
-    base: LoadedModel,
-    jobs: Sequence[SampleJob],
-    shared: Sequence[KeyValues] | None,
-    done: Finish,
-) -> None:
-    """Sample for all requests with the active adapter; `done` is called as each is complete."""
-    run, requests = _Decoding(base, jobs, shared), [job.request for job in jobs]
-    hidden = run.read_prompts()
-    scores = score(requests, run.firsts, hidden, run.project)
-    logits = run.project(hidden[:, -1])
-    waiting = [request.num_samples for request in requests]
-    step = 0
-    while run.live:
-        tokens = choose(run.allow(logits), run.settings, step)
-        over = _record(run, logits, tokens)
-        for row in over:
-            owner = run.rows[run.live[row]].owner
-            waiting[owner] -= 1
-            if not waiting[owner]:
-                done(owner, SampleResult(run.samples(owner), scores[owner], run.offset))
-        if over:
-            tokens = tokens[run.keep_rows([row for row in range(len(run.live)) if row not in over])]
-        if run.live:
-            logits = run.read_tokens(tokens)
-        step += 1
+    def _complete(self, row: Row) -> None:
+        request = row.request
+        request.samples[row.newcomer.index] = row.drawn
+        if len(request.samples) == request.request.num_samples:
+            samples = [request.samples[index] for index in range(len(request.samples))]
+            result = SampleResult(samples, request.scores, request.cache_hit)
+            request.job.resolve(write_sample_result(request.request, result))
 
 
-def _record(run: _Decoding, logits: Tensor, tokens: Tensor) -> set[int]:
-    """Add one token to every row; returns the rows that are complete."""
-    values = torch.log_softmax(logits.float(), dim=-1)
-    logprobs = values.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
-    rows = [run.rows[index] for index in run.live]
-    most = max(row.request.top_logprobs for row in rows)
-    if most:
-        top = values.topk(min(most, values.shape[1]), dim=-1)
-        for row, ids, scores in zip(rows, top.indices.tolist(), top.values.tolist(), strict=True):
-            if wanted := row.request.top_logprobs:
-                row.drawn.top.append((ids[:wanted], scores[:wanted]))
-    return {
-        index
-        for index, (row, token, logprob) in enumerate(
-            zip(rows, tokens.tolist(), logprobs, strict=True)
-        )
-        if row.add(token, logprob, run.base)
-    }
-
-
-def score(
-    requests: Sequence[SampleRequest], rows: Sequence[int], hidden: Tensor, project: Project
-) -> list[PromptScores]:
-    """What each request asked for, from the last layer's states of the prompts.
-
-    `rows` says in which row a request's prompt stands, aligned at its end. Only the states
-    before scored tokens are projected to logits, those of all requests together.
-    """
-    if not any(one.scoring.asked for one in requests):
-        return [PromptScores()] * len(requests)
-    reaches = [one.scoring.reach(len(one.prompt)) for one in requests]
-    last = hidden.shape[1] - 1
-    before = [hidden[row, last - reach : last] for row, reach in zip(rows, reaches, strict=True)]
-    ids = torch.from_numpy(_wanted(requests, reaches)).to(hidden.device)
-    found = _look_up(torch.cat(before), ids, max(one.scoring.top for one in requests), project)
-    ends = np.cumsum(reaches)
-    return [
-        _told(request, *(array[end - reach : end] for array in found))
-        for request, reach, end in zip(requests, reaches, ends, strict=True)
-    ]
-
-
-def _wanted(requests: Sequence[SampleRequest], reaches: Sequence[int]) -> Ints:
-    """The ids to look up at each position: the prompt's own, then the targets."""
-    targets = [one.scoring.targets for one in requests]
-    most = max((one.ids.shape[1] for one in targets if one is not None), default=0)
-    ids = np.zeros((sum(reaches), 1 + most), np.int64)
-    end = 0
-    for request, reach in zip(requests, reaches, strict=True):
-        part = ids[end : end + reach]
-        end += reach
-        part[:, 0] = request.prompt[len(request.prompt) - reach :]
-        if request.scoring.targets is not None:
-            named = request.scoring.targets.ids
-            part[:, 1 : 1 + named.shape[1]] = named[len(named) - reach :].clip(min=0)
-    return ids
-
-
-def _look_up(states: Tensor, ids: Tensor, most: int, project: Project) -> list[Array]:
-    """Logprobs of the ids; the likeliest ids and their logprobs; each a row per state."""
-    vocabulary = project(states[:1]).shape[-1]
-    size = max(1, MOST_LOGITS // vocabulary)
-    found = []
-    for start in range(0, len(states), size):
-        logits = project(states[start : start + size]).float()
-        norm = logits.logsumexp(dim=-1, keepdim=True)
-        top = logits.topk(min(most, vocabulary), dim=-1)
-        named = logits.gather(1, ids[start : start + size]) - norm
-        found.append((named, top.indices, top.values - norm))
-    return [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]
-
-
-def _told(
-    request: SampleRequest, named: Array, top_ids: Array, top_logprobs: Array
-) -> PromptScores:
-    """Cut what was found for all requests to what one of them asked for."""
-    scoring = request.scoring
-    own = slice(len(named) - scoring.own(len(request.prompt)), None)
-    columns = 0 if scoring.targets is None else scoring.targets.ids.shape[1]
-    return PromptScores(
-        named[own, 0] if scoring.logprobs else None,
-        (top_ids[own, : scoring.top], top_logprobs[own, : scoring.top]) if scoring.top else None,
-        named[:, 1 : 1 + columns] if columns else None,
-    )
+def longest_reading(base: LoadedModel) -> int:
+    """How many tokens of prompts a step reads at most: rows that run wait for them."""
+    work = STEP_WORK * (1 if base.device.type == "cpu" else GPU_FACTOR)
+    return max(LEAST_READ, min(MOST_READ, work // base.network.num_parameters()))

@@ -9,14 +9,15 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distill_datasets.errors import DistillError
 
@@ -27,12 +28,11 @@ from .wire import (
     Body,
     InvalidRequestError,
     MissingError,
-    SampleResult,
     pb,
-    write_sample_result,
 )
 
 if TYPE_CHECKING:
+    from .decoding import RunningBatch
     from .lora import Adapters, LoraSpec
     from .scheduler import Prefixes
     from .trainer import Trainee
@@ -60,32 +60,79 @@ class Job:
     resolve: Resolve
 
 
-# Runs the first of the given samplings and whichever others fit; returns those that ran.
-RunBatch = Callable[[Sequence[SampleJob]], Sequence[SampleJob]]
+class Sampler(Protocol):
+    """What computes the samples, a step at a time; used by the compute thread alone."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sample runs or waits."""
+
+    def add(self, job: SampleJob) -> None:
+        """Accept a request; raises where it can't be served."""
+
+    def step(self) -> None:
+        """Go on by about a token a sample."""
+
+    def fail(self, payload: Payload) -> None:
+        """Answer the requests that made the last step fail, and go on without them."""
 
 
 class ComputeThread:
-    """Owns torch: whatever touches the model runs here, in the order it was asked for.
+    """Owns torch: whatever touches the model runs here.
 
-    Samples overtake: they read weights that never change, so that their order can't matter.
+    Samples read weights that never change, so that their order can't matter: they run together, a
+    step at a time. Everything else runs in the order it was asked for. Where both wait, both get
+    as much time.
     """
 
-    def __init__(self, run_batch: RunBatch, prepare: Callable[[], None]) -> None:
-        self._run_batch, self._prepare = run_batch, prepare
-        self._waiting: deque[Job | SampleJob] = deque([Job(self._load, self._loaded)])
+    def __init__(self, sampler: Sampler, prepare: Callable[[], None]) -> None:
+        self._sampler, self._prepare = sampler, prepare
+        self._arrived: deque[Job | SampleJob] = deque()
         self._changed = threading.Condition()
         self._broken: Payload | None = None
+        # Jobs that wait, and how much longer they had the thread than samples that waited too.
+        self._jobs: deque[Job] = deque([Job(self._load, self._loaded)])
+        self._ahead = 0.0
         threading.Thread(target=self._work, name="compute", daemon=True).start()
 
     def submit(self, job: Job | SampleJob) -> None:
         """Queue a job."""
         with self._changed:
-            self._waiting.append(job)
+            self._arrived.append(job)
             self._changed.notify()
 
     def _work(self) -> None:
         while True:
-            self._serve(*self._take())
+            self._accept()
+            began, jobs, samples = time.perf_counter(), bool(self._jobs), self._sampler.busy
+            if jobs and not (samples and self._ahead > 0):
+                self._serve(self._jobs.popleft())
+                self._ahead += time.perf_counter() - began
+            elif samples:
+                self._attempt(self._sampler.step, self._sampler.fail)
+                self._ahead -= time.perf_counter() - began
+            if not (jobs and samples):
+                self._ahead = 0.0
+
+    def _accept(self) -> None:
+        """Take in what arrived; waits while there is nothing to do."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrived or self._jobs or self._sampler.busy)
+            arrived = list(self._arrived)
+            self._arrived.clear()
+        for job in arrived:
+            if isinstance(job, Job):
+                self._jobs.append(job)
+            elif self._broken is not None:
+                job.resolve(self._broken)
+            else:
+                self._attempt(partial(self._sampler.add, job), job.resolve)
+
+    def _serve(self, job: Job) -> None:
+        if self._broken is not None:
+            job.resolve(self._broken)
+        else:
+            self._attempt(lambda: job.resolve(job.run()), job.resolve)
 
     def _load(self) -> Payload:
         self._prepare()
@@ -96,34 +143,15 @@ class ComputeThread:
         if isinstance(found, dict) and "error" in found:
             self._broken = failure(f"the model could not be loaded: {found['error']}")
 
-    def _take(self) -> tuple[Job | SampleJob, list[SampleJob]]:
-        """The oldest job, and if it is a sampling all that may run with it."""
-        with self._changed:
-            self._changed.wait_for(lambda: bool(self._waiting))
-            first = self._waiting.popleft()
-            if not isinstance(first, SampleJob):
-                return first, []
-            others = [
-                job for job in self._waiting if isinstance(job, SampleJob) and first.joins(job)
-            ]
-            return first, [first, *others]
-
-    def _serve(self, first: Job | SampleJob, samplings: list[SampleJob]) -> None:
-        """The request boundary: whatever goes wrong here is told to the client, not raised."""
+    def _attempt(self, run: Callable[[], None], refuse: Resolve) -> None:
+        """The request boundary: whatever goes wrong here is told to a client, not raised."""
         try:
-            if self._broken is not None:
-                first.resolve(self._broken)
-            elif isinstance(first, Job):
-                first.resolve(first.run())
-            else:
-                gone = {id(job) for job in self._run_batch(samplings)}
-                with self._changed:
-                    self._waiting = deque(job for job in self._waiting if id(job) not in gone)
+            run()
         except DistillError as error:
-            first.resolve(failure(str(error)))
+            refuse(failure(str(error)))
         except Exception as error:  # a bug must fail one request, not end the server
             traceback.print_exc(file=sys.stderr)
-            first.resolve(failure(_told(error), category="server"))
+            refuse(failure(_told(error), category="server"))
 
 
 def _told(error: Exception) -> str:
@@ -157,6 +185,8 @@ class Engine:
         self._loaded: OrderedDict[str, str] = OrderedDict()
         self._trainees: dict[str, Trainee] = {}
         self._base: LoadedModel | None = None
+        # The one whose turn is next first.
+        self._batches: OrderedDict[str, RunningBatch] = OrderedDict()
 
     def load(self) -> None:
         """Load the model; seconds."""
@@ -185,38 +215,46 @@ class Engine:
         self._saved[key] = SavedWeights(folder, run.lora)
         return key
 
-    def run_batch(self, samplings: Sequence[SampleJob]) -> Sequence[SampleJob]:
-        """Sample for the first request and those that fit beside it; returns who was served."""
-        from .decoding import check_context, compute_prefix, decode
-        from .scheduler import plan
+    @property
+    def busy(self) -> bool:
+        """Whether any sample runs or waits."""
+        return bool(self._batches)
 
-        base, weights = self._require_base(), samplings[0].weights
-        check_context(samplings[0].request, base)
-        fit = [one for one in samplings if self._fits(one)]
-        self._activate(weights)
-        batch = plan(
-            weights,
-            [one.request for one in fit],
-            self._prefixes,
-            lambda tokens: compute_prefix(base, tokens),
+    def add(self, job: SampleJob) -> None:
+        """Accept a sample request; raises `InvalidRequestError` where it can't be served."""
+        from .decoding import RunningBatch
+
+        batch = self._batches.get(job.weights)
+        if batch is None:
+            batch = RunningBatch(self._require_base(), job.weights, self._prefixes)
+        batch.add(job)
+        self._batches[job.weights] = batch
+
+    def step(self) -> None:
+        """Go on with the samples of one version of the weights; all take turns."""
+        from .decoding import held_tokens
+
+        base, running = self._require_base(), sum(one.running for one in self._batches.values())
+        # Not more at once than there are adapters in memory.
+        weights, batch = next(
+            (key, one)
+            for key, one in self._batches.items()
+            if one.running or running < MOST_SAMPLERS
         )
-        chosen = [fit[index] for index in batch.chosen]
-        shared = None if batch.prefix is None else batch.prefix.cut(batch.length)
+        self._batches.move_to_end(weights)
+        batch.blame_all()
+        self._activate(weights)
+        batch.step(held_tokens(base) - sum(one.held for one in self._batches.values()))
+        self._forget_idle()
 
-        def done(index: int, result: SampleResult) -> None:
-            chosen[index].resolve(write_sample_result(chosen[index].request, result))
+    def fail(self, payload: Payload) -> None:
+        """Answer the requests that made the last step fail, and go on without them."""
+        next(reversed(self._batches.values())).fail(payload)
+        self._forget_idle()
 
-        decode(base, chosen, shared, done)
-        return chosen
-
-    def _fits(self, sampling: SampleJob) -> bool:
-        from .decoding import check_context
-
-        try:
-            check_context(sampling.request, self._require_base())
-        except InvalidRequestError:
-            return False
-        return True
+    def _forget_idle(self) -> None:
+        for weights in [key for key, one in self._batches.items() if not one.busy]:
+            del self._batches[weights]
 
     def _activate(self, weights: str) -> None:
         """Make the network compute with some weights."""
@@ -367,4 +405,4 @@ class Engine:
     def _prefixes(self) -> Prefixes:
         from .scheduler import Prefixes
 
-        return Prefixes()
+        return Prefixes(self._require_base().memory // 4)

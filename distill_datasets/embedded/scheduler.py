@@ -1,23 +1,21 @@
-"""Which of the waiting sample requests run together, and behind which cached prefix.
-
-Nothing in the protocol names a prefix: it is the longest run of tokens that a prompt shares
-with a cached one, or with a prompt seen a moment ago.
-"""
+"""Which of the waiting samples join a running batch, when, and behind which cached prefix."""
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .wire import Ints, SampleRequest
+from .wire import DrawnSample, Ints, PromptScores, SampleRequest
 
 if TYPE_CHECKING:
-    from .prefix_attention import KeyValues
+    from .prefix_attention import KeyValues, Slots
 
 # A finished request: protobuf bytes or JSON.
 Payload = bytes | dict[str, Any]
@@ -51,35 +49,32 @@ class SampleJob:
     watch: Watch | None = None
     constrain: Callable[[], Constraint] | None = None
 
-    def joins(self, other: SampleJob) -> bool:
-        """Whether both may run in one batch.
-
-        Scores cost as much as the most that any request of a batch asks for.
-        """
-        own, others = self.request.scoring, other.request.scoring
-        alike = own.asked == others.asked and own.top == others.top
-        wide = [1 if one.targets is None else one.targets.ids.shape[1] for one in (own, others)]
-        return alike and self.weights == other.weights and (wide[0] == wide[1] or max(wide) <= 256)
-
 
 # Below this length a prefix costs more to keep apart than to compute again.
 SHORTEST = 24
 RECENT_PROMPTS = 64
 MOST_PREFIXES = 32
 MOST_HEADS = 1024
-MOST_BYTES = 2 << 30
+# Requests looked at when rows join a batch.
+WINDOW = 256
+# Tokens that the smallest slots of a row hold; the others are twice as wide as the ones before.
+NARROWEST = 64
+# Tokens of an answer that slots have place for from the start.
+USUAL_ANSWER = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prefix:
     """The tokens of a prompt's start and what each layer computed for them."""
 
     tokens: Ints
     layers: Sequence[KeyValues]
+    # How much of it rows use: few lengths, so that many rows use the same.
+    lengths: list[int] = field(default_factory=list)
 
     def cut(self, length: int) -> Sequence[KeyValues]:
         """The first tokens' keys and values, without a copy."""
-        return [(key[:, :, :length], value[:, :, :length]) for key, value in self.layers]
+        return [(key[:, :length], value[:, :length]) for key, value in self.layers]
 
     @property
     def size(self) -> int:
@@ -99,10 +94,16 @@ def common_length(left: Ints, right: Ints) -> int:
     return int(differ[0]) if len(differ) else size
 
 
+def worthwhile(shared: int, cached: int) -> bool:
+    """Whether a prefix is worth computing where a part of it is cached."""
+    return shared >= max(SHORTEST, cached + cached // 4 + 1)
+
+
 class Prefixes:
     """Cached prefixes of each version of the weights, least recently used out first."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int = 2 << 30) -> None:
+        self._most_bytes = most_bytes
         self._kept: OrderedDict[tuple[str, bytes], Prefix] = OrderedDict()
         self._recent: OrderedDict[tuple[str, bytes], deque[Ints]] = OrderedDict()
 
@@ -116,10 +117,8 @@ class Prefixes:
                     found = (prefix, shared)
         return found if found[1] >= SHORTEST else (None, 0)
 
-    def learn(
-        self, weights: str, prompt: Ints, others: Sequence[Ints], build: Callable[[Ints], Prefix]
-    ) -> None:
-        """Cache what a prompt shares with others, if that is new and longer than what is cached."""
+    def repeated(self, weights: str, prompt: Ints, others: Sequence[Ints]) -> int:
+        """How much a prompt shares with others, and with those seen a moment ago."""
         key = (weights, head(prompt))
         recent = self._recent.setdefault(key, deque(maxlen=RECENT_PROMPTS))
         self._recent.move_to_end(key)
@@ -129,16 +128,22 @@ class Prefixes:
         seen = [other for other in recent if other is not prompt]
         if len(seen) == len(recent):
             recent.append(prompt)
-        shared = max((common_length(prompt, other) for other in [*others, *seen]), default=0)
-        _, cached = self.best(weights, prompt)
-        if shared >= max(SHORTEST, cached + cached // 4 + 1):
-            tokens = prompt[:shared]
-            self._kept[weights, tokens.tobytes()] = build(tokens)
-            self._trim()
+        return max((common_length(prompt, other) for other in [*others, *seen]), default=0)
+
+    def keep(self, weights: str, prefix: Prefix) -> None:
+        """Cache a prefix."""
+        self._kept[weights, prefix.tokens.tobytes()] = prefix
+        while len(self._kept) > 1 and (
+            len(self._kept) > MOST_PREFIXES
+            or sum(one.size for one in self._kept.values()) > self._most_bytes
+        ):
+            self._kept.popitem(last=False)
 
     def touch(self, weights: str, prefix: Prefix) -> None:
         """Mark a prefix as used."""
-        self._kept.move_to_end((weights, prefix.tokens.tobytes()))
+        key = (weights, prefix.tokens.tobytes())
+        if key in self._kept:
+            self._kept.move_to_end(key)
 
     def forget(self, weights: str) -> None:
         """Drop all prefixes of weights that are gone."""
@@ -146,136 +151,231 @@ class Prefixes:
             for key in [key for key in kept if key[0] == weights]:
                 del kept[key]
 
-    def _trim(self) -> None:
-        while len(self._kept) > 1 and (
-            len(self._kept) > MOST_PREFIXES
-            or sum(prefix.size for prefix in self._kept.values()) > MOST_BYTES
-        ):
-            self._kept.popitem(last=False)
+
+@dataclass(eq=False)
+class OpenRequest:
+    """A request that was accepted: its samples join the batch one by one and end as they do."""
+
+    job: SampleJob
+    limit: int
+    joined: int = 0
+    cache_hit: int = 0
+    samples: dict[int, DrawnSample] = field(default_factory=dict)
+    scores: PromptScores = field(default_factory=PromptScores)
+
+    @property
+    def request(self) -> SampleRequest:
+        """What was asked."""
+        return self.job.request
+
+    @property
+    def usable(self) -> int:
+        """How much of the prompt may come from the cache: what is scored has to be computed."""
+        length = len(self.request.prompt)
+        return max(0, length - 1 - self.request.scoring.reach(length))
+
+    @property
+    def waiting(self) -> int:
+        """How many samples have not joined yet."""
+        return self.request.num_samples - self.joined
 
 
-MOST_ROWS = 64
-# Padded prompt tokens in one pass.
-MOST_TOKENS = 32_768
-# Cells of the mask that padding needs.
-MOST_MASK = 1 << 26
-# A step of decoding costs about what reading this many prompt tokens does: rows of another
-# length join a batch only while their padding costs less than decoding them apart. How many
-# steps that would be is unknown; most answers are short.
-STEP_TOKENS = 64
-USUAL_STEPS = 6
-# Requests looked at when a batch is formed.
-WINDOW = 4 * MOST_ROWS
+def slot_width(tokens: int) -> int:
+    """The width of the slots that hold a row of so many tokens."""
+    return max(NARROWEST, 1 << (tokens - 1).bit_length())
 
 
 @dataclass(frozen=True)
-class SampleBatch:
-    """Positions of the requests to run, and the prefix that all of them share."""
+class Newcomer:
+    """A sample that joins the batch: it reads its prompt behind `shared` tokens of a prefix."""
 
-    chosen: list[int]
-    prefix: Prefix | None
-    length: int
-
-
-@dataclass(frozen=True)
-class _Member:
+    request: OpenRequest
     index: int
-    rows: int
-    suffix: int
-    steps: int
     prefix: Prefix | None
     shared: int
 
+    @property
+    def suffix(self) -> Ints:
+        """The tokens to read."""
+        return self.request.request.prompt[self.shared :]
 
-def usable(request: SampleRequest) -> int:
-    """How much of a prompt may come from the cache: what is scored has to be computed."""
-    length = len(request.prompt)
-    return max(0, length - 1 - request.scoring.reach(length))
+    @property
+    def width(self) -> int:
+        """The width of its slots at first; 0 where nothing is drawn behind the first token."""
+        limit = self.request.limit
+        return 0 if limit == 1 else slot_width(len(self.suffix) + min(limit, USUAL_ANSWER))
 
+    @property
+    def kind(self) -> tuple[Prefix | None, int, int]:
+        """What it has in common with the rows that it joins."""
+        return self.prefix, self.shared, self.width
 
-def plan(
-    weights: str,
-    requests: Sequence[SampleRequest],
-    prefixes: Prefixes,
-    build: Callable[[Ints], Prefix],
-) -> SampleBatch:
-    """Choose the batch that the first request runs in; the other requests may join it."""
-    window = requests[:WINDOW]
-    _learn(weights, window, prefixes, build)
-    candidates = [
-        _candidate(weights, index, request, prefixes) for index, request in enumerate(window)
-    ]
-    first = candidates[0]
-    similar = [
-        other
-        for other in candidates
-        if other.prefix is first.prefix and 4 * other.shared >= 3 * first.shared
-    ]
-    chosen = _fill(first, similar)
-    if first.prefix is not None:
-        prefixes.touch(weights, first.prefix)
-    return SampleBatch(
-        [one.index for one in chosen], first.prefix, min(one.shared for one in chosen)
-    )
+    @property
+    def reserved(self) -> int:
+        """The tokens that its slots may come to hold."""
+        return slot_width(len(self.suffix) + self.request.limit)
 
 
-def _learn(
-    weights: str,
-    window: Sequence[SampleRequest],
-    prefixes: Prefixes,
-    build: Callable[[Ints], Prefix],
-) -> None:
-    """Look for a new prefix if a cached one covers less than half of the first prompt.
+@dataclass
+class Build:
+    """A prefix that is being computed, for one request first; `done` of its tokens are."""
 
-    Only the first request is sure to run now: a prefix computed for others might be dropped
-    from the cache before their turn.
+    owner: OpenRequest
+    tokens: Ints
+    begin: Prefix | None
+    done: int
+    slots: Slots | None = None
+
+
+@dataclass(frozen=True)
+class Room:
+    """What may join a batch: rows, requests, tokens to read now, and tokens to hold later."""
+
+    rows: int
+    requests: int
+    reading: int
+    holding: int
+
+
+class Admission:
+    """The requests that wait for one version of the weights, in the order they came.
+
+    Nothing in the protocol names a prefix: it is the longest run of tokens that a prompt shares
+    with a cached one, or with a prompt seen a moment ago. A prompt that is longer than a pass may
+    read has one of its own.
     """
-    first = window[0]
-    most = usable(first)
-    _, cached = prefixes.best(weights, first.prompt)
-    if most < SHORTEST or 2 * cached >= most:
-        return
-    start = head(first.prompt)
-    others = [one.prompt for one in window[1:] if head(one.prompt) == start][:MOST_ROWS]
-    if first.num_samples > 1:
-        others.append(first.prompt)
-    prefixes.learn(weights, first.prompt, others, build)
+
+    def __init__(self, weights: str, prefixes: Prefixes, longest: int) -> None:
+        self._weights, self._prefixes, self._longest = weights, prefixes, longest
+        self.waiting: deque[OpenRequest] = deque()
+        self.build: Build | None = None
+
+    def pick(self, room: Room) -> list[Newcomer]:
+        """The samples that join now; starts a prefix where one is worthwhile.
+
+        The first of them joins however long its prompt is.
+        """
+        chosen: list[Newcomer] = []
+        rows, requests, reading, holding = room.rows, room.requests, room.reading, room.holding
+        for request in list(islice(self.waiting, WINDOW)):
+            if not (rows and requests):
+                break
+            requests -= 1
+            place = self._place(request)
+            if place is None:
+                continue
+            while request.waiting and rows:
+                one = Newcomer(request, request.joined, *place)
+                if (chosen and len(one.suffix) > reading) or one.reserved > holding:
+                    return chosen
+                request.cache_hit = one.shared if not one.index else request.cache_hit
+                rows, reading = rows - 1, reading - len(one.suffix)
+                holding -= one.reserved
+                chosen.append(one)
+                request.joined += 1
+            if not request.waiting:
+                self.waiting.remove(request)
+        return chosen
+
+    def built(self, layers: Sequence[KeyValues]) -> None:
+        """Keep the prefix that was computed."""
+        if self.build is not None:
+            self._prefixes.keep(self._weights, Prefix(self.build.tokens, layers))
+            self.build = None
+
+    def drop(self, request: OpenRequest) -> None:
+        """Forget a request that failed."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if self.build is not None and self.build.owner is request:
+            self.build = None
+
+    def _place(self, request: OpenRequest) -> tuple[Prefix | None, int] | None:
+        """The prefix that a request stands behind and how much of it; None: not ready."""
+        prompt, usable = request.request.prompt, request.usable
+        prefix, cached = self._prefixes.best(self._weights, prompt)
+        cached = min(cached, usable)
+        if self.build is not None:
+            coming = min(common_length(self.build.tokens, prompt), usable)
+            if worthwhile(coming, cached):
+                return None
+        tokens = self._missing(request, usable, cached)
+        if tokens:
+            if self.build is None:
+                begin = prefix if cached >= SHORTEST else None
+                self.build = Build(request, prompt[:tokens], begin, cached if begin else 0)
+            return None
+        if prefix is None or cached < SHORTEST:
+            return None, 0
+        self._prefixes.touch(self._weights, prefix)
+        return prefix, self._length(prefix, cached)
+
+    def _missing(self, request: OpenRequest, usable: int, cached: int) -> int:
+        """How long a prefix is worth computing before the request reads its prompt, or 0."""
+        prompt = request.request.prompt
+        if usable >= SHORTEST and 2 * cached < usable and not request.joined:
+            start = head(prompt)
+            near = (one.request.prompt for one in self.waiting if one is not request)
+            others = [other for other in islice(near, WINDOW) if head(other) == start]
+            if request.request.num_samples > 1:
+                others.append(prompt)
+            shared = min(usable, self._prefixes.repeated(self._weights, prompt, others))
+            if worthwhile(shared, cached):
+                return shared
+        return usable if len(prompt) - cached > self._longest and usable > cached else 0
+
+    def _length(self, prefix: Prefix, shared: int) -> int:
+        """A length that rows already use of a prefix, if that loses little."""
+        used = max((one for one in prefix.lengths if one <= shared), default=0)
+        if 4 * used >= 3 * shared:
+            return used
+        others = (one.request.prompt for one in islice(self.waiting, WINDOW))
+        common = [common_length(prefix.tokens, other) for other in others]
+        length = min([shared, *(one for one in common if 4 * one >= 3 * shared)])
+        prefix.lengths.append(length)
+        return length
 
 
-def _candidate(weights: str, index: int, request: SampleRequest, prefixes: Prefixes) -> _Member:
-    prefix, shared = prefixes.best(weights, request.prompt)
-    shared = min(shared, usable(request))
-    if shared < SHORTEST:
-        prefix, shared = None, 0
-    suffix = len(request.prompt) - shared
-    steps = min(request.max_tokens or USUAL_STEPS, USUAL_STEPS)
-    return _Member(index, request.num_samples, suffix, steps, prefix, shared)
+# The first request of an idle server is slowed by others to this many times what it takes alone,
+# while its first tokens are drawn.
+PROMISE = 1.75
+PROMISED_TOKENS = 128
 
 
-def _fill(first: _Member, similar: list[_Member]) -> list[_Member]:
-    """Take requests of similar length around the first one until the batch is full."""
-    ordered = sorted(similar, key=lambda one: (one.suffix, one.index))
-    low = high = ordered.index(first)
-    rows, tokens = first.rows, first.rows * first.suffix
-    while True:
-        left = ordered[low - 1] if low > 0 else None
-        right = ordered[high + 1] if high + 1 < len(ordered) else None
-        nearest = _nearer(first, left, right)
-        if nearest is None:
-            return ordered[low : high + 1]
-        longest = max(ordered[high].suffix, nearest.suffix)
-        rows, tokens = rows + nearest.rows, tokens + nearest.rows * nearest.suffix
-        if not _fits(rows, longest) or (rows * longest - tokens > STEP_TOKENS * nearest.steps):
-            return ordered[low : high + 1]
-        low, high = (low - 1, high) if nearest is left else (low, high + 1)
+class Pace:
+    """How many requests may join while the first one of an idle server runs.
 
+    Prompts take a hundred times longer to read than a token takes to draw: if all that came at
+    once joined at once, the first answer would wait for the last prompt.
+    """
 
-def _fits(rows: int, longest: int) -> bool:
-    padded = rows * longest
-    return rows <= MOST_ROWS and padded <= MOST_TOKENS and padded * longest <= MOST_MASK
+    def __init__(self, first: OpenRequest | None = None) -> None:
+        self._first, self._steps, self._joining = first, 0, 1
+        self._alone, self._credit = math.inf, 0.0
 
+    def drop(self, request: OpenRequest) -> None:
+        """Forget a request that failed."""
+        if self._first is request:
+            self._first = None
 
-def _nearer(first: _Member, left: _Member | None, right: _Member | None) -> _Member | None:
-    if left is None or right is None:
-        return left or right
-    return left if first.suffix - left.suffix <= right.suffix - first.suffix else right
+    def requests(self) -> int:
+        """How many requests may join now."""
+        if self._first is None:
+            return WINDOW
+        if not self._first.joined:
+            return 1
+        return self._joining if self._credit > 0 else 0
+
+    def stepped(self, seconds: float, joined: int) -> None:
+        """Take note of a step: how long it took, and how many rows joined in it."""
+        if self._first is None or not self._first.joined:
+            return
+        if not joined:
+            self._alone = min(self._alone, seconds)
+            self._steps += 1
+        if math.isfinite(self._alone):
+            self._credit += PROMISE * self._alone - seconds
+        self._joining = 2 * self._joining if joined and self._credit > 0 else 1
+        done = len(self._first.samples) == self._first.request.num_samples
+        if done or self._steps > PROMISED_TOKENS:
+            self._first = None

@@ -94,7 +94,7 @@ class Service:
     def __init__(self, card: ModelCard, store: Store) -> None:
         self.card, self.store = card, store
         self.engine = Engine(card, store)
-        self.compute = ComputeThread(self.engine.run_batch, self.engine.load)
+        self.compute = ComputeThread(self.engine, self.engine.load)
         self.promises = Promises()
         self.sessions: dict[str, Session] = {}
         self.samplers: dict[str, SamplingSession] = {}

@@ -22,7 +22,7 @@ from tinker import types
 
 from distill_datasets.embedded.engine import ComputeThread, Job, Payload
 from distill_datasets.embedded.process import Server, launch
-from distill_datasets.embedded.scheduler import Prefix, Prefixes
+from distill_datasets.embedded.scheduler import SampleJob
 from distill_datasets.embedded.wire import LARGEST_BODY, LARGEST_JSON, pb
 from distill_datasets.errors import ModelError, OutputError
 from tests.support.tiny_model import make_tiny_model
@@ -191,16 +191,6 @@ def test_cache_hits_are_counted_from_the_second_prompt_on(ask: Ask) -> None:
     assert hits == [0, 100, 100]
 
 
-def test_a_waiting_prompt_is_not_taken_for_its_own_repetition() -> None:
-    prefixes, prompt = Prefixes(), np.arange(100)
-
-    def build(tokens: np.ndarray) -> Prefix:
-        raise AssertionError(f"nothing repeats, yet {len(tokens)} tokens were computed")
-
-    for _ in range(2):
-        prefixes.learn("base", prompt, [], build)
-
-
 def test_samples_of_one_prompt_share_its_prefill(ask: Ask) -> None:
     prompt = np.random.default_rng(7).integers(5, 500, 80).tolist()
     assert ask(prompt, 8, temperature=0).prompt_cache_hit_tokens == 79
@@ -293,13 +283,28 @@ def test_a_folder_without_a_model_is_refused_before_anything_starts(tmp_path: Pa
         launch(tmp_path, name="empty")
 
 
+class NoSamples:
+    """A sampler that nobody asks."""
+
+    busy = False
+
+    def add(self, job: SampleJob) -> None:
+        raise AssertionError("nobody asked for samples")
+
+    def step(self) -> None:
+        raise AssertionError("nobody asked for samples")
+
+    def fail(self, payload: Payload) -> None:
+        raise AssertionError("nobody asked for samples")
+
+
 def test_a_model_that_fails_to_load_is_every_requests_answer() -> None:
     answers: queue.SimpleQueue[Payload] = queue.SimpleQueue()
 
     def load() -> None:
         raise OSError("weights are torn")
 
-    worker = ComputeThread(lambda samplings: samplings, load)
+    worker = ComputeThread(NoSamples(), load)
     for _ in range(2):
         worker.submit(Job(lambda: b"never", answers.put))
         assert answers.get(timeout=60) == {
@@ -324,7 +329,7 @@ def test_a_request_that_exhausts_the_machine_is_told_so(
     def run() -> bytes:
         raise error
 
-    ComputeThread(lambda samplings: samplings, lambda: None).submit(Job(run, answers.put))
+    ComputeThread(NoSamples(), lambda: None).submit(Job(run, answers.put))
     answer = answers.get(timeout=60)
     assert isinstance(answer, dict)
     assert said in answer["error"]

@@ -58,7 +58,7 @@ def drawn(answer: Payload) -> list[list[int]]:
 def computer() -> Iterator[Computer]:
     with TemporaryDirectory() as folder:
         engine = Engine(ModelCard.read(shared().model, "tiny"), Store(Path(folder)))
-        yield Computer(ComputeThread(engine.run_batch, engine.load))
+        yield Computer(ComputeThread(engine, engine.load))
         engine.close()
 
 
