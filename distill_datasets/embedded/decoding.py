@@ -486,4 +486,4 @@ class RunningBatch:
 def longest_reading(base: LoadedModel) -> int:
     """How many tokens of prompts a step reads at most: rows that run wait for them."""
     work = STEP_WORK * (1 if base.device.type == "cpu" else GPU_FACTOR)
-    return max(LEAST_READ, min(MOST_READ, work // base.network.num_parameters()))
+    return max(LEAST_READ, min(MOST_READ, work // base.card.size.active))
