@@ -176,8 +176,7 @@ class _Measuring:
         enough = enough and not (known or {}).get("unpaid")
         if known and enough and known.get("digest") == self.key and rows_file(path).is_file():
             if self.settings.residue and self._lacks_residue(known):
-                rows = list(Report(path, known).rows())
-                known = self._write(path, {**known, "residue": self._residue(rows, path)})
+                known = self._write(path, {**known, **self._more_residue(known, path)})
             elif self.settings.prices:  # what those say of it costs no request
                 known = self._write(path, known)
             return Report(path, known)
@@ -227,16 +226,24 @@ class _Measuring:
         return {"judge": found, "spent": _spent(answers)}
 
     def _residue(
-        self, rows: list[dict[str, Any]], path: Path, meter: Meter | None = None
+        self, rows: list[dict[str, Any]], path: Path, meter: Meter | None
     ) -> dict[str, Any]:
         """What the training left behind beside the task."""
         from distill_datasets.evaluation.residue import measure_residue
 
-        meter = meter or open_meter(self.settings, self.systems)
         with Journal(path.with_name("journal.sqlite")) as journal:
             limits = Limits(self.settings.concurrency)
             client = CachedClient(journal, limits=limits, meter=meter)
             return measure_residue(self.held_out, self.systems, rows, client, self.paraphraser)
+
+    def _more_residue(self, known: Mapping[str, Any], path: Path) -> dict[str, Any]:
+        """The keys of a report that had no such tests, and what is spent with them."""
+        meter = open_meter(self.settings, self.systems)
+        found = {"residue": self._residue(list(Report(path, known).rows()), path, meter)}
+        if meter is None:
+            return found
+        before = known.get("spent") or {"amount": 0.0}
+        return found | {"spent": {**_statement(meter), "amount": before["amount"] + meter.spent}}
 
     def _lacks_residue(self, known: Mapping[str, Any]) -> bool:
         """Whether a report has no tests, or none of the paraphrases that are asked for now."""
@@ -479,9 +486,10 @@ def _saved(systems: Mapping[str, Any]) -> dict[str, float] | None:
 
 def _spent(answers: AnswersOfAll) -> dict[str, Any] | None:
     """What this call paid for answers, where there are prices."""
-    meter = answers.meter
-    if meter is None:
-        return None
+    return _statement(answers.meter) if answers.meter else None
+
+
+def _statement(meter: Meter) -> dict[str, Any]:
     return {"amount": meter.spent, "currency": meter.currency, "priced_at": meter.priced_at}
 
 

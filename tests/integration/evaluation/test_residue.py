@@ -198,8 +198,9 @@ def test_the_tests_of_an_earlier_report_cost_what_their_systems_do(
     prices = priced(tmp_path, "base", "student")
     settings = MeasureSettings(latency=False, internalisation=False, prices=prices)
     assert "residue" not in compare(run, settings=settings).data
+    spent = compare(run, settings=settings).data["spent"]["amount"]
     found = compare(run, settings=dataclasses.replace(settings, residue=True)).data
-    assert "leak" in found["residue"]
+    assert "leak" in found["residue"] and found["spent"]["amount"] > spent
     asked = next(one for one in capsys.readouterr().err.splitlines() if "residue asks" in one)
     assert "at most 0." in asked and "USD" in asked
 
