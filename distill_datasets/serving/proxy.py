@@ -44,6 +44,7 @@ _SECONDS = 600.0
 BROKEN, GONE = "broken", "gone"  # a stream that its model left, or its reader
 _REMEMBERED = 10_000  # answers of the teacher, so that none is paid twice
 _JSON, _EVENTS = "application/json", {"Content-Type": "text/event-stream"}
+_REST = (0.5, 30.0)  # seconds
 _MOST_SHADOWS = 256  # at once; more traffic than that is told enough by a part of it
 # A status that says nothing of the request: the other model may answer it.
 _ELSEWHERE = frozenset({401, 403, 404, 408, 409, 425, 429, *range(500, 600)})
@@ -79,6 +80,37 @@ class Chooser:
     def serves(self, logprobs: Sequence[float]) -> bool:
         """Whether it is sure enough of an answer, by the log-probabilities of its tokens."""
         return self.point.serves(confidence(logprobs, self.score))
+
+
+class _Rest:
+    """How long a model that failed is not asked first: twice as long after each failure.
+
+    However long a server is away, it is one failure: it does not look like a student that fails
+    often.
+    """
+
+    def __init__(self) -> None:
+        self._until, self._pause = 0.0, 0.0
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has not answered since it failed."""
+        return self._pause > 0
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it is not to be asked yet."""
+        return time.monotonic() < self._until
+
+    def begin(self) -> None:
+        """Take a failure into account."""
+        if not self.lasts:  # requests that were on their way together fail together
+            self._pause = min(max(2 * self._pause, _REST[0]), _REST[1])
+            self._until = time.monotonic() + self._pause
+
+    def end(self) -> None:
+        """Take an answer into account."""
+        self._until = self._pause = 0.0
 
 
 class BackendError(Exception):
@@ -170,6 +202,7 @@ class Proxy:
         """Opens its connections when the application starts."""
         self.rollout, self.backends, self.budget = rollout, backends, budget
         self.chooser = chooser
+        self._rests: dict[Arm, _Rest] = {"teacher": _Rest(), "student": _Rest()}
         self._api_key, self._admin_key = api_key, admin_key
         self.monitor = Monitor(rollout)
         self._known: OrderedDict[str, asyncio.Future[Exchange]] = OrderedDict()
@@ -222,7 +255,10 @@ class Proxy:
         """The answer of the model whose turn it is, or of the other one where that fails."""
         chosen: Arm = "student" if self.rollout.takes(asked.key) else "teacher"
         failed: list[BackendError] = []
-        for arm in (chosen, _other(chosen)):
+        order = (chosen, _other(chosen))
+        if self._rests[chosen].lasts and not self._rests[_other(chosen)].lasts:
+            order = order[::-1]
+        for arm in order:
             began = time.perf_counter()
             try:
                 if arm == "student" and self.chooser is not None:
@@ -233,6 +269,7 @@ class Proxy:
                 failed.append(error)
                 self._count_failed(error, other=len(failed) == 1)
                 continue
+            self._rests[arm].end()
             self.monitor.count_answer(arm, time.perf_counter() - began, said)
             if arm == "student":
                 self._judge(asked, bodies["teacher"], said)
@@ -240,8 +277,10 @@ class Proxy:
         return refused(failed[0].status, failed[0].said, kind="server_error")
 
     def _count_failed(self, error: BackendError, *, other: bool) -> None:
+        counts = not self._rests[error.arm].begun
+        self._rests[error.arm].begin()
         self.monitor.count_failed(error.arm, error.status, other=other)
-        if error.arm == "student":
+        if error.arm == "student" and counts:
             self.rollout.count_request()
             self.rollout.count_failed()
 

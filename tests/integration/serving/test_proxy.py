@@ -164,6 +164,16 @@ def test_where_the_student_fails_the_teacher_answers(place: Place, fault: dict[s
     assert place.rollout.evidence.odd == {"failed": 1}
 
 
+def test_a_student_that_is_away_fails_one_request_and_is_not_asked_for_a_while(
+    place: Place,
+) -> None:
+    client = place.start()
+    place.student.faults.append(Fault("en", status=503))
+    for _ in range(20):
+        assert ask(client, "en") == "en"
+    assert place.rollout.evidence.odd == {"failed": 1} and place.rollout.stage.name == "all"
+
+
 def test_where_the_teacher_fails_the_student_answers(place: Place) -> None:
     client = place.start(stages=(STAGES[0], Stage("none", 0.0, 0.0)))
     place.teacher.faults.append(Fault("en", status=429))
@@ -365,6 +375,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def kept_queries(place: Place, measured: Path, texts: Sequence[str], out: Path) -> int:
     """What is harvested of wrong answers to these."""
+    place.rules = StageRules(0.5, 0.0, {})  # nothing takes the student off
     place.run = Path(shutil.copytree(measured, out.with_name("run")))
     client = place.start(keep_texts=True)
     place.student.answer = Answer("wrong")
