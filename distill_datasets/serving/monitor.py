@@ -50,6 +50,8 @@ class Monitor:
             end: gauge(f"agreement_{end}", "Agreement with the teacher in this stage, 95 %")
             for end in ("low", "high")
         }
+        self.labels = gauge("labels_apart", "Total variation of answers from held-out rows'")
+        self.length = gauge("length_ratio", "Length of answers, by that on held-out rows")
         self.spent = gauge("spent", "What shadowing cost, in the currency of the prices")
 
     def count_answer(self, arm: str, seconds: float, said: Exchange) -> None:
@@ -99,6 +101,9 @@ class Monitor:
         self.share.set(self.rollout.stage.share)
         for end, value in zip(("low", "high"), self.rollout.evidence.interval, strict=True):
             self.agreement[end].set(value)
+        usual = self.rollout.judgement.usual
+        self.labels.set(usual.labels[0] if usual.labels else 0.0)
+        self.length.set(usual.length_ratio or 0.0)
         self.spent.set(self.rollout.spent)
         return generate_latest(self.registry)
 
@@ -114,6 +119,7 @@ class Monitor:
             f"(at least {rules.least:.3f}; held-out rows had {rules.expected:.3f})",
             "answers of the student": f"{found.answers:,} of {found.requests:,} requests",
             "odd answers": odd or "none",
+            **self._drift(),
             "spent on shadowing": f"{self.rollout.spent:.4f}",
         }
         rows = "".join(
@@ -131,3 +137,13 @@ class Monitor:
             f"<style>{_STYLE}</style><h1>Rollout of {escape(str(self.rollout.folder.parent))}</h1>"
             f"<table>{rows}</table><h1>Changes of stage ({MOVES})</h1><table>{moves}</table></html>"
         )
+
+    def _drift(self) -> dict[str, str]:
+        usual, found = self.rollout.judgement.usual, {}
+        if usual.labels:
+            apart, chance = usual.labels
+            said = f"{apart:.3f} of the shares lie elsewhere; chance alone makes about {chance:.3f}"
+            found["labels, against held-out rows"] = said
+        if usual.length_ratio:
+            found["length, against held-out rows"] = f"{usual.length_ratio:.2f} times"
+        return found

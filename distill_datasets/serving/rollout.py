@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
@@ -25,7 +25,7 @@ from distill_datasets.evaluation.gate import GateRules
 from distill_datasets.files import writable_folder, write_file
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.report_files import read_report
+from distill_datasets.report_files import read_report, read_rows, report_file, rows_file
 from distill_datasets.schema import Message
 from distill_datasets.serving.stages import (
     OFF,
@@ -34,6 +34,7 @@ from distill_datasets.serving.stages import (
     Move,
     Stage,
     StageRules,
+    Usual,
     by_name,
     decide,
 )
@@ -59,11 +60,13 @@ class Exchange:
 class Judgement:
     """Reads what student and teacher say as the recipe does, and scores how alike it is.
 
-    Free text is as alike as its chrF; any other answer is the same or it isn't.
+    Free text is as alike as its chrF; any other answer is the same or it isn't. `usual` is what the
+    student said on held-out rows.
     """
 
     recipe: Recipe
     free_text: bool
+    usual: Usual = field(default_factory=lambda: Usual([], []))
 
     def answer(self, messages: Sequence[Message], said: Exchange, *, student: bool) -> str | None:
         """The answer in a text; None where there is none."""
@@ -99,6 +102,16 @@ def rules_of(report: Mapping[str, Any], rules: GateRules) -> StageRules:
     if not measured:
         raise DatasetError("The report says nothing of the student's agreement: measure again.")
     return StageRules.of(float(measured["value"]), answered, rules)
+
+
+def usual_of(run: Path) -> Usual:
+    """What the student said on the held-out rows of a run's report, as far as it was kept."""
+    report = report_file(run)
+    said = []
+    if rows_file(report).is_file():
+        said = [row["systems"].get("student") for row in read_rows(report)]
+    known = [one for one in said if one]
+    return Usual([one["answer"] for one in known], [len(one["text"] or "") for one in known])
 
 
 class Rollout:
@@ -140,8 +153,10 @@ class Rollout:
 
     def count_answer(self, messages: Sequence[Message], said: Exchange) -> None:
         """Take what the student said into account."""
-        answered = self.judgement.answer(messages, said, student=True) is not None
-        self.evidence.count_odd({"text": said.text, "stop_reason": said.stop_reason}, answered)
+        answer = self.judgement.answer(messages, said, student=True)
+        self.judgement.usual.add(answer, len(said.text))
+        text = {"text": said.text, "stop_reason": said.stop_reason}
+        self.evidence.count_odd(text, answer is not None)
         self._look()
 
     def count_failed(self) -> None:

@@ -4,9 +4,10 @@ Evidence is looked at after every answer, so its intervals are confidence sequen
 however often one looks. A stage begins without evidence.
 """
 
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import log
+from math import log, pi, sqrt
 from typing import Any
 
 from distill_datasets.errors import SettingsError
@@ -16,6 +17,7 @@ from distill_datasets.statistics import LEVEL, confidence_sequence, excludes, ro
 
 OFF = "off"
 FAILED, UNANSWERED = "failed", "unanswered"
+_LAST, _MOST_LABELS = 500, 100  # answers
 _MOST_FAILED = 0.05  # requests to the student
 _LEAST_APART = 0.005  # of disagreement before drift and with it
 _DRIFT = log(10_000)  # so many answers lie between two false alarms, on average at least (Lorden)
@@ -113,6 +115,42 @@ class Evidence:
         after = min(max(1 - rules.least, before + _LEAST_APART), 1 - _LEAST_APART / 2)
         apart, alike = log(after / before), log((1 - after) / (1 - before))
         self.drift = max(0.0, self.drift + (1 - score) * apart + score * alike)
+
+
+class Usual:
+    """How a student's last answers differ from those on held-out rows: by labels, and by length."""
+
+    def __init__(self, answers: Sequence[str | None], lengths: Sequence[int]) -> None:
+        """`answers` of a closed set, and the characters of each text, on held-out rows."""
+        shares = Counter(answers)
+        few = len(shares) <= _MOST_LABELS
+        self._shares = {one: n / len(answers) for one, n in shares.items()} if few else {}
+        self._length = sum(lengths) / len(lengths) if lengths else 0.0
+        self._last: deque[tuple[str | None, int]] = deque(maxlen=_LAST)
+
+    def add(self, answer: str | None, length: int) -> None:
+        """Take an answer into account; nothing of it is written anywhere."""
+        self._last.append((answer, length))
+
+    @property
+    def labels(self) -> tuple[float, float] | None:
+        """The total variation between the labels' shares now and then, and about what chance alone
+        makes of it; None for texts, and before any answer.
+        """
+        if not (self._shares and self._last):
+            return None
+        n, now = len(self._last), Counter(answer for answer, _ in self._last)
+        names = {*now, *self._shares}
+        apart = sum(abs(now[one] / n - self._shares.get(one, 0.0)) for one in names) / 2
+        spread = sum(sqrt(share * (1 - share) / n) for share in self._shares.values())
+        return apart, sqrt(2 / pi) * spread / 2
+
+    @property
+    def length_ratio(self) -> float | None:
+        """How long answers are now, by how long they were; None before any."""
+        if not (self._last and self._length):
+            return None
+        return sum(length for _, length in self._last) / len(self._last) / self._length
 
 
 @dataclass(frozen=True)

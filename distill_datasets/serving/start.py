@@ -19,6 +19,7 @@ from distill_datasets.evaluation.gate import GateRules
 from distill_datasets.files import one_writer, write_file
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.models.endpoint import read_address, read_key
+from distill_datasets.recipes.prompt import fields_of
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.serving.calibration import Thresholds
 from distill_datasets.serving.proxy import Arm, Backend, Chooser, Proxy
@@ -28,6 +29,7 @@ from distill_datasets.serving.rollout import (
     parse_stages,
     read_run,
     rules_of,
+    usual_of,
 )
 from distill_datasets.serving.settings import RolloutSettings
 from distill_datasets.serving.stages import STAGES, Move, Stage, by_name
@@ -85,7 +87,7 @@ def _tell(folder: Path, to: str) -> str:
 def _controlled(run: Path, settings: RolloutSettings) -> tuple[Rollout, Recipe]:
     recipe, report = read_run(run)
     gate = GateRules.load(settings.rules) if settings.rules else GateRules()
-    judgement = Judgement(recipe, bool(report.get("free_text")))
+    judgement = Judgement(recipe, bool(report.get("free_text")), usual_of(run))
     controlled = Rollout(
         run,
         judgement,
@@ -207,4 +209,10 @@ def said(controlled: Rollout, url: str) -> str:
         f"as good is promoted after about {up or 'a million and more'} shadowed answers, one that "
         f"agrees in {max(0.0, rules.least - _WORSE):.3f} is taken off after about {down}.",
     ]
+    if "text" not in fields_of(controlled.judgement.recipe.response):
+        form = controlled.judgement.recipe.response
+        lines.append(
+            f"The student answers as {form!r} and the teacher in its own words: the application "
+            "must read both."
+        )
     return "\n".join(lines)

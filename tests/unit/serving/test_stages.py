@@ -14,6 +14,7 @@ from distill_datasets.serving.stages import (
     Evidence,
     Move,
     StageRules,
+    Usual,
     decide,
 )
 
@@ -110,3 +111,16 @@ def test_stages_are_read_as_written_and_rise() -> None:
     for wrong in (["a=0.5", "b=0.1"], ["a=0.1", "a=0.2"], ["a"], ["a=2"], ["a=nan"]):
         with pytest.raises(SettingsError):
             parse_stages(wrong)
+
+
+def test_labels_and_lengths_are_held_against_those_of_held_out_rows() -> None:
+    usual = Usual(["en", "de"] * 100, [2] * 200)
+    assert usual.labels is None and usual.length_ratio is None
+    for place in range(400):
+        usual.add("en" if place % 2 else "de", 2)
+    apart, chance = usual.labels or (1.0, 0.0)
+    assert apart == 0.0 and 0.01 < chance < 0.03 and usual.length_ratio == 1.0
+    for _ in range(500):  # as many as are looked at
+        usual.add("fr", 6)
+    assert usual.labels is not None and usual.labels[0] == 1.0 and usual.length_ratio == 3.0
+    assert Usual([str(number) for number in range(200)], [3] * 200).labels is None
