@@ -148,7 +148,13 @@ class Progress:
         self._shown = time.monotonic()
         if self._bar is not None:
             bar, task = self._bar
-            bar.update(task, completed=self.done, detail=self._detail(), left=self._left())
+            bar.update(
+                task,
+                total=self.total,
+                completed=self.done,
+                detail=self._detail(),
+                left=self._left(),
+            )
         elif self._cell is not None:
             self._cell.update(self._shown_in_cell(), raw=True)
         elif self._style == "json":

@@ -63,9 +63,8 @@ def measure_latency(timed: Mapping[str, TimedSystem], *, seconds: float) -> Late
     """
     import numpy as np
 
-    requests = sum(len(one.requests) for one in timed.values())
     with (
-        Progress("time", requests, unit="requests") as progress,
+        Progress("time", len(timed), unit="requests") as progress,
         ThreadPoolExecutor(1) as thread,
     ):
         times = thread.submit(asyncio.run, _times(timed, seconds, progress)).result()
@@ -108,15 +107,11 @@ async def _times(
     timed: Mapping[str, TimedSystem], seconds: float, progress: Progress
 ) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in timed}
-    start = last = time.perf_counter()
-    for place in range(len(next(iter(timed.values())).requests)):
-        now = time.perf_counter()
-        # A round after the first, which warms up, is likely to take what the one before took.
-        if place and now + (now - last) * (place > 1) > start + seconds:
-            break
-        last = now
+    rounds, start = len(next(iter(timed.values())).requests), time.perf_counter()
+    for place in range(rounds):
+        began = time.perf_counter()
         for name, one in timed.items():
-            began = time.perf_counter()
+            asked = time.perf_counter()
             failed = await outcome(one.requests[place]())
             if isinstance(failed, Exception):
                 if isinstance(failed, DistillError) and not isinstance(failed, RequestError):
@@ -125,6 +120,13 @@ async def _times(
                     f"A request failed while timing {one.model!r}: {failed}. Run again: "
                     "answers are kept, only the timing starts anew."
                 ) from failed
-            times[name].append(1000 * (time.perf_counter() - began))
+            times[name].append(1000 * (time.perf_counter() - asked))
             progress.advance()
+        now = time.perf_counter()
+        room = (start + seconds - now) / max(now - began, 1e-9)
+        # The next round may take what this one took; after the first, which warms up, less.
+        left = min(rounds - 1 - place, max(int(room), int(not place and room > 0)))
+        progress.total = progress.done + left * len(timed)
+        if not left:
+            break
     return times

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from distill_datasets import generate, load_recipe, publish, train
+from distill_datasets import generate, load_recipe, measure, publish, train
 from distill_datasets.evaluation.report import Report
+from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.models.references import open_sampler, read_training
 from distill_datasets.models.sampler import Sampler, Sampling
 from distill_datasets.recipes.sections import MixPart
@@ -72,15 +73,19 @@ def train_blended(run: Path) -> Path:
     config = read_training(run / "train")[0]
     generate(made.replace(mix=(part,)), teacher=config["student"], out=out)
     publish(out)
-    settings = config["settings"] | {
-        "objective": ObjectiveSettings(**config["settings"]["objective"])
-    }
+    settings = config["settings"]
+    objective = ObjectiveSettings(**settings["objective"])
     train(
         out / "release",
         student=config["student"],
         out=out / "train",
-        settings=TrainSettings(**settings),
+        settings=TrainSettings(**{**settings, "objective": objective}),
     )
+    quick = MeasureSettings(latency=False, internalisation=False)
+    report = measure(out / "release", student=out / "train", out=out, settings=quick)
+    for name, found in (("student", Report.read(run)), ("blended student", report)):
+        right = found.data["systems"]["student"]["metrics"]["accuracy"]["value"]
+        print(f"{name}: {right:.3f} of the held-out orders right")
     return out / "train"
 
 

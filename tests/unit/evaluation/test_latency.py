@@ -50,3 +50,11 @@ def test_a_round_that_takes_all_the_time_is_the_measurement(clock: Clock) -> Non
     slow = clock.system(itertools.repeat(60.0))
     found = measure_latency({"slow": slow}, seconds=5.0)
     assert (found.rows, found.milliseconds["slow"]["p50"]) == (1, 60_000.0)
+
+
+def test_how_long_the_timing_will_take_counts_the_rounds_that_fit(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    systems = {name: clock.system(itertools.repeat(1.0)) for name in ("teacher", "student")}
+    measure_latency(systems, seconds=10.0)
+    assert "10/10 requests" in capsys.readouterr().err
