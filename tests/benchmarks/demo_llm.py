@@ -21,7 +21,7 @@ from distill_datasets.recipes.sections import MixPart
 from distill_datasets.tables import aligned
 from distill_datasets.training.settings import ObjectiveSettings, TrainSettings
 
-SHOWN, EVERY = 5, 12  # rows, of which each is so far from the one before
+SHOWN, EVERY = 5, 11  # rows, of which each is so far from the one before
 WIDE = 64  # characters of a cell
 OUTSIDE = (
     "What is the capital of France?",
@@ -107,6 +107,8 @@ def main() -> None:
         models["blended student"] = open_sampler(train_blended(run))
     print("\nWhat is no order: nothing told the student that there are other messages")
     out_of_scope(models)
+    if not options.blend:
+        print("See what other messages among the rows do to that: the same command with --blend.")
     print(f"\nThe report: {run / 'report.html'}")
 
 
