@@ -166,7 +166,10 @@ def page(options: argparse.Namespace) -> None:
 
 def add_check(parser: argparse.ArgumentParser) -> None:
     """What is looked at, how far ahead, and at whose prices."""
-    parser.add_argument("target", type=Path, help="the folder of a release, a training or a run")
+    parser.add_argument(
+        "target",
+        help="the folder of a release, a training or a run, or a Hub dataset name@revision",
+    )
     parser.add_argument(
         "--days",
         type=count,

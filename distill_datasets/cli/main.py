@@ -356,7 +356,7 @@ _VERBS = {
         "see whether the models, weights and prices that a release or student needs still hold",
         evidence.check,
         (evidence.add_check,),
-        ("check runs/support", "check runs/support/release --days 60 --prices prices.yaml"),
+        ("check runs/support --days 60 --prices prices.yaml", "check me/support@v1.0.0"),
     ),
     "push": _Verb(
         "push a trained student to the Hub, with its card",

@@ -20,13 +20,14 @@ from distill_datasets.errors import (
 )
 from distill_datasets.generation.client import run_in_thread
 from distill_datasets.generation.pricing import Prices
+from distill_datasets.hub.references import find_release
 from distill_datasets.models.openai.client import OpenAISampler
 from distill_datasets.models.references import connect, find_training, open_sampler, read_training
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.tinker_sdk import explained
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.sections import OWN_TEACHER
-from distill_datasets.releases.manifest import MANIFEST, read_manifest
+from distill_datasets.releases.manifest import read_manifest
 from distill_datasets.report_files import read_report, report_file
 from distill_datasets.tables import aligned, one_line
 
@@ -124,7 +125,7 @@ def check(
         check("runs/support", days=60).require()
     """
     now = today or datetime.now(UTC).date()
-    training, release = _find(Path(target))
+    training, release = _find(str(target))
     subjects = _subjects(Path(target), training, release)
     found = [_look(one, now + timedelta(days=days)) for one in subjects]
     if prices is not None:
@@ -132,20 +133,20 @@ def check(
     return Inspection(str(target), tuple(found), _rebuild(found, training, release))
 
 
-def _find(target: Path) -> tuple[Path | None, Path | None]:
-    """The training folder and the release's folder that a path names or leads to."""
+def _find(target: str) -> tuple[Path | None, Path | None]:
+    """The training folder and the release's folder that a path or a name leads to."""
     training = find_training(target)
-    release = next((p for p in (target, target / "release") if (p / MANIFEST).is_file()), None)
+    release = find_release(target, ())
     if training is not None and release is None:
         config, _ = read_training(training)
-        named = Path(str(config.get("dataset", {}).get("path", "")))
-        release = named if (named / MANIFEST).is_file() else None
+        trained_on = str(config.get("dataset", {}).get("path", ""))
+        release = find_release(trained_on, ()) if trained_on else None
     if training is None and release is None:
         raise DatasetError(
-            f"{str(target)!r} is no release, training or run: expected a folder that `publish`, "
-            "`train` or `run` wrote. A dataset on the Hub is downloaded first."
+            f"{target!r} is no release, training or run: expected a folder that `publish`, `train` "
+            "or `run` wrote, or a Hub dataset as name@revision."
         )
-    return training, release
+    return training, None if release is None else release.path
 
 
 def _subjects(target: Path, training: Path | None, release: Path | None) -> list[_Subject]:

@@ -14,8 +14,9 @@ from distill_datasets.generation.pricing import Price, Prices
 from distill_datasets.models.references import connect
 from distill_datasets.serving.watch import Inspection, check
 from distill_datasets.training.trainer import train
+from tests.support.hub_fixture import Hub
 from tests.support.openai_server import OpenAIServer
-from tests.support.releases import release_of
+from tests.support.releases import push, release_of
 from tests.support.tiny_model import make_tiny_model
 from tests.support.training_runs import QUICK, ROWS, write
 
@@ -128,3 +129,13 @@ def test_a_base_whose_weights_changed_is_another_model(trained: Path, tmp_path: 
 def test_what_stands_on_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no release, training or run"):
         check(tmp_path)
+
+
+def test_a_release_on_the_hub_is_looked_at_by_its_name(
+    hub: Hub, named_server: OpenAIServer, tmp_path: Path
+) -> None:
+    release = release_of(tmp_path / "made", range(4), teacher="openai:echo-large")
+    assert "error" not in push(hub, release)
+    env = {"OPENAI_BASE_URL": named_server.url, "OPENAI_API_KEY": "any"}
+    done = hub.run(["-m", "distill_datasets", "check", "me/greetings@v1.0.0"], env)
+    assert done.returncode == 0 and "openai:echo-large" in done.stdout, done.stderr
