@@ -19,6 +19,10 @@ LONGEST_SCHEMA = 1 << 17
 _BLANKS = r"[\x20\x0A\x0D\x09]{1,16}"
 
 
+# Makes the constraint of each sample.
+Constrain = Callable[[], "SchemaConstraint"]
+
+
 class Grammars:
     """Compiles schemas for one tokenizer; `ends` are the tokens that may follow a whole answer."""
 
@@ -35,7 +39,7 @@ class Grammars:
             ) from error
         self._tokenizer = LLTokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(ends))
 
-    def compile(self, schema: Any) -> Callable[[], SchemaConstraint]:
+    def compile(self, schema: Any) -> Constrain:
         """What makes a constraint for each sample; raises `InvalidRequestError` for a schema that
         can't be held, such as one with look-ahead in a pattern.
         """

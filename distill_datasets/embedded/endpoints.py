@@ -7,6 +7,7 @@ import json
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -28,6 +29,7 @@ from .wire import (
     shown,
     text,
     texts,
+    token_ids,
     whole,
 )
 
@@ -160,6 +162,22 @@ async def get_sampler(request: web.Request) -> web.Response:
     return web.json_response(body)
 
 
+@routes.post("/api/v1/samplers/{sampler_id}/json_schema")
+async def hold_to_schema(request: web.Request) -> web.Response:
+    """Hold what a sampling session samples from now on to a JSON schema; Tinker has no such thing.
+
+    `ends` are the tokens that may stand behind an answer.
+    """
+    service, body = await _read(request)
+    sampler = service.sampler(request.match_info["sampler_id"])
+    ends = token_ids(body.get("ends"), "ends").tolist()
+    if "json_schema" not in body or not ends:
+        raise InvalidRequestError("expected json_schema, and ends of at least one token")
+    constrain = await service.hold(body["json_schema"], ends)
+    service.samplers[sampler.sampler_id] = replace(sampler, constrain=constrain)
+    return web.json_response({"sampler_id": sampler.sampler_id})
+
+
 @routes.post("/api/v1/asample")
 async def asample(request: web.Request) -> web.Response:
     """Accept a sample request."""
@@ -167,7 +185,7 @@ async def asample(request: web.Request) -> web.Response:
     sampler_id = text(body, "sampling_session_id")
     request_id = f"{sampler_id}:{_sequence(body)}"
     service.promise_sample(
-        request_id, lambda: (service.sampler(sampler_id).weights, read_sample_request(body))
+        request_id, lambda: (service.sampler(sampler_id), read_sample_request(body))
     )
     count = body.get("num_samples", 1)
     # A count out of range is refused with the result.

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from distill_datasets.errors import DistillError
 
+from .constraints import Constrain, Grammars
 from .model import LoadedModel, ModelCard, load_model
 from .scheduler import Constraint, Payload, Resolve, SampleJob
 from .store import ExecutionLog, Kind, Store, StoredCheckpoint, StoredRun
@@ -187,15 +188,18 @@ class Engine:
         self._base: LoadedModel | None = None
         # The one whose turn is next first.
         self._batches: OrderedDict[str, RunningBatch] = OrderedDict()
+        self._grammars: dict[tuple[int, ...], Grammars] = {}
 
     def load(self) -> None:
         """Load the model; seconds."""
         self._base = load_model(self.card)
 
-    @property
-    def vocabulary(self) -> int:
-        """How many tokens the loaded model knows."""
-        return self._require_base().vocabulary
+    def hold(self, schema: Any, ends: tuple[int, ...]) -> Constrain:
+        """What makes the constraint of each sample that is held to a schema."""
+        base = self._require_base()
+        if ends not in self._grammars:
+            self._grammars[ends] = Grammars(base.tokenizer.to_str(), base.vocabulary, ends)
+        return self._grammars[ends].compile(schema)
 
     def close(self) -> None:
         """Remove weights that were saved for this process only."""

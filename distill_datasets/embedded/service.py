@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from distill_datasets.errors import ServiceError
 
+from .constraints import Constrain
 from .engine import ComputeThread, Engine, Job, Payload, Resolve, SampleJob, failure
 from .model import ModelCard
 from .store import Store
@@ -73,11 +74,12 @@ class Session:
 
 @dataclass(frozen=True)
 class SamplingSession:
-    """Which weights answer."""
+    """Which weights answer, and what holds their answers to a form."""
 
     sampler_id: str
     model_path: str | None
     weights: str
+    constrain: Constrain | None = None
 
 
 @dataclass
@@ -119,15 +121,25 @@ class Service:
             )
         return self.samplers[sampler_id]
 
-    async def vocabulary(self) -> int:
-        """How many tokens the model knows, once it is loaded."""
-        found = Promise("vocabulary")
-        run = Job(lambda: {"vocabulary": self.engine.vocabulary}, self._resolver(found))
-        self.compute.submit(run)
+    async def hold(self, schema: Any, ends: Sequence[int]) -> Constrain:
+        """What holds samples to a JSON schema, each behind one of the tokens `ends`.
+
+        Raises `InvalidRequestError` for a schema that can't be held, or without llguidance.
+        """
+        held: list[Constrain] = []
+
+        def run() -> Payload:
+            held.append(self.engine.hold(schema, tuple(ends)))
+            return {}
+
+        found = Promise("constraint")
+        self.compute.submit(Job(run, self._resolver(found)))
         await found.done.wait()
-        if not isinstance(found.payload, dict) or "vocabulary" not in found.payload:
-            raise ServiceError(f"the model can't be asked: {found.payload!r:.300}")
-        return int(found.payload["vocabulary"])
+        if held:
+            return held[0]
+        told = found.payload if isinstance(found.payload, dict) else {}
+        kind = ServiceError if told.get("category") == "server" else InvalidRequestError
+        raise kind(str(told.get("error")))
 
     def promise(self, request_id: str, run: Callable[[], Payload]) -> Promise:
         """Compute; a repeated request gets the first one's promise."""
@@ -159,19 +171,20 @@ class Service:
         return promise
 
     def promise_sample(
-        self, request_id: str, read: Callable[[], tuple[str, SampleRequest]]
+        self, request_id: str, read: Callable[[], tuple[SamplingSession, SampleRequest]]
     ) -> Promise:
-        """Sample; `read` gives weights and request, and may refuse it."""
+        """Sample; `read` gives session and request, and may refuse it."""
         known = self.promises.get(request_id)
         if known is not None:
             return known
         promise = self.promises.make(request_id)
         try:
-            weights, request = read()
+            sampler, request = read()
         except InvalidRequestError as error:
             promise.resolve(failure(str(error)))
         else:
-            self.compute.submit(SampleJob(weights, request, self._resolver(promise)))
+            resolve, constrain = self._resolver(promise), sampler.constrain
+            self.compute.submit(SampleJob(sampler.weights, request, resolve, constrain=constrain))
         return promise
 
     def expect_requests(self, model_id: str) -> None:

@@ -170,7 +170,8 @@ def shown(value: Any) -> str:
     return written if len(written) <= 80 else f"{written[:77]}..."
 
 
-def _ids(values: Any, name: str) -> Ints:
+def token_ids(values: Any, name: str) -> Ints:
+    """A list of whole numbers of 64 bits."""
     if not isinstance(values, list) or not all(type(one) is int for one in values):
         raise InvalidRequestError(
             f"expected {name} as a list of whole numbers; found {shown(values)}"
@@ -420,7 +421,7 @@ def _prompt_tokens(prompt: Body) -> Ints:
         raise InvalidRequestError(
             f"expected text chunks only; found {', '.join(sorted(map(shown, other)))}"
         )
-    parts = [_ids(chunk.get("tokens"), "the tokens of a prompt's chunk") for chunk in chunks]
+    parts = [token_ids(chunk.get("tokens"), "the tokens of a prompt's chunk") for chunk in chunks]
     tokens = np.concatenate(parts) if parts else np.zeros(0, np.int64)
     if not len(tokens):
         raise InvalidRequestError("expected a prompt of at least one token; found none")
@@ -471,12 +472,12 @@ def _read_targets(body: Body, length: int) -> PromptTargets:
             f"expected {name} of {length - 1} rows, one for each prompt token but the first, and "
             f"of at most {MOST_SCORES} values; found shape {shape}"
         )
-    values, layout = _ids(body.get("data"), name), None
+    values, layout = token_ids(body.get("data"), name), None
     if body.get("sparse_crow_indices") is None:
         ids = _shaped(values, shape, name)
     else:
-        starts = _ids(body.get("sparse_crow_indices"), name)
-        layout = SparseLayout(shape, starts, _ids(body.get("sparse_col_indices"), name))
+        starts = token_ids(body.get("sparse_crow_indices"), name)
+        layout = SparseLayout(shape, starts, token_ids(body.get("sparse_col_indices"), name))
         ids = layout.spread(values, -1, name)
     if not (ids >= 0).any() or ids.min() < -1:
         raise InvalidRequestError(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -199,6 +200,7 @@ class TinkerSampler:
         """
         self.connection, self.timeout = connection, timeout
         self._standing = Standing()
+        self._held: dict[str, asyncio.Future[tinker.SamplingClient]] = {}
         path = connection.model_path
         with sdk.explained(connection.reference):
             self.client = (
@@ -238,7 +240,8 @@ class TinkerSampler:
         tokens = self._prompts.tokens(messages, sampling.tools)
         try:
             with self._standing.request(), sdk.explained(self.model), sdk.classified():
-                request = self.client.sample(
+                client = await self._client(sampling.json_schema)
+                request = client.sample(
                     _model_input(tokens),
                     sampling.n,
                     self._parameters(sampling),
@@ -251,6 +254,35 @@ class TinkerSampler:
         self._standing.accept()
         samples = tuple(self._read(sequence, sampling) for sequence in response.sequences)
         return Reply(samples, Usage(len(tokens), response.prompt_cache_hit_tokens))
+
+    async def _client(self, schema: str | None) -> tinker.SamplingClient:
+        """The open session; of a local model one whose samples are held to the schema.
+
+        Where its server can't hold them to it, what they are read by still tells.
+        """
+        server = self.connection.server
+        ends = [one for one in self._stop if isinstance(one, int)]
+        if schema is None or server is None or not ends:
+            return self.client
+        held = self._held.get(schema)
+        if held is None or (held.done() and (held.cancelled() or held.exception())):
+            held = self._held[schema] = asyncio.ensure_future(self._hold(schema, server, ends))
+        return await asyncio.shield(held)
+
+    async def _hold(self, schema: str, server: Any, ends: list[int]) -> tinker.SamplingClient:
+        path = self.connection.model_path
+        client: tinker.SamplingClient = await self.connection.service.create_sampling_client(
+            model_path=path, base_model=None if path else self.connection.base_model
+        )
+        refused = await sdk.hold_to_schema(client, server, json.loads(schema), ends)
+        if refused is None:
+            return client
+        warnings.warn(
+            f"{self.model!r} is not held to the schema of its answers, which are read by it all "
+            f"the same: {refused}",
+            stacklevel=2,
+        )
+        return self.client
 
     def _parameters(self, sampling: Sampling) -> tinker.SamplingParams:
         return tinker.SamplingParams(

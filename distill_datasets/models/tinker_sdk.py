@@ -345,3 +345,24 @@ async def _cancel_all() -> None:
 
 # Before `atexit`: by then the executors are shut, on which the SDK's requests would fail aloud.
 threading._register_atexit(_end)  # type: ignore[attr-defined]
+
+
+async def hold_to_schema(
+    client: tinker.SamplingClient, server: Any, schema: Any, ends: Sequence[int]
+) -> str | None:
+    """Have the server of a local model hold a session's samples to a JSON schema.
+
+    None once it does, else why it can't. Tinker's protocol has no such thing.
+    """
+    import httpx
+
+    url = f"{server.url}/api/v1/samplers/{client._sampling_session_id}/json_schema"
+    body, headers = {"json_schema": schema, "ends": list(ends)}, {"X-API-Key": server.api_key}
+    # In a thread: an asynchronous client closes its connection only after its loop is over.
+    found = await asyncio.to_thread(httpx.post, url, json=body, headers=headers, timeout=None)
+    if found.status_code == 200:
+        return None
+    try:
+        return str(found.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"its server answers with {found.status_code}"

@@ -13,7 +13,7 @@ from distill_datasets.embedded.wire import DrawnSample
 from distill_datasets.schema import Message
 
 from .live import Outcome, Top
-from .requests import Asked
+from .requests import RequestSettings
 from .served import ChatFormat
 
 _CALL = "<tool_call>"
@@ -47,7 +47,7 @@ class ChatReader:
     """Reads messages as a chat format writes them; `thinks` where its prompt opens the thoughts."""
 
     format: ChatFormat
-    asked: Asked
+    asked: RequestSettings
     messages: Sequence[Message]
     tools: str | None
     thinks: bool
@@ -80,7 +80,7 @@ class TextReader:
     """Reads a plain continuation."""
 
     format: ChatFormat
-    asked: Asked
+    asked: RequestSettings
 
     def read(self, tokens: Sequence[int]) -> SpokenMessage:
         """The text without the token that ended it, up to a stop."""
@@ -142,7 +142,7 @@ class BodyWriter:
     """Writes the bodies of one answer."""
 
     chat: bool
-    asked: Asked
+    asked: RequestSettings
     format: ChatFormat
     fingerprint: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex)

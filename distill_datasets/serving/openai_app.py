@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -27,11 +26,11 @@ from distill_datasets.errors import DistillError, RetryableError, ServiceError
 
 from .answers import BodyWriter, ChatReader, Choice, ResponseReader, TextReader, usage
 from .live import LiveRequest, Outcome
-from .requests import Asked, read_chat, read_text
+from .requests import RequestSettings, read_chat, read_text
 from .served import Catalogue, Served
 
 if TYPE_CHECKING:
-    from distill_datasets.embedded.constraints import Grammars, SchemaConstraint
+    from distill_datasets.embedded.constraints import Constrain
     from distill_datasets.embedded.service import Service
 
 # Requests that may wait or run at once; each holds its connection.
@@ -120,7 +119,7 @@ class _Completion:
     lengths: Sequence[int]
 
     @property
-    def asked(self) -> Asked:
+    def asked(self) -> RequestSettings:
         return self.writer.asked
 
     async def whole(self) -> web.Response:
@@ -220,7 +219,6 @@ class _Events:
 class _Endpoints:
     def __init__(self, service: Service, models: Catalogue) -> None:
         self._service, self._models, self._waiting = service, models, 0
-        self._grammars: dict[tuple[int, ...], asyncio.Task[Grammars]] = {}
 
     async def list_models(self, _: web.Request) -> web.Response:
         found = [self._told(one) for one in self._models.models.values()]
@@ -248,8 +246,7 @@ class _Endpoints:
         tokens = model.format.prompts.tokens(messages, tools)
         constrain = None
         if read.schema is not None:
-            grammars = await self._compiler(model)
-            constrain = await asyncio.to_thread(grammars.compile, read.schema)
+            constrain = await self._service.hold(read.schema, model.format.ends)
         sampled = _sampled(model, asked, tokens, (*asked.stop, *model.format.end_texts))
         reader = ChatReader(model.format, asked, read.messages, tools, _thinks(model, tokens))
         writer = BodyWriter(True, asked, model.format, self._service.card.fingerprint)
@@ -285,9 +282,9 @@ class _Endpoints:
         self,
         request: web.Request,
         model: Served,
-        asked: Asked,
+        asked: RequestSettings,
         sampled: SampleRequest,
-        constrain: Callable[[], SchemaConstraint] | None = None,
+        constrain: Constrain | None = None,
     ) -> LiveRequest:
         def left() -> bool:
             return request.transport is None or request.transport.is_closing()
@@ -307,27 +304,9 @@ class _Endpoints:
         finally:
             self._waiting -= 1
 
-    async def _compiler(self, model: Served) -> Grammars:
-        """What compiles schemas for a model; made once, which takes up to a second."""
-        ends = model.format.ends
-        if ends not in self._grammars:
-            self._grammars[ends] = asyncio.create_task(self._make_compiler(model))
-        try:
-            return await asyncio.shield(self._grammars[ends])
-        except DistillError:
-            self._grammars.pop(ends, None)
-            raise
-
-    async def _make_compiler(self, model: Served) -> Grammars:
-        from distill_datasets.embedded.constraints import Grammars
-
-        vocabulary = await self._service.vocabulary()
-        text = model.format.tokenizer.backend_tokenizer.to_str()
-        return await asyncio.to_thread(Grammars, text, vocabulary, model.format.ends)
-
 
 def _sampled(
-    model: Served, asked: Asked, tokens: list[int], stops: Sequence[str], **scored: Any
+    model: Served, asked: RequestSettings, tokens: list[int], stops: Sequence[str], **scored: Any
 ) -> SampleRequest:
     """The request as the embedded server reads its own."""
     body = {

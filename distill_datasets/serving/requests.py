@@ -46,7 +46,7 @@ _NEUTRAL: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestSettings:
     """What chats and texts have in common.
 
     `sampling` is in the embedded server's words; `top` is the number of likeliest tokens a place,
@@ -67,7 +67,7 @@ class Asked:
 class ChatAsked:
     """A conversation to go on with; `tools` is JSON text, `schema` what the answer is held to."""
 
-    asked: Asked
+    asked: RequestSettings
     messages: Sequence[Message]
     tools: str | None
     schema: Any
@@ -77,7 +77,7 @@ class ChatAsked:
 class TextAsked:
     """Texts, or their token ids, to go on with; with `echo` each is part of its answer."""
 
-    asked: Asked
+    asked: RequestSettings
     prompts: Sequence[str | list[int]]
     echo: bool
     only_echo: bool
@@ -122,10 +122,10 @@ def read_text(body: Body) -> TextAsked:
     return TextAsked(asked, _read_prompts(body.get("prompt")), echo, not most)
 
 
-def _asked(body: Body, top: int | None, most: int | None) -> Asked:
+def _asked(body: Body, top: int | None, most: int | None) -> RequestSettings:
     sampling = {name: body[name] for name in _SAMPLING if body.get(name) is not None}
     number(body, "temperature", 0.0, 2.0, 1.0)
-    return Asked(
+    return RequestSettings(
         model=text(body, "model"),
         n=whole(body, "n", 1, MOST_CHOICES, 1),
         sampling={**sampling, "max_tokens": most},
