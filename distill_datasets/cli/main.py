@@ -358,6 +358,13 @@ _VERBS = {
         (evidence.add_check,),
         ("check runs/support --days 60 --prices prices.yaml", "check me/support@v1.0.0"),
     ),
+    "export": _Verb(
+        "write a trained student to a folder, as an adapter or merged, and compare it",
+        student.export,
+        (student.add_export,),
+        ("export runs/qwen --out qwen", "export runs/qwen --out qwen-merged --merge"),
+        usage="training --out PATH [flags]",
+    ),
     "push": _Verb(
         "push a trained student to the Hub, with its card",
         student.push,

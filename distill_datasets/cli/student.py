@@ -227,10 +227,16 @@ def add_push(parser: argparse.ArgumentParser) -> None:
     """The flags of `push`."""
     parser.add_argument("training", type=Path, help="a training's folder")
     parser.add_argument("repo", help="a model repository on the Hub, like me/student")
+    _add_contents(parser)
+    add_push_flags(parser)
+
+
+def _add_contents(parser: argparse.ArgumentParser) -> None:
+    """The flags of a student that leaves: what goes along, and what is compared."""
     parser.add_argument(
         "--base-model",
         metavar="MODEL",
-        help="the base model's name on the Hub, or base/ to push the base along "
+        help="the base model's name on the Hub, or base/ to send the base along "
         "(default: the name that the training knows)",
     )
     parser.add_argument(
@@ -239,12 +245,59 @@ def add_push(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="leave out check/: the held-out rows, and tests over them",
     )
-    add_push_flags(parser)
+    parser.add_argument(
+        "--no-parity",
+        dest="parity",
+        action="store_false",
+        help="don't compare what is written with the training's server",
+    )
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """The flags of `export`."""
+    parser.add_argument("training", type=Path, help="a training's folder")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="merge the adapter into its base: weights for transformers, vLLM, or llama.cpp's "
+        "converter to GGUF",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="the number format of merged weights, and of the comparison (default: the base's)",
+    )
+    parser.add_argument(
+        "--served-at",
+        metavar="URL",
+        help="compare a server of OpenAI's protocol too, like http://localhost:8000/v1; a folder "
+        "that was exported before is then compared again",
+    )
+    parser.add_argument(
+        "--served-as",
+        metavar="NAME",
+        help="the student's name on that server (default: the only model there)",
+    )
+    _add_contents(parser)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a training's student to a folder, and say how it compares with its server."""
+    from distill_datasets.serving.export import ExportSettings, export_student
+
+    names = ("merge", "dtype", "base_model", "check", "parity", "served_at", "served_as")
+    settings = ExportSettings(**{name: getattr(options, name) for name in names})
+    done = export_student(options.training, options.out, settings)
+    if done.certificate:
+        print("\n".join(done.certificate.lines()))
+    for line in done.says:
+        print(line)
 
 
 def push(options: argparse.Namespace) -> None:
     """Push a training's student as a PEFT adapter with its card."""
-    from distill_datasets.training.export import push_student
+    from distill_datasets.serving.export import push_student
 
     confirm_push(f"the student of {options.training}", options.repo, options)
     pushed = push_student(
@@ -254,6 +307,7 @@ def push(options: argparse.Namespace) -> None:
         base_model=options.base_model,
         allow=options.allow,
         check=options.check,
+        parity=options.parity,
     )
     done = "pushed the student" if pushed.changed else "nothing to push: the student is there"
     print(f"{done}: {pushed.repo} ({pushed.commit})")

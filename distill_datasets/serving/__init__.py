@@ -13,4 +13,6 @@ rollout.py      a rollout's state: stage, evidence, what was spent, and who answ
 proxy.py        the proxy before teacher and student; exchanges.py: what passes through it
 monitor.py      what a rollout shows: Prometheus' numbers, and a page; start.py starts it
 watch.py        whether what a release or a student stands on is still there
+export.py       export, push: a student leaves, as an adapter or merged
+parity.py       whether what left is what was trained, number by number
 """

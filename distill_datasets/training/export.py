@@ -1,45 +1,39 @@
-"""A trained student as a PEFT adapter: a folder that loads anywhere, its card, and its push."""
+"""A trained student as a PEFT adapter: a folder that loads anywhere, and its card."""
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from distill_datasets import html, resources
+from distill_datasets import resources
 from distill_datasets.errors import (
     AccessError,
     DatasetError,
     ModelError,
     OutputError,
     RecipeError,
-    RepositoryError,
 )
 from distill_datasets.files import replacing
-from distill_datasets.notebooks import interruptible
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.cards import dataset_on_hub, model_card
 from distill_datasets.releases.check_files import CHECK, given_tools, write_check_files
 from distill_datasets.schema import Message
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
 INCLUDED = "base/"
-_BASE_FILES = (
+Finish = Callable[[Path], Sequence[str]]
+BASE_FILES = (
     *("config.json", "generation_config.json", "model*.safetensors*", "tokenizer*.json"),
     *("tokenizer.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template*", "LICENSE*"),
 )
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_OWN_METADATA = ("base_model", "base_model_relation", "datasets", "model-index")
-_SOMEBODY_WAS_FASTER = (409, 412)
-_MOST_TRIES = 10
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_EMBEDDINGS = frozenset({"lm_head", "embed_out", "output", "embed_tokens", "wte"})
 _EXAMPLE_QUERY = "Hello, how are you?"
 _MAX_TOKENS = 256
 _ROWS = "rows.jsonl"  # beside a report: what every system said to each row
@@ -95,19 +89,7 @@ class AdapterBase:
     folder: Path | None = None
 
 
-@dataclass(frozen=True)
-class PushedStudent:
-    """Where a student is on the Hub; `changed` is False where it was there already."""
-
-    repo: str
-    commit: str
-    changed: bool
-
-    def _repr_html_(self) -> str:
-        return html.card(f"Pushed the student to {self.repo}", html.facts(asdict(self)))
-
-
-def export_adapter(
+def export_adapter(  # noqa: PLR0913 (what is written where, and what goes along)
     train: Path | str,
     out: Path | str,
     *,
@@ -115,6 +97,7 @@ def export_adapter(
     repo: str = "me/student",
     base_model: str | None = None,
     check: bool = True,
+    finish: Finish | None = None,
 ) -> Path:
     """Write a training's best checkpoint to a new folder, as PEFT's `from_pretrained` reads it.
 
@@ -122,12 +105,13 @@ def export_adapter(
     checkpoint), `repo` where the card says that the adapter is. A base that is a folder of this
     machine needs `base_model`: its id on the Hub, or "base/" to put its weights into the same
     folder, as is always done with the pocket model's. Of a release its held-out rows go along, in
-    `check/`, with tests over them for any server, unless `check` is False. From Tinker this
-    downloads the student's weights, and those of the base from the Hub. Raises `ModelError`,
-    `AccessError` or `OutputError`.
+    `check/`, with tests over them for any server, unless `check` is False. `finish` is given the
+    written folder, and returns what the card says of it. From Tinker this downloads the student's
+    weights, and those of the base from the Hub. Raises `ModelError`, `AccessError` or
+    `OutputError`.
     """
     trained = read_training(train)
-    base = _find_base(trained, base_model)
+    base = find_base(trained, base_model)
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{str(folder)!r} isn't empty: choose a new folder for the adapter.")
@@ -135,62 +119,24 @@ def export_adapter(
     with tempfile.TemporaryDirectory(prefix="distill-adapter-") as scratch:
         about = _report_file(trained, report) if found else None
         rows = _write_check(trained, Path(scratch), about) if check else 0
-        card = student_card(trained, base, found, repo, held_out=rows)
         weights = _weights_folder(trained, base, Path(scratch))
         with replacing(folder) as building:
             _write(building, weights, base, trained.folder / "loss.png")
             if tools := _tools(trained.recipe):
                 text = json.dumps(tools, ensure_ascii=False, indent=1) + "\n"
                 (building / _TOOLS).write_text(text, encoding="utf-8")
+            said = finish(building) if finish else ()
+            card = student_card(
+                trained, base, found, repo, held_out=rows, folder=building, said=said
+            )
             (building / "README.md").write_text(card, encoding="utf-8")
             if rows:
                 shutil.copytree(Path(scratch) / CHECK, building / CHECK)
     return folder
 
 
-@interruptible
-def push_student(  # noqa: PLR0913 (what is pushed, where to, and what goes along)
-    train: Path | str,
-    repo: str,
-    *,
-    report: Path | str | None = None,
-    private: bool = True,
-    base_model: str | None = None,
-    allow: Collection[str] = (),
-    check: bool = True,
-) -> PushedStudent:
-    """Put a training's best checkpoint on the Hub as a PEFT adapter with its card, in one commit.
-
-    Files of others stay, as does what people wrote into the card. Pushed again, it changes
-    nothing. Before anything is sent the files are screened; `allow` takes what `require_clean`
-    does, the other arguments are those of `export_adapter`. Raises `ScreeningError`,
-    `RepositoryError` or `HubError` besides what that raises.
-    """
-    from distill_datasets.hub import client as hub
-    from distill_datasets.hub.screening import require_clean, screen
-
-    if not private:
-        _require_license(read_training(train))
-    hub.require_token()
-    with tempfile.TemporaryDirectory(prefix="distill-adapter-") as scratch:
-        folder = Path(scratch) / "student"
-        export_adapter(train, folder, report=report, repo=repo, base_model=base_model, check=check)
-        require_clean(screen(folder), allow)
-        with hub.explained(repo):
-            hub.ensure_repository(repo, kind="model", private=private)
-            return push_folder(folder, repo)
-
-
-def _require_license(trained: Trained) -> None:
-    recipe = trained.recipe
-    if recipe is None or recipe.license is None:
-        raise RepositoryError(
-            "A public student needs the licence of its training data, and the recipe states none: "
-            "add `license:` to recipe.yaml and publish the dataset again, or push it privately."
-        )
-
-
-def _find_base(trained: Trained, base_model: str | None) -> AdapterBase:
+def find_base(trained: Trained, base_model: str | None) -> AdapterBase:
+    """The base of a student, of which `base_model` is as in `export_adapter`."""
     student = trained.student
     if student == "pocket":
         return AdapterBase(None, resources.pocket())
@@ -218,7 +164,7 @@ def _weights_folder(trained: Trained, base: AdapterBase, scratch: Path) -> Path:
     # The embedded server's store: a folder for the run, then the kind and the name.
     run, kind, name = trained.checkpoint["sampler"].removeprefix("tinker://").split("/")
     folder: Path = trained.folder / "checkpoints" / run.replace(":", "_") / kind / name
-    for file in (_CONFIG, _WEIGHTS):
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / file).is_file():
             raise ModelError(
                 f"{str(folder)!r} lacks {file}: the weights of this training are gone. Train "
@@ -246,77 +192,20 @@ def _fetch_from_tinker(trained: Trained, base: AdapterBase, scratch: Path) -> Pa
 
 
 def _write(building: Path, weights: Path, base: AdapterBase, loss: Path) -> None:
-    shutil.copyfile(weights / _WEIGHTS, building / _WEIGHTS)
-    config = json.loads((weights / _CONFIG).read_text(encoding="utf-8"))
+    shutil.copyfile(weights / ADAPTER_WEIGHTS, building / ADAPTER_WEIGHTS)
+    config = json.loads((weights / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base.hub or INCLUDED.rstrip("/")
     # A set, which another process writes in another order: sorted, the same file every time.
     if isinstance(config.get("target_modules"), list):
         config["target_modules"] = sorted(config["target_modules"])
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (building / _CONFIG).write_text(text, encoding="utf-8")
+    (building / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
     if loss.is_file():
         shutil.copyfile(loss, building / loss.name)
     if base.hub is None and base.folder:
         (building / INCLUDED).mkdir()
-        for file in sorted(file for pattern in _BASE_FILES for file in base.folder.glob(pattern)):
+        for file in sorted(file for pattern in BASE_FILES for file in base.folder.glob(pattern)):
             shutil.copyfile(file, building / INCLUDED / file.name)
-
-
-def push_folder(folder: Path, repo: str) -> PushedStudent:
-    """Put an exported adapter into a model repository that is there, in one commit.
-
-    It goes on the newest head; a lost answer is followed by a try that changes nothing.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
-
-    from distill_datasets.hub import client as hub
-
-    api = HfApi()
-    first, tries = "", 0
-    while True:
-        head = str(hub.patiently(api.model_info, repo).sha)
-        first = first or head
-        card = _kept_card(api, repo, head, (folder / "README.md").read_text(encoding="utf-8"))
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        operations = [
-            CommitOperationAdd(
-                path.relative_to(folder).as_posix(),
-                card.encode() if path.name == "README.md" else str(path),
-            )
-            for path in files
-        ]
-        try:
-            commit = api.create_commit(
-                repo, operations, commit_message="Student's adapter", parent_commit=head
-            )
-            return PushedStudent(repo, commit.oid, commit.oid != first)
-        except (HTTPError, RuntimeError) as error:
-            tries += 1
-            refused = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-            if refused in _SOMEBODY_WAS_FASTER and tries < _MOST_TRIES:
-                continue
-            if not hub.wait_after(error, tries - 1):
-                raise
-
-
-def _kept_card(api: "HfApi", repo: str, head: str, card: str) -> str:
-    """The new card around what people wrote into the one that is there."""
-    from huggingface_hub.errors import EntryNotFoundError
-
-    from distill_datasets.hub import client as hub
-    from distill_datasets.releases.card_merge import card_text, merged, read_card
-
-    try:
-        path = hub.patiently(api.hf_hub_download, repo, "README.md", revision=head)
-    except EntryNotFoundError:
-        return card
-    existing = Path(path).read_text(encoding="utf-8")
-    new, old = read_card(card), read_card(existing)
-    # What a card of ours holds is written anew; the rest is somebody's, and so are further tags.
-    ours = {key: value for key, value in old[0].items() if key in (*new[0], *_OWN_METADATA)}
-    ours |= {key: new[0][key] for key in ("tags", "language") if key in new[0]}
-    return card_text(*merged(new, old, config="default", previous=ours))
 
 
 def read_training(train: Path | str) -> Trained:
@@ -375,17 +264,20 @@ def _report_file(trained: Trained, report: Path | str | None) -> Path:
     return Path(report) if report else trained.folder.parent / "report.json"
 
 
-def student_card(
+def student_card(  # noqa: PLR0913 (whose card it is, and what it says)
     trained: Trained,
     base: AdapterBase,
     report: Mapping[str, Any] | None,
     repo: str,
     *,
+    folder: Path,
     held_out: int = 0,
+    said: Sequence[str] = (),
 ) -> str:
     """The model card; of folders on this machine it says no more than their names.
 
-    `held_out` is the number of rows that lie beside it in `check/`.
+    `folder` holds what it is about, an adapter or merged weights, and `held_out` rows in `check/`;
+    `said` are lines of how that compares with the training's server.
     """
     recipe = trained.recipe
     prompt, tools = _asked(recipe)
@@ -401,8 +293,10 @@ def student_card(
         "max_tokens": _MAX_TOKENS,
         "template": _template(trained, base, conversation, tools),
         "loss": (trained.folder / "loss.png").is_file(),
-        "tied": _ties_embeddings(base),
+        "merged": not (folder / ADAPTER_CONFIG).is_file(),
+        "tied": tied_and_adapted(folder, base),
         "held_out": held_out,
+        "parity": "\n".join(said),
     }
     training = _public_training(trained, base, recipe)
     shown = _public_report(report, training) if report else None
@@ -444,10 +338,22 @@ def _public_model(model: str) -> str:
     return f"embedded:{Path(model.removeprefix('embedded:')).name}" if local else model
 
 
-def _ties_embeddings(base: AdapterBase) -> bool:
-    """Whether merging the adapter would change the base's input embeddings too."""
-    file = base.folder / "config.json" if base.folder else None
-    return bool(file and json.loads(file.read_text(encoding="utf-8")).get("tie_word_embeddings"))
+def tied_and_adapted(folder: Path, base: AdapterBase) -> bool:
+    """Whether an adapter in a folder changes one of two embeddings that its base has as one matrix:
+    merged as it is, it would change the other too.
+    """
+    files = (folder / INCLUDED / "config.json", base.folder and base.folder / "config.json")
+    file = next((one for one in files if one and one.is_file()), None)
+    if file is None or not adapts_embeddings(folder):
+        return False
+    return bool(json.loads(file.read_text(encoding="utf-8")).get("tie_word_embeddings"))
+
+
+def adapts_embeddings(folder: Path) -> bool:
+    """Whether the adapter in a folder changes an embedding."""
+    file = folder / ADAPTER_CONFIG
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return bool(_EMBEDDINGS & set(config.get("target_modules") or ()))
 
 
 def _tools(recipe: Recipe | None) -> Any:
@@ -480,16 +386,30 @@ def _template(
     messages = [dict(one) for one in conversation]
     renderer = open_renderer(trained.config["renderer"], tokenizer)
     wanted = renderer.build_generation_prompt(messages, tools=tools).to_ints()
-    given = {"tools": json.loads(tools)} if tools else {}
+    return template_arguments(tokenizer, wanted, messages, tools)
+
+
+def template_arguments(
+    tokenizer: Any, wanted: Sequence[int], messages: Sequence[Any], tools: str | None
+) -> dict[str, Any] | None:
+    """What a tokenizer's own chat template takes to make these tokens of the messages; or None."""
     possible: tuple[dict[str, Any], ...] = (
         {},
         {"enable_thinking": False},
         {"enable_thinking": True},
     )
     for arguments in possible if tokenizer.chat_template else ():
-        made = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False, **given, **arguments
-        )
-        if list(made) == wanted:
+        if template_tokens(tokenizer, messages, tools, arguments) == list(wanted):
             return arguments
     return None
+
+
+def template_tokens(
+    tokenizer: Any, messages: Sequence[Any], tools: str | None, arguments: Mapping[str, Any]
+) -> list[int]:
+    """The prompt that a tokenizer's own chat template makes."""
+    given = {"tools": json.loads(tools)} if tools else {}
+    made = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False, **given, **arguments
+    )
+    return list(made)

@@ -15,8 +15,8 @@ from distill_datasets.generation.run import Generated
 from distill_datasets.releases.diff import Difference
 from distill_datasets.releases.push import Pushed
 from distill_datasets.releases.release import Release
+from distill_datasets.serving.export import PushedStudent
 from distill_datasets.synthesis.run import Synthesized
-from distill_datasets.training.export import PushedStudent
 from distill_datasets.training.folder import SavedCheckpoint, TrainingResult
 from distill_datasets.training.sweeps import Sweep, SweepTrial
 

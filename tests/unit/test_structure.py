@@ -30,6 +30,7 @@ ARROWS = {
     },
     "serving": {
         "evaluation",
+        "training",
         "releases",
         "generation",
         "recipes",

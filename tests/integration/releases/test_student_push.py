@@ -13,7 +13,8 @@ import yaml
 
 from distill_datasets.errors import AccessError, ModelError, OutputError, RepositoryError
 from distill_datasets.models.references import connect
-from distill_datasets.training.export import Trained, export_adapter, push_student
+from distill_datasets.serving.export import push_student
+from distill_datasets.training.export import Trained, export_adapter
 from distill_datasets.training.trainer import TrainSettings, train
 from tests.integration.releases.test_check_files import make_release, rows_of
 from tests.support.hub_fixture import Hub
@@ -306,7 +307,7 @@ def python(hub: Hub, call: str) -> str:
     """What a call of this module returns in a process that knows the Hub, or its refusal."""
     code = (
         "from pathlib import Path\n"
-        "from distill_datasets.training.export import push_folder, push_student\n"
+        "from distill_datasets.serving.export import push_folder, push_student\n"
         "from distill_datasets.errors import DistillError\n"
         f"try: done = {call}\n"
         "except DistillError as error: print(type(error).__name__, error)\n"

@@ -1,0 +1,440 @@
+"""Whether what was exported is what was trained: the same tokens through both, number by number.
+
+The student's own server and what was exported give each token of some rows a log-probability. How
+far the two may differ is measured too: so far do they for the base model, where no adapter is in
+question. A student that differs from its base by much more than that shows an adapter that is
+applied, and the right one.
+"""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill_datasets.chat_rows import Conversation
+from distill_datasets.errors import DatasetError, HubError, ModelError, ServiceError
+from distill_datasets.training.data import locate, open_split
+from distill_datasets.training.export import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INCLUDED,
+    Trained,
+    template_arguments,
+    template_tokens,
+)
+
+if TYPE_CHECKING:
+    from distill_datasets.models.connection import Connection
+
+FILE = "parity.json"
+ROWS = 8
+_MOST_TOKENS = 512  # of a row; what is computed grows with them
+_LEAST = (1e-4, 2e-3)  # nats, mean and largest: less is rounding in any number format
+_TIMES_FLOOR = 4.0
+_OTHER_FORMAT = 0.2  # of the adapter's effect: what another number format may make of it
+_SHOWN = 3
+_KEY = re.compile(r"base_model\.model\..+\.lora_(A|B)\.weight")
+_ANSWER_SECONDS = 120.0
+# For a student whose dataset is gone.
+_COMMON = tuple(
+    Conversation([{"role": "user", "content": asked}, {"role": "assistant", "content": said}])
+    for asked, said in (
+        ("Hello, how are you?", "I'm fine, thank you."),
+        ("Which city is the capital of France?", "Paris."),
+        ("1 2 3 4", "5 6 7 8"),
+        ("Write one sentence about rain.", "The rain began before anybody had an umbrella."),
+    )
+)
+Row = Sequence[int]
+Scores = Sequence[NDArray[np.float64]]
+
+
+class ParityError(ModelError):
+    """What was exported, or is served, isn't the student that was trained."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far two models' log-probabilities of the same tokens lie apart, in nats."""
+
+    mean: float
+    largest: float
+
+    @classmethod
+    def between(cls, first: Scores, second: Scores) -> Self:
+        """Of two models' scores of the same rows."""
+        apart = np.abs(np.concatenate(first) - np.concatenate(second))
+        return cls(float(apart.mean()), float(apart.max()))
+
+    def within(self, limit: "Gap") -> bool:
+        """Whether both of its numbers are; those of a model that computes NaN never are."""
+        return self.mean <= limit.mean and self.largest <= limit.largest
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was compared and what came out; `problems` are empty where it is the same student.
+
+    `floor` is the base on the training's server and as it is exported, `effect` the student and
+    the base on that server, `exported` and `served` the student there and elsewhere.
+    """
+
+    checkpoint: str
+    rows: int
+    tokens: int
+    floor: Gap
+    effect: Gap
+    exported: Gap
+    served: Gap | None = None
+    served_at: str | None = None
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+    @property
+    def limit(self) -> Gap:
+        """What two servers of one model may differ by."""
+        return _limit(self.floor)
+
+    def lines(self) -> list[str]:
+        """The certificate for people, a sentence or a number a line."""
+        named = {
+            "noise: the base there and here": self.floor,
+            "the student there and as exported": self.exported,
+            f"the student there and at {self.served_at}": self.served,
+            "the student and its base, for comparison": self.effect,
+        }
+        verdict = "the same student" if self.passed else "NOT the same student"
+        return [
+            f"parity over {self.tokens:,} tokens of {self.rows} rows: {verdict}",
+            *(
+                f"  {name:<40} mean {gap.mean:.2g}, largest {gap.largest:.2g} nats"
+                for name, gap in named.items()
+                if gap
+            ),
+            *(f"  {one}" for one in (*self.problems, *self.notes)),
+        ]
+
+    def write(self, folder: Path) -> None:
+        """Keep it in the exported folder."""
+        said = {"passed": self.passed, "limit": asdict(self.limit), **asdict(self)}
+        text = json.dumps(said, ensure_ascii=False, indent=1) + "\n"
+        (folder / FILE).write_text(text, encoding="utf-8")
+
+    def require(self) -> None:
+        """Raises `ParityError` that says what was found."""
+        if not self.passed:
+            raise ParityError("\n".join(self.lines()))
+
+
+def certify(
+    trained: Trained,
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    served_at: str | None = None,
+    served_as: str | None = None,
+) -> Certificate:
+    """Compare a training's best checkpoint with what was exported of it to a folder.
+
+    An adapter is loaded as `peft` does over `transformers`, merged weights as `transformers` does,
+    in `dtype` (default: as the weights are stored). `served_at` is the address of a server of
+    OpenAI's protocol that has the student under the name `served_as`. Raises `ModelError` or
+    `ServiceError` where one of them can't be asked.
+    """
+    from distill_datasets.models.references import connect
+
+    connection = connect(trained.folder)
+    conversations = _conversations(trained)
+    rows = [_tokens(connection, one) for one in conversations]
+    there = _on_server(connection, rows)
+    base_there = _on_server(replace(connection, model_path=None), rows)
+    merged = not (folder / ADAPTER_CONFIG).is_file()
+    problems = [] if merged else [*_wrong_names(folder)]
+    with _quiet() as complaints:
+        base_here, here = _plain(connection, folder, rows, dtype, merged=merged)
+    certificate = Certificate(
+        checkpoint=str(trained.checkpoint["sampler"]),
+        rows=len(rows),
+        tokens=sum(map(len, there)),
+        floor=Gap.between(base_there, base_here),
+        effect=Gap.between(there, base_there),
+        exported=Gap.between(there, here),
+        notes=tuple(f"while it was loaded: {one}" for one in complaints),
+    )
+    limit, to_base = certificate.limit, Gap.between(here, base_here)
+    problems += _judge("what was exported", limit, certificate.exported, to_base)
+    problems += _other_template(connection, folder, conversations)
+    if certificate.effect.within(limit):
+        nothing = "the adapter changes too little to be told from its base"
+        certificate = replace(certificate, notes=(*certificate.notes, nothing))
+    if served_at:
+        served = _AddressedModel.find(served_at, served_as)
+        found = served.scores(rows)
+        to_base = Gap.between(found, base_there)
+        certificate = replace(certificate, served=Gap.between(there, found), served_at=served_at)
+        wide = _widest(limit, certificate.effect)
+        problems += _judge(f"what {served_at} has", wide, Gap.between(there, found), to_base)
+        problems += served.other_template(connection, conversations)
+    return replace(certificate, problems=tuple(problems))
+
+
+def _limit(floor: Gap) -> Gap:
+    least_mean, least = _LEAST
+    return Gap(max(_TIMES_FLOOR * floor.mean, least_mean), max(_TIMES_FLOOR * floor.largest, least))
+
+
+def _widest(limit: Gap, effect: Gap) -> Gap:
+    """For a server whose number format nobody knows: far nearer to the student than the base is."""
+    share = _OTHER_FORMAT
+    return Gap(max(limit.mean, share * effect.mean), max(limit.largest, share * effect.largest))
+
+
+def _judge(what: str, limit: Gap, to_student: Gap, to_base: Gap) -> list[str]:
+    if to_student.within(limit):
+        return []
+    if to_base.within(limit):
+        return [f"{what} answers as the base does: the adapter isn't applied"]
+    return [
+        f"{what} is another model, or has another adapter: it differs from the student by "
+        f"{to_student.mean:.2g} nats a token (at most {limit.mean:.2g} is noise), and from the "
+        f"base by {to_base.mean:.2g}"
+    ]
+
+
+def _conversations(trained: Trained) -> list[Conversation]:
+    """Rows of what was trained on, those of its validation where there are any."""
+    try:
+        source = locate(trained.dataset, trained.dataset_config)
+        names = trained.config["dataset"]["splits"]
+        split = open_split(source, names.get("validation", names["train"]), source.load())
+    except (DatasetError, HubError):
+        return list(_COMMON)
+    return list(split.at_most(ROWS).conversations)
+
+
+def _tokens(connection: "Connection", conversation: Conversation) -> list[int]:
+    from distill_datasets.models.scoring import split_conversation
+
+    before, said = split_conversation(connection, conversation.messages, conversation.tools)
+    return [*before, *said][-_MOST_TOKENS:]
+
+
+def _on_server(connection: "Connection", rows: Sequence[Row]) -> Scores:
+    from distill_datasets.models.scoring import Scorer
+
+    scorer = Scorer(connection)
+    pending = [scorer.read(row[:1], row[1:]) for row in rows]
+    return [one.result().logprobs for one in pending]
+
+
+def _wrong_names(folder: Path) -> Iterator[str]:
+    """What `peft` or vLLM, by its documented layout, would not read of an adapter."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="np") as file:
+            names = list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{str(folder / ADAPTER_WEIGHTS)!r} can't be read: {error}") from error
+    if wrong := [name for name in names if not _KEY.fullmatch(name)]:
+        yield (
+            f"{len(wrong)} of {len(names)} tensors have names that nobody looks for, as "
+            f"{wrong[0]!r}: expected 'base_model.model.<module>.lora_A.weight' or lora_B"
+        )
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    for name, wanted in (("bias", "none"), ("modules_to_save", None), ("use_dora", False)):
+        if config.get(name, wanted) != wanted:
+            yield f"vLLM reads no adapter with {name}={config[name]!r}: expected {wanted!r}"
+
+
+@contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """Gathers the warnings of a block, the first line of each once."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+    lines = [str(one.message).strip().split("\n")[0][:300] for one in caught]
+    said += list(dict.fromkeys(lines))[:_SHOWN]
+
+
+def _plain(
+    connection: "Connection", folder: Path, rows: Sequence[Row], dtype: str | None, *, merged: bool
+) -> tuple[Scores, Scores]:
+    """The scores of the base, and of what was exported, by `transformers` and `peft` alone."""
+    from peft import PeftModel
+
+    base = folder / INCLUDED if (folder / INCLUDED).is_dir() else connection.tokenizer_source
+    model = load_plain(base, dtype)
+    of_base = _forward(model, rows)
+    if merged:
+        del model
+        return of_base, _forward(load_plain(folder, dtype), rows)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"peft can't load the adapter in {str(folder)!r}: {error}") from error
+    return of_base, _forward(adapted, rows)
+
+
+def load_plain(source: Path | str, dtype: str | None, **options: Any) -> Any:
+    """A causal LM as `transformers` loads it; no code that comes with it is run."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind = getattr(torch, dtype) if dtype else "auto"
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(source), dtype=kind, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The weights in {str(source)!r} can't be loaded here: {error} To leave out the "
+            "comparison with the training's server, say --no-parity."
+        ) from error
+
+
+def _forward(model: Any, rows: Sequence[Row]) -> Scores:
+    import torch
+
+    model.eval()
+    scores = []
+    with torch.inference_mode():
+        for row in rows:
+            ids = torch.tensor([list(row)])
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]
+            logprobs = torch.log_softmax(logits.float(), dim=-1)
+            chosen = logprobs.gather(1, ids[0, 1:, None])[:, 0]
+            scores.append(chosen.numpy().astype(np.float64))
+    return scores
+
+
+def _other_template(
+    connection: "Connection", folder: Path, conversations: Sequence[Conversation]
+) -> Iterator[str]:
+    """Whether the exported tokenizer makes other tokens of a conversation than the training."""
+    from jinja2 import TemplateError
+
+    from distill_datasets.models.connection import load_tokenizer
+
+    own = folder if (folder / "tokenizer_config.json").is_file() else folder / INCLUDED
+    if not own.is_dir():
+        return  # the base's, which lies where the base does
+    tokenizer = load_tokenizer(str(own))
+    for one in conversations:
+        prompt, wanted = _prompt(connection, one)
+        arguments = template_arguments(connection.tokenizer, wanted, prompt, one.tools)
+        if arguments is None:
+            continue  # no template makes it: the card says which renderer does
+        try:
+            made = template_tokens(tokenizer, prompt, one.tools, arguments)
+        except TemplateError:
+            made = []
+        if made != wanted:
+            yield (
+                "the chat template that was exported makes other tokens of a conversation than "
+                f"the training saw: {prompt[-1]['content'][:80]!r}"
+            )
+            return
+
+
+def _prompt(connection: "Connection", one: Conversation) -> tuple[list[Any], list[int]]:
+    messages: list[Any] = [dict(message) for message in one.messages[:-1]]
+    asked = connection.renderer.build_generation_prompt(messages, tools=one.tools)
+    return messages, asked.to_ints()
+
+
+@dataclass(frozen=True)
+class _AddressedModel:
+    """A model at an address of OpenAI's protocol."""
+
+    url: str
+    model: str
+
+    @classmethod
+    def find(cls, url: str, model: str | None) -> Self:
+        """The model of this name, or the only one that is there."""
+        from distill_datasets.models.endpoint import read_address
+
+        url = str(read_address(url, "--served-at")).rstrip("/")
+        if model is None:
+            found = cls(url, "")._ask("models").get("data")
+            names = [one["id"] for one in found] if isinstance(found, list) else []
+            if len(names) != 1:
+                raise ModelError(
+                    f"{url} has {len(names)} models, {names[:20]}: name the student among them "
+                    "with --served-as."
+                )
+            (model,) = names
+        return cls(url, model)
+
+    def scores(self, rows: Sequence[Row]) -> Scores:
+        """Of the rows' tokens but the first."""
+        return [self._score(row) for row in rows]
+
+    def _score(self, row: Row) -> NDArray[np.float64]:
+        body = {"prompt": list(row), "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+        answer = self._ask("completions", body)
+        try:
+            found = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(row)]
+            scores = np.asarray(found, np.float64)
+        except (KeyError, IndexError, TypeError, ValueError):
+            scores = np.empty(0)
+        if len(scores) != len(row) - 1:
+            raise ServiceError(
+                f"{self.url}: expected the log-probabilities of a prompt's {len(row)} tokens from "
+                "/completions with echo and logprobs, which vLLM and `distill-datasets serve` "
+                f"give; found {str(answer)[:200]!r}."
+            )
+        return scores
+
+    def other_template(
+        self, connection: "Connection", conversations: Sequence[Conversation]
+    ) -> Iterator[str]:
+        """Whether a chat there has another number of tokens than the training saw."""
+        for one in conversations:
+            prompt, wanted = _prompt(connection, one)
+            body: dict[str, Any] = {"messages": prompt, "max_tokens": 1}
+            if one.tools:
+                body["tools"] = json.loads(one.tools)
+            usage = self._ask("chat/completions", body).get("usage") or {}
+            if (count := usage.get("prompt_tokens")) != len(wanted):
+                yield (
+                    f"{self.url} makes {count} tokens of a conversation where the training saw "
+                    f"{len(wanted)}: another chat template, or another prompt before it"
+                )
+                return
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        import httpx
+
+        key = os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        url = f"{self.url}/{path}"
+        try:
+            with httpx.Client(timeout=_ANSWER_SECONDS, headers=headers) as client:
+                if body is None:
+                    answer = client.get(url)
+                else:
+                    answer = client.post(url, json={"model": self.model, **body})
+            found = answer.raise_for_status().json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise ServiceError(f"{url} can't be asked: {error}") from error
+        if not isinstance(found, dict):
+            raise ServiceError(f"{url}: expected an object, found {str(found)[:200]!r}.")
+        return found

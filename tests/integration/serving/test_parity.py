@@ -1,0 +1,203 @@
+"""What leaves is what was trained: exports beside their server, and every sabotage is found."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from distill_datasets.cli.main import main
+from distill_datasets.errors import ModelError
+from distill_datasets.serving.export import ExportSettings, export_student
+from distill_datasets.serving.parity import Certificate, ParityError, certify
+from distill_datasets.training.export import read_training
+from distill_datasets.training.folder import TrainingFolder
+from distill_datasets.training.trainer import train
+from tests.support.serving import KEY, serving
+from tests.support.shared_server import shared
+from tests.support.training_runs import QUICK, ROWS, write
+
+
+@pytest.fixture(scope="module")
+def students(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two trainings of one base on other answers; their checkpoints lie in the shared store."""
+    folder = tmp_path_factory.mktemp("students")
+    swapped = [{**row, "response": row["query"][::-1]} for row in ROWS]
+    trained = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingFolder, "draw", lambda folder: None)
+        for name, rows in (("one", ROWS), ("two", swapped)):
+            dataset = write(folder / f"{name}-data", train=rows[:16], validation=rows[16:20])
+            trained.append(train(dataset, student=model, out=folder / name, settings=QUICK).path)
+            (folder / name / "checkpoints").symlink_to(shared().store)
+    return trained[0], trained[1]
+
+
+@pytest.fixture(scope="module")
+def exported(students: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "adapter"
+    return export_student(students[0], folder, ExportSettings(base_model="base/")).folder
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+def compare(students: tuple[Path, Path], folder: Path, **options: Any) -> Certificate:
+    return certify(read_training(students[0]), folder, **options)
+
+
+def test_an_adapter_is_the_student_within_the_noise_and_its_card_says_so(exported: Path) -> None:
+    found = json.loads((exported / "parity.json").read_text())
+    assert found["passed"] and found["problems"] == found["notes"] == []
+    assert found["exported"]["mean"] < 1e-5 < 0.1 < found["effect"]["mean"]
+    assert found["exported"]["largest"] <= found["limit"]["largest"]
+    card = (exported / "README.md").read_text()
+    assert "Whether it is what was trained" in card and "rows: the same student" in card
+
+
+def test_peft_loads_the_adapter_without_a_warning_over_a_base_with_two_embeddings(
+    exported: Path,
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(exported / "base")
+    assert base.config.tie_word_embeddings is False, "the tiny model's own are tied"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PeftModel.from_pretrained(base, exported)
+
+
+def test_merged_weights_are_the_student_in_any_number_format(
+    students: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["export", str(students[0]), "--out", str(tmp_path / "merged"), "--merge"]
+    assert main([*asked, "--dtype", "bfloat16"]) == 0
+    said = capsys.readouterr().out
+    assert "the same student" in said and "convert_hf_to_gguf.py" in said
+    merged = tmp_path / "merged"
+    assert not {"base", "adapter_config.json"} & {one.name for one in merged.iterdir()}
+    assert json.loads((merged / "config.json").read_text())["dtype"] == "bfloat16"
+    found = json.loads((merged / "parity.json").read_text())
+    assert found["floor"]["mean"] > 1e-4 and found["passed"], "noise is measured, not assumed"
+    assert "PeftModel" not in (merged / "README.md").read_text()
+
+
+def rename(folder: Path, _: Path) -> None:
+    """Keys without the prefix that peft writes."""
+    file = folder / "adapter_model.safetensors"
+    tensors = {name.removeprefix("base_model.model."): one for name, one in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def exchange(folder: Path, other: Path) -> None:
+    """The adapter of another training."""
+    trained = read_training(other)
+    run, kind, name = trained.checkpoint["sampler"].removeprefix("tinker://").split("/")
+    theirs = shared().store / run.replace(":", "_") / kind / name / "adapter_model.safetensors"
+    shutil.copyfile(theirs, folder / "adapter_model.safetensors")
+
+
+def ignore(folder: Path, _: Path) -> None:
+    """An adapter that changes nothing."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 0}))
+
+
+def retell(folder: Path, _: Path) -> None:
+    """A template with a system message of its own."""
+    file = folder / "base" / "chat_template.jinja"
+    file.write_text("<|im_start|>system\nYou are helpful.<|im_end|>\n" + file.read_text())
+
+
+def half(folder: Path, _: Path) -> None:
+    """A scale that another server might read otherwise."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
+
+
+SABOTAGE: dict[Callable[[Path, Path], None], str] = {
+    rename: "tensors have names that nobody looks for",
+    exchange: "is another model, or has another adapter",
+    ignore: "answers as the base does: the adapter isn't applied",
+    retell: "the chat template that was exported makes other tokens",
+    half: "is another model, or has another adapter",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("spoil", SABOTAGE, ids=lambda one: one.__name__)
+def test_each_sabotage_is_found(
+    spoil: Callable[[Path, Path], None], students: tuple[Path, Path], folder: Path
+) -> None:
+    spoil(folder, students[1])
+    found = compare(students, folder)
+    assert not found.passed
+    assert any(SABOTAGE[spoil] in one for one in found.problems), found.problems
+    with pytest.raises(ParityError, match="NOT the same student"):
+        found.require()
+
+
+def test_an_adapter_with_the_wrong_names_is_also_one_that_is_not_applied(
+    students: tuple[Path, Path], folder: Path
+) -> None:
+    rename(folder, folder)
+    assert any("isn't applied" in one for one in compare(students, folder).problems)
+
+
+def test_what_is_not_the_student_is_not_exported(
+    students: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distill_datasets.training import export
+
+    written = export._write
+
+    def spoiled(building: Path, *given: Any) -> None:
+        written(building, *given)
+        ignore(building, building)
+
+    monkeypatch.setattr(export, "_write", spoiled)
+    with pytest.raises(ParityError, match="the adapter isn't applied"):
+        export_student(students[0], tmp_path / "out", ExportSettings(base_model="base/"))
+    assert not (tmp_path / "out").exists()
+    unseen = ExportSettings(base_model="base/", parity=False)
+    assert not (
+        export_student(students[0], tmp_path / "out", unseen).folder / "parity.json"
+    ).exists()
+
+
+@pytest.fixture(scope="module")
+def served(students: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of OpenAI's protocol with the first student, on a copy of its store."""
+    store = tmp_path_factory.mktemp("served") / "store"
+    shutil.copytree(shared().store, store, ignore=shutil.ignore_patterns("*lock*"))
+    path = read_training(students[0]).checkpoint["sampler"]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        serving(shared().model, store=store, students={"student": path}) as address,
+    ):
+        patch.setenv("OPENAI_API_KEY", KEY)
+        yield address.openai
+
+
+def test_a_student_behind_an_address_is_told_from_its_base_and_from_another_prompt(
+    served: str, students: tuple[Path, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    settings = ExportSettings(served_at=served, served_as="student")
+    again = export_student(students[0], folder, settings).certificate
+    assert again and again.passed and again.served and again.served.mean < 1e-5
+    assert json.loads((folder / "parity.json").read_text())["served_at"] == served
+    base = compare(students, folder, served_at=served, served_as=shared().model.name)
+    assert base.problems == (
+        f"what {served} has answers as the base does: the adapter isn't applied",
+    )
+    with pytest.raises(ModelError, match="name the student among them with --served-as"):
+        compare(students, folder, served_at=served)
