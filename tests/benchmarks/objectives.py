@@ -43,6 +43,9 @@ OBJECTIVES = {
     "sft": ObjectiveSettings(),
     "soft": ObjectiveSettings(name="soft"),
     "on_policy, reverse KL": ObjectiveSettings(name="on_policy", max_tokens=LONGEST),
+    "on_policy, no warm start": ObjectiveSettings(
+        name="on_policy", max_tokens=LONGEST, warm_start=0
+    ),
     "on_policy, sampled tokens": ObjectiveSettings(name="on_policy", top_k=0, max_tokens=LONGEST),
     "on_policy, forward KL": ObjectiveSettings(name="on_policy", kl="forward", max_tokens=LONGEST),
 }

@@ -219,12 +219,8 @@ class OnPolicyObjective:
 
     def _compare(self, row: ReleasedRow, rollout: Rollout) -> Callable[[], Rollout]:
         """Ask the teacher about the student's likeliest tokens too."""
-        context, tokens, ranking, cuts = (
-            self._context(row.query),
-            rollout.tokens,
-            rollout.ranking,
-            self._cuts,
-        )
+        context, tokens, cuts = self._context(row.query), rollout.tokens, self._cuts
+        ranking = rollout.ranking
         assert ranking is not None
         ids = np.concatenate([np.asarray(tokens)[:, None], ranking.ids], axis=1)
         if cuts is None:
