@@ -30,17 +30,20 @@ _Report = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a page says of a training: its configuration, its numbers, and its best step."""
+    """What a page says of a training: its configuration, its numbers, its best step, and what
+    speaks against that.
+    """
 
     config: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
     best_step: int | None = None
+    warnings: Sequence[str] = ()
 
     @classmethod
     def read(cls, folder: Path) -> "TrainingRecord":
         """Of a training's folder; raises `DatasetError` or `ModelError` for any other."""
         from distill_datasets.models.references import read_training
-        from distill_datasets.training.folder import TrainingFolder
+        from distill_datasets.training.folder import TrainingFolder, training_warnings
 
         if not (folder / "checkpoints.jsonl").is_file():
             raise DatasetError(
@@ -48,7 +51,8 @@ class TrainingRecord:
                 "checkpoints.jsonl in it."
             )
         config, best = read_training(folder)
-        return cls(config, TrainingFolder(folder).metrics, best.get("step"))
+        metrics = TrainingFolder(folder).metrics
+        return cls(config, metrics, best.get("step"), training_warnings(config, metrics))
 
 
 def shown(value: Any) -> str:
@@ -333,7 +337,8 @@ def training_said(training: TrainingRecord | None) -> str:
     rows = training.config.get("dataset", {}).get("rows", {}).get("train")
     on = f" on {rows:,} rows" if rows else ""
     student, steps = training.config.get("student", "A student"), training.metrics[-1]["step"]
-    return f"{student}, {steps:,} steps{on}."
+    warned = "".join(f" ⚠ {one}." for one in training.warnings)
+    return f"{student}, {steps:,} steps{on}.{warned}"
 
 
 def confusions_facts(report: _Report, rows: Sequence[_Row]) -> Iterator[dict[str, Any]]:

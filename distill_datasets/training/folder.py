@@ -192,8 +192,7 @@ class TrainingFolder:
 
     def selection(self, settings: TrainSettings) -> Selection:
         """What the measurements so far say, those before a resumed state included."""
-        begun = (self.config or {}).get("begun")
-        return Selection.of(settings, self.metrics, Selection(**begun) if begun else None)
+        return _selection(self.config or {}, self.metrics, settings)
 
     def measured(self, step: int) -> bool:
         """Whether the validation rows were measured after this step."""
@@ -229,14 +228,6 @@ class TrainingFolder:
         draw_curves(
             self.metrics, self.path / "loss.png", title=title, best=best.step if best else None
         )
-
-    def warnings(self) -> list[str]:
-        """What speaks against the training's best weights: a collapse, or no gain over before."""
-        told = (self.config or {}).get("settings", {})
-        settings = TrainSettings(select=told.get("select", VALIDATION_LOSS))
-        found = self.selection(settings)
-        stopped = why_it_ended(found, settings, 0, 0) if found.collapsed else ""
-        return [one for one in (stopped, found.doubt) if one]
 
     def result(self, settings: TrainSettings) -> TrainingResult:
         """The result that a finished training's files hold.
@@ -293,6 +284,22 @@ class TrainingFolder:
         if lines or (self.path / name).exists():
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             write_file(self.path / name, text)
+
+
+def _selection(
+    config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], settings: TrainSettings
+) -> Selection:
+    begun = config.get("begun")
+    return Selection.of(settings, metrics, Selection(**begun) if begun else None)
+
+
+def training_warnings(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What speaks against a training's best weights: a collapse, or no gain over before."""
+    select = config.get("settings", {}).get("select", VALIDATION_LOSS)
+    settings = TrainSettings(select=select)
+    found = _selection(config, metrics, settings)
+    stopped = why_it_ended(found, settings, 0, 0) if found.collapsed else ""
+    return [one for one in (stopped, found.doubt) if one]
 
 
 def next_folder(out: Path) -> Path:

@@ -350,7 +350,8 @@ class Selection:
         base, best = self.base, self.best
         if base is not None and best is not None and not self._gain(base, best) > 0:
             found.append(
-                f"it is no better than the student before training ({self.metric} {base:.4g})"
+                "the best checkpoint is no better than the student before training "
+                f"({self.metric} {base:.4g})"
             )
         return "; ".join(found)
 

@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -138,6 +139,13 @@ def lines_of(store: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
+def cpu_seconds(server: Server) -> float:
+    """Of this process and the server's so far."""
+    _, _, fields = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")
+    user, system = fields.split()[11:13]
+    return time.process_time() + (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def run_ours(dataset: Path, out: Path, settings: TrainSettings) -> None:
     """Our loop."""
     train(dataset, student="pocket", out=out, settings=settings)
@@ -177,23 +185,31 @@ def compare(server: Server, store: Path, work: Path, options: argparse.Namespace
     )
     _PLANNED["plan"] = plan(dataset, settings)
     found: dict[str, list[float]] = {"ours": [], "cookbook": []}
+    busy: dict[str, list[float]] = {"ours": [], "cookbook": []}
     # A server's first steps are its slowest, whosever they are.
     run_ours(dataset, work / "warm-up", replace(settings, max_steps=10))
     for turn in range(options.turns):
         for name in found if turn % 2 == 0 else reversed(found):
-            before = lines_of(store)
+            before, began = lines_of(store), cpu_seconds(server)
             if name == "ours":
                 run_ours(dataset, work / f"ours-{turn}", settings)
             else:
                 run_theirs(server, work / f"theirs-{turn}")
             found[name].append(steps_per_second(store, before))
-            print(f"{name:<9} {found[name][-1]:6.2f} steps/s", flush=True)
+            busy[name].append(cpu_seconds(server) - began)
+            print(
+                f"{name:<9} {found[name][-1]:6.2f} steps/s, {busy[name][-1]:6.2f} CPU s",
+                flush=True,
+            )
     ours, theirs = (statistics.median(found[name]) for name in ("ours", "cookbook"))
     ratios = [a / b for a, b in zip(found["ours"], found["cookbook"], strict=True)]
     print(
         f"median of {options.turns}: ours {ours:.2f}, cookbook {theirs:.2f} steps/s; ratio "
         f"{ours / theirs:.2f} (turn by turn {', '.join(f'{one:.2f}' for one in ratios)})"
     )
+    # Of loop and server together; other work on the machine changes it little.
+    cpu, their_cpu = (statistics.median(busy[name]) for name in ("ours", "cookbook"))
+    print(f"CPU seconds: ours {cpu:.2f}, cookbook {their_cpu:.2f}; ratio {their_cpu / cpu:.2f}")
 
 
 def compare_latency(server: Server, store: Path, work: Path, options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from distill_datasets.errors import ModelError
 from distill_datasets.models.references import connect
-from distill_datasets.training.folder import TrainingFolder
+from distill_datasets.training.folder import TrainingFolder, training_warnings
 from distill_datasets.training.trainer import train
 from tests.support.training_runs import QUICK, ROWS, Rows, write
 
@@ -43,7 +43,7 @@ def test_a_collapse_ends_training_and_without_a_good_checkpoint_it_is_an_error(
         train(dataset, student=model, out=tmp_path / "out", settings=SETTINGS)
     folder = TrainingFolder(tmp_path / "out")
     assert folder.checkpoints[-1].step == 8 and folder.checkpoints[-1].final
-    assert words in folder.warnings()[0]
+    assert words in training_warnings(folder.config or {}, folder.metrics)[0]
     assert capsys.readouterr().err.count("answers differ (the teacher's: 8)") >= 3
     with pytest.raises(ModelError, match="no checkpoint before is good"):
         folder.result(SETTINGS)

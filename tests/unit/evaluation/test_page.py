@@ -268,9 +268,10 @@ def test_a_confusion_counts_answers_that_are_no_label_too() -> None:
 def test_a_trainings_curves_have_the_best_checkpoint_marked() -> None:
     metrics: list[dict[str, Any]] = [{"step": step, "loss": 9.0 / step} for step in range(1, 4)]
     metrics += [{"step": 1, "validation_loss": 5.0}, {"step": 3, "validation_loss": 6.0}]
-    record = TrainingRecord({"student": "pocket"}, metrics, best_step=1)
+    warned = ["the student collapsed"]
+    record = TrainingRecord({"student": "pocket"}, metrics, best_step=1, warnings=warned)
     text = page(report(), ROWS, training=record)
-    assert "best: step 1" in text
+    assert "best: step 1" in text and "⚠ the student collapsed." in text
     assert "training" in Read(text).sections
 
 
