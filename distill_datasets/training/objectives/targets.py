@@ -114,7 +114,7 @@ def reverse_kl(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> 
     return np.asarray(sum(term.sum(axis=1) for term in terms), np.float64)
 
 
-class _Rest(NamedTuple):
+class _Others(NamedTuple):
     """All other tokens as one (N, 1): how likely, and by how much likelier to the teacher."""
 
     p: NDArray[np.float64]
@@ -123,7 +123,7 @@ class _Rest(NamedTuple):
 
 def _shares(
     student: NDArray[np.floating], teacher: NDArray[np.floating]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], _Rest]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64], _Others]:
     """The student's probabilities of tokens (N, K), by how much likelier the teacher finds them in
     nats, and the rest. Places with fewer tokens end with minus infinity on the student's side.
 
@@ -138,7 +138,7 @@ def _shares(
         np.maximum(1 - one.sum(axis=1, keepdims=True), _LEAST_REST) for one in (p, np.exp(theirs))
     )
     gain = np.where(likely, theirs - ours, 0.0)
-    return p, gain, _Rest(left, np.log(taught) - np.log(left))
+    return p, gain, _Others(left, np.log(taught) - np.log(left))
 
 
 def soft_batch(
