@@ -36,7 +36,8 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]PATH",
-        help="a training's folder, or a tinker:// path of --store; several times for several",
+        help="a folder of a training or a PEFT adapter, or a tinker:// path of --store; several "
+        "times for several",
     )
     parser.add_argument(
         "--recipe",

@@ -34,7 +34,7 @@ from .wire import (
 
 if TYPE_CHECKING:
     from .decoding import RunningBatch
-    from .lora import Adapters, LoraSpec
+    from .lora import AdapterLayout, Adapters, LoraSpec
     from .scheduler import Prefixes
     from .trainer import Trainee
 
@@ -169,7 +169,7 @@ class SavedWeights:
     """Where an adapter that can be sampled lies, and its layout."""
 
     folder: Path
-    lora: dict[str, Any]
+    lora: dict[str, Any] | AdapterLayout
 
 
 class Engine:
@@ -217,6 +217,20 @@ class Engine:
         run = self._require_kind(checkpoint, "sampler_weights", store)
         key = f"{model_path}@{checkpoint.created}"
         self._saved[key] = SavedWeights(folder, run.lora)
+        return key
+
+    def weights_in(self, folder: Path) -> str:
+        """The key of an adapter in PEFT's format, wherever it lies.
+
+        Whether it fits this model shows when it is sampled.
+        """
+        from .lora import ADAPTER_FILE, AdapterLayout
+
+        layout = AdapterLayout.read(folder)
+        if not (folder / ADAPTER_FILE).is_file():
+            raise MissingError(f"found no {ADAPTER_FILE} in {str(folder)!r}")
+        key = f"{folder.resolve()}@{(folder / ADAPTER_FILE).stat().st_mtime_ns}"
+        self._saved[key] = SavedWeights(folder, layout)
         return key
 
     @property
@@ -286,7 +300,9 @@ class Engine:
                 f"{MOST_SNAPSHOTS} are kept, named ones (save_weights_for_sampler) until their "
                 "time is over"
             )
-        return self._adapters.load(saved.folder, LoraSpec.read(saved.lora))
+        layout = saved.lora
+        spec = LoraSpec.read(layout) if isinstance(layout, dict) else layout
+        return self._adapters.load(saved.folder, spec)
 
     def create(self, run: StoredRun, spec: LoraSpec) -> dict[str, Any]:
         """Start a run with a fresh adapter."""

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .model import MOST_RANK, LoadedModel
-from .wire import InvalidRequestError, whole
+from .model import MOST_RANK, LoadedModel, read_object
+from .wire import InvalidRequestError, shown, whole
 
 # Tinker's documented choice: the update is scaled by ALPHA / rank whatever the rank.
 ALPHA = 32
@@ -64,6 +64,41 @@ class LoraSpec:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class AdapterLayout:
+    """The layout of an adapter that anybody may have saved, in PEFT's format."""
+
+    rank: int
+    alpha: int
+    targets: tuple[str, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterLayout:
+        """Read adapter_config.json; raises `InvalidRequestError` for what can't be sampled here."""
+        file = folder / "adapter_config.json"
+        config = read_object(file)
+        others = [name for name, plain in _PLAIN.items() if config.get(name, plain) not in (plain,)]
+        targets = config.get("target_modules")
+        named = isinstance(targets, list) and all(isinstance(one, str) for one in targets)
+        if config.get("peft_type") != "LORA" or others or not named or not targets:
+            raise InvalidRequestError(
+                f"expected {str(file)!r} of a LoRA whose target_modules is a list of names, and "
+                f"nothing more; found {shown(config.get('peft_type'))} with {others or 'no'} "
+                "extras: merge it into its base, and serve that"
+            )
+        rank, alpha = whole(config, "r", 1, MOST_RANK), whole(config, "lora_alpha", 0, 1 << 20)
+        return cls(rank, alpha, tuple(sorted(targets)))
+
+
+# What an adapter may say beside its rank, its alpha and its targets: that it does no more.
+_PLAIN: Mapping[str, Any] = {
+    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "use_qalora"), False),
+    **dict.fromkeys(("modules_to_save", "layers_to_transform", "exclude_modules"), None),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), {}),
+    **{"bias": "none", "target_parameters": None, "trainable_token_indices": None},
+}
+
+
 class Adapters:
     """The adapters of one base model; use from one thread only.
 
@@ -89,7 +124,7 @@ class Adapters:
                 torch.manual_seed(spec.seed)
             return self._add(self._config(spec))
 
-    def load(self, folder: Path, spec: LoraSpec) -> str:
+    def load(self, folder: Path, spec: LoraSpec | AdapterLayout) -> str:
         """Add a saved adapter, and return its name."""
         config = self._config(spec)
         # Making its layers takes ten times as long as filling them.
@@ -154,7 +189,19 @@ class Adapters:
             if marker in key
         }
 
-    def _config(self, spec: LoraSpec) -> LoraConfig:
+    def _config(self, spec: LoraSpec | AdapterLayout) -> LoraConfig:
+        if isinstance(spec, AdapterLayout):
+            unknown = {*spec.targets} - {name for _, name in self._layers}
+            if unknown:
+                raise InvalidRequestError(
+                    f"the adapter is for layers that this model lacks: {sorted(unknown)[:5]}"
+                )
+            return LoraConfig(
+                r=spec.rank,
+                lora_alpha=spec.alpha,
+                target_modules=list(spec.targets),
+                task_type="CAUSAL_LM",
+            )
         targets = self._targets(spec)
         return LoraConfig(
             r=spec.rank, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM"

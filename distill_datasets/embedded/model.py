@@ -63,7 +63,7 @@ class ModelCard:
                     f"save_pretrained writes them; found no {pattern} in {str(folder)!r}"
                 )
         _require_own_files(folder)
-        config = _read_object(folder / "config.json")
+        config = read_object(folder / "config.json")
         _require_plain_config(config, folder)
         known = config["max_position_embeddings"], _fingerprint(folder), ModelSize.read(config)
         return cls(name, folder, *known, dtype, threads)
@@ -93,7 +93,8 @@ class ModelCard:
             )
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of somebody else's."""
     try:
         found = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -118,7 +119,7 @@ def _require_own_files(folder: Path) -> None:
                 f"{str(file.resolve())!r}: put a copy of that file in its place"
             )
     for index in folder.glob("*.index.json"):
-        named = _read_object(index).get("weight_map")
+        named = read_object(index).get("weight_map")
         shards = set(map(str, named.values())) if isinstance(named, dict) else set()
         for shard in sorted(shards):
             if Path(shard).name != shard or not (folder / shard).is_file():
@@ -260,6 +261,6 @@ def _require_plain_head(network: Any) -> None:
 def _end_tokens(network: Any, tokenizer: Tokenizer, folder: Path) -> set[int]:
     found = network.generation_config.eos_token_id or network.config.eos_token_id or []
     ends = {found} if isinstance(found, int) else set(found)
-    end = _read_object(folder / "tokenizer_config.json").get("eos_token")
+    end = read_object(folder / "tokenizer_config.json").get("eos_token")
     written = end.get("content") if isinstance(end, dict) else end
     return ends | ({tokenizer.token_to_id(str(written))} - {None})

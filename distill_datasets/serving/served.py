@@ -189,10 +189,13 @@ def _open_student(
 ) -> tuple[Served, Recipe | None]:
     if reference.startswith(SCHEME):
         return Served(name, service.engine.weights_of(reference), format), recipe
-    folder = find_training(Path(reference).expanduser())
+    place = Path(reference).expanduser()
+    if (place / "adapter_config.json").is_file():
+        return Served(name, service.engine.weights_in(place), format), recipe
+    folder = find_training(place)
     if folder is None:
         raise ModelError(
-            f"{reference!r} is no student: expected a training's folder, or "
+            f"{reference!r} is no student: expected a training's folder, a PEFT adapter's, or "
             "tinker://<run>/sampler_weights/<name> of the server's --store."
         )
     config, checkpoint = read_training(folder)

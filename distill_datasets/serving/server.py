@@ -37,7 +37,8 @@ _CHAT_TEMPLATE = "distill_datasets/chat_template"
 class ServeSettings:
     """What is served beside the base, where, and how it computes.
 
-    `students` are training folders, or `tinker://` paths of the `store`, each maybe `NAME=PATH`.
+    `students` are folders of trainings or of PEFT adapters, or `tinker://` paths of the `store`,
+    each maybe `NAME=PATH`.
     What a model was distilled from is put before what it is asked under its name with `+prompt`:
     the prompt of the release that a student was trained on, or else that of `recipe`. The key is
     `api_key`, or that in DISTILL_API_KEY, or a fresh one.

@@ -62,7 +62,10 @@ def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 @pytest.fixture(scope="module")
 def client(model: Path, trained: tuple[Path, str]) -> Iterator[openai.OpenAI]:
     folder, path = trained
-    students = {"greetings": str(folder), "other": path}
+    run, kind, name = path.removeprefix("tinker://").split("/")
+    adapter = folder / "checkpoints" / run.replace(":", "_") / kind / name
+    assert (adapter / "adapter_config.json").is_file()
+    students = {"greetings": str(folder), "other": path, "peft": str(adapter)}
     with (
         serving(model, store=folder / "checkpoints", students=students) as server,
         openai.OpenAI(base_url=server.openai, api_key=KEY, max_retries=0) as client,
@@ -81,10 +84,10 @@ def test_students_answer_by_their_names_beside_the_base(
     client: openai.OpenAI, model: Path, trained: tuple[Path, str]
 ) -> None:
     names = [one.id for one in client.models.list()]
-    assert names == ["tiny", "greetings", "other", "greetings+prompt"]
+    assert names == ["tiny", "greetings", "other", "peft", "greetings+prompt"]
     base, student = said(client, "tiny"), said(client, "greetings")
     assert student != base
-    assert said(client, "other") == student
+    assert said(client, "other") == said(client, "peft") == student
     assert said(client, trained[1]) == student, "a checkpoint goes by its path too"
     address = str(client.base_url).removesuffix("/v1/")
     service = tinker.ServiceClient(base_url=address, api_key=KEY)
@@ -110,7 +113,7 @@ def test_a_students_prompt_is_that_of_its_release(client: openai.OpenAI) -> None
 @pytest.mark.parametrize(
     ("reference", "error", "says"),
     [
-        ("nowhere", ModelError, "expected a training's folder"),
+        ("nowhere", ModelError, "expected a training's folder, a PEFT adapter's"),
         ("tinker://a/sampler_weights/b", DistillError, "found no checkpoint"),
     ],
 )
@@ -118,6 +121,28 @@ def test_what_is_no_student_of_this_base_is_refused_before_anything_is_served(
     model: Path, reference: str, error: type[DistillError], says: str
 ) -> None:
     with pytest.raises(error, match=says), serving(model, students={"one": reference}):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"target_modules": ".*proj"}, "a list of names"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"r": 10**6}, "expected r in 1..512"),
+        ({}, "found no adapter_model.safetensors"),
+    ],
+)
+def test_an_adapter_that_cant_be_served_as_it_is_says_why(
+    model: Path, tmp_path: Path, changes: dict[str, object], says: str
+) -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 32, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    with (
+        pytest.raises(DistillError, match=says),
+        serving(model, students={"one": str(tmp_path)}),
+    ):
         pass
 
 
