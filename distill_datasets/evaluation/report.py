@@ -18,6 +18,7 @@ from distill_datasets.evaluation.asking import AnswersOfAll, ask_all, open_meter
 from distill_datasets.evaluation.latency import measure_latency
 from distill_datasets.evaluation.money import SpendingRecord, money
 from distill_datasets.evaluation.page import write_page
+from distill_datasets.evaluation.page_facts import TrainingRecord
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.evaluation.systems import (
     PROMPTED,
@@ -275,7 +276,7 @@ class _Measuring:
         measured = {name: self._system(name, comparison) for name in systems}
         verdict = judge_rows(texts, held_out.recipe, free_text=held_out.free_text)
         data = {
-            "alerts": alerts_of(texts, verdict),
+            "alerts": [*self._warnings(), *alerts_of(texts, verdict)],
             "verdict": verdict,
             "recipe": held_out.recipe.name,
             "dataset": {
@@ -306,6 +307,13 @@ class _Measuring:
         }
         notes = [*comparison.notes(), *explained(systems, held_out), *data["notes"]]
         return {**data, "notes": notes}
+
+    def _warnings(self) -> list[str]:
+        """What speaks against the training of the student, such as a collapse."""
+        if self.training is None:
+            return []
+        found = TrainingRecord.read(self.training.folder).warnings
+        return [f"Its training warns: {one}." for one in found]
 
     def _system(self, name: str, comparison: "Comparison") -> dict[str, Any]:
         """What a report says of a system."""

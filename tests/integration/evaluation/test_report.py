@@ -698,6 +698,18 @@ def test_a_training_folder_gets_a_model_card_with_its_best_checkpoint(
     assert "0.875 [0." in card
 
 
+def test_what_speaks_against_a_training_is_in_the_first_lines(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill_datasets.models.references.open_sampler", Opener())
+    lines = [{"step": step, "validation_loss": 1.0 + step} for step in range(3)]
+    text = "".join(json.dumps(one) + "\n" for one in lines)
+    (trained / "train" / "metrics.jsonl").write_text(text)
+    report = measure(trained, student=trained, out=trained)
+    assert "no better than the student before training" in report.data["alerts"][0]
+    assert report.data["alerts"][0] in (trained / "report.md").read_text()
+
+
 def test_a_later_checkpoint_makes_a_new_report(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
