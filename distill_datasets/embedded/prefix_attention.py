@@ -204,13 +204,13 @@ def attend(
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
         return out.transpose(1, 2).contiguous(), None
     layer: int = module.layer_idx  # type: ignore[assignment]
-    sizes = [segment.size for segment in segments]
-    parts = [torch.split(part[0].transpose(0, 1), sizes) for part in (query, key, value)]
-    found = [
-        segment.attend(layer, *(part.contiguous() for part in own), scale)
-        for segment, *own in zip(segments, *parts, strict=True)
-    ]
-    return torch.cat(found).unsqueeze(0), None
+    parts = [part[0].transpose(0, 1).contiguous() for part in (query, key, value)]
+    found, start = [], 0
+    for segment in segments:
+        own = (part[start : start + segment.size] for part in parts)
+        found.append(segment.attend(layer, *own, scale))
+        start += segment.size
+    return (torch.cat(found) if len(found) > 1 else found[0]).unsqueeze(0), None
 
 
 def _repeat(part: Tensor, groups: int) -> Tensor:

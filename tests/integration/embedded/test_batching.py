@@ -1,4 +1,4 @@
-"""Requests that run together on the compute thread: what is watched, and what is constrained."""
+"""Requests that run together on the compute thread: how they join, leave, fail and take turns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from distill_datasets.embedded.engine import BASE, ComputeThread, Engine, Payload, SampleJob
+from distill_datasets.embedded.decoding import RunningBatch
+from distill_datasets.embedded.engine import BASE, ComputeThread, Engine, Job, Payload, SampleJob
 from distill_datasets.embedded.model import ModelCard
 from distill_datasets.embedded.store import Store
 from distill_datasets.embedded.wire import pb, read_sample_request
@@ -123,3 +124,126 @@ def test_a_constraint_that_allows_nothing_is_an_error_and_other_requests_are_ans
     assert isinstance(answer, dict)
     assert "a constraint that allows a token" in answer["error"]
     assert len(drawn(good.get(timeout=60))[0]) == 6
+
+
+@pytest.fixture(scope="module")
+def network() -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(shared().model, dtype=torch.float32).eval()
+    network.generation_config.eos_token_id = None
+    return network
+
+
+def greedy(network: Any, prompt: list[int], count: int) -> list[int]:
+    """What transformers makes of a prompt alone."""
+    ids = torch.tensor([prompt])
+    settings = {"do_sample": False, "max_new_tokens": count, "pad_token_id": 0}
+    found = network.generate(inputs=ids, attention_mask=torch.ones_like(ids), **settings)
+    return found[0, len(prompt) :].tolist()
+
+
+def test_a_long_answer_does_not_hold_up_those_that_are_asked_for_meanwhile(
+    computer: Computer,
+) -> None:
+    ended: list[str] = []
+
+    def watch(name: str) -> Any:
+        def see(_: int, token: int, logprob: float) -> bool:
+            if name == "long" and len(others) < 8:
+                others.append(computer.send([80 + len(others)] * 5, watch=watch("short")))
+            ended.append(name)
+            return True
+
+        return see
+
+    others: list[queue.SimpleQueue[Payload]] = []
+    long = computer.send(PROMPT, max_tokens=300, watch=watch("long"))
+    assert len(drawn(long.get(timeout=120))[0]) == 300
+    for other in others:
+        assert len(drawn(other.get(timeout=60))[0]) == 6
+    assert ended[-1] == "long"
+    assert ended.count("short") == 8 * 6
+
+
+def test_rows_of_all_lengths_and_prefixes_in_one_batch_draw_what_each_draws_alone(
+    computer: Computer, network: torch.nn.Module
+) -> None:
+    random = np.random.default_rng(11)
+    starts: list[list[int]] = [[], *(random.integers(5, 500, n).tolist() for n in (40, 130))]
+    prompts = [starts[n % 3] + random.integers(5, 500, 2 + 7 * (n % 5)).tolist() for n in range(24)]
+    lengths = [3 + 23 * (n % 7) for n in range(24)]
+    sent = [
+        computer.send(one, max_tokens=count) for one, count in zip(prompts, lengths, strict=True)
+    ]
+    for answer, prompt, count in zip(sent, prompts, lengths, strict=True):
+        assert drawn(answer.get(timeout=120)) == [greedy(network, prompt, count)]
+
+
+def test_more_samples_than_rows_are_drawn_as_rows_get_free(computer: Computer) -> None:
+    found = computer.ask(PROMPT * 6, 150, temperature=1.0, seed=3, max_tokens=4)
+    assert len(found) == 150
+    assert found[:40] == computer.ask(PROMPT * 6, 40, temperature=1.0, seed=3, max_tokens=4)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory")])
+def test_a_request_for_which_memory_ends_is_told_so_and_the_others_are_answered(
+    computer: Computer, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    forward, large = RunningBatch._forward, [499, 498, 497]
+
+    def exhausted(batch: RunningBatch, one: Any) -> torch.Tensor:
+        if any(ids.tolist() == large for ids in one.ids):
+            raise error
+        return forward(batch, one)
+
+    monkeypatch.setattr(RunningBatch, "_forward", exhausted)
+    expected = computer.ask(PROMPT, max_tokens=30)
+    running = computer.send(PROMPT, max_tokens=30)
+    failing = [computer.send(large), computer.send(large)]
+    others = [computer.send([n, n, n]) for n in range(60, 64)]
+    for answer in failing:
+        found = answer.get(timeout=60)
+        assert isinstance(found, dict)
+        assert "out of memory: send fewer or shorter" in found["error"]
+    assert drawn(running.get(timeout=60)) == expected
+    for answer in others:
+        assert len(drawn(answer.get(timeout=60))[0]) == 6
+
+
+class Endless:
+    """A sampler that always has something to do, until it is told to end."""
+
+    def __init__(self) -> None:
+        self.busy, self.steps = True, 0
+
+    def add(self, job: SampleJob) -> None:
+        raise AssertionError("nobody asked for samples")
+
+    def step(self) -> None:
+        self.steps += 1
+        np.linalg.norm(np.ones((100, 100)))
+
+    def fail(self, payload: Payload) -> None:
+        raise AssertionError(payload)
+
+
+def test_training_and_samples_that_never_end_both_go_on() -> None:
+    sampler, answers = Endless(), queue.SimpleQueue[Payload]()
+    thread, seen = ComputeThread(sampler, lambda: None), list[int]()
+
+    def train() -> bytes:
+        seen.append(sampler.steps)
+        np.linalg.norm(np.ones((100, 100)))
+        if len(seen) < 200:
+            thread.submit(Job(train, lambda _: None))
+            # One waits at all times.
+            thread.submit(Job(lambda: b"", lambda _: None))
+        else:
+            answers.put(b"trained")
+        return b""
+
+    thread.submit(Job(train, lambda _: None))
+    assert answers.get(timeout=60) == b"trained"
+    sampler.busy = False
+    assert len(set(seen)) > 20
