@@ -26,6 +26,11 @@ def gate_file(report: Path) -> Path:
     return report.with_name(f"gate{report.stem.removeprefix('report')}.json")
 
 
+def calibration_file(report: Path) -> Path:
+    """Where thresholds of a student's confidence are kept: `calibration.json` beside the report."""
+    return report.with_name(f"calibration{report.stem.removeprefix('report')}.json")
+
+
 def coverage_file(report: Path) -> Path:
     """Where the coverage of a run's prompt is kept, by default."""
     return report.with_name("coverage") / "coverage.json"

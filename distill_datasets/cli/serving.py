@@ -154,7 +154,7 @@ def calibrate(options: argparse.Namespace) -> None:
     if options.json:
         print(found.path.read_text(encoding="utf-8"), end="")
         return
-    print(f"{found.text()}\n\nwrote {found.path} and {found.path.with_suffix('.html')}")
+    print(f"{found.text()}\n\nwrote {found.path}; the curve is in the report's page")
 
 
 def add_rollout(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from distill_datasets.evaluation import page_facts as facts
 from distill_datasets.files import write_file
 from distill_datasets.progress import amount_text
 from distill_datasets.report_files import (
+    calibration_file,
     coverage_file,
     gate_file,
     read_object,
@@ -57,9 +58,12 @@ def write_page(
 
 
 def _beside_report(file: Path, report: _Report) -> dict[str, Any]:
-    """What a gate found in this very report, and the coverage of its recipe's prompt."""
-    gate, coverage = (read_object(find(file)) or {} for find in (gate_file, coverage_file))
+    """What a gate and a calibration found in this very report, and its prompt's coverage."""
+    files = (gate_file, coverage_file, calibration_file)
+    gate, coverage, calibration = (read_object(find(file)) or {} for find in files)
+    here = calibration and calibration.get("report") == report.get("digest")
     return {
+        "calibration": calibration if here else None,
         "gate": gate if gate and gate.get("report") == report.get("digest") else None,
         "coverage": coverage if coverage.get("recipe") == report.get("recipe") else None,
     }
@@ -103,7 +107,8 @@ def page(
 ) -> str:
     """The page of a report's `data` and its rows; what is not known is left out.
 
-    `beside` are a `gate`'s findings and a prompt's `coverage`, as their files have them.
+    `beside` are a `gate`'s findings, a prompt's `coverage` and a `calibration`, as their files
+    have them.
 
     Path("page.html").write_text(page(report.data, report.rows()))
     """
@@ -126,6 +131,7 @@ def page(
         "residue": list(facts.residue_facts(report.get("residue"))),
         "gate": facts.gate_facts((beside or {}).get("gate")),
         "coverage": facts.coverage_facts((beside or {}).get("coverage")),
+        "calibration": facts.calibration_facts((beside or {}).get("calibration")),
         "rows": facts.rows_facts(report, kept, cut) if kept else None,
         "curves": panels_html(training.metrics, training.best_step) if training else [],
         "training_said": facts.training_said(training),

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from distill_datasets.drawing import short, whisker
+from distill_datasets.drawing import Mark, curves, short, whisker
 from distill_datasets.errors import DatasetError
 from distill_datasets.evaluation.gate import PASSED, UNSURE
 from distill_datasets.evaluation.money import CACHED, cost_curves, days_text
@@ -276,6 +276,17 @@ def gate_facts(gate: Mapping[str, Any] | None) -> dict[str, Any] | None:
     said = f"{failed} of {len(rules)} rules fail" if failed else f"none of {len(rules)} rules fails"
     rules.sort(key=lambda one: not one["bad"])
     return {"passed": gate["passed"], "said": said, "rules": rules}
+
+
+def calibration_facts(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """How much a student may serve alone, by the share in which it may disagree."""
+    if not found:
+        return None
+    curve = [(one["epsilon"], one["served"]) for one in found["curve"]]
+    marks = [Mark(one["epsilon"], one["served"], f"{one['served']:.0%}") for one in found["points"]]
+    names = {"x": "disagreements allowed", "y": "share served by the student"}
+    drawing = curves({names["y"]: curve}, **names, log=(True, False), marks=marks)
+    return {**found, "drawing": drawing, "paid": any(one["saved"] for one in found["points"])}
 
 
 def coverage_facts(coverage: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from markupsafe import Markup
 
-from distill_datasets.drawing import Mark, curves
 from distill_datasets.errors import DatasetError, SettingsError
 from distill_datasets.evaluation.money import STUDENT, TEACHER, money_of_run
+from distill_datasets.evaluation.page import write_page
 from distill_datasets.evaluation.systems import greedy, read_held_out
 from distill_datasets.files import one_writer, write_file
 from distill_datasets.generation.cache import Journal
@@ -27,7 +26,12 @@ from distill_datasets.models.references import find_training, open_sampler
 from distill_datasets.models.sampler import Sample
 from distill_datasets.notebooks import interruptible
 from distill_datasets.progress import Progress
-from distill_datasets.report_files import read_report, read_rows, report_file
+from distill_datasets.report_files import (
+    calibration_file,
+    read_report,
+    read_rows,
+    report_file,
+)
 from distill_datasets.selective import certify, rows_to_certify
 from distill_datasets.statistics import LEVEL, effective_rows
 from distill_datasets.tables import aligned
@@ -41,7 +45,6 @@ if TYPE_CHECKING:
 Score = Literal["least", "mean", "sum"]
 SCORES: tuple[Score, ...] = get_args(Score)
 EPSILONS = (0.01, 0.02, 0.05)
-CALIBRATION = "calibration.json"
 _POINTS = 40  # of the curve
 _CURVE = (0.002, 0.3)
 _CONCURRENCY = 64
@@ -83,6 +86,7 @@ class Thresholds:
     """What `calibrate` found; it stands in the run's calibration.json."""
 
     path: Path
+    report: str | None
     score: Score
     student: str
     split: str
@@ -98,7 +102,7 @@ class Thresholds:
     @classmethod
     def read(cls, run: str | Path) -> Thresholds:
         """That of a run; raises `DatasetError` where there is none."""
-        path = report_file(run).with_name(CALIBRATION)
+        path = calibration_file(report_file(run))
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             for name, kind in _LISTS.items():
@@ -124,27 +128,13 @@ class Thresholds:
             "epsilon of what it serves; the teacher answers the rest."
         )
 
-    def drawing(self) -> Markup:
-        """The share that the student serves, over epsilon."""
-        points = [(one.epsilon, one.served) for one in self.curve]
-        marks = [Mark(one.epsilon, one.served, f"{one.served:.0%}") for one in self.points]
-        names = {"x": "disagreements allowed", "y": "share served by the student"}
-        return curves({names["y"]: points}, **names, log=(True, False), marks=marks)
-
     def keep(self) -> None:
-        """Write it beside the report, with its curve as a page."""
+        """Write it beside the report."""
         found = {name: value for name, value in asdict(self).items() if name != "path"}
         write_file(self.path, json.dumps(found, indent=1) + "\n")
-        page = _PAGE.format(curve=self.drawing(), text=self.text())
-        write_file(self.path.with_suffix(".html"), page)
 
 
 _LISTS: Mapping[str, type] = {"points": Point, "curve": Point, "pairs": Pair}
-_PAGE = Markup(
-    "<!doctype html><meta charset=utf-8><title>calibration</title>"
-    "<style>body{{font:16px system-ui;max-width:44rem;margin:2rem auto;color:#222}}"
-    "pre{{overflow:auto}}</style><h1>When the student may answer alone</h1>{curve}<pre>{text}</pre>"
-)
 
 
 @interruptible
@@ -182,7 +172,8 @@ def calibrate(
         costs = None if prices is None else money_of_run(path, prices)["per_query"]
         wrong = [float(not one.agrees) for one in pairs]
         found = Thresholds(
-            path=path.with_name(CALIBRATION),
+            path=calibration_file(path),
+            report=report.get("digest"),
             score=score,
             student=sampler.identity,
             split=split,
@@ -196,6 +187,7 @@ def calibrate(
             pairs=pairs,
         )
         found.keep()
+        write_page(path, training)
     return found
 
 

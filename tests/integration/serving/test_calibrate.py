@@ -30,6 +30,8 @@ def test_a_student_that_agrees_with_nobody_serves_nothing(
     found = Thresholds.read(out)
     assert (found.rows, found.disagreements) == (rows, rows)
     assert [one.served for one in found.points] == [0.0, 0.0]
+    page = (out / "report.html").read_text()
+    assert 'id="calibration"' in page and "share served by the student" in page
     assert named_server.asked.total() == asked, "the teacher's answers are those of the report"
     assert main(["calibrate", str(out), "--score", "mean", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["score"] == "mean"

@@ -387,6 +387,13 @@ def beside_report(folder: Path, *, digest: str = "d1", recipe: str = "letters") 
     }
     (folder / "coverage").mkdir(exist_ok=True)
     (folder / "coverage" / "coverage.json").write_text(json.dumps(coverage))
+    points = [
+        {"epsilon": 0.01, "served": 0.0, "saved": -0.1},
+        {"epsilon": 0.05, "served": 0.8, "saved": 0.7},
+    ]
+    calibration = {"report": digest, "level": 0.95, "rows": 1200, "worth": 800.4}
+    calibration |= {"points": points, "curve": points}
+    (folder / "calibration.json").write_text(json.dumps(calibration))
     return write_page(folder).read_text()
 
 
@@ -396,6 +403,10 @@ def test_what_a_gate_found_and_what_no_query_exercises_are_sections(tmp_path: Pa
     assert found.index(">loops<") < found.index(">quality<", found.index('id="gate"'))
     assert "1 rule that no query of the sample exercises" in found
     assert found.index("<li>Be kind.</li>") < found.index("Say please.")
+    calibration = found[found.index('id="calibration"') :]
+    assert "1,200 held-out queries say so, worth 800 independent ones" in calibration
+    assert "none: too few queries tell" in calibration and "70.0%" in calibration
+    assert "<svg" in calibration[: calibration.index("</section>")]
     assert "<img src=x" not in found
 
 
@@ -404,3 +415,4 @@ def test_a_gate_of_another_report_and_a_coverage_of_another_prompt_are_not_shown
 ) -> None:
     found = beside_report(tmp_path, digest="d0", recipe="words")
     assert 'id="gate"' not in found and 'id="coverage"' not in found
+    assert 'id="calibration"' not in found
