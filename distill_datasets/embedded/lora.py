@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -108,7 +109,7 @@ class Adapters:
 
     def __init__(self, base: LoadedModel) -> None:
         self._network = base.network
-        self._device = base.device
+        self._device, self._dtype = base.device, base.dtype
         self._layers = _linear_layers(base.network)
         self._peft: PeftModel | None = None
         self._active: str | None = None
@@ -135,6 +136,9 @@ class Adapters:
         except InvalidRequestError:
             free.append(name)
             raise
+        for weight in self.parameters(name).values():
+            # Only what is trained needs more digits than the base has.
+            weight.data = weight.data.to(self._dtype)
         return name
 
     def restore(self, name: str, folder: Path) -> None:
@@ -218,6 +222,10 @@ class Adapters:
                 self._peft = get_peft_model(self._network, config, adapter_name=name)
             else:
                 self._peft.add_adapter(name, config)
+        for module in self._peft.modules():
+            if isinstance(module, LoraLayer):
+                # Its weights have the base's number format, or get it by autocast.
+                module.cast_input_dtype_enabled = False
         self._active = "unknown"
         self.activate(None)
         return name

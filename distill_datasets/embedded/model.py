@@ -8,13 +8,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .machine import ModelSize, choose_dtype, choose_threads, foretell, memory_of, torch_dtypes
+from distill_datasets.errors import OutputError
+from distill_datasets.files import write_file
+
+from .machine import (
+    ModelSize,
+    choose_dtype,
+    choose_threads,
+    foretell,
+    memory_of,
+    torch_dtypes,
+    user_cache,
+)
 from .wire import InvalidRequestError, shown
 
 if TYPE_CHECKING:
@@ -35,7 +48,10 @@ MOST_OF = {
     "num_attention_heads": 1024,
     "num_key_value_heads": 1024,
     "head_dim": 1024,
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 4096),
+    "moe_intermediate_size": 1 << 18,
 }
+SETTLED_SECONDS = 2.0  # after which a file that changes again has another time
 NEEDED_FILES = ("config.json", "*.safetensors", "tokenizer_config.json", "tokenizer.json")
 
 
@@ -94,7 +110,7 @@ class ModelCard:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of somebody else's."""
+    """A file's JSON object; anything else is an error that names the file."""
     try:
         found = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -155,6 +171,50 @@ def _require_plain_config(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
+def require_fitting(file: Path) -> None:
+    """Refuse a model by its config alone: what can't be served is not worth fetching."""
+    config = read_object(file)
+    _require_plain_config(config, file.parent)
+    size = ModelSize.read(config)
+    foretell(size, choose_dtype(os.environ.get("EMBEDDED_DTYPE", "auto"), size), file.parent.name)
+
+
+def digest_weights(folder: Path) -> str:
+    """What tells two models of one name apart: weights and tokenizer, in 12 digits."""
+    return digest_files(sorted([*folder.glob("*.safetensors"), folder / "tokenizer.json"]))[:12]
+
+
+def digest_files(paths: Sequence[Path]) -> str:
+    """The digest of all bytes of some files, the first of which gives the note its name.
+
+    Reads them once, and remembers the digest in the user's cache for as long as each file keeps its
+    size and its times: a change in the middle that hides its own time still changes the file's.
+    """
+    stats = [path.stat() for path in paths]
+    files = [
+        [path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        for path, stat in zip(paths, stats, strict=True)
+    ]
+    places = "\n".join(str(path.resolve()) for path in paths)
+    name = hashlib.sha256(places.encode(errors="surrogateescape")).hexdigest()[:32]
+    note = user_cache() / "weights" / f"{name}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(note.read_text(encoding="utf-8"))
+        if known["files"] == files:
+            return str(known["digest"])
+    content = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                content.update(block)
+    digest = content.hexdigest()
+    # A file that is being written may change once more without another time or size.
+    if time.time() - max(stat.st_mtime for stat in stats) > SETTLED_SECONDS:
+        with suppress(OutputError):
+            write_file(note, json.dumps({"files": files, "digest": digest}))
+    return digest
+
+
 def _fingerprint(folder: Path) -> str:
     """Identify the weights by config and the start of each file: whole files may be many GB."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
@@ -201,14 +261,21 @@ def load_model(card: ModelCard) -> LoadedModel:
     dtype = torch_dtypes()[card.dtype]
     # Each shape of a product in bf16 stays prepared: a thousand of them took gigabytes.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    network = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         card.folder,
         dtype=dtype,
         attn_implementation=prefix_attention.register(),
         trust_remote_code=False,
         use_safetensors=True,
         local_files_only=True,
+        output_loading_info=True,
     )
+    network, read = loaded
+    if missing := sorted(read["missing_keys"]):
+        raise InvalidRequestError(
+            f"expected all weights of a {network.config.model_type} in {str(card.folder)!r}; it "
+            f"lacks {missing[:3]}: fetch or save it again"
+        )
     config = network.config
     _require_full_attention(config)
     torch.set_num_threads(choose_threads(card.asked_threads, card.size))
@@ -217,7 +284,8 @@ def load_model(card: ModelCard) -> LoadedModel:
     # Read by the library of tokenizers alone: a class of transformers' may be any model's own.
     tokenizer = Tokenizer.from_file(str(card.folder / "tokenizer.json"))
     ends = frozenset(_end_tokens(network, tokenizer, card.folder))
-    memory = 3 * memory_of(device.type) // 4
+    weights = card.size.parameters * dtype.itemsize
+    memory = 3 * max(0, memory_of(device.type) - weights) // 4
     sizes = int(config.vocab_size), _token_bytes(config, dtype.itemsize), memory
     return LoadedModel(card, network, tokenizer, device, ends, *sizes, dtype)
 

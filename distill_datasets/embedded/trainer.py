@@ -263,7 +263,7 @@ class Trainee:
         sums: list[Tensor] | None = None
         total = 0.0
         for part in _parts(request.data, self._base.vocabulary):
-            with torch.set_grad_enabled(not request.forward_only):
+            with torch.set_grad_enabled(not request.forward_only), self._precision():
                 scored, loss = self._score([request.data[index] for index in part], request)
             total += float(loss.detach())
             for index, values in zip(part, scored, strict=True):
@@ -377,6 +377,11 @@ class Trainee:
         with torch.no_grad():
             values[rest] = self._project(hidden[rest], targets[rest])
         return _unpad(values.cpu().numpy(), rows), loss
+
+    def _precision(self) -> torch.autocast:
+        """Products in the base's number format; the adapter itself keeps all its digits."""
+        dtype = self._base.dtype
+        return torch.autocast(self._base.device.type, dtype, enabled=dtype != torch.float32)
 
     def _project(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Logprob of each of the (n, K) targets from the hidden state before it."""

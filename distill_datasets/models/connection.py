@@ -1,21 +1,19 @@
 """Connections: a model on a server, and how to render for it."""
 
 import json
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tinker
 
 from distill_datasets import resources
-from distill_datasets.embedded.machine import user_cache
-from distill_datasets.errors import ModelError, OutputError, ServiceError
-from distill_datasets.files import write_file
+from distill_datasets.embedded.model import digest_weights, require_fitting
+from distill_datasets.embedded.wire import InvalidRequestError
+from distill_datasets.errors import ModelError, ServiceError
 from distill_datasets.models.tinker_sdk import (
     NOT_STATED,
     explained,
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 
 _TEMPLATE = "distill_datasets/chat_template"
 _SERVERS: dict[str, "Server"] = {}
-_SETTLED_SECONDS = 2.0  # after which a file that changes again has another time
 
 
 @dataclass(frozen=True)
@@ -242,52 +239,68 @@ def find_served(reference: str) -> tuple[str, Path]:
 
 
 def find_model(source: str) -> Path:
-    """The folder of a local model: itself, or the Hub's copy on this disk.
+    """The folder of a local model: itself, what is made of a GGUF file or of an adapter over its
+    base, or the Hub's copy on this disk, at the revision behind an `@`.
 
-    Raises `ModelError` where it is neither.
+    Raises `ModelError` where it is none of these.
     """
-    folder = Path(source).expanduser()
-    if (folder / "config.json").is_file():
-        return folder.resolve()
-    if source.count("/") != 1 or folder.exists():
+    from distill_datasets.embedded.sources import open_adapter, open_gguf
+
+    place = Path(source).expanduser()
+    if place.suffix == ".gguf" and place.is_file():
+        return open_gguf(place.resolve())
+    if not (place / "config.json").is_file() and not (place / "adapter_config.json").is_file():
+        place = _fetch(source)
+    if (place / "adapter_config.json").is_file():
+        return open_adapter(place.resolve(), _find_base)
+    return place.resolve()
+
+
+def _find_base(named: str) -> Path:
+    """The base that an adapter names: on this disk, since a file of somebody else's says so."""
+    place = Path(named.removeprefix("embedded:")).expanduser()
+    if named == "pocket":
+        return resources.pocket()
+    if not (place / "config.json").is_file():
+        try:
+            place = _fetch(str(place), offline=True)
+        except ModelError as error:
+            raise ModelError(
+                f"The adapter's base {named!r} (base_model_name_or_path) is neither a folder here "
+                "nor a model in the Hub's cache: write the base's folder there, or fetch it with "
+                f"`hf download {named}`."
+            ) from error
+    if (place / "adapter_config.json").is_file():
+        raise ModelError(f"The adapter's base {named!r} is an adapter itself: name a whole model.")
+    return place.resolve()
+
+
+def _fetch(source: str, *, offline: bool = False) -> Path:
+    """A snapshot in the Hub's cache, of weights and texts alone."""
+    name, _, revision = source.partition("@")
+    if name.count("/") != 1 or Path(source).exists():
         raise ModelError(
             f"'embedded:{source}' is no model: expected a folder with config.json, weights and a "
-            "tokenizer with a chat template, or a Hub id like org/name."
+            "tokenizer with a chat template, a .gguf file, an adapter's folder, or a Hub id like "
+            "org/name or org/name@revision."
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+    )
 
+    kinds, at = ["*.json", "*.safetensors", "*.jinja", "*.txt"], revision or None
     try:
-        return Path(snapshot_download(source))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        with suppress(RemoteEntryNotFoundError):  # an adapter has none
+            config = hf_hub_download(name, "config.json", revision=at, local_files_only=offline)
+            require_fitting(Path(config))
+        return Path(
+            snapshot_download(name, revision=at, allow_patterns=kinds, local_files_only=offline)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
         raise ModelError(f"The Hub model {source!r} can't be fetched: {error}") from error
-
-
-def digest_weights(folder: Path) -> str:
-    """What tells two models of one name apart: weights and tokenizer, in 12 digits.
-
-    Reads all of them once, and remembers the digest in the user's cache for as long as each file
-    keeps its size and its time.
-    """
-    paths = sorted([*folder.glob("*.safetensors"), folder / "tokenizer.json"])
-    stats = [path.stat() for path in paths]
-    files = [
-        [path.name, stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)
-    ]
-    name = sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
-    cache = user_cache() / "weights" / f"{name}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(cache.read_text(encoding="utf-8"))
-        if known["files"] == files:
-            return str(known["digest"])
-    content = sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                content.update(block)
-    digest = content.hexdigest()[:12]
-    # A file that is being written may change once more without another time or size.
-    if time.time() - max(stat.st_mtime for stat in stats) > _SETTLED_SECONDS:
-        with suppress(OutputError):
-            write_file(cache, json.dumps({"files": files, "digest": digest}))
-    return digest
+    except InvalidRequestError as error:
+        raise ModelError(f"The Hub model {source!r} can't be served here: {error}") from error

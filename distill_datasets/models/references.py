@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
 
 _EXPECTED = (
-    "expected 'pocket', 'embedded:<folder or Hub id>', 'tinker:<base model>', "
+    "expected 'pocket', 'embedded:<folder, .gguf file, adapter or Hub id>', 'tinker:<base model>', "
     "'tinker://<run>/sampler_weights/<name>', 'openai:<model>' (as a teacher or a judge), or a "
     "training folder"
 )

@@ -3,16 +3,22 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distill_datasets.embedded import machine
+from distill_datasets.embedded.lora import Adapters, LoraSpec
 from distill_datasets.embedded.machine import ModelSize, choose_dtype, choose_threads, foretell
 from distill_datasets.embedded.model import ModelCard, load_model
+from distill_datasets.embedded.trainer import AdamParams, Datum, Trainee, TrainRequest
 from distill_datasets.embedded.wire import InvalidRequestError
 from distill_datasets.errors import ModelError
 from distill_datasets.models.references import connect
 from tests.support.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 
 LLAMA_8B = {
     "hidden_size": 4096,
@@ -65,7 +71,7 @@ def test_bf16_is_chosen_where_it_is_measured_to_be_faster(
     measured(monkeypatch, 1.0, 1.0)  # what a machine can do is found once
     assert choose_dtype("auto", LARGE) == chosen
     (key,) = kept = json.loads(cache.read_text())
-    assert key.endswith(f"torch {torch.__version__} 4096x14336")
+    assert key.endswith(f"torch {torch.__version__} 2048x8192")
     assert kept[key] == {"fp32": 100.0, "bf16": bf16}
 
 
@@ -122,3 +128,31 @@ def test_weights_are_loaded_in_the_number_format_that_was_asked_for(tmp_path: Pa
         loaded = load_model(ModelCard.read(folder, "tiny", dtype, threads=1))
         assert loaded.dtype == expected
         assert {one.dtype for one in loaded.network.parameters()} == {expected}
+
+
+def trained(folder: Path, dtype: str) -> tuple[list[float], Trainee]:
+    base = load_model(ModelCard.read(folder, "tiny", dtype, threads=1))
+    trainee = Trainee(base, Adapters(base), LoraSpec(4, seed=0))
+    random = np.random.default_rng(0)
+    rows = []
+    for length in (9, 17, 33):
+        tokens = random.integers(5, 500, length + 1)
+        weights = np.ones((length, 1), np.float32)
+        rows.append(Datum(tokens[:-1], tokens[1:, None], (weights,), hard=True))
+    losses = []
+    for _ in range(12):
+        _, metrics = trainee.forward_backward(TrainRequest(rows, "cross_entropy", {}, False))
+        trainee.step(AdamParams(learning_rate=4e-3))
+        losses.append(metrics["loss:sum"])
+    return losses, trainee
+
+
+def test_training_in_bf16_learns_as_in_fp32_with_an_adapter_of_all_digits(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "tiny")
+    (exact, _), (short, trainee) = trained(folder, "fp32"), trained(folder, "bf16")
+    assert exact[-1] < 0.8 * exact[0]
+    np.testing.assert_allclose(short, exact, rtol=0.02)
+    trainee.save(tmp_path, optimizer=True)
+    for name in ("adapter_model", "optimizer"):
+        saved = load_file(tmp_path / f"{name}.safetensors")
+        assert {one.dtype for one in saved.values()} == {torch.float32}
