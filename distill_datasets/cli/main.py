@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _EPILOG = """\
 model references:
   pocket                               the small model that ships with this package
-  embedded:<folder or Hub id>          any causal LM with a chat template, on this machine
+  embedded:<folder, .gguf or Hub id>   any causal LM with a chat template, on this machine
   openai:<model>                       OpenAI-compatible (OPENAI_API_KEY, OPENAI_BASE_URL)
   tinker:<base model>                  a base model on Tinker (TINKER_API_KEY, TINKER_BASE_URL)
   tinker://<run>/sampler_weights/<n>   a trained checkpoint on Tinker

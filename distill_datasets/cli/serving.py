@@ -27,7 +27,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         "given",
         nargs="?",
         metavar="model",
-        help="a local model: pocket or embedded:<folder> (default: pocket)",
+        help="a local model: pocket or embedded:<folder, .gguf file or Hub id> (default: pocket)",
     )
     parser.add_argument("--model", default="pocket", help=argparse.SUPPRESS)
     parser.add_argument(

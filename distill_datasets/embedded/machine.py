@@ -67,7 +67,8 @@ class ModelSize:
         return cls(
             outer + layers * (attention + max(experts, 1) * each),
             ends + layers * (attention + used * each),
-            (max(hidden, 1), max(inner, 1)),
+            # What is measured takes little memory, and larger products are as fast.
+            (min(max(hidden, 1), 2048), min(max(inner, 1), 8192)),
         )
 
 

@@ -229,7 +229,8 @@ def _fingerprint(folder: Path) -> str:
 class LoadedModel:
     """A base model with its tokenizer, on the GPU if there is one; `dtype` is its weights'.
 
-    A token that is computed takes about `token_bytes` of `memory`, which is what requests may use.
+    A token that is computed takes about `token_bytes` of `memory`, which is what requests may use,
+    and one that is learned from at most `learned_bytes`.
     """
 
     card: ModelCard
@@ -239,6 +240,7 @@ class LoadedModel:
     end_tokens: frozenset[int]
     vocabulary: int
     token_bytes: int
+    learned_bytes: int
     memory: int
     dtype: torch.dtype
 
@@ -286,7 +288,8 @@ def load_model(card: ModelCard) -> LoadedModel:
     ends = frozenset(_end_tokens(network, tokenizer, card.folder))
     weights = card.size.parameters * dtype.itemsize
     memory = 3 * max(0, memory_of(device.type) - weights) // 4
-    sizes = int(config.vocab_size), _token_bytes(config, dtype.itemsize), memory
+    taken = _token_bytes(config, dtype.itemsize), _learned_bytes(config, dtype.itemsize)
+    sizes = int(config.vocab_size), *taken, memory
     return LoadedModel(card, network, tokenizer, device, ends, *sizes, dtype)
 
 
@@ -296,6 +299,15 @@ def _token_bytes(config: Any, size: int) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     states = 8 * config.hidden_size + 4 * config.intermediate_size
     return int(size * 2 * config.num_hidden_layers * heads * width + 4 * states)
+
+
+def _learned_bytes(config: Any, size: int) -> int:
+    """What all layers keep for their gradients; norms keep their inputs in fp32."""
+    pairs = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = (5 * config.num_attention_heads + 4 * pairs) * width
+    states = 4 * config.hidden_size + 5 * config.intermediate_size + attention
+    return int(config.num_hidden_layers * (size * states + 16 * config.hidden_size))
 
 
 def _require_full_attention(config: Any) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .decoding import require_tokens
 from .lora import Adapters, LoraSpec, load_tensors, save_tensors
@@ -38,13 +42,18 @@ MOST_ROWS = 16_384
 SOFT = "cross_entropy"
 _CLIPPING = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 DEFAULTS: Mapping[str, Mapping[str, float]] = {"ppo": _CLIPPING, "cispo": _CLIPPING}
-# Logits held at once: longer requests are computed in parts, their gradients added up.
-MOST_LOGITS = 1 << 27
+# Logits held at once, a few times over: more are computed in parts, and again for their gradients.
+MOST_LOGITS = 1 << 26
+MOST_PART = 1 << 27
+# Of the memory that requests may use: what the rows of a part hold for their gradients together,
+# and what one row does before its layers are computed again for them.
+PART_SHARE, ROW_SHARE = 8, 2
 # A part costs some time of its own, so that few rows go together whatever their lengths.
 MOST_PADDED, LEAST_ROWS = 1.25, 8
 OPTIMIZER_FILE = "optimizer.safetensors"
 # Settings of Adam stay within float32, and its betas below one.
 MOST_RATE, BELOW_ONE = 1e30, math.nextafter(1.0, 0.0)
+recomputed = partial(checkpoint, use_reentrant=False)
 # From the logprobs of the targets, the loss's inputs and its settings to an objective per target.
 Objective = Callable[[Tensor, Sequence[Tensor], Mapping[str, float]], Tensor]
 
@@ -255,16 +264,23 @@ class Trainee:
         return list(self._weights.values())
 
     def forward_backward(self, request: TrainRequest) -> tuple[list[Floats], dict[str, float]]:
-        """Logprobs of the targets and metrics; adds gradients unless `forward_only`."""
+        """Logprobs of the targets and metrics; adds gradients unless `forward_only`.
+
+        What no weight asks for before the first weighted target is not computed then: its logprobs
+        are 0, as their products with the weights are.
+        """
         for row in request.data:
-            self._check(row, request.loss)
+            self._check(row, request)
         self._adapters.activate(self.name)
         logprobs: list[Floats | None] = [None] * len(request.data)
         sums: list[Tensor] | None = None
         total = 0.0
-        for part in _parts(request.data, self._base.vocabulary):
-            with torch.set_grad_enabled(not request.forward_only), self._precision():
-                scored, loss = self._score([request.data[index] for index in part], request)
+        for part in _parts(request.data, self._base.vocabulary, self._part_tokens(request)):
+            rows = [request.data[index] for index in part]
+            again = not request.forward_only and not self._holds(max(map(_length, rows)))
+            learning = torch.set_grad_enabled(not request.forward_only)
+            with learning, self._precision(), checkpointing(self._base.network, again):
+                scored, loss = self._score(rows, request)
             total += float(loss.detach())
             for index, values in zip(part, scored, strict=True):
                 logprobs[index] = values
@@ -275,6 +291,23 @@ class Trainee:
         if sums is not None:
             self._accumulate(sums)
         return [values for values in logprobs if values is not None], {"loss:sum": total}
+
+    @property
+    def _least_bytes(self) -> int:
+        """What a token holds whose layers are computed again: their inputs, and one in whole."""
+        config = self._base.network.config
+        layers = int(config.num_hidden_layers)
+        inputs = layers * int(config.hidden_size) * self._base.dtype.itemsize
+        return self._base.learned_bytes // layers + inputs
+
+    def _part_tokens(self, request: TrainRequest) -> int:
+        """How many tokens, padding with them, are computed together."""
+        held = self._base.token_bytes if request.forward_only else self._base.learned_bytes
+        return self._base.memory // PART_SHARE // held
+
+    def _holds(self, tokens: int) -> bool:
+        """Whether a row's states of all layers fit until its gradients are there."""
+        return tokens * self._base.learned_bytes <= self._base.memory // ROW_SHARE
 
     def step(self, params: AdamParams) -> dict[str, float]:
         """Apply the gradients gathered since the last step."""
@@ -337,7 +370,7 @@ class Trainee:
             return False
         return value.shape == (weight.shape if kind != "step" else torch.Size([]))
 
-    def _check(self, row: Datum, loss: str) -> None:
+    def _check(self, row: Datum, request: TrainRequest) -> None:
         most = self._base.card.max_context
         if len(row.tokens) > most:
             raise InvalidRequestError(
@@ -351,7 +384,14 @@ class Trainee:
             )
         require_tokens(row.tokens, self._base, "model_input")
         require_tokens(row.targets, self._base, "target")
-        for name, values in zip(LOSSES[loss], row.inputs, strict=True):
+        needed = len(row.tokens) * self._least_bytes
+        if not request.forward_only and needed > self._base.memory // ROW_SHARE:
+            raise InvalidRequestError(
+                f"expected rows that can be learned in {self._base.memory // ROW_SHARE >> 20} MiB "
+                f"of memory; found {len(row.tokens)} tokens, which take {needed >> 20} MiB: "
+                "shorten the row"
+            )
+        for name, values in zip(LOSSES[request.loss], row.inputs, strict=True):
             if not np.isfinite(values).all():
                 raise InvalidRequestError(f"expected finite {name}; found NaN or infinity")
 
@@ -370,10 +410,9 @@ class Trainee:
         logprobs = self._project(hidden[learned], targets[learned])
         objective = OBJECTIVES[request.loss]
         loss = -objective(logprobs, [one[learned] for one in inputs], request.config).sum()
-        values = torch.empty_like(inputs[0])
+        values = torch.zeros_like(inputs[0])
         values[learned] = logprobs.detach()
-        lengths = torch.tensor([len(row.tokens) for row in rows], device=device)
-        rest = ~learned & (torch.arange(ids.shape[1], device=device) < lengths[:, None])
+        rest = ~learned & _asked(learned, rows, request)
         with torch.no_grad():
             values[rest] = self._project(hidden[rest], targets[rest])
         return _unpad(values.cpu().numpy(), rows), loss
@@ -385,6 +424,13 @@ class Trainee:
 
     def _project(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Logprob of each of the (n, K) targets from the hidden state before it."""
+        size = max(1, MOST_LOGITS // self._base.vocabulary)
+        if len(hidden) <= size:
+            return self._look_up(hidden, targets)
+        parts = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+        return torch.cat([recomputed(self._look_up, *part) for part in parts])
+
+    def _look_up(self, hidden: Tensor, targets: Tensor) -> Tensor:
         network: Any = self._base.network
         logits = network.get_output_embeddings()(hidden).float()
         if targets.shape[1] == 1:
@@ -401,16 +447,44 @@ class Trainee:
         self._has_gradients = False
 
 
-def _parts(rows: Sequence[Datum], vocabulary: int) -> Iterator[list[int]]:
-    """Rows of similar length together, each part within MOST_LOGITS and with little padding."""
+@contextmanager
+def checkpointing(network: Any, on: bool) -> Iterator[None]:
+    """Let each layer keep nothing but its input, and be computed again for its gradients."""
+    found = [one for one in network.modules() if isinstance(one, GradientCheckpointingLayer)]
+    layers: list[Any] = found if on else []
+    for layer in layers:
+        layer._gradient_checkpointing_func = recomputed
+        layer.gradient_checkpointing = layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = False
+
+
+def _asked(learned: Tensor, rows: Sequence[Datum], request: TrainRequest) -> Tensor:
+    """The places whose logprobs somebody reads: of a prompt that is learned behind, none."""
+    device = learned.device
+    lengths = torch.tensor([len(row.tokens) for row in rows], device=device)
+    inside = torch.arange(learned.shape[1], device=device) < lengths[:, None]
+    # Elsewhere a token that was sampled may have no advantage, and still a ratio that is watched.
+    if request.forward_only or request.loss != SOFT:
+        return inside
+    return inside & (learned.cumsum(dim=1) > 0)
+
+
+def _length(row: Datum) -> int:
+    return len(row.tokens)
+
+
+def _parts(rows: Sequence[Datum], vocabulary: int, most: int) -> Iterator[list[int]]:
+    """Rows of similar length together, each part of at most so many tokens and little padding."""
+    most = min(most, MOST_PART // vocabulary)
     part: list[int] = []
     for index in sorted(range(len(rows)), key=lambda index: len(rows[index].tokens)):
         width = len(rows[index].tokens)
         too_wide = part and width > MOST_PADDED * len(rows[part[0]].tokens)
-        if part and (
-            (len(part) + 1) * width * vocabulary > MOST_LOGITS
-            or (too_wide and len(part) >= LEAST_ROWS)
-        ):
+        if part and ((len(part) + 1) * width > most or (too_wide and len(part) >= LEAST_ROWS)):
             yield part
             part = []
         part.append(index)

@@ -1,14 +1,16 @@
 """The number format and the threads that a model is computed in, and what is said beforehand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill_datasets.embedded import machine
+from distill_datasets.embedded import machine, trainer
 from distill_datasets.embedded.lora import Adapters, LoraSpec
 from distill_datasets.embedded.machine import ModelSize, choose_dtype, choose_threads, foretell
 from distill_datasets.embedded.model import ModelCard, load_model
@@ -156,3 +158,35 @@ def test_training_in_bf16_learns_as_in_fp32_with_an_adapter_of_all_digits(tmp_pa
     for name in ("adapter_model", "optimizer"):
         saved = load_file(tmp_path / f"{name}.safetensors")
         assert {one.dtype for one in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", machine.DTYPES)
+def test_little_memory_changes_no_gradient_and_too_little_is_said(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_model(ModelCard.read(make_tiny_model(tmp_path / "tiny"), "tiny", dtype, threads=1))
+    ids = np.arange(5, 70)
+    rows = [
+        Datum(ids[:length], ids[1 : length + 1, None], (np.ones((length, 1), np.float32),), True)
+        for length in (64, 40, 12)
+    ]
+    asked = TrainRequest(rows, "cross_entropy", {}, False)
+    found, computed = [], []
+    recomputed, adapters = trainer.recomputed, Adapters(base)
+
+    def counted(*work: Any) -> Any:
+        computed.append(work)
+        return recomputed(*work)
+
+    monkeypatch.setattr(trainer, "recomputed", counted)
+    for memory in (base.memory, 2 * 63 * base.learned_bytes):
+        trainee = Trainee(replace(base, memory=memory), adapters, LoraSpec(4, seed=0))
+        trainee.forward_backward(asked)
+        found.append([one.grad for one in trainee._parameters])
+    assert computed
+    for one, other in zip(*found, strict=True):
+        apart = torch.linalg.vector_norm(one - other) / (torch.linalg.vector_norm(one) + 1e-9)
+        assert apart < (0.03 if dtype == "bf16" else 1e-4)
+    small = replace(base, memory=2 * 63 * trainee._least_bytes)
+    with pytest.raises(InvalidRequestError, match="found 64 tokens, which take"):
+        Trainee(small, adapters, LoraSpec(4, seed=0)).forward_backward(asked)
