@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import tinker
 
 from distill_datasets.chat_rows import Conversation
 from distill_datasets.conversations import (
@@ -260,7 +261,7 @@ class AnswerValidator:
     def _score(self, student: Student, save: PendingSave | None) -> AnswerScores | None:
         try:
             said = asyncio.run(_sample_all(_sampler(student, save), self._asked))
-        except DistillError as error:
+        except (DistillError, tinker.TinkerError) as error:
             print(f"train: the student's answers can't be sampled: {error}", file=sys.stderr)
             return None
         scores = compare_answers(said, self._teacher, self._once)
@@ -444,9 +445,10 @@ def validation_likelihoods(task: TrainingTask, rows: Rendered) -> ReferenceLikel
         return known
     try:
         if len(rows) < LEAST_ROWS:
+            more = " evaluate_every (--evaluate-every) measures all there are."
             raise DatasetError(
-                f"it takes {LEAST_ROWS} validation rows, and {len(rows)} are measured. "
-                "evaluate_every (--evaluate-every) measures all of a split."
+                f"it takes {LEAST_ROWS} validation rows, and {len(rows)} are measured."
+                + (more if len(rows.plain) >= LEAST_ROWS else "")
             )
         prompts = read_teacher_prompts(task, (LEDGER,))
         answers = _answers(task, prompts, rows)
