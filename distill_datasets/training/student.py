@@ -278,6 +278,18 @@ class Student:
             updating = self._client.optim_step(update)
         return PendingStep(self, batch, (gradient, updating))
 
+    def logprobs(self, batch: Sequence[tinker.Datum]) -> list[NDArray[np.float64]]:
+        """Of every target (N, K) of a batch for the cross entropy, with the weights as the steps
+        submitted before leave them; waits for the server, and learns nothing.
+        """
+        shapes = [one.loss_fn_inputs["target_tokens"].to_numpy().shape for one in batch]
+        with _explained(self.connection.reference, "to compute log-probabilities"):
+            outputs = self.wait(self._client.forward(list(batch), "cross_entropy")).loss_fn_outputs
+        return [
+            np.asarray(one["logprobs"].to_numpy(), np.float64).reshape(shape)
+            for one, shape in zip(outputs, shapes, strict=True)
+        ]
+
     def loss(self, batches: Sequence[Sequence[Example]]) -> PendingLoss:
         """The loss with the weights as the steps submitted before leave them; learns nothing."""
         with _explained(self.connection.reference, "to compute a loss"):

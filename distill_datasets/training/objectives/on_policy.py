@@ -67,8 +67,9 @@ class Rollout:
     """One sampled answer: the student's log-probabilities of its tokens, and the teacher's.
 
     `ranking` holds the likeliest tokens in their places: the teacher's for the forward KL, the
-    student's for the reverse KL; `judged` the teacher's log-probabilities of the latter, and
-    `meant` what the student is to say for them where the teacher is cut at stop texts.
+    student's for the reverse KL; `judged` the teacher's log-probabilities of the latter.
+    Where the teacher is cut at stop texts, `top` is its own likeliest, and `meant` what the student
+    is to say for its.
     """
 
     prompt: Sequence[int]
@@ -78,6 +79,7 @@ class Rollout:
     ended: bool
     ranking: Ranking | None = None
     judged: NDArray[np.float64] | None = None
+    top: Ranking | None = None
     meant: NDArray[np.integer] | None = None
 
 
@@ -133,7 +135,7 @@ class OnPolicyObjective:
         elif self._objective.policy_gradient:
             batch = sampled_batch(rollouts, normalization)
         else:
-            batch = reverse_batch(rollouts, normalization)
+            batch = reverse_batch(self._current(rollouts), normalization)
 
         def read(outputs: Sequence[Mapping[str, Any]]) -> Learned:
             learned = batch.read(outputs)
@@ -235,12 +237,29 @@ class OnPolicyObjective:
 
         def judged_as_meant() -> Rollout:
             found, top = asked.result()
-            theirs = cuts.judged(ranking.ids, ranking.logprobs, found[:, 1:], top)
-            return replace(
-                rollout, teacher=found[:, 0], judged=theirs, meant=cuts.meant(ranking.ids)
-            )
+            meant = cuts.meant(ranking.ids)
+            return replace(rollout, teacher=found[:, 0], judged=found[:, 1:], top=top, meant=meant)
 
         return judged_as_meant
+
+    def _current(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """With the student's probabilities by the weights that learn now.
+
+        Those that sampled lack a step: their weights of the targets don't add up to 0, and pull on
+        by as much as the step before has moved, which grows from step to step.
+        """
+        found = self._task.student.logprobs(reverse_batch(rollouts, "token").datums)
+        current = []
+        for one, logprobs in zip(rollouts, found, strict=True):
+            assert one.ranking is not None and one.judged is not None
+            ids, sampled = one.ranking.ids, one.ranking.logprobs
+            now = logprobs[-len(one.tokens) :, 1 : 1 + ids.shape[1]]
+            student = np.where(np.isfinite(sampled), now, -np.inf).astype(np.float32)
+            judged = one.judged
+            if self._cuts and one.top is not None:
+                judged = self._cuts.judged(ids, student, judged, one.top)
+            current.append(replace(one, ranking=Ranking(ids, student), judged=judged))
+        return current
 
     def _ranking(self, sequence: Any, places: int) -> Ranking:
         """The student's likeliest tokens; places with fewer have the sampled token again."""

@@ -150,7 +150,11 @@ def test_a_student_is_cut_where_its_teacher_is_and_learns_to_end_there(
     free = rollouts(training_task(tiny_release, model, tmp_path, every))[0]
     (stop,) = connection.tokenizer.batch_decode([free.tokens[:1]])
     cut = release(tmp_path / "cut", model, sampling={"stop": [stop]})
-    one = rollouts(training_task(cut, model, tmp_path / "task", every))[0]
+    with closing(
+        OnPolicyObjective(training_task(cut, model, tmp_path / "task", every))
+    ) as objective:
+        sampled = objective._roll(STEP, objective._task.student.snapshot())
+        one = objective._current(sampled)[0]
     assert one.tokens == free.tokens[:1] and one.ended
     assert one.ranking is not None and one.meant is not None and one.judged is not None
     meant, ids = one.meant[0], one.ranking.ids[0]
@@ -160,6 +164,22 @@ def test_a_student_is_cut_where_its_teacher_is_and_learns_to_end_there(
     targets, weights = (fields[name].to_numpy()[-1] for name in ("target_tokens", "weights"))
     assert targets[201:][meant != ids].tolist() == meant[meant != ids].tolist()
     assert weights[201:].sum() == pytest.approx(np.exp(one.judged[0][meant != ids]).sum(), rel=1e-4)
+
+
+def test_old_samples_are_learned_by_the_weights_of_now(
+    tiny_release: Path, model: str, tmp_path: Path
+) -> None:
+    task = training_task(tiny_release, model, tmp_path, settings())
+    with closing(OnPolicyObjective(task)) as objective:
+        sampled = objective._roll(STEP, task.student.snapshot())
+        same = objective._current(sampled)
+        objective.submit(STEP).result()
+        moved = objective._current(sampled)
+    for before, still, after in zip(sampled, same, moved, strict=True):
+        assert before.ranking is not None and still.ranking is not None
+        assert after.ranking is not None
+        assert still.ranking.logprobs == pytest.approx(before.ranking.logprobs, abs=1e-4)
+        assert abs(after.ranking.logprobs - before.ranking.logprobs).max() > 1e-2
 
 
 def test_what_the_first_step_waits_for_is_said(
