@@ -25,7 +25,7 @@ from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.manifest import REJECTED, read_manifest, rejected_rows
 from distill_datasets.schema import EARLIER, SOURCE, failure_content
-from distill_datasets.tables import aligned
+from distill_datasets.tables import aligned, shortened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -480,8 +480,7 @@ def _movement_lines(movements: Sequence[Mapping[str, Any]]) -> list[str]:
 def _label(answer: str | None) -> str:
     if answer is None:
         return "(no answer)"
-    shown = aligned([[answer]])
-    return shown if len(shown) <= _WIDEST else shown[: _WIDEST - 1] + "…"
+    return shortened(aligned([[answer]]), _WIDEST)
 
 
 def _length_lines(lengths: Mapping[str, Any]) -> list[str]:
