@@ -1,5 +1,9 @@
 """How fast the embedded server samples and trains: `python -m tests.benchmarks.embedded`.
 
+With a folder as its argument it compares that model's samples with those of plain transformers
+instead, and prints the ratios of CPU seconds in fp32 and bf16, and how long the first of 64
+requests sent at once takes, measured in what one alone takes.
+
 A random model of the pocket model's size answers queries of about 50 tokens behind a prompt of
 700, once with the prompt shared (and so cached) and once with a different prompt per query; it
 scores the last tokens of 60 behind a shared prompt of 800, as a teacher does; then it trains on
@@ -10,15 +14,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import queue
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tinker
 from tinker import types
 
+from distill_datasets.embedded.engine import BASE, ComputeThread, Engine, SampleJob
+from distill_datasets.embedded.model import ModelCard
 from distill_datasets.embedded.process import Server, launch
+from distill_datasets.embedded.store import Store
+from distill_datasets.embedded.wire import pb, read_sample_request
 
 VOCABULARY = 4096
 PROMPT = 700
@@ -152,11 +162,110 @@ async def measure(server: Server, queries: int) -> None:
         print(f"train 32 x 60 x {targets:<3} {rate:7.2f} steps/s   ({1 / rate:.3f} s)")
 
 
+Answer = tuple[float, list[int]]
+
+
+class Engines:
+    """The server's engine in this process, whose CPU seconds are counted."""
+
+    def __init__(self, folder: Path, dtype: str, store: Path) -> None:
+        card = ModelCard.read(folder, "benchmark", dtype, 1)
+        engine = Engine(card, Store(store))
+        self._thread = ComputeThread(engine, engine.load)
+
+    def ask(self, prompts: list[list[int]], tokens: int) -> list[Answer]:
+        """Send all at once; when each was answered, from then on, and its tokens."""
+        began, answers = time.perf_counter(), queue.SimpleQueue[tuple[int, float, Any]]()
+        for index, prompt in enumerate(prompts):
+            chunks = [{"type": "encoded_text", "tokens": prompt}]
+            params = {"max_tokens": tokens, "temperature": 0.0, "stop": []}
+            request = read_sample_request({"prompt": {"chunks": chunks}, "sampling_params": params})
+
+            def resolve(payload: Any, index: int = index) -> None:
+                answers.put((index, time.perf_counter() - began, payload))
+
+            self._thread.submit(SampleJob(BASE, request, resolve))
+        found: dict[int, Answer] = {}
+        while len(found) < len(prompts):
+            index, seconds, payload = answers.get()
+            message = pb.SampleResponse()
+            message.ParseFromString(payload)
+            found[index] = seconds, np.frombuffer(message.sequences[0].tokens, np.int32).tolist()
+        return [found[index] for index in range(len(prompts))]
+
+
+def plain_answers(network: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """Batched `generate`, padded on the left."""
+    import torch
+
+    longest = max(map(len, prompts))
+    ids = torch.zeros((len(prompts), longest), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    settings = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    with torch.inference_mode():
+        found = network.generate(inputs=ids, attention_mask=mask, **settings)
+    answers: list[list[int]] = found[:, longest:].tolist()
+    return answers
+
+
+def server_against_transformers(
+    model: Path, dtypes: tuple[str, ...] = ("fp32", "bf16"), rows: int = 64, tokens: int = 24
+) -> dict[str, float]:
+    """CPU seconds of plain transformers by those of the server, in one thread: more is better.
+
+    Both answer the same prompts with as many tokens. `... equal` is the share of equal answers,
+    `... first` the time to the first of all answers by the time of one alone.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    random, found = np.random.default_rng(0), dict[str, float]()
+    for dtype in dtypes:
+        kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=kinds[dtype]).eval()
+        network.generation_config.eos_token_id = None
+        high = network.config.vocab_size
+        with tempfile.TemporaryDirectory() as store:
+            engine = Engines(model, dtype, Path(store))
+            engine.ask([[300]], 2)
+            torch.set_num_threads(1)
+            for kind, common in (("short", 0), ("shared", 800)):
+                start = random.integers(300, high, common).tolist()
+                lengths = np.clip(random.normal(30, 12, rows + 1), 8, 60).astype(int)
+                alone, *prompts = (start + random.integers(300, high, n).tolist() for n in lengths)
+                [(seconds, _)] = engine.ask([alone[::-1]], tokens)
+                began = time.process_time()
+                answers = engine.ask(prompts, tokens)
+                own, began = time.process_time() - began, time.process_time()
+                plain = plain_answers(network, prompts, tokens)
+                name = f"{kind} {dtype}"
+                found[name] = (time.process_time() - began) / own
+                same = [one == other for (_, one), other in zip(answers, plain, strict=True)]
+                found[f"{name} equal"] = sum(same) / rows
+                found[f"{name} first"] = min(after for after, _ in answers) / seconds
+                print(f"{name:12} server {own:6.1f} s of CPU, {found[name]:5.2f} times as fast,")
+                print(f"{'':12} {found[f'{name} equal']:.0%} equal, ", end="")
+                print(
+                    f"first answer after {found[f'{name} first']:.2f} times one alone", flush=True
+                )
+    return found
+
+
 def main() -> None:
     """Build, launch, measure."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, nargs="?", help="compare this model with transformers")
     parser.add_argument("--queries", type=int, default=2000)
-    queries = parser.parse_args().queries
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="this number format only")
+    options = parser.parse_args()
+    queries = options.queries
+    if options.model is not None:
+        dtypes = (options.dtype,) if options.dtype else ("fp32", "bf16")
+        server_against_transformers(options.model, dtypes)
+        return
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder))
         with launch(model, name="benchmark") as server:
