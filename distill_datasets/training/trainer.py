@@ -330,7 +330,7 @@ class Trainer:
             state=saved.state,
             sampler=saved.sampler,
             validation_loss=scores.get(VALIDATION_LOSS),
-            best=last or (self.selection.best_step == done if scores else submitted.kept),
+            best=last or (self.selection.best_step == done if self._validators else submitted.kept),
             final=final,
             kept=submitted.kept,
             scores=scores,
