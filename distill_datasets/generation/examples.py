@@ -85,11 +85,8 @@ def choose_examples(
         client = CachedClient(kept, progress, limits=settings.limits, meter=meter)
 
         async def right(some: Sequence[Choice], part: Sequence[int]) -> dict[Choice, int]:
-            # `select` takes an empty list, and no empty range at the end.
-            return {
-                one: await _right(_with(teachers, one), client, rows.select([*part]))
-                for one in some
-            }
+            asked = rows.select([*part])  # which takes an empty list, and no empty range at the end
+            return {one: await _right(_with(teachers, one), client, asked) for one in some}
 
         async def search() -> dict[Choice, float]:
             few = min(_FIRST_ROWS, len(rows))

@@ -130,9 +130,8 @@ def publish(
     to run the recipe without paying again, and where the recipe asks for `top_logprobs`, the
     teacher's probabilities into the config `soft`; `ledger=False` leaves both out. Of the query
     files, the release's recipe has the columns that it uses. With `prompt=False` the recipe goes
-    without the prompt, its examples, and tools that the student isn't given: the release says the
-    prompt's digest, and can't be made again from itself.
-    Raises `OutputError` where another process publishes to the same folder.
+    without the prompt, its examples, and tools that the student isn't given: the release can't be
+    made again from itself. Raises `OutputError` where another process publishes to the folder.
     """
     runs = [Path(run)] if isinstance(run, (str, Path)) else [Path(one) for one in run]
     folder = _release_folder(runs, out)

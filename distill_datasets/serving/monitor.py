@@ -3,7 +3,7 @@
 from html import escape
 from typing import TYPE_CHECKING
 
-from distill_datasets.serving.rollout import MOVES, Exchange, Rollout, read_moves
+from distill_datasets.serving.rollout import MOVES, Exchange, RolloutState, read_moves
 
 if TYPE_CHECKING:
     from prometheus_client import Counter, Gauge
@@ -20,7 +20,7 @@ _SHOWN_MOVES = 20
 class Monitor:
     """Counts by model; a registry of its own, so that nothing else of the process is told."""
 
-    def __init__(self, rollout: Rollout) -> None:
+    def __init__(self, rollout: RolloutState) -> None:
         """Needs `prometheus-client`."""
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 

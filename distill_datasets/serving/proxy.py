@@ -34,7 +34,7 @@ from distill_datasets.serving.exchanges import (
 )
 from distill_datasets.serving.monitor import Monitor
 from distill_datasets.serving.openai_app import refused
-from distill_datasets.serving.rollout import Exchange, Rollout, fraction
+from distill_datasets.serving.rollout import Exchange, RolloutState, fraction
 from distill_datasets.serving.served import with_prompt
 from distill_datasets.serving.stages import Move, by_name
 
@@ -186,12 +186,12 @@ def without_prompt(recipe: Recipe, messages: Sequence[Message]) -> Sequence[Mess
     return messages
 
 
-class Proxy:
+class RolloutProxy:
     """The application: `/v1/chat/completions`, `/v1/models`, `/metrics`, and a page at `/`."""
 
     def __init__(
         self,
-        rollout: Rollout,
+        rollout: RolloutState,
         backends: Mapping[Arm, Backend],
         *,
         chooser: Chooser | None = None,

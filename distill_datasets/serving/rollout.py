@@ -114,7 +114,7 @@ def usual_of(run: Path) -> Usual:
     return Usual([one["answer"] for one in known], [len(one["text"] or "") for one in known])
 
 
-class Rollout:
+class RolloutState:
     """Decides who answers, counts what comes of it, and moves between stages."""
 
     def __init__(

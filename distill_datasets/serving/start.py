@@ -22,10 +22,10 @@ from distill_datasets.models.endpoint import read_address, read_key
 from distill_datasets.recipes.prompt import fields_of
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.serving.calibration import Thresholds
-from distill_datasets.serving.proxy import Arm, Backend, Chooser, Proxy
+from distill_datasets.serving.proxy import Arm, Backend, Chooser, RolloutProxy
 from distill_datasets.serving.rollout import (
     Judgement,
-    Rollout,
+    RolloutState,
     parse_stages,
     read_run,
     rules_of,
@@ -84,11 +84,11 @@ def _tell(folder: Path, to: str) -> str:
     return f"The proxy at {url} is at stage {to}."
 
 
-def _controlled(run: Path, settings: RolloutSettings) -> tuple[Rollout, Recipe]:
+def _controlled(run: Path, settings: RolloutSettings) -> tuple[RolloutState, Recipe]:
     recipe, report = read_run(run)
     gate = GateRules.load(settings.rules) if settings.rules else GateRules()
     judgement = Judgement(recipe, bool(report.get("free_text")), usual_of(run))
-    controlled = Rollout(
+    controlled = RolloutState(
         run,
         judgement,
         rules_of(report, gate),
@@ -103,7 +103,7 @@ def _stages(settings: RolloutSettings) -> tuple[Stage, ...]:
     return parse_stages(settings.stages) if settings.stages else STAGES
 
 
-def _open(run: Path, settings: RolloutSettings) -> tuple[Rollout, Proxy, str]:
+def _open(run: Path, settings: RolloutSettings) -> tuple[RolloutState, RolloutProxy, str]:
     try:
         import prometheus_client  # noqa: F401
     except ImportError as error:
@@ -112,7 +112,7 @@ def _open(run: Path, settings: RolloutSettings) -> tuple[Rollout, Proxy, str]:
         ) from error
     controlled, recipe = _controlled(run, settings)
     admin = secrets.token_urlsafe(24)
-    proxy = Proxy(
+    proxy = RolloutProxy(
         controlled,
         _backends(run, recipe, settings),
         chooser=_chooser(run, settings),
@@ -168,7 +168,9 @@ def _backends(run: Path, recipe: Recipe, settings: RolloutSettings) -> dict[Arm,
     return {"student": student, "teacher": Backend(address, model, key, priced)}
 
 
-async def _serve(controlled: Rollout, proxy: Proxy, admin: str, settings: RolloutSettings) -> None:
+async def _serve(
+    controlled: RolloutState, proxy: RolloutProxy, admin: str, settings: RolloutSettings
+) -> None:
     runner = web.AppRunner(proxy.app(), access_log=None, shutdown_timeout=10)
     await runner.setup()
     try:
@@ -197,7 +199,7 @@ async def _serve(controlled: Rollout, proxy: Proxy, admin: str, settings: Rollou
         controlled.save()
 
 
-def said(controlled: Rollout, url: str) -> str:
+def said(controlled: RolloutState, url: str) -> str:
     """What a user reads as the proxy starts: where it is, and what it promises."""
     rules, stage = controlled.rules, controlled.stage
     up, down = rules.promised(max(0.0, rules.least - _WORSE))

@@ -26,8 +26,8 @@ from distill_datasets.errors import DatasetError, OutputError, ScreeningError
 from distill_datasets.evaluation.gate import GateRules
 from distill_datasets.generation.pricing import Price
 from distill_datasets.serving.calibration import Point
-from distill_datasets.serving.proxy import Backend, Chooser, Proxy, without_prompt
-from distill_datasets.serving.rollout import Judgement, Rollout, harvest, read_moves
+from distill_datasets.serving.proxy import Backend, Chooser, RolloutProxy, without_prompt
+from distill_datasets.serving.rollout import Judgement, RolloutState, harvest, read_moves
 from distill_datasets.serving.stages import OFF, STAGES, Stage, StageRules
 from tests.support.openai_server import KNOWN, Answer, Fault, OpenAIServer, serving
 from tests.support.recipes import any_recipe
@@ -54,12 +54,14 @@ class Place:
         """A client of the proxy."""
         kept = {name: options.pop(name) for name in ("keep_texts", "automatic") if name in options}
         price = options.pop("price", None)
-        self.rollout = Rollout(self.run, Judgement(self.recipe, False), self.rules, stages, **kept)
+        self.rollout = RolloutState(
+            self.run, Judgement(self.recipe, False), self.rules, stages, **kept
+        )
         backends = {
             "student": Backend(URL(self.student.url), KNOWN[1], "student-key"),
             "teacher": Backend(URL(self.teacher.url), KNOWN[0], "teacher-key", price),
         }
-        self.proxy = Proxy(self.rollout, backends, admin_key=ADMIN, **options)
+        self.proxy = RolloutProxy(self.rollout, backends, admin_key=ADMIN, **options)
         self._do(self._listen())
         return OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0)
 
