@@ -41,6 +41,10 @@ class ResponseReader(Protocol):
         """The part of its words that holds whatever follows."""
         ...
 
+    def plain(self, tokens: Sequence[int]) -> str:
+        """The response as it was drawn, without the token that ended it."""
+        ...
+
 
 @dataclass(frozen=True)
 class ChatReader:
@@ -74,6 +78,10 @@ class ChatReader:
         marks = (*self.asked.stop, *((_CALL,) if self.tools else ()))
         return _settled(_cut(text, marks)[0], marks)
 
+    def plain(self, tokens: Sequence[int]) -> str:
+        """With whatever the format writes around words."""
+        return TextReader(self.format, self.asked).read(tokens).content
+
 
 @dataclass(frozen=True)
 class TextReader:
@@ -91,6 +99,10 @@ class TextReader:
     def settled(self, tokens: Sequence[int]) -> str:
         """The text but for what may be the beginning of a character or of a stop."""
         return _settled(self.read(tokens).content, self.asked.stop)
+
+    def plain(self, tokens: Sequence[int]) -> str:
+        """All of it."""
+        return self.read(tokens).content
 
 
 def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
@@ -132,9 +144,12 @@ class Choice:
         self.text, new = settled, settled[len(self.text) :]
         return new
 
-    def rest(self, whole: str) -> str | None:
-        """Words that are still to be sent; None where others were sent before."""
-        return whole[len(self.text) :] if whole.startswith(self.text) else None
+    def rest(self, whole: str, plain: str) -> str | None:
+        """Words that are still to be sent, of the `whole` or, where that begins otherwise, as in
+        thoughts that nothing opened, of the `plain` text; None where others were sent before.
+        """
+        texts = (one[len(self.text) :] for one in (whole, plain) if one.startswith(self.text))
+        return next(texts, None)
 
 
 @dataclass(frozen=True)

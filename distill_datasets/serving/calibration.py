@@ -148,9 +148,8 @@ def calibrate(
 ) -> Thresholds:
     """Choose thresholds of the student's confidence on held-out queries that `measure` asked.
 
-    The student is asked again, for its log-probabilities, and the answers are kept in the run's
-    journal. Raises `DatasetError` for a run without a report, or whose answers are free text, of
-    which none equals another.
+    The student is asked again, for its log-probabilities; the run's journal keeps its answers.
+    Raises `DatasetError` for a run without a report, or whose answers are free text.
 
         print(calibrate("runs/demo", epsilons=[0.02]).text())
     """

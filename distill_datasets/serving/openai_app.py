@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -150,13 +150,15 @@ class _Completion:
                 outcomes.append(await self._stream_one(first, live, stream))
             if self.asked.usage:
                 await stream.send([], usage=usage(self.lengths, outcomes))
-            return await stream.close()
+            await stream.close()
         except DistillError as error:
             if not stream.begun:
                 raise
-            return await stream.fail(str(error))
+            with suppress(ConnectionResetError):
+                await stream.fail(str(error))
         except ConnectionResetError:  # the client went away
-            return stream.response
+            pass
+        return stream.response
 
     async def _stream_one(self, first: int, live: LiveRequest, stream: _Events) -> Outcome:
         """Send what one request draws, its samples numbered from `first`."""
@@ -172,7 +174,7 @@ class _Completion:
         ended = zip(count(first), choices, outcome.samples, strict=False)
         for index, choice, whole in ended:
             said = self.reader.read(whole.tokens)
-            rest = choice.rest(said.content)
+            rest = choice.rest(said.content, self.reader.plain(whole.tokens))
             if rest is None:
                 raise ServiceError(
                     "this chat format reads an answer otherwise once it is whole: ask for it "
@@ -199,15 +201,13 @@ class _Events:
         told: dict[str, Any] = {"usage": None} if self._writer.asked.usage else {}
         await self._write(json.dumps(self._writer.body(choices, chunk=True) | told | extra))
 
-    async def close(self) -> web.StreamResponse:
+    async def close(self) -> None:
         """End a whole answer."""
         await self._write("[DONE]")
-        return self.response
 
-    async def fail(self, message: str) -> web.StreamResponse:
+    async def fail(self, message: str) -> None:
         """End an answer that broke off."""
         await self._write(json.dumps({"error": error_body(message, kind="server_error")}))
-        return self.response
 
     async def _write(self, data: str) -> None:
         if not self.begun:

@@ -295,7 +295,10 @@ def test_keys_paths_and_broken_bodies_are_refused(server: Address) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_slot(
-    server: Address, monkeypatch: pytest.MonkeyPatch, stream: bool
+    server: Address,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stream: bool,
 ) -> None:
     given_up, began = threading.Event(), threading.Event()
     drawn: list[int] = []
@@ -331,9 +334,15 @@ def test_a_client_that_goes_away_frees_its_slot(
         lines = ["POST /v1/chat/completions HTTP/1.1", "Host: a", f"Authorization: Bearer {KEY}"]
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "", body]
         connection.sendall("\r\n".join(lines).encode())
-        assert began.wait(30)
+        assert began.wait(60)
+        heard = b""
+        while stream and b"data:" not in heard:
+            heard += connection.recv(4096)
     assert given_up.wait(60)
     assert drawn[0] < 4000
+    for _ in range(3):  # whatever the server says of it, it has said by now
+        assert post(server, "nothing", {}).status_code == 404
+    assert not [one for one in caplog.records if "Error handling" in one.getMessage()]
 
 
 def test_calls_of_tools_come_as_openai_has_them(server: Address, chat: Asked) -> None:
@@ -368,5 +377,20 @@ def test_words_thoughts_and_calls_are_told_apart_while_they_come(model: Path, th
     assert said.content == "Let me see ü 🙂."
     assert said.reasoning == "The user asks ü."
     assert [one["function"] for one in said.calls] == [{"name": "f", "arguments": '{"a": 1}'}]
-    assert "".join(pieces) + str(choice.rest(said.content)) == said.content
+    assert "".join(pieces) + str(choice.rest(said.content, "")) == said.content
     assert sum(map(bool, pieces)) > 3, "words come as they are drawn"
+
+
+def test_thoughts_that_nothing_opened_are_sent_as_they_were_drawn(model: Path) -> None:
+    tokenizer = load_tokenizer(str(model))
+    format = ChatFormat(tokenizer, "distill_datasets/chat_template")
+    read = read_chat({"model": "tiny", "messages": [{"role": "user", "content": "a"}]})
+    reader = ChatReader(format, read.asked, read.messages, None, thinks=False)
+    choice, sent = Choice(reader), ""
+    text = "It is blue.\n</think>\nNo: it is red."
+    tokens = tokenizer.encode(f"{text}<|im_end|>", add_special_tokens=False)
+    for token in tokens:
+        choice.add(token, 0.0)
+        sent += choice.news()
+    assert sent.startswith("It is")
+    assert sent + str(choice.rest(reader.read(tokens).content, reader.plain(tokens))) == text
