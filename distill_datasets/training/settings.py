@@ -19,7 +19,7 @@ _FREE = (
 _CONSTANT = {"temperature": 1.0}
 # Settings that version 0.1 lacks: what is said of a training names them only where they are used.
 _LATER = ("turns", "validation_rows")
-_WARM = 30  # steps: a new student's own samples say little of the prompt
+_WARM = 20  # steps: a new student's own samples say little of the prompt
 _PRESETS = {"poc": (8, 100), "debug": (10, 50)}  # rows, steps
 
 
@@ -78,7 +78,7 @@ class ObjectiveSettings:
         "steps that learn the release's responses before a new student samples, on policy",
         group="objective",
         at_least=0,
-        unset="a third of the steps, at most 30",
+        unset="a third of the steps, at most 20",
     )
 
     def __post_init__(self) -> None:
