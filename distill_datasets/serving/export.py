@@ -72,7 +72,11 @@ class ExportedStudent:
             return [f"merged weights in {self.folder}: for a GGUF file, llama.cpp's {gguf}"]
         config = json.loads(adapter.read_text(encoding="utf-8"))
         adapted = f"rank {config['r']} on {', '.join(config['target_modules'])}"
-        lines = [f"a PEFT adapter in {self.folder}: {adapted}"]
+        lines = [
+            f"a PEFT adapter in {self.folder}: {adapted}",
+            f"vLLM serves it with --enable-lora --max-lora-rank {config['r']} --lora-modules "
+            f"student={self.folder}",
+        ]
         if adapts_embeddings(self.folder):
             lines.append(
                 "its output embedding is adapted too, which vLLM serves for some models only: "

@@ -269,7 +269,8 @@ def _quiet() -> Iterator[list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield said
-    lines = [str(one.message).strip().split("\n")[0][:300] for one in caught]
+    told = [one for one in caught if issubclass(one.category, UserWarning)]
+    lines = [str(one.message).strip().split("\n")[0][:300] for one in told]
     said += list(dict.fromkeys(lines))[:_SHOWN]
 
 

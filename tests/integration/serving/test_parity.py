@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from distill_datasets.cli.main import main
 from distill_datasets.errors import ModelError
-from distill_datasets.serving.export import ExportSettings, export_student
+from distill_datasets.serving.export import ExportSettings, export_student, push_student
 from distill_datasets.serving.parity import Certificate, ParityError, certify
 from distill_datasets.training.export import read_training
 from distill_datasets.training.folder import TrainingFolder
@@ -152,7 +152,7 @@ def test_an_adapter_with_the_wrong_names_is_also_one_that_is_not_applied(
     assert any("isn't applied" in one for one in compare(students, folder).problems)
 
 
-def test_what_is_not_the_student_is_not_exported(
+def test_what_is_not_the_student_is_neither_exported_nor_pushed(
     students: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from distill_datasets.training import export
@@ -167,6 +167,9 @@ def test_what_is_not_the_student_is_not_exported(
     with pytest.raises(ParityError, match="the adapter isn't applied"):
         export_student(students[0], tmp_path / "out", ExportSettings(base_model="base/"))
     assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
+    with pytest.raises(ParityError, match="the adapter isn't applied"):
+        push_student(students[0], "me/student", base_model="base/")  # no Hub is there to be asked
     unseen = ExportSettings(base_model="base/", parity=False)
     assert not (
         export_student(students[0], tmp_path / "out", unseen).folder / "parity.json"
