@@ -86,15 +86,16 @@ routes.get("/api/v1/healthz")(_answer_always({"status": "ok"}))
 async def capabilities(request: web.Request) -> web.Response:
     """Name the model, and what it is trained with: limits that the SDK's type leaves out."""
     card = request.app[SERVICE].card
-    model = {
-        "model_name": card.name,
+    known = {
         "max_context_length": card.max_context,
         "trainable": True,
         "sampleable": True,
         "max_lora_rank": MOST_RANK,
         "loss_fns": list(LOSSES),
     }
-    return web.json_response({"supported_models": [model]})
+    # By the folder's name the Tinker Cookbook finds the tokenizer too.
+    names = dict.fromkeys((card.name, str(card.folder)))
+    return web.json_response({"supported_models": [{"model_name": n, **known} for n in names]})
 
 
 @routes.post("/api/v1/create_session")
@@ -255,7 +256,8 @@ def _new_run(service: Service, model_id: str, lora: dict[str, Any], body: Body) 
             f"the embedded server has the optimizer {ADAM}; found {shown(optimizer.get('type'))}"
         )
     said = texts(body, "user_metadata")
-    return StoredRun(model_id, card.name, card.fingerprint, lora, service.store.now(), said)
+    facts = model_id, card.name, card.fingerprint, lora, service.store.now(), said
+    return StoredRun(*facts, card.weights)
 
 
 @routes.post("/api/v1/create_model")

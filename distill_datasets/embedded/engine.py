@@ -394,10 +394,12 @@ class Engine:
                 f"save one with {maker}()"
             )
         run = store.run(checkpoint.run_id)
-        if run.fingerprint != self.card.fingerprint:
+        known = (run.fingerprint, run.weights or self.card.weights)
+        if known != (self.card.fingerprint, self.card.weights):
             raise InvalidRequestError(
-                f"{checkpoint.path} was trained on {run.base_model!r} ({run.fingerprint}); this "
-                f"server has {self.card.name!r} ({self.card.fingerprint}): serve that model instead"
+                f"{checkpoint.path} was trained on {run.base_model!r} ({'/'.join(known)}); this "
+                f"server has {self.card.name!r} ({self.card.fingerprint}/{self.card.weights}): "
+                "serve that model instead"
             )
         return run
 

@@ -89,6 +89,11 @@ class ModelCard:
         """The number format that it is computed in, `fp32` or `bf16`; may take seconds."""
         return choose_dtype(self.asked_dtype, self.size)
 
+    @cached_property
+    def weights(self) -> str:
+        """The digest of all weights, read once and remembered: the fingerprint sees only starts."""
+        return digest_weights(self.folder)
+
     def foretold(self) -> str:
         """What a large model takes on this machine, empty for others.
 

@@ -55,7 +55,7 @@ Record = TypeVar("Record", "StoredRun", "StoredCheckpoint")
 
 @dataclass(frozen=True)
 class StoredRun:
-    """One training run."""
+    """One training run; `weights` is the digest of its whole base, empty where none was kept."""
 
     run_id: str
     base_model: str
@@ -63,6 +63,7 @@ class StoredRun:
     lora: dict[str, Any]
     created: str
     user_metadata: dict[str, Any] | None = None
+    weights: str = ""
 
 
 @dataclass(frozen=True)

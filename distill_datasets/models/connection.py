@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from distill_datasets.embedded.process import Server
     from distill_datasets.models.renderers import TextRenderer
 
-_TEMPLATE = "distill_datasets/chat_template"
+_TEMPLATE, _POCKET_RENDERER = "distill_datasets/chat_template", "qwen3_instruct"
 _SERVERS: dict[str, "Server"] = {}
 
 
@@ -165,17 +165,29 @@ def connect_hosted(
         reference=reference,
         service=hosted_service(reference),
         base_model=base_model,
-        tokenizer_source=base_model,
+        tokenizer_source=_tokenizer_of(base_model),
         renderer_name=renderer or _recommended_renderer(base_model),
         max_context=model.max_context_length if model else None,
         model_path=model_path,
     )
 
 
+def _tokenizer_of(base_model: str) -> str:
+    """Where a hosted model's tokenizer is: our own `serve` names models as this machine does."""
+    if base_model == "pocket":
+        return str(resources.pocket())
+    place = Path(base_model).expanduser()
+    return str(find_model(base_model)) if place.suffix == ".gguf" or place.is_dir() else base_model
+
+
 def _recommended_renderer(base_model: str) -> str:
     from tinker_cookbook.exceptions import ConfigurationError
     from tinker_cookbook.model_info import get_recommended_renderer_name
 
+    if base_model == "pocket":
+        return _POCKET_RENDERER
+    if Path(base_model).expanduser().exists():
+        return _TEMPLATE
     try:
         return get_recommended_renderer_name(base_model)
     except (ConfigurationError, KeyError, ValueError) as error:

@@ -120,7 +120,7 @@ async def _until_interrupted(
             f"export TINKER_API_KEY={api_key}\n"
             f"# models:    {', '.join(name for one in models for name in one.models)}\n"
             f"# context:   {card.max_context} tokens, computed in {card.dtype}\n"
-            f"# tokenizer: {card.folder}\n"
+            f"# tokenizer: {card.folder} (for the Tinker Cookbook the model_name too)\n"
             f"# store:     {store or 'temporary, removed at the end'}\n"
             "# Ctrl-C ends the server",
             flush=True,

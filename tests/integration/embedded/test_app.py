@@ -269,7 +269,10 @@ def test_the_model_answers_to_its_folder_and_states_its_context(
     assert client.get_base_model() == str(model)
     rest = tinker.RestClient(base_url=server.url, api_key=server.api_key)
     found = rest.get_server_capabilities().result(60).supported_models
-    assert [(one.model_name, one.max_context_length) for one in found] == [("tiny", 512)]
+    assert [(one.model_name, one.max_context_length) for one in found] == [
+        ("tiny", 512),
+        (str(model), 512),
+    ]
 
 
 def test_a_wrong_key_is_refused_and_says_what_to_set(server: Server) -> None:

@@ -251,7 +251,7 @@ def test_the_server_states_what_it_trains(server: Server, service: tinker.Servic
     answer = httpx.get(
         f"{server.url}/api/v1/get_server_capabilities", headers={"X-API-Key": server.api_key}
     )
-    (model,) = answer.json()["supported_models"]
+    model, _ = answer.json()["supported_models"]
     assert (model["trainable"], model["sampleable"]) == (True, True)
     assert {"cross_entropy", "importance_sampling"} <= set(model["loss_fns"])
     most = model["max_lora_rank"]

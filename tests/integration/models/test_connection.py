@@ -15,6 +15,7 @@ from distill_datasets.errors import AccessError, ModelError, ServiceError
 from distill_datasets.models.references import connect, open_sampler
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.schema import Message
+from tests.support.shared_server import shared
 from tests.support.tiny_model import make_tiny_model
 
 QUESTION: list[Message] = [{"role": "user", "content": "What language is this?"}]
@@ -57,9 +58,25 @@ def test_an_unknown_model_names_near_ones_before_any_row(hosted: Server, model: 
         connect(f"tinker:{model}y", renderer="qwen3_instruct")
 
 
-def test_a_model_without_a_known_renderer_says_how_to_name_one(hosted: Server, model: Path) -> None:
+def test_a_model_without_a_known_renderer_says_how_to_name_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TINKER_BASE_URL", shared().server.url)
+    monkeypatch.setenv("TINKER_API_KEY", shared().server.api_key)
     with pytest.raises(ModelError, match="No renderer is known"):
-        connect(f"tinker:{model}")
+        connect("tinker:tiny")
+
+
+def test_a_served_model_is_rendered_for_by_the_folder_that_it_lies_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TINKER_BASE_URL", shared().server.url)
+    monkeypatch.setenv("TINKER_API_KEY", shared().server.api_key)
+    sampler = open_sampler(f"tinker:{shared().model}")
+    reply = asyncio.run(sampler.sample(QUESTION, Sampling(temperature=0.0, max_tokens=3)))
+    local = open_sampler(f"embedded:{shared().model}")
+    own = asyncio.run(local.sample(QUESTION, Sampling(temperature=0.0, max_tokens=3)))
+    assert reply.samples == own.samples
 
 
 def test_an_unknown_renderer_is_named(hosted: Server, model: Path) -> None:

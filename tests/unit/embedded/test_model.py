@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from distill_datasets.embedded.engine import Engine
 from distill_datasets.embedded.model import ModelCard
+from distill_datasets.embedded.store import Store, StoredCheckpoint, StoredRun
 from distill_datasets.embedded.wire import InvalidRequestError
 
 
@@ -95,3 +97,29 @@ def test_an_adapter_is_no_model(folder: Path) -> None:
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     assert "found no " in refusal(folder)
+
+
+def test_a_checkpoint_over_a_base_that_was_edited_in_the_middle_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The fingerprint reads the start of each file; the digest of a run's base reads all of it."""
+    content = bytearray(3 << 20)
+    (folder / "model.safetensors").write_bytes(content)
+    before = ModelCard.read(folder, "model")
+    store = Store(tmp_path / "store")
+    lora = {"rank": 4, "seed": 0, "train_unembed": True, "train_mlp": True, "train_attn": True}
+    paths = []
+    for run, digest in (("now", before.weights), ("early", "")):
+        known = "model", before.fingerprint, lora, store.now(), None
+        store.add_run(StoredRun(run, *known, digest))
+        saved = StoredCheckpoint(run, "sampler_weights", "a", store.now())
+        paths.append(store.write(saved, lambda draft: None, overwrite=False).path)
+    for path in paths:
+        assert Engine(before, store).weights_of(path)
+    content[2 << 20] = 1
+    (folder / "model.safetensors").write_bytes(content)
+    after = ModelCard.read(folder, "model")
+    assert after.fingerprint == before.fingerprint
+    with pytest.raises(InvalidRequestError, match="serve that model instead"):
+        Engine(after, store).weights_of(paths[0])
+    assert Engine(after, store).weights_of(paths[1])  # from before digests were kept
