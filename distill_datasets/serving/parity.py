@@ -38,6 +38,7 @@ FILE = "parity.json"
 ROWS = 8
 _MOST_TOKENS = 512  # of a row; what is computed grows with them
 _LEAST = (1e-4, 2e-3)  # nats, mean and largest: less is rounding in any number format
+_FINEST = 1e-5
 _TIMES_FLOOR = 4.0
 _OTHER_FORMAT = 0.2  # of the adapter's effect: what another number format may make of it
 _SHOWN = 3
@@ -65,7 +66,11 @@ class ParityError(ModelError):
 
 @dataclass(frozen=True)
 class Gap:
-    """How far two models' log-probabilities of the same tokens lie apart, in nats."""
+    """How far two models' log-probabilities of the same tokens lie apart, in nats.
+
+    To one digit and no less than 1e-5: what lies below differs from one run to the next, and a
+    student that is pushed again should be the same.
+    """
 
     mean: float
     largest: float
@@ -74,7 +79,7 @@ class Gap:
     def between(cls, first: Scores, second: Scores) -> Self:
         """Of two models' scores of the same rows."""
         apart = np.abs(np.concatenate(first) - np.concatenate(second))
-        return cls(float(apart.mean()), float(apart.max()))
+        return cls(_one_digit(float(apart.mean())), _one_digit(float(apart.max())))
 
     def within(self, limit: "Gap") -> bool:
         """Whether both of its numbers are; those of a model that computes NaN never are."""
@@ -191,6 +196,10 @@ def certify(
         problems += _judge(f"what {served_at} has", wide, Gap.between(there, found), to_base)
         problems += served.other_template(connection, conversations)
     return replace(certificate, problems=tuple(problems))
+
+
+def _one_digit(value: float) -> float:
+    return max(float(f"{value:.1g}"), _FINEST)  # NaN stays NaN
 
 
 def _limit(floor: Gap) -> Gap:

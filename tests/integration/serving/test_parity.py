@@ -56,7 +56,7 @@ def compare(students: tuple[Path, Path], folder: Path, **options: Any) -> Certif
 def test_an_adapter_is_the_student_within_the_noise_and_its_card_says_so(exported: Path) -> None:
     found = json.loads((exported / "parity.json").read_text())
     assert found["passed"] and found["problems"] == found["notes"] == []
-    assert found["exported"]["mean"] < 1e-5 < 0.1 < found["effect"]["mean"]
+    assert found["exported"]["mean"] <= 1e-5 < 0.1 < found["effect"]["mean"]
     assert found["exported"]["largest"] <= found["limit"]["largest"]
     card = (exported / "README.md").read_text()
     assert "Whether it is what was trained" in card and "rows: the same student" in card
@@ -196,7 +196,7 @@ def test_a_student_behind_an_address_is_told_from_its_base_and_from_another_prom
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     settings = ExportSettings(served_at=served, served_as="student")
     again = export_student(students[0], folder, settings).certificate
-    assert again and again.passed and again.served and again.served.mean < 1e-5
+    assert again and again.passed and again.served and again.served.mean <= 1e-5
     assert json.loads((folder / "parity.json").read_text())["served_at"] == served
     base = compare(students, folder, served_at=served, served_as=shared().model.name)
     assert base.problems == (
