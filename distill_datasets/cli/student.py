@@ -131,12 +131,12 @@ def train(options: argparse.Namespace) -> None:
 
 def _choose_student(options: argparse.Namespace) -> None:
     """The student that is named, or that of --from, or the model of the release's teacher."""
-    from distill_datasets.models.references import default_student, read_training
+    from distill_datasets.models.references import base_of, default_student
     from distill_datasets.training.data import locate
 
     start = getattr(options, "start", None)
-    if options.student is None and start and (Path(start) / "checkpoints.jsonl").is_file():
-        options.student = read_training(Path(start))[0]["student"]
+    if options.student is None and start:
+        options.student = base_of(start)
     if options.student is None:
         source = locate(options.dataset, options.config)
         options.student = default_student(source.manifest.get("teacher"))

@@ -141,9 +141,14 @@ def connect_checkpoint(path: str, renderer: str | None) -> Connection:
             f"{path!r} can't be sampled: expected tinker://<run>/sampler_weights/<name>. "
             "A path with /weights/ is a training state."
         )
+    return connect_hosted(path, base_of_state(path), renderer, path)
+
+
+def base_of_state(path: str) -> str:
+    """The base model of a checkpoint or a training state on Tinker."""
     with explained(path):
         info = rest_client(path).get_weights_info_by_tinker_path(path).result()
-    return connect_hosted(path, info.base_model, renderer, path)
+    return str(info.base_model)
 
 
 def connect_hosted(

@@ -77,6 +77,20 @@ def default_student(teacher: str | None) -> str:
     )
 
 
+def base_of(student: str) -> str | None:
+    """The model that a student was trained from: a training folder, or a state on a server.
+
+    None for what is neither.
+    """
+    if (folder := find_training(student)) is not None:
+        return str(read_training(folder)[0]["student"])
+    if not student.startswith("tinker://"):
+        return None
+    from distill_datasets.models.connection import base_of_state
+
+    return f"tinker:{base_of_state(student)}"
+
+
 def _open_openai(
     model: str, renderer: str | None, stream: bool, lazily: bool, timeout: float | None
 ) -> Sampler:

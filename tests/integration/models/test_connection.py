@@ -12,7 +12,7 @@ import pytest
 from distill_datasets.embedded.model import digest_weights
 from distill_datasets.embedded.process import Server, launch
 from distill_datasets.errors import AccessError, ModelError, ServiceError
-from distill_datasets.models.references import connect, open_sampler
+from distill_datasets.models.references import base_of, connect, open_sampler
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.schema import Message
 from tests.support.shared_server import shared
@@ -248,3 +248,12 @@ def test_an_address_of_tinker_that_is_none_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TINKER_BASE_URL", "localhost:8000")
     with pytest.raises(ModelError, match="TINKER_BASE_URL: expected https://"):
         connect("tinker:Qwen/Qwen3-8B")
+
+
+def test_a_state_on_a_server_knows_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINKER_BASE_URL", shared().server.url)
+    monkeypatch.setenv("TINKER_API_KEY", shared().server.api_key)
+    client = shared().service.create_lora_training_client("tiny", rank=2, seed=0).result(60)
+    path = client.save_state("kept").result(60).path
+    assert base_of(path) == "tinker:tiny"
+    assert base_of("nowhere") is None
