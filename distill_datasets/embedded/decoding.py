@@ -20,7 +20,7 @@ from torch import Tensor
 from .choosing import choose, uniforms
 from .logprobs import score
 from .model import LoadedModel
-from .prefix_attention import CacheShape, NextTokens, Reading, Segment, Slots
+from .prefix_attention import CacheShape, NextTokens, PromptTokens, Segment, Slots
 from .scheduler import (
     Admission,
     Build,
@@ -198,7 +198,7 @@ class Group:
                 self._slots.reserve(len(self.rows) + len(joining))
             lengths = [len(row.unread) for row in joining]
             slots = self._slots if self.width else None
-            yield Reading(lengths, self._prefix, slots, first=len(self.rows)), joining
+            yield PromptTokens(lengths, self._prefix, slots, first=len(self.rows)), joining
 
     def take(self, row: Row, source: Group) -> None:
         """Move a row here, to wider slots."""
@@ -399,7 +399,7 @@ class RunningBatch:
         rest = building.tokens[building.done :]
         rest = rest[: max(0, self._longest - one.size)]
         if len(rest):
-            segment = Reading([len(rest)], None, building.slots, past=building.done)
+            segment = PromptTokens([len(rest)], None, building.slots, past=building.done)
             one.segments.append(segment)
             one.add_tokens(rest, building.done)
         return len(rest)

@@ -61,7 +61,7 @@ class Job:
     resolve: Resolve
 
 
-class Sampler(Protocol):
+class StepSampler(Protocol):
     """What computes the samples, a step at a time; used by the compute thread alone."""
 
     @property
@@ -86,7 +86,7 @@ class ComputeThread:
     as much time.
     """
 
-    def __init__(self, sampler: Sampler, prepare: Callable[[], None]) -> None:
+    def __init__(self, sampler: StepSampler, prepare: Callable[[], None]) -> None:
         self._sampler, self._prepare = sampler, prepare
         self._arrived: deque[Job | SampleJob] = deque()
         self._changed = threading.Condition()

@@ -121,7 +121,7 @@ class NextTokens:
         return out
 
 
-class Reading:
+class PromptTokens:
     """`lengths` tokens for each of the rows from `first` on, behind `past` of their own.
 
     `slots` None keeps nothing: nobody asks for the token after the next.

@@ -67,8 +67,7 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     training folder or a server's path of its state; with `only_new`, rows that it was trained on
     are left out. The best checkpoint is the one with the lowest validation loss, or as
     `settings.select` says, and without a validation split the last; `validators` measure more on
-    that split. Raises `DatasetError`, `ModelError`, `AccessError`, `ServiceError`,
-    `SettingsError` or `OutputError`, each with what to do.
+    that split. Raises `DatasetError`, `ModelError`, `ServiceError`, `SettingsError`, `OutputError`.
 
         trained = train("runs/demo/release", student="pocket", out="runs/student")
     """
