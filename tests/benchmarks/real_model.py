@@ -36,6 +36,7 @@ from distill_datasets.resources import builders
 from distill_datasets.tables import aligned
 from distill_datasets.training.settings import ObjectiveSettings, TrainSettings
 from tests.benchmarks import plain_peft
+from tests.benchmarks.embedded import server_against_transformers
 from tests.benchmarks.objectives import spread, stop, unrelated_loss
 from tests.benchmarks.real_tasks import Task, open_task
 
@@ -184,7 +185,11 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, help="steps to train (default: all epochs)")
     parser.add_argument(
-        "--no-plain", dest="plain", action="store_false", help="no step of plain peft beside ours"
+        "--no-plain",
+        dest="plain",
+        action="store_false",
+        help="nothing of plain peft and plain transformers beside ours",
+
     )
     parser.add_argument("--out", type=Path, default=Path("runs/real_model"))
     options = parser.parse_args()
@@ -204,6 +209,7 @@ def main() -> None:
     if options.plain:
         folder = connection.find_model(options.model.removeprefix("embedded:"))
         plain_peft.compare(folder, steps=6)
+        server_against_transformers(folder)
 
 
 if __name__ == "__main__":
