@@ -266,8 +266,8 @@ class Trainee:
     def forward_backward(self, request: TrainRequest) -> tuple[list[Floats], dict[str, float]]:
         """Logprobs of the targets and metrics; adds gradients unless `forward_only`.
 
-        What no weight asks for before the first weighted target is not computed then: its logprobs
-        are 0, as their products with the weights are.
+        What stands before the first weighted target of a row is not computed then: its logprobs
+        are 0, as their products with the weights are. A row without weights is only scored.
         """
         for row in request.data:
             self._check(row, request)
@@ -470,7 +470,8 @@ def _asked(learned: Tensor, rows: Sequence[Datum], request: TrainRequest) -> Ten
     # Elsewhere a token that was sampled may have no advantage, and still a ratio that is watched.
     if request.forward_only or request.loss != SOFT:
         return inside
-    return inside & (learned.cumsum(dim=1) > 0)
+    whole = ~learned.any(dim=1, keepdim=True)
+    return inside & (whole | (learned.cumsum(dim=1) > 0))
 
 
 def _length(row: Datum) -> int:
