@@ -10,7 +10,7 @@ import hmac
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +24,6 @@ from distill_datasets.generation.pricing import Price
 from distill_datasets.models.sampler import digest
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
-from distill_datasets.serving.calibration import Point, Score, confidence
 from distill_datasets.serving.exchanges import (
     SpokenStream,
     as_events,
@@ -68,18 +67,13 @@ class Backend:
 
 @dataclass(frozen=True)
 class Chooser:
-    """By which confidence the student answers alone, as `calibrate` chose it.
+    """Whether the student is sure enough, by the log-probabilities of its answer's tokens.
 
     `blend` is the share of the users whose other queries go to the student with the prompt.
     """
 
-    point: Point
-    score: Score
+    serves: Callable[[Sequence[float]], bool]
     blend: float = 0.0
-
-    def serves(self, logprobs: Sequence[float]) -> bool:
-        """Whether it is sure enough of an answer, by the log-probabilities of its tokens."""
-        return self.point.serves(confidence(logprobs, self.score))
 
 
 class _Rest:

@@ -21,7 +21,6 @@ from distill_datasets.generation.pricing import Prices
 from distill_datasets.models.endpoint import read_address, read_key
 from distill_datasets.recipes.prompt import fields_of
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.serving.calibration import Thresholds
 from distill_datasets.serving.proxy import Arm, Backend, Chooser, RolloutProxy
 from distill_datasets.serving.rollout import (
     Judgement,
@@ -126,20 +125,23 @@ def _open(run: Path, settings: RolloutSettings) -> tuple[RolloutState, RolloutPr
 def _chooser(run: Path, settings: RolloutSettings) -> Chooser | None:
     if settings.epsilon is None:
         return None
+    # Late, for what it imports fills hundreds of MiB, and a proxy runs for months.
+    from distill_datasets.serving.calibration import Thresholds, confidence
+
     found = Thresholds.read(run)
-    for point in found.points:
-        if point.epsilon == settings.epsilon:
-            if not point.served:
-                raise SettingsError(
-                    f"calibrate found no answers that keep to epsilon {settings.epsilon:g}: name a "
-                    "larger one, or calibrate on more rows."
-                )
-            return Chooser(point, found.score, settings.blend)
-    raise SettingsError(
-        f"The run was calibrated for {', '.join(f'{one.epsilon:g}' for one in found.points)}, not "
-        f"{settings.epsilon:g}: run `distill-datasets calibrate {run} --epsilon "
-        f"{settings.epsilon:g}`."
-    )
+    point = next((one for one in found.points if one.epsilon == settings.epsilon), None)
+    if point is None:
+        raise SettingsError(
+            f"The run was calibrated for {', '.join(f'{one.epsilon:g}' for one in found.points)}, "
+            f"not {settings.epsilon:g}: run `distill-datasets calibrate {run} --epsilon "
+            f"{settings.epsilon:g}`."
+        )
+    if not point.served:
+        raise SettingsError(
+            f"calibrate found no answers that keep to epsilon {settings.epsilon:g}: name a larger "
+            "one, or calibrate on more rows."
+        )
+    return Chooser(lambda values: point.serves(confidence(values, found.score)), settings.blend)
 
 
 def _backends(run: Path, recipe: Recipe, settings: RolloutSettings) -> dict[Arm, Backend]:

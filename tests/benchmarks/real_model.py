@@ -189,7 +189,6 @@ def main() -> None:
         dest="plain",
         action="store_false",
         help="nothing of plain peft and plain transformers beside ours",
-
     )
     parser.add_argument("--out", type=Path, default=Path("runs/real_model"))
     options = parser.parse_args()

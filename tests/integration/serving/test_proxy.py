@@ -25,7 +25,6 @@ from distill_datasets.cli.main import main
 from distill_datasets.errors import DatasetError, OutputError, ScreeningError
 from distill_datasets.evaluation.gate import GateRules
 from distill_datasets.generation.pricing import Price
-from distill_datasets.serving.calibration import Point
 from distill_datasets.serving.proxy import Backend, Chooser, RolloutProxy, without_prompt
 from distill_datasets.serving.rollout import Judgement, RolloutState, harvest, read_moves
 from distill_datasets.serving.stages import OFF, STAGES, Stage, StageRules
@@ -318,7 +317,7 @@ def test_numbers_and_a_page_say_what_happens_and_no_text_is_kept(place: Place) -
 
 
 def sure_above(threshold: float, blend: float = 0.0) -> Chooser:
-    return Chooser(Point(0.05, 0.5, threshold), "least", blend)
+    return Chooser(lambda values: min(values) > threshold, blend)
 
 
 @pytest.mark.parametrize("stream", [False, True])
