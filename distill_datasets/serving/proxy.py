@@ -127,7 +127,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request as it came, and as each model is asked."""
+    """A request as it came, and as each model is asked; its messages are without the prompt."""
 
     body: Mapping[str, Any]
     messages: Sequence[Message]
@@ -144,14 +144,13 @@ class _Asked:
         user = self.body.get("user")
         if isinstance(user, str) and user:
             return f"user {user}"
-        first = next((one for one in self.messages if one["role"] == "user"), self.messages[0])
-        return digest([first["content"]])
+        asked = [one["content"] for one in self.messages if one["role"] == "user"]
+        return digest(asked[:1])
 
     def body_for(self, arm: Arm, model: str) -> dict[str, Any]:
         """The body that a model gets: the teacher's with the prompt, the student's without."""
-        bare = without_prompt(self.recipe, self.messages)
+        bare, tools = self.messages, self.body.get("tools")
         if arm == "teacher":
-            tools = self.body.get("tools")
             shown, known = with_prompt(self.recipe, bare, json.dumps(tools) if tools else None)
             more = {"tools": json.loads(known)} if known else {}
         else:
@@ -232,8 +231,8 @@ class RolloutProxy:
         if refusal := self._locked_out(request, self._api_key):
             return refusal
         try:
-            body = json.loads(await request.read())
-            asked = _Asked(body, read_messages(body), self.rollout.judgement.recipe)
+            body, recipe = json.loads(await request.read()), self.rollout.judgement.recipe
+            asked = _Asked(body, without_prompt(recipe, read_messages(body)), recipe)
             bodies = {arm: asked.body_for(arm, self.backends[arm].model) for arm in self.backends}
         except (ValueError, RecursionError) as error:  # ours that say what a request lacks are too
             return refused(400, f"the request can't be read: {error}")
@@ -430,11 +429,8 @@ class RolloutProxy:
             raise
 
     async def _ask_teacher(self, body: Mapping[str, Any]) -> Exchange:
-        said, price = (
-            read_exchange(await self._fetch("teacher", body)),
-            self.backends["teacher"].price,
-        )
-        if price is not None:
+        said = read_exchange(await self._fetch("teacher", body))
+        if (price := self.backends["teacher"].price) is not None:
             counts = (said.prompt_tokens, said.cached_tokens, said.response_tokens)
             self.rollout.spend(price.of(*counts))
         return said

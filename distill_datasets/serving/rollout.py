@@ -179,7 +179,7 @@ class RolloutState:
         """Keep a query for the dataset's next version, where texts may be kept."""
         file = self.folder / TEXTS
         if self.keep_texts and not (file.is_file() and file.stat().st_size > _MOST_TEXTS):
-            append_line(file, {"messages": list(messages), "why": why})
+            _append_line(file, {"messages": list(messages), "why": why})
 
     def spend(self, amount: float) -> None:
         """Count what shadowing cost."""
@@ -198,7 +198,7 @@ class RolloutState:
         target = by_name(move.to, self.stages)
         at = datetime.now(UTC).isoformat(timespec="seconds")
         line = {"at": at, "from": self.stage.name, **asdict(move)}
-        append_line(self.folder / MOVES, line)
+        _append_line(self.folder / MOVES, line)
         self.stage, self.evidence = target, Evidence()
         self.moves += 1
         self.save()
@@ -232,8 +232,12 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_moves(folder: Path) -> list[dict[str, Any]]:
-    """Every change of stage, oldest first; a line that a crash cut is left out."""
-    file = folder / MOVES
+    """Every change of stage, oldest first."""
+    return _read_lines(folder / MOVES)
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON; one that a crash cut is left out."""
     found = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
@@ -243,10 +247,14 @@ def read_moves(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def append_line(file: Path, content: Mapping[str, Any]) -> None:
-    """Add a line of JSON, on disk when this returns."""
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(content, ensure_ascii=False) + "\n")
+def _append_line(file: Path, content: Mapping[str, Any]) -> None:
+    """Add a line of JSON, on disk when this returns; one that a crash cut before it ends there."""
+    with file.open("ab+") as lines:
+        if lines.tell():
+            lines.seek(-1, os.SEEK_END)
+            cut = lines.read(1) != b"\n"
+            lines.write(b"\n" if cut else b"")
+        lines.write(json.dumps(content, ensure_ascii=False).encode() + b"\n")
         lines.flush()
         os.fsync(lines.fileno())
 
@@ -266,8 +274,7 @@ def harvest(run: Path, out: Path) -> int:
             f"No queries were kept in {str(folder)!r}: start the rollout with --keep-texts."
         )
     rows: dict[str, dict[str, Any]] = {}
-    for line in kept.read_text(encoding="utf-8").splitlines():
-        found = json.loads(line)
+    for found in _read_lines(kept):
         text = to_text(found["messages"])
         single = not recipe.holds_conversations and len(found["messages"]) == 1
         asked = {"query": found["messages"][0]["content"]} if single else found

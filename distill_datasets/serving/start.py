@@ -44,9 +44,10 @@ def rollout(run: Path | str, settings: RolloutSettings | None = None) -> None:
     model is known, `SettingsError` and `ServiceError`.
     """
     settings, folder = settings or RolloutSettings(), Path(run)
-    controlled, proxy, admin = _open(folder, settings)
-    with one_writer(controlled.folder, "rollout"):
-        asyncio.run(_serve(controlled, proxy, admin, settings))
+    admin = secrets.token_urlsafe(24)
+    proxy = _open(folder, settings, admin)
+    with one_writer(proxy.rollout.folder, "rollout"):
+        asyncio.run(_serve(proxy, admin, settings))
 
 
 def move(run: Path | str, to: str, settings: RolloutSettings | None = None) -> str:
@@ -57,7 +58,7 @@ def move(run: Path | str, to: str, settings: RolloutSettings | None = None) -> s
     """
     settings, folder = settings or RolloutSettings(), Path(run)
     by_name(to, _stages(settings))
-    controlled = _controlled(folder, settings)[0]
+    controlled = _controlled(folder, settings)
     try:
         with one_writer(controlled.folder, "rollout"):
             controlled.move(Move(to, "by hand", {}))
@@ -83,11 +84,11 @@ def _tell(folder: Path, to: str) -> str:
     return f"The proxy at {url} is at stage {to}."
 
 
-def _controlled(run: Path, settings: RolloutSettings) -> tuple[RolloutState, Recipe]:
+def _controlled(run: Path, settings: RolloutSettings) -> RolloutState:
     recipe, report = read_run(run)
     gate = GateRules.load(settings.rules) if settings.rules else GateRules()
     judgement = Judgement(recipe, bool(report.get("free_text")), usual_of(run))
-    controlled = RolloutState(
+    return RolloutState(
         run,
         judgement,
         rules_of(report, gate),
@@ -95,31 +96,28 @@ def _controlled(run: Path, settings: RolloutSettings) -> tuple[RolloutState, Rec
         automatic=not settings.manual,
         keep_texts=settings.keep_texts,
     )
-    return controlled, recipe
 
 
 def _stages(settings: RolloutSettings) -> tuple[Stage, ...]:
     return parse_stages(settings.stages) if settings.stages else STAGES
 
 
-def _open(run: Path, settings: RolloutSettings) -> tuple[RolloutState, RolloutProxy, str]:
+def _open(run: Path, settings: RolloutSettings, admin: str) -> RolloutProxy:
     try:
         import prometheus_client  # noqa: F401
     except ImportError as error:
         raise SettingsError(
             "A rollout counts with prometheus-client: pip install 'distill-datasets[serve]'."
         ) from error
-    controlled, recipe = _controlled(run, settings)
-    admin = secrets.token_urlsafe(24)
-    proxy = RolloutProxy(
+    controlled = _controlled(run, settings)
+    return RolloutProxy(
         controlled,
-        _backends(run, recipe, settings),
+        _backends(run, controlled.judgement.recipe, settings),
         chooser=_chooser(run, settings),
         budget=settings.budget,
         api_key=settings.api_key,
         admin_key=admin,
     )
-    return controlled, proxy, admin
 
 
 def _chooser(run: Path, settings: RolloutSettings) -> Chooser | None:
@@ -170,9 +168,7 @@ def _backends(run: Path, recipe: Recipe, settings: RolloutSettings) -> dict[Arm,
     return {"student": student, "teacher": Backend(address, model, key, priced)}
 
 
-async def _serve(
-    controlled: RolloutState, proxy: RolloutProxy, admin: str, settings: RolloutSettings
-) -> None:
+async def _serve(proxy: RolloutProxy, admin: str, settings: RolloutSettings) -> None:
     runner = web.AppRunner(proxy.app(), access_log=None, shutdown_timeout=10)
     await runner.setup()
     try:
@@ -184,12 +180,12 @@ async def _serve(
             f"Can't listen at {settings.host}:{settings.port}: {error}. Choose another --port."
         ) from error
     url = f"http://{settings.host}:{runner.addresses[0][1]}"
-    file = controlled.folder / _ADMIN
+    file = proxy.rollout.folder / _ADMIN
     write_file(file, "")
     file.chmod(0o600)
     with file.open("w", encoding="utf-8") as written:
         written.write(f"{url} {admin}\n")
-    print(said(controlled, url), file=sys.stderr)
+    print(_promise(proxy.rollout, url), file=sys.stderr)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -197,11 +193,10 @@ async def _serve(
     try:
         await ended.wait()
     finally:
-        await runner.cleanup()
-        controlled.save()
+        await runner.cleanup()  # which saves the state
 
 
-def said(controlled: RolloutState, url: str) -> str:
+def _promise(controlled: RolloutState, url: str) -> str:
     """What a user reads as the proxy starts: where it is, and what it promises."""
     rules, stage = controlled.rules, controlled.stage
     up, down = rules.promised(max(0.0, rules.least - _WORSE))

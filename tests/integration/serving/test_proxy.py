@@ -397,6 +397,22 @@ def test_disagreements_become_queries_of_the_recipe_each_once(
         harvest(place.run, out)
 
 
+def test_harvested_queries_are_without_the_prompt_that_an_application_sends(
+    place: Place, measured: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "more.jsonl"
+    assert kept_queries(place, measured, ["Guten Tag"], out) == 1
+    with (place.rollout.folder / "texts.jsonl").open("a") as kept:
+        kept.write('{"messages": [{"role": "us')  # as a crash leaves it
+    OpenAI(base_url=f"{place.url}/v1", api_key="any").chat.completions.create(
+        model="mine",
+        messages=[{"role": "system", "content": PROMPT}, {"role": "user", "content": "Bonjour"}],
+    )
+    place.settle()
+    assert harvest(place.run, tmp_path / "again.jsonl") == 2
+    assert PROMPT not in (place.rollout.folder / "texts.jsonl").read_text()
+
+
 def test_what_holds_personal_data_is_not_harvested(
     place: Place, measured: Path, tmp_path: Path
 ) -> None:
