@@ -182,6 +182,11 @@ class _Measured:
         found = {str(row["id"]): row for row in read_rows(file)} if known else {}
         return cls(str(run), report, found)
 
+    @cached_property
+    def groups(self) -> dict[str, str]:
+        """Which rows are related, by their ids."""
+        return {id_: str(row.get("group") or id_) for id_, row in self.rows.items()}
+
     def said(self, system: str) -> dict[str, Mapping[str, Any]]:
         """What a system said, by the rows' ids."""
         return {
@@ -321,13 +326,9 @@ class _Look:
             if name == "agreement":
                 return {key: mine[key] - 1.0 for key in ("value", "low", "high") if key in mine}
         measured, system, _ = self.other
-        paired = _paired(self.mine.said("student"), measured.said(system), self._groups, value)
+        paired = _paired(self.mine.said("student"), measured.said(system), self.mine.groups, value)
         theirs = measured.metric(system, name)
         return paired or (theirs and independent_difference(mine, theirs))
-
-    @cached_property
-    def _groups(self) -> dict[str, str]:
-        return {id_: str(row.get("group") or id_) for id_, row in self.mine.rows.items()}
 
     def _checks_beside_the_other(self, most: float) -> Iterator[GateFinding]:
         measured, system, called = self.other
@@ -361,7 +362,7 @@ class _Look:
 
         measured, system, _ = self.other
         said = self.mine.said("student"), measured.said(system)
-        return _paired(*said, self._groups, value) or independent_difference(mine, theirs)
+        return _paired(*said, self.mine.groups, value) or independent_difference(mine, theirs)
 
     def _check(self, name: str, least: float) -> GateFinding:
         known = self.mine.report["systems"]["student"].get("checks") or {}
@@ -377,7 +378,7 @@ class _Look:
     def _patterns(self) -> Iterator[GateFinding]:
         """What no good answer looks like, by the share of rows."""
         said = self.mine.said("student")
-        answers, groups = list(said.values()), [self._groups[id_] for id_ in said]
+        answers, groups = list(said.values()), [self.mine.groups[id_] for id_ in said]
         for rule, odd in ODD_PATTERNS.items():
             limit = getattr(self.rules, rule)
             if limit is None:
@@ -456,9 +457,12 @@ class _Look:
         if not mine or not any(theirs.values()):
             return None
         if mine.keys() == theirs.keys():
-            groups = [self._groups[id_] for id_ in mine]
+            groups = [self.mine.groups[id_] for id_ in mine]
             return ratio_of([*mine.values()], [theirs[id_] for id_ in mine], groups).interval()
-        means = [mean_of(np.array([*one.values()], float), [*one]) for one in (mine, theirs)]
+        means = [
+            mean_of(np.array([*one.values()], float), [run.groups[id_] for id_ in one])
+            for run, one in ((self.mine, mine), (measured, theirs))
+        ]
         return ratio_of_intervals(*(one.interval() for one in means))
 
     def _judge(self) -> Iterator[GateFinding]:
