@@ -191,9 +191,10 @@ def certify(
         served = _AddressedModel.find(served_at, served_as)
         found = served.scores(rows)
         to_base = Gap.between(found, base_there)
-        certificate = replace(certificate, served=Gap.between(there, found), served_at=served_at)
+        apart = Gap.between(there, found)
+        certificate = replace(certificate, served=apart, served_at=served_at)
         wide = _widest(limit, certificate.effect)
-        problems += _judge(f"what {served_at} has", wide, Gap.between(there, found), to_base)
+        problems += _judge(f"what {served_at} has", wide, apart, to_base)
         problems += served.other_template(connection, conversations)
     return replace(certificate, problems=tuple(problems))
 
@@ -302,7 +303,7 @@ def _plain(
     return of_base, _forward(adapted, rows)
 
 
-def load_plain(source: Path | str, dtype: str | None, **options: Any) -> Any:
+def load_plain(source: Path | str, dtype: str | None) -> Any:
     """A causal LM as `transformers` loads it; no code that comes with it is run."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -310,7 +311,7 @@ def load_plain(source: Path | str, dtype: str | None, **options: Any) -> Any:
     kind = getattr(torch, dtype) if dtype else "auto"
     try:
         return AutoModelForCausalLM.from_pretrained(
-            str(source), dtype=kind, trust_remote_code=False, **options
+            str(source), dtype=kind, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ModelError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from aiohttp import web
 
 from distill_datasets.errors import (
+    DatasetError,
     ModelError,
     OutputError,
     ServiceError,
@@ -21,6 +22,7 @@ from distill_datasets.generation.pricing import Prices
 from distill_datasets.models.endpoint import read_address, read_key
 from distill_datasets.recipes.prompt import fields_of
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.report_files import read_report
 from distill_datasets.serving.proxy import Arm, Backend, Chooser, RolloutProxy
 from distill_datasets.serving.rollout import (
     Judgement,
@@ -127,6 +129,11 @@ def _chooser(run: Path, settings: RolloutSettings) -> Chooser | None:
     from distill_datasets.serving.calibration import Thresholds, confidence
 
     found = Thresholds.read(run)
+    if found.report != read_report(run).get("digest"):
+        raise DatasetError(
+            f"{str(found.path)!r} is of another report, whose student may be another: run "
+            f"`distill-datasets calibrate {run} --epsilon {settings.epsilon:g}` again."
+        )
     point = next((one for one in found.points if one.epsilon == settings.epsilon), None)
     if point is None:
         raise SettingsError(

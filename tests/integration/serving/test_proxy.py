@@ -27,7 +27,9 @@ from distill_datasets.evaluation.gate import GateRules
 from distill_datasets.generation.pricing import Price
 from distill_datasets.serving.proxy import Backend, Chooser, RolloutProxy, without_prompt
 from distill_datasets.serving.rollout import Judgement, RolloutState, harvest, read_moves
+from distill_datasets.serving.settings import RolloutSettings
 from distill_datasets.serving.stages import OFF, STAGES, Stage, StageRules
+from distill_datasets.serving.start import rollout
 from tests.support.openai_server import KNOWN, Answer, Fault, OpenAIServer, serving
 from tests.support.recipes import any_recipe
 from tests.support.releases import release_of
@@ -423,6 +425,19 @@ def test_what_holds_personal_data_is_not_harvested(
 def test_without_kept_texts_there_is_nothing_to_harvest(measured: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="--keep-texts"):
         harvest(measured, tmp_path / "more.jsonl")
+
+
+def test_thresholds_of_an_earlier_report_are_not_served(measured: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(measured, tmp_path / "run")
+    point = {"epsilon": 0.05, "served": 1.0, "threshold": None}
+    found = {
+        **dict.fromkeys(("rows", "groups", "worth", "disagreements", "level"), 1),
+        **{"report": "of another", "score": "least", "student": "mine", "split": "test"},
+        **{"points": [point], "curve": [], "pairs": []},
+    }
+    (run / "calibration.json").write_text(json.dumps(found))
+    with pytest.raises(DatasetError, match="is of another report"):
+        rollout(run, RolloutSettings(epsilon=0.05, teacher_url="http://127.0.0.1:9/v1"))
 
 
 def test_the_verb_serves_until_it_is_stopped_and_moves_by_hand(
