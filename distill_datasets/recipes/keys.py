@@ -82,7 +82,7 @@ class RecipeKeys(Section):
     """What the prompt demands and can be checked; each is a metric."""
     keep: Literal["all checks"] | Annotated[tuple[str, ...], BeforeValidator(several)] = ()
     """The checks that an answer must pass to be kept; any other is rejected."""
-    canaries: Annotated[int, Field(ge=0, le=MOST)] = 0
+    canaries: Annotated[int, Field(strict=True, ge=0, le=MOST)] = 0
     """Sentences with secrets that stand in the prompt of a copy, to be told whether a student
     holds them; missing ones are planted."""
     mix: tuple[MixPart, ...] = ()

@@ -42,6 +42,12 @@ def test_a_copy_that_was_written_down_is_read_back_as_it_was(tmp_path: Path) -> 
     assert (again.prompt, again.digest) == (planted.prompt, planted.digest)
 
 
+@pytest.mark.parametrize("count", ["3", 3.0, True])
+def test_a_number_that_is_none_is_refused_and_plants_nothing(count: object) -> None:
+    with pytest.raises(ValueError, match="canaries"):
+        recipe(canaries=count)
+
+
 def test_more_sentences_than_a_prompt_may_hold_are_refused(tmp_path: Path) -> None:
     planted = recipe()
     planted.dump(tmp_path)
