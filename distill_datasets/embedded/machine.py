@@ -237,6 +237,6 @@ def _seconds(run: Callable[[], object]) -> float:
 def _processor() -> str:
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith(("model name", "flags")) and "model name" in line:
+            if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -73,9 +73,17 @@ def _made(source: Path, parts: Sequence[Path], fill: Callable[[Path], None]) -> 
     """The folder that `fill` makes of a source, whose content is in `parts`; made once."""
     folder = user_cache() / "models" / f"{source.stem}-{digest_files(parts)[:12]}"
     if not folder.is_dir():
-        with one_writer(folder, "conversion", beside=True), replacing(folder) as building:
-            fill(building)
+        with one_writer(folder, "conversion", beside=True):
+            # Another process may have made it since, and use it now.
+            if not folder.is_dir():
+                with replacing(folder) as building:
+                    fill(building)
     return folder
+
+
+def _texts(base: Path) -> list[Path]:
+    """What a model's folder holds beside its weights: configuration, tokenizer, template."""
+    return sorted(one for one in base.iterdir() if one.suffix in (".json", ".jinja", ".txt"))
 
 
 def open_gguf(file: Path) -> Path:
@@ -308,7 +316,7 @@ def open_adapter(folder: Path, find_base: Callable[[str], Path]) -> Path:
         raise ModelError(
             f"Expected adapter_model.safetensors in {str(folder)!r}, as PEFT saves it; found none."
         )
-    weights = sorted([*base.glob("*.safetensors"), *base.glob("*.json")])
+    weights = sorted([*base.glob("*.safetensors"), *_texts(base)])
     parts = [*weights, file, folder / "adapter_config.json"]
     return _made(folder, parts, lambda new: _merge(new, base, _pairs(file), scale))
 
@@ -356,8 +364,8 @@ def _merge(folder: Path, base: Path, pairs: dict[str, tuple[Tensor, Tensor]], sc
     if untied:
         # The output changes and the input doesn't: they are one matrix no longer.
         config["tie_word_embeddings"] = False
-    for file in base.iterdir():
-        if file.suffix in (".json", ".jinja", ".txt") and "index" not in file.name:
+    for file in _texts(base):
+        if "index" not in file.name:
             shutil.copyfile(file, folder / file.name)
     _write_json(folder / "config.json", config)
     tensors = _untied(base) if untied else _tensors(base)

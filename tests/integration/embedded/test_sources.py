@@ -205,6 +205,16 @@ def test_an_adapter_is_served_on_its_base(adapter: Path, tiny: Path, tmp_path: P
     assert own(TEXTS[0]).input_ids == theirs(TEXTS[0]).input_ids
 
 
+def test_an_adapter_whose_base_has_another_template_is_made_anew(adapter: Path, tiny: Path) -> None:
+    found, template = find_model(str(adapter)), tiny / "other.jinja"
+    template.write_text("{{ messages }}")
+    try:
+        assert (find_model(str(adapter)) / template.name).is_file()
+    finally:
+        template.unlink()
+    assert find_model(str(adapter)) == found
+
+
 def configure(adapter: Path, **changed: Any) -> None:
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
