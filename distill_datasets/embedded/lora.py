@@ -78,7 +78,7 @@ class AdapterLayout:
         """Read adapter_config.json; raises `InvalidRequestError` for what can't be sampled here."""
         file = folder / "adapter_config.json"
         config = read_object(file)
-        others = [name for name, plain in _PLAIN.items() if config.get(name, plain) not in (plain,)]
+        others = [name for name, plain in _PLAIN.items() if config.get(name, plain) != plain]
         targets = config.get("target_modules")
         named = isinstance(targets, list) and all(isinstance(one, str) for one in targets)
         if config.get("peft_type") != "LORA" or others or not named or not targets:
@@ -97,6 +97,7 @@ _PLAIN: Mapping[str, Any] = {
     **dict.fromkeys(("modules_to_save", "layers_to_transform", "exclude_modules"), None),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), {}),
     **{"bias": "none", "target_parameters": None, "trainable_token_indices": None},
+    "alora_invocation_tokens": None,
 }
 
 

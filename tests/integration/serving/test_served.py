@@ -128,6 +128,7 @@ def test_what_is_no_student_of_this_base_is_refused_before_anything_is_served(
     ("changes", "says"),
     [
         ({"use_dora": True}, "use_dora"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
         ({"target_modules": ".*proj"}, "a list of names"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"r": 10**6}, "expected r in 1..512"),
