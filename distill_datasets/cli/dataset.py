@@ -153,7 +153,8 @@ def _incomplete(made: "Generated") -> DistillError:
 
     first = next(error for error in made.rows["error"] if error)
     return GenerationError(
-        f"{made.errors} rows failed, the first with: {failure_text(first)}. Run the same command "
+        f"{made.errors} of {len(made.rows)} rows failed, the first with: "
+        f"{failure_text(first).removesuffix('.')}. Run the same command "
         "again: it asks only for those that may yet succeed; --ask-again asks those too that were "
         "rejected for good."
     )

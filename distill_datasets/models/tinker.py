@@ -260,21 +260,20 @@ class TinkerSampler:
 
         Where its server can't hold them to it, what they are read by still tells.
         """
-        server = self.connection.server
         ends = [one for one in self._stop if isinstance(one, int)]
-        if schema is None or server is None or not ends:
+        if schema is None or self.connection.server is None or not ends:
             return self.client
         held = self._held.get(schema)
         if held is None or (held.done() and (held.cancelled() or held.exception())):
-            held = self._held[schema] = asyncio.ensure_future(self._hold(schema, server, ends))
+            held = self._held[schema] = asyncio.ensure_future(self._hold(schema, ends))
         return await asyncio.shield(held)
 
-    async def _hold(self, schema: str, server: Any, ends: list[int]) -> tinker.SamplingClient:
+    async def _hold(self, schema: str, ends: list[int]) -> tinker.SamplingClient:
         path = self.connection.model_path
         client: tinker.SamplingClient = await self.connection.service.create_sampling_client(
             model_path=path, base_model=None if path else self.connection.base_model
         )
-        refused = await sdk.hold_to_schema(client, server, json.loads(schema), ends)
+        refused = await sdk.hold_to_schema(client, self.connection, schema, ends)
         if refused is None:
             return client
         warnings.warn(

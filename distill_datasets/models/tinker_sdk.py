@@ -5,6 +5,7 @@ without is looked for before it begins (`require_endpoints`).
 """
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tinker
 from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
@@ -35,6 +36,9 @@ from distill_datasets.errors import (
 )
 from distill_datasets.models.endpoint import Endpoint, read_address, read_key
 from distill_datasets.models.openai.errors import read_retry_after
+
+if TYPE_CHECKING:
+    from distill_datasets.models.connection import Connection
 
 NOT_STATED = "what the server has, and what it can do with it, is not checked"
 GLANCE = 2.0  # seconds between looks at whether a server of this machine still runs
@@ -203,11 +207,15 @@ def _endpoint(error: tinker.APIError) -> str:
 
 def _answer(error: tinker.APIError) -> str:
     """The request that failed, and what came back."""
-    status, said = getattr(error, "status_code", None), error.body or str(error)
+    status = getattr(error, "status_code", None)
+    return f"{_endpoint(error)}: {f'{status}: ' if status else ''}{_said(error)}"
+
+
+def _said(error: tinker.APIError) -> str:
+    said: Any = error.body or str(error)
     if isinstance(said, dict):
         said = said.get("error") or said.get("detail") or said
-    text = " ".join(str(said).split())[:_MOST_SAID]
-    return f"{_endpoint(error)}: {f'{status}: ' if status else ''}{text}"
+    return " ".join(str(said).split())[:_MOST_SAID]
 
 
 def _lacks(error: tinker.APIStatusError) -> bool:
@@ -249,7 +257,14 @@ def _tell(without: str, answer: str) -> None:
         print(f"note: {without}; the server answered {answer}", file=sys.stderr)
 
 
-def ask(rest: tinker.RestClient, method: str, endpoint: str, body: Any = None) -> Any:
+def ask(
+    rest: tinker.RestClient,
+    method: str,
+    endpoint: str,
+    body: Any = None,
+    *,
+    timeout: float | None = _ASKING,
+) -> Any:
     """A request for an endpoint's answer as JSON, asked once; for what the SDK's types leave out.
 
     As the SDK's own requests it has `result`.
@@ -257,13 +272,31 @@ def ask(rest: tinker.RestClient, method: str, endpoint: str, body: Any = None) -
 
     async def send() -> Any:
         with rest.holder.aclient(ClientConnectionPoolType.SESSION) as client:
-            options: Any = {"max_retries": 0, "timeout": _ASKING}
+            options: Any = {"max_retries": 0, "timeout": timeout}
             path = f"/api/v1/{endpoint}"
             if method == "GET":
                 return await client.get(path, cast_to=object, options=options)
             return await client.post(path, body=body, cast_to=object, options=options)
 
     return rest.holder.run_coroutine_threadsafe(send())
+
+
+async def hold_to_schema(
+    client: tinker.SamplingClient, connection: "Connection", schema: str, ends: Sequence[int]
+) -> str | None:
+    """Have the server of a local model hold a session's samples to a JSON schema (as text).
+
+    None once it does, else why it can't. Tinker's protocol has no such thing.
+    """
+    endpoint = f"samplers/{client._sampling_session_id}/json_schema"
+    body = {"json_schema": json.loads(schema), "ends": list(ends)}
+    # It waits its turn behind what the server computes, which may be long.
+    request = ask(connection.rest, "POST", endpoint, body, timeout=None)
+    try:
+        await answered(request.future(), connection.ended)
+    except tinker.APIStatusError as error:
+        return _said(error)
+    return None
 
 
 def require_endpoints(
@@ -345,24 +378,3 @@ async def _cancel_all() -> None:
 
 # Before `atexit`: by then the executors are shut, on which the SDK's requests would fail aloud.
 threading._register_atexit(_end)  # type: ignore[attr-defined]
-
-
-async def hold_to_schema(
-    client: tinker.SamplingClient, server: Any, schema: Any, ends: Sequence[int]
-) -> str | None:
-    """Have the server of a local model hold a session's samples to a JSON schema.
-
-    None once it does, else why it can't. Tinker's protocol has no such thing.
-    """
-    import httpx
-
-    url = f"{server.url}/api/v1/samplers/{client._sampling_session_id}/json_schema"
-    body, headers = {"json_schema": schema, "ends": list(ends)}, {"X-API-Key": server.api_key}
-    # In a thread: an asynchronous client closes its connection only after its loop is over.
-    found = await asyncio.to_thread(httpx.post, url, json=body, headers=headers, timeout=None)
-    if found.status_code == 200:
-        return None
-    try:
-        return str(found.json()["error"])
-    except (ValueError, KeyError, TypeError):
-        return f"its server answers with {found.status_code}"

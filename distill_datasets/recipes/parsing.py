@@ -290,14 +290,21 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _open_validator(schema: Any) -> Any:
-    """Validates values; fetches nothing, so that a schema can only refer to itself.
-
-    Its patterns and references end at the deadline, as many as there are.
-    """
-    from jsonschema.validators import Draft202012Validator, extend, validator_for
+    """Validates values; fetches nothing, so that a schema can only refer to itself."""
+    from jsonschema.validators import Draft202012Validator, validator_for
     from referencing import Registry
 
-    kind = validator_for(schema, default=Draft202012Validator)
+    kind = _in_time_class(validator_for(schema, default=Draft202012Validator))
+    return kind(schema, registry=Registry())
+
+
+@cache
+def _in_time_class(kind: Any) -> Any:
+    """A kind of validators whose patterns and references end at the deadline. To make one takes
+    longer than to check a value, and a catalogue has a schema a tool.
+    """
+    from jsonschema.validators import extend
+
     own: dict[str, Callable[..., Any]] = {
         "pattern": _pattern,
         "patternProperties": _pattern_properties,
@@ -307,7 +314,7 @@ def _open_validator(schema: Any) -> Any:
         if name in kind.VALIDATORS:
             own[name] = _in_time(kind.VALIDATORS[name])
     make: Any = extend  # which has no types
-    return make(kind, own)(schema, registry=Registry())
+    return make(kind, own)
 
 
 def _check_time() -> float:
@@ -353,7 +360,7 @@ def _additional_properties(validator: Any, rest: Any, value: Any, schema: Any) -
             yield from validator.descend(one, rest, path=name)
 
 
-def check_schema(schema: Mapping[str, Any], field: str | None) -> None:
+def check_schema(schema: Mapping[str, Any], field: str | None = None) -> None:
     """Raise `ValueError` for what is no JSON schema, or has no such `field`."""
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for

@@ -446,7 +446,7 @@ class Check(Section):
             found = sorted(self.model_fields_set - {*_CHECK_FACTS})
             raise ValueError(f"expected exactly one of {kinds}; found {found}")
         if isinstance(self.json_form, dict):
-            check_schema(self.json_form, None)
+            check_schema(self.json_form)
         if unknown := sorted({*(self.language or ())} - LANGUAGES):
             raise ValueError(f"expected ISO codes of {sorted(LANGUAGES)}; found {unknown}")
         return self

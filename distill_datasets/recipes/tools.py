@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def checked_tools(given: Sequence[Any], where: str) -> list[dict[str, Any]]:
     return tools
 
 
+@lru_cache(maxsize=1_000)  # an application sends the same tools with every request
+def _check_parameters(schema: str) -> None:
+    check_schema(json.loads(schema))
+
+
 def _tool(given: Any, where: str) -> dict[str, Any]:
     """A tool in one form; around the function may be `{"type": "function"}`, or nothing."""
     function = given.get("function", given) if isinstance(given, Mapping) else None
@@ -68,8 +74,8 @@ def _tool(given: Any, where: str) -> dict[str, Any]:
         )
     parameters = function.get("parameters") or NO_PARAMETERS
     try:
-        check_schema(parameters, None)
-    except (ValueError, AttributeError, TypeError) as error:
+        _check_parameters(json.dumps(parameters, default=str))
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise RecipeError(f"{where} ({function['name']}): {error}.") from error
     return {
         "type": "function",

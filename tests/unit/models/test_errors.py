@@ -20,7 +20,11 @@ from distill_datasets.models.openai.errors import (
 )
 from distill_datasets.models.sampler import Allowance
 
-SOON = datetime.now(UTC) + timedelta(hours=1)
+
+def in_an_hour() -> datetime:
+    return datetime.now(UTC) + timedelta(hours=1)
+
+
 NAMES = {
     "IMF": "%a, %d %b %Y %H:%M:%S GMT",
     "RFC 850": "%A, %d-%b-%y %H:%M:%S GMT",
@@ -34,7 +38,7 @@ NAMES = {
 
 @pytest.mark.parametrize("form", NAMES.values(), ids=NAMES)
 def test_a_date_in_any_form_is_read_as_utc(form: str) -> None:
-    assert 3400 < (read_retry_after({"retry-after": SOON.strftime(form)}) or 0) <= 3600
+    assert 3400 < (read_retry_after({"retry-after": in_an_hour().strftime(form)}) or 0) <= 3600
 
 
 @pytest.mark.parametrize(
@@ -75,7 +79,7 @@ def test_spans_are_read_in_any_unit(text: str, seconds: float | None) -> None:
 def test_a_huge_number_is_a_point_in_time(scale: int) -> None:
     headers = {
         "x-ratelimit-remaining-requests": "0",
-        "x-ratelimit-reset-requests": f"{int(SOON.timestamp() * scale)}",
+        "x-ratelimit-reset-requests": f"{int(in_an_hour().timestamp() * scale)}",
     }
     assert 3400 < (read_retry_after(headers) or 0) <= 3600
 

@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.parsing import Reader
 from distill_datasets.recipes.tool_import import import_tools
-from distill_datasets.recipes.tools import read_tools
+from distill_datasets.recipes.tools import _check_parameters, checked_tools, read_tools
 
 ORDER = {
     "name": "find_order",
@@ -209,3 +209,30 @@ def test_bytes_that_are_no_text_are_not_said_to_be_wrong_json(tmp_path: Path, re
     with pytest.raises(RecipeError) as caught:
         read(path)
     assert str(caught.value).startswith(f"{path} is not UTF-8: line 1 holds other bytes.")
+
+
+def test_a_schema_is_made_ready_once_however_many_readers_there_are() -> None:
+    catalogue = [{"name": f"tool_{n}", "parameters": ORDER["parameters"]} for n in range(3)]
+    tools = json.dumps([{"type": "function", "function": one} for one in catalogue])
+    readers = [Reader(tools=tools), Reader(tools=tools, untyped=True), Reader(json_schema="{}")]
+    kinds = {type(one) for reader in readers for one in [*reader._tools.values()]}
+
+    assert len(kinds) == 1
+
+
+def test_tools_that_come_with_every_request_are_checked_once() -> None:
+    tool = {"name": "ask", "parameters": {"type": "object", "title": "checked once"}}
+    before = _check_parameters.cache_info()
+    for _ in range(3):
+        checked_tools([tool], "tools")
+    after = _check_parameters.cache_info()
+
+    assert (after.misses - before.misses, after.hits - before.hits) == (1, 2)
+
+
+def test_a_schema_that_is_nested_without_end_is_named() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(2_000):
+        deep = {"items": deep}
+    with pytest.raises(RecipeError, match="tools, tool 1 .deep."):
+        checked_tools([{"name": "deep", "parameters": deep}], "tools")
