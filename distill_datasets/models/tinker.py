@@ -273,7 +273,9 @@ class TinkerSampler:
         client: tinker.SamplingClient = await self.connection.service.create_sampling_client(
             model_path=path, base_model=None if path else self.connection.base_model
         )
-        refused = await sdk.hold_to_schema(client, self.connection, schema, ends)
+        refused = await sdk.hold_to_schema(
+            client, self.connection.rest, self.connection.ended, schema, ends
+        )
         if refused is None:
             return client
         warnings.warn(

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tinker
 from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
@@ -36,9 +36,6 @@ from distill_datasets.errors import (
 )
 from distill_datasets.models.endpoint import Endpoint, read_address, read_key
 from distill_datasets.models.openai.errors import read_retry_after
-
-if TYPE_CHECKING:
-    from distill_datasets.models.connection import Connection
 
 NOT_STATED = "what the server has, and what it can do with it, is not checked"
 GLANCE = 2.0  # seconds between looks at whether a server of this machine still runs
@@ -282,7 +279,11 @@ def ask(
 
 
 async def hold_to_schema(
-    client: tinker.SamplingClient, connection: "Connection", schema: str, ends: Sequence[int]
+    client: tinker.SamplingClient,
+    rest: tinker.RestClient,
+    ended: Callable[[], ServiceError | None],
+    schema: str,
+    ends: Sequence[int],
 ) -> str | None:
     """Have the server of a local model hold a session's samples to a JSON schema (as text).
 
@@ -291,9 +292,9 @@ async def hold_to_schema(
     endpoint = f"samplers/{client._sampling_session_id}/json_schema"
     body = {"json_schema": json.loads(schema), "ends": list(ends)}
     # It waits its turn behind what the server computes, which may be long.
-    request = ask(connection.rest, "POST", endpoint, body, timeout=None)
+    request = ask(rest, "POST", endpoint, body, timeout=None)
     try:
-        await answered(request.future(), connection.ended)
+        await answered(request.future(), ended)
     except tinker.APIStatusError as error:
         return _said(error)
     return None
