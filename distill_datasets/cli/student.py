@@ -100,7 +100,7 @@ def _train_price(options: argparse.Namespace) -> float | None:
 
     if getattr(options, "prices", None) is None:
         return None
-    prices, student = Prices.load(options.prices), options.student
+    prices, student = Prices.load(options.prices), _student(options)
     if student not in prices.models and not student.startswith("tinker:"):
         return None
     price = prices.of(student).train
@@ -116,7 +116,6 @@ def train(options: argparse.Namespace) -> None:
     """Train a student on a dataset."""
     from distill_datasets.training.trainer import train as learn
 
-    _choose_student(options)
     trained = learn(
         options.dataset,
         student=options.student,
@@ -129,17 +128,14 @@ def train(options: argparse.Namespace) -> None:
     _say(trained)
 
 
-def _choose_student(options: argparse.Namespace) -> None:
-    """The student that is named, or that of --from, or the model of the release's teacher."""
-    from distill_datasets.models.references import base_of, default_student
+def _student(options: argparse.Namespace) -> str:
+    from distill_datasets.training.checkpoints import choose_student
     from distill_datasets.training.data import locate
 
-    start = getattr(options, "start", None)
-    if options.student is None and start:
-        options.student = base_of(start)
-    if options.student is None:
-        source = locate(options.dataset, options.config)
-        options.student = default_student(source.manifest.get("teacher"))
+    if options.student is not None:
+        return str(options.student)
+    source = locate(options.dataset, options.config)
+    return choose_student(source, getattr(options, "start", None))
 
 
 def _say(trained: "TrainingResult") -> None:
@@ -161,7 +157,6 @@ def sweep(options: argparse.Namespace) -> None:
             f"A sweep needs values to try: expected one or more of {flags} with several values, "
             "for example --rank 8 16 32; found none."
         )
-    _choose_student(options)
     shared = argparse.Namespace(**{**vars(options), **dict.fromkeys(SWEPT)})
     made = try_all(
         options.dataset,

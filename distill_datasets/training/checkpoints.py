@@ -20,9 +20,16 @@ from numpy.typing import NDArray
 from distill_datasets.errors import DatasetError, ModelError, SettingsError
 from distill_datasets.files import write_file
 from distill_datasets.models.connection import Connection, adopt_state
-from distill_datasets.models.references import connect, find_training, read_training
+from distill_datasets.models.references import (
+    base_of,
+    connect,
+    default_student,
+    find_training,
+    read_training,
+)
 from distill_datasets.models.sampler import digest
 from distill_datasets.models.tinker_sdk import explained, optional, try_to
+from distill_datasets.training.data import DatasetSource
 from distill_datasets.training.folder import SavedCheckpoint
 from distill_datasets.training.schedule import Selection
 from distill_datasets.training.settings import TrainSettings, decisive, unlike_default
@@ -230,6 +237,25 @@ class Predecessor:
         return keys
 
 
+def choose_student(source: DatasetSource, start: str | Path | None = None) -> str:
+    """The student where none is named: that of `start`, or the model of the release's teacher.
+
+    Raises `ModelError` where that can't be trained.
+    """
+    if start is None:
+        return default_student(source.manifest.get("teacher"))
+    if base := base_of(str(start)):
+        return base
+    raise _no_student(str(start))
+
+
+def _no_student(start: str) -> ModelError:
+    return ModelError(
+        f"{start!r} is no student to start from: expected a training's folder, or "
+        "tinker://<run>/weights/<name>."
+    )
+
+
 def find_predecessor(
     start: str | Path | None, student: str, *, only_new: bool = False, renderer: str | None = None
 ) -> Predecessor | None:
@@ -254,10 +280,7 @@ def find_predecessor(
         return Predecessor(checkpoint["state"], folder, adapted)
     path = str(start)
     if not path.startswith("tinker://"):
-        raise ModelError(
-            f"{path!r} is no student to start from: expected a training's folder, or "
-            "tinker://<run>/weights/<name>."
-        )
+        raise _no_student(path)
     require_state(path)
     connection = connect(student, renderer=renderer)
     with explained(path):

@@ -134,12 +134,7 @@ class Rendered:
 
     def at_most(self, count: int) -> "Rendered":
         """So many of the kept rows, always the same ones of equal splits."""
-        import numpy as np
-
-        if len(self) <= count:
-            return self
-        places = np.random.default_rng(0).permutation(len(self))[:count]
-        return replace(self, kept=[self.kept[place] for place in sorted(places.tolist())])
+        return replace(self, kept=[self.kept[place] for place in sample_places(len(self), count)])
 
     def examples(self, places: Sequence[int]) -> "list[Example]":
         """The kept rows at these places."""
@@ -194,12 +189,9 @@ class DatasetSplit:
 
     def at_most(self, count: int) -> "DatasetSplit":
         """So many of the rows, always the same ones of equal splits."""
-        import numpy as np
-
         if len(self.rows) <= count:
             return self
-        places = np.random.default_rng(0).permutation(len(self.rows))[:count]
-        return self._select(sorted(places.tolist()), f"{count} rows")
+        return self._select(sample_places(len(self.rows), count), f"{count} rows")
 
     def own_rows(self) -> "DatasetSplit":
         """Without the rows of a release that its recipe mixes in, which its teacher never saw."""
@@ -263,6 +255,13 @@ class DatasetSplit:
                 "longer context."
             )
         return Rendered(rendered, kept, len(lengths) - len(kept), self.rows, read)
+
+
+def sample_places(rows: int, count: int) -> list[int]:
+    """The places of at most `count` of so many rows, in their order: always the same ones."""
+    import numpy as np
+
+    return sorted(np.random.default_rng(0).permutation(rows)[:count].tolist())
 
 
 def locate(dataset: str | Path, config: str | None = None) -> DatasetSource:

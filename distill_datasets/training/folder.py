@@ -21,7 +21,7 @@ from distill_datasets import html
 from distill_datasets.errors import ModelError, OtherTrainingError, OutputError
 from distill_datasets.files import one_writer, writable_folder, write_file
 from distill_datasets.training.schedule import Selection, why_it_ended
-from distill_datasets.training.settings import VALIDATION_LOSS, TrainSettings, decisive
+from distill_datasets.training.settings import VALIDATION_LOSS, decisive
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -190,9 +190,10 @@ class TrainingFolder:
         """Whether the final checkpoint is confirmed."""
         return self.config is not None and any(one.final for one in self.checkpoints)
 
-    def selection(self, settings: TrainSettings) -> Selection:
+    @property
+    def selection(self) -> Selection:
         """What the measurements so far say, those before a resumed state included."""
-        return _selection(self.config or {}, self.metrics, settings)
+        return _selection(self.config or {}, self.metrics)
 
     def measured(self, step: int) -> bool:
         """Whether the validation rows were measured after this step."""
@@ -229,15 +230,15 @@ class TrainingFolder:
             self.metrics, self.path / "loss.png", title=title, best=best.step if best else None
         )
 
-    def result(self, settings: TrainSettings) -> TrainingResult:
+    def result(self) -> TrainingResult:
         """The result that a finished training's files hold.
 
         Raises `ModelError` where the student's answers collapsed before any checkpoint was good.
         """
         config, metrics, checkpoints = self.config or {}, self.metrics, self.checkpoints
         steps, final = [line for line in metrics if "loss" in line], checkpoints[-1]
-        selection = self.selection(settings)
-        why = why_it_ended(selection, settings, final.step, config["steps"])
+        selection, patience = self.selection, config["settings"].get("patience")
+        why = why_it_ended(selection, patience, final.step, config["steps"])
         if selection.collapsed and _best(checkpoints) is None:
             raise ModelError(
                 f"Training in {str(self.path)!r} stopped at step {final.step}: {why}, and no "
@@ -286,20 +287,17 @@ class TrainingFolder:
             write_file(self.path / name, text)
 
 
-def _selection(
-    config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], settings: TrainSettings
-) -> Selection:
-    begun = config.get("begun")
-    return Selection.of(settings, metrics, Selection(**begun) if begun else None)
+def _selection(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Selection:
+    settings = config.get("settings", {})
+    metric, least = settings.get("select", VALIDATION_LOSS), settings.get("min_improvement", 0.0)
+    begun = config.get("begun") or {"metric": metric, "min_improvement": least}
+    return Selection(**begun).read(metrics)
 
 
 def training_warnings(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """What speaks against a training's best weights: a collapse, or no gain over before."""
-    select = config.get("settings", {}).get("select", VALIDATION_LOSS)
-    settings = TrainSettings(select=select)
-    found = _selection(config, metrics, settings)
-    stopped = why_it_ended(found, settings, 0, 0) if found.collapsed else ""
-    return [one for one in (stopped, found.doubt) if one]
+    found = _selection(config, metrics)
+    return [one for one in (found.collapse if found.collapsed else "", found.doubt) if one]
 
 
 def next_folder(out: Path) -> Path:

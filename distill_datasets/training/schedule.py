@@ -301,15 +301,9 @@ class Selection:
     sign: str = ""
     struck: int = 0
 
-    @classmethod
-    def of(
-        cls,
-        settings: TrainSettings,
-        metrics: Iterable[Mapping[str, Any]],
-        begun: "Selection | None" = None,
-    ) -> "Selection":
-        """What the lines of a metrics.jsonl say, after what was known when they began."""
-        selection = begun or cls(settings.select, settings.min_improvement)
+    def read(self, metrics: Iterable[Mapping[str, Any]]) -> "Selection":
+        """With all measurements among the lines of a metrics.jsonl."""
+        selection = self
         for line in metrics:
             if selection.metric in line or VALIDATION_LOSS in line:
                 selection = selection.measured(line["step"], line)
@@ -340,6 +334,13 @@ class Selection:
     def collapsed(self) -> bool:
         """Whether the last measurements show that the student's answers have collapsed."""
         return self.struck >= _IN_A_ROW
+
+    @property
+    def collapse(self) -> str:
+        """What the collapse looks like, in words."""
+        return (
+            f"the student collapsed: {_COLLAPSES[self.sign]}, in {self.struck} validations in a row"
+        )
 
     @property
     def doubt(self) -> str:
@@ -402,18 +403,12 @@ def _clean_signs(scores: Mapping[str, Any]) -> set[str]:
     return found | ({"one"} if varied else set())
 
 
-def why_it_ended(selection: Selection, settings: TrainSettings, done: int, planned: int) -> str:
+def why_it_ended(selection: Selection, patience: int | None, done: int, planned: int) -> str:
     """The reason, in words."""
     if selection.collapsed:
-        return (
-            f"the student collapsed: {_COLLAPSES[selection.sign]}, in {selection.struck} "
-            "validations in a row"
-        )
-    if done < planned and selection.exhausted(settings.patience):
-        least = f" of {settings.min_improvement:g}" if settings.min_improvement else ""
-        times = "validation" if settings.patience == 1 else "validations"
-        return (
-            f"no improvement{least} in {settings.patience} {times} "
-            f"(best at step {selection.best_step})"
-        )
+        return selection.collapse
+    if done < planned and selection.exhausted(patience):
+        least = f" of {selection.min_improvement:g}" if selection.min_improvement else ""
+        times = "validation" if patience == 1 else "validations"
+        return f"no improvement{least} in {patience} {times} (best at step {selection.best_step})"
     return f"all {planned} steps done"

@@ -110,12 +110,12 @@ class Sweep:
 def sweep(
     dataset: str | Path,
     *,
-    student: str,
     out: str | Path,
     grid: Mapping[str, Sequence[Any]],
+    student: str | None = None,
     settings: "TrainSettings | None" = None,
 ) -> Sweep:
-    """Train once for every combination of the grid's values, one after another.
+    """Train `student` once for every combination of the grid's values, one after another.
 
     The grid's keys are fields of `TrainSettings`; the other settings are shared. Each training
     has its folder in `out`, so that a sweep that was stopped goes on where it was, and a larger

@@ -51,8 +51,8 @@ _SHOWN = 64  # of the last losses in the live line
 def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     dataset: str | Path,
     *,
-    student: str,
     out: str | Path,
+    student: str | None = None,
     settings: TrainSettings | None = None,
     resume: str | None = None,
     start: str | Path | None = None,
@@ -61,6 +61,8 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
 ) -> TrainingResult:
     """Train a student on a release, a folder, a file, or a Hub dataset `name@revision`.
 
+    `student` is a model reference; without it the model that `start` was trained from, or that of
+    the release's teacher, where it can be trained.
     Called again with the same `out`, it continues from the last checkpoint to the same losses,
     and does nothing where the training is finished. `resume` is a server's path of a training
     state, to continue in a new folder. `start` is a student whose weights to begin with, a
@@ -71,24 +73,29 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
 
         trained = train("runs/demo/release", student="pocket", out="runs/student")
     """
-    from distill_datasets.training.checkpoints import find_predecessor, write_learned
+    from distill_datasets.training.checkpoints import (
+        choose_student,
+        find_predecessor,
+        write_learned,
+    )
 
     settings = settings or TrainSettings()
-    _require_untrained(str(student), resume)
     require_tracker(settings.track)
     source = locate(dataset, settings.config)
+    student = student or choose_student(source, start)
+    _require_untrained(student, resume)
     settings = replace(settings, config=source.config)
-    before = find_predecessor(start, str(student), only_new=only_new, renderer=settings.renderer)
+    before = find_predecessor(start, student, only_new=only_new, renderer=settings.renderer)
     settings = before.settled(settings) if before else settings
     folder = _open_folder(Path(out), source)
-    request = _request(str(student), source, settings, resume)
+    request = _request(student, source, settings, resume)
     request |= {"start": {"path": before.path, "only_new": only_new}} if before else {}
     with folder.locked():
         folder.require_same(request)
         if folder.finished:
-            return folder.result(settings)
+            return folder.result()
         splits = _open_splits(source, settings, before if only_new else None)
-        connection = _connect(str(student), source, settings, folder)
+        connection = _connect(student, source, settings, folder)
         with _session(connection, out):
             _require_validation("validation" in splits, repr(source.reference), settings)
             plan = plan_training(splits, connection, settings, folder.config)
@@ -97,7 +104,7 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
             opened = _open_student(folder, _config(request, plan), connection, before)
             Trainer(opened, plan, source, folder, settings).fit(validators)
         folder.draw()
-        return folder.result(settings)
+        return folder.result()
 
 
 def require_settings(
@@ -174,7 +181,7 @@ class Trainer:
         self.steps, self._validation, self._measured = plan.steps, plan.validation, plan.measured
         every = plan.measured.every if plan.measured else None
         self.schedule = Schedule(len(plan.steps), settings, every)
-        self.selection = folder.selection(settings)
+        self.selection = folder.selection
         self._retention = CheckpointRetention(student.connection, settings.ttl_seconds)
         self._described = describe(folder.config or {})
         self._learning: deque[tuple[Step, PendingStep]] = deque()

@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import numpy as np
 import tinker
 
 from distill_datasets.chat_rows import Conversation
@@ -44,7 +43,7 @@ from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.progress import amount_text
 from distill_datasets.schema import Message
 from distill_datasets.tables import one_line
-from distill_datasets.training.data import Example, Rendered, cache_folder
+from distill_datasets.training.data import Example, Rendered, cache_folder, sample_places
 from distill_datasets.training.internalisation import (
     LEAST_ROWS,
     ReferenceLikelihoods,
@@ -82,6 +81,7 @@ _SHORTEST_LOOP = 8  # characters
 _SHOWN, _LINE = 2, 60  # answers that are printed, and characters of each and of its query
 _FILE = "bounds.json"  # in the training's folder, so that a rerun asks nobody
 _VERSION = 2  # of what is cached: raise it when the likelihoods come out differently
+T = TypeVar("T")
 _COLUMNS = ("query", "sample", "response", "group")
 
 
@@ -157,39 +157,43 @@ class AccuracyValidator:
 
     def submit(self, student: Student, save: PendingSave | None) -> PendingScores:
         """Samples beside the training that goes on; without a `save`, the untrained student."""
-        pool = ThreadPoolExecutor(1, thread_name_prefix="accuracy")
-        try:
-            return pool.submit(self._score, student, save)
-        finally:
-            pool.shutdown(wait=False)
+        return _beside(self._score, student, save)
 
     def _score(self, student: Student, save: PendingSave | None) -> Mapping[str, float]:
-        return {"accuracy": asyncio.run(self._share(_sampler(student, save)))}
-
-    async def _share(self, sampler: TinkerSampler) -> float:
         asked = [(one, self._sampling) for one in self._conversations]
-        said = await _sample_all(sampler, asked)
+        said = asyncio.run(_sample_all(student, save, asked))
         found = [
             is_response(answer.text, one.messages[-1], typed=one.tools is not None)
             for answer, one in zip(said, self._conversations, strict=True)
         ]
-        return sum(found) / len(found)
+        return {"accuracy": sum(found) / len(found)}
 
 
-def _sampler(student: Student, save: PendingSave | None) -> TinkerSampler:
-    """Of what was saved, or of the untrained student."""
-    if save is None:
-        return TinkerSampler(student.connection)
-    path = save.result().sampler
-    if path is None:
-        raise ValueError("expected a save for sampling; found a state only")
-    return student.sampler(path)
+def _beside(
+    score: Callable[[Student, PendingSave | None], T], student: Student, save: PendingSave | None
+) -> "Future[T]":
+    """Runs on a thread of its own, which nobody has to end."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="answers")
+    try:
+        return pool.submit(score, student, save)
+    finally:
+        pool.shutdown(wait=False)
 
 
 async def _sample_all(
-    sampler: TinkerSampler, asked: Sequence[tuple[Conversation, Sampling]]
+    student: Student,
+    save: PendingSave | None,
+    asked: Sequence[tuple[Conversation, Sampling]],
 ) -> list[Sample]:
-    """What the sampler says in place of each conversation's last message."""
+    """What was saved, or else the untrained student, says in place of each conversation's last
+    message.
+    """
+    sampler = TinkerSampler(student.connection)
+    if save is not None:
+        path = save.result().sampler
+        if path is None:
+            raise ValueError("expected a save for sampling; found a state only")
+        sampler = student.sampler(path)
     gate = asyncio.Semaphore(_AT_ONCE)
 
     async def answer(conversation: Conversation, sampling: Sampling) -> Sample:
@@ -222,7 +226,7 @@ class AnswerValidator:
     def __init__(self, task: TrainingTask, rows: Rendered, count: int) -> None:
         """Chooses so many rows, always the same ones of equal splits."""
         connection = task.student.connection
-        places = np.random.default_rng(0).permutation(len(rows))[:count].tolist()
+        places = sample_places(len(rows), count)
         self._conversations = rows.conversations(places)
         responses = [response_text(one.messages[-1]) for one in self._conversations]
         tokens = [
@@ -252,15 +256,11 @@ class AnswerValidator:
 
         The result is None where the server can't sample, which a line on standard error says.
         """
-        pool = ThreadPoolExecutor(1, thread_name_prefix="answers")
-        try:
-            return pool.submit(self._score, student, save)
-        finally:
-            pool.shutdown(wait=False)
+        return _beside(self._score, student, save)
 
     def _score(self, student: Student, save: PendingSave | None) -> AnswerScores | None:
         try:
-            said = asyncio.run(_sample_all(_sampler(student, save), self._asked))
+            said = asyncio.run(_sample_all(student, save, self._asked))
         except (DistillError, tinker.TinkerError) as error:
             print(f"train: the student's answers can't be sampled: {error}", file=sys.stderr)
             return None

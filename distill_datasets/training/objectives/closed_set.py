@@ -6,8 +6,8 @@ token among the labels that are still possible there.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, lru_cache
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.models.ends import CutEnds
+from distill_datasets.models.sampler import digest
 from distill_datasets.models.scoring import Scorer, SoftLabels, split_conversation
 from distill_datasets.training.objectives.teacher import (
     LabelRequest,
@@ -41,22 +42,31 @@ class LabelScorer:
     """
 
     def __init__(
-        self, teacher: "Connection", student: "Connection", prompts: TeacherPrompts
+        self,
+        teacher: "Connection",
+        student: "Connection",
+        prompts: TeacherPrompts,
+        texts: Iterable[str],
     ) -> None:
-        """Open a scoring session with the teacher."""
+        """Open a scoring session with the teacher, which said these `texts`, in any order."""
         self._teacher, self._prompts = teacher, prompts
         self._scorer = Scorer(teacher)
+        self._wordings = lru_cache(maxsize=4096)(prompts.wordings)
         self._said = lru_cache(maxsize=4096)(lambda text: spoken_tokens(teacher, text))
         self._written = lru_cache(maxsize=4096)(lambda text: spoken_tokens(student, text))
-        self._cut_at = prompts.recipe.stop_texts
-        self._cuts: CutEnds | None = None
+        self._ways: Callable[[int], Sequence[int]] = lambda token: [token]
+        self._cut_key: list[str] = []
+        if stops := prompts.recipe.stop_texts:
+            every = {self._said(one.teacher) for text in {*texts} for one in self._wordings(text)}
+            cuts = CutEnds.of(teacher, stops, sorted(every))
+            self._ways, self._cut_key = cache(cuts.ways), [digest(cuts.table.tolist())]
 
     def request(self, row: ReleasedRow, text: str) -> LabelRequest:
         """How to ask for a row's labels, where the teacher itself said `text`.
 
         Raises `DatasetError` for a row whose response is none of the choices.
         """
-        wordings = self._prompts.wordings(text)
+        wordings = self._wordings(text)
         responses = [self._written(wording.student) for wording in wordings]
         if tuple(row.tokens) not in responses:
             known = [wording.student for wording in wordings]
@@ -64,7 +74,7 @@ class LabelScorer:
         spoken = [self._said(wording.teacher) for wording in wordings]
         prompt = prompt_tokens(self._teacher, self._prompts, row.query)
         asked = [self._teacher.identity, prompt, spoken, row.tokens, responses]
-        key = score_key("choices", *asked, *self._cut_at)
+        key = score_key("choices", *asked, *self._cut_key)
 
         def start() -> Callable[[], SoftLabels]:
             finish = self._start(prompt, spoken)
@@ -74,9 +84,7 @@ class LabelScorer:
 
     def _start(self, prompt: list[int], spoken: Sequence[Tokens]) -> Callable[[], Any]:
         shared, labels = diverging(spoken)
-        if self._cut_at and self._cuts is None:
-            self._cuts = CutEnds.of(self._teacher, self._cut_at, spoken)
-        places, ways = children(labels), self._cuts.ways if self._cuts else lambda token: [token]
+        places, ways = children(labels), self._ways
         asked = []
         for path in paths(labels):
             beginnings = [path[:length] for length in range(len(path) + 1)]

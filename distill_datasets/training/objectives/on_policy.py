@@ -135,7 +135,7 @@ class OnPolicyObjective:
         elif self._objective.policy_gradient:
             batch = sampled_batch(rollouts, normalization)
         else:
-            batch = reverse_batch(self._current(rollouts), normalization)
+            batch = reverse_batch(self._current(rollouts, age), normalization)
 
         def read(outputs: Sequence[Mapping[str, Any]]) -> Learned:
             learned = batch.read(outputs)
@@ -242,20 +242,23 @@ class OnPolicyObjective:
 
         return judged_as_meant
 
-    def _current(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """With the student's probabilities by the weights that learn now.
+    def _current(self, rollouts: Sequence[Rollout], age: int) -> list[Rollout]:
+        """With the student's probabilities by the weights that learn now, `age` steps after those
+        that sampled.
 
-        Those that sampled lack a step: their weights of the targets don't add up to 0, and pull on
-        by as much as the step before has moved, which grows from step to step.
+        Older ones lack a step: their weights of the targets don't add up to 0, and pull on by as
+        much as the step before has moved, which grows from step to step.
         """
-        found = self._task.student.logprobs(reverse_batch(rollouts, "token").datums)
+        found: Sequence[NDArray[np.float64] | None] = [None] * len(rollouts)
+        if age:
+            found = self._task.student.logprobs(reverse_batch(rollouts, "token").datums)
         current = []
         for one, logprobs in zip(rollouts, found, strict=True):
             assert one.ranking is not None and one.judged is not None
-            ids, sampled = one.ranking.ids, one.ranking.logprobs
-            now = logprobs[-len(one.tokens) :, 1 : 1 + ids.shape[1]]
-            student = np.where(np.isfinite(sampled), now, -np.inf).astype(np.float32)
-            judged = one.judged
+            ids, student, judged = one.ranking.ids, one.ranking.logprobs, one.judged
+            if logprobs is not None:
+                now = logprobs[-len(one.tokens) :, 1 : 1 + ids.shape[1]]
+                student = np.where(np.isfinite(student), now, -np.inf).astype(np.float32)
             if self._cuts and one.top is not None:
                 judged = self._cuts.judged(ids, student, judged, one.top)
             current.append(replace(one, ranking=Ranking(ids, student), judged=judged))

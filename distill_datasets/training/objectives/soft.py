@@ -190,7 +190,7 @@ def _of_choices(
         )
     require_choices(prompts, rows)
     said = dict(zip(_names(rows), teacher_texts(task, prompts, rows), strict=True))
-    scorer = LabelScorer(teacher, task.student.connection, prompts)
+    scorer = LabelScorer(teacher, task.student.connection, prompts, said.values())
     return lambda row: scorer.request(row, said[row.id, row.sample])
 
 

@@ -46,7 +46,7 @@ def test_a_collapse_ends_training_and_without_a_good_checkpoint_it_is_an_error(
     assert words in training_warnings(folder.config or {}, folder.metrics)[0]
     assert capsys.readouterr().err.count("answers differ (the teacher's: 8)") >= 3
     with pytest.raises(ModelError, match="no checkpoint before is good"):
-        folder.result(SETTINGS)
+        folder.result()
 
 
 def test_the_last_good_checkpoint_is_kept(model: str, tmp_path: Path) -> None:
@@ -63,4 +63,4 @@ def test_the_last_good_checkpoint_is_kept(model: str, tmp_path: Path) -> None:
     assert training.final.scores["answers_distinct"] == 1
     assert "no better than the student before training" in training.verdict
     assert connect(training.path).model_path == training.best.sampler
-    assert TrainingFolder(training.path).result(later) == training
+    assert TrainingFolder(training.path).result() == training

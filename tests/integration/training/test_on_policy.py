@@ -21,6 +21,8 @@ from distill_datasets.training.schedule import Step
 from distill_datasets.training.settings import ObjectiveSettings
 from distill_datasets.training.student import Student
 from distill_datasets.training.trainer import TrainSettings, train
+from tests.support.server_log import read_log
+from tests.support.shared_server import shared
 from tests.support.soft_releases import PROMPT, SMALL, release, training_task
 from tests.support.training_runs import metrics
 
@@ -154,7 +156,7 @@ def test_a_student_is_cut_where_its_teacher_is_and_learns_to_end_there(
         OnPolicyObjective(training_task(cut, model, tmp_path / "task", every))
     ) as objective:
         sampled = objective._roll(STEP, objective._task.student.snapshot())
-        one = objective._current(sampled)[0]
+        one = objective._current(sampled, 0)[0]
     assert one.tokens == free.tokens[:1] and one.ended
     assert one.ranking is not None and one.meant is not None and one.judged is not None
     meant, ids = one.meant[0], one.ranking.ids[0]
@@ -172,9 +174,9 @@ def test_old_samples_are_learned_by_the_weights_of_now(
     task = training_task(tiny_release, model, tmp_path, settings())
     with closing(OnPolicyObjective(task)) as objective:
         sampled = objective._roll(STEP, task.student.snapshot())
-        same = objective._current(sampled)
+        same = objective._current(sampled, 1)
         objective.submit(STEP).result()
-        moved = objective._current(sampled)
+        moved = objective._current(sampled, 1)
     for before, still, after in zip(sampled, same, moved, strict=True):
         assert before.ranking is not None and still.ranking is not None
         assert after.ranking is not None
@@ -225,6 +227,18 @@ def test_without_staleness_a_step_is_sampled_with_the_weights_it_changes(
                 objective.prepare(coming)
             objective.submit(step).result()
     assert events == order
+
+
+@pytest.mark.parametrize(("stale", "forwards"), [(0, 0), (1, 3)])
+def test_the_student_reads_its_samples_again_only_where_its_weights_have_moved(
+    stale: int, forwards: int, model: str, tmp_path: Path
+) -> None:
+    """Of four steps, the first is always sampled with the weights that it changes."""
+    made = release(tmp_path, model, validation=0)
+    trained = train(made, student=model, out=tmp_path / "out", settings=settings(stale=stale))
+    run = trained.final.state.removeprefix("tinker://").partition("/")[0]
+    done = [line["did"] for line in read_log(shared().store) if line["run"] == run]
+    assert done.count("forward") == forwards and done.count("optim_step") == 4
 
 
 def test_a_killed_training_goes_on_to_the_very_same_steps(

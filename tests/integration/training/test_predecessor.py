@@ -10,7 +10,7 @@ import pytest
 
 from distill_datasets.errors import DatasetError, ModelError, OutputError, SettingsError
 from distill_datasets.models import references
-from distill_datasets.training.checkpoints import LEARNED, find_predecessor
+from distill_datasets.training.checkpoints import LEARNED, choose_student, find_predecessor
 from distill_datasets.training.data import Rendered, locate, open_splits
 from distill_datasets.training.student import Student, adam, supervised_batch
 from distill_datasets.training.trainer import TrainingResult, train
@@ -53,6 +53,23 @@ def test_it_begins_at_its_predecessors_loss_with_a_new_optimizer(
         found[opening.__name__] = student.loss([batch]).result()
     assert losses[2] == pytest.approx(found["continue_from"], abs=1e-5)
     assert losses[2] != pytest.approx(found["resume"], abs=1e-5)
+
+
+def test_a_student_that_is_not_named_is_the_one_it_starts_from_or_the_teacher(
+    before: TrainingResult, model: str, tmp_path: Path
+) -> None:
+    dataset = write(tmp_path / "dataset", train=ROWS[:4])
+    one_step = replace(SETTINGS, max_steps=1)
+    after = train(dataset, out=tmp_path / "out", settings=one_step, start=before.path)
+    assert json.loads((after.path / "config.json").read_text())["student"] == model
+    released = replace(locate(dataset), manifest={"teacher": "pocket"})
+    assert choose_student(released) == "pocket"
+    for source, start, said in (
+        (released, "nowhere", "no student to start from"),
+        (replace(released, manifest={"teacher": "openai:x"}), None, "Name the student"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            choose_student(source, start)
 
 
 def test_only_new_trains_exactly_the_rows_that_nobody_learned(

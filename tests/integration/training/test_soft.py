@@ -17,9 +17,14 @@ from distill_datasets.models.references import connect
 from distill_datasets.models.scoring import Scorer, require_same_tokenizer
 from distill_datasets.releases.release import load_release, publish
 from distill_datasets.training.objectives import TrainingTask
+from distill_datasets.training.objectives.closed_set import LabelScorer, spoken_tokens
 from distill_datasets.training.objectives.soft import SCORES, SoftObjective
 from distill_datasets.training.objectives.targets import SoftExample
-from distill_datasets.training.objectives.teacher import chosen_rows
+from distill_datasets.training.objectives.teacher import (
+    chosen_rows,
+    read_teacher_prompts,
+    released_rows,
+)
 from distill_datasets.training.settings import ObjectiveSettings
 from distill_datasets.training.trainer import TrainSettings, train
 from tests.support.soft_releases import PROMPT, SMALL, release, training_task
@@ -103,6 +108,32 @@ def test_a_label_that_begins_another_ends_where_the_teacher_is_cut_too(
         found.append(soft_examples(training_task(made, model, folder / "task", chosen))[0].labels)
     own, cut = (labels.kept for labels in found)
     assert cut > own
+
+
+def test_the_order_of_the_rows_decides_no_score(model: str, tmp_path: Path) -> None:
+    """A sign that one text has is a sign in all of them, though a stop text begins with it."""
+    made = release(
+        tmp_path,
+        model,
+        sampling={"stop": ("! User:",)},
+        answer={
+            "pattern": r"Answer: (?P<answer>\w+)$",
+            "choices": ("en", "enough", *list(LANGUAGES)[1:]),
+        },
+    )
+    task = training_task(made, model, tmp_path / "task", settings(labels="choices"))
+    rows = dict(zip(("Sure! Answer: en", "Answer: en"), released_rows(task, [0, 4]), strict=True))
+    found = []
+    for texts in (list(rows), list(rows)[::-1]):
+        prompts, teacher = read_teacher_prompts(task), task.student.connection
+        scorer = LabelScorer(teacher, teacher, prompts, texts)
+        asked = [
+            scorer.request(replace(rows[text], tokens=spoken_tokens(teacher, text)), text)
+            for text in texts
+        ]
+        found.append({one.key: one.start()().kept for one in asked})
+    assert len(found[0]) == 2
+    assert found[0] == pytest.approx(found[1])
 
 
 def test_a_response_is_scored_under_the_prompt_that_the_student_never_sees(

@@ -94,7 +94,8 @@ def test_without_validation_rows_nothing_is_measured() -> None:
 def after(values: list[float], **settings: Any) -> Selection:
     chosen = TrainSettings(**settings)
     lines = [{"step": step, chosen.select: value} for step, value in enumerate(values, 1)]
-    return Selection.of(chosen, [{"step": 1, "loss": 9.0}, *lines])
+    begun = Selection(chosen.select, chosen.min_improvement)
+    return begun.read([{"step": 1, "loss": 9.0}, *lines])
 
 
 def test_patience_counts_measurements_without_the_least_improvement() -> None:
@@ -121,12 +122,11 @@ def test_a_selection_survives_being_written_down() -> None:
 
 
 def test_why_it_ended_names_the_steps_or_the_patience() -> None:
-    settings = TrainSettings(patience=2, min_improvement=0.001)
-    stale = Selection(best=0.5, best_step=60, mark=0.5, mark_step=60, stale=2)
-    assert why_it_ended(stale, settings, 80, 98) == (
+    stale = Selection(min_improvement=0.001, best=0.5, best_step=60, mark=0.5, stale=2)
+    assert why_it_ended(stale, 2, 80, 98) == (
         "no improvement of 0.001 in 2 validations (best at step 60)"
     )
-    assert why_it_ended(stale, settings, 98, 98) == "all 98 steps done"
+    assert why_it_ended(stale, 2, 98, 98) == "all 98 steps done"
 
 
 ENOUGH = 100_000  # tokens that are trained: validation costs nothing beside them
@@ -203,7 +203,7 @@ def watched(*measured: tuple[dict[str, float], float]) -> Selection:
         {**scores, "step": step, "validation_loss": loss}
         for step, (scores, loss) in enumerate(measured)
     ]
-    return Selection.of(TrainSettings(), lines)
+    return Selection().read(lines)
 
 
 @pytest.mark.parametrize("collapse", [ONE, LOOPS, EMPTY])
@@ -214,7 +214,7 @@ def test_a_collapse_stops_training_at_the_second_measurement_that_shows_it(
     assert not watched((FINE, 9.0), (collapse, 5.0)).collapsed
     found = watched((FINE, 9.0), (FINE, 6.0), (collapse, 5.0), (collapse, 4.0))
     assert found.collapsed and (found.best_step, found.best) == (1, 6.0)
-    assert "collapsed" in why_it_ended(found, TrainSettings(), 3, 60)
+    assert "collapsed" in why_it_ended(found, None, 3, 60)
     assert watched((FINE, 9.0), (collapse, 5.0), (collapse, 4.0)).best is None
 
 
