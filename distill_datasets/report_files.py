@@ -16,6 +16,11 @@ def report_file(run: Path | str) -> Path:
     return path / "report.json" if path.is_dir() else path
 
 
+def split_report(folder: Path, split: str) -> Path:
+    """The report of a split: `report.json` is that of `test`, `report-edge.json` that of `edge`."""
+    return folder / ("report.json" if split == "test" else f"report-{split}.json")
+
+
 def rows_file(report: Path) -> Path:
     """Where the rows of a report are: `rows.jsonl` beside `report.json`."""
     return report.with_name(f"rows{report.stem.removeprefix('report')}.jsonl")

@@ -1,13 +1,17 @@
 """Which answers may be given alone: thresholds of confidence that hold what they promise."""
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, exp, lgamma, log
 
 import numpy as np
 
-from distill_datasets.statistics import LEVEL, effective_rows
+from distill_datasets.statistics import LEVEL
+
+_ROUNDED = 1e-6  # of a sum of parts of groups
 
 
 def binomial_tail(k: float, n: float, share: float) -> float:
@@ -78,37 +82,40 @@ def certify(
 ) -> Certified | None:
     """The lowest threshold above which at most a share of `most` is wrong; None where none is.
 
-    It holds with a probability of `level` over the rows that it was chosen by. Above the score of
-    one row, the rows are a sample of all that score so, and a binomial test says whether too many
-    of them are wrong. Tests go on to lower scores until the first that can't tell, from up to
-    three places that only the number of rows decides, each at its part of what may fail; so the
-    choice among all of them costs nothing more (Angelopoulos et al., "Learn then test", 2021).
-    Rows of groups count as many as they are worth in all.
+    It holds with a probability of `level` over the groups that it was chosen by. Those are a sample
+    of all groups, so that a binomial test says whether too many of what scores above a score are
+    wrong. Tests go on to lower scores until the first that can't tell, from up to three places that
+    only the scores decide, each at its part of what may fail; so the choice among all of them costs
+    nothing more (Angelopoulos et al., "Learn then test", 2021). The rows of a group count as one
+    together, however much they differ: how alike those are that are served, and all of them right,
+    nothing tells.
     """
     order = np.argsort(-np.asarray(scores, np.float64), kind="stable")
-    ranked, errors = np.asarray(scores, np.float64)[order], np.asarray(wrong)[order]
-    n = len(ranked)
-    worth = effective_rows(np.asarray(wrong, np.float64).tolist(), groups) / n if n else 0.0
-    counted = np.concatenate([[0], np.cumsum(errors)])
-    starts, level = _starts(n, worth, most, level)
-    best = 0
+    falling, errors = -np.asarray(scores, np.float64)[order], np.asarray(wrong)[order]
+    sizes = Counter(groups)
+    parts = np.array([1 / sizes[group] for group in groups])[order]
+    served = np.concatenate([[0], np.cumsum(parts)])
+    failed = np.concatenate([[0], np.cumsum(parts * errors)])
+    starts, level = _starts(len(sizes), most, level)
+    n, best = len(order), 0
     for start in starts:
-        ranks = range(start, n, max(1, (n - start) // 50))
+        first = int(np.searchsorted(served, start - _ROUNDED))
+        ranks = np.arange(first, n, max(1, (n - first) // 50))
         # Rows that tie with the next one are not above it.
-        sizes = {int(np.searchsorted(-ranked, -ranked[rank])) for rank in ranks} | {n}
-        for rows in sorted(size for size in sizes if size >= start):
-            if binomial_tail(counted[rows] * worth, rows * worth, most) > 1 - level:
+        tested = {*np.searchsorted(falling, falling[ranks]).tolist(), n}
+        for rows in sorted(size for size in tested if size >= first):
+            if binomial_tail(failed[rows], served[rows], most) > 1 - level:
                 break
             best = max(best, rows)
     if not best:
         return None
-    threshold = -float("inf") if best == n else float(ranked[best])
-    bound = share_at_most(counted[best] * worth, best * worth, level)
-    return Certified(threshold, best, int(counted[best]), bound)
+    threshold = -float("inf") if best == n else float(-falling[best])
+    bound = share_at_most(failed[best], served[best], level)
+    return Certified(threshold, best, int(errors[:best].sum()), bound)
 
 
 def rows_to_certify(most: float, level: float = LEVEL) -> int:
-    """How many independent rows, none of them wrong, `certify` needs at the least.
+    """How many groups, none of their rows wrong, `certify` needs at the least.
 
     >>> rows_to_certify(0.01)
     299
@@ -116,15 +123,16 @@ def rows_to_certify(most: float, level: float = LEVEL) -> int:
     return ceil(log(1 - level) / log(1 - most))
 
 
-def _starts(n: int, worth: float, most: float, level: float) -> tuple[list[int], float]:
-    """How many rows are tested first, so that 0, 2 or 5 wrong ones may pass, and the level of each
-    test; as many as `n` rows allow.
+@lru_cache(maxsize=256)
+def _starts(n: int, most: float, level: float) -> tuple[list[int], float]:
+    """How many groups are tested first, so that 0, 2 or 5 wrong ones may pass, and the level of
+    each test; as many as `n` groups allow.
     """
     for allowed in ((0, 2, 5), (0, 2), (0,)):
         each = 1 - (1 - level) / len(allowed)
 
-        def passes(rows: int, k: int, each: float = each) -> bool:
-            return binomial_tail(k, rows * worth, most) <= 1 - each
+        def passes(size: int, k: int, each: float = each) -> bool:
+            return binomial_tail(k, size, most) <= 1 - each
 
         if n and passes(n, allowed[-1]):
             return [

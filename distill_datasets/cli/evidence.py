@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distill_datasets import resources
 from distill_datasets.cli.dataset import SPEED, add_money, confirm
-from distill_datasets.cli.flags import add_settings, count, quantity, read_settings
+from distill_datasets.cli.flags import add_settings, count, quantity, read_settings, share
 from distill_datasets.generation.settings import GenerateSettings
 
 
@@ -25,7 +25,7 @@ def add_cost(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cached-share",
-        type=_share,
+        type=share,
         metavar="X",
         help="the share of the teacher's prompt tokens that its server reads from a cache "
         "(default: as measured)",
@@ -270,16 +270,6 @@ def _confirm(said: str, *, sure: bool) -> None:
     """Say what it takes, and ask a person before it is spent."""
     print(said, file=sys.stderr)
     confirm("Go on?", sure=sure)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1; found {text!r}")
-    return share
 
 
 def _day(text: str) -> date:

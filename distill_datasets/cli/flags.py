@@ -102,6 +102,17 @@ def amount(text: str) -> float:
     return number
 
 
+def share(text: str) -> float:
+    """What a flag takes that is a part of a whole: a number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1; found {text!r}")
+    return number
+
+
 def quantity(text: str) -> int:
     """What a flag takes that counts many: `800`, `10k`, `2.5m` or `1,000,000`."""
     written = text.strip().lower().replace(",", "").replace("_", "")

@@ -49,6 +49,7 @@ from distill_datasets.report_files import (
     read_rows,
     report_file,
     rows_file,
+    split_report,
 )
 
 if TYPE_CHECKING:
@@ -150,9 +151,8 @@ def measure(  # noqa: PLR0913 (a release, four models, and the settings)
     judging = _open_judge(judge, held_out, settings)
     writer = _open_writer(settings.paraphraser, systems["teacher"])
     measuring = _Measuring(held_out, systems, settings, metrics, training, judging, writer)
-    name = "report.json" if settings.split == "test" else f"report-{settings.split}.json"
     with one_writer(Path(out), "report"):
-        return measuring.report(Path(out) / name)
+        return measuring.report(split_report(Path(out), settings.split))
 
 
 @dataclass(frozen=True)

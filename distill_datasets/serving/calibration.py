@@ -31,9 +31,10 @@ from distill_datasets.report_files import (
     read_report,
     read_rows,
     report_file,
+    split_report,
 )
 from distill_datasets.selective import certify, rows_to_certify
-from distill_datasets.statistics import LEVEL, effective_rows
+from distill_datasets.statistics import LEVEL
 from distill_datasets.tables import aligned
 
 if TYPE_CHECKING:
@@ -92,7 +93,6 @@ class Thresholds:
     split: str
     rows: int
     groups: int
-    worth: float
     disagreements: int
     level: float
     points: Sequence[Point]
@@ -105,6 +105,7 @@ class Thresholds:
         path = calibration_file(report_file(run))
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found.pop("worth", None)  # which older files have
             for name, kind in _LISTS.items():
                 found[name] = [kind(**one) for one in found[name]]
             return cls(path=path, **found)
@@ -120,8 +121,8 @@ class Thresholds:
         cells += [_cells(one) for one in self.points]
         agree = 1 - self.disagreements / self.rows
         return (
-            f"{self.rows} queries in {self.groups} groups of {self.split!r}, worth "
-            f"{self.worth:.0f} independent ones; student and teacher agree on {agree:.1%}. "
+            f"{self.rows} queries in {self.groups} groups of {self.split!r}, which count as one each; "
+            f"student and teacher agree on {agree:.1%}. "
             f"Confidence is the {self.score} of an answer's log-probabilities.\n\n"
             f"{aligned(cells)}\n\n"
             f"With {self.level:.0%} confidence the student disagrees with its teacher in at most "
@@ -154,8 +155,7 @@ def calibrate(
         print(calibrate("runs/demo", epsilons=[0.02]).text())
     """
     _require_settings(epsilons, score)
-    name = "report.json" if split == "test" else f"report-{split}.json"
-    path = report_file(run).with_name(name)
+    path = split_report(report_file(run).parent, split)
     report, training = read_report(path), find_training(path.parent)
     if training is None:
         raise DatasetError(f"{str(path.parent)!r} holds no trained student: run `train` first.")
@@ -169,7 +169,6 @@ def calibrate(
         samples = _ask(held_out.recipe, queries, sampler, path.with_name("journal.sqlite"))
         pairs = list(_pairs(held_out.recipe, rows, samples, taught, score))
         costs = None if prices is None else money_of_run(path, prices)["per_query"]
-        wrong = [float(not one.agrees) for one in pairs]
         found = Thresholds(
             path=calibration_file(path),
             report=report.get("digest"),
@@ -178,8 +177,7 @@ def calibrate(
             split=split,
             rows=len(pairs),
             groups=len({one.group for one in pairs}),
-            worth=effective_rows(wrong, [one.group for one in pairs]),
-            disagreements=int(sum(wrong)),
+            disagreements=sum(not one.agrees for one in pairs),
             level=LEVEL,
             points=choose(pairs, sorted(epsilons), costs),
             curve=choose(pairs, np.geomspace(*_CURVE, _POINTS).tolist(), costs),
@@ -231,31 +229,6 @@ def choose(
             )
         found.append(replace(point, saved=_saved(point.served, costs)))
     return found
-
-
-def held_in(
-    pairs: Sequence[Pair],
-    epsilon: float,
-    *,
-    splits: int = 1000,
-    size: int | None = None,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """In which share of resampled calibrations epsilon holds for all pairs, and the share served.
-
-    Each draws `size` of the pairs, as many as there are unless given, and chooses by them.
-    """
-    generator, holds, served = np.random.default_rng(seed), 0, 0.0
-    confidences = np.array([one.confidence for one in pairs])
-    wrong = np.array([not one.agrees for one in pairs])
-    for _ in range(splits):
-        drawn = generator.integers(len(pairs), size=size or len(pairs))
-        sample = [replace(pairs[place], group=str(n)) for n, place in enumerate(drawn)]
-        (point,) = choose(sample, [epsilon])
-        serves = np.array([point.serves(one) for one in confidences])
-        holds += not serves.any() or float(wrong[serves].mean()) <= epsilon
-        served += float(serves.mean())
-    return holds / splits, served / splits
 
 
 def confidence_of(sample: Sample, score: Score) -> float:
@@ -321,7 +294,7 @@ def _saved(served: float, costs: Mapping[str, float] | None) -> float | None:
 def _cells(point: Point) -> list[str]:
     saved = "" if point.saved is None else f"{point.saved:.1%}"
     if not point.served:
-        least = f"none: {rows_to_certify(point.epsilon)} queries tell at the least"
+        least = f"none: {rows_to_certify(point.epsilon)} groups tell at the least"
         return [f"{point.epsilon:g}", "0.0%", least, "", "", "", saved]
     threshold = "all" if point.threshold is None else f"{point.threshold:.4f}"
     counts = [f"{point.rows}", f"{point.disagreements}", f"{point.bound:.4f}"]

@@ -7,22 +7,21 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from distill_datasets.embedded.app import HOST, OTHER, running
+from distill_datasets.embedded.app import OTHER, running
 from distill_datasets.embedded.endpoints import SERVICE
 from distill_datasets.embedded.model import ModelCard
 from distill_datasets.embedded.process import new_api_key
-from distill_datasets.errors import SettingsError
+from distill_datasets.errors import DistillError, ServiceError, SettingsError
 from distill_datasets.models.connection import find_served, load_tokenizer
 from distill_datasets.recipes.loading import load_recipe
 
 from .openai_app import openai_app
 from .served import Catalogue, ChatFormat, open_models, read_names
+from .settings import ServeSettings
 
 if TYPE_CHECKING:
     from distill_datasets.recipes.recipe import Recipe
@@ -33,32 +32,11 @@ _RENDERERS = {"pocket": "qwen3_instruct"}
 _CHAT_TEMPLATE = "distill_datasets/chat_template"
 
 
-@dataclass(frozen=True)
-class ServeSettings:
-    """What is served beside the base, where, and how it computes.
-
-    `students` are folders of trainings or of PEFT adapters, or `tinker://` paths of the `store`,
-    each maybe `NAME=PATH`.
-    What a model was distilled from is put before what it is asked under its name with `+prompt`:
-    the prompt of the release that a student was trained on, or else that of `recipe`. The key is
-    `api_key`, or that in DISTILL_API_KEY, or a fresh one.
-    """
-
-    students: Sequence[str] = ()
-    recipe: str | Path | None = None
-    renderer: str | None = None
-    host: str = HOST
-    port: int = 8000
-    store: Path | None = None
-    api_key: str | None = None
-    dtype: str = "auto"
-    threads: int | None = None
-
-
 def serve(model: str, settings: ServeSettings) -> None:
     """Serve a local model and students of it until Ctrl-C; says what clients have to export."""
     name, folder = find_served(model)
-    card = ModelCard.read(folder.resolve(), name, settings.dtype, settings.threads)
+    dtype = settings.dtype or os.environ.get("EMBEDDED_DTYPE", "auto")
+    card = ModelCard.read(folder.resolve(), name, dtype, settings.threads)
     key = _read_key(settings.api_key or os.environ.get(API_KEY))
     chosen = settings.renderer or _RENDERERS.get(model, _CHAT_TEMPLATE)
     format = ChatFormat(load_tokenizer(str(folder)), chosen)
@@ -71,7 +49,15 @@ def serve(model: str, settings: ServeSettings) -> None:
     def extend(app: web.Application) -> None:
         models.append(mount(app, key, format, students, recipe))
 
-    asyncio.run(_until_interrupted(card, key, settings, extend, models))
+    try:
+        asyncio.run(_until_interrupted(card, key, settings, extend, models))
+    except DistillError:
+        raise
+    except OSError as error:
+        raise ServiceError(
+            f"Can't serve at {settings.host}:{settings.port}: {error}. Choose another --host or "
+            "--port."
+        ) from error
 
 
 def mount(

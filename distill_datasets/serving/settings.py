@@ -1,10 +1,61 @@
-"""How a student is put in front of traffic: every setting with its default and range."""
+"""How a student is served and put in front of traffic: every setting with default and range."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from distill_datasets.errors import SettingsError
 from distill_datasets.settings import check, setting
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """What is served beside the base, where, and how it computes.
+
+    What a model was distilled from is put before what it is asked under its name with `+prompt`:
+    the prompt of the release that a student was trained on, or else that of `recipe`.
+    """
+
+    students: tuple[str, ...] = setting(
+        (),
+        "[NAME=]PATH, a folder of a training or a PEFT adapter, or a tinker:// path of --store; "
+        "several times for several",
+        flag="student",
+    )
+    recipe: str | None = setting(
+        None,
+        "the recipe whose prompt a name with +prompt has",
+        unset="for a student that of its release",
+    )
+    renderer: str | None = setting(
+        None, "the base's chat format", unset="that of its chat template"
+    )
+    store: Path | None = setting(
+        None, "the folder of the checkpoints", unset="one that ends with the server"
+    )
+    host: str = setting("127.0.0.1", "the address to listen at")
+    port: int = setting(8000, "the port", at_least=0, at_most=65535)
+    api_key: str | None = setting(
+        None,
+        "what clients have to send; Tinker's takes keys that begin with tml-",
+        unset="DISTILL_API_KEY, or a fresh one",
+    )
+    dtype: Literal["auto", "fp32", "bf16"] | None = setting(
+        None,
+        "the number format of the weights",
+        unset="EMBEDDED_DTYPE, or auto: bf16 where it is measured to be faster",
+    )
+    threads: int | None = setting(
+        None,
+        "threads that compute",
+        unset="OMP_NUM_THREADS, or as many as are measured to help",
+        at_least=1,
+        at_most=1024,
+    )
+
+    def __post_init__(self) -> None:
+        """Raises `SettingsError` for what is out of range."""
+        check(self)
 
 
 @dataclass(frozen=True)

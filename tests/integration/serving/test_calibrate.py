@@ -26,7 +26,7 @@ def test_a_student_that_agrees_with_nobody_serves_nothing(
     rows = len((out / "rows.jsonl").read_text().splitlines())
     capsys.readouterr()
     assert main(["calibrate", str(out), "--epsilon", "0.05", "0.5"]) == 0
-    assert "none: 59 queries tell at the least" in capsys.readouterr().out
+    assert "none: 59 groups tell at the least" in capsys.readouterr().out
     found = Thresholds.read(out)
     assert (found.rows, found.disagreements) == (rows, rows)
     assert [one.served for one in found.points] == [0.0, 0.0]
