@@ -121,9 +121,9 @@ class Thresholds:
         cells += [_cells(one) for one in self.points]
         agree = 1 - self.disagreements / self.rows
         return (
-            f"{self.rows} queries in {self.groups} groups of {self.split!r}, which count as one each; "
-            f"student and teacher agree on {agree:.1%}. "
-            f"Confidence is the {self.score} of an answer's log-probabilities.\n\n"
+            f"{self.rows} queries of {self.split!r} in {self.groups} groups, which count as one "
+            f"each; student and teacher agree on {agree:.1%}. Confidence is the {self.score} of an "
+            "answer's log-probabilities.\n\n"
             f"{aligned(cells)}\n\n"
             f"With {self.level:.0%} confidence the student disagrees with its teacher in at most "
             "epsilon of what it serves; the teacher answers the rest."
