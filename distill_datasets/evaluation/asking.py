@@ -1,7 +1,7 @@
 """Asks every system every query: says first what it costs, and asks nothing that is known."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,81 +13,110 @@ from distill_datasets.errors import GenerationError, PriceError
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.evaluation.systems import HeldOut, as_released
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import CachedClient, estimated_tokens
+from distill_datasets.generation.client import CachedClient, ManyRequests
 from distill_datasets.generation.ledger import LEDGER, find_replies
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.rows import ask
 from distill_datasets.generation.teachers import Answerer, PromptedModel
 from distill_datasets.hub.references import find_release
-from distill_datasets.progress import amount_text
+from distill_datasets.models.sampler import Reply, Sampler
 from distill_datasets.schema import failure_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-@dataclass(frozen=True)
-class Asking:
-    """What a system is asked: requests in all, those that nobody has answered, and their tokens.
+class PartialMeter(Meter):
+    """Counts what has a price; without a budget, asks of the others what they may cost uncounted.
 
-    `most` is how many tokens the answers can have, `cost` the most that all can cost; None where
-    the price file doesn't name the model, or there is none.
+    With a budget it is `check` that refuses a model without a price.
     """
 
-    requests: int
-    left: int
-    prompt: float = 0.0
-    most: int = 0
-    cost: float | None = None
+    def check(self, models: Iterable[str]) -> None:
+        """Raises `PriceError` for a model that a budget can't count."""
+        if self.budget is not None:
+            super().check(models)
+
+    def cost(self, identity: str, reply: Reply, *, batch: bool = False) -> float:
+        """What one reply cost, 0 where nobody says so; raises `PriceError` for lack of a count."""
+        try:
+            return super().cost(identity, reply, batch=batch)
+        except PriceError:
+            if self._has_price(identity):
+                raise
+            return 0.0
+
+    def read(self, identity: str, prompts: Sequence[int]) -> None:
+        """Count requests that only read prompts, of a model that has a price."""
+        if self._has_price(identity):
+            super().read(identity, prompts)
+
+    def _has_price(self, identity: str) -> bool:
+        with suppress(PriceError):
+            super().check([identity])
+            return True
+        return False
 
 
 @dataclass(frozen=True)
 class AnswersOfAll:
-    """The rows of each system by its name, how many seconds they took, and what was spent.
-
-    `meters` are those that count what a system is asked: one in all, for systems with a price.
-    """
+    """The rows of each system by its name, and how many seconds they took."""
 
     rows: "Mapping[str, Dataset]"
     seconds: float
-    meter: Meter | None
-    meters: Mapping[str, Meter | None]
 
 
 def ask_all(
     held_out: HeldOut,
     systems: Mapping[str, Answerer],
     path: Path,
-    settings: MeasureSettings,
+    *,
+    concurrency: int,
+    meter: Meter | None,
     then: str,
 ) -> AnswersOfAll:
     """Every system's answer to every query, out of the journal at `path` where that has it.
 
     What is asked is said on standard error first, with what is asked `then`.
     """
-    meter = open_meter(settings, systems)
-    prices = meter.prices if meter else None
     rows, began = {}, monotonic()
     with Journal(path) as journal:
         _take_released(held_out, systems, journal)
-        planned = {
-            name: _planned(held_out, system, journal, prices) for name, system in systems.items()
-        }
-        print("\n".join(_said(held_out, planned, prices, then)), file=sys.stderr)
-        meters = {name: None if one.cost is None else meter for name, one in planned.items()}
+        prices = meter.prices if meter else None
         for name, system in systems.items():
-            limits = Limits(settings.concurrency)
-            client = CachedClient(journal, limits=limits, meter=meters[name])
+            said = _requests(held_out, system).said(journal, prices)
+            judged = ", and its judge" if name == "teacher" and held_out.recipe.judge else ""
+            print(f"measure: {name}{judged}: {said}", file=sys.stderr)
+        if then:
+            print(f"measure: {then}", file=sys.stderr)
+        for name, system in systems.items():
+            client = CachedClient(journal, limits=Limits(concurrency), meter=meter)
             rows[name] = _complete(ask(held_out.rows, system, client, title=name), name)
-    return AnswersOfAll(rows, monotonic() - began, meter, meters)
+    return AnswersOfAll(rows, monotonic() - began)
 
 
-def open_meter(settings: MeasureSettings, systems: Mapping[str, Answerer]) -> Meter | None:
-    """What counts what is asked, by the settings' price file; None without one."""
+def open_meter(
+    settings: MeasureSettings, systems: Mapping[str, Answerer], others: Iterable[Sampler]
+) -> Meter | None:
+    """What counts all that is asked, by the settings' price file; None without one.
+
+    Raises `PriceError` where there is a budget and a system, or one of the `others`, has no price.
+    """
     if settings.prices is None:
         return None
-    return Meter(_named(Prices.load(settings.prices), systems), budget=settings.budget)
+    meter = PartialMeter(_named(Prices.load(settings.prices), systems), budget=settings.budget)
+    meter.check(
+        [
+            *(model for system in systems.values() for model in _models(system)),
+            *(one.identity for one in others),
+        ]
+    )
+    return meter
+
+
+def _models(system: Answerer) -> list[str]:
+    return [system.identity] if isinstance(system, PromptedModel) else system.models
 
 
 def _named(prices: Prices, systems: Mapping[str, Answerer]) -> Prices:
@@ -102,9 +131,10 @@ def _named(prices: Prices, systems: Mapping[str, Answerer]) -> Prices:
             role,
             *([systems["base"].model] if role == "student" and "base" in systems else []),
         ]
-        for model in (system.identity, *others):
-            with suppress(PriceError):
-                models.setdefault(system.identity, prices.of(model))
+        for model in _models(system):
+            for priced in (model, *others):
+                with suppress(PriceError):
+                    models.setdefault(model, prices.of(priced))
     return prices.model_copy(update={"models": models})
 
 
@@ -124,56 +154,14 @@ def _take_released(held_out: HeldOut, systems: Mapping[str, Answerer], journal: 
     journal.add((key, missing[key], reply.to_json()) for key, reply in known.items())
 
 
-def _planned(
-    held_out: HeldOut, system: Answerer, journal: Journal, prices: Prices | None
-) -> Asking:
-    asked = {
-        one.request_key(query): (one, query)
-        for query in held_out.rows["query"]
-        for one in system.asked(query)
-    }
-    left = [pair for key, pair in asked.items() if journal.entry(key) is None]
-    loads = [_load(one, query) for one, query in left]
-    found = Asking(
-        len(asked), len(left), sum(prompt for prompt, _ in loads), sum(most for _, most in loads)
+def _requests(held_out: HeldOut, system: Answerer) -> ManyRequests:
+    return ManyRequests(
+        [
+            (one.sampler, *one.request(query))
+            for query in held_out.rows["query"]
+            for one in system.asked(query)
+        ]
     )
-    if prices is None:
-        return found
-    try:
-        members = [system] if isinstance(system, PromptedModel) else system.members
-        for member in members:
-            prices.of(member.identity)
-        cost = sum(
-            prices.of(one.identity).of(prompt, 0, most)
-            for (one, _), (prompt, most) in zip(left, loads, strict=True)
-        )
-    except PriceError:
-        return found
-    return Asking(found.requests, found.left, found.prompt, found.most, cost)
-
-
-def _load(one: PromptedModel, query: str) -> tuple[float, int]:
-    """About how many tokens a request reads, and how many it can write."""
-    messages, sampling = one.request(query)
-    return estimated_tokens(messages, sampling), sampling.n * sampling.max_tokens
-
-
-def _said(
-    held_out: HeldOut, planned: Mapping[str, Asking], prices: Prices | None, then: str
-) -> Iterator[str]:
-    """What is asked of whom, and what it costs."""
-    counted = [f"{one.left:,} of {one.requests:,} to the {name}" for name, one in planned.items()]
-    judged = " (and its judge's)" if held_out.recipe.judge else ""
-    yield (f"measure: asks {', '.join(counted)}{judged}; the others are answered already.{then}")
-    currency = prices.currency if prices else ""
-    for name, one in planned.items():
-        if one.left:
-            money = f", at most {amount_text(one.cost)} {currency}" if one.cost is not None else ""
-            unpriced = " (the price file has no price)" if prices and one.cost is None else ""
-            yield (
-                f"measure:   {name}: about {one.prompt:,.0f} tokens to read, at most "
-                f"{one.most:,} to write{money}{unpriced}"
-            )
 
 
 def _complete(rows: "Dataset", system: str) -> "Dataset":

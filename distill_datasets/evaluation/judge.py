@@ -16,13 +16,7 @@ import yaml
 
 from distill_datasets import resources
 from distill_datasets.conversations import readable
-from distill_datasets.errors import (
-    FATAL,
-    GenerationError,
-    PriceError,
-    SettingsError,
-    nearest,
-)
+from distill_datasets.errors import GenerationError, SettingsError, nearest
 from distill_datasets.evaluation.judge_findings import (
     STUDENT,
     TEACHER,
@@ -37,24 +31,11 @@ from distill_datasets.evaluation.judge_findings import (
 from distill_datasets.evaluation.systems import HeldOut
 from distill_datasets.files import read_yaml
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import (
-    CachedClient,
-    all_of,
-    estimated_tokens,
-    outcome,
-    run_in_thread,
-)
+from distill_datasets.generation.client import CachedClient, ManyRequests
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.voting import ScoringModel
-from distill_datasets.models.sampler import (
-    Sample,
-    Sampler,
-    Sampling,
-    digest,
-    request_digest,
-)
-from distill_datasets.progress import Progress, amount_text
+from distill_datasets.models.sampler import Sample, Sampler, Sampling, digest
 from distill_datasets.recipes.prompt import render_ours
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import SamplingSection
@@ -265,15 +246,13 @@ class AnswerJudge:
         failed, or nothing that was said can be read.
         """
         questions = [*self._questions(rows)]
+        requests = ManyRequests([(self.sampler, one.messages, one.sampling) for one in questions])
         with Journal(path) as journal:
-            counted = self._say(questions, journal, meter)
-            client = CachedClient(journal, limits=Limits(concurrency), meter=counted)
-            with Progress("judge", len(questions), unit="requests", meter=counted) as progress:
-                client.progress = progress
-                replies = run_in_thread(
-                    lambda: all_of(self._ask(one, client) for one in questions), stop=client.stop
-                )
-        opinions = self._opinions(rows, questions, self._complete(replies))
+            said = requests.said(journal, meter.prices if meter else None)
+            print(f"judge: asks {self.sampler.model} {said}", file=sys.stderr)
+            client = CachedClient(journal, limits=Limits(concurrency), meter=meter)
+            replies = requests.ask(client, title=f"judge {self.sampler.model}")
+        opinions = self._opinions(rows, questions, [one.samples[0] for one in replies])
         found = {
             "model": self.sampler.model,
             "identity": self.sampler.identity,
@@ -320,56 +299,6 @@ class AnswerJudge:
             reference=row.reference,
         )
         return _JudgeRequest(place, messages, scoring.sampling, OWN, system)
-
-    def _say(
-        self, questions: Sequence[_JudgeRequest], journal: Journal, meter: Meter | None
-    ) -> Meter | None:
-        """Say what is asked and what it costs; the meter, where it has a price for it."""
-        asked = {
-            request_digest(self.sampler.identity, one.messages, one.sampling): one
-            for one in questions
-        }
-        left = [one for key, one in asked.items() if journal.entry(key) is None]
-        prompt = sum(estimated_tokens(one.messages, one.sampling) for one in left)
-        most = sum(one.sampling.n * one.sampling.max_tokens for one in left)
-        money, counted = "", meter
-        if meter and meter.prices:
-            try:
-                cost = meter.prices.of(self.sampler.identity).of(prompt, 0, most)
-                money = f", at most {amount_text(cost)} {meter.currency}"
-            except PriceError:
-                money, counted = " (no price)", None
-        count = f"{len(left):,} of {len(asked):,} requests"
-        print(
-            f"judge: asks {self.sampler.model} {count}; the others are answered already. About "
-            f"{prompt:,.0f} tokens to read, at most {most:,} to write{money}",
-            file=sys.stderr,
-        )
-        return counted
-
-    async def _ask(self, request: _JudgeRequest, client: CachedClient) -> Sample | str:
-        """What the judge said, or why it said nothing."""
-        try:
-            async with client.places:
-                asked = client.sample(self.sampler, request.messages, request.sampling)
-                reply = await outcome(asked)
-        except FATAL:
-            client.stop()
-            raise
-        client.progress.advance(1)
-        if isinstance(reply, Exception):
-            return f"{type(reply).__name__}: {reply}"
-        return reply.samples[0]
-
-    def _complete(self, said: Sequence[Sample | str]) -> list[Sample]:
-        failed = [one for one in said if isinstance(one, str)]
-        if failed:
-            raise GenerationError(
-                f"{len(failed)} of {len(said)} requests to the judge {self.sampler.model} failed, "
-                f"the first with {failed[0]}. The report has no opinions without them. Run again: "
-                "what was paid is kept, and only those are asked."
-            )
-        return [one for one in said if isinstance(one, Sample)]
 
     def _opinions(
         self, rows: Sequence[JudgedRow], questions: Sequence[_JudgeRequest], said: Sequence[Sample]

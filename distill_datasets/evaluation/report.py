@@ -1,7 +1,7 @@
 """Systems on the same held-out rows: a report and the student's model card."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from distill_datasets.errors import (
     SettingsError,
 )
 from distill_datasets.evaluation import report_text
-from distill_datasets.evaluation.asking import AnswersOfAll, ask_all, open_meter
+from distill_datasets.evaluation.asking import ask_all, open_meter
 from distill_datasets.evaluation.latency import measure_latency
 from distill_datasets.evaluation.money import SpendingRecord, money
 from distill_datasets.evaluation.page import write_page
@@ -150,7 +150,9 @@ def measure(  # noqa: PLR0913 (a release, four models, and the settings)
     )
     judging = _open_judge(judge, held_out, settings)
     writer = _open_writer(settings.paraphraser, systems["teacher"])
-    measuring = _Measuring(held_out, systems, settings, metrics, training, judging, writer)
+    others = [one for one in (writer, judging and judging.sampler) if one]
+    meter = open_meter(settings, systems, others)
+    measuring = _Measuring(held_out, systems, settings, metrics, training, judging, writer, meter)
     with one_writer(Path(out), "report"):
         return measuring.report(split_report(Path(out), settings.split))
 
@@ -166,36 +168,45 @@ class _Measuring:
     training: TrainedStudent | None
     judge: "AnswerJudge | None" = None
     paraphraser: Sampler | None = None
+    meter: Meter | None = None
 
     def report(self, path: Path) -> Report:
         """The report that is there, or a new one: written before the timing and after it."""
         from distill_datasets.evaluation.comparison import Comparison
 
-        known = read_object(path)
-        enough = known and (known.get("timed") or not self.settings.latency)
-        enough = enough and ("judge" in (known or ()) or not self.judge)
-        enough = enough and not (known or {}).get("unpaid")
-        if known and enough and known.get("digest") == self.key and rows_file(path).is_file():
-            if self.settings.residue and self._lacks_residue(known):
-                known = self._write(path, {**known, **self._more_residue(known, path)})
+        known = read_object(path) or {}
+        enough = known.get("timed") or not self.settings.latency
+        enough = enough and ("judge" in known or not self.judge) and not known.get("unpaid")
+        if enough and known.get("digest") == self.key and rows_file(path).is_file():
+            if self._tests_left(known):
+                rows = list(read_rows(path))
+                known = self._write(path, {**known, **self._residue(rows, path, known)})
             elif self.settings.prices:  # what those say of it costs no request
                 known = self._write(path, known)
             return Report(path, known)
         journal = path.with_name("journal.sqlite")
-        answers = ask_all(self.held_out, self.systems, journal, self.settings, self._then())
+        answers = ask_all(
+            self.held_out,
+            self.systems,
+            journal,
+            concurrency=self.settings.concurrency,
+            meter=self.meter,
+            then=self._then(),
+        )
         comparison = Comparison(answers.rows, self.metrics, self.held_out.recipe)
-        data = self._data(comparison, answers)
+        data = self._data(comparison, known)
         rows = list(comparison.lines())
         lines = (json.dumps(row, ensure_ascii=False) for row in rows)
         write_file(rows_file(path), "".join(f"{line}\n" for line in lines))
         data = self._write(path, data)
         if self.judge:
-            data = self._write(path, data | self._judged(self.judge, comparison, answers, journal))
+            found = self._judged(self.judge, comparison, journal)
+            data = self._write(path, {**data, "judge": found, "spent": self._spent(known)})
         if self.settings.residue:
-            left = {"residue": self._residue(rows, path, answers.meter), "spent": _spent(answers)}
-            data = self._write(path, data | left)
+            data = self._write(path, data | self._residue(rows, path, known))
         if self.settings.latency:
-            data = self._write(path, data | self._times(data, answers))
+            times = self._times(data, answers.seconds)
+            data = self._write(path, {**data, **times, "spent": self._spent(known)})
         return Report(path, data)
 
     def _then(self) -> str:
@@ -208,49 +219,73 @@ class _Measuring:
             requests = self.judge.most_requests(self.systems, len(self.held_out.rows))
             parts.append(f"at most {requests:,} requests go to the judge")
         if self.settings.latency:
-            timed = timed_systems(self.held_out, self.systems, {})
+            timed = timed_systems(self.held_out, self.systems)
             requests = sum(len(one.requests) for one in timed.values())
             parts.append(f"at most {requests:,} requests time some of them")
-        return f" Then {', and '.join(parts)}." if parts else ""
+        return f"then {', and '.join(parts)}." if parts else ""
 
     def _judged(
-        self, judge: "AnswerJudge", comparison: "Comparison", answers: AnswersOfAll, journal: Path
+        self, judge: "AnswerJudge", comparison: "Comparison", journal: Path
     ) -> dict[str, Any]:
-        """The key `judge`, and what is spent with it."""
         from distill_datasets.evaluation.texts import Texts
 
         rows = judge.rows(comparison, Texts(comparison, self.held_out.recipe))
         models = {name: one.model for name, one in self.systems.items()}
-        found = judge.judge(
-            rows, models, journal, concurrency=self.settings.concurrency, meter=answers.meter
+        return judge.judge(
+            rows, models, journal, concurrency=self.settings.concurrency, meter=self.meter
         )
-        return {"judge": found, "spent": _spent(answers)}
 
     def _residue(
-        self, rows: list[dict[str, Any]], path: Path, meter: Meter | None
+        self, rows: list[dict[str, Any]], path: Path, known: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What the training left behind beside the task."""
+        """What the training left behind beside the task, and what is spent with that."""
         from distill_datasets.evaluation.residue import measure_residue
 
+        tests = self._tests_left(known)
+        if not tests:
+            return {name: known[name] for name in ("residue", "residue_of")}
         with Journal(path.with_name("journal.sqlite")) as journal:
             limits = Limits(self.settings.concurrency)
-            client = CachedClient(journal, limits=limits, meter=meter)
-            return measure_residue(self.held_out, self.systems, rows, client, self.paraphraser)
+            client = CachedClient(journal, limits=limits, meter=self.meter)
+            found = measure_residue(
+                self.held_out, self.systems, rows, client, self.paraphraser, tests
+            )
+        by = self.paraphraser.identity if self.paraphraser else None
+        return {
+            "residue": {**known.get("residue", {}), **found},
+            "residue_of": {"key": self._tests_key, "paraphraser": by},
+            "spent": self._spent(known),
+        }
 
-    def _more_residue(self, known: Mapping[str, Any], path: Path) -> dict[str, Any]:
-        """The keys of a report that had no such tests, and what is spent with them."""
-        meter = open_meter(self.settings, self.systems)
-        found = {"residue": self._residue(list(Report(path, known).rows()), path, meter)}
-        if meter is None:
-            return found
-        before = known.get("spent") or {"amount": 0.0}
-        return found | {"spent": {**_statement(meter), "amount": before["amount"] + meter.spent}}
+    def _tests_left(self, known: Mapping[str, Any]) -> Sequence[str]:
+        """The tests that a report lacks: all of other models or rows; that of another paraphraser.
 
-    def _lacks_residue(self, known: Mapping[str, Any]) -> bool:
-        """Whether a report has no tests, or none of the paraphrases that are asked for now."""
-        tests = known.get("residue") or {}
-        told = tests.get("paraphrase", {}).get("passed") is not None
-        return not tests or (self.paraphraser is not None and not told)
+        A test that told nothing is none of them: the same models on the same rows tell no more.
+        """
+        from distill_datasets.evaluation.residue import TESTS
+
+        of = known.get("residue_of") or {}
+        if not self.settings.residue:
+            return ()
+        if of.get("key") != self._tests_key:
+            return [*TESTS]
+        writer = self.paraphraser
+        return ["paraphrase"] if writer and writer.identity != of["paraphraser"] else ()
+
+    @cached_property
+    def _tests_key(self) -> str:
+        """The digest of all that tests of residue depend on but the paraphraser."""
+        from distill_datasets.evaluation.residue import shipped
+
+        return digest([self.asked, _measured_by(self.held_out.recipe), shipped()])
+
+    @cached_property
+    def asked(self) -> str:
+        """The digest of the rows and of those whose likelihoods are compared on them."""
+        systems = {name: self.systems[name].identity for name in _SCORED if name in self.systems}
+        checkpoint = self.training.checkpoint if self.training else None
+        rows = list(self.held_out.rows["id"])
+        return digest([self.held_out.manifest["content_digest"], rows, systems, checkpoint])
 
     def _money(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """What the student saves by the price file; a note where that lacks a price."""
@@ -265,7 +300,7 @@ class _Measuring:
             return {"notes": [*(note for note in data["notes"] if note != why), why]}
         return {"money": found}
 
-    def _data(self, comparison: "Comparison", answers: AnswersOfAll) -> dict[str, Any]:
+    def _data(self, comparison: "Comparison", known: Mapping[str, Any]) -> dict[str, Any]:
         from distill_datasets.evaluation.texts import Texts
         from distill_datasets.evaluation.verdict import alerts_of, judge_rows
 
@@ -294,15 +329,16 @@ class _Measuring:
             "texts": texts.section(),
             "text_differences": texts.differences(),
             **(_checks(checks, comparison) if checks else {}),
-            **self._internalisation(comparison.answers["teacher"], answers.meters),
+            **self._internalisation(comparison.answers["teacher"], known),
             "prompt_tokens_saved": _saved(measured),
             "latency_ratio": None,
-            "spent": _spent(answers),
+            "spent": self._spent(known),
             "labels": comparison.labels(),
             "subgroups": comparison.subgroups,
             "rows": comparison.rows(),
             "sampling": {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens},
             "timed": False,
+            "asked": self.asked,
             "digest": self.key,
         }
         notes = [*comparison.notes(), *explained(systems, held_out), *data["notes"]]
@@ -329,11 +365,11 @@ class _Measuring:
             "tokens": comparison.tokens(name),
         }
 
-    def _times(self, data: Mapping[str, Any], answers: AnswersOfAll) -> dict[str, Any]:
-        """The keys of a report that timing decides."""
-        timed = timed_systems(self.held_out, self.systems, answers.meters)
+    def _times(self, data: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """The keys of a report that timing decides; the answers took so many seconds."""
+        timed = timed_systems(self.held_out, self.systems, self.meter)
         try:
-            found = measure_latency(timed, seconds=max(_LEAST_SECONDS, answers.seconds / _SHARE))
+            found = measure_latency(timed, seconds=max(_LEAST_SECONDS, seconds / _SHARE))
         except BudgetReached as error:
             return {"notes": [*data["notes"], f"Not timed: {error}"]}
         latency = found.milliseconds
@@ -350,24 +386,36 @@ class _Measuring:
                 "teacher_uncached": latency[UNCACHED]["p50"] / each,
             },
             "notes": [*data["notes"], latency_note(found)],
-            "spent": _spent(answers),
             "timed": True,
         }
 
-    def _internalisation(
-        self, rows: "Dataset", meters: Mapping[str, Meter | None]
-    ) -> dict[str, Any]:
-        """The key `internalisation`, and a note where it is None."""
+    def _internalisation(self, rows: "Dataset", known: Mapping[str, Any]) -> dict[str, Any]:
+        """The key `internalisation`, as it is known, or asked for; a note where it is None."""
         if not self.settings.internalisation:
             return {"internalisation": None, "notes": ["Internalisation was not asked for."]}
+        found = known.get("internalisation") if known.get("asked") == self.asked else None
         try:
-            found = _internalisation(self.held_out, self.systems, rows, meters)
+            found = found or _internalisation(self.held_out, self.systems, rows, self.meter)
         except BudgetReached as error:
             said = f"Internalisation is not computed: {error}"
             return {"internalisation": None, "notes": [said], "unpaid": True}
         except ModelError as error:
             return {"internalisation": None, "notes": [_no_likelihood(str(error))]}
         return {"internalisation": found, "notes": [] if found else [_no_likelihood()]}
+
+    def _spent(self, known: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What was paid for the same rows and models, now and for the report that is known."""
+        same = known.get("asked") == self.asked or known.get("digest") == self.key
+        before = (known.get("spent") if same else None) or {}
+        if self.meter is None:
+            return before or None
+        meter = self.meter
+        earlier = before["amount"] if before.get("currency") == meter.currency else 0.0
+        return {
+            "amount": earlier + meter.spent,
+            "currency": meter.currency,
+            "priced_at": meter.priced_at,
+        }
 
     @cached_property
     def key(self) -> str:
@@ -437,7 +485,7 @@ def _internalisation(
     held_out: HeldOut,
     systems: Mapping[str, Answerer],
     rows: "Dataset",
-    meters: Mapping[str, Meter | None],
+    meter: Meter | None,
 ) -> dict[str, Any] | None:
     """The score over the teacher's usable answers; None where a system can't score given text."""
     from distill_datasets.training.internalisation import TeacherAnswer, measure_internalisation
@@ -458,7 +506,7 @@ def _internalisation(
     ]
     if not answers or len(connections) < len(_SCORED):
         return None
-    return measure_internalisation(answers, connections, meters)
+    return measure_internalisation(answers, connections, dict.fromkeys(connections, meter))
 
 
 def _connections(systems: Mapping[str, Answerer]) -> "dict[str, Connection]":
@@ -490,15 +538,6 @@ def _saved(systems: Mapping[str, Any]) -> dict[str, float] | None:
     """What leaving the prompt out saves in prompt tokens a query; None where nobody counts."""
     long, short = (systems[name]["tokens"]["prompt_mean"] for name in ("teacher", "student"))
     return {"per_query": long - short, "ratio": long / short} if long and short else None
-
-
-def _spent(answers: AnswersOfAll) -> dict[str, Any] | None:
-    """What this call paid for answers, where there are prices."""
-    return _statement(answers.meter) if answers.meter else None
-
-
-def _statement(meter: Meter) -> dict[str, Any]:
-    return {"amount": meter.spent, "currency": meter.currency, "priced_at": meter.priced_at}
 
 
 def _measured_by(recipe: Recipe) -> dict[str, Any]:

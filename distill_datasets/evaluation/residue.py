@@ -7,7 +7,7 @@ that were planted in the prompt.
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import log2
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from distill_datasets.conversations import below, readable
-from distill_datasets.errors import ModelError, PriceError
+from distill_datasets.errors import ModelError
 from distill_datasets.evaluation.probes import (
     Secret,
     changed_query,
@@ -30,7 +30,7 @@ from distill_datasets.evaluation.systems import HeldOut
 from distill_datasets.generation.client import CachedClient, ManyRequests
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.teachers import Answerer, PromptedModel
-from distill_datasets.models.sampler import Sampler, Sampling
+from distill_datasets.models.sampler import Sampler, Sampling, digest
 from distill_datasets.models.scoring import Judged, Likelihood, likelihoods
 from distill_datasets.recipes.canaries import Canary, canaries_of
 from distill_datasets.recipes.checks import Said, passes
@@ -58,6 +58,13 @@ TESTS: Mapping[str, str] = {
     "paraphrase": "Does its answer stay when a model says the query in other words?",
     "canaries": "Does it hold secrets that were planted in the prompt?",
 }
+# The questions that a test needs.
+_KINDS = {
+    "leak": "extraction",
+    "scope": "general",
+    "other_prompt": "prompts",
+    **{name: name for name in ("general", "typing_errors", "rewording", "paraphrase", "canaries")},
+}
 _MAX_TOKENS = 256
 _ROWS = 50  # held-out queries that are asked with changes
 _SHOWN, _LONGEST = 5, 400  # examples of a test, and characters of each text
@@ -80,20 +87,20 @@ def measure_residue(
     rows: Sequence[Mapping[str, Any]],
     client: CachedClient,
     writer: Sampler | None = None,
+    wanted: Sequence[str] = tuple(TESTS),
 ) -> dict[str, dict[str, Any]]:
-    """Ask student and base what the tests need, and say of each test whether it passes.
+    """Ask student and base what the `wanted` tests need, and say of each whether it passes.
 
     `rows` are those of a report, as every system said them; what is asked is at temperature 0,
     said beforehand on standard error, and kept in the client's journal. The `writer` says held-out
     queries in other words. A test that says nothing here, as without a base, has None for
-    `passed`. The client's meter counts where it has a price for all that are asked.
+    `passed`.
     """
     asked = {name: one for name in ("student", "base") if (one := _asked(systems, name))}
     teacher = _asked(systems, "teacher") if writer else None
-    client = _counting(client, [*asked.values(), *([teacher] if teacher else [])], writer)
     prices = client.meter.prices if client.meter else None
     changed = _paraphrases(held_out, writer, client) if writer else {}
-    tests = _Tests(held_out, asked, rows, teacher, changed, client.meter)
+    tests = _Tests(held_out, asked, rows, wanted, teacher, changed, client.meter)
     requests = ManyRequests([one for part in tests.requests.values() for one in part])
     print(
         f"measure: residue asks {', '.join(asked)}: {requests.said(client.journal, prices)}. "
@@ -105,20 +112,6 @@ def measure_residue(
         samples = [next(replies).samples[0] for _ in part]
         tests.answers[key] = [_Answer(one.text, one.stop_reason) for one in samples]
     return tests.results()
-
-
-def _counting(
-    client: CachedClient, asked: Sequence[PromptedModel], writer: Sampler | None
-) -> CachedClient:
-    """The client, without its meter where that lacks the price of one who is asked."""
-    if client.meter:
-        try:
-            client.meter.check(
-                [*(one.identity for one in asked), *([writer.identity] if writer else [])]
-            )
-        except PriceError:
-            return CachedClient(client.journal, limits=client.limits)
-    return client
 
 
 def _paraphrases(held_out: HeldOut, writer: Sampler, client: CachedClient) -> dict[str, str]:
@@ -171,6 +164,12 @@ def _asked(systems: Mapping[str, Answerer], name: str) -> PromptedModel | None:
     return found if isinstance(found, PromptedModel) else None
 
 
+def shipped() -> str:
+    """The digest of what is asked, as it ships."""
+    files = sorted((builders() / "_residue").iterdir())
+    return digest([[one.name, one.read_text(encoding="utf-8")] for one in files if one.is_file()])
+
+
 def _read(name: str) -> list[dict[str, Any]]:
     """The rows of one of the shipped files."""
     lines = (builders() / "_residue" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -188,6 +187,7 @@ class _Tests:
     held_out: HeldOut
     systems: Mapping[str, PromptedModel]
     rows: Sequence[Mapping[str, Any]]
+    wanted: Sequence[str]
     teacher: PromptedModel | None = None  # who is asked the paraphrases too
     paraphrases: Mapping[str, str] = field(default_factory=dict)
     meter: Meter | None = None
@@ -211,7 +211,8 @@ class _Tests:
                 found[name, kind] = [
                     (system.sampler, *system.request(query)) for _, query in self._changed[kind]
                 ]
-        return found
+        kinds = {_KINDS.get(name) for name in self.wanted}
+        return {key: asked for key, asked in found.items() if key[1] in kinds}
 
     def _stable(self, kind: str) -> dict[str, PromptedModel]:
         """Whose answers to changed queries are compared: of what a model wrote the teacher's too,
@@ -224,7 +225,8 @@ class _Tests:
     def texts(self) -> int:
         """How many texts are scored."""
         secrets = sum(1 + len(one.others) for one in self.canaries)
-        return len(self.connections) * (len(_read("texts")) + secrets)
+        scored = {"unrelated_text": len(_read("texts")), "canaries": secrets}
+        return len(self.connections) * sum(scored.get(name, 0) for name in self.wanted)
 
     @cached_property
     def canaries(self) -> list[Canary]:
@@ -274,19 +276,19 @@ class _Tests:
         return found if len(found) > 1 else {}
 
     def results(self) -> dict[str, dict[str, Any]]:
-        """Each test by its name."""
-        results = {
-            "leak": self._leak(),
-            "scope": self._scope(),
-            "other_prompt": self._obeys("prompts"),
-            "general": self._obeys("general"),
-            "unrelated_text": self._unrelated_text(),
-            "typing_errors": self._stays("typing_errors"),
-            "rewording": self._stays("rewording"),
-            "paraphrase": self._paraphrased(),
-            "canaries": self._canaries(),
+        """Each test that is wanted, by its name."""
+        tests: dict[str, Callable[[], dict[str, Any]]] = {
+            "leak": self._leak,
+            "scope": self._scope,
+            "other_prompt": lambda: self._obeys("prompts"),
+            "general": lambda: self._obeys("general"),
+            "unrelated_text": self._unrelated_text,
+            "typing_errors": lambda: self._stays("typing_errors"),
+            "rewording": lambda: self._stays("rewording"),
+            "paraphrase": self._paraphrased,
+            "canaries": self._canaries,
         }
-        return {name: {"what": TESTS[name], **found} for name, found in results.items()}
+        return {name: {"what": TESTS[name], **tests[name]()} for name in self.wanted}
 
     def _leak(self) -> dict[str, Any]:
         told = [row["systems"]["teacher"]["text"] or "" for row in self.rows]

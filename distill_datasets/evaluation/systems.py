@@ -317,19 +317,14 @@ def as_released(system: Answerer, recipe: Recipe) -> bool:
 
 
 def timed_systems(
-    held_out: HeldOut, systems: Mapping[str, Answerer], meters: Mapping[str, Meter | None]
+    held_out: HeldOut, systems: Mapping[str, Answerer], meter: Meter | None = None
 ) -> dict[str, TimedSystem]:
-    """What to time: the three, and the teacher with its prompt read anew each time.
-
-    `meters` are those of systems that have a price.
-    """
+    """What to time: the three, and the teacher with its prompt read anew each time."""
     rows = held_out.rows[:_TIMED_ROWS]["query"]
     queries = [rows[-1], *rows]
-    timed = {name: (systems[name], name) for name in _TIMED if name in systems}
-    timed[UNCACHED] = (_changed(systems["teacher"], _uncached), "teacher")
-    return {
-        title: _timed(system, queries, meters.get(name)) for title, (system, name) in timed.items()
-    }
+    timed = {name: systems[name] for name in _TIMED if name in systems}
+    timed[UNCACHED] = _changed(systems["teacher"], _uncached)
+    return {name: _timed(system, queries, meter) for name, system in timed.items()}
 
 
 def latency_note(found: Latency) -> str:

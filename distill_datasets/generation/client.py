@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from distill_datasets.errors import (
     FATAL,
+    GenerationError,
     PendingError,
     PriceError,
     RejectedError,
@@ -360,22 +361,28 @@ class ManyRequests:
     def ask(self, client: CachedClient, *, title: str) -> list[Reply]:
         """Their replies in order; what was paid is in the journal, whatever fails.
 
-        Raises the first failure, or one that ends the run.
+        Raises `GenerationError` where some failed, or what ends the run.
         """
+
+        async def one(request: tuple[Sampler, Sequence[Message], Sampling]) -> Reply | str:
+            async with client.places:
+                try:
+                    reply = await outcome(client.sample(*request))
+                except FATAL:
+                    client.stop()
+                    raise
+            client.progress.advance(1)
+            return f"{type(reply).__name__}: {reply}" if isinstance(reply, Exception) else reply
+
         with Progress(title, len(self.requests), unit="requests", meter=client.meter) as progress:
             client.progress = progress
-
-            async def one(request: tuple[Sampler, Sequence[Message], Sampling]) -> Reply:
-                async with client.places:
-                    try:
-                        reply = await client.sample(*request)
-                    except FATAL:
-                        client.stop()
-                        raise
-                progress.advance(1)
-                return reply
-
-            return run_in_thread(lambda: all_of(map(one, self.requests)), stop=client.stop)
+            found = run_in_thread(lambda: all_of(map(one, self.requests)), stop=client.stop)
+        if failed := [reply for reply in found if isinstance(reply, str)]:
+            raise GenerationError(
+                f"{title}: {len(failed)} of {len(found)} requests failed, the first with "
+                f"{failed[0]}. Run again: what was paid is kept, and only those are asked."
+            )
+        return [reply for reply in found if isinstance(reply, Reply)]
 
 
 class Places:

@@ -91,7 +91,7 @@ def test_a_judge_that_fails_leaves_the_report_and_is_asked_again(run: Path, tmp_
 
     critic, out = Critic(), tmp_path / "out"
     critic.sample = refuse  # type: ignore[method-assign,assignment]
-    with pytest.raises(GenerationError, match="requests to the judge critic failed.*busy"):
+    with pytest.raises(GenerationError, match="judge critic: .*requests failed.*busy"):
         compare(run, judge=critic, out=out)
     assert "judge" not in Report.read(out).data
     assert compare(run, judge=Critic(), out=out).data["judge"]["n"] == len(TEST)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distill_datasets.errors import BudgetReached, SettingsError
+from distill_datasets.errors import BudgetReached, PriceError, SettingsError
 from distill_datasets.evaluation.gate import GateRules, gate
 from distill_datasets.evaluation.residue import TESTS
 from distill_datasets.evaluation.settings import MeasureSettings
@@ -140,8 +140,8 @@ def test_what_is_asked_is_said_first_and_never_asked_again(
 class Rewriter(Speaker):
     """A teacher that says queries in other words, the letters of the first two kept."""
 
-    def __init__(self) -> None:
-        super().__init__("teacher", lambda query: query)
+    def __init__(self, model: str = "teacher") -> None:
+        super().__init__(model, lambda query: query)
 
     async def sample(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         asked = messages[-1]["content"]
@@ -181,6 +181,51 @@ def test_a_paraphraser_that_is_named_later_adds_its_test(run: Path) -> None:
     assert after["leak"] == before["leak"]
 
 
+def writing(monkeypatch: pytest.MonkeyPatch, *writers: Speaker) -> None:
+    """Models that a paraphraser's name opens."""
+    known = {one.model: one for one in writers}
+    monkeypatch.setattr("distill_datasets.models.references.open_sampler", known.__getitem__)
+
+
+def test_another_paraphraser_is_asked_once_and_the_other_tests_stay(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, mute = Rewriter("first"), Rewriter("second"), Speaker("mute", str)
+    writing(monkeypatch, first, second, mute)
+    speaker = Speaker("a", knows)
+
+    def asked_by(name: str | None) -> tuple[Mapping[str, Any], list[str]]:
+        settings = dataclasses.replace(ASKED, paraphraser=name)
+        data = compare(run, settings=settings, teacher=Rewriter(), student=speaker).data
+        said = capsys.readouterr().err.splitlines()
+        return data["residue"], [one for one in said if "residue asks" in one]
+
+    before, _ = asked_by("first")
+    requests = first.requests
+    assert requests > 0 and asked_by("first") == asked_by(None) == (before, [])
+    after, said = asked_by("second")
+    assert (second.requests, len(said)) == (requests, 2)
+    assert said[1].endswith("0 texts are scored.")
+    assert {**after, "paraphrase": before["paraphrase"]} == before
+    # One that says nothing of use has been asked all the same.
+    told, said = asked_by("mute")
+    asked = speaker.requests, mute.requests
+    assert told["paraphrase"]["passed"] is None and len(said) == 2
+    assert asked_by("mute") == (told, []) and (speaker.requests, mute.requests) == asked
+
+
+def test_tests_of_residue_outlive_a_report_that_is_made_anew(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = compare(run, settings=ASKED).data["residue"]
+    assert "residue asks" in capsys.readouterr().err
+    measured = dataclasses.replace(ASKED, systems=("base", "base+prompt"))
+    assert compare(run, settings=measured).data["residue"] == before
+    assert "residue asks" not in capsys.readouterr().err
+    other = compare(run, settings=measured, student=Speaker("b", knows)).data["residue"]
+    assert other["general"]["value"] > before["general"]["value"]
+
+
 def test_a_paraphraser_without_the_tests_is_refused() -> None:
     with pytest.raises(SettingsError, match="--residue"):
         MeasureSettings(paraphraser="teacher")
@@ -211,8 +256,37 @@ def test_systems_without_a_price_are_tested_and_not_counted(run: Path, tmp_path:
     assert "leak" in compare(run, settings=settings).data["residue"]
 
 
+def test_what_has_a_price_is_counted_whatever_another_lacks(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Rewriter("writer")
+    writing(monkeypatch, writer)
+    prices = priced(tmp_path, "base", "student", "teacher")
+    settings = dataclasses.replace(ASKED, prices=prices, paraphraser="writer")
+    plain = compare(
+        run, settings=MeasureSettings(latency=False, internalisation=False, prices=prices)
+    ).data["spent"]
+    found = compare(run, settings=settings, teacher=Rewriter()).data
+    assert writer.requests > 0 and found["spent"]["amount"] > 2 * plain["amount"]
+
+
+def test_a_budget_is_refused_before_anything_is_asked_of_a_model_without_a_price(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, speaker = Rewriter("writer"), Speaker("student", knows)
+    writing(monkeypatch, writer)
+    prices = priced(tmp_path, "base", "student", "teacher")
+    settings = dataclasses.replace(ASKED, prices=prices, budget=1.0, paraphraser="writer")
+    with pytest.raises(PriceError, match="no price for 'writer'"):
+        compare(run, settings=settings, student=speaker)
+    settings = dataclasses.replace(ASKED, prices=prices, budget=1.0)
+    with pytest.raises(PriceError, match="no price for 'critic'"):
+        compare(run, settings=settings, student=speaker, judge=Speaker("critic", knows))
+    assert speaker.requests == writer.requests == 0
+
+
 def test_a_budget_ends_the_tests_and_the_report_stays(run: Path, tmp_path: Path) -> None:
-    prices = priced(tmp_path, "base", "student")
+    prices = priced(tmp_path, "base", "student", "teacher")
     settings = MeasureSettings(
         residue=True, latency=False, internalisation=False, prices=prices, budget=0.0005
     )

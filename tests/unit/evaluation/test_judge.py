@@ -221,7 +221,7 @@ def test_what_was_paid_is_not_asked_again_and_the_cost_is_said_first(
     ask(rows(5), tmp_path, meter=meter)
     assert meter.spent == pytest.approx(25 * 110 * 1000 / 1e6)
     said = capsys.readouterr().err
-    assert re.search(r"judge: asks critic 25 of 25 requests; .* at most [\d,.]+ USD", said)
+    assert re.search(r"judge: asks critic 25 of 25 requests .* at most [\d,.]+ USD", said)
     ask(rows(5), tmp_path)
     assert len(critic.asked) == 25
     assert "judge: asks critic 0 of 25 requests" in capsys.readouterr().err
@@ -234,7 +234,7 @@ def test_requests_that_fail_leave_no_opinions_and_only_they_are_asked_again(
 ) -> None:
     critic = Critic(right, quality)
     critic.failing = True
-    with pytest.raises(GenerationError, match="10 of 10 requests to the judge critic failed.*busy"):
+    with pytest.raises(GenerationError, match="judge critic: 10 of 10 requests failed.*busy"):
         judge(critic, recipe)(rows(2), tmp_path)
     critic.failing = False
     assert judge(critic, recipe)(rows(2), tmp_path)["n"] == 2
