@@ -14,11 +14,9 @@ from hashlib import sha256
 from math import isfinite
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import datasets
-import evaluate
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +24,9 @@ from distill_datasets.errors import DatasetError, RecipeError, SettingsError, ne
 from distill_datasets.recipes.checks import field_share
 from distill_datasets.similarity import chrf, equal, rouge_l
 from distill_datasets.statistics import Bootstrap, Estimate, Floats, Proportion, resamples
+
+if TYPE_CHECKING:
+    import evaluate
 
 Answers = Sequence[str | None]
 Column = Sequence[Any]
@@ -36,27 +37,42 @@ _RESAMPLES_OF_OWN = 200  # each computes a user's metric once
 _BINS = np.arange(1, 10) / 10
 
 
-class _Metric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
-    compared = True
+class _Metric:
+    columns: Sequence[str] = ("predictions", "references")
+    kind = "large_string"  # `evaluate` refuses None in a `string` column, not in this one
+    described = "Texts; None or an empty text where there is no answer."
 
-    def _info(self) -> evaluate.MetricInfo:
-        # `evaluate` refuses None in a `string` column, not in this one.
-        text = datasets.Value("large_string")
-        columns = ("predictions", "references") if self.compared else ("predictions",)
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description="Texts; None or an empty text where there is no answer.",
-            features=datasets.Features(dict.fromkeys(columns, text)),
-        )
-
-    def _compute(self, predictions: Answers, references: Answers = ()) -> dict[str, float]:
-        alone = [str(row) for row in range(len(predictions))]
-        return {self.name: self.estimate(predictions, references, alone).value}
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def estimate(self, found: Column, right: Column, groups: Sequence[str]) -> Estimate:
         """The value with its interval."""
         raise NotImplementedError
+
+    def module(self) -> "evaluate.Metric":
+        """The value alone, as a module of `evaluate` by the metric's name."""
+        import datasets
+        import evaluate
+
+        ours = self
+
+        class Module(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
+            def _info(self) -> evaluate.MetricInfo:
+                return evaluate.MetricInfo(
+                    description=ours.__doc__,
+                    citation="",
+                    inputs_description=ours.described,
+                    features=datasets.Features(
+                        dict.fromkeys(ours.columns, datasets.Value(ours.kind))
+                    ),
+                )
+
+            def _compute(self, predictions: Column, references: Column = ()) -> dict[str, float]:
+                alone = [str(row) for row in range(len(predictions))]
+                return {ours.name: ours.estimate(predictions, references, alone).value}
+
+        Module.__name__ = type(ours).__name__
+        return Module(keep_in_memory=True)
 
 
 class Accuracy(_Metric):
@@ -74,7 +90,7 @@ class Agreement(Accuracy):
 class Answered(_Metric):
     """The share of rows with an answer, right or wrong."""
 
-    compared = False
+    columns = ("predictions",)
 
     def estimate(self, found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:  # noqa: D102
         return Proportion([float(bool(text)) for text in found], groups)
@@ -195,14 +211,8 @@ class ExactMatch(Similarity):
 class Calibration(_Metric):
     """Of confidences from 0 to 1, NaN where none was said, against 1 for right and 0 for wrong."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        columns = dict.fromkeys(("predictions", "references"), datasets.Value("float64"))
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description=Calibration.__doc__,
-            features=datasets.Features(columns),
-        )
+    kind = "float64"
+    described = "Confidences, NaN where none was said, and 1 for right, 0 for wrong."
 
 
 class Brier(Calibration):
@@ -260,7 +270,7 @@ def load_metric(name: str) -> _Metric:
             f"{nearest(name, [*_OURS])} A metric of your own is no part of a recipe: give it to "
             "`measure`, as --metric path.py:Name."
         )
-    return _OURS[name](keep_in_memory=True)
+    return _OURS[name](name)
 
 
 @dataclass(frozen=True)
@@ -340,6 +350,8 @@ def load_own_metric(given: Any) -> OwnMetric:
             )
         key = sha256(Path(path).read_bytes()).hexdigest() + name
         given = getattr(module, name)
+    import evaluate
+
     if isinstance(given, type):
         given = given(keep_in_memory=True) if issubclass(given, evaluate.Metric) else given()
     if isinstance(given, evaluate.EvaluationModule):
@@ -352,7 +364,7 @@ def load_own_metric(given: Any) -> OwnMetric:
     return OwnMetric(getattr(given, "__name__", type(given).__name__), given, key)
 
 
-def _computing(module: evaluate.EvaluationModule) -> Callable[[list[str], list[str]], Any]:
+def _computing(module: "evaluate.EvaluationModule") -> Callable[[list[str], list[str]], Any]:
     return lambda found, expected: module.compute(predictions=found, references=expected)
 
 
