@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from functools import cached_property
 from hashlib import file_digest
 from itertools import chain
@@ -420,9 +420,9 @@ class Recipe(RecipeKeys):
         if self.members:
             member, own = self.part(query)
             return member.read(own, reference, text, stop_reason)
-        answer, rejection = astuple(self.teacher_reader.read(text, stop_reason))
-        if answer is None:
-            return Reading(rejection=rejection)
+        parsed = self.teacher_reader.read(text, stop_reason)
+        if (answer := parsed.answer) is None:
+            return Reading(rejection=parsed.rejection)
         said = Said(text, stop_reason, answer, reference, self.tools is not None)
         if failure := first_failure(self.kept_checks, said):
             return Reading(rejection=failure)

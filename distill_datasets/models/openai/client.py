@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import cached_property
 from ipaddress import ip_address
 
 import aiohttp
@@ -60,6 +61,7 @@ class OpenAISampler:
         key = read_key(api_key or os.environ.get("OPENAI_API_KEY"), "OPENAI_API_KEY")
         url = _base(read_address(address, "OPENAI_BASE_URL"))
         self.endpoint = Endpoint(url, key, "OPENAI_BASE_URL", timeout)
+        self._completions = self.endpoint.at("chat/completions")
         self._is_openai = url.host == URL(_OPENAI).host
         self._reached = not lazily
         self._reaching: dict[asyncio.AbstractEventLoop, asyncio.Task[None]] = {}
@@ -73,7 +75,7 @@ class OpenAISampler:
         """The reference, `openai:<model>`."""
         return f"openai:{self.name}"
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """The reference, and the address unless it is OpenAI's: names mean nothing elsewhere."""
         if self._is_openai:
@@ -119,7 +121,7 @@ class OpenAISampler:
         with self.endpoint.explained():
             session = await self.endpoint.session()
             async with session.post(
-                self.endpoint.at("chat/completions"),
+                self._completions,
                 data=body,
                 headers=_JSON,
                 allow_redirects=False,

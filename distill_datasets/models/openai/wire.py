@@ -305,13 +305,9 @@ def _share_out(
 def _read_usage(usage: Any) -> tuple[Usage, int | None]:
     """The token counts of an answer and those of its samples, None where nothing counts them."""
     usage = usage if isinstance(usage, dict) else {}
-
-    def count(*names: str, of: Any = usage) -> int | None:
-        found = (_count(name, of.get(name)) for name in names) if isinstance(of, dict) else ()
-        return next((one for one in found if one is not None), None)
-
-    prompt, response = count("prompt_tokens", "input_tokens"), count(*_RESPONSE)
-    total = count("total_tokens")
+    prompt = _count(usage, "prompt_tokens", "input_tokens")
+    response = _count(usage, *_RESPONSE)
+    total = _count(usage, "total_tokens")
     if total is not None and response is None and prompt is not None and total >= prompt:
         response = total - prompt
     if total is not None and prompt is None and response is not None and total >= response:
@@ -320,22 +316,28 @@ def _read_usage(usage: Any) -> tuple[Usage, int | None]:
         usage.get(f"{one}_tokens_details") or usage.get(f"{other}_tokens_details")
         for one, other in (("prompt", "input"), ("completion", "output"))
     )
-    cached = count("cached_tokens", of=asked) or count("prompt_cache_hit_tokens") or 0
-    reasoning = count("reasoning_tokens", of=said) or count("reasoning_tokens") or 0
+    cached = _count(asked, "cached_tokens") or _count(usage, "prompt_cache_hit_tokens") or 0
+    reasoning = _count(said, "reasoning_tokens") or _count(usage, "reasoning_tokens") or 0
     return Usage(prompt, cached, reasoning, _cost(usage.get("cost"))), response
 
 
 _RESPONSE = ("completion_tokens", "output_tokens")
 
 
-def _count(name: str, value: Any) -> int | None:
-    """A number of tokens; None for what is none, raises `RetryableError` for an impossible one."""
-    number = _number(value)
-    if number is None or number < 0 or number != int(number):
-        return None
-    if number > _MOST_COUNT:
-        raise bad_answer(f"{name} {str(value)[:40]}, more tokens than any model reads or writes")
-    return int(number)
+def _count(counts: Any, *names: str) -> int | None:
+    """The first number of tokens under one of the names; None where there is none.
+
+    Raises `RetryableError` for an impossible one.
+    """
+    for name in names if isinstance(counts, dict) else ():
+        number = _number(counts.get(name))
+        if number is None or number < 0 or number != int(number):
+            continue
+        if number > _MOST_COUNT:
+            found = f"{name} {str(counts[name])[:40]}"
+            raise bad_answer(f"{found}, more tokens than any model reads or writes")
+        return int(number)
+    return None
 
 
 def _cost(value: Any) -> float | None:
