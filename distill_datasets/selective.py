@@ -2,16 +2,18 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, exp, lgamma, log
+from math import ceil, exp, lgamma, log, log1p
+from typing import NamedTuple
 
 import numpy as np
 
 from distill_datasets.statistics import LEVEL
 
 _ROUNDED = 1e-6  # of a sum of parts of groups
+_LEAST = -1e3  # a log-probability
 
 
 def binomial_tail(k: float, n: float, share: float) -> float:
@@ -139,3 +141,56 @@ def _starts(n: int, most: float, level: float) -> tuple[list[int], float]:
                 bisect_left(range(n + 1), True, key=lambda m: passes(m, k)) for k in allowed
             ], each
     return [], level
+
+
+class Place(NamedTuple):
+    """A token of an answer, its log-probability, and the likeliest tokens in its place."""
+
+    token: str
+    logprob: float
+    likeliest: Sequence[tuple[str, float]] = ()
+
+
+def choice_logprob(places: Iterable[Place], choices: Collection[str]) -> float:
+    """The log-probability of an answer among the `choices`, in whatever tokens they are spelled.
+
+    It is that of sampling which is held to them: at each place tokens are possible with which a
+    choice goes on, and behind a whole choice everything else ends it. What is less likely than the
+    `likeliest` is left out, and other tokens that leave open which choice it will be count against
+    it. An answer that is none of the choices gets the least that there is.
+
+    >>> rivals = [("yes", log(0.6)), ("no", log(0.2)), ("so", log(0.1))]
+    >>> round(exp(choice_logprob([Place("yes", log(0.6), rivals)], ["yes", "no"])), 3)
+    0.75
+    """
+    begun, said, walked = "", None, list[tuple[str, Place]]()
+    for place in places:
+        possible = _possible(begun, place.token, choices)
+        walked.append((begun, place))
+        if not possible or begun in possible:
+            said = begun if possible else None
+            break
+        begun = (begun + place.token).lstrip()
+    else:
+        said = begun
+    if said not in choices:
+        return _LEAST
+    doubt = 0.0
+    for begun, place in reversed(walked):
+        own = exp(place.logprob)
+        sure, other = own * (1 - doubt), own * doubt
+        for token, logprob in place.likeliest:
+            if token != place.token and (possible := _possible(begun, token, choices)):
+                if possible == {said}:
+                    sure += exp(logprob)
+                else:
+                    other += exp(logprob)
+        doubt = other / (sure + other)
+    return log1p(-doubt) if doubt < 1 else _LEAST
+
+
+def _possible(begun: str, token: str, choices: Collection[str]) -> set[str]:
+    """The choices that an answer which `begun` so may still be, with this token behind it."""
+    text = (begun + token).lstrip()
+    found = {one for one in choices if one.startswith(text)}
+    return found or ({begun} if begun in choices else set())

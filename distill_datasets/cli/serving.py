@@ -39,9 +39,10 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--score",
-        choices=("least", "mean", "sum"),
+        choices=("least", "mean", "sum", "choices"),
         default="least",
-        help="how the log-probabilities of an answer's tokens are its confidence (default: least)",
+        help="what of the log-probabilities of an answer's tokens is its confidence; choices: that "
+        "of the answer among the recipe's (default: least)",
     )
     parser.add_argument("--split", default="test", help="the held-out split (default: test)")
     parser.add_argument("--prices", type=Path, help="a file with a date and prices of models")

@@ -7,8 +7,10 @@ disagrees with its teacher in at most a share that is asked for, with 95 % confi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -22,8 +24,8 @@ from distill_datasets.files import one_writer, write_file
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient, all_of, run_in_thread
 from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.models.references import find_training, open_sampler
-from distill_datasets.models.sampler import Sample
+from distill_datasets.models.references import connect, find_training
+from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.notebooks import interruptible
 from distill_datasets.progress import Progress
 from distill_datasets.report_files import (
@@ -33,22 +35,29 @@ from distill_datasets.report_files import (
     report_file,
     split_report,
 )
-from distill_datasets.selective import certify, rows_to_certify
+from distill_datasets.selective import Place, certify, choice_logprob, rows_to_certify
 from distill_datasets.statistics import LEVEL
 from distill_datasets.tables import aligned
 
 if TYPE_CHECKING:
     from distill_datasets.evaluation.systems import HeldOut
     from distill_datasets.generation.pricing import Prices
-    from distill_datasets.models.sampler import Sampler
+    from distill_datasets.models.sampler import Logprobs, Sample, Sampler
     from distill_datasets.recipes.recipe import Recipe
 
-Score = Literal["least", "mean", "sum"]
+Score = Literal["least", "mean", "sum", "choices"]
 SCORES: tuple[Score, ...] = get_args(Score)
+_MEANINGS: Mapping[Score, str] = {
+    "least": "the least of an answer's log-probabilities",
+    "mean": "the mean of an answer's log-probabilities",
+    "sum": "the sum of an answer's log-probabilities",
+    "choices": "the log-probability of an answer among the choices",
+}
 EPSILONS = (0.01, 0.02, 0.05)
 _POINTS = 40  # of the curve
 _CURVE = (0.002, 0.3)
 _CONCURRENCY = 64
+_LIKELIEST = 20  # tokens of a place, as many as OpenAI's protocol gives
 
 
 @dataclass(frozen=True)
@@ -122,8 +131,8 @@ class Thresholds:
         agree = 1 - self.disagreements / self.rows
         return (
             f"{self.rows} queries of {self.split!r} in {self.groups} groups, which count as one "
-            f"each; student and teacher agree on {agree:.1%}. Confidence is the {self.score} of an "
-            "answer's log-probabilities.\n\n"
+            f"each; student and teacher agree on {agree:.1%}. Confidence is "
+            f"{_MEANINGS[self.score]}.\n\n"
             f"{aligned(cells)}\n\n"
             f"With {self.level:.0%} confidence the student disagrees with its teacher in at most "
             "epsilon of what it serves; the teacher answers the rest."
@@ -161,13 +170,18 @@ def calibrate(
         raise DatasetError(f"{str(path.parent)!r} holds no trained student: run `train` first.")
     held_out = read_held_out(report["dataset"]["path"], split=split)
     _require_form(held_out)
-    sampler = open_sampler(training)
+    known = Confidence(held_out.recipe, score)
+    sampler = TinkerSampler(connect(training))
     with one_writer(path.parent, "calibration"):
         taught = _taught(path)
         rows = [row for row in held_out.rows if row["id"] in taught]
         queries = [row["query"] for row in rows]
-        samples = _ask(held_out.recipe, queries, sampler, path.with_name("journal.sqlite"))
-        pairs = list(_pairs(held_out.recipe, rows, samples, taught, score))
+        journal = path.with_name("journal.sqlite")
+        samples = _ask(held_out.recipe, queries, sampler, journal, known.likeliest)
+        decode = cache(lambda token: str(sampler.connection.tokenizer.decode([token])))
+        places = [_places(sample.logprobs, decode) for sample in samples]
+        confidences = list(map(known.of, queries, places))
+        pairs = list(_pairs(held_out.recipe, rows, samples, confidences, taught))
         costs = None if prices is None else money_of_run(path, prices)["per_query"]
         found = Thresholds(
             path=calibration_file(path),
@@ -231,25 +245,75 @@ def choose(
     return found
 
 
-def confidence_of(sample: Sample, score: Score) -> float:
-    """How sure a student is of its answer: of the log-probabilities of all of its tokens."""
-    if sample.logprobs is None or not sample.logprobs.logprobs:
-        raise DatasetError(
-            "The student's server gives no log-probabilities: serve it with `serve`."
+class Confidence:
+    """How sure a student is of its answer: one number of all of its tokens, the higher the surer.
+
+    It is the least, the mean or the sum of their log-probabilities, or that of the whole answer
+    among the recipe's choices (`choices`).
+    """
+
+    def __init__(self, recipe: Recipe, score: Score) -> None:
+        """Raises `SettingsError` for a student that says more than one of the choices."""
+        self._recipe, self.score = recipe, score
+        parts = recipe.parts if score == "choices" else []
+        self._choices = {part.name: _said_choices(part) for part in parts}
+
+    @property
+    def likeliest(self) -> int:
+        """How many of the likeliest tokens of each place it needs to know."""
+        return _LIKELIEST if self._choices else 0
+
+    def of(self, query: str, places: Sequence[Place]) -> float:
+        """That of an answer; raises `DatasetError` where its tokens don't tell."""
+        values = [one.logprob for one in places]
+        if not values:
+            raise DatasetError("no log-probabilities, which the servers of `serve` give")
+        if self.score != "choices":
+            total = sum(values)
+            return {"least": min(values), "sum": total, "mean": total / len(values)}[self.score]
+        if not all(one.likeliest for one in places):
+            raise DatasetError(
+                f"no top_logprobs, of which the score 'choices' needs {_LIKELIEST} a token: the "
+                "servers of `serve` give them"
+            )
+        if any("\ufffd" in one.token for one in places):
+            raise DatasetError(
+                "choices in tokens that are parts of characters, of which nobody can tell which "
+                "choice they begin: calibrate by another score"
+            )
+        return choice_logprob(places, self._choices[self._recipe.part(query)[0].name])
+
+
+def _said_choices(recipe: Recipe) -> Sequence[str]:
+    """What a student says for each of a recipe's choices."""
+    choices, reader = recipe.answer.choices, recipe.student_reader
+    texts = [recipe.write_response(one, one) for one in choices]
+    if not choices or [reader.read(one, "stop").answer for one in texts] != list(choices):
+        raise SettingsError(
+            "The score 'choices' is the probability of an answer among all that there are: "
+            "expected `answer.choices` and a student that says one of them and nothing else; found "
+            f"{list(choices)[:5]} and the response {recipe.response!r} in {recipe.name!r}. Choose "
+            "another score."
         )
-    return confidence(sample.logprobs.logprobs, score)
+    return texts
 
 
-def confidence(logprobs: Sequence[float], score: Score) -> float:
-    """One number of the log-probabilities of an answer's tokens, at least one."""
-    if score == "mean":
-        return sum(logprobs) / len(logprobs)
-    return min(logprobs) if score == "least" else sum(logprobs)
+def _places(found: Logprobs | None, decode: Callable[[Any], str]) -> list[Place]:
+    """A sample's tokens in texts; none where its server gives no log-probabilities."""
+    if found is None:
+        return []
+    rows = zip_longest(found.tokens, found.logprobs, found.top_tokens, found.top_logprobs)
+    return [
+        Place(decode(token), logprob, list(zip(map(decode, ids or ()), values or (), strict=True)))
+        for token, logprob, ids, values in rows
+    ]
 
 
-def _ask(recipe: Recipe, queries: Sequence[str], sampler: Sampler, path: Path) -> list[Sample]:
+def _ask(
+    recipe: Recipe, queries: Sequence[str], sampler: Sampler, path: Path, likeliest: int
+) -> list[Sample]:
     """The student's answer to each query, with its log-probabilities."""
-    plain = replace(greedy(recipe), top_logprobs=0)
+    plain = replace(greedy(recipe), top_logprobs=likeliest)
     with Journal(path) as journal:
         client = CachedClient(journal, limits=Limits(_CONCURRENCY))
         with Progress("calibrate", len(queries), unit="queries") as progress:
@@ -273,15 +337,15 @@ def _pairs(
     recipe: Recipe,
     rows: Sequence[Mapping[str, Any]],
     samples: Sequence[Sample],
+    confidences: Sequence[float],
     taught: Mapping[str, Any],
-    score: Score,
 ) -> Iterator[Pair]:
-    for row, sample in zip(rows, samples, strict=True):
+    for row, sample, confidence in zip(rows, samples, confidences, strict=True):
         reader = recipe.part(row["query"])[0].student_reader
         answer = reader.read(sample.text, sample.stop_reason).answer
         # A teacher whose answer can't be read is agreed with by nobody.
         agrees = answer is not None and answer == taught[row["id"]]
-        yield Pair(row["id"], row["group"], confidence_of(sample, score), agrees)
+        yield Pair(row["id"], row["group"], confidence, agrees)
 
 
 def _saved(served: float, costs: Mapping[str, float] | None) -> float | None:
@@ -296,6 +360,6 @@ def _cells(point: Point) -> list[str]:
     if not point.served:
         least = f"none: {rows_to_certify(point.epsilon)} groups tell at the least"
         return [f"{point.epsilon:g}", "0.0%", least, "", "", "", saved]
-    threshold = "all" if point.threshold is None else f"{point.threshold:.4f}"
+    threshold = "all" if point.threshold is None else f"{point.threshold:.4g}"
     counts = [f"{point.rows}", f"{point.disagreements}", f"{point.bound:.4f}"]
     return [f"{point.epsilon:g}", f"{point.served:.1%}", threshold, *counts, saved]

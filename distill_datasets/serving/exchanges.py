@@ -6,6 +6,7 @@ from typing import Any
 
 from distill_datasets.conversations import Call, write_calls
 from distill_datasets.schema import Message
+from distill_datasets.selective import Place
 from distill_datasets.serving.rollout import Exchange
 
 _MOST_TEXT = 1 << 20  # characters of a stream that are kept to be counted
@@ -50,14 +51,21 @@ def read_exchange(answer: Mapping[str, Any]) -> Exchange:
     return Exchange(text, _reason(choice.get("finish_reason")), *_counts(answer.get("usage")))
 
 
-def read_logprobs(answer: Mapping[str, Any]) -> list[float]:
-    """The log-probabilities of the first choice's tokens; none where the server gives none."""
+def read_places(answer: Mapping[str, Any]) -> list[Place]:
+    """The tokens of the first choice with their log-probabilities; none where none are given."""
     found = answer["choices"][0].get("logprobs")
     places = found.get("content") if isinstance(found, Mapping) else None
-    if not isinstance(places, list):
+    try:
+        return [
+            Place(*_named(one), [*map(_named, one.get("top_logprobs") or ())])
+            for one in places or ()
+        ]
+    except (TypeError, ValueError, KeyError, AttributeError):
         return []
-    values = [one.get("logprob") for one in places if isinstance(one, Mapping)]
-    return [float(one) for one in values if isinstance(one, int | float)]
+
+
+def _named(found: Mapping[str, Any]) -> tuple[str, float]:
+    return str(found["token"]), float(found["logprob"])
 
 
 def as_events(answer: Mapping[str, Any]) -> Iterator[bytes]:

@@ -19,17 +19,18 @@ from aiohttp import web
 from yarl import URL
 
 from distill_datasets.conversations import to_text
-from distill_datasets.errors import DistillError
+from distill_datasets.errors import DatasetError, DistillError
 from distill_datasets.generation.pricing import Price
 from distill_datasets.models.sampler import digest
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
+from distill_datasets.selective import Place
 from distill_datasets.serving.exchanges import (
     SpokenStream,
     as_events,
     read_exchange,
-    read_logprobs,
     read_messages,
+    read_places,
 )
 from distill_datasets.serving.monitor import Monitor
 from distill_datasets.serving.openai_app import refused
@@ -67,12 +68,14 @@ class Backend:
 
 @dataclass(frozen=True)
 class Chooser:
-    """Whether the student is sure enough, by the log-probabilities of its answer's tokens.
+    """Whether the student is sure enough: `serves` is asked by a query and its answer's tokens.
 
-    `blend` is the share of the users whose other queries go to the student with the prompt.
+    It wants to know the `likeliest` tokens of each place, and raises `DatasetError` where it can't
+    tell. `blend` is the share of the users whose other queries go to the student with the prompt.
     """
 
-    serves: Callable[[Sequence[float]], bool]
+    serves: Callable[[str, Sequence[Place]], bool]
+    likeliest: int = 0
     blend: float = 0.0
 
 
@@ -285,12 +288,14 @@ class RolloutProxy:
         """
         assert self.chooser is not None
         plain = {key: one for key, one in bodies["student"].items() if not key.startswith("stream")}
-        answer = await self._fetch("student", {**plain, "logprobs": True})
-        values = read_logprobs(answer)
-        if not values:
-            said = "student: no log-probabilities, by which it is chosen"
-            raise BackendError("student", 502, said)
-        if self.chooser.serves(values):
+        wanted = max(self.chooser.likeliest, plain.get("top_logprobs") or 0)
+        told = {"logprobs": True, **({"top_logprobs": wanted} if wanted else {})}
+        answer = await self._fetch("student", {**plain, **told})
+        try:
+            serves = self.chooser.serves(to_text(asked.messages), read_places(answer))
+        except DatasetError as error:
+            raise BackendError("student", 502, f"student: found {error}") from error
+        if serves:
             return await self._give(request, asked, answer), read_exchange(answer), "student"
         self.rollout.keep_query(asked.messages, "low confidence")
         self.monitor.count_unsure()
@@ -312,6 +317,10 @@ class RolloutProxy:
         """A whole answer that was held back, in the form that was asked for."""
         if not asked.body.get("logprobs"):
             answer["choices"][0].pop("logprobs", None)
+        elif self.chooser is not None and self.chooser.likeliest:
+            most = asked.body.get("top_logprobs") or 0
+            for place in answer["choices"][0]["logprobs"]["content"]:
+                place["top_logprobs"] = place["top_logprobs"][:most]
         answer["model"] = asked.name or answer.get("model")
         if asked.body.get("stream"):
             return await self._as_stream(request, answer)

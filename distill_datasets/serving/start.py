@@ -115,18 +115,18 @@ def _open(run: Path, settings: RolloutSettings, admin: str) -> RolloutProxy:
     return RolloutProxy(
         controlled,
         _backends(run, controlled.judgement.recipe, settings),
-        chooser=_chooser(run, settings),
+        chooser=_chooser(run, controlled.judgement.recipe, settings),
         budget=settings.budget,
         api_key=settings.api_key,
         admin_key=admin,
     )
 
 
-def _chooser(run: Path, settings: RolloutSettings) -> Chooser | None:
+def _chooser(run: Path, recipe: Recipe, settings: RolloutSettings) -> Chooser | None:
     if settings.epsilon is None:
         return None
     # Late, for what it imports fills hundreds of MiB, and a proxy runs for months.
-    from distill_datasets.serving.calibration import Thresholds, confidence
+    from distill_datasets.serving.calibration import Confidence, Thresholds
 
     found = Thresholds.read(run)
     if found.report != read_report(run).get("digest"):
@@ -146,7 +146,10 @@ def _chooser(run: Path, settings: RolloutSettings) -> Chooser | None:
             f"calibrate found no answers that keep to epsilon {settings.epsilon:g}: name a larger "
             "one, or calibrate on more rows."
         )
-    return Chooser(lambda values: point.serves(confidence(values, found.score)), settings.blend)
+    known = Confidence(recipe, found.score)
+    return Chooser(
+        lambda query, places: point.serves(known.of(query, places)), known.likeliest, settings.blend
+    )
 
 
 def _backends(run: Path, recipe: Recipe, settings: RolloutSettings) -> dict[Arm, Backend]:

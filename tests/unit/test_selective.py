@@ -1,10 +1,22 @@
 """Thresholds of confidence, against scipy and against populations whose truth is known."""
 
+import random
+from collections.abc import Iterator
+from itertools import product
+from math import exp, log
+
 import numpy as np
 import pytest
 from scipy.stats import beta, binom
 
-from distill_datasets.selective import binomial_tail, certify, rows_to_certify, share_at_most
+from distill_datasets.selective import (
+    Place,
+    binomial_tail,
+    certify,
+    choice_logprob,
+    rows_to_certify,
+    share_at_most,
+)
 
 
 def alone(count: int) -> list[str]:
@@ -123,3 +135,54 @@ def test_of_groups_too_what_a_good_student_says_is_served() -> None:
         held += 0.3 * (1 - threshold) ** 2 / 3 <= 0.05  # the mean risk above the threshold
         served += (1 - threshold) / splits
     assert held >= 0.95 * splits and served > 0.3
+
+
+def spoken(choice: str) -> Iterator[list[str]]:
+    """All ways to spell a choice in tokens, to its end."""
+    for cuts in product([True, False], repeat=len(choice) - 1):
+        places = [0, *(n for n, cut in enumerate(cuts, 1) if cut), len(choice)]
+        yield [*(choice[a:b] for a, b in zip(places, places[1:], strict=False)), "<end>"]
+
+
+def drawn(begun: str, tokens: list[str]) -> list[tuple[str, float]]:
+    """Log-probabilities of the tokens after a text, the same whenever they are asked for."""
+    generator = random.Random(begun)
+    weights = [generator.random() for _ in tokens]
+    return [(one, log(own / sum(weights))) for one, own in zip(tokens, weights, strict=True)]
+
+
+def test_an_answers_share_of_the_choices_is_that_of_sampling_held_to_them() -> None:
+    choices = ["en", "eng", "de", "d"]
+    tokens = ["e", "en", "n", "ng", "g", "eng", "d", "de", "other", "<end>"]
+    shares: dict[str, list[tuple[float, float]]] = {}
+    for choice in choices:
+        for way in spoken(choice):
+            begun, held, places = "", 1.0, list[Place]()
+            for token in way:
+                known = drawn(begun, tokens)
+                may = {
+                    one: exp(value)
+                    for one, value in known
+                    if begun in choices or any(text.startswith(begun + one) for text in choices)
+                }
+                goes_on = {one for one in may if any(x.startswith(begun + one) for x in choices)}
+                own = may.keys() - goes_on if token == "<end>" else {token}
+                held *= sum(may[one] for one in own) / sum(may.values())
+                places.append(Place(token, dict(known)[token], known))
+                begun += token
+            shares.setdefault(choice, []).append((held, exp(choice_logprob(places, choices))))
+    assert sum(held for ways in shares.values() for held, _ in ways) == pytest.approx(1.0)
+    for ways in shares.values():
+        whole = sum(held for held, _ in ways)
+        # Other ways count as far as a place tells that they are ways of the same choice.
+        assert all(held - 1e-9 <= found <= whole + 1e-9 for held, found in ways)
+
+
+def test_what_is_none_of_the_choices_has_no_share_of_them() -> None:
+    rivals = [("yes", -0.1), ("no", -3.0)]
+    assert choice_logprob([Place("perhaps", -0.1, rivals)], ["yes", "no"]) < -100
+    assert choice_logprob([Place("y", -0.1, rivals)], ["yes", "no"]) < -100
+    alone = choice_logprob([Place(" yes", -0.1, [(" yes", -0.1), ("no", -3.0)])], ["yes", "no"])
+    assert alone == pytest.approx(-0.1 - log(exp(-0.1) + exp(-3.0)))
+    sure = [Place("yes", -1e-9, [("yes", -1e-9), ("no", -40.0)])]
+    assert 0 > choice_logprob(sure, ["yes", "no"]) > -1e-15, "near certainty is told apart"

@@ -25,6 +25,8 @@ from distill_datasets.cli.main import main
 from distill_datasets.errors import DatasetError, OutputError, ScreeningError
 from distill_datasets.evaluation.gate import GateRules
 from distill_datasets.generation.pricing import Price
+from distill_datasets.selective import Place as Token
+from distill_datasets.serving.calibration import Confidence
 from distill_datasets.serving.proxy import Backend, Chooser, RolloutProxy, without_prompt
 from distill_datasets.serving.rollout import Judgement, RolloutState, harvest, read_moves
 from distill_datasets.serving.settings import RolloutSettings
@@ -319,7 +321,8 @@ def test_numbers_and_a_page_say_what_happens_and_no_text_is_kept(place: Place) -
 
 
 def sure_above(threshold: float, blend: float = 0.0) -> Chooser:
-    return Chooser(lambda values: min(values) > threshold, blend)
+    known = Confidence(any_recipe(), "least")
+    return Chooser(lambda query, places: known.of(query, places) > threshold, blend=blend)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -362,6 +365,29 @@ def test_a_student_without_log_probabilities_is_not_trusted(place: Place) -> Non
     place.student.answer = Answer(ignores=("logprobs",))
     assert ask(client, "one two") == "one two"
     assert place.teacher.asked["one two"] == 1
+    assert place.rollout.evidence.odd == {"failed": 1}
+
+
+def test_the_closed_set_is_asked_for_and_the_client_gets_what_it_asked_for(place: Place) -> None:
+    known = Confidence(any_recipe(answer={"choices": ["en", "de"]}), "choices")
+    asked: list[int] = []
+
+    def serves(query: str, places: Sequence[Token]) -> bool:
+        asked.append(len(places[0].likeliest))
+        return known.of(query, places) > -0.1
+
+    client = place.start(chooser=Chooser(serves, known.likeliest))
+    message: Any = {"role": "user", "content": "en"}
+    (choice,) = client.chat.completions.create(
+        model="mine", messages=[message], logprobs=True, top_logprobs=1
+    ).choices
+    assert asked == [20] and place.student.bodies[0]["top_logprobs"] == 20
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert len(choice.logprobs.content[0].top_logprobs) == 1
+    assert ask(client, "no choice") == "no choice"
+    assert place.teacher.asked["no choice"] == 1, "what is none of the choices is not sure"
+    place.student.answer = Answer(ignores=("top_logprobs",))
+    assert ask(client, "de") == "de"
     assert place.rollout.evidence.odd == {"failed": 1}
 
 

@@ -1,16 +1,12 @@
-from dataclasses import replace
+from math import log
 from pathlib import Path
 
 import pytest
 
-from distill_datasets.errors import DatasetError
-from distill_datasets.models.sampler import Logprobs, Sample
-from distill_datasets.serving.calibration import (
-    Pair,
-    Thresholds,
-    choose,
-    confidence_of,
-)
+from distill_datasets.errors import DatasetError, SettingsError
+from distill_datasets.selective import Place
+from distill_datasets.serving.calibration import SCORES, Confidence, Pair, Thresholds, choose
+from tests.support.recipes import any_recipe
 
 PAIRS = [Pair(f"q{n}", f"g{n}", n / 600, n % 40 != 0 or n > 400) for n in range(600)]
 COSTS = {"teacher": 2.0, "student": 0.1}
@@ -35,12 +31,31 @@ def test_nothing_is_served_where_nothing_can_be_promised() -> None:
 
 
 def test_a_confidence_is_the_least_the_mean_or_the_sum() -> None:
-    sample = Sample("a", "stop", 3, logprobs=Logprobs((1, 2, 3), (-0.5, -2.0, -0.5)))
-    assert confidence_of(sample, "least") == -2.0
-    assert confidence_of(sample, "mean") == -1.0
-    assert confidence_of(sample, "sum") == -3.0
-    with pytest.raises(DatasetError, match="gives no log-probabilities"):
-        confidence_of(replace(sample, logprobs=None), "least")
+    places = [Place("a", -0.5), Place("b", -2.0), Place("c", -0.5)]
+    found = {score: Confidence(any_recipe(), score).of("q", places) for score in SCORES[:3]}
+    assert found == {"least": -2.0, "mean": -1.0, "sum": -3.0}
+    with pytest.raises(DatasetError, match="no log-probabilities"):
+        Confidence(any_recipe(), "least").of("q", [])
+
+
+def test_a_confidence_is_the_answers_share_of_the_choices_as_the_student_says_them() -> None:
+    answer = {"pattern": r"Answer: (?P<answer>\w+)", "choices": ["en", "de"]}
+    known = Confidence(any_recipe(answer=answer, response="{{ answer }}!"), "choices")
+    rivals = [("en", log(0.6)), ("de", log(0.2)), ("Answer", log(0.1))]
+    places = [Place("en", log(0.6), rivals), Place("!", -0.1, [("!", -0.1)])]
+    assert known.likeliest == 20
+    assert known.of("q", places) == pytest.approx(log(0.75))
+    with pytest.raises(DatasetError, match="no top_logprobs"):
+        known.of("q", [Place("en", -0.1)])
+    with pytest.raises(DatasetError, match="parts of characters"):
+        known.of("q", [Place("\ufffd", -0.1, [("\ufffd", -0.1)])])
+
+
+def test_only_a_student_that_says_a_choice_alone_has_a_share_of_them() -> None:
+    answer = {"pattern": r"Answer: (?P<answer>\w+)", "choices": ["en", "de"]}
+    for recipe in (any_recipe(), any_recipe(answer=answer, response="{{ text }}")):
+        with pytest.raises(SettingsError, match="Choose another score"):
+            Confidence(recipe, "choices")
 
 
 def test_a_calibration_is_read_as_it_was_kept(tmp_path: Path) -> None:
