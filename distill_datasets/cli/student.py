@@ -23,7 +23,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     """A dataset, where its student goes, and what it starts from."""
     _add_dataset(parser)
     parser.add_argument(
-        "--resume", metavar="PATH", help="a server's state, tinker://<run>/weights/<name>"
+        "--resume",
+        metavar="PATH",
+        help="continue in a new folder a training whose state is on a server, "
+        "tinker://<run>/weights/<name>",
     )
     parser.add_argument(
         "--from",
@@ -70,8 +73,15 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", help="a folder, or a Hub dataset as name@revision")
-    parser.add_argument("--out", type=Path, required=True, help="the folder for what it makes")
+    parser.add_argument(
+        "dataset", help="a release, a folder, a file, or a Hub dataset as name@revision"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="the folder for what it makes; with the same one it continues where it was stopped",
+    )
 
 
 def add_settings(parser: argparse.ArgumentParser, *, several: tuple[str, ...] = ()) -> None:
@@ -139,8 +149,10 @@ def _student(options: argparse.Namespace) -> str:
 
 
 def _say(trained: "TrainingResult") -> None:
+    rows = f"{trained.rows} row{'s' * (trained.rows != 1)}"
+    skipped = f" ({trained.skipped} too long, and left out)" if trained.skipped else ""
     print(
-        f"trained {trained.steps} steps on {trained.rows} rows, loss {trained.final_loss:.4f}: "
+        f"trained {trained.steps} steps on {rows}{skipped}, loss {trained.final_loss:.4f}: "
         f"{trained.why}\n  {trained.verdict} ({trained.path})"
     )
 

@@ -175,6 +175,12 @@ class DatasetSplit:
 
         return np.fromiter(map(_row_key, self.conversations), np.uint64)
 
+    def count(self, learned: "NDArray[np.uint64]") -> int:
+        """How many of the rows have one of these keys."""
+        import numpy as np
+
+        return int(np.isin(self.keys, learned).sum())
+
     def without(self, learned: "NDArray[np.uint64]") -> "DatasetSplit":
         """Only the rows whose key is none of these; raises `DatasetError` where none is left."""
         import numpy as np

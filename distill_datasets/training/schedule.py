@@ -22,7 +22,8 @@ _MEANS = {"token": "every response token of a batch alike", "example": "every re
 _SUBSET = 1  # tells the choice of the rows from the order of them
 _SHARE = 0.1  # of the training's tokens: what validation reads and writes
 _MOST_MEASURED, _LEAST_MEASURED = 10, 3  # times a training, where nobody says how often
-_FEW_ROWS, _FEW_ANSWERS = 8, 4  # measured and sampled, where little is trained
+_FEW_ROWS = 20  # that are measured where little is trained: an internalisation score takes them
+_FEW_ANSWERS = 4  # that are sampled there
 _IN_A_ROW = 2  # measurements that show a collapse before training stops
 _COLLAPSES = {
     "empty": "its answers are empty",

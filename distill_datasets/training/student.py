@@ -4,10 +4,10 @@ import errno
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import Any, Literal, Self
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
 import tinker
@@ -21,6 +21,7 @@ from distill_datasets.training.data import Example
 from distill_datasets.training.settings import TrainSettings
 
 Normalization = Literal["token", "example"]
+T = TypeVar("T")
 LossName = Literal["cross_entropy", "importance_sampling"]
 _FULL = os.strerror(errno.ENOSPC)
 _KEPT = "What was saved is kept: run it again with the same output folder to continue."
@@ -149,75 +150,23 @@ def adam(
 
 @dataclass(frozen=True)
 class Saved:
-    """The two paths of a checkpoint: what training resumes from, and what can be sampled."""
+    """A checkpoint's name, and its paths: what training resumes from, and what can be sampled."""
 
+    name: str
     state: str
     sampler: str | None
 
 
-class PendingStep:
-    """A batch on its way to the server."""
+class Submitted(Generic[T]):
+    """What a server was asked for, on its way."""
 
-    def __init__(self, student: "Student", batch: TrainingBatch, learning: tuple[Any, Any]) -> None:
-        """Made by `Student.learn`."""
-        self._student, self._batch = student, batch
-        self._gradient, self._update = learning
+    def __init__(self, wait: Callable[[], T]) -> None:
+        """Made by a `Student`."""
+        self._wait = wait
 
-    def result(self) -> Learned:
-        """Wait until the server has learned it."""
-        reference, batch = self._student.connection.reference, self._batch
-        with _explained(reference, f"a batch of {len(batch.datums)} rows with {batch.loss!r}"):
-            outputs = self._student.wait(self._gradient).loss_fn_outputs
-        with _explained(reference, "a step of the optimizer"):
-            metrics = self._student.wait(self._update).metrics or {}
-        learned = self._batch.read(outputs)
-        if not math.isfinite(learned.loss):
-            raise ModelError(
-                f"{self._student.connection.reference!r}: the loss became {learned.loss}. Train "
-                "again into another folder with a lower learning rate."
-            )
-        norms = [value for key, value in metrics.items() if "grad" in key]
-        return replace(learned, gradient_norm=norms[0] if norms else None)
-
-
-class PendingLoss:
-    """Batches whose loss is being computed."""
-
-    def __init__(
-        self, student: "Student", batches: Sequence[tuple[Sequence[Example], Any]]
-    ) -> None:
-        """Made by `Student.loss`."""
-        self._student, self._batches = student, batches
-
-    def rows(self) -> list[RowLoss]:
-        """Wait for all of them: each row's score, in their order."""
-        with _explained(self._student.connection.reference, "to compute a loss"):
-            return [
-                row
-                for examples, future in self._batches
-                for row in row_losses(examples, self._student.wait(future).loss_fn_outputs)
-            ]
-
-    def result(self) -> float:
-        """Wait for all of them: the loss per response token."""
-        rows = self.rows()
-        return sum(row.nll for row in rows) / sum(row.tokens for row in rows)
-
-
-class PendingSave:
-    """Weights that are being saved."""
-
-    def __init__(self, student: "Student", state: Any, sampler: Any) -> None:
-        """Made by `Student.save`."""
-        self._student, self._state, self._sampler = student, state, sampler
-
-    def result(self) -> Saved:
-        """Wait until the server has confirmed all of it."""
-        reference = self._student.connection.reference
-        with _explained(reference, "to save weights for sampling"):
-            sampler = self._student.wait(self._sampler).path if self._sampler else None
-        with _explained(reference, "to save weights and optimizer"):
-            return Saved(self._student.wait(self._state).path, sampler)
+    def result(self) -> T:
+        """Wait until the server has done it."""
+        return self._wait()
 
 
 class Student:
@@ -267,37 +216,65 @@ class Student:
 
     @classmethod
     def _opened(cls, connection: Connection, create: Callable[..., Any], **options: Any) -> Self:
-        with _explained(connection.reference, f"to open {options.get('path', 'a new student')}"):
+        with explained_training(
+            connection.reference, f"to open {options.get('path', 'a new student')}"
+        ):
             # `.future()`: only on clients does the SDK log a warning inside a running event loop.
             return cls(connection, create(**options).future().result())
 
-    def learn(self, batch: TrainingBatch, update: tinker.AdamParams) -> PendingStep:
+    def learn(self, batch: TrainingBatch, update: tinker.AdamParams) -> Submitted[Learned]:
         """Learn one batch; returns at once, so that the next can be queued behind it."""
-        with _explained(self.connection.reference, "to learn a batch"):
+        with self._explained("to learn a batch"):
             gradient = self._client.forward_backward(list(batch.datums), batch.loss)
             updating = self._client.optim_step(update)
-        return PendingStep(self, batch, (gradient, updating))
+
+        def result() -> Learned:
+            with self._explained(f"a batch of {len(batch.datums)} rows with {batch.loss!r}"):
+                outputs = self.wait(gradient).loss_fn_outputs
+            with self._explained("a step of the optimizer"):
+                metrics = self.wait(updating).metrics or {}
+            learned = batch.read(outputs)
+            if not math.isfinite(learned.loss):
+                raise ModelError(
+                    f"{self.connection.reference!r}: the loss became {learned.loss}. Train again "
+                    "into another folder with a lower learning rate."
+                )
+            norms = [value for key, value in metrics.items() if "grad" in key]
+            return replace(learned, gradient_norm=norms[0] if norms else None)
+
+        return Submitted(result)
 
     def logprobs(self, batch: Sequence[tinker.Datum]) -> list[NDArray[np.float64]]:
         """Of every target (N, K) of a batch for the cross entropy, with the weights as the steps
         submitted before leave them; waits for the server, and learns nothing.
         """
         shapes = [one.loss_fn_inputs["target_tokens"].to_numpy().shape for one in batch]
-        with _explained(self.connection.reference, "to compute log-probabilities"):
+        with self._explained("to compute log-probabilities"):
             outputs = self.wait(self._client.forward(list(batch), "cross_entropy")).loss_fn_outputs
         return [
             np.asarray(one["logprobs"].to_numpy(), np.float64).reshape(shape)
             for one, shape in zip(outputs, shapes, strict=True)
         ]
 
-    def loss(self, batches: Sequence[Sequence[Example]]) -> PendingLoss:
-        """The loss with the weights as the steps submitted before leave them; learns nothing."""
-        with _explained(self.connection.reference, "to compute a loss"):
+    def loss(self, batches: Sequence[Sequence[Example]]) -> Submitted[list[RowLoss]]:
+        """Each row's loss, in their order, with the weights as the steps submitted before leave
+        them; learns nothing.
+        """
+        with self._explained("to compute a loss"):
             pending = [
                 (examples, self._client.forward(datums(examples, "token"), "cross_entropy"))
                 for examples in batches
             ]
-        return PendingLoss(self, pending)
+
+        def result() -> list[RowLoss]:
+            with self._explained("to compute a loss"):
+                return [
+                    row
+                    for examples, future in pending
+                    for row in row_losses(examples, self.wait(future).loss_fn_outputs)
+                ]
+
+        return Submitted(result)
 
     def save(
         self,
@@ -306,12 +283,12 @@ class Student:
         *,
         sampler: bool = True,
         ttl_seconds: int | None = None,
-    ) -> PendingSave:
+    ) -> Submitted[Saved]:
         """Keep the weights as the steps submitted before leave them, with the optimizer for
         resuming and, where `sampler`, for sampling; returns before the server has them.
         """
         kept = dict(metadata or {})
-        with _explained(self.connection.reference, "to save weights"):
+        with self._explained("to save weights"):
             sampled = None
             if sampler:
                 sampled = self._client.save_weights_for_sampler(name, ttl_seconds, kept)
@@ -319,23 +296,33 @@ class Student:
                 # is submitted meanwhile could come first: wait for that thread, not the server.
                 self._client.holder.run_coroutine_threadsafe(_nothing()).result()
             state = self._client.save_state(name, ttl_seconds, user_metadata=kept)
-        return PendingSave(self, state, sampled)
+
+        def result() -> Saved:
+            with self._explained("to save weights for sampling"):
+                path = self.wait(sampled).path if sampled else None
+            with self._explained("to save weights and optimizer"):
+                return Saved(name, self.wait(state).path, path)
+
+        return Submitted(result)
 
     def snapshot(self) -> tinker.SamplingClient:
         """Sample with the weights as the steps submitted before leave them; kept for as long as
         the client is. Waits for the server.
         """
-        with _explained(self.connection.reference, "to sample from the present weights"):
+        with self._explained("to sample from the present weights"):
             opened = self._client.save_weights_and_get_sampling_client()
             client: tinker.SamplingClient = self.wait(opened)
             return client
+
+    def _explained(self, asked: str) -> AbstractContextManager[None]:
+        return explained_training(self.connection.reference, asked)
 
     def wait(self, request: Any) -> Any:
         """The request's result; `ServiceError` where its server ends meanwhile."""
         return sdk.wait(request, self.connection.ended)
 
-    def sampler(self, path: str) -> TinkerSampler:
-        """Sample from the `Saved.sampler` of a checkpoint."""
+    def sampler(self, path: str | None) -> TinkerSampler:
+        """Sample from the `Saved.sampler` of a checkpoint; None for the base."""
         return TinkerSampler(replace(self.connection, model_path=path))
 
 
@@ -344,7 +331,7 @@ async def _nothing() -> None:
 
 
 @contextmanager
-def _explained(reference: str, asked: str) -> Iterator[None]:
+def explained_training(reference: str, asked: str) -> Iterator[None]:
     """Adds to the SDK's errors what only training requests run into, and what was `asked` for."""
     with sdk.all_explained(reference, refused=f"refused {asked}", kept=_KEPT):
         try:

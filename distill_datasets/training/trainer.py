@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
     from distill_datasets.training.checkpoints import Predecessor
     from distill_datasets.training.objectives import Objective, TrainingTask
-    from distill_datasets.training.student import Learned, PendingSave, PendingStep, Student
-    from distill_datasets.training.validation import AnswerScores, PendingScores, Validator
+    from distill_datasets.training.student import Learned, Saved, Student, Submitted
+    from distill_datasets.training.validation import PendingScores, Validator
 
     MakeValidator = Callable[[TrainingTask, Rendered], Validator]
 
@@ -73,11 +73,7 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
 
         trained = train("runs/demo/release", student="pocket", out="runs/student")
     """
-    from distill_datasets.training.checkpoints import (
-        choose_student,
-        find_predecessor,
-        write_learned,
-    )
+    from distill_datasets.training.checkpoints import choose_student, find_predecessor
 
     settings = settings or TrainSettings()
     require_tracker(settings.track)
@@ -92,19 +88,40 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     request |= {"start": {"path": before.path, "only_new": only_new}} if before else {}
     with folder.locked():
         folder.require_same(request)
-        if folder.finished:
-            return folder.result()
-        splits = _open_splits(source, settings, before if only_new else None)
-        connection = _connect(student, source, settings, folder)
-        with _session(connection, out):
-            _require_validation("validation" in splits, repr(source.reference), settings)
-            plan = plan_training(splits, connection, settings, folder.config)
-            if folder.config is None:
-                write_learned(folder.path, splits["train"].keys[plan.chosen], before)
-            opened = _open_student(folder, _config(request, plan), connection, before)
-            Trainer(opened, plan, source, folder, settings).fit(validators)
-        folder.draw()
+        if not folder.finished:
+            _train(folder, request, source, settings, before, validators)
         return folder.result()
+
+
+def _train(  # noqa: PLR0913 (what `train` has found)
+    folder: TrainingFolder,
+    request: Mapping[str, Any],
+    source: DatasetSource,
+    settings: TrainSettings,
+    before: "Predecessor | None",
+    validators: "Sequence[MakeValidator]",
+) -> None:
+    """To the end, from wherever the folder's training stands."""
+    from distill_datasets.training.checkpoints import write_learned
+
+    only_new = before if request.get("start", {}).get("only_new") else None
+    splits = _open_splits(source, settings, only_new)
+    connection = _connect(request["student"], source, settings, folder)
+    with _session(connection, folder.path):
+        _require_validation("validation" in splits, repr(source.reference), settings)
+        plan = plan_training(splits, connection, settings, folder.config)
+        if folder.config is None:
+            learned = splits["train"].keys[plan.chosen]
+            write_learned(folder.path, learned, before)
+            if "validation" in splits and (seen := splits["validation"].count(learned)):
+                print(
+                    f"train: {seen:,} of {len(splits['validation'].rows):,} validation rows are "
+                    "training rows too: what is measured on them says little of new queries.",
+                    file=sys.stderr,
+                )
+        opened = _open_student(folder, _config(request, plan), connection, before)
+        Trainer(opened, plan, source, folder, settings).fit(validators)
+    folder.draw()
 
 
 def require_settings(
@@ -141,16 +158,14 @@ class _SubmittedSave:
     """
 
     step: Step
-    name: str
-    save: "PendingSave | None"
+    save: "Submitted[Saved] | None"
     scores: "Sequence[PendingScores]"
-    answers: "Future[AnswerScores | None] | None"
-    kept: bool
+    kept: bool = False
 
     @property
     def ready(self) -> bool:
         """Whether what runs beside the training has ended."""
-        return self.answers is None or self.answers.done()
+        return all(one.done() for one in self.scores if isinstance(one, Future))
 
 
 class Trainer:
@@ -173,8 +188,8 @@ class Trainer:
         from distill_datasets.training.objectives import TrainingTask
 
         self.student, self.folder, self.settings = student, folder, settings
-        new = "start" not in (folder.config or {})
-        warm = settings.objective.warm_steps(len(plan.steps)) if new else 0
+        self._new = "start" not in (folder.config or {})
+        warm = settings.objective.warm_steps(len(plan.steps)) if self._new else 0
         self.task = TrainingTask(
             student, plan.train, source, settings, folder.path, warm, self._say
         )
@@ -184,14 +199,14 @@ class Trainer:
         self.selection = folder.selection
         self._retention = CheckpointRetention(student.connection, settings.ttl_seconds)
         self._described = describe(folder.config or {})
-        self._learning: deque[tuple[Step, PendingStep]] = deque()
+        self._learning: deque[tuple[Step, Submitted[Learned]]] = deque()
         self._saves: deque[_SubmittedSave] = deque()
         self._losses: deque[float] = deque(maxlen=_SHOWN)
         self._tokens = sum(line.get("tokens", 0) for line in folder.metrics)
 
     def fit(self, validators: "Sequence[MakeValidator]" = ()) -> None:
         """Learn all steps that are left, or until the measurements don't get better any more."""
-        from distill_datasets.training.validation import open_answers, open_validators
+        from distill_datasets.training.validation import open_validators
 
         checkpoints, config = self.folder.checkpoints, self.folder.config or {}
         done = checkpoints[-1].step if checkpoints else 0
@@ -200,8 +215,9 @@ class Trainer:
             return
         with ExitStack() as opened:
             objective = opened.enter_context(closing(_open_objective(self.task)))
-            self._validators = open_validators(self.task, self._validation, validators)
-            self._answers = open_answers(self.task, self._validation, self._measured)
+            self._validators = open_validators(
+                self.task, self._validation, self._measured, validators, new=self._new
+            )
             tracker = open_tracker(self.settings.track, self.folder.path, config)
             self._tracker = opened.enter_context(closing(tracker))
             shown = Progress("train", len(self.steps), unit="steps", start=done)
@@ -209,7 +225,7 @@ class Trainer:
             self._progress.advance(0, note=f"the loss weighs {config['normalization']}")
             self._began = time.monotonic()
             if not self.folder.measured(done):
-                self._measure_first(done, len(validators))
+                self._measure_first(done)
             objective.prepare(steps[0])
             for step, coming in zip_longest(steps, steps[1:]):
                 if self._stops_early():
@@ -244,29 +260,19 @@ class Trainer:
             sampler=kept or measured,
             ttl_seconds=None if final else self._retention.ttl,
         )
-        measuring = self._validators if measured else ()
+        measuring = self._validators.every if measured else ()
         scores = [validator.submit(self.student, saved) for validator in measuring]
-        answers = self._answers.submit(self.student, saved) if measured and self._answers else None
-        self._saves.append(_SubmittedSave(step, name, saved, scores, answers, kept))
+        self._saves.append(_SubmittedSave(step, saved, scores, kept))
 
-    def _measure_first(self, done: int, own: int) -> None:
+    def _measure_first(self, done: int) -> None:
         """Measure the student before its next step: as it was saved after step `done`, or before
         the very first step.
-
-        Then the last `own` validators wait, which need weights that are saved; and weights that
-        training starts from can't be sampled before they are saved.
         """
         if done and self.schedule.measures(done):
             self.checkpoint(self.steps[done - 1])
-        if done or not self._validators:
-            return
-        measuring = self._validators[: len(self._validators) - own]
-        scores = [one.submit(self.student, None) for one in measuring]
-        answers = None
-        if self._answers and not {"start", "resumed"} & {*(self.folder.config or {})}:
-            answers = self._answers.submit(self.student, None)
-        step = Step(0, 0, (), 0.0)
-        self._saves.append(_SubmittedSave(step, "", None, scores, answers, kept=False))
+        elif not done and self._validators.before:
+            scores = [one.submit(self.student, None) for one in self._validators.before]
+            self._saves.append(_SubmittedSave(Step(0, 0, (), 0.0), None, scores))
 
     def _say(self, note: str) -> None:
         self._progress.advance(0, note=note)
@@ -293,7 +299,7 @@ class Trainer:
             else:
                 self._confirm_step(*self._learning.popleft())
 
-    def _confirm_step(self, step: Step, pending: "PendingStep") -> None:
+    def _confirm_step(self, step: Step, pending: "Submitted[Learned]") -> None:
         learned = pending.result()
         now = time.monotonic()
         seconds, self._began = now - self._began, now
@@ -331,12 +337,13 @@ class Trainer:
         # Without any measurement that speaks for one, the last weights are the best there are.
         last = final and self.selection.best is None and not self.selection.collapsed
         checkpoint = SavedCheckpoint(
-            name=submitted.name,
+            name=saved.name,
             step=done,
             state=saved.state,
             sampler=saved.sampler,
             validation_loss=scores.get(VALIDATION_LOSS),
-            best=last or (self.selection.best_step == done if self._validators else submitted.kept),
+            best=last
+            or (self.selection.best_step == done if self._validators.every else submitted.kept),
             final=final,
             kept=submitted.kept,
             scores=scores,
@@ -352,8 +359,6 @@ class Trainer:
     def _measurement(self, submitted: _SubmittedSave) -> dict[str, float]:
         """All numbers of the validation rows, written down and shown."""
         scores = {name: v for one in submitted.scores for name, v in one.result().items()}
-        answers = submitted.answers.result() if submitted.answers else None
-        scores |= answers.scores if answers else {}
         name, done = self.selection.metric, submitted.step.number
         if scores and submitted.save and name not in scores:
             raise SettingsError(
@@ -362,8 +367,6 @@ class Trainer:
         if scores:
             self._log(submitted.step, scores)
             self.selection = self.selection.measured(done, scores)
-        for line in answers.lines if answers else ():
-            print(f"train: step {done}: {line}", file=sys.stderr)
         return scores
 
     def _log(self, step: Step, values: Mapping[str, Any]) -> None:

@@ -39,7 +39,6 @@ from distill_datasets.files import write_file
 from distill_datasets.generation.ledger import LEDGER
 from distill_datasets.models.sampler import Sample, Sampling, digest
 from distill_datasets.models.scoring import split_conversation
-from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.progress import amount_text
 from distill_datasets.schema import Message
 from distill_datasets.tables import one_line
@@ -61,10 +60,10 @@ from distill_datasets.training.objectives.teacher import (
 from distill_datasets.training.schedule import ValidationPlan
 from distill_datasets.training.settings import VALIDATION_LOSS
 from distill_datasets.training.student import (
-    PendingLoss,
-    PendingSave,
     RowLoss,
+    Saved,
     Student,
+    Submitted,
     bits_per_byte,
 )
 
@@ -96,12 +95,21 @@ class PendingScores(Protocol):
 class Validator(Protocol):
     """Measures the student as the steps submitted so far leave it."""
 
-    def submit(self, student: Student, save: PendingSave | None) -> PendingScores:
+    def submit(self, student: Student, save: Submitted[Saved] | None) -> PendingScores:
         """Begin; `save` is of the same weights, for what must sample from them.
 
-        The package's own get None for the student before its first step.
+        The package's own get None for the student before its first step. A `Future` is not waited
+        for before the next steps.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Validators:
+    """What measures each save, and the untrained student `before` the first step."""
+
+    every: Sequence[Validator] = ()
+    before: Sequence[Validator] = ()
 
 
 class LossValidator:
@@ -115,17 +123,12 @@ class LossValidator:
         self._bytes = sum(one.bytes for batch in self._batches for one in batch)
         self._ends = ends
 
-    def submit(self, student: Student, save: PendingSave | None) -> PendingScores:
+    def submit(self, student: Student, save: Submitted[Saved] | None) -> PendingScores:
         """Queued behind the steps."""
-        return _Loss(student.loss(self._batches), self._bytes, self._ends)
+        pending = student.loss(self._batches)
+        return Submitted(lambda: self._scores(pending.result()))
 
-
-class _Loss:
-    def __init__(self, pending: PendingLoss, size: int, ends: ReferenceLikelihoods | None) -> None:
-        self._pending, self._bytes, self._ends = pending, size, ends
-
-    def result(self) -> Mapping[str, float]:
-        rows = self._pending.rows()
+    def _scores(self, rows: Sequence[RowLoss]) -> Mapping[str, float]:
         tokens = sum(row.tokens for row in rows)
         loss = sum(row.nll for row in rows) / tokens
         bits = bits_per_byte(loss, tokens, self._bytes)
@@ -155,13 +158,13 @@ class AccuracyValidator:
         longest = max(int((one.targets > 0).sum()) for one in rows.examples(places))
         self._sampling = Sampling(temperature=0.0, max_tokens=longest + _SLACK)
 
-    def submit(self, student: Student, save: PendingSave | None) -> PendingScores:
+    def submit(self, student: Student, save: Submitted[Saved] | None) -> PendingScores:
         """Samples beside the training that goes on; without a `save`, the untrained student."""
         return _beside(self._score, student, save)
 
-    def _score(self, student: Student, save: PendingSave | None) -> Mapping[str, float]:
+    def _score(self, student: Student, save: Submitted[Saved] | None) -> Mapping[str, float]:
         asked = [(one, self._sampling) for one in self._conversations]
-        said = asyncio.run(_sample_all(student, save, asked))
+        said = _answers_of(student, save, asked)
         found = [
             is_response(answer.text, one.messages[-1], typed=one.tools is not None)
             for answer, one in zip(said, self._conversations, strict=True)
@@ -169,51 +172,42 @@ class AccuracyValidator:
         return {"accuracy": sum(found) / len(found)}
 
 
-def _beside(
-    score: Callable[[Student, PendingSave | None], T], student: Student, save: PendingSave | None
-) -> "Future[T]":
+def _beside(score: Callable[..., T], *values: Any) -> "Future[T]":
     """Runs on a thread of its own, which nobody has to end."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="answers")
     try:
-        return pool.submit(score, student, save)
+        return pool.submit(score, *values)
     finally:
         pool.shutdown(wait=False)
 
 
-async def _sample_all(
+def _answers_of(
     student: Student,
-    save: PendingSave | None,
+    save: Submitted[Saved] | None,
     asked: Sequence[tuple[Conversation, Sampling]],
 ) -> list[Sample]:
-    """What was saved, or else the untrained student, says in place of each conversation's last
+    """What the saved student, or else the untrained one, says in place of each conversation's last
     message.
     """
-    sampler = TinkerSampler(student.connection)
-    if save is not None:
-        path = save.result().sampler
-        if path is None:
-            raise ValueError("expected a save for sampling; found a state only")
-        sampler = student.sampler(path)
-    gate = asyncio.Semaphore(_AT_ONCE)
+    path = save.result().sampler if save else student.connection.model_path
+    if save and path is None:
+        raise ValueError("expected a save for sampling; found a state only")
+    sampler = student.sampler(path)
 
-    async def answer(conversation: Conversation, sampling: Sampling) -> Sample:
+    async def answer(
+        gate: asyncio.Semaphore, conversation: Conversation, sampling: Sampling
+    ) -> Sample:
         async with gate:
             reply = await sampler.sample(
                 conversation.messages[:-1], replace(sampling, tools=conversation.tools)
             )
         return reply.samples[0]
 
-    return await asyncio.gather(*(answer(*one) for one in asked))
+    async def answers() -> list[Sample]:
+        gate = asyncio.Semaphore(_AT_ONCE)
+        return await asyncio.gather(*(answer(gate, *one) for one in asked))
 
-
-@dataclass(frozen=True)
-class AnswerScores:
-    """What a student answers to a few validation queries: numbers beside the teacher's, and lines
-    that show some of it.
-    """
-
-    scores: Mapping[str, float]
-    lines: Sequence[str]
+    return asyncio.run(answers())
 
 
 class AnswerValidator:
@@ -251,28 +245,30 @@ class AnswerValidator:
         ]
         self._once = _said_once(task.rows, rows, places)
 
-    def submit(self, student: Student, save: PendingSave | None) -> "Future[AnswerScores | None]":
+    def submit(
+        self, student: Student, save: Submitted[Saved] | None
+    ) -> "Future[Mapping[str, float]]":
         """Samples beside the training that goes on; without a `save`, the untrained student.
 
-        The result is None where the server can't sample, which a line on standard error says.
+        Lines on standard error show some of it. Where the server can't sample, one says so, and
+        there are no numbers.
         """
         return _beside(self._score, student, save)
 
-    def _score(self, student: Student, save: PendingSave | None) -> AnswerScores | None:
+    def _score(self, student: Student, save: Submitted[Saved] | None) -> Mapping[str, float]:
         try:
-            said = asyncio.run(_sample_all(student, save, self._asked))
+            said = _answers_of(student, save, self._asked)
         except (DistillError, tinker.TinkerError) as error:
             print(f"train: the student's answers can't be sampled: {error}", file=sys.stderr)
-            return None
+            return {}
         scores = compare_answers(said, self._teacher, self._once)
-        return AnswerScores(scores, [_summary(scores), *self._examples(said)])
-
-    def _examples(self, said: Sequence[Sample]) -> list[str]:
-        shown = zip(self._conversations[:_SHOWN], said[:_SHOWN], strict=True)
-        return [
+        lines = [_summary(scores)] + [
             f"  {_plain(one.messages[-2]['content'])!r} -> {_plain(answer.text)!r}"
-            for one, answer in shown
+            for one, answer in zip(self._conversations[:_SHOWN], said[:_SHOWN], strict=True)
         ]
+        name = save.result().name if save else "untrained"
+        print("\n".join(f"train: {name}: {line}" for line in lines), file=sys.stderr)
+        return scores
 
 
 def _plain(text: str) -> str:
@@ -394,40 +390,38 @@ def _untyped(call: Call) -> Call:
 def open_validators(
     task: TrainingTask,
     rows: Rendered | None,
+    plan: ValidationPlan | None,
     more: Sequence[Callable[[TrainingTask, Rendered], Validator]] = (),
-) -> list[Validator]:
-    """Everything that is measured on the validation rows, nothing without any.
+    *,
+    new: bool = True,
+) -> Validators:
+    """Everything that is measured on the validation rows, nothing without any; says what that
+    costs, as a share of the training.
 
-    Raises `SettingsError` where the best checkpoint is to be chosen by what can't be measured.
+    A `new` student answers as its base before its first step; weights that training starts from
+    can't be sampled before they are saved. Raises `SettingsError` where the best checkpoint is to
+    be chosen by what can't be measured.
     """
-    if rows is None:
-        return []
+    if rows is None or plan is None:
+        return Validators()
     settings = task.settings
     ends = validation_likelihoods(task, rows) if settings.internalisation else None
     if ends is None and settings.select == "internalisation":
         raise SettingsError("select can't be internalisation here: there is no such score.")
-    found: list[Validator] = [LossValidator(rows, settings.batch_size, ends)]
+    loss = LossValidator(rows, settings.batch_size, ends)
+    sampling: list[Validator] = []
     if settings.select == "accuracy":
-        found.append(AccuracyValidator(rows))
-    return [*found, *(make(task, rows) for make in more)]
-
-
-def open_answers(
-    task: TrainingTask, rows: Rendered | None, plan: ValidationPlan | None
-) -> AnswerValidator | None:
-    """What samples answers of the student, None where nothing is sampled.
-
-    Says what validation costs, as a share of the training.
-    """
-    if rows is None or plan is None:
-        return None
+        sampling.append(AccuracyValidator(rows))
     answered = f", {plan.answered} queries are answered" if plan.answered else ""
     print(
         f"train: after every {plan.every} steps {plan.rows} validation rows are measured"
         f"{answered}: in all about {plan.share:.0%} of the training's tokens",
         file=sys.stderr,
     )
-    return AnswerValidator(task, rows, plan.answered) if plan.answered else None
+    if plan.answered:
+        sampling.append(AnswerValidator(task, rows, plan.answered))
+    own = [make(task, rows) for make in more]
+    return Validators([loss, *sampling, *own], [loss, *(sampling if new else ())])
 
 
 def validation_likelihoods(task: TrainingTask, rows: Rendered) -> ReferenceLikelihoods | None:

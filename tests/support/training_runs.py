@@ -1,13 +1,14 @@
 """What tests of training share: a tiny dataset, accidents, and readers of what was logged."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distill_datasets.training import student as students
+from distill_datasets.training.data import Example
 from distill_datasets.training.trainer import TrainingResult, TrainSettings
 
 LANGUAGES = {"en": "the weather", "de": "der Himmel", "fr": "le ciel", "es": "el cielo"}
@@ -39,11 +40,22 @@ def metrics(training: TrainingResult, key: str = "loss") -> dict[int, float]:
 
 def at_step(step: int, happens: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Something happens while this step of the next training is awaited."""
-    result, waits = students.PendingStep.result, iter(range(1, 1000))
+    learn, waits = students.Student.learn, iter(range(1, 1000))
 
-    def watched(pending: Any) -> Any:
-        if next(waits) == step:
-            happens()
-        return result(pending)
+    def watched(*asked: Any) -> Any:
+        pending = learn(*asked)
 
-    monkeypatch.setattr(students.PendingStep, "result", watched)
+        def result() -> Any:
+            if next(waits) == step:
+                happens()
+            return pending.result()
+
+        return students.Submitted(result)
+
+    monkeypatch.setattr(students.Student, "learn", watched)
+
+
+def loss(student: students.Student, batches: Sequence[Sequence[Example]]) -> float:
+    """Per response token."""
+    rows = student.loss(batches).result()
+    return sum(row.nll for row in rows) / sum(row.tokens for row in rows)

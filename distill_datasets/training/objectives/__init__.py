@@ -3,7 +3,7 @@
 The training loop knows the steps; an objective knows what to learn in one:
 
     objective.prepare(step)   # for the first step, and for each while the one before is learned
-    objective.submit(step)    # -> PendingStep, whose result() is a Learned
+    objective.submit(step)    # -> Submitted, whose result() is a Learned
 
 Both come in the order of the steps, on the loop's thread, and avoid waiting for the server, since
 several steps are queued there. `submit` builds a `TrainingBatch` (datums, the server's loss for
@@ -25,16 +25,22 @@ import tinker
 from distill_datasets.training.data import DatasetSource, Rendered
 from distill_datasets.training.schedule import Step
 from distill_datasets.training.settings import TrainSettings
-from distill_datasets.training.student import PendingStep, Student, adam, supervised_batch
+from distill_datasets.training.student import (
+    Learned,
+    Student,
+    Submitted,
+    adam,
+    supervised_batch,
+)
 
 
 class Objective(Protocol):
     """Turns a step of the schedule into a learned batch."""
 
     def prepare(self, step: Step) -> None:
-        """Start what a coming step needs, in the background."""
+        """Start what a coming step needs, in the background; nothing, where it needs no more."""
 
-    def submit(self, step: Step) -> PendingStep:
+    def submit(self, step: Step) -> Submitted[Learned]:
         """Send what this step learns; returns before it is learned."""
         ...
 
@@ -68,21 +74,15 @@ class TrainingTask:
         )
 
 
-class SupervisedObjective:
+class SupervisedObjective(Objective):
     """Learns the dataset's own responses ("sft")."""
 
     def __init__(self, task: TrainingTask) -> None:
         """Everything is rendered already."""
         self._task = task
 
-    def prepare(self, step: Step) -> None:
-        """Nothing to start."""
-
-    def submit(self, step: Step) -> PendingStep:
+    def submit(self, step: Step) -> Submitted[Learned]:
         """Learn the step's rows."""
         examples = self._task.rows.examples(step.places)
         batch = supervised_batch(examples, self._task.settings.normalization)
         return self._task.student.learn(batch, self._task.update(step))
-
-    def close(self) -> None:
-        """Nothing runs."""

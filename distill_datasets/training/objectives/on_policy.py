@@ -31,7 +31,7 @@ from distill_datasets.models.scoring import (
     SoftLabels,
     require_same_tokenizer,
 )
-from distill_datasets.training.objectives import SupervisedObjective, TrainingTask
+from distill_datasets.training.objectives import Objective, SupervisedObjective, TrainingTask
 from distill_datasets.training.objectives.targets import (
     LEAST,
     SoftExample,
@@ -54,7 +54,7 @@ from distill_datasets.training.schedule import Step
 from distill_datasets.training.student import (
     Learned,
     Normalization,
-    PendingStep,
+    Submitted,
     TrainingBatch,
     shares,
 )
@@ -83,7 +83,7 @@ class Rollout:
     meant: NDArray[np.integer] | None = None
 
 
-class OnPolicyObjective:
+class OnPolicyObjective(Objective):
     """Samples a step's queries with the current student, or that of a step before, and scores them.
 
     A request's seed follows from the settings' seed, the step and the row, so that equal weights
@@ -119,7 +119,7 @@ class OnPolicyObjective:
         if self._objective.stale and step.number > self._task.warm_steps:
             self._start(step)
 
-    def submit(self, step: Step) -> PendingStep:
+    def submit(self, step: Step) -> Submitted[Learned]:
         """Learn the step's answers; waits for those that are still being sampled."""
         if step.number > self._task.warm_steps and step.number not in self._started:
             self._submitted = step.number - 1

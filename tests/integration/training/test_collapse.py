@@ -35,8 +35,13 @@ def collapsing(folder: Path, response: str, validation: Rows) -> Path:
 
 @pytest.mark.parametrize("kind", COLLAPSES)
 def test_a_collapse_ends_training_and_without_a_good_checkpoint_it_is_an_error(
-    kind: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """The answers are sampled beside the training, where the SDK has nothing to warn of."""
     response, words = COLLAPSES[kind]
     dataset = collapsing(tmp_path / "dataset", response, VARIED)
     with pytest.raises(ModelError, match=f"collapsed: .*{words}.*no checkpoint before is good"):
@@ -45,15 +50,19 @@ def test_a_collapse_ends_training_and_without_a_good_checkpoint_it_is_an_error(
     assert folder.checkpoints[-1].step == 8 and folder.checkpoints[-1].final
     assert words in training_warnings(folder.config or {}, folder.metrics)[0]
     assert capsys.readouterr().err.count("answers differ (the teacher's: 8)") >= 3
+    assert not [one for one in caplog.messages if "Synchronous method" in one]
     with pytest.raises(ModelError, match="no checkpoint before is good"):
         folder.result()
 
 
-def test_the_last_good_checkpoint_is_kept(model: str, tmp_path: Path) -> None:
-    """A student that has learned to answer, and then forgets it."""
+def test_the_last_good_checkpoint_is_kept(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A student that has learned to answer, and then forgets it. One row is in both splits."""
     good = write(tmp_path / "good", train=ROWS[:29], validation=ROWS[28:])
     settings = replace(QUICK, answered_rows=0, evaluate_every=12)
     first = train(good, student=model, out=tmp_path / "first", settings=settings)
+    assert "1 of 8 validation rows are training rows too" in capsys.readouterr().err
     dataset = collapsing(tmp_path / "dataset", "en", ROWS[28:])
     later = replace(SETTINGS, evaluate_every=1, rolling_every=50)
     training = train(dataset, student=model, out=tmp_path / "out", settings=later, start=first.path)

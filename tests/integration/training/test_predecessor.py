@@ -16,7 +16,7 @@ from distill_datasets.training.student import Student, adam, supervised_batch
 from distill_datasets.training.trainer import TrainingResult, train
 from tests.support.server_log import trained_batches
 from tests.support.shared_server import shared
-from tests.support.training_runs import QUICK, ROWS, metrics, write
+from tests.support.training_runs import QUICK, ROWS, loss, metrics, write
 
 SETTINGS = replace(QUICK, epochs=1, evaluate_every=50, internalisation=False)
 
@@ -50,7 +50,7 @@ def test_it_begins_at_its_predecessors_loss_with_a_new_optimizer(
     for opening in (Student.continue_from, Student.resume):
         student = opening(references.connect(model), before.best.state)
         student.learn(supervised_batch(batch, "token"), adam(1e-2)).result()
-        found[opening.__name__] = student.loss([batch]).result()
+        found[opening.__name__] = loss(student, [batch])
     assert losses[2] == pytest.approx(found["continue_from"], abs=1e-5)
     assert losses[2] != pytest.approx(found["resume"], abs=1e-5)
 

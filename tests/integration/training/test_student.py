@@ -14,13 +14,15 @@ from distill_datasets.models.sampler import Sampling
 from distill_datasets.schema import Message
 from distill_datasets.training.data import Example
 from distill_datasets.training.student import (
-    PendingStep,
+    Learned,
     Student,
-    _explained,
+    Submitted,
     adam,
     datums,
+    explained_training,
     supervised_batch,
 )
+from tests.support.training_runs import loss
 
 EXAMPLES = [
     Example([5, 17, 40, 41, 42, 2], [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]),
@@ -42,7 +44,7 @@ def student(connection: Connection) -> Student:
 
 def submit(
     student: Student, examples: list[Example] = EXAMPLES, learning_rate: float = 1e-2
-) -> PendingStep:
+) -> Submitted[Learned]:
     return student.learn(supervised_batch(examples, "token"), adam(learning_rate))
 
 
@@ -65,18 +67,18 @@ def test_an_untrained_students_loss_is_that_of_the_base_model(
             logprobs = torch.log_softmax(model(ids).logits[0, :-1], dim=-1)
         chosen = logprobs[range(len(example.tokens) - 1), example.tokens[1:]].numpy()
         losses.extend(-chosen[example.targets > 0])
-    assert student.loss([EXAMPLES]).result() == pytest.approx(np.mean(losses), abs=1e-4)
+    assert loss(student, [EXAMPLES]) == pytest.approx(np.mean(losses), abs=1e-4)
 
 
 def test_batches_of_any_size_give_one_loss(student: Student) -> None:
-    whole = student.loss([EXAMPLES]).result()
-    assert student.loss([[one] for one in EXAMPLES]).result() == pytest.approx(whole, abs=1e-5)
+    whole = loss(student, [EXAMPLES])
+    assert loss(student, [[one] for one in EXAMPLES]) == pytest.approx(whole, abs=1e-5)
 
 
 def test_learning_lowers_the_loss_and_evaluating_changes_nothing(student: Student) -> None:
     first = submit(student).result()
-    before = student.loss([EXAMPLES]).result()
-    assert student.loss([EXAMPLES]).result() == before < first.loss
+    before = loss(student, [EXAMPLES])
+    assert loss(student, [EXAMPLES]) == before < first.loss
     assert (first.response_tokens, first.tokens) == (5, 10)
     assert first.gradient_norm is not None and first.gradient_norm > 0
 
@@ -84,9 +86,9 @@ def test_learning_lowers_the_loss_and_evaluating_changes_nothing(student: Studen
 def test_the_loss_evaluated_is_after_the_steps_submitted_before_it(student: Student) -> None:
     steps = [submit(student) for _ in range(3)]
     evaluated = student.loss([EXAMPLES])
-    later = submit(student)
-    assert evaluated.result() == pytest.approx(later.result().loss, abs=1e-6)
-    assert [step.result().loss for step in steps][-1] > evaluated.result()
+    later = submit(student).result().loss
+    assert sum(row.nll for row in evaluated.result()) / 5 == pytest.approx(later, abs=1e-6)
+    assert [step.result().loss for step in steps][-1] > later
 
 
 def test_a_resumed_student_goes_on_to_the_very_same_losses(
@@ -137,7 +139,10 @@ def test_a_full_disk_of_the_server_says_so() -> None:
         request_id="1",
         category=RequestErrorCategory.Server,
     )
-    with pytest.raises(OutputError, match="disk is full.*run again"), _explained("pocket", "it"):
+    with (
+        pytest.raises(OutputError, match="disk is full.*run again"),
+        explained_training("pocket", "it"),
+    ):
         raise failed
 
 

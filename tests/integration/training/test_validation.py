@@ -48,7 +48,7 @@ def test_base_and_teacher_are_asked_about_what_each_would_say(
     task, rows = validated(labels, model, tmp_path)
     ends = validation_likelihoods(task, rows)
     assert ends is not None
-    losses = task.student.loss(list(rows.batches(4))).rows()
+    losses = task.student.loss(list(rows.batches(4))).result()
     assert ends.base == pytest.approx([row.nll for row in losses], abs=1e-3)
     assert list(ends.tokens) == [row.tokens for row in losses]
     connection, scorer = connect(model), Scorer(connect(model))
@@ -68,7 +68,7 @@ def test_an_end_that_a_stop_text_made_counts_for_nobody(model: str, tmp_path: Pa
     task, rows = validated(cut, model, tmp_path)
     ends = validation_likelihoods(task, rows)
     assert ends is not None
-    losses = task.student.loss(list(rows.batches(4))).rows()
+    losses = task.student.loss(list(rows.batches(4))).result()
     assert list(ends.tokens) == [row.tokens - 1 for row in losses]
     scores = LossValidator(rows, 4, ends).submit(task.student, task.student.save("new")).result()
     assert scores["internalisation"] == pytest.approx(0, abs=1e-3)

@@ -141,7 +141,7 @@ def test_validation_costs_at_most_a_tenth_of_the_training(trained: int, rows: in
     times = -(-60 // plan.every)
     mean = sum(lengths[:rows]) / rows
     assert plan.share == pytest.approx((times + 1) * (plan.rows + plan.answered) * mean / trained)
-    least = (times, plan.rows, plan.answered) == (1, min(rows, 8), min(rows, 4))
+    least = (times, plan.rows, plan.answered) == (1, min(rows, 20), min(rows, 4))
     assert plan.share <= 0.1 or least
     assert 1 <= times <= 10 and plan.rows <= rows and plan.answered <= min(16, rows)
 
@@ -154,7 +154,12 @@ def test_a_long_training_is_measured_ten_times_and_a_short_one_less_often_or_on_
     less = ValidationPlan.of(60, 48_000, lengths, settings)
     assert (less.every, less.rows, less.answered) == (12, 24, 16)
     fewer = ValidationPlan.of(60, 20_000, lengths, settings)
-    assert (fewer.every, fewer.rows, fewer.answered) == (20, 15, 10)
+    assert (fewer.every, fewer.rows, fewer.answered) == (20, 20, 5)
+
+
+def test_a_small_training_measures_as_many_rows_as_an_internalisation_score_takes() -> None:
+    few = ValidationPlan.of(60, 6_000, [20] * 24, TrainSettings())
+    assert few.rows == 20 and few.share < 0.2
 
 
 def test_whoever_says_how_often_gets_all_rows() -> None:
