@@ -38,7 +38,7 @@ class Objective(Protocol):
     """Turns a step of the schedule into a learned batch."""
 
     def prepare(self, step: Step) -> None:
-        """Start what a coming step needs, in the background; nothing, where it needs no more."""
+        """Start what a coming step needs, in the background."""
 
     def submit(self, step: Step) -> Submitted[Learned]:
         """Send what this step learns; returns before it is learned."""
@@ -74,15 +74,21 @@ class TrainingTask:
         )
 
 
-class SupervisedObjective(Objective):
+class SupervisedObjective:
     """Learns the dataset's own responses ("sft")."""
 
     def __init__(self, task: TrainingTask) -> None:
         """Everything is rendered already."""
         self._task = task
 
+    def prepare(self, step: Step) -> None:
+        """Nothing to start."""
+
     def submit(self, step: Step) -> Submitted[Learned]:
         """Learn the step's rows."""
         examples = self._task.rows.examples(step.places)
         batch = supervised_batch(examples, self._task.settings.normalization)
         return self._task.student.learn(batch, self._task.update(step))
+
+    def close(self) -> None:
+        """Nothing runs."""

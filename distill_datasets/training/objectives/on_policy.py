@@ -31,7 +31,7 @@ from distill_datasets.models.scoring import (
     SoftLabels,
     require_same_tokenizer,
 )
-from distill_datasets.training.objectives import Objective, SupervisedObjective, TrainingTask
+from distill_datasets.training.objectives import SupervisedObjective, TrainingTask
 from distill_datasets.training.objectives.targets import (
     LEAST,
     SoftExample,
@@ -83,7 +83,7 @@ class Rollout:
     meant: NDArray[np.integer] | None = None
 
 
-class OnPolicyObjective(Objective):
+class OnPolicyObjective:
     """Samples a step's queries with the current student, or that of a step before, and scores them.
 
     A request's seed follows from the settings' seed, the step and the row, so that equal weights

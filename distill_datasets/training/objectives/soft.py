@@ -15,7 +15,7 @@ from distill_datasets.generation.ledger import LEDGER
 from distill_datasets.models.scoring import Scorer, SoftLabels, require_same_tokenizer
 from distill_datasets.progress import Progress
 from distill_datasets.releases.soft_labels import SOFT, has_soft, read_soft
-from distill_datasets.training.objectives import Objective, TrainingTask
+from distill_datasets.training.objectives import TrainingTask
 from distill_datasets.training.objectives.closed_set import (
     LabelScorer,
     require_choices,
@@ -49,7 +49,7 @@ _ROWS_AT_ONCE = 512  # scored together
 _ENOUGH = 0.9  # of the teacher's probability: with less, the tail is shared among other tokens
 
 
-class SoftObjective(Objective):
+class SoftObjective:
     """Learns the teacher's probabilities ("soft")."""
 
     def __init__(self, task: TrainingTask) -> None:
@@ -76,6 +76,9 @@ class SoftObjective(Objective):
 
     def _cut(self, labels: SoftLabels, row: ReleasedRow) -> SoftLabels:
         return self._cuts.hard(labels, row.tokens) if self._cuts else labels
+
+    def prepare(self, step: Step) -> None:
+        """Nothing to start."""
 
     def submit(self, step: Step) -> Submitted[Learned]:
         """Learn the step's rows."""

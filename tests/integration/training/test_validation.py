@@ -13,9 +13,16 @@ from distill_datasets.models.references import connect
 from distill_datasets.models.scoring import Scorer
 from distill_datasets.training.data import Rendered, open_splits
 from distill_datasets.training.objectives import TrainingTask
+from distill_datasets.training.schedule import ValidationPlan
 from distill_datasets.training.settings import ObjectiveSettings
 from distill_datasets.training.trainer import TrainSettings, train
-from distill_datasets.training.validation import LossValidator, validation_likelihoods
+from distill_datasets.training.validation import (
+    AccuracyValidator,
+    AnswerValidator,
+    LossValidator,
+    open_validators,
+    validation_likelihoods,
+)
 from tests.support.soft_releases import PROMPT, SMALL, release, training_task
 from tests.support.training_runs import at_step, metrics, write
 
@@ -204,3 +211,17 @@ def test_the_score_can_be_left_out(labels: Path, model: str, tmp_path: Path) -> 
     assert not (training.path / "bounds.json").exists()
     assert not metrics(training, "internalisation") and metrics(training, "validation_loss")
     assert np.isfinite(training.final_loss)
+
+
+def test_weights_that_training_starts_from_are_not_sampled_before_they_are_saved(
+    labels: Path, model: str, tmp_path: Path
+) -> None:
+    """The base would answer for them; a new student is the base."""
+    settings = replace(SETTINGS, select="accuracy", internalisation=False)
+    task, rows = validated(labels, model, tmp_path, settings)
+    plan = ValidationPlan(2, len(rows), 4, 0.1)
+    sampling = {AccuracyValidator, AnswerValidator}
+    for new, before in ((True, sampling), (False, set())):
+        found = open_validators(task, rows, plan, new=new)
+        assert {*map(type, found.every)} == {LossValidator, *sampling}
+        assert {*map(type, found.before)} == {LossValidator, *before}
