@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill_datasets.conversations import read_calls, readable
-from distill_datasets.evaluation.metrics import ALWAYS, Calibration, Metrics
+from distill_datasets.evaluation.metrics import ALWAYS, CALIBRATIONS, Metric, Metrics
 from distill_datasets.evaluation.systems import PROMPTED
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.statistics import FEW, Estimate, Proportion, compare_subgroups
@@ -75,18 +75,18 @@ class Comparison:
         found: dict[str, Estimate] = {}
         for name, metric in self.metrics.ours.items():
             if name in ALWAYS:
-                found[name] = metric.estimate(answers, self.predictions[TEACHER], self.groups)
-            elif isinstance(metric, Calibration):
+                found[name] = metric(answers, self.predictions[TEACHER], self.groups)
+            elif name in CALIBRATIONS:
                 if estimate := self._calibration(metric, system):
                     found[name] = estimate
             elif rows:
-                found[name] = metric.estimate(given, right, groups)
+                found[name] = metric(given, right, groups)
         for own in self.metrics.own if rows else ():
             found |= own.estimates(given, right, groups)
         return found
 
     def _calibration(
-        self, metric: Calibration, system: str, beside: str | None = None
+        self, metric: Metric, system: str, beside: str | None = None
     ) -> Estimate | None:
         """A system's calibration, on the rows where it, and another `beside` it, is confident."""
         mine, others = self.confidences[system], self.confidences[beside or system]
@@ -95,7 +95,7 @@ class Comparison:
             return None
         answers = self.predictions[system]
         correct = [float(answers[row] == self.references[row]) for row in self.labelled]
-        return metric.estimate(said, correct, [self.groups[row] for row in self.labelled])
+        return metric(said, correct, [self.groups[row] for row in self.labelled])
 
     @property
     def _others(self) -> list[str]:
@@ -112,9 +112,8 @@ class Comparison:
             pairs = found[f"{STUDENT}-{other}"] = {}
             for name, mine in self.estimates[STUDENT].items():
                 theirs = self.estimates[other].get(name)
-                metric = self.metrics.ours.get(name)
-                if isinstance(metric, Calibration):
-                    both = [(STUDENT, other), (other, STUDENT)]
+                if name in CALIBRATIONS:
+                    metric, both = self.metrics.ours[name], [(STUDENT, other), (other, STUDENT)]
                     first, second = (self._calibration(metric, *pair) for pair in both)
                 else:
                     first, second = mine, theirs
@@ -302,7 +301,7 @@ class Comparison:
         )
 
     def _notes_on_confidence(self) -> Iterator[str]:
-        named = [name for name, one in self.metrics.ours.items() if isinstance(one, Calibration)]
+        named = [name for name in self.metrics.ours if name in CALIBRATIONS]
         if not named or not self.labelled:
             return
         said = {

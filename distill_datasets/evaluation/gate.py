@@ -5,7 +5,6 @@ What a rule names and nobody measured fails too.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -229,7 +228,7 @@ class _Look:
         if rules.quality_drop is not None:
             yield self._quality(rules.quality_drop)
         if rules.answered_drop is not None and self._measures("answered"):
-            yield self._drop("answered", "answered", rules.answered_drop, self._values("answered"))
+            yield self._drop("answered", "answered", rules.answered_drop)
         if rules.check_drop is not None:
             yield from self._checks_beside_the_other(rules.check_drop)
         yield from (self._check(name, least) for name, least in rules.checks.items())
@@ -262,7 +261,7 @@ class _Look:
             hint = nearest(name or "", known)
             said = f"the report has no metric {name!r}, only {known}.{hint}"
             return GateFinding("quality", MISSING, said)
-        return self._drop("quality", name, most, self._values(name), relative=True)
+        return self._drop("quality", name, most, relative=True)
 
     def _values(self, name: str) -> Callable[[str, Mapping[str, Any]], float | None]:
         """A row's share of a metric, where that is a share of rows."""
@@ -280,89 +279,55 @@ class _Look:
 
         return value
 
-    def _drop(
-        self,
-        rule: str,
-        name: str,
-        most: float,
-        value: Callable[[str, Mapping[str, Any]], float | None],
-        *,
-        relative: bool = False,
-    ) -> GateFinding:
+    def _drop(self, rule: str, name: str, most: float, *, relative: bool = False) -> GateFinding:
         """A metric, which may lie so far below the other's."""
         measured, system, called = self.other
-        theirs = measured.metric(system, name)
+        mine, theirs = self.mine.metric("student", name), measured.metric(system, name)
         if name == "agreement" and not self.against:
             theirs = {"value": 1.0}
-        found = self._difference(name, value)
-        if theirs is None or found is None:
+        if mine is None or theirs is None:
             return GateFinding(rule, MISSING, f"{called} was measured without {name}")
-        sign = -1.0 if name in _LOWER_IS_BETTER else 1.0
+        found = self._apart("differences", name, mine, theirs, self._values(name))
         limit = most * abs(theirs["value"]) if relative else most
-        ends = sorted(-sign * found.get(end, found["value"]) for end in ("low", "high"))
-        mine = self.mine.metric("student", name)
-        assert mine is not None
-        said = (
-            f"{name} {mine['value']:.3f} against {theirs['value']:.3f} of {called}: "
-            f"{found['value']:+.3f}{ends_text(found)}, at most {limit:.3f} may be lost"
-            + (f" ({100 * most:g} %)" if relative else "")
+        said = f"{name} {_beside(mine, theirs, found, called)}, at most {limit:.3f} may be lost" + (
+            f" ({100 * most:g} %)" if relative else ""
         )
-        return self._judged(rule, -sign * found["value"], ends[0], limit, said, ends[1])
+        lost = name not in _LOWER_IS_BETTER
+        return self._judged(rule, found, limit, said, lost=lost, doubt=True)
 
-    def _difference(
-        self, name: str, value: Callable[[str, Mapping[str, Any]], float | None]
-    ) -> Mapping[str, float] | None:
-        """Student minus the other, row by row where both answered the same rows."""
-        report, mine = self.mine.report, self.mine.metric("student", name)
-        if mine is None:
-            return None
+    def _apart(
+        self,
+        key: str,
+        name: str,
+        mine: Mapping[str, float],
+        theirs: Mapping[str, float],
+        value: Callable[[str, Mapping[str, Any]], float | None],
+    ) -> Mapping[str, float]:
+        """Student minus the other: as the report has it, or row by row where both have the same."""
         if not self.against:
-            known = report.get("differences", {}).get("student-teacher", {}).get(name)
-            verdict = report.get("verdict") or {}
-            if known is None and verdict.get("metric") == name:
+            known = self.mine.report.get(key, {}).get("student-teacher", {}).get(name)
+            verdict = self.mine.report.get("verdict") or {}
+            if known is None and verdict.get("metric") == name and key == "differences":
                 known = verdict.get("difference")
             if known is not None:
                 return dict(known)
             if name == "agreement":
-                return {key: mine[key] - 1.0 for key in ("value", "low", "high") if key in mine}
-        measured, system, _ = self.other
-        paired = _paired(self.mine.said("student"), measured.said(system), self.mine.groups, value)
-        theirs = measured.metric(system, name)
-        return paired or (theirs and independent_difference(mine, theirs))
-
-    def _checks_beside_the_other(self, most: float) -> Iterator[GateFinding]:
-        measured, system, called = self.other
-        theirs = measured.report["systems"][system].get("checks") or {}
-        for name, mine in (self.mine.report["systems"]["student"].get("checks") or {}).items():
-            rule = f"check {name}"
-            if name not in theirs:
-                yield GateFinding(rule, MISSING, f"{called} was measured without it")
-                continue
-            found = self._check_difference(name, mine, theirs[name])
-            said = (
-                f"{mine['value']:.3f} against {theirs[name]['value']:.3f} of {called}: "
-                f"{found['value']:+.3f}{ends_text(found)}, at most {most:g} may be lost"
-            )
-            least, worst = (-found.get(end, found["value"]) for end in ("high", "low"))
-            yield self._judged(rule, -found["value"], least, most, said, worst)
-
-    def _check_difference(
-        self, name: str, mine: Mapping[str, float], theirs: Mapping[str, float]
-    ) -> Mapping[str, float]:
-        if not self.against:
-            known = (
-                self.mine.report.get("check_differences", {}).get("student-teacher", {}).get(name)
-            )
-            if known:
-                return dict(known)
-
-        def value(_: str, answer: Mapping[str, Any]) -> float | None:
-            passed = (answer.get("checks") or {}).get(name)
-            return None if passed is None else float(passed)
-
+                return {end: mine[end] - 1.0 for end in ("value", "low", "high") if end in mine}
         measured, system, _ = self.other
         said = self.mine.said("student"), measured.said(system)
         return _paired(*said, self.mine.groups, value) or independent_difference(mine, theirs)
+
+    def _checks_beside_the_other(self, most: float) -> Iterator[GateFinding]:
+        measured, system, called = self.other
+        others = measured.report["systems"][system].get("checks") or {}
+        for name, mine in (self.mine.report["systems"]["student"].get("checks") or {}).items():
+            rule, theirs = f"check {name}", others.get(name)
+            if theirs is None:
+                yield GateFinding(rule, MISSING, f"{called} was measured without it")
+                continue
+            found = self._apart("check_differences", name, mine, theirs, _passes(name))
+            said = f"{_beside(mine, theirs, found, called)}, at most {most:g} may be lost"
+            yield self._judged(rule, found, most, said, lost=True, doubt=True)
 
     def _check(self, name: str, least: float) -> GateFinding:
         known = self.mine.report["systems"]["student"].get("checks") or {}
@@ -372,8 +337,7 @@ class _Look:
             return GateFinding(rule, MISSING, f"the report has no such check.{hint}")
         found = known[name]
         said = f"{interval_text(found)} of the rows, expected {least:g}"
-        high = found.get("high", found["value"])
-        return self._judged(rule, -found["value"], -high, -least, said)
+        return self._judged(rule, found, -least, said, lost=True)
 
     def _patterns(self) -> Iterator[GateFinding]:
         """What no good answer looks like, by the share of rows."""
@@ -391,7 +355,7 @@ class _Look:
             share = Proportion(list(map(float, hits)), groups).interval()
             counted = f"{sum(hits):,} of {len(hits):,} answers{_example(answers, hits)}"
             text = f"{interval_text(share)}, at most {limit:g}: {counted}"
-            yield self._judged(rule, share["value"], share["low"], limit, text)
+            yield self._judged(rule, share, limit, text)
 
     def _commonest(self, most: float) -> GateFinding:
         measured, system, called = self.other
@@ -411,7 +375,7 @@ class _Look:
             f"commonest of {called} {shares[1]['value']:.3f}: {found['value']:+.3f}"
             f"{ends_text(found)}, at most {most:+g}"
         )
-        return self._judged("commonest answer", found["value"], found["low"], most, said)
+        return self._judged("commonest answer", found, most, said)
 
     def _ratios(self) -> Iterator[GateFinding]:
         """Mean response tokens and median latency, as multiples of the other's."""
@@ -431,19 +395,18 @@ class _Look:
                 continue
             ratio = ratio_of_intervals(one, other) if key == "latency_ms" else self._longer()
             ratio = ratio or {"value": one["value"] / other["value"]}
-            low, high = (ratio.get(end, ratio["value"]) for end in ("low", "high"))
             said = (
                 f"{one['value']:.1f}, {ratio['value']:.2f}{ends_text(ratio, digits=2)} times the "
                 f"{other['value']:.1f} of {called}, at most {most:g}"
             )
-            yield self._judged(rule, ratio["value"], low, most, said, high)
+            yield self._judged(rule, ratio, most, said, doubt=True)
         if (limit := self.rules.latency_p95_ms) is not None:
             late = (mine.get("latency_ms") or {}).get("p95")
             if late is None:
                 yield GateFinding("latency p95", MISSING, "the report has no latency_ms.p95")
             else:
                 said = f"{late:.1f} ms, at most {limit:g}"
-                yield self._judged("latency p95", late, late, limit, said)
+                yield self._judged("latency p95", {"value": late}, limit, said)
 
     def _longer(self) -> dict[str, float] | None:
         """How many times the other's response tokens the student's are, where rows say so."""
@@ -481,9 +444,7 @@ class _Look:
                 f"share of wins, student minus teacher: {interval_text(found, '+')}, at most "
                 f"{wins:g} may be lost"
             )
-            yield self._judged(
-                "judge wins", -found["value"], -found["high"], wins, said, -found["low"]
-            )
+            yield self._judged("judge wins", found, wins, said, lost=True, doubt=True)
         if drop is None:
             return
         for criterion, found in self._scored(judge, other):
@@ -493,8 +454,8 @@ class _Look:
                 f"{criterion}: {interval_text(found, '+', digits=2)} against {self.other[2]}, at "
                 f"most {most:.2f} may be lost ({100 * drop:g} % of the scale)"
             )
-            least, worst = (-found.get(end, found["value"]) for end in ("high", "low"))
-            yield self._judged(f"judge {criterion}", -found["value"], least, most, said, worst)
+            rule = f"judge {criterion}"
+            yield self._judged(rule, found, most, said, lost=True, doubt=True)
 
     def _scored(
         self, judge: Mapping[str, Any], other: Mapping[str, Any] | None
@@ -526,19 +487,45 @@ class _Look:
     def _judged(
         self,
         rule: str,
-        value: float,
-        least: float,
+        found: Mapping[str, float],
         limit: float,
         said: str,
-        most: float = -math.inf,
+        *,
+        lost: bool = False,
+        doubt: bool = False,
     ) -> GateFinding:
-        """A number that may not lie above its limit; it is `least` at least, and `most` at most."""
+        """A number that may not lie above its limit, or that may not be `lost` beyond it.
+
+        Where its interval reaches beyond the limit all the same, a `doubt` is said.
+        """
+        sign = -1.0 if lost else 1.0
+        value = sign * found["value"]
+        least, most = sorted(sign * found.get(end, found["value"]) for end in ("low", "high"))
         if not value > limit + 1e-12:
-            doubt = "; more can't be ruled out by these rows" if most > limit else ""
-            return GateFinding(rule, PASSED, said + doubt)
+            unsure = "; more can't be ruled out by these rows" if doubt and most > limit else ""
+            return GateFinding(rule, PASSED, said + unsure)
         if self.rules.strict or least > limit:
             return GateFinding(rule, FAILED, said)
         return GateFinding(rule, UNSURE, f"{said}; these rows can't tell")
+
+
+def _beside(
+    mine: Mapping[str, float], theirs: Mapping[str, float], found: Mapping[str, float], called: str
+) -> str:
+    return (
+        f"{mine['value']:.3f} against {theirs['value']:.3f} of {called}: "
+        f"{found['value']:+.3f}{ends_text(found)}"
+    )
+
+
+def _passes(check: str) -> Callable[[str, Mapping[str, Any]], float | None]:
+    """Whether a row passes a check."""
+
+    def value(_: str, answer: Mapping[str, Any]) -> float | None:
+        passed = (answer.get("checks") or {}).get(check)
+        return None if passed is None else float(passed)
+
+    return value
 
 
 def _number(found: Mapping[str, Any], name: str) -> dict[str, float] | None:

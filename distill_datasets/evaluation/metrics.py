@@ -14,7 +14,7 @@ from hashlib import sha256
 from math import isfinite
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -25,107 +25,58 @@ from distill_datasets.recipes.checks import field_share
 from distill_datasets.similarity import chrf, equal, rouge_l
 from distill_datasets.statistics import Bootstrap, Estimate, Floats, Proportion, resamples
 
-if TYPE_CHECKING:
-    import evaluate
-
 Answers = Sequence[str | None]
 Column = Sequence[Any]
+# What was found, what is right, and which rows are related: the value with its interval.
+Metric = Callable[[Column, Column, Sequence[str]], Estimate]
 
 ALWAYS = ("answered", "agreement")  # need no references
+# Of confidences from 0 to 1, NaN where none was said, against 1 for right and 0 for wrong.
+CALIBRATIONS = ("ece", "brier")
 _RESAMPLES = 2_000
 _RESAMPLES_OF_OWN = 200  # each computes a user's metric once
 _BINS = np.arange(1, 10) / 10
 
 
-class _Metric:
-    columns: Sequence[str] = ("predictions", "references")
-    kind = "large_string"  # `evaluate` refuses None in a `string` column, not in this one
-    described = "Texts; None or an empty text where there is no answer."
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def estimate(self, found: Column, right: Column, groups: Sequence[str]) -> Estimate:
-        """The value with its interval."""
-        raise NotImplementedError
-
-    def module(self) -> "evaluate.Metric":
-        """The value alone, as a module of `evaluate` by the metric's name."""
-        import datasets
-        import evaluate
-
-        ours = self
-
-        class Module(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
-            def _info(self) -> evaluate.MetricInfo:
-                return evaluate.MetricInfo(
-                    description=ours.__doc__,
-                    citation="",
-                    inputs_description=ours.described,
-                    features=datasets.Features(
-                        dict.fromkeys(ours.columns, datasets.Value(ours.kind))
-                    ),
-                )
-
-            def _compute(self, predictions: Column, references: Column = ()) -> dict[str, float]:
-                alone = [str(row) for row in range(len(predictions))]
-                return {ours.name: ours.estimate(predictions, references, alone).value}
-
-        Module.__name__ = type(ours).__name__
-        return Module(keep_in_memory=True)
-
-
-class Accuracy(_Metric):
+def accuracy(found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:
     """The share of rows whose prediction equals the reference; no answer is wrong."""
-
-    def estimate(self, found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:  # noqa: D102
-        pairs = zip(found, right, strict=True)
-        return Proportion([float(bool(text) and text == known) for text, known in pairs], groups)
+    pairs = zip(found, right, strict=True)
+    return Proportion([float(bool(text) and text == known) for text, known in pairs], groups)
 
 
-class Agreement(Accuracy):
-    """Accuracy against the teacher's answers; where it gave none, nobody agrees."""
-
-
-class Answered(_Metric):
+def answered(found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:
     """The share of rows with an answer, right or wrong."""
-
-    columns = ("predictions",)
-
-    def estimate(self, found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:  # noqa: D102
-        return Proportion([float(bool(text)) for text in found], groups)
+    return Proportion([float(bool(text)) for text in found], groups)
 
 
-class MacroF1(_Metric):
+def macro_f1(found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:
     """The plain mean of F1 over the classes that occur in the references.
 
     No answer, and an answer that is no such class, misses its row's class and is a false alarm
     of none: `sklearn.metrics.f1_score(labels=sorted(set(references)), average="macro")`. In a
     resample the classes are those that its own references hold.
     """
+    classes = sorted({known for known in right if known})
+    if not classes:
+        raise DatasetError("macro_f1 needs references, and found none; use `agreement`.")
+    place = {name: index for index, name in enumerate(classes)}
+    other = len(classes)
+    truth = np.array([place.get(known or "", other) for known in right])
+    guess = np.array([place.get(text or "", other) for text in found])
+    hits = np.where(truth == guess, truth, other)
 
-    def estimate(self, found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:  # noqa: D102
-        classes = sorted({known for known in right if known})
-        if not classes:
-            raise DatasetError("macro_f1 needs references, and found none; use `agreement`.")
-        place = {name: index for index, name in enumerate(classes)}
-        other = len(classes)
-        truth = np.array([place.get(known or "", other) for known in right])
-        guess = np.array([place.get(text or "", other) for text in found])
-        hits = np.where(truth == guess, truth, other)
+    def mean_f1(weights: Floats) -> Floats:
+        true, guessed, hit = (_totals(weights, codes, other) for codes in (truth, guess, hits))
+        f1 = 2 * hit / np.maximum(true + guessed, 1e-12)
+        present = true > 0
+        values: Floats = (f1 * present).sum(axis=1) / np.maximum(present.sum(axis=1), 1)
+        return values
 
-        def macro_f1(weights: Floats) -> Floats:
-            true, guessed, hit = (_totals(weights, codes, other) for codes in (truth, guess, hits))
-            f1 = 2 * hit / np.maximum(true + guessed, 1e-12)
-            present = true > 0
-            values: Floats = (f1 * present).sum(axis=1) / np.maximum(present.sum(axis=1), 1)
-            return values
-
-        # A mean over classes is as certain as its rarest class, and as the groups, let it be.
-        of_class = Counter(code for code, _ in set(zip(truth.tolist(), groups, strict=True)))
-        n = min(len(set(groups)), other**2 / sum(1 / of_class[code] for code in range(other)))
-        value = float(macro_f1(np.ones((1, len(truth))))[0])
-        return Bootstrap(value, _draws(macro_f1, groups), n)
+    # A mean over classes is as certain as its rarest class, and as the groups, let it be.
+    of_class = Counter(code for code, _ in set(zip(truth.tolist(), groups, strict=True)))
+    n = min(len(set(groups)), other**2 / sum(1 / of_class[code] for code in range(other)))
+    value = float(mean_f1(np.ones((1, len(truth))))[0])
+    return Bootstrap(value, _draws(mean_f1, groups), n)
 
 
 def _totals(weights: Floats, codes: NDArray[np.int64], size: int) -> Floats:
@@ -167,110 +118,69 @@ def _group_count(known: NDArray[np.bool_], groups: Sequence[str]) -> float:
     return float(len({group for group, one in zip(groups, known, strict=True) if one}))
 
 
-class FieldMatch(_Metric):
-    """The mean share of the reference's values that the answer has in the same place.
-
-    Both are JSON, or `key: value; key: value`. No answer has none of them; what the answer has
-    beside them doesn't count.
-    """
-
-    def estimate(self, found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:  # noqa: D102
-        pairs = zip(found, right, strict=True)
-        return mean_of(np.array([field_share(text, known or "") for text, known in pairs]), groups)
-
-
-class Similarity(_Metric):
+def _mean_score(score: Callable[[str | None, str], float]) -> Metric:
     """The mean over the rows of how alike an answer and its reference are, from 0 to 1."""
 
-    score: Callable[[str, str], float]
-
-    def estimate(self, found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:  # noqa: D102
+    def estimate(found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:
         pairs = zip(found, right, strict=True)
-        scores = [type(self).score(text or "", known or "") for text, known in pairs]
-        return mean_of(np.array(scores), groups)
+        return mean_of(np.array([score(text, known or "") for text, known in pairs]), groups)
+
+    return estimate
 
 
-class Chrf(Similarity):
-    """The mean chrF of the rows: runs of one to six characters that answer and reference share."""
-
-    score = staticmethod(chrf)
-
-
-class RougeL(Similarity):
-    """The mean ROUGE-L of the rows: the longest run of words that both have in order."""
-
-    score = staticmethod(rouge_l)
-
-
-class ExactMatch(Similarity):
-    """The share of rows whose answer is the reference, white space at the ends aside."""
-
-    score = staticmethod(equal)
-
-
-class Calibration(_Metric):
-    """Of confidences from 0 to 1, NaN where none was said, against 1 for right and 0 for wrong."""
-
-    kind = "float64"
-    described = "Confidences, NaN where none was said, and 1 for right, 0 for wrong."
-
-
-class Brier(Calibration):
+def brier(found: Column, right: Column, groups: Sequence[str]) -> Estimate:
     """The mean square of confidence minus rightness: 0 is best, and 0.25 is always saying 0.5."""
-
-    def estimate(self, found: Column, right: Column, groups: Sequence[str]) -> Estimate:  # noqa: D102
-        return mean_of((np.array(found, float) - np.array(right, float)) ** 2, groups)
+    return mean_of((np.array(found, float) - np.array(right, float)) ** 2, groups)
 
 
-class Ece(Calibration):
+def ece(found: Column, right: Column, groups: Sequence[str]) -> Estimate:
     """The expected calibration error: how far, on average, confidence is from accuracy.
 
     Rows are in ten bins of equal width by their confidence, the first from 0 to 0.1 and with 0.1;
     the distances of the bins' mean confidence from their accuracy are weighted by their rows.
     """
+    said = np.array(found, float)
+    known = np.isfinite(said)
+    gaps = np.where(known, said - np.array(right, float), 0.0)
+    bins = np.digitize(said, _BINS, right=True)
+    members = np.stack([gaps * (bins == place) for place in range(len(_BINS) + 1)], axis=1)
 
-    def estimate(self, found: Column, right: Column, groups: Sequence[str]) -> Estimate:  # noqa: D102
-        said = np.array(found, float)
-        known = np.isfinite(said)
-        gaps = np.where(known, said - np.array(right, float), 0.0)
-        bins = np.digitize(said, _BINS, right=True)
-        members = np.stack([gaps * (bins == place) for place in range(len(_BINS) + 1)], axis=1)
+    def error(weights: Floats) -> Floats:
+        with np.errstate(invalid="ignore"):
+            errors: Floats = np.abs(weights @ members).sum(axis=1) / (weights @ known)
+        return errors
 
-        def error(weights: Floats) -> Floats:
-            with np.errstate(invalid="ignore"):
-                errors: Floats = np.abs(weights @ members).sum(axis=1) / (weights @ known)
-            return errors
-
-        value = float(error(np.ones((1, len(said))))[0])
-        draws = _draws(error, groups)
-        # Drawing rows anew makes every bin's distance noisier, and so greater, than it is.
-        centred = np.clip(draws - np.nanmean(draws) + value, 0.0, 1.0)
-        return Bootstrap(value, centred, _group_count(known, groups))
+    value = float(error(np.ones((1, len(said))))[0])
+    draws = _draws(error, groups)
+    # Drawing rows anew makes every bin's distance noisier, and so greater, than it is.
+    centred = np.clip(draws - np.nanmean(draws) + value, 0.0, 1.0)
+    return Bootstrap(value, centred, _group_count(known, groups))
 
 
-_OURS = {
-    "accuracy": Accuracy,
-    "macro_f1": MacroF1,
-    "answered": Answered,
-    "agreement": Agreement,
-    "field_match": FieldMatch,
-    "chrf": Chrf,
-    "rouge_l": RougeL,
-    "exact_match": ExactMatch,
-    "ece": Ece,
-    "brier": Brier,
+# By their names in a recipe; `agreement` is accuracy against the teacher's answers.
+OURS: Mapping[str, Metric] = {
+    "accuracy": accuracy,
+    "macro_f1": macro_f1,
+    "answered": answered,
+    "agreement": accuracy,
+    "field_match": _mean_score(field_share),
+    "chrf": _mean_score(lambda text, known: chrf(text or "", known)),
+    "rouge_l": _mean_score(lambda text, known: rouge_l(text or "", known)),
+    "exact_match": _mean_score(lambda text, known: equal(text or "", known)),
+    "ece": ece,
+    "brier": brier,
 }
 
 
-def load_metric(name: str) -> _Metric:
+def load_metric(name: str) -> Metric:
     """One of ours; raises `RecipeError` that lists them for any other name."""
-    if name not in _OURS:
+    if name not in OURS:
         raise RecipeError(
-            f"There is no metric {name!r}: expected one of {sorted(_OURS)}."
-            f"{nearest(name, [*_OURS])} A metric of your own is no part of a recipe: give it to "
+            f"There is no metric {name!r}: expected one of {sorted(OURS)}."
+            f"{nearest(name, [*OURS])} A metric of your own is no part of a recipe: give it to "
             "`measure`, as --metric path.py:Name."
         )
-    return _OURS[name](name)
+    return OURS[name]
 
 
 @dataclass(frozen=True)
@@ -339,7 +249,7 @@ def load_own_metric(given: Any) -> OwnMetric:
         if not path.endswith(".py") or not name:
             raise SettingsError(
                 f"{str(given)!r} names no metric: expected path.py:Name, a file and what it "
-                f"defines. Ours ({', '.join(sorted(_OURS))}) are named in the recipe."
+                f"defines. Ours ({', '.join(sorted(OURS))}) are named in the recipe."
             )
         module = _run_file(Path(path))
         if not hasattr(module, name):
@@ -350,11 +260,10 @@ def load_own_metric(given: Any) -> OwnMetric:
             )
         key = sha256(Path(path).read_bytes()).hexdigest() + name
         given = getattr(module, name)
-    import evaluate
-
+    hub = sys.modules.get("evaluate")  # which takes seconds to import, and whoever uses it did
     if isinstance(given, type):
-        given = given(keep_in_memory=True) if issubclass(given, evaluate.Metric) else given()
-    if isinstance(given, evaluate.EvaluationModule):
+        given = given(keep_in_memory=True) if hub and issubclass(given, hub.Metric) else given()
+    if hub and isinstance(given, hub.EvaluationModule):
         return OwnMetric(given.name, _computing(given), key)
     if not callable(given):
         raise SettingsError(
@@ -364,7 +273,7 @@ def load_own_metric(given: Any) -> OwnMetric:
     return OwnMetric(getattr(given, "__name__", type(given).__name__), given, key)
 
 
-def _computing(module: "evaluate.EvaluationModule") -> Callable[[list[str], list[str]], Any]:
+def _computing(module: Any) -> Callable[[list[str], list[str]], Any]:
     return lambda found, expected: module.compute(predictions=found, references=expected)
 
 
@@ -393,7 +302,7 @@ def _foreign(problem: str, expects: str) -> Iterator[None]:
 class Metrics:
     """The recipe's metrics, those that need no reference, and the user's own."""
 
-    ours: Mapping[str, _Metric]
+    ours: Mapping[str, Metric]
     own: Sequence[OwnMetric] = ()
 
     @classmethod

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -15,11 +17,6 @@ EXPECTED = ["a", "a", "a", "a", "b", "b", "b", "b"]
 FOUND = ["a", "a", "a", "b", "b", "b", "b", None]
 
 
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evaluate.config.HF_EVALUATE_OFFLINE", True)
-
-
 def rows(count: int, right: float, seed: int) -> tuple[list[str | None], list[str], list[str]]:
     """Answers of which a share is right, references, and a group for every row."""
     generator = np.random.default_rng(seed)
@@ -33,11 +30,15 @@ def rows(count: int, right: float, seed: int) -> tuple[list[str | None], list[st
 
 
 def one(name: str, found: list[Any], expected: list[Any], groups: list[str]) -> Estimate:
-    return load_metric(name).estimate(found, expected, groups)
+    return load_metric(name)(found, expected, groups)
+
+
+def value(name: str, found: list[Any], expected: list[Any]) -> float:
+    return one(name, found, expected, [str(row) for row in range(len(found))]).value
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "right"),
     [
         ("accuracy", 6 / 8),
         ("agreement", 6 / 8),
@@ -46,24 +47,17 @@ def one(name: str, found: list[Any], expected: list[Any], groups: list[str]) -> 
         ("macro_f1", (2 * 3 / (4 + 3) + 2 * 3 / (4 + 4)) / 2),
     ],
 )
-def test_values_equal_those_computed_by_hand(name: str, value: float) -> None:
-    found = load_metric(name).module().compute(predictions=FOUND, references=EXPECTED)
-    assert found == {name: pytest.approx(value)}
+def test_values_equal_those_computed_by_hand(name: str, right: float) -> None:
+    assert value(name, FOUND, EXPECTED) == pytest.approx(right)
 
 
 def test_an_empty_text_is_no_answer() -> None:
-    assert (
-        load_metric("answered").module().compute(predictions=["", None, "a"])["answered"] == 1 / 3
-    )
-    assert (
-        load_metric("accuracy").module().compute(predictions=[""], references=[""])["accuracy"] == 0
-    )
+    assert value("answered", ["", None, "a"], [None] * 3) == 1 / 3
+    assert value("accuracy", [""], [""]) == 0
 
 
 def test_nobody_agrees_with_a_teacher_that_gave_no_answer() -> None:
-    metric = load_metric("agreement").module()
-    found = metric.compute(predictions=["a", None, "a"], references=["a", None, None])
-    assert found["agreement"] == 1 / 3
+    assert value("agreement", ["a", None, "a"], ["a", None, None]) == 1 / 3
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -73,15 +67,12 @@ def test_macro_f1_equals_sklearns(seed: int) -> None:
     truth = f1_score(
         expected, guesses, labels=sorted(set(expected)), average="macro", zero_division=0
     )
-    ours = (
-        load_metric("macro_f1").module().compute(predictions=found, references=expected)["macro_f1"]
-    )
-    assert ours == pytest.approx(truth, abs=1e-12)
+    assert value("macro_f1", found, expected) == pytest.approx(truth, abs=1e-12)
 
 
 def test_macro_f1_without_references_is_an_error() -> None:
     with pytest.raises(DatasetError, match="needs references"):
-        load_metric("macro_f1").module().compute(predictions=["a"], references=[None])
+        value("macro_f1", ["a"], [None])
 
 
 @pytest.mark.parametrize("name", ["accuracy", "macro_f1", "answered", "agreement"])
@@ -98,15 +89,8 @@ def test_draws_equal_macro_f1_computed_on_rows_that_are_really_repeated() -> Non
     weights = next(resamples(groups, 2_000))
     for draw, times in islice(zip(estimate.draws, weights, strict=True), 25):
         places = np.repeat(np.arange(12), times.astype(int)).tolist()
-        again = (
-            load_metric("macro_f1")
-            .module()
-            .compute(
-                predictions=[found[place] for place in places],
-                references=[expected[place] for place in places],
-            )
-        )
-        assert draw == pytest.approx(again["macro_f1"], abs=1e-12)
+        drawn = ([texts[place] for place in places] for texts in (found, expected))
+        assert draw == pytest.approx(value("macro_f1", *drawn), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["accuracy", "agreement", "answered"])
@@ -277,8 +261,16 @@ def test_python_takes_functions_and_modules_themselves() -> None:
         return float(predictions == references)
 
     assert load_own_metric(exact).numbers(["a"], ["a"]) == {"exact": 1.0}
-    accuracy = load_own_metric(load_metric("accuracy").module())
-    assert accuracy.numbers(["a", "b"], ["a", "c"]) == {"accuracy": 0.5}
+
+
+def test_the_library_of_metrics_is_imported_for_a_users_metric_alone(
+    own: Callable[[str], str],
+) -> None:
+    code = "import sys; from distill_datasets.evaluation import report, metrics\n"
+    code += "metrics.load_own_metric(max); assert 'evaluate' not in sys.modules\n"
+    code += f"print(metrics.load_own_metric({own('Length')!r}).name)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "length\n"
 
 
 @pytest.mark.parametrize(
@@ -336,10 +328,7 @@ CORRECT = [1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0]
 def test_the_brier_score_equals_sklearns() -> None:
     known = slice(0, 7)
     truth = brier_score_loss(CORRECT[known], SAID[known])
-    found = (
-        load_metric("brier").module().compute(predictions=SAID[known], references=CORRECT[known])
-    )
-    assert found == {"brier": pytest.approx(truth, abs=1e-12)}
+    assert value("brier", SAID[known], CORRECT[known]) == pytest.approx(truth, abs=1e-12)
 
 
 def test_the_calibration_error_equals_that_computed_by_hand() -> None:
@@ -374,7 +363,6 @@ def test_the_difference_of_two_confidences_is_on_the_same_resamples(name: str) -
 def test_the_field_match_is_the_mean_share_of_equal_fields() -> None:
     references = ['{"a": 1, "b": {"c": null}}', '{"a": 2, "b": {"c": "x"}}', "red"]
     answers = ['{"a": 1.0, "b": {}}', None, "red"]
-    found = load_metric("field_match").module().compute(predictions=answers, references=references)
-    assert found == {"field_match": pytest.approx((0.5 + 0 + 1) / 3)}
+    assert value("field_match", answers, references) == pytest.approx((0.5 + 0 + 1) / 3)
     estimate = one("field_match", answers, references, ["a", "b", "c"]).interval()
     assert estimate["low"] < estimate["value"] < estimate["high"]
