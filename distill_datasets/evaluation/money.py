@@ -102,7 +102,7 @@ class RunCosts(dict[str, Any]):
         return json_normalize(self["volumes"])
 
     def _repr_html_(self) -> str:
-        head, *cells = _volume_cells(self)
+        head, *cells = volume_cells(self)
         lines = html.preformatted("\n".join([*self["arithmetic"], *self["notes"]]))
         return html.card(self["advice"], html.table(cells, head), cost_curves(self), lines)
 
@@ -142,7 +142,7 @@ def _trainings(folder: Path) -> list[Path]:
 def money_text(found: Mapping[str, Any]) -> str:
     """The advice, the volumes as a table, and the arithmetic, for terminals and report.md."""
     head = f"{found['advice']} (in {found['currency']}, prices of {found['priced_at']})"
-    table = aligned(_volume_cells(found))
+    table = aligned(volume_cells(found))
     return "\n\n".join([head, table, "\n".join([*found["arithmetic"], *found["notes"]])])
 
 
@@ -475,7 +475,8 @@ def _notes(found: Mapping[str, Any], teacher: Price, costs: _Costs) -> Iterator[
         yield f"Median latency in ms: {said}."
 
 
-def _volume_cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
+def volume_cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
+    """A month of each volume beside each way to keep the prompt, below a line of headings."""
     both = found["per_query"][CACHED] != found["per_query"][TEACHER]
     yield ["queries a month", "against", "costs", STUDENT, "saved", "back in days", "first year"]
     for month in found["volumes"]:
@@ -489,13 +490,12 @@ def _volume_cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
                 f"{costs[name]:,.2f}",
                 f"{costs[STUDENT]:,.2f}",
                 f"{against['saving']:,.2f}{share}",
-                days_text(days),
+                _days_text(days),
                 "-" if returned is None else f"{100 * returned:+,.0f} %",
             ]
 
 
-def days_text(days: float | None) -> str:
-    """How long it takes until what was spent is back."""
+def _days_text(days: float | None) -> str:
     if days is None:
         return "never"
     return f"{days:,.1f}" if days >= 1 or not days else f"{days:.2g}"

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from distill_datasets import html, resources
 from distill_datasets.evaluation import page_facts as facts
+from distill_datasets.evaluation.report_text import label_cells
 from distill_datasets.files import write_file
 from distill_datasets.progress import amount_text
 from distill_datasets.report_files import (
@@ -136,7 +137,7 @@ def page(
         "curves": panels_html(training.metrics, training.best_step) if training else [],
         "training_said": facts.training_said(training),
         "confusion": list(facts.confusions_facts(report, kept)),
-        "labels": facts.labels_facts(report),
+        "labels": list(label_cells(report)) if report.get("labels") else None,
         "money": facts.money_facts(report.get("money")),
         "latency": facts.latency_facts(report),
         "commands": facts.commands(report, training),

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from distill_datasets.drawing import Mark, curves, short, whisker
 from distill_datasets.errors import DatasetError
 from distill_datasets.evaluation.gate import PASSED, UNSURE
-from distill_datasets.evaluation.money import CACHED, cost_curves, days_text
+from distill_datasets.evaluation.money import cost_curves, volume_cells
 from distill_datasets.evaluation.verdict import DOES_NOT, REPLACES, about
 from distill_datasets.progress import amount_text
 from distill_datasets.tables import interval_text
@@ -385,39 +385,11 @@ def _confusion_line(
     }
 
 
-def labels_facts(report: _Report) -> list[dict[str, Any]]:
-    """A line a label: each system's share, and how far student and teacher are apart."""
-    found = []
-    apart = report.get("subgroups") or {}
-    for name, cells in (report.get("labels") or {}).items():
-        line = {"rows" if key == "n" else key: value for key, value in cells.items()}
-        if apart:
-            line["student minus teacher"] = _apart(apart.get(name) or {})
-        found.append({"name": name, "cells": line})
-    return found
-
-
-def _apart(subgroup: Mapping[str, Any]) -> str:
-    if not subgroup.get("difference"):
-        return "too few rows"
-    difference = subgroup["difference"]
-    beyond = " beyond chance" if subgroup.get("significant") else ""
-    return interval_text(difference, "+") + beyond
-
-
 def money_facts(money: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What queries cost, and the drawing of it."""
     if not money:
         return None
-    return {
-        **money,
-        "names": list(money["per_query"]),
-        "volumes": [
-            {**month, "days": days_text(month["against"][CACHED]["break_even_days"])}
-            for month in money["volumes"]
-        ],
-        "drawing": cost_curves(money),
-    }
+    return {**money, "cells": list(volume_cells(money)), "drawing": cost_curves(money)}
 
 
 def latency_facts(report: _Report) -> dict[str, Any] | None:

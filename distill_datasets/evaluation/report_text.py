@@ -71,7 +71,7 @@ def markdown(report: _Report) -> str:
     if report.get("residue"):
         parts += ["## Residue of the prompt", residue_lines(report["residue"])]
     if report["labels"]:
-        parts += ["## Recall of each label", _code(aligned(_label_cells(report)))]
+        parts += ["## Recall of each label", _code(aligned(label_cells(report)))]
     if report["rows"]:
         parts += ["## Every row", _code(_rows(report))]
     return "\n\n".join(parts) + "\n"
@@ -215,11 +215,21 @@ def _check_cells(report: _Report) -> Iterator[list[str]]:
         ]
 
 
-def _label_cells(report: _Report) -> Iterator[list[str]]:
-    systems = list(report["systems"])
-    yield ["label", "rows", *(_SHORT.get(name, name) for name in systems)]
+def label_cells(report: _Report) -> Iterator[list[str]]:
+    """Each system's share of each label that is right, and what sets student and teacher apart."""
+    systems, apart = list(report["systems"]), report.get("subgroups") or {}
+    more = ["student - teacher"] if apart else []
+    yield ["label", "rows", *(_SHORT.get(name, name) for name in systems), *more]
     for label, found in report["labels"].items():
-        yield [label, str(found["n"]), *(f"{found[system]:.3f}" for system in systems)]
+        shares = [f"{found[system]:.3f}" for system in systems]
+        yield [label, f"{found['n']:,}", *shares, *(_apart(apart.get(label) or {}) for _ in more)]
+
+
+def _apart(subgroup: Mapping[str, Any]) -> str:
+    if not subgroup.get("difference"):
+        return "too few rows"
+    beyond = " beyond chance" if subgroup.get("significant") else ""
+    return interval_text(subgroup["difference"], "+") + beyond
 
 
 def _rows(report: _Report) -> str:
