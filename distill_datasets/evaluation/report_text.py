@@ -221,7 +221,7 @@ def label_cells(report: _Report) -> Iterator[list[str]]:
     more = ["student - teacher"] if apart else []
     yield ["label", "rows", *(_SHORT.get(name, name) for name in systems), *more]
     for label, found in report["labels"].items():
-        shares = [f"{found[system]:.3f}" for system in systems]
+        shares = [f"{found[one]:.3f}" if one in found else "-" for one in systems]
         yield [label, f"{found['n']:,}", *shares, *(_apart(apart.get(label) or {}) for _ in more)]
 
 

@@ -292,7 +292,11 @@ def test_costs_are_drawn_with_the_queries_that_they_take_to_be_back() -> None:
                 "queries": 10_000,
                 "cost": {"teacher": 20.0, "teacher, cached": 10.0, "student": 1.0},
                 "cheapest": "student",
-                "against": {"teacher, cached": {"break_even_days": 6.4}},
+                "against": {
+                    name: {"saving": saved, "percent": 95.0, "break_even_days": 6.4}
+                    | {"first_year_return": 11.0}
+                    for name, saved in (("teacher", 19.0), ("teacher, cached", 9.0))
+                },
             }
         ],
         "advice": "The student is the cheapest at every volume.",
@@ -302,6 +306,7 @@ def test_costs_are_drawn_with_the_queries_that_they_take_to_be_back() -> None:
     assert "1k: break-even, teacher" in text
     assert "2.11k: break-even, teacher, cached" in text
     assert "0.002 - 0.0001 = 0.0019" in text
+    assert "19.00 (95.0 %)" in text and "+1,100 %" in text
 
 
 def test_what_trains_and_measures_it_again_is_quoted_for_a_shell() -> None:
@@ -391,7 +396,7 @@ def beside_report(folder: Path, *, digest: str = "d1", recipe: str = "letters") 
         {"epsilon": 0.01, "served": 0.0, "saved": -0.1},
         {"epsilon": 0.05, "served": 0.8, "saved": 0.7},
     ]
-    calibration = {"report": digest, "level": 0.95, "rows": 1200, "worth": 800.4}
+    calibration = {"report": digest, "level": 0.95, "rows": 1200, "groups": 800}
     calibration |= {"points": points, "curve": points}
     (folder / "calibration.json").write_text(json.dumps(calibration))
     return write_page(folder).read_text()
@@ -404,7 +409,7 @@ def test_what_a_gate_found_and_what_no_query_exercises_are_sections(tmp_path: Pa
     assert "1 rule that no query of the sample exercises" in found
     assert found.index("<li>Be kind.</li>") < found.index("Say please.")
     calibration = found[found.index('id="calibration"') :]
-    assert "1,200 held-out queries say so, worth 800 independent ones" in calibration
+    assert "1,200 held-out queries say so, in 800 groups that count as one each" in calibration
     assert "none: too few queries tell" in calibration and "70.0%" in calibration
     assert "<svg" in calibration[: calibration.index("</section>")]
     assert "<img src=x" not in found
