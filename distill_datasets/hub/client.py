@@ -137,6 +137,13 @@ def wait_after(error: Exception, tries: int) -> bool:
     return True
 
 
+def overtaken(error: Exception) -> bool:
+    """Whether somebody else's commit came in between."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return isinstance(error, HfHubHTTPError) and error.response.status_code in (409, 412)
+
+
 def ensure_repository(repo: str, *, kind: Kind, private: bool) -> bool:
     """Make the repository unless it is there; says whether it was made.
 

@@ -13,6 +13,7 @@ from distill_datasets.hub.client import (
     HubDataset,
     ensure_repository,
     explained,
+    overtaken,
     patiently,
     require_token,
     wait_after,
@@ -398,7 +399,7 @@ def _commit(  # noqa: PLR0913 (one try: what, onto what, and which)
                 )
             except (HTTPError, RuntimeError) as error:
                 # The answer may be lost and the commit there: the next look will tell.
-                if _overtaken(error) or wait_after(error, tries):
+                if overtaken(error) or wait_after(error, tries):
                     return None
                 raise
     except ValueError as error:
@@ -424,10 +425,3 @@ def _operations(
         *(CommitOperationAdd(path, text.encode()) for path, text in texts.items()),
         *(CommitOperationDelete(path) for path in sorted(stale)),
     ]
-
-
-def _overtaken(error: Exception) -> bool:
-    """Whether somebody else's commit came in between."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return isinstance(error, HfHubHTTPError) and error.response.status_code in (409, 412)

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _OWN_METADATA = ("base_model", "base_model_relation", "datasets", "model-index")
-_SOMEBODY_WAS_FASTER = (409, 412)
 _MOST_TRIES = 10
 _UNNAMED = "local/base"
 
@@ -156,11 +155,7 @@ def _certified(
 
 def _certify(trained: Trained, folder: Path, settings: ExportSettings) -> Certificate:
     certificate = certify(
-        trained,
-        folder,
-        dtype=settings.dtype,
-        served_at=settings.served_at,
-        served_as=settings.served_as,
+        trained, folder, served_at=settings.served_at, served_as=settings.served_as
     )
     certificate.require()
     return certificate
@@ -293,7 +288,7 @@ def push_folder(folder: Path, repo: str) -> PushedStudent:
     It goes on the newest head; a lost answer is followed by a try that changes nothing.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     from distill_datasets.hub import client as hub
 
@@ -318,8 +313,7 @@ def push_folder(folder: Path, repo: str) -> PushedStudent:
             return PushedStudent(repo, commit.oid, commit.oid != first)
         except (HTTPError, RuntimeError) as error:
             tries += 1
-            refused = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-            if refused in _SOMEBODY_WAS_FASTER and tries < _MOST_TRIES:
+            if hub.overtaken(error) and tries < _MOST_TRIES:
                 continue
             if not hub.wait_after(error, tries - 1):
                 raise

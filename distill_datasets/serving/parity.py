@@ -2,11 +2,12 @@
 
 The student's own server and what was exported give each token of some rows a log-probability. How
 far the two may differ is measured too: so far do they for the base model, where no adapter is in
-question. A student that differs from its base by much more than that shows an adapter that is
-applied, and the right one.
+question, times how much farther rounding moves the student than its base. A student that differs
+from its base by much more than that shows an adapter that is applied, and the right one.
 """
 
 import json
+import math
 import os
 import re
 import warnings
@@ -37,10 +38,12 @@ if TYPE_CHECKING:
 FILE = "parity.json"
 ROWS = 8
 _MOST_TOKENS = 512  # of a row; what is computed grows with them
-_LEAST = (1e-4, 2e-3)  # nats, mean and largest: less is rounding in any number format
-_FINEST = 1e-5
-_TIMES_FLOOR = 4.0
-_OTHER_FORMAT = 0.2  # of the adapter's effect: what another number format may make of it
+_FINEST = 1e-5  # nats: less is rounding in any number format
+# Noise of the floor's mean and an exponential tail is beyond the limit in one comparison of a
+# thousand: so many standard errors of a mean, and the largest of all tokens.
+_ERRORS, _RARE = 3.09, 1e-3
+_OTHER_FORMAT = 0.2  # of the adapter's effect: what the format of an engine may make of it
+_TOP = 20  # tokens at a place, where a server tells the likeliest alone
 _SHOWN = 3
 _KEY = re.compile(r"base_model\.model\..+\.lora_(A|B)\.weight")
 _ANSWER_SECONDS = 120.0
@@ -54,7 +57,6 @@ _COMMON = tuple(
         ("Write one sentence about rain.", "The rain began before anybody had an umbrella."),
     )
 )
-Row = Sequence[int]
 Scores = Sequence[NDArray[np.float64]]
 
 
@@ -65,33 +67,54 @@ class ParityError(ModelError):
 
 
 @dataclass(frozen=True)
-class Gap:
-    """How far two models' log-probabilities of the same tokens lie apart, in nats.
+class Row:
+    """The tokens of a conversation, of which the last `said` are its response."""
 
-    To one digit and no less than 1e-5: what lies below differs from one run to the next, and a
-    student that is pushed again should be the same.
-    """
+    tokens: Sequence[int]
+    said: int
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far two models' log-probabilities of the same tokens lie apart, in nats."""
 
     mean: float
     largest: float
 
     @classmethod
     def between(cls, first: Scores, second: Scores) -> Self:
-        """Of two models' scores of the same rows."""
-        apart = np.abs(np.concatenate(first) - np.concatenate(second))
-        return cls(_one_digit(float(apart.mean())), _one_digit(float(apart.max())))
+        """Of the same rows; where `second` has only the last tokens of a row, of these."""
+        pairs = zip(first, second, strict=True)
+        apart = np.abs(np.concatenate([one[-len(other) :] - other for one, other in pairs]))
+        return cls(float(apart.mean()), float(apart.max()))
 
     def within(self, limit: "Gap") -> bool:
         """Whether both of its numbers are; those of a model that computes NaN never are."""
         return self.mean <= limit.mean and self.largest <= limit.largest
+
+    def widened(self, other: "Gap", share: float = 1.0) -> "Gap":
+        """At least this share of another."""
+        return Gap(max(self.mean, share * other.mean), max(self.largest, share * other.largest))
+
+    @property
+    def written(self) -> "Gap":
+        """To one digit and no less than 1e-5: what lies below differs from one run to the next,
+        and a student that is pushed again should be the same.
+        """
+        return Gap(*(max(float(f"{one:.1g}"), _FINEST) for one in (self.mean, self.largest)))
+
+    def __str__(self) -> str:
+        """As it is written."""
+        return f"mean {self.written.mean:g}, largest {self.written.largest:g} nats"
 
 
 @dataclass(frozen=True)
 class Certificate:
     """What was compared and what came out; `problems` are empty where it is the same student.
 
-    `floor` is the base on the training's server and as it is exported, `effect` the student and
-    the base on that server, `exported` and `served` the student there and elsewhere.
+    `floor` is the noise: the base on the training's server and as it is exported, times how much
+    farther rounding moves the student (`sensitivity`). `effect` is the student and the base on
+    that server, `exported` and `served` the student there and elsewhere.
     """
 
     checkpoint: str
@@ -100,6 +123,7 @@ class Certificate:
     floor: Gap
     effect: Gap
     exported: Gap
+    sensitivity: float = 1.0
     served: Gap | None = None
     served_at: str | None = None
     problems: tuple[str, ...] = ()
@@ -112,13 +136,15 @@ class Certificate:
 
     @property
     def limit(self) -> Gap:
-        """What two servers of one model may differ by."""
-        return _limit(self.floor)
+        """What noise of this floor reaches in all but one of a thousand comparisons."""
+        mean = self.floor.mean * (1 + _ERRORS * math.sqrt(2 / self.tokens))
+        mean = max(mean, _FINEST)
+        return Gap(mean, max(mean * math.log(self.tokens / _RARE), self.floor.largest))
 
     def lines(self) -> list[str]:
         """The certificate for people, a sentence or a number a line."""
         named = {
-            "noise: the base there and here": self.floor,
+            "the noise floor": self.floor,
             "the student there and as exported": self.exported,
             f"the student there and at {self.served_at}": self.served,
             "the student and its base, for comparison": self.effect,
@@ -126,18 +152,17 @@ class Certificate:
         verdict = "the same student" if self.passed else "NOT the same student"
         return [
             f"parity over {self.tokens:,} tokens of {self.rows} rows: {verdict}",
-            *(
-                f"  {name:<40} mean {gap.mean:.2g}, largest {gap.largest:.2g} nats"
-                for name, gap in named.items()
-                if gap
-            ),
+            *(f"  {name:<40} {gap}" for name, gap in named.items() if gap),
             *(f"  {one}" for one in (*self.problems, *self.notes)),
         ]
 
     def write(self, folder: Path) -> None:
         """Keep it in the exported folder."""
-        said = {"passed": self.passed, "limit": asdict(self.limit), **asdict(self)}
-        text = json.dumps(said, ensure_ascii=False, indent=1) + "\n"
+        gaps = {"limit": self.limit, "floor": self.floor, "effect": self.effect}
+        gaps |= {"exported": self.exported} | ({"served": self.served} if self.served else {})
+        rounded = {name: asdict(gap.written) for name, gap in gaps.items()}
+        said = {**asdict(self), "sensitivity": round(self.sensitivity, 1), **rounded}
+        text = json.dumps({"passed": self.passed, **said}, ensure_ascii=False, indent=1) + "\n"
         (folder / FILE).write_text(text, encoding="utf-8")
 
     def require(self) -> None:
@@ -147,82 +172,72 @@ class Certificate:
 
 
 def certify(
-    trained: Trained,
-    folder: Path,
-    *,
-    dtype: str | None = None,
-    served_at: str | None = None,
-    served_as: str | None = None,
+    trained: Trained, folder: Path, *, served_at: str | None = None, served_as: str | None = None
 ) -> Certificate:
     """Compare a training's best checkpoint with what was exported of it to a folder.
 
     An adapter is loaded as `peft` does over `transformers`, merged weights as `transformers` does,
-    in `dtype` (default: as the weights are stored). `served_at` is the address of a server of
-    OpenAI's protocol that has the student under the name `served_as`. Raises `ModelError` or
-    `ServiceError` where one of them can't be asked.
+    and computed in fp32. `served_at` is the address of a server of OpenAI's protocol that has the
+    student under the name `served_as`. Raises `ModelError` or `ServiceError` where one of them
+    can't be asked.
     """
     from distill_datasets.models.references import connect
 
     connection = connect(trained.folder)
     conversations = _conversations(trained)
-    rows = [_tokens(connection, one) for one in conversations]
+    rows = [_row(connection, one) for one in conversations]
     there = _on_server(connection, rows)
     base_there = _on_server(replace(connection, model_path=None), rows)
-    merged = not (folder / ADAPTER_CONFIG).is_file()
-    problems = [] if merged else [*_wrong_names(folder)]
     with _quiet() as complaints:
-        base_here, here = _plain(connection, folder, rows, dtype, merged=merged)
-    certificate = Certificate(
+        base, here = _plain(connection, folder, rows)
+    noise, moved = Gap.between(base_there, base.exact), max(here.moved / base.moved, 1.0)
+    if here.short and not base.short:
+        noise = noise.widened(Gap.between(base_there, base.rounded))
+    found = Certificate(
         checkpoint=str(trained.checkpoint["sampler"]),
         rows=len(rows),
         tokens=sum(map(len, there)),
-        floor=Gap.between(base_there, base_here),
+        floor=Gap(moved * noise.mean, moved * noise.largest),
+        sensitivity=moved,
         effect=Gap.between(there, base_there),
-        exported=Gap.between(there, here),
-        notes=tuple(f"while it was loaded: {one}" for one in complaints),
+        exported=Gap.between(there, here.exact),
     )
-    limit, to_base = certificate.limit, Gap.between(here, base_here)
-    problems += _judge("what was exported", limit, certificate.exported, to_base)
+    problems = [*_wrong_names(folder)] if (folder / ADAPTER_CONFIG).is_file() else []
+    problems += _judge("what was exported", found.limit, found.exported, here.exact, base.exact)
     problems += _other_template(connection, folder, conversations)
-    if certificate.effect.within(limit):
-        nothing = "the adapter changes too little to be told from its base"
-        certificate = replace(certificate, notes=(*certificate.notes, nothing))
     if served_at:
         served = _AddressedModel.find(served_at, served_as)
-        found = served.scores(rows)
-        to_base = Gap.between(found, base_there)
-        apart = Gap.between(there, found)
-        certificate = replace(certificate, served=apart, served_at=served_at)
-        wide = _widest(limit, certificate.effect)
-        problems += _judge(f"what {served_at} has", wide, apart, to_base)
+        scores = served.scores(rows)
+        apart, wide = Gap.between(there, scores), found.limit.widened(found.effect, _OTHER_FORMAT)
+        found = replace(found, served=apart, served_at=served_at)
+        problems += _judge(f"what {served_at} has", wide, apart, scores, base_there)
         problems += served.other_template(connection, conversations)
-    return replace(certificate, problems=tuple(problems))
+    notes = [*_notes(found, connection), *(f"while it was loaded: {one}" for one in complaints)]
+    return replace(found, problems=tuple(problems), notes=tuple(notes))
 
 
-def _one_digit(value: float) -> float:
-    return max(float(f"{value:.1g}"), _FINEST)  # NaN stays NaN
+def _notes(found: Certificate, connection: "Connection") -> Iterator[str]:
+    if found.effect.within(found.limit):
+        yield "the adapter changes too little to be told from its base"
+    if found.served and not found.served.within(found.limit):
+        yield f"more than noise at {found.served_at}: another number format, or another model"
+    if connection.server and connection.server.dtype != "fp32":
+        yield (
+            f"the training's server computes in {connection.server.dtype}: with "
+            "EMBEDDED_DTYPE=fp32 smaller differences are found"
+        )
 
 
-def _limit(floor: Gap) -> Gap:
-    least_mean, least = _LEAST
-    return Gap(max(_TIMES_FLOOR * floor.mean, least_mean), max(_TIMES_FLOOR * floor.largest, least))
-
-
-def _widest(limit: Gap, effect: Gap) -> Gap:
-    """For a server whose number format nobody knows: far nearer to the student than the base is."""
-    share = _OTHER_FORMAT
-    return Gap(max(limit.mean, share * effect.mean), max(limit.largest, share * effect.largest))
-
-
-def _judge(what: str, limit: Gap, to_student: Gap, to_base: Gap) -> list[str]:
+def _judge(what: str, limit: Gap, to_student: Gap, found: Scores, base: Scores) -> list[str]:
     if to_student.within(limit):
         return []
+    to_base = Gap.between(base, found)
     if to_base.within(limit):
         return [f"{what} answers as the base does: the adapter isn't applied"]
     return [
         f"{what} is another model, or has another adapter: it differs from the student by "
-        f"{to_student.mean:.2g} nats a token (at most {limit.mean:.2g} is noise), and from the "
-        f"base by {to_base.mean:.2g}"
+        f"{to_student.mean:.2g} nats a token, at most {to_student.largest:.2g} (noise by "
+        f"{limit.mean:.2g}, at most {limit.largest:.2g}), and from the base by {to_base.mean:.2g}"
     ]
 
 
@@ -237,18 +252,19 @@ def _conversations(trained: Trained) -> list[Conversation]:
     return list(split.at_most(ROWS).conversations)
 
 
-def _tokens(connection: "Connection", conversation: Conversation) -> list[int]:
+def _row(connection: "Connection", conversation: Conversation) -> Row:
     from distill_datasets.models.scoring import split_conversation
 
     before, said = split_conversation(connection, conversation.messages, conversation.tools)
-    return [*before, *said][-_MOST_TOKENS:]
+    tokens = [*before, *said][-_MOST_TOKENS:]
+    return Row(tokens, min(len(said), len(tokens) - 1))
 
 
 def _on_server(connection: "Connection", rows: Sequence[Row]) -> Scores:
     from distill_datasets.models.scoring import Scorer
 
     scorer = Scorer(connection)
-    pending = [scorer.read(row[:1], row[1:]) for row in rows]
+    pending = [scorer.read(row.tokens[:1], row.tokens[1:]) for row in rows]
     return [one.result().logprobs for one in pending]
 
 
@@ -284,23 +300,42 @@ def _quiet() -> Iterator[list[str]]:
     said += list(dict.fromkeys(lines))[:_SHOWN]
 
 
+@dataclass(frozen=True)
+class _Computed:
+    """A model's scores in fp32, and in bf16; `short` says that its weights have 16 bits anyway."""
+
+    exact: Scores
+    rounded: Scores
+    short: bool
+
+    @classmethod
+    def of(cls, model: Any, rows: Sequence[Row]) -> Self:
+        """Computes both; the model is in bf16 then."""
+        short = model.dtype.itemsize < 4  # noqa: PLR2004 (bytes)
+        return cls(_forward(model.float(), rows), _forward(model.bfloat16(), rows), short)
+
+    @property
+    def moved(self) -> float:
+        """How far rounding moves it."""
+        return max(Gap.between(self.exact, self.rounded).mean, _FINEST)
+
+
 def _plain(
-    connection: "Connection", folder: Path, rows: Sequence[Row], dtype: str | None, *, merged: bool
-) -> tuple[Scores, Scores]:
-    """The scores of the base, and of what was exported, by `transformers` and `peft` alone."""
+    connection: "Connection", folder: Path, rows: Sequence[Row]
+) -> tuple[_Computed, _Computed]:
+    """The base, and what was exported, by `transformers` and `peft` alone."""
     from peft import PeftModel
 
-    base = folder / INCLUDED if (folder / INCLUDED).is_dir() else connection.tokenizer_source
-    model = load_plain(base, dtype)
-    of_base = _forward(model, rows)
-    if merged:
-        del model
-        return of_base, _forward(load_plain(folder, dtype), rows)
+    # The untouched one: what spoils the base in the folder is no noise.
+    base = _Computed.of(load_plain(connection.tokenizer_source, None), rows)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return base, _Computed.of(load_plain(folder, None), rows)
+    source = folder / INCLUDED if (folder / INCLUDED).is_dir() else connection.tokenizer_source
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        adapted = PeftModel.from_pretrained(load_plain(source, None), str(folder))
     except (ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"peft can't load the adapter in {str(folder)!r}: {error}") from error
-    return of_base, _forward(adapted, rows)
+    return base, _Computed.of(adapted, rows)
 
 
 def load_plain(source: Path | str, dtype: str | None) -> Any:
@@ -327,7 +362,7 @@ def _forward(model: Any, rows: Sequence[Row]) -> Scores:
     scores = []
     with torch.inference_mode():
         for row in rows:
-            ids = torch.tensor([list(row)])
+            ids = torch.tensor([list(row.tokens)])
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]
             logprobs = torch.log_softmax(logits.float(), dim=-1)
             chosen = logprobs.gather(1, ids[0, 1:, None])[:, 0]
@@ -395,24 +430,47 @@ class _AddressedModel:
         return cls(url, model)
 
     def scores(self, rows: Sequence[Row]) -> Scores:
-        """Of the rows' tokens but the first."""
-        return [self._score(row) for row in rows]
+        """Of the rows' tokens but the first; of a server that echoes no prompt, of the responses'.
 
-    def _score(self, row: Row) -> NDArray[np.float64]:
-        body = {"prompt": list(row), "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
-        answer = self._ask("completions", body)
+        llama.cpp's is such a one.
+        """
         try:
-            found = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(row)]
+            return [self._echoed(row.tokens) for row in rows]
+        except ServiceError:
+            return [self._place_by_place(row) for row in rows]
+
+    def _echoed(self, tokens: Sequence[int]) -> NDArray[np.float64]:
+        body = {"prompt": list(tokens), "echo": True, "logprobs": 1, "max_tokens": 1}
+        answer = self._ask("completions", {**body, "temperature": 0})
+        try:
+            found = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(tokens)]
             scores = np.asarray(found, np.float64)
         except (KeyError, IndexError, TypeError, ValueError):
             scores = np.empty(0)
-        if len(scores) != len(row) - 1:
-            raise ServiceError(
-                f"{self.url}: expected the log-probabilities of a prompt's {len(row)} tokens from "
-                "/completions with echo and logprobs, which vLLM and `distill-datasets serve` "
-                f"give; found {str(answer)[:200]!r}."
-            )
+        if len(scores) != len(tokens) - 1:
+            raise self._unexpected("the log-probabilities of the prompt's tokens (echo)", answer)
         return scores
+
+    def _place_by_place(self, row: Row) -> NDArray[np.float64]:
+        """A token that is not among the likeliest has at most the log-probability of the last."""
+        scores = []
+        for place in range(len(row.tokens) - row.said, len(row.tokens)):
+            body = {"prompt": list(row.tokens[:place]), "max_tokens": 1, "logprobs": _TOP}
+            answer = self._ask("completions", {**body, "temperature": 0})
+            try:
+                top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+                likely = {int(one["id"]): float(one["logprob"]) for one in top}
+                scores.append(likely.get(row.tokens[place], min(likely.values())))
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                wanted = f"the {_TOP} likeliest tokens after a prompt, with their ids"
+                raise self._unexpected(wanted, answer) from error
+        return np.asarray(scores)
+
+    def _unexpected(self, wanted: str, answer: Mapping[str, Any]) -> ServiceError:
+        return ServiceError(
+            f"{self.url}: expected {wanted} from /completions, as vLLM, llama.cpp and "
+            f"`distill-datasets serve` give it; found {str(answer)[:200]!r}."
+        )
 
     def other_template(
         self, connection: "Connection", conversations: Sequence[Conversation]

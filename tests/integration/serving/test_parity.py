@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ def students(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     """Two trainings of one base on other answers; their checkpoints lie in the shared store."""
     folder = tmp_path_factory.mktemp("students")
     swapped = [{**row, "response": row["query"][::-1]} for row in ROWS]
-    trained = []
+    trained, settings = [], replace(QUICK, save_every=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingFolder, "draw", lambda folder: None)
         for name, rows in (("one", ROWS), ("two", swapped)):
             dataset = write(folder / f"{name}-data", train=rows[:16], validation=rows[16:20])
-            trained.append(train(dataset, student=model, out=folder / name, settings=QUICK).path)
+            trained.append(train(dataset, student=model, out=folder / name, settings=settings).path)
             (folder / name / "checkpoints").symlink_to(shared().store)
     return trained[0], trained[1]
 
@@ -56,7 +57,8 @@ def compare(students: tuple[Path, Path], folder: Path, **options: Any) -> Certif
 def test_an_adapter_is_the_student_within_the_noise_and_its_card_says_so(exported: Path) -> None:
     found = json.loads((exported / "parity.json").read_text())
     assert found["passed"] and found["problems"] == found["notes"] == []
-    assert found["exported"]["mean"] <= 1e-5 < 0.1 < found["effect"]["mean"]
+    assert found["exported"]["mean"] <= 1e-5 == found["limit"]["mean"]
+    assert found["effect"]["mean"] > 0.1
     assert found["exported"]["largest"] <= found["limit"]["largest"]
     card = (exported / "README.md").read_text()
     assert "Whether it is what was trained" in card and "rows: the same student" in card
@@ -90,54 +92,94 @@ def test_merged_weights_are_the_student_in_any_number_format(
     assert "PeftModel" not in (merged / "README.md").read_text()
 
 
-def rename(folder: Path, _: Path) -> None:
+Students = tuple[Path, Path]
+
+
+def checkpoint(train: Path) -> Path:
+    """The folder of a training's best checkpoint."""
+    run, kind, name = (
+        read_training(train).checkpoint["sampler"].removeprefix("tinker://").split("/")
+    )
+    return shared().store / run.replace(":", "_") / kind / name
+
+
+def configure(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+
+
+def rename(folder: Path, _: Students) -> None:
     """Keys without the prefix that peft writes."""
     file = folder / "adapter_model.safetensors"
     tensors = {name.removeprefix("base_model.model."): one for name, one in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def exchange(folder: Path, other: Path) -> None:
+def exchange(folder: Path, students: Students) -> None:
     """The adapter of another training."""
-    trained = read_training(other)
-    run, kind, name = trained.checkpoint["sampler"].removeprefix("tinker://").split("/")
-    theirs = shared().store / run.replace(":", "_") / kind / name / "adapter_model.safetensors"
-    shutil.copyfile(theirs, folder / "adapter_model.safetensors")
+    shutil.copyfile(
+        checkpoint(students[1]) / "adapter_model.safetensors", folder / "adapter_model.safetensors"
+    )
 
 
-def ignore(folder: Path, _: Path) -> None:
+def step_back(folder: Path, students: Students) -> None:
+    """The adapter of an earlier step of the same training."""
+    own = checkpoint(students[0])
+    *_, earlier = sorted(one for one in own.parent.iterdir() if one != own)
+    shutil.copyfile(earlier / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+
+
+def ignore(folder: Path, _: Students) -> None:
     """An adapter that changes nothing."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 0}))
+    configure(folder, lora_alpha=0)
 
 
-def retell(folder: Path, _: Path) -> None:
+def retell(folder: Path, _: Students) -> None:
     """A template with a system message of its own."""
     file = folder / "base" / "chat_template.jinja"
     file.write_text("<|im_start|>system\nYou are helpful.<|im_end|>\n" + file.read_text())
 
 
-def half(folder: Path, _: Path) -> None:
+def rescale(folder: Path, _: Students) -> None:
     """A scale that another server might read otherwise."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
+    configure(folder, use_rslora=True)
 
 
-SABOTAGE: dict[Callable[[Path, Path], None], str] = {
+def nudge(folder: Path, _: Students) -> None:
+    """A scale that is wrong by a hundredth."""
+    alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    configure(folder, lora_alpha=alpha * 1.01)
+
+
+def quantise(folder: Path, _: Students) -> None:
+    """A base of eight bits a weight."""
+    file = folder / "base" / "model.safetensors"
+    steps = {name: abs(one).max() / 127 for name, one in load_file(file).items()}
+    tensors = {
+        name: (one / steps[name]).round() * steps[name] for name, one in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+ANOTHER = "is another model, or has another adapter"
+SABOTAGE: dict[Callable[[Path, Students], None], str] = {
     rename: "tensors have names that nobody looks for",
-    exchange: "is another model, or has another adapter",
+    exchange: ANOTHER,
+    step_back: ANOTHER,
     ignore: "answers as the base does: the adapter isn't applied",
     retell: "the chat template that was exported makes other tokens",
-    half: "is another model, or has another adapter",
+    rescale: ANOTHER,
+    nudge: ANOTHER,
+    quantise: ANOTHER,
 }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("spoil", SABOTAGE, ids=lambda one: one.__name__)
 def test_each_sabotage_is_found(
-    spoil: Callable[[Path, Path], None], students: tuple[Path, Path], folder: Path
+    spoil: Callable[[Path, Students], None], students: tuple[Path, Path], folder: Path
 ) -> None:
-    spoil(folder, students[1])
+    spoil(folder, students)
     found = compare(students, folder)
     assert not found.passed
     assert any(SABOTAGE[spoil] in one for one in found.problems), found.problems
@@ -148,7 +190,7 @@ def test_each_sabotage_is_found(
 def test_an_adapter_with_the_wrong_names_is_also_one_that_is_not_applied(
     students: tuple[Path, Path], folder: Path
 ) -> None:
-    rename(folder, folder)
+    rename(folder, students)
     assert any("isn't applied" in one for one in compare(students, folder).problems)
 
 
@@ -161,7 +203,7 @@ def test_what_is_not_the_student_is_neither_exported_nor_pushed(
 
     def spoiled(building: Path, *given: Any) -> None:
         written(building, *given)
-        ignore(building, building)
+        ignore(building, students)
 
     monkeypatch.setattr(export, "_write", spoiled)
     with pytest.raises(ParityError, match="the adapter isn't applied"):

@@ -1,18 +1,31 @@
 import math
 
 import numpy as np
+import pytest
 
 from distill_datasets.serving.parity import Certificate, Gap
+
+NOTHING = Gap(0.0, 0.0)
 
 
 def gap(*apart: float) -> Gap:
     return Gap.between([np.zeros(len(apart))], [np.asarray(apart)])
 
 
-def test_a_gap_is_of_all_tokens_and_the_same_from_run_to_run() -> None:
-    assert gap(0.1, -0.3) == Gap(0.2, 0.3)
-    assert gap(0.0721, 0.0722) == gap(0.0731, 0.0732) == Gap(0.07, 0.07)
-    assert gap(2e-7, -9e-7) == Gap(1e-5, 1e-5)
+def of_noise(floor: Gap, tokens: int = 500) -> Gap:
+    return Certificate("path", 8, tokens, floor, NOTHING, NOTHING).limit
+
+
+def test_a_gap_is_of_all_tokens_and_is_written_the_same_from_run_to_run() -> None:
+    apart = gap(0.1, -0.3)
+    assert (apart.mean, apart.largest) == pytest.approx((0.2, 0.3))
+    assert gap(0.0721, 0.0722).written == gap(0.0731, 0.0732).written == Gap(0.07, 0.07)
+    assert gap(2e-7, -9e-7).written == Gap(1e-5, 1e-5)
+
+
+def test_a_gap_is_of_the_last_tokens_where_a_server_tells_no_others() -> None:
+    whole, last = [np.asarray([9.0, 1.0, 2.0])], [np.asarray([1.5, 2.0])]
+    assert Gap.between(whole, last) == Gap(0.25, 0.5)
 
 
 def test_what_computes_no_number_is_never_the_student() -> None:
@@ -20,12 +33,25 @@ def test_what_computes_no_number_is_never_the_student() -> None:
     assert not broken.within(Gap(math.inf, math.inf))
 
 
-def test_the_limit_is_a_multiple_of_the_noise_and_never_nothing() -> None:
-    def limit(floor: Gap) -> Gap:
-        return Certificate("path", 1, 1, floor, floor, floor).limit
+@pytest.mark.parametrize("tokens", [30, 500, 4000])
+def test_noise_of_the_floor_is_within_the_limit_and_twice_the_noise_is_not(tokens: int) -> None:
+    random = np.random.default_rng(0)
 
-    assert limit(Gap(0.07, 0.5)) == Gap(0.28, 2.0)
-    assert limit(Gap(1e-5, 1e-5)) == Gap(1e-4, 2e-3)
+    def drawn(scale: float) -> Gap:
+        return gap(*random.laplace(scale=scale, size=tokens))
+
+    within = [drawn(0.05).within(of_noise(drawn(0.05), tokens)) for _ in range(500)]
+    assert np.mean(within) > 0.98
+    if tokens >= 100:
+        assert not any(drawn(0.1).within(of_noise(drawn(0.05), tokens)) for _ in range(200))
+
+
+def test_one_token_that_is_far_off_is_no_noise() -> None:
+    assert not gap(*[0.05] * 499, 3.0).within(of_noise(Gap(0.06, 0.4)))
+
+
+def test_rounding_below_a_hundred_thousandth_of_a_nat_is_noise() -> None:
+    assert Gap(9e-6, 9e-5).within(of_noise(Gap(3e-7, 2e-6)))
 
 
 def test_a_certificate_says_what_was_found() -> None:
