@@ -67,7 +67,7 @@ class ParityError(ModelError):
 
 
 @dataclass(frozen=True)
-class Row:
+class RenderedRow:
     """The tokens of a conversation, of which the last `said` are its response."""
 
     tokens: Sequence[int]
@@ -252,15 +252,15 @@ def _conversations(trained: Trained) -> list[Conversation]:
     return list(split.at_most(ROWS).conversations)
 
 
-def _row(connection: "Connection", conversation: Conversation) -> Row:
+def _row(connection: "Connection", conversation: Conversation) -> RenderedRow:
     from distill_datasets.models.scoring import split_conversation
 
     before, said = split_conversation(connection, conversation.messages, conversation.tools)
     tokens = [*before, *said][-_MOST_TOKENS:]
-    return Row(tokens, min(len(said), len(tokens) - 1))
+    return RenderedRow(tokens, min(len(said), len(tokens) - 1))
 
 
-def _on_server(connection: "Connection", rows: Sequence[Row]) -> Scores:
+def _on_server(connection: "Connection", rows: Sequence[RenderedRow]) -> Scores:
     from distill_datasets.models.scoring import Scorer
 
     scorer = Scorer(connection)
@@ -309,7 +309,7 @@ class _Computed:
     short: bool
 
     @classmethod
-    def of(cls, model: Any, rows: Sequence[Row]) -> Self:
+    def of(cls, model: Any, rows: Sequence[RenderedRow]) -> Self:
         """Computes both; the model is in bf16 then."""
         short = model.dtype.itemsize < 4  # noqa: PLR2004 (bytes)
         return cls(_forward(model.float(), rows), _forward(model.bfloat16(), rows), short)
@@ -321,7 +321,7 @@ class _Computed:
 
 
 def _plain(
-    connection: "Connection", folder: Path, rows: Sequence[Row]
+    connection: "Connection", folder: Path, rows: Sequence[RenderedRow]
 ) -> tuple[_Computed, _Computed]:
     """The base, and what was exported, by `transformers` and `peft` alone."""
     from peft import PeftModel
@@ -355,7 +355,7 @@ def load_plain(source: Path | str, dtype: str | None) -> Any:
         ) from error
 
 
-def _forward(model: Any, rows: Sequence[Row]) -> Scores:
+def _forward(model: Any, rows: Sequence[RenderedRow]) -> Scores:
     import torch
 
     model.eval()
@@ -429,7 +429,7 @@ class _AddressedModel:
             (model,) = names
         return cls(url, model)
 
-    def scores(self, rows: Sequence[Row]) -> Scores:
+    def scores(self, rows: Sequence[RenderedRow]) -> Scores:
         """Of the rows' tokens but the first; of a server that echoes no prompt, of the responses'.
 
         llama.cpp's is such a one.
@@ -451,7 +451,7 @@ class _AddressedModel:
             raise self._unexpected("the log-probabilities of the prompt's tokens (echo)", answer)
         return scores
 
-    def _place_by_place(self, row: Row) -> NDArray[np.float64]:
+    def _place_by_place(self, row: RenderedRow) -> NDArray[np.float64]:
         """A token that is not among the likeliest has at most the log-probability of the last."""
         scores = []
         for place in range(len(row.tokens) - row.said, len(row.tokens)):
