@@ -144,7 +144,9 @@ class RateLimit:
 
     def wait(self, tokens: float = 0.0) -> float | None:
         """Seconds until the next start, which is 0 for now; None until something ends."""
-        now, quiet = self.clock(), max(_PROBES[0], 4 * self._refusal_latency)
+        now, quiet = self.clock(), 0.0
+        if self._probe:
+            quiet = max(_PROBES[0], 4 * self._refusal_latency)
         if self._probe and now - self._probe[0] >= quiet - _INSTANT:
             self._resume(*self._probe, now)  # a refusal would have come by now
         if self.in_flight >= max(1, int(self.size)):

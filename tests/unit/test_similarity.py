@@ -1,5 +1,4 @@
 import pytest
-from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.chrf import CHRF
 
 from distill_datasets.similarity import chrf, equal, rouge_l
@@ -26,6 +25,9 @@ def test_chrf_equals_sacrebleus(found: str, right: str) -> None:
 
 @pytest.mark.parametrize(("found", "right"), [pair for pair in PAIRS if "ö" not in pair[0]])
 def test_rouge_l_equals_rouge_scores_on_ascii(found: str, right: str) -> None:
+    # Not above: it brings scikit-learn and pandas, which take two seconds to import.
+    from rouge_score.rouge_scorer import RougeScorer
+
     truth = RougeScorer(["rougeL"]).score(right, found)["rougeL"].fmeasure
     assert rouge_l(found, right) == pytest.approx(truth, abs=1e-9)
 

@@ -1,4 +1,5 @@
 import asyncio
+from functools import cache
 
 import pytest
 
@@ -155,6 +156,12 @@ def test_one_refusal_lowers_the_rate_once_a_round_trip() -> None:
     assert limit.rate == pytest.approx(0.98 * rate)
 
 
+@cache
+def unlimited_seconds(seconds: float, rows: int) -> float:
+    """How long so many rows take where nothing is refused."""
+    return simulate(Limits(256), Unlimited(seconds), rows).seconds
+
+
 @pytest.mark.parametrize("seconds", [0.05, 0.2, 3.0, 30.0])
 @pytest.mark.parametrize("retry_after", [None, 1.0])
 @pytest.mark.parametrize(
@@ -164,7 +171,7 @@ def test_after_a_server_was_out_of_order_all_goes_on_at_full_speed(
     seconds: float, retry_after: float | None, begins: float, ends: float
 ) -> None:
     rows = max(1500, int(6 * 256 / seconds))  # longer than until it breaks
-    whole = simulate(Limits(256), Unlimited(seconds), rows).seconds
+    whole = unlimited_seconds(seconds, rows)
     run = simulate(Limits(256), OutOfOrder(begins, ends, seconds, retry_after), rows)
     told = retry_after or 0.0  # a server that asks to wait is left alone for so long
     assert run.seconds <= whole + (ends - begins) + 5 * seconds + told
