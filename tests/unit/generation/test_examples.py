@@ -19,6 +19,7 @@ from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.sections import Examples
 from distill_datasets.releases.release import publish
 from distill_datasets.schema import Message
+from tests.support.panels import Models
 
 
 @dataclass
@@ -134,18 +135,18 @@ def test_a_server_that_is_away_makes_no_choice_worse(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:1 queries are examples")
 def test_a_model_of_the_mix_without_a_price_is_refused_before_a_choice_is_tried(
-    tmp_path: Path,
+    tmp_path: Path, models: Models
 ) -> None:
     folder, pupil = recipe(tmp_path, choose=2, by="development"), Pupil()
     keys = yaml.safe_load((folder / "recipe.yaml").read_text())
-    keys["mix"] = [{"name": "beyond", "share": 0.2, "file": "beyond.jsonl", "model": "pocket"}]
+    keys["mix"] = [{"name": "beyond", "share": 0.2, "file": "beyond.jsonl", "model": "red"}]
     (folder / "beyond.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(20)))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(keys))
     price = Price(prompt=1.0, response=1.0)
     meter = Meter(Prices(date=date(2026, 11, 1), currency="USD", models={"pupil": price}))
-    with pytest.raises(PriceError, match="pocket"):
+    with pytest.raises(PriceError, match="red"):
         generate(folder, out=tmp_path / "run", teacher=pupil, meter=meter)
-    assert not pupil.calls
+    assert not pupil.calls and not models.requests
 
 
 def test_choices_are_each_tried_once_and_begin_with_the_files_order() -> None:
