@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +19,14 @@ from .served import ChatFormat
 
 _CALL = "<tool_call>"
 _OPENED, _CLOSED = "<think>", "</think>"
+_HALF = "\ufffd"  # what a part of a character is decoded as
+_LONGEST_CHARACTER = 4  # tokens
+# Texts that are control tokens in one vocabulary and plain ones in another.
+_MARK = re.compile(r"</?think>|<tool_call|<function|<[|｜]")
+_LONGEST_MARK = 16
+# A response is read whole a few tokens behind a mark, else once it has grown so much; and in all so
+# many times its tokens, so that whatever a model writes takes time in proportion.
+_NEAR, _MORE, _MOST = 8, 1.25, 16
 
 
 @dataclass(frozen=True)
@@ -30,14 +39,56 @@ class SpokenMessage:
     reasoning: str | None = None
 
 
+class DecodedTokens:
+    """The tokens of a sample with their text: each is decoded a few times, however many follow.
+
+    `marked` counts the tokens up to the last control token. Of what a format's renderer read whole,
+    its reader keeps how many tokens (`whole`) and characters (`seen`) those were, in all readings
+    together too (`spent`), the `words`, and where these end in the `text`: None where they are not
+    the end of it.
+    """
+
+    def __init__(self, tokenizer: Any, controls: Collection[int]) -> None:
+        self._decode, self._controls = tokenizer.decode, controls
+        self.tokens, self.text = list[int](), ""
+        self._begin, self._end, self._tried = 0, 0, 0
+        self.marked, self.whole, self.seen, self.spent, self.words = 0, 0, 0, 0, ""
+        self.behind: int | None = None
+
+    def add(self, tokens: Iterable[int]) -> None:
+        """Take note of tokens; half a character at their end is not yet part of the text."""
+        for token in tokens:
+            self.tokens.append(token)
+            if token in self._controls:
+                self.marked = len(self.tokens)
+        waiting = len(self.tokens) - self._end
+        if not waiting or (waiting > _LONGEST_CHARACTER and waiting < 2 * self._tried):
+            return
+        # What was decoded last stands before what is new: blanks may depend on it.
+        before = len(self._decode(self.tokens[self._begin : self._end]))
+        shortest = max(self._end, len(self.tokens) - _LONGEST_CHARACTER)
+        for end in range(len(self.tokens), shortest, -1):
+            new = str(self._decode(self.tokens[self._begin : end]))[before:]
+            if not new.endswith(_HALF):
+                self.text += new
+                self._begin, self._end, self._tried = self._end, end, 0
+                return
+        self._tried = waiting
+
+
 class ResponseReader(Protocol):
     """Reads tokens as one kind of response, and says how much of it can't change any more."""
+
+    @property
+    def format(self) -> ChatFormat:
+        """Of the model whose tokens these are."""
+        ...
 
     def read(self, tokens: Sequence[int]) -> SpokenMessage:
         """The whole response."""
         ...
 
-    def settled(self, tokens: Sequence[int]) -> str:
+    def settled(self, said: DecodedTokens) -> str:
         """The part of its words that holds whatever follows."""
         ...
 
@@ -68,15 +119,33 @@ class ChatReader:
             return SpokenMessage(text, cut, (), reasoning)
         return SpokenMessage(message["content"], cut, message.get("tool_calls", ()), reasoning)
 
-    def settled(self, tokens: Sequence[int]) -> str:
+    def settled(self, said: DecodedTokens) -> str:
         """Its words before any call, once its thoughts are over."""
-        raw = str(self.format.tokenizer.decode(tokens)).lstrip()
+        raw = said.text.lstrip()
         opens = self.thinks or raw.startswith(_OPENED) or _OPENED.startswith(raw)
         if opens and _CLOSED not in raw:
             return ""
-        text, _ = self.format.renderer.read_response(tokens, tools=self.tools)
         marks = (*self.asked.stop, *((_CALL,) if self.tools else ()))
-        return _settled(_cut(text, marks)[0], marks)
+        return _settled(_cut(self._words(said), marks)[0], marks)
+
+    def _words(self, said: DecodedTokens) -> str:
+        """The words as the renderer reads them, which reads all of them only where it must: behind
+        them text is words too, until a token or a text comes that may mean something to it.
+        """
+        count, start = len(said.tokens), max(0, said.seen - _LONGEST_MARK)
+        if any(one.end() > said.seen for one in _MARK.finditer(said.text, start)):
+            said.marked = count
+        if said.marked <= said.whole and said.behind is not None:
+            return said.words + said.text[said.behind :]
+        due = count <= said.marked + _NEAR or count >= _MORE * said.whole
+        if due and said.spent <= _MOST * count:
+            said.spent += count
+            words, _ = self.format.renderer.read_response(said.tokens, tools=self.tools)
+            said.words, said.whole = words.rstrip(_HALF).rstrip(), count
+            said.seen, place = len(said.text), len(said.text.rstrip())
+            ends = bool(said.words) and said.text[:place].endswith(said.words)
+            said.behind = place if ends else None
+        return said.words
 
     def plain(self, tokens: Sequence[int]) -> str:
         """With whatever the format writes around words."""
@@ -96,9 +165,12 @@ class TextReader:
         text = str(self.format.tokenizer.decode(tokens[:-1] if ended else tokens))
         return SpokenMessage(*_cut(text, self.asked.stop))
 
-    def settled(self, tokens: Sequence[int]) -> str:
+    def settled(self, said: DecodedTokens) -> str:
         """The text but for what may be the beginning of a character or of a stop."""
-        return _settled(self.read(tokens).content, self.asked.stop)
+        text = said.text
+        if said.tokens[-1:] and said.tokens[-1] in self.format.ends:
+            text = text.removesuffix(str(self.format.tokenizer.decode(said.tokens[-1:])))
+        return _settled(_cut(text, self.asked.stop)[0], self.asked.stop)
 
     def plain(self, tokens: Sequence[int]) -> str:
         """All of it."""
@@ -117,28 +189,27 @@ def _settled(text: str, marks: Sequence[str]) -> str:
         for size in range(1, min(len(mark), len(text) + 1))
         if text.endswith(mark[:size])
     ]
-    # Half a character is read as this sign, and blanks at an end may not be part of the message.
-    return text[: min(begun, default=len(text))].rstrip("\ufffd").rstrip()
+    # Blanks at an end may not be part of the message.
+    return text[: min(begun, default=len(text))].rstrip()
 
 
-@dataclass
 class Choice:
     """One sample in a stream: what was drawn, and how much of it was sent."""
 
-    reader: ResponseReader
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    text: str = ""
-    told: int = 0
+    def __init__(self, reader: ResponseReader) -> None:
+        self.reader, known = reader, reader.format
+        self.said = DecodedTokens(known.tokenizer, known.controls)
+        self.logprobs = list[float]()
+        self.text, self.told = "", 0
 
-    def add(self, token: int, logprob: float) -> None:
-        """Take note of a token."""
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
+    def add(self, drawn: Sequence[tuple[int, float]]) -> None:
+        """Take note of tokens and their log-probabilities."""
+        self.said.add(token for token, _ in drawn)
+        self.logprobs += [logprob for _, logprob in drawn]
 
     def news(self) -> str:
         """Words that can be sent now."""
-        settled = self.reader.settled(self.tokens)
+        settled = self.reader.settled(self.said)
         if not settled.startswith(self.text):
             return ""
         self.text, new = settled, settled[len(self.text) :]
@@ -213,8 +284,8 @@ class BodyWriter:
 
     def delta(self, index: int, choice: Choice, text: str) -> dict[str, Any]:
         """More words of a choice, with the log-probabilities of all tokens since the last."""
-        tokens, logprobs = choice.tokens[choice.told :], choice.logprobs[choice.told :]
-        choice.told = len(choice.tokens)
+        tokens, logprobs = choice.said.tokens[choice.told :], choice.logprobs[choice.told :]
+        choice.told = len(choice.said.tokens)
         found: dict[str, Any] = {"index": index, "finish_reason": None}
         if self.chat:
             places = self.chat_logprobs(tokens, logprobs, [])

@@ -24,7 +24,14 @@ from distill_datasets.embedded.wire import (
 )
 from distill_datasets.errors import DistillError, RetryableError, ServiceError
 
-from .answers import BodyWriter, ChatReader, Choice, ResponseReader, TextReader, usage
+from .answers import (
+    BodyWriter,
+    ChatReader,
+    Choice,
+    ResponseReader,
+    TextReader,
+    usage,
+)
 from .live import LiveRequest, Outcome
 from .requests import RequestSettings, read_chat, read_text
 from .served import Catalogue, Served
@@ -164,10 +171,9 @@ class _Completion:
         """Send what one request draws, its samples numbered from `first`."""
         choices = [Choice(self.reader) for _ in range(self.asked.n)]
         while drawn := await live.drawn():
-            for sample, token, logprob in drawn:
-                choices[sample].add(token, logprob)
             for sample in {sample for sample, *_ in drawn}:
                 choice = choices[sample]
+                choice.add([(token, logprob) for of, token, logprob in drawn if of == sample])
                 if text := choice.news():
                     await stream.send([self.writer.delta(first + sample, choice, text)])
         outcome = await live.outcome()

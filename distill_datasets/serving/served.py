@@ -64,6 +64,11 @@ class ChatFormat:
         return tuple(one for one in dict.fromkeys(found) if one is not None)
 
     @cached_property
+    def controls(self) -> frozenset[int]:
+        """The tokens that may mean something to the renderer."""
+        return frozenset([*self.ends, *self.tokenizer.all_special_ids])
+
+    @cached_property
     def end_texts(self) -> tuple[str, ...]:
         """The texts that end an answer, in formats that end it so."""
         return tuple(one for one in self.renderer.get_stop_sequences() if isinstance(one, str))

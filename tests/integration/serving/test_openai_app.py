@@ -371,7 +371,7 @@ def test_words_thoughts_and_calls_are_told_apart_while_they_come(model: Path, th
     reader = ChatReader(format, read.asked, read.messages, "[]", thinks)
     choice, pieces = Choice(reader), []
     for token in tokens:
-        choice.add(token, 0.0)
+        choice.add([(token, 0.0)])
         pieces.append(choice.news())
     said = reader.read(tokens)
     assert said.content == "Let me see ü 🙂."
@@ -390,7 +390,7 @@ def test_thoughts_that_nothing_opened_are_sent_as_they_were_drawn(model: Path) -
     text = "It is blue.\n</think>\nNo: it is red."
     tokens = tokenizer.encode(f"{text}<|im_end|>", add_special_tokens=False)
     for token in tokens:
-        choice.add(token, 0.0)
+        choice.add([(token, 0.0)])
         sent += choice.news()
     assert sent.startswith("It is")
     assert sent + str(choice.rest(reader.read(tokens).content, reader.plain(tokens))) == text
