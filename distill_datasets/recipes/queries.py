@@ -318,7 +318,8 @@ def _pieces(recipe: Recipe) -> Iterator[Rows]:
     spec = recipe.queries
     rows = read_source(spec, recipe.folder)
     if spec.sidecar:
-        rows = _joined(rows, _file_rows(spec, recipe.folder / spec.sidecar), spec.sidecar)
+        others = _file_rows(spec, recipe.folder / spec.sidecar, by_place=True)
+        rows = _joined(rows, others, spec.sidecar)
     if spec.rows is not None:
         wanted, found = set(spec.rows), {}
         for number, row in enumerate(chain.from_iterable(rows), 1):
@@ -438,7 +439,12 @@ def _in_package(package: str, member: str) -> Path:
 
 
 def _file_rows(
-    spec: Queries, path: Path, pinned: str | None = None, wanted: Collection[str] | None = None
+    spec: Queries,
+    path: Path,
+    pinned: str | None = None,
+    wanted: Collection[str] | None = None,
+    *,
+    by_place: bool = False,
 ) -> Iterator[Rows]:
     _check_file(path, pinned)
     if wanted is not None:
@@ -448,7 +454,7 @@ def _file_rows(
     needed = {name for name in named if name} | (set() if own else {"query", "text"})
     if path.suffix.lower() in (".csv", ".tsv") and own is None:
         needed -= {"text"}
-    return read_rows(path, TableFormat(spec.encoding, spec.separator, needed))
+    return read_rows(path, TableFormat(spec.encoding, spec.separator, needed, by_place))
 
 
 def _check_file(path: Path, pinned: str | None) -> None:

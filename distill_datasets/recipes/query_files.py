@@ -40,11 +40,15 @@ _UNPACKED, _TIMES = 256 << 20, 200
 
 @dataclass(frozen=True)
 class TableFormat:
-    """What a recipe says about a file that doesn't say it itself, and which columns it needs."""
+    """What a recipe says about a file that doesn't say it itself, and which columns it needs.
+
+    Rows of a table without any value are none, unless rows are told by their places.
+    """
 
     encoding: str | None = None
     separator: str | None = None
     wanted: Collection[str] = ()
+    by_place: bool = False
 
 
 class NumberAsWritten(float):
@@ -162,7 +166,7 @@ def _csv_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
                     f"{len(header)}: put text that holds {separator!r} into double quotes, or "
                     "name another `separator` under `queries`."
                 )
-            elif row:
+            elif any(row) or (row and form.by_place):
                 yield dict(zip(header, row, strict=True))
 
 
@@ -372,7 +376,7 @@ def _excel_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
             if not header:
                 names = ["" if value is None else str(value) for value in values]
                 header = _header(path, names) if any(names) else []
-            elif any(value is not None for value in values):
+            elif form.by_place or any(value is not None for value in values):
                 padded = [*values, *[None] * (len(header) - len(values))]
                 yield {name: value for name, value in zip(header, padded, strict=False) if name}
     finally:

@@ -22,6 +22,7 @@ Which = Literal["all", "rejected", "errors"]
 
 _TOKENS = ("prompt", "cached", "response")
 _LABELS = ("query", "raw", "answer", "response", "reason", "tokens", "teacher", SOURCE)
+_BRIEF = 60  # characters of a text that is written again where it stands twice
 # What could steer a terminal; a text keeps its lines.
 _CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n")}, " ")
 
@@ -65,10 +66,16 @@ def print_rows(rows: Sequence[Mapping[str, Any]], file: TextIO | None = None) ->
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
+        known = dict[str, str]()  # longer texts, by where they stand first
         for label in _LABELS:
             if row.get(label) is not None:
                 value = _written(label, row)
-                table.add_row(label, Text(value.translate(_CONTROLS)))
+                text = value.translate(_CONTROLS).strip()
+                if first := known.get(text):
+                    text = f"(as {first})"
+                elif len(text) > _BRIEF or "\n" in text:
+                    known[text] = label
+                table.add_row(label, Text(text))
         console.print(table)
 
 

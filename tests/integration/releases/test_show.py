@@ -109,6 +109,15 @@ def test_what_is_printed_steers_no_terminal(answered: Path) -> None:
     assert "[bold]red[/bold]" in file.getvalue()
 
 
+def test_a_long_text_is_printed_once_however_many_columns_hold_it(answered: Path) -> None:
+    said = "Dear customer,\n\nwe look into it."
+    rows = [{**show(answered)[0], "raw": f"{said}\n", "answer": said, "response": said}]
+    file = io.StringIO()
+    print_rows(rows, file)
+    assert file.getvalue().count("we look into it.") == 1
+    assert file.getvalue().count("(as raw)") == 2
+
+
 def test_the_command_line_prints_rows_for_people_or_lines_of_json(
     answered: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

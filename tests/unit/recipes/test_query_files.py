@@ -105,6 +105,18 @@ def test_a_row_that_does_not_fit_is_named_by_its_line(
         pairs(tmp_path, "q.csv", content)
 
 
+def test_rows_that_a_spreadsheet_leaves_empty_are_none(tmp_path: Path) -> None:
+    table = b"query;reference;\r\nfirst;a;\r\n;;\r\nsecond;b;\r\n;;\r\n;;\r\n"
+    assert pairs(tmp_path, "q.csv", table) == [("first", "a"), ("second", "b")]
+
+
+def test_rows_beside_the_queries_keep_their_places_where_they_are_empty(tmp_path: Path) -> None:
+    (tmp_path / "more.csv").write_text("reference,group\na,x\n,\nb,x\n,\n", encoding="utf-8")
+    folder = recipe_with(tmp_path, "q.csv", ", sidecar: more.csv")
+    (folder / "q.csv").write_text("query\none\ntwo\nthree\nfour\n", encoding="utf-8")
+    assert load_queries(load_recipe(folder))["reference"] == ["a", None, "b", None]
+
+
 def test_a_quoted_field_keeps_its_lines_quotes_and_separators(tmp_path: Path) -> None:
     content = 'query,reference\r\n"one\r\ntwo, ""three""",x\r\n\r\n'
     assert pairs(tmp_path, "q.csv", content) == [('one\r\ntwo, "three"', "x")]
