@@ -22,7 +22,7 @@ Which = Literal["all", "rejected", "errors"]
 
 _TOKENS = ("prompt", "cached", "response")
 _LABELS = ("query", "raw", "answer", "response", "reason", "tokens", "teacher", SOURCE)
-_BRIEF = 60  # characters of a text that is written again where it stands twice
+_BRIEF = 60  # columns on a screen of a text that is written again where it stands twice
 # What could steer a terminal; a text keeps its lines.
 _CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n")}, " ")
 
@@ -55,6 +55,7 @@ def show(
 
 def print_rows(rows: Sequence[Mapping[str, Any]], file: TextIO | None = None) -> None:
     """Print rows for people, a paragraph each."""
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -73,7 +74,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], file: TextIO | None = None) ->
                 text = value.translate(_CONTROLS).strip()
                 if first := known.get(text):
                     text = f"(as {first})"
-                elif len(text) > _BRIEF or "\n" in text:
+                elif cell_len(text) > _BRIEF or "\n" in text:
                     known[text] = label
                 table.add_row(label, Text(text))
         console.print(table)
