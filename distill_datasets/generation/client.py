@@ -38,6 +38,7 @@ from distill_datasets.schema import Message
 T = TypeVar("T")
 
 _ATTEMPTS = 8  # of a request, not counting tries while the sampler refuses everybody
+_FAR = 100 * 365 * 86_400.0  # seconds
 _WAIT_IN_ALL = 600.0  # seconds that a request waits between attempts, and a run for a sampler
 _WAIT_FOR_FIRST = 120.0  # seconds that a run waits for a sampler that has never answered
 _LONGEST_WAIT = 300.0  # seconds that a server may ask to wait
@@ -291,9 +292,10 @@ class CachedClient:
         """Raises what ends a run, where the sampler refuses everybody for too long."""
         known, asked = sampler.identity in self._answered, error.retry_after or 0.0
         if asked > _LONGEST_WAIT and (limit.paused or not (known or limit.in_flight)):
-            back = datetime.now().astimezone() + timedelta(seconds=asked)
+            # A date in the year 9999 lies beyond what this machine's own zone can say.
+            back = datetime.now().astimezone() + timedelta(seconds=min(asked, _FAR))
             raise PendingError(
-                f"{sampler.model!r} asks to come back in {timedelta(seconds=round(asked))} h "
+                f"{sampler.model!r} asks to come back in {asked / 3600:,.1f} hours "
                 f"({error}). Everything that was paid for is kept: run the same command again "
                 f"after {back:%Y-%m-%d %H:%M}."
             ) from error

@@ -90,9 +90,12 @@ def test_after_eight_attempts_it_is_a_failure_that_the_next_run_asks_again(
     assert len(sampler.calls) == 9
 
 
-def test_nobody_waits_for_a_server_that_asks_for_a_day(journal: Journal) -> None:
-    sampler = Failing({"a": [busy(86400.0, status=429)]})
-    with pytest.raises(PendingError, match=r"come back in 1 day, 0:00:00 h .*kept: run .* after 2"):
+@pytest.mark.parametrize(("seconds", "hours"), [(86_400.0, "24.0"), (3e11, "83,333,333.3")])
+def test_nobody_waits_for_a_server_that_asks_for_a_day_or_for_ever(
+    seconds: float, hours: str, journal: Journal
+) -> None:
+    sampler = Failing({"a": [busy(seconds, status=429)]})
+    with pytest.raises(PendingError, match=rf"back in {hours} hours .*kept: run .* after 2"):
         bought(journal, lambda client: client.sample(sampler, ask("a"), SAMPLING))
     assert sampler.calls == ["a"]
 
