@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.cli.flags import add_settings, count, flags_of, read_settings
 from distill_datasets.errors import DistillError, RecipeError
 from distill_datasets.generation.settings import GenerateSettings
-from distill_datasets.recipes.canaries import MOST
 from distill_datasets.resources import KINDS
 
 # What a run in parts on Ray takes of the settings, and what it doesn't take of the other flags.
@@ -57,9 +56,14 @@ def for_each_variant(work: Callable[[argparse.Namespace], None]) -> Callable[...
 def _with_canaries(recipe: str, options: argparse.Namespace) -> "Recipe | str":
     """A copy of the recipe whose prompt holds planted sentences, where those are asked for."""
     from distill_datasets.recipes.loading import load_recipe
+    from distill_datasets.recipes.prompt import MOST_CANARIES
 
     if not options.canaries:
         return recipe
+    if options.canaries > MOST_CANARIES:
+        raise RecipeError(
+            f"--canaries: expected at most {MOST_CANARIES} sentences; found {options.canaries}."
+        )
     found = load_recipe(recipe, trust=bool(options.trust))
     if found.members:
         raise RecipeError(
@@ -336,8 +340,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
     parser.add_argument(
         "--canaries",
-        type=int,
-        choices=range(1, MOST + 1),
+        type=count,
         metavar="N",
         help="plant N sentences with secrets in a copy of the prompt, which `measure --residue` "
         "looks for in the student: for a training of its own",

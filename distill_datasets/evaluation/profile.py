@@ -15,7 +15,7 @@ import regex
 from distill_datasets import html
 from distill_datasets.conversations import response_text, shown
 from distill_datasets.errors import DatasetError, nearest
-from distill_datasets.recipes.text_units import (
+from distill_datasets.recipes.checks import (
     count_bullets,
     count_sentences,
     count_words,

@@ -32,9 +32,8 @@ from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.teachers import Answerer, PromptedModel
 from distill_datasets.models.sampler import Sampler, Sampling, digest
 from distill_datasets.models.scoring import Judged, Likelihood, likelihoods
-from distill_datasets.recipes.canaries import Canary, canaries_of
 from distill_datasets.recipes.checks import Said, passes
-from distill_datasets.recipes.prompt import render_ours
+from distill_datasets.recipes.prompt import Canary, canaries_of, render_ours
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Check
 from distill_datasets.resources import builders

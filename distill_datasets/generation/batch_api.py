@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from distill_datasets.errors import (
     ModelError,
@@ -24,7 +25,7 @@ from distill_datasets.generation.client import CachedClient, run_in_thread
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.teachers import Answerer
-from distill_datasets.models.batches import BatchJob, BatchProvider, BatchState, new_key
+from distill_datasets.models.openai.batches import BatchJob, BatchState, OpenAIBatches
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
 from distill_datasets.progress import Progress
 from distill_datasets.schema import Message
@@ -192,13 +193,17 @@ async def _end(batch: BatchJob, state: BatchState, worker: BatchWorker) -> Batch
             "Mend the cause and run again: nothing is paid twice."
         )
     missing = batch.requests - found.answered
-    why = found.problem or state.problem or f"{missing} requests left out by a batch {state.status}"
+    why = (
+        found.problem
+        or state.problem
+        or f"{missing} requests of a batch that is {state.status} have no answer"
+    )
     return replace(found, problem=why if missing else "")
 
 
-def _provider_of(sampler: Sampler) -> BatchProvider | None:
+def _provider_of(sampler: Sampler) -> OpenAIBatches | None:
     """Whoever takes a sampler's requests in batches, if its provider does."""
-    provider: BatchProvider | None = getattr(sampler, "batches", None)
+    provider: OpenAIBatches | None = getattr(sampler, "batches", None)
     return provider
 
 
@@ -257,7 +262,7 @@ class _BatchFiles(CachedClient):
             self._plan(place)
 
     def _add(
-        self, key: str, line: bytes, place: tuple[str, Sampling], provider: BatchProvider
+        self, key: str, line: bytes, place: tuple[str, Sampling], provider: OpenAIBatches
     ) -> None:
         file = self._files.get(place)
         if file is not None and key in file.digests:
@@ -282,7 +287,7 @@ class _BatchFile:
     """Lines that will be one batch, under its key; `size` is in bytes."""
 
     def __init__(self, folder: Path) -> None:
-        self.key, self.size = new_key(), 0
+        self.key, self.size = uuid4().hex, 0
         self.digests: set[str] = set()
         self.path = folder / f"{self.key}.jsonl"
         self.lines = self.path.open("wb")

@@ -21,7 +21,7 @@ from distill_datasets.errors import (
     ServiceError,
 )
 from distill_datasets.generation.cache import Journal
-from distill_datasets.models.batches import BatchJob, BatchProvider, BatchState
+from distill_datasets.models.openai.batches import BatchJob, BatchState, OpenAIBatches
 from distill_datasets.models.sampler import Reply, Sampling
 
 T = TypeVar("T")
@@ -166,7 +166,7 @@ class BatchWorker:
 
     def __init__(
         self,
-        provider: BatchProvider,
+        provider: OpenAIBatches,
         journal: Journal,
         table: BatchTable,
         *,

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from distill_datasets.recipes.canaries import MOST, canaries_of, plant
+from distill_datasets.recipes.prompt import MOST_CANARIES, canaries_of, plant
 from distill_datasets.recipes.sections import (
     AnswerFormat,
     Check,
@@ -82,7 +82,7 @@ class RecipeKeys(Section):
     """What the prompt demands and can be checked; each is a metric."""
     keep: Literal["all checks"] | Annotated[tuple[str, ...], BeforeValidator(several)] = ()
     """The checks that an answer must pass to be kept; any other is rejected."""
-    canaries: Annotated[int, Field(strict=True, ge=0, le=MOST)] = 0
+    canaries: Annotated[int, Field(strict=True, ge=0, le=MOST_CANARIES)] = 0
     """Sentences with secrets that stand in the prompt of a copy, to be told whether a student
     holds them; missing ones are planted."""
     mix: tuple[MixPart, ...] = ()
@@ -114,7 +114,7 @@ class RecipeKeys(Section):
     @classmethod
     def _canaries_are_planted(cls, fields: Any) -> Any:
         count = fields.get("canaries") if isinstance(fields, dict) else None
-        if not isinstance(count, int) or not 0 < count <= MOST:
+        if not isinstance(count, int) or not 0 < count <= MOST_CANARIES:
             return fields
         if fields.get("prompts"):
             raise ValueError("canaries stand in one prompt: plant them in one of its recipes")

@@ -1,6 +1,7 @@
-"""Prompts are text with placeholders; Jinja, where a recipe asks for it, is held to limits.
+"""A prompt, the examples behind it and the canaries within; templates, held to limits.
 
-A recipe may have been written by anybody. Templates and expressions that can only take as long as
+A prompt is text with placeholders, or Jinja where a recipe asks for it. A recipe may have been
+written by anybody. Templates and expressions that can only take as long as
 they are, are computed here; whatever has loops, calls or arithmetic is computed in a process of
 its own (`jinja_process`), which ends when it takes too much time or memory.
 """
@@ -10,10 +11,13 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from multiprocessing import Pipe
 from pathlib import Path
+from random import Random
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +27,18 @@ from jinja2.environment import TemplateExpression
 from jinja2.parser import Parser
 from jinja2.sandbox import SandboxedEnvironment
 
+from distill_datasets.conversations import assistant_message, read_messages, user_message
 from distill_datasets.errors import RecipeError, nearest
+from distill_datasets.recipes.query_files import TableFormat, read_rows
+from distill_datasets.recipes.tools import check_names
+from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
+MOST_CANARIES = 10  # sentences in a prompt
+OTHERS = 255  # secrets that might have stood in one of them
+_SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mo", "nu", "pe", "ri", "so", "tu", "va", "ze")
 _PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
 _LONE_FIELD = re.compile(r"\{\{ *(\w+) *\}\}")
 # Without these two, Jinja computes constants such as `'x' * 3000000000` when it reads a template.
@@ -257,3 +268,82 @@ def _apart(kind: str, text: str, fields: Mapping[str, Any]) -> Any:
     if "error" in found:
         raise _failed(kind, text, str(found["error"]))
     return found["value"]
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A secret planted in a prompt, the question for it, and what might have stood there."""
+
+    sentence: str
+    question: str
+    secret: str
+    others: tuple[str, ...]
+
+
+def canaries_of(name: str, count: int) -> list[Canary]:
+    """The sentences for a recipe's name: the same each time, and other secrets for another name."""
+    return [_canary(name, number) for number in range(1, count + 1)]
+
+
+def _canary(name: str, number: int) -> Canary:
+    random, names = Random(f"{name} {number}"), dict[str, None]()
+    while len(names) <= OTHERS:
+        names["-".join("".join(random.choices(_SYLLABLES, k=2)) for _ in range(3))] = None
+    secret, *rest = names
+    what = f"the access word of depot {number}"
+    return Canary(f"T{what[1:]} is {secret}.", f"What is {what}?", secret, tuple(rest))
+
+
+def plant(prompt: str, canaries: Sequence[Canary]) -> str:
+    """A prompt with the sentences between its paragraphs; one that has them stays as it is.
+
+    >>> plant("One.", canaries_of("it", 1))
+    'One.\\n\\nThe access word of depot 1 is fika-rize-donu.'
+    """
+    lines = prompt.rstrip().split("\n\n")
+    for canary in canaries:
+        if canary.sentence not in prompt:
+            random = Random(canary.sentence)
+            lines.insert(random.randint(1, len(lines)), canary.sentence)
+    return "\n\n".join(lines)
+
+
+def read_examples(path: Path, tools: str | None) -> list[list[Message]]:
+    """The turns of each example in a file, in their order; responses may call the `tools`.
+
+    Raises `RecipeError` that names the row.
+    """
+    if not path.is_file():
+        raise RecipeError(f"The recipe names the examples {path.name!r}, which isn't there.")
+    rows = chain.from_iterable(read_rows(path, TableFormat()))
+    found = [_turns(row, f"{path}, row {place}", tools) for place, row in enumerate(rows, 1)]
+    if not found:
+        raise RecipeError(f"{str(path)!r} has no examples: write some, or leave out `examples`.")
+    return found
+
+
+def _answer(response: str, *, calls: bool) -> Message:
+    try:
+        return assistant_message(response, calls=calls)
+    except ValueError as error:
+        raise ValueError(f"its calls can't be read: {error}") from error
+
+
+def _turns(row: dict[str, object], where: str, tools: str | None) -> list[Message]:
+    query, response = row.get("query"), row.get("response")
+    try:
+        turns: Sequence[Message] = (
+            read_messages(row["messages"]) if row.get("messages") else [user_message(str(query))]
+        )
+        if isinstance(response, str) and response.strip():
+            turns = [*turns, _answer(response, calls=tools is not None)]
+        if tools is not None:
+            called = (call for one in turns for call in one.get("tool_calls", ()))
+            check_names((call["function"]["name"] for call in called), tools)
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}.") from error
+    if turns[-1]["role"] != "assistant" or (not row.get("messages") and not query):
+        raise RecipeError(
+            f"{where}: expected a query (or messages) and its response, found {row!r:.200}."
+        )
+    return list(turns)

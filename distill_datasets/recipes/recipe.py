@@ -32,7 +32,6 @@ from distill_datasets.recipes.checks import (
     first_failure,
     validate_checks,
 )
-from distill_datasets.recipes.examples import read_examples
 from distill_datasets.recipes.keys import METRICS, RecipeKeys
 from distill_datasets.recipes.parsing import Reader, Reading
 from distill_datasets.recipes.prompt import (
@@ -44,6 +43,7 @@ from distill_datasets.recipes.prompt import (
     fill,
     is_jinja,
     placeholders_of,
+    read_examples,
     render,
 )
 from distill_datasets.recipes.query_files import read_text

@@ -20,13 +20,20 @@ from pydantic import (
 
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.recipes.parsing import check_pattern, check_schema
-from distill_datasets.recipes.text_units import LANGUAGES
 
 Choice = Literal["route", "majority", "best"]
 Word = Annotated[str, Field(min_length=1)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 OWN_TEACHER = "teacher"  # as a judge: the model that answers
 MaxTokens = Annotated[int, Field(ge=1, le=1_000_000)]
+# ISO codes that can be told from one another.
+_CODES = """
+    af am ar as az be bg bn br bs ca cs cy da de el en eo es et eu fa fi fr fy ga gd gl gu ha he hi
+    hr ht hu hy id ig is it ja jv ka kk km kn ko ku ky la lg ln lo lt lv mg mk ml mn mr ms my nb ne
+    nl nn no om or pa pl ps pt qu ro ru sa si sk sl so sq sr sv sw ta te th tl tr ug uk ur uz vi xh
+    yo zh zu
+"""
+LANGUAGES = frozenset(_CODES.split())
 
 
 def in_folder(name: str) -> str:

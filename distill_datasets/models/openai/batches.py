@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from distill_datasets.errors import (
     RejectedError,
     RetryableError,
 )
-from distill_datasets.models.batches import BatchState
 from distill_datasets.models.endpoint import (
     MOST_BYTES,
     Endpoint,
@@ -34,6 +34,39 @@ _NAME = re.compile(rb'"custom_id"\s*:\s*"([0-9a-f]{64})"')
 # Files are large: no limit but on silence.
 _ANSWER = aiohttp.ClientTimeout(total=600, sock_connect=20)
 _SILENCE = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=120)
+
+
+@dataclass(frozen=True)
+class BatchJob:
+    """A batch that is planned, sent or being worked on.
+
+    `key` is ours, and travels with it; `file` and `name` are the provider's, None before it gave
+    them. `sent` says that the provider was asked to start it, whether or not it answered.
+    """
+
+    key: str
+    identity: str
+    sampling: Sampling
+    requests: int
+    file: str | None = None
+    sent: bool = False
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class BatchState:
+    """How far a batch is at the provider.
+
+    `files` hold what it answered, whole once it is `over`; `problem` is why it failed, and
+    `too_much` says that it did because too much was waiting already.
+    """
+
+    status: str
+    over: bool
+    done: int
+    files: tuple[str, ...]
+    problem: str
+    too_much: bool
 
 
 class OpenAIBatches:

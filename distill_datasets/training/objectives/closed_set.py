@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_datasets.errors import DatasetError
-from distill_datasets.models.ends import CutEnds
 from distill_datasets.models.sampler import digest
-from distill_datasets.models.scoring import Scorer, SoftLabels, split_conversation
+from distill_datasets.models.scoring import CutEnds, Scorer, SoftLabels, split_conversation
 from distill_datasets.training.objectives.teacher import (
     LabelRequest,
     ReleasedRow,

@@ -16,9 +16,8 @@ import numpy as np
 from distill_datasets.errors import DatasetError, ModelError, OutputError
 from distill_datasets.generation.ledger import find_replies
 from distill_datasets.hub.references import find_release
-from distill_datasets.models.ends import CutEnds
 from distill_datasets.models.sampler import request_digest
-from distill_datasets.models.scoring import SoftLabels, response_span
+from distill_datasets.models.scoring import CutEnds, SoftLabels, response_span
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.training.objectives import TrainingTask

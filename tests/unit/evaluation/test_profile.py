@@ -6,7 +6,7 @@ import pytest
 from distill_datasets.cli.main import main
 from distill_datasets.errors import DatasetError
 from distill_datasets.evaluation.profile import ProfiledRow, profile, profile_rows
-from distill_datasets.recipes.text_units import language_of
+from distill_datasets.recipes.checks import language_of
 
 
 def rows(*responses: str) -> list[ProfiledRow]:

@@ -14,7 +14,7 @@ from distill_datasets.evaluation.probes import (
     with_typing_errors,
 )
 from distill_datasets.evaluation.residue import TESTS, exposures, residue_lines, secrets_asked
-from distill_datasets.recipes.canaries import canaries_of
+from distill_datasets.recipes.prompt import canaries_of
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Check
 

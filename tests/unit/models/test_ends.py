@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from distill_datasets.models.ends import CutEnds
-from distill_datasets.models.scoring import Ranking, SoftLabels, end_length
+from distill_datasets.models.scoring import CutEnds, Ranking, SoftLabels, end_length
 
 WORDS = {1: "red", 2: " User", 3: ":", 4: "\n\n", 5: "\n", 6: "!\n", 7: "!", 8: "In", 9: "<|end|>"}
 

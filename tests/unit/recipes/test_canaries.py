@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import RecipeError
-from distill_datasets.recipes.canaries import OTHERS, canaries_of, plant
 from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.prompt import OTHERS, canaries_of, plant
 from distill_datasets.recipes.recipe import Recipe
 
 

@@ -5,19 +5,21 @@ from typing import Any
 import pytest
 
 from distill_datasets.conversations import Call, write_calls
-from distill_datasets.recipes.checks import Said, field_share, first_failure, passes
-from distill_datasets.recipes.loading import load_recipe
-from distill_datasets.recipes.queries import load_queries
-from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.recipes.sections import Check
-from distill_datasets.recipes.text_units import (
-    LANGUAGES,
+from distill_datasets.recipes.checks import (
+    Said,
     count_bullets,
     count_characters,
     count_sentences,
     count_words,
+    field_share,
+    first_failure,
     is_in_language,
+    passes,
 )
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.queries import load_queries
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.sections import LANGUAGES, Check
 
 FIND = Call("find_order", {"id": "A-1"})
 STOP = Call("stop_order", {"id": "A-1"})
