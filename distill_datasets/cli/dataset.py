@@ -549,7 +549,7 @@ def add_new(parser: argparse.ArgumentParser) -> None:
 
 def new(options: argparse.Namespace) -> None:
     """Make a recipe's folder that runs as it is."""
-    from distill_datasets.recipes.scaffold import new_recipe
+    from distill_datasets.recipes.loading import new_recipe
 
     like = options.like or (_ask_kind() if sys.stdin.isatty() else "labels")
     folder = new_recipe(options.name, options.folder, like=like)

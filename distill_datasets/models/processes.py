@@ -1,14 +1,13 @@
 """Spreads a sampler over processes, since a client of the Tinker SDK keeps one core busy.
 
-What a worker needs, the key included, goes through its standard input, and so do the requests; it
-ends when that closes, however its parent ended. Run as a module this is the worker.
+What a worker needs, the key included, goes through a pipe, and so do the requests; it ends when
+that closes, however its parent ended. Run as a module, with the pipe's number, this is the worker.
 """
 
 import asyncio
 import atexit
 import os
 import pickle
-import struct
 import subprocess
 import sys
 import tempfile
@@ -17,8 +16,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection as Channel
 from pathlib import Path
-from typing import IO, Any, Self, cast
+from typing import Any, Self, cast
 
 from distill_datasets.errors import DistillError, RetryableError, ServiceError, SettingsError
 from distill_datasets.models import tinker_sdk as sdk
@@ -28,7 +29,6 @@ from distill_datasets.schema import Message
 
 _CLOSE_SECONDS = 5.0
 _LAST_WORDS = 500
-_LENGTH = struct.Struct("<Q")
 _NAMED = ("type", "status", "attempts")  # what a RequestError is made with
 
 
@@ -119,20 +119,24 @@ class _WorkerHandle:
     def __init__(self, state: bytes) -> None:
         # Lives as long as the child, hence no context manager.
         self._errors = tempfile.NamedTemporaryFile("w+", prefix="distill-worker-")  # noqa: SIM115
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "distill_datasets.models.processes"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=_environment(),
-            # Ctrl-C is the parent's to handle: it waits for the answers on their way.
-            start_new_session=True,
-        )
+        self._pipe, there = Pipe()
+        with there:
+            number = there.fileno()
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "distill_datasets.models.processes", str(number)],
+                stdin=subprocess.DEVNULL,
+                stdout=self._errors,
+                stderr=self._errors,
+                pass_fds=[number],
+                env=_environment(),
+                # Ctrl-C is the parent's to handle: it waits for the answers on their way.
+                start_new_session=True,
+            )
         self._pending: dict[int, Future[Reply]] = {}
         self._asked, self._lock = 0, threading.Lock()
         self.alive = True
-        with suppress(BrokenPipeError):
-            self._send(state)
+        with suppress(OSError):
+            self._pipe.send_bytes(state)
         self._reader = threading.Thread(target=self._read, name="worker-replies", daemon=True)
         self._reader.start()
 
@@ -161,21 +165,17 @@ class _WorkerHandle:
             number = self._asked = self._asked + 1
             self._pending[number] = request
             try:
-                self._send(pickle.dumps((number, list(messages), sampling)))
-            except (BrokenPipeError, ValueError):
+                self._pipe.send_bytes(pickle.dumps((number, list(messages), sampling)))
+            except OSError:
                 # Gone, or closed; the reader fails those that were sent.
                 self._fail([number])
         return request
 
-    def _send(self, content: bytes) -> None:
-        assert self._child.stdin is not None
-        _write_piece(self._child.stdin, content)
-
     def _read(self) -> None:
-        assert self._child.stdout is not None
         try:
-            while (content := _read_piece(self._child.stdout)) is not None:
-                self._resolve(*pickle.loads(content))
+            with suppress(EOFError, OSError):
+                while True:
+                    self._resolve(*pickle.loads(self._pipe.recv_bytes()))
         finally:
             with self._lock:
                 self.alive = False
@@ -199,9 +199,8 @@ class _WorkerHandle:
     def leave(self) -> None:
         """Ask the child to end."""
         self.alive = False
-        if self._child.stdin is not None:
-            with suppress(BrokenPipeError):
-                self._child.stdin.close()
+        with suppress(OSError):
+            self._pipe.send_bytes(b"")
 
     def close(self) -> None:
         """Wait for its end, for a while."""
@@ -211,8 +210,7 @@ class _WorkerHandle:
             self._child.kill()
             self._child.wait()
         self._reader.join(_CLOSE_SECONDS)
-        if self._child.stdout is not None:
-            self._child.stdout.close()
+        self._pipe.close()
         self._errors.close()
 
 
@@ -224,19 +222,20 @@ def _environment() -> dict[str, str]:
 
 
 class _WorkerLoop:
-    """The child's side: answers until its standard input closes."""
+    """The child's side: answers until the pipe closes, or brings nothing."""
 
-    def __init__(self, replies: IO[bytes], sampler: TinkerSampler) -> None:
-        self._replies, self._sampler = replies, sampler
+    def __init__(self, pipe: Channel, sampler: TinkerSampler) -> None:
+        self._pipe, self._sampler = pipe, sampler
         self._running: set[asyncio.Task[None]] = set()
 
-    async def run(self, requests: IO[bytes]) -> None:
+    async def run(self) -> None:
         """Read requests on a thread, answer them on this loop."""
         loop, over = asyncio.get_running_loop(), asyncio.Event()
 
         def listen() -> None:
-            while (content := _read_piece(requests)) is not None:
-                loop.call_soon_threadsafe(self._start, content)
+            with suppress(EOFError, OSError):
+                while content := self._pipe.recv_bytes():
+                    loop.call_soon_threadsafe(self._start, content)
             loop.call_soon_threadsafe(over.set)
 
         threading.Thread(target=listen, name="requests", daemon=True).start()
@@ -253,23 +252,8 @@ class _WorkerLoop:
             reply = await self._sampler.sample(messages, sampling)
         except Exception as raised:  # it belongs to whoever asked, in the parent
             error = _Portable(raised)
-        _write_piece(self._replies, pickle.dumps((number, reply, error)))
-
-
-def _write_piece(stream: IO[bytes], content: bytes) -> None:
-    """Send a piece, at once."""
-    stream.write(_LENGTH.pack(len(content)) + content)
-    stream.flush()
-
-
-def _read_piece(stream: IO[bytes]) -> bytes | None:
-    """The next piece; None at the end, also if that comes in the middle of one."""
-    head = stream.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        return None
-    (size,) = _LENGTH.unpack(head)
-    content = stream.read(size)
-    return content if len(content) == size else None
+        with suppress(OSError):  # nobody waits for it any longer
+            self._pipe.send_bytes(pickle.dumps((number, reply, error)))
 
 
 class _Portable:
@@ -295,16 +279,15 @@ class _Portable:
         return error
 
 
-def run_worker() -> None:
-    """Answers what comes on standard input, and ends this process with it."""
-    # Whatever prints must not get between the replies.
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    state = _read_piece(sys.stdin.buffer)
-    if state is not None:
+def run_worker(pipe: Channel) -> None:
+    """Answers what comes through the pipe, and ends this process with it."""
+    state = b""
+    with suppress(EOFError, OSError):
+        state = pipe.recv_bytes()
+    if state:
         connection, client, timeout = pickle.loads(state)
         sampler = TinkerSampler(connection, client, timeout=timeout)
-        asyncio.run(_WorkerLoop(replies, sampler).run(sys.stdin.buffer))
+        asyncio.run(_WorkerLoop(pipe, sampler).run())
     sys.stderr.flush()
     # The SDK's threads would be waited for.
     os._exit(0)
@@ -314,4 +297,4 @@ if __name__ == "__main__":
     # What is pickled must belong to the module by its name, as its parent knows it.
     from distill_datasets.models import processes
 
-    processes.run_worker()
+    processes.run_worker(Channel(int(sys.argv[1])))

@@ -96,11 +96,12 @@ def _open_openai(
 ) -> Sampler:
     from distill_datasets.models.openai.client import OpenAISampler
 
-    if not model or renderer is not None:
+    if not model:
+        raise ModelError("Expected 'openai:<model>', found 'openai:' alone: name the model.")
+    if renderer is not None:
         raise ModelError(
-            f"Expected 'openai:<model>' and no renderer, found 'openai:{model}' with the renderer "
-            f"{renderer!r}: the server itself renders messages. Name the model, and remove "
-            "`renderer:` or --renderer."
+            f"Expected no renderer for 'openai:{model}', found {renderer!r}: the server itself "
+            "renders messages. Remove `renderer:` or --renderer."
         )
     sampler = OpenAISampler(model, stream=stream, lazily=lazily, timeout=timeout or 600.0)
     if not lazily:
@@ -134,7 +135,7 @@ def connect(
         return connection.connect_hosted(text, text.removeprefix("tinker:"), renderer)
     if text.startswith("openai:"):
         raise ModelError(f"{text!r} answers, and can't be trained: {_EXPECTED}.")
-    near = get_close_matches(text, ["pocket", "embedded:", "tinker:", "openai:"], n=1)
+    near = get_close_matches(text.lower(), ["pocket", "embedded:", "tinker:", "openai:"], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ModelError(f"Unknown model reference {text!r}: {_EXPECTED}.{hint}")
 

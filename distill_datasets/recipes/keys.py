@@ -26,13 +26,14 @@ from distill_datasets.recipes.sections import (
 
 METRICS = ("accuracy", "macro_f1", "answered", "agreement")  # by default
 
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"  # of a recipe, and of a variant
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 
 
 class RecipeKeys(Section):
     """What `recipe.yaml` may say, each key checked by itself."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
     """The recipe's name."""
     description: str
     """What the dataset is about, in a sentence."""

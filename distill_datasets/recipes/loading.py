@@ -1,8 +1,12 @@
-"""Finds recipes by name, folder or release, and says in sentences what is wrong with one."""
+"""Finds recipes by name, folder or release, says in sentences what is wrong with one, and starts
+new ones.
+"""
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 from warnings import warn
@@ -11,11 +15,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from distill_datasets import resources
-from distill_datasets.errors import RecipeError, nearest
+from distill_datasets.conversations import read_messages, to_text
+from distill_datasets.errors import OutputError, RecipeError, nearest
 from distill_datasets.hub.references import find_release, inside, split_config
+from distill_datasets.recipes.keys import NAME
 from distill_datasets.recipes.prompt import is_jinja
-from distill_datasets.recipes.query_files import read_text
+from distill_datasets.recipes.query_files import TableFormat, read_rows, read_text
 from distill_datasets.recipes.recipe import PROMPT_LIMIT, Recipe
+from distill_datasets.resources import KINDS
 
 _YAML_LIMIT = 1 << 20  # bytes
 _VALUES, _DEPTH = 100_000, 64  # that a recipe's YAML has at most, and how deep they lie
@@ -129,7 +136,7 @@ def _split_variant(source: str | Path) -> tuple[str | Path, str | None]:
     if isinstance(source, Path) or Path(source).exists():
         return source, None
     name, _, variant = source.rpartition(":")
-    known = name and re.fullmatch(r"[A-Za-z0-9][\w.-]*", variant)
+    known = name and re.fullmatch(NAME, variant)
     return (name, variant) if known else (source, None)
 
 
@@ -143,7 +150,7 @@ def _variants(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
             raise RecipeError(f"{where}: there is no file {given!r} in the recipe's folder.")
         given, where = read_yaml(path), str(path)
     for name, changes in given.items() if isinstance(given, dict) else [("", None)]:
-        if not isinstance(changes, dict) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(name)):
+        if not isinstance(changes, dict) or not re.fullmatch(NAME, str(name)):
             raise RecipeError(
                 f"{where}: expected names of letters, digits, '_', '.' and '-', each with the keys "
                 f"in which it differs; found {given!r:.200}."
@@ -377,3 +384,57 @@ def _section(annotation: Any) -> type[BaseModel]:
         if isinstance(found, type) and issubclass(found, BaseModel):
             return found
     raise TypeError(f"{annotation} holds no section")
+
+
+def new_recipe(name: str, folder: Path | None = None, *, like: str = "labels") -> Path:
+    """Write a recipe whose answers are `like` one of `KINDS` into a folder that isn't there yet.
+
+    Raises `RecipeError` for a name that no recipe may have and an unknown kind, `OutputError`
+    where the folder exists or can't be written.
+    """
+    if like not in KINDS:
+        raise RecipeError(
+            f"There is no kind {like!r} of recipes: expected one of {[*KINDS]}."
+            f"{nearest(like, [*KINDS])}"
+        )
+    if not re.fullmatch(NAME, name):
+        raise RecipeError(
+            f"{name!r} can't name a recipe: use letters of English, digits, '.', '_' and '-', a "
+            "letter or a digit first."
+        )
+    target = folder or Path(name)
+    try:
+        target.mkdir(parents=True)
+        for source in sorted(_sample(like).iterdir()):
+            text = source.read_text(encoding="utf-8")
+            named = text.replace("name: NAME", yaml.safe_dump({"name": name}).strip(), 1)
+            (target / source.name).write_text(named, encoding="utf-8")
+    except FileExistsError as error:
+        raise OutputError(f"{str(target)!r} is there already: choose another name.") from error
+    except OSError as error:
+        raise OutputError(f"Can't write {str(target)!r}: {error}.") from error
+    load_recipe(target)
+    return target
+
+
+def samples_among(queries: Iterable[str], prompt: str) -> list[str]:
+    """Those of the queries that `new` wrote for its own prompt, where the recipe has another."""
+    known = [texts for sample, texts in map(_sample_texts, KINDS) if sample != prompt]
+    own = [texts for sample, texts in map(_sample_texts, KINDS) if sample == prompt]
+    others = frozenset(chain(*known)) - frozenset(chain(*own))
+    return [query for query in queries if query in others]
+
+
+def _sample(kind: str) -> Path:
+    return resources.builders() / "_template" / kind
+
+
+@cache
+def _sample_texts(kind: str) -> tuple[str, frozenset[str]]:
+    """The prompt of a sample, and its queries."""
+    folder = _sample(kind)
+    rows = chain.from_iterable(read_rows(folder / "queries.jsonl", TableFormat()))
+    queries = (
+        row["query"] if "query" in row else to_text(read_messages(row["messages"])) for row in rows
+    )
+    return (folder / "prompt.md").read_text(encoding="utf-8").strip(), frozenset(queries)

@@ -23,6 +23,7 @@ from distill_datasets.conversations import (
 )
 from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.hub.references import fetch_dataset
+from distill_datasets.recipes.loading import samples_among
 from distill_datasets.recipes.query_files import (
     READERS,
     ROWS,
@@ -62,10 +63,11 @@ def load_queries(recipe: Recipe) -> "Dataset":
     """
     left_out = Counter[str]()
     rows = _tabulate(_read(recipe, left_out), recipe.split)
-    if samples := len(_samples(recipe, rows)):
+    own = recipe.queries.file == "queries.jsonl" and len(rows) <= _MOST_SAMPLES
+    if own and (samples := samples_among(rows["query"], recipe.prompt)):
         warn(
-            f"{samples} of the {len(rows)} queries of {recipe.name!r} are the samples that `new` "
-            "wrote for another prompt: put your own in their place.",
+            f"{len(samples)} of the {len(rows)} queries of {recipe.name!r} are the samples that "
+            "`new` wrote for another prompt: put your own in their place.",
             stacklevel=2,
         )
     if examples := left_out["examples"]:
@@ -82,14 +84,6 @@ def load_queries(recipe: Recipe) -> "Dataset":
             stacklevel=2,
         )
     return rows
-
-
-def _samples(recipe: Recipe, rows: "Dataset") -> list[str]:
-    """The queries of a recipe's own file that came with its folder, and are not for its prompt."""
-    from distill_datasets.recipes.scaffold import samples_among
-
-    own = recipe.queries.file == "queries.jsonl" and len(rows) <= _MOST_SAMPLES
-    return samples_among(rows["query"], recipe.prompt) if own else []
 
 
 def require_splits(recipe: Recipe, queries: "Dataset", needed: Sequence[str]) -> None:

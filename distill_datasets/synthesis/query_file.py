@@ -14,10 +14,9 @@ from distill_datasets import resources
 from distill_datasets.conversations import from_text, read_messages, to_text
 from distill_datasets.errors import OutputError, RecipeError
 from distill_datasets.files import replacing, write_file
-from distill_datasets.recipes.loading import is_copy, load_recipe
+from distill_datasets.recipes.loading import is_copy, load_recipe, samples_among
 from distill_datasets.recipes.queries import load_queries, read_columns, read_lines
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.recipes.scaffold import samples_among
 from distill_datasets.recipes.sections import Queries
 from distill_datasets.synthesis.coverage import AXES
 

@@ -24,9 +24,8 @@ from distill_datasets.errors import (
 from distill_datasets.files import one_writer
 from distill_datasets.generation.run import generate
 from distill_datasets.models.sampler import Echo, Reply, Sampler, Sampling
-from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.loading import load_recipe, new_recipe
 from distill_datasets.recipes.queries import load_queries
-from distill_datasets.recipes.scaffold import new_recipe
 from distill_datasets.schema import Message
 from distill_datasets.synthesis.rounds import _all
 from distill_datasets.synthesis.run import synthesize

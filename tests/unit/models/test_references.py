@@ -67,6 +67,7 @@ def test_a_damaged_configuration_is_named(text: str, training: Path) -> None:
 @pytest.mark.parametrize(
     ("reference", "said"),
     [
+        ("OpenAI:mock", r"Did you mean 'openai:'\?"),
         ("poket", r"Unknown model reference 'poket': expected .*Did you mean 'pocket'\?"),
         ("openai:m", "answers, and can't be trained"),
         ("embedded:nothing", "is no model: expected a folder with config.json"),

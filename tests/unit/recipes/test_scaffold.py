@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from distill_datasets.errors import RecipeError
-from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.loading import load_recipe, new_recipe, samples_among
 from distill_datasets.recipes.queries import load_queries
-from distill_datasets.recipes.scaffold import new_recipe, samples_among
 from distill_datasets.resources import KINDS
 
 
@@ -36,3 +35,15 @@ def test_queries_that_two_samples_share_belong_to_both(tmp_path: Path) -> None:
 def test_an_unknown_kind_names_the_closest(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="Did you mean 'tools'"):
         new_recipe("a", tmp_path / "a", like="tool")
+
+
+@pytest.mark.parametrize("name", ["2024", "no", "1e3"])
+def test_a_name_that_yaml_takes_for_something_else_is_kept(tmp_path: Path, name: str) -> None:
+    assert load_recipe(new_recipe(name, tmp_path / "folder")).name == name
+
+
+@pytest.mark.parametrize("name", ["größe", "a b", ".hidden", ""])
+def test_nothing_is_written_for_a_name_that_no_recipe_may_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RecipeError, match="can't name a recipe"):
+        new_recipe(name, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
