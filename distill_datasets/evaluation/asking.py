@@ -1,11 +1,8 @@
 """Asks every system every query: says first what it costs, and asks nothing that is known."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING
 
 from distill_datasets.conversations import readable
@@ -16,9 +13,8 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient, ManyRequests
 from distill_datasets.generation.ledger import LEDGER, find_replies
 from distill_datasets.generation.pricing import Meter, Prices
-from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.rows import ask
-from distill_datasets.generation.teachers import Answerer, PromptedModel
+from distill_datasets.generation.teachers import Answerer, Teachers
 from distill_datasets.hub.references import find_release
 from distill_datasets.models.sampler import Reply, Sampler
 from distill_datasets.schema import failure_text
@@ -30,7 +26,7 @@ if TYPE_CHECKING:
 class PartialMeter(Meter):
     """Counts what has a price; without a budget, asks of the others what they may cost uncounted.
 
-    With a budget it is `check` that refuses a model without a price.
+    With a budget every model has one: see `open_meter`.
     """
 
     def check(self, models: Iterable[str]) -> None:
@@ -59,83 +55,56 @@ class PartialMeter(Meter):
         return False
 
 
-@dataclass(frozen=True)
-class AnswersOfAll:
-    """The rows of each system by its name, and how many seconds they took."""
-
-    rows: "Mapping[str, Dataset]"
-    seconds: float
-
-
 def ask_all(
     held_out: HeldOut,
     systems: Mapping[str, Answerer],
-    path: Path,
-    *,
-    concurrency: int,
-    meter: Meter | None,
+    clients: Callable[[], CachedClient],
     then: str,
-) -> AnswersOfAll:
-    """Every system's answer to every query, out of the journal at `path` where that has it.
+) -> "dict[str, Dataset]":
+    """Every system's answer to every query, out of the clients' journal where that has it.
 
     What is asked is said on standard error first, with what is asked `then`.
     """
-    rows, began = {}, monotonic()
-    with Journal(path) as journal:
-        _take_released(held_out, systems, journal)
-        prices = meter.prices if meter else None
-        for name, system in systems.items():
-            said = _requests(held_out, system).said(journal, prices)
-            judged = ", and its judge" if name == "teacher" and held_out.recipe.judge else ""
-            print(f"measure: {name}{judged}: {said}", file=sys.stderr)
-        if then:
-            print(f"measure: {then}", file=sys.stderr)
-        for name, system in systems.items():
-            client = CachedClient(journal, limits=Limits(concurrency), meter=meter)
-            rows[name] = _complete(ask(held_out.rows, system, client, title=name), name)
-    return AnswersOfAll(rows, monotonic() - began)
+    client = clients()
+    _take_released(held_out, systems, client.journal)
+    prices = client.meter.prices if client.meter else None
+    for name, system in systems.items():
+        said = _requests(held_out, system).said(client.journal, prices)
+        judged = ", and its judge" if name == "teacher" and held_out.recipe.judge else ""
+        print(f"measure: {name}{judged}: {said}", file=sys.stderr)
+    if then:
+        print(f"measure: {then}", file=sys.stderr)
+    return {
+        name: _complete(ask(held_out.rows, system, clients(), title=name), name)
+        for name, system in systems.items()
+    }
 
 
-def open_meter(
-    settings: MeasureSettings, systems: Mapping[str, Answerer], others: Iterable[Sampler]
-) -> Meter | None:
-    """What counts all that is asked, by the settings' price file; None without one.
+def open_meter(settings: MeasureSettings, asked: Mapping[str, Answerer | Sampler]) -> Meter | None:
+    """What counts all that is `asked`, by the settings' price file; None without one.
 
-    Raises `PriceError` where there is a budget and a system, or one of the `others`, has no price.
+    The file names a model, or its role, such as `student` or `judge`; a student costs what it was
+    trained from does, unless the file says otherwise. Raises `PriceError` where there is a budget
+    and a model has no price.
     """
     if settings.prices is None:
         return None
-    meter = PartialMeter(_named(Prices.load(settings.prices), systems), budget=settings.budget)
-    meter.check(
-        [
-            *(model for system in systems.values() for model in _models(system)),
-            *(one.identity for one in others),
-        ]
-    )
-    return meter
-
-
-def _models(system: Answerer) -> list[str]:
-    return [system.identity] if isinstance(system, PromptedModel) else system.models
-
-
-def _named(prices: Prices, systems: Mapping[str, Answerer]) -> Prices:
-    """The same, with a price for each system that has one under its role, or by its base.
-
-    A student costs what it was trained from does, unless the file says otherwise.
-    """
-    models = dict(prices.models)
-    for name, system in systems.items():
+    prices = Prices.load(settings.prices)
+    models, base = dict(prices.models), asked.get("base")
+    for name, one in asked.items():
         role = name.partition(" ")[0]
-        others = [
-            role,
-            *([systems["base"].model] if role == "student" and "base" in systems else []),
-        ]
-        for model in _models(system):
-            for priced in (model, *others):
+        others = [role, *([base.model] if role == "student" and base else [])]
+        for model in one.models if isinstance(one, Teachers) else [one.identity]:
+            for known in (model, *others):
                 with suppress(PriceError):
-                    models.setdefault(model, prices.of(priced))
-    return prices.model_copy(update={"models": models})
+                    models.setdefault(model, prices.of(known))
+            if settings.budget is not None and model not in models:
+                raise PriceError(
+                    f"A budget counts all that is asked, and {str(settings.prices)!r} has no price "
+                    f"for the {name}, {one.model!r}; it has {sorted(prices.models)}. Add one under "
+                    f"`models`, by that name or as {role!r}, or leave out the budget."
+                )
+    return PartialMeter(prices.model_copy(update={"models": models}), budget=settings.budget)
 
 
 def _take_released(held_out: HeldOut, systems: Mapping[str, Answerer], journal: Journal) -> None:

@@ -30,10 +30,7 @@ from distill_datasets.evaluation.judge_findings import (
 )
 from distill_datasets.evaluation.systems import HeldOut
 from distill_datasets.files import read_yaml
-from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient, ManyRequests
-from distill_datasets.generation.pricing import Meter
-from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.generation.voting import ScoringModel
 from distill_datasets.models.sampler import Sample, Sampler, Sampling, digest
 from distill_datasets.recipes.prompt import render_ours
@@ -233,12 +230,9 @@ class AnswerJudge:
         self,
         rows: Sequence[JudgedRow],
         models: Mapping[str, str],
-        path: Path,
-        *,
-        concurrency: int = 256,
-        meter: Meter | None = None,
+        client: CachedClient,
     ) -> dict[str, Any]:
-        """A report's key `judge`, with what the journal at `path` has, and asking for the rest.
+        """A report's key `judge`, with what the client's journal has, and asking for the rest.
 
         `models` are those of the systems, by their names.
         Says on standard error what is asked, and what it costs at most, beforehand. Raises
@@ -247,11 +241,9 @@ class AnswerJudge:
         """
         questions = [*self._questions(rows)]
         requests = ManyRequests([(self.sampler, one.messages, one.sampling) for one in questions])
-        with Journal(path) as journal:
-            said = requests.said(journal, meter.prices if meter else None)
-            print(f"judge: asks {self.sampler.model} {said}", file=sys.stderr)
-            client = CachedClient(journal, limits=Limits(concurrency), meter=meter)
-            replies = requests.ask(client, title=f"judge {self.sampler.model}")
+        said = requests.said(client.journal, client.meter.prices if client.meter else None)
+        print(f"judge: asks {self.sampler.model} {said}", file=sys.stderr)
+        replies = requests.ask(client, title=f"judge {self.sampler.model}")
         opinions = self._opinions(rows, questions, [one.samples[0] for one in replies])
         found = {
             "model": self.sampler.model,

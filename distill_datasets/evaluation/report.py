@@ -1,10 +1,12 @@
 """Systems on the same held-out rows: a report and the student's model card."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import (
@@ -150,8 +152,9 @@ def measure(  # noqa: PLR0913 (a release, four models, and the settings)
     )
     judging = _open_judge(judge, held_out, settings)
     writer = _open_writer(settings.paraphraser, systems["teacher"])
-    others = [one for one in (writer, judging and judging.sampler) if one]
-    meter = open_meter(settings, systems, others)
+    others = {"judge": judging and judging.sampler, "paraphraser": writer}
+    asked = {**systems, **{name: one for name, one in others.items() if one}}
+    meter = open_meter(settings, asked)
     measuring = _Measuring(held_out, systems, settings, metrics, training, judging, writer, meter)
     with one_writer(Path(out), "report"):
         return measuring.report(split_report(Path(out), settings.split))
@@ -180,34 +183,50 @@ class _Measuring:
         if enough and known.get("digest") == self.key and rows_file(path).is_file():
             if self._tests_left(known):
                 rows = list(read_rows(path))
-                known = self._write(path, {**known, **self._residue(rows, path, known)})
+                known = self._add(path, known, known, lambda: self._residue(rows, path, known))
             elif self.settings.prices:  # what those say of it costs no request
                 known = self._write(path, known)
             return Report(path, known)
-        journal = path.with_name("journal.sqlite")
-        answers = ask_all(
-            self.held_out,
-            self.systems,
-            journal,
-            concurrency=self.settings.concurrency,
-            meter=self.meter,
-            then=self._then(),
-        )
-        comparison = Comparison(answers.rows, self.metrics, self.held_out.recipe)
+        began = monotonic()
+        with self._clients(path) as clients:
+            answers = ask_all(self.held_out, self.systems, clients, self._then())
+        seconds = monotonic() - began
+        comparison = Comparison(answers, self.metrics, self.held_out.recipe)
         data = self._data(comparison, known)
         rows = list(comparison.lines())
         lines = (json.dumps(row, ensure_ascii=False) for row in rows)
         write_file(rows_file(path), "".join(f"{line}\n" for line in lines))
         data = self._write(path, data)
-        if self.judge:
-            found = self._judged(self.judge, comparison, journal)
-            data = self._write(path, {**data, "judge": found, "spent": self._spent(known)})
+        if judge := self.judge:
+            data = self._add(path, data, known, lambda: self._judged(judge, comparison, path))
         if self.settings.residue:
-            data = self._write(path, data | self._residue(rows, path, known))
+            data = self._add(path, data, known, lambda: self._residue(rows, path, known))
         if self.settings.latency:
-            times = self._times(data, answers.seconds)
-            data = self._write(path, {**data, **times, "spent": self._spent(known)})
+            data = self._add(path, data, known, lambda: self._times(data, seconds))
         return Report(path, data)
+
+    def _add(
+        self,
+        path: Path,
+        data: Mapping[str, Any],
+        known: Mapping[str, Any],
+        find: Callable[[], dict[str, Any]],
+    ) -> dict[str, Any]:
+        """The report with what is found, and with what was spent even where nothing is."""
+        found = {}
+        try:
+            found = find()
+        finally:
+            written = self._write(path, {**data, **found, "spent": self._spent(known)})
+        return written
+
+    @contextmanager
+    def _clients(self, path: Path) -> Iterator[Callable[[], CachedClient]]:
+        """Makes clients of the journal beside a report: each asks on one event loop."""
+        with Journal(path.with_name("journal.sqlite")) as journal:
+            yield lambda: CachedClient(
+                journal, limits=Limits(self.settings.concurrency), meter=self.meter
+            )
 
     def _then(self) -> str:
         """What is asked after the answers."""
@@ -224,37 +243,29 @@ class _Measuring:
             parts.append(f"at most {requests:,} requests time some of them")
         return f"then {', and '.join(parts)}." if parts else ""
 
-    def _judged(
-        self, judge: "AnswerJudge", comparison: "Comparison", journal: Path
-    ) -> dict[str, Any]:
+    def _judged(self, judge: "AnswerJudge", comparison: "Comparison", path: Path) -> dict[str, Any]:
         from distill_datasets.evaluation.texts import Texts
 
         rows = judge.rows(comparison, Texts(comparison, self.held_out.recipe))
         models = {name: one.model for name, one in self.systems.items()}
-        return judge.judge(
-            rows, models, journal, concurrency=self.settings.concurrency, meter=self.meter
-        )
+        with self._clients(path) as clients:
+            return {"judge": judge.judge(rows, models, clients())}
 
     def _residue(
         self, rows: list[dict[str, Any]], path: Path, known: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What the training left behind beside the task, and what is spent with that."""
+        """What the training left behind beside the task."""
         from distill_datasets.evaluation.residue import measure_residue
 
         tests = self._tests_left(known)
         if not tests:
             return {name: known[name] for name in ("residue", "residue_of")}
-        with Journal(path.with_name("journal.sqlite")) as journal:
-            limits = Limits(self.settings.concurrency)
-            client = CachedClient(journal, limits=limits, meter=self.meter)
-            found = measure_residue(
-                self.held_out, self.systems, rows, client, self.paraphraser, tests
-            )
-        by = self.paraphraser.identity if self.paraphraser else None
+        writer = self.paraphraser
+        with self._clients(path) as clients:
+            found = measure_residue(self.held_out, self.systems, rows, clients, writer, tests)
         return {
             "residue": {**known.get("residue", {}), **found},
-            "residue_of": {"key": self._tests_key, "paraphraser": by},
-            "spent": self._spent(known),
+            "residue_of": {"key": self._tests_key, "paraphraser": writer and writer.identity},
         }
 
     def _tests_left(self, known: Mapping[str, Any]) -> Sequence[str]:

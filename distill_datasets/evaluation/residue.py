@@ -84,21 +84,21 @@ def measure_residue(
     held_out: HeldOut,
     systems: Mapping[str, Answerer],
     rows: Sequence[Mapping[str, Any]],
-    client: CachedClient,
+    clients: Callable[[], CachedClient],
     writer: Sampler | None = None,
     wanted: Sequence[str] = tuple(TESTS),
 ) -> dict[str, dict[str, Any]]:
     """Ask student and base what the `wanted` tests need, and say of each whether it passes.
 
     `rows` are those of a report, as every system said them; what is asked is at temperature 0,
-    said beforehand on standard error, and kept in the client's journal. The `writer` says held-out
+    said beforehand on standard error, and kept in the clients' journal. The `writer` says held-out
     queries in other words. A test that says nothing here, as without a base, has None for
     `passed`.
     """
     asked = {name: one for name in ("student", "base") if (one := _asked(systems, name))}
-    teacher = _asked(systems, "teacher") if writer else None
+    teacher, client = _asked(systems, "teacher") if writer else None, clients()
     prices = client.meter.prices if client.meter else None
-    changed = _paraphrases(held_out, writer, client) if writer else {}
+    changed = _paraphrases(held_out, writer, clients()) if writer else {}
     tests = _Tests(held_out, asked, rows, wanted, teacher, changed, client.meter)
     requests = ManyRequests([one for part in tests.requests.values() for one in part])
     print(

@@ -97,6 +97,21 @@ def test_a_judge_that_fails_leaves_the_report_and_is_asked_again(run: Path, tmp_
     assert compare(run, judge=Critic(), out=out).data["judge"]["n"] == len(TEST)
 
 
+def test_what_a_judge_was_paid_is_in_the_report_whatever_it_said(run: Path, tmp_path: Path) -> None:
+    prices, out = tmp_path / "prices.yaml", tmp_path / "out"
+    models = "".join(f"  {name}: {{prompt: 1, response: 1}}\n" for name in ("critic", "base"))
+    prices.write_text(f"date: 2026-11-01\ncurrency: USD\nmodels:\n{models}")
+    paid = [compare(run, out=out, settings={"prices": prices}).data["spent"]["amount"]]
+    with pytest.raises(GenerationError, match="holds a score that can be read"):
+        compare(run, out=out, judge=base("critic"), settings={"prices": prices})
+    paid.append(Report.read(out).data["spent"]["amount"])
+    assert paid[1] > 2 * paid[0] > 0
+    again = compare(
+        run, out=out, judge=Critic(), settings={"prices": prices, "rubrics": ("period",)}
+    )
+    assert again.data["spent"]["amount"] > paid[1]
+
+
 def test_what_is_wrong_is_said_before_anything_is_asked(run: Path) -> None:
     critic, labels = Critic(), run / "others.csv"
     labels.write_text("query,label\ngrass,good\n")

@@ -71,8 +71,8 @@ def student() -> Lexicon:
     return Lexicon("student", {query: f"It is {row[2]}." for query, row in ALL.items()})
 
 
-def base() -> Lexicon:
-    return Lexicon("base", {})
+def base(model: str = "base") -> Lexicon:
+    return Lexicon(model, {})
 
 
 RECIPE = """\

@@ -156,7 +156,7 @@ class Rewriter(Speaker):
 def test_a_models_other_words_are_asked_for_once_and_of_everybody(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = dataclasses.replace(ASKED, paraphraser="teacher")
+    settings = dataclasses.replace(ASKED, paraphraser="teacher", concurrency=2)
     teacher = Rewriter()
     found = compare(run, settings=settings, teacher=teacher).data["residue"]["paraphrase"]
     said = capsys.readouterr().err
@@ -277,10 +277,10 @@ def test_a_budget_is_refused_before_anything_is_asked_of_a_model_without_a_price
     writing(monkeypatch, writer)
     prices = priced(tmp_path, "base", "student", "teacher")
     settings = dataclasses.replace(ASKED, prices=prices, budget=1.0, paraphraser="writer")
-    with pytest.raises(PriceError, match="no price for 'writer'"):
+    with pytest.raises(PriceError, match="no price for the paraphraser, 'writer'"):
         compare(run, settings=settings, student=speaker)
     settings = dataclasses.replace(ASKED, prices=prices, budget=1.0)
-    with pytest.raises(PriceError, match="no price for 'critic'"):
+    with pytest.raises(PriceError, match="no price for the judge, 'critic'; it has .'base'"):
         compare(run, settings=settings, student=speaker, judge=Speaker("critic", knows))
     assert speaker.requests == writer.requests == 0
 

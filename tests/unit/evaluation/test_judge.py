@@ -20,6 +20,8 @@ from distill_datasets.evaluation.judge_findings import (
     judge_table,
     rogan_gladen,
 )
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.client import CachedClient
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
 from distill_datasets.recipes.loading import load_recipe
@@ -103,7 +105,8 @@ def judge(critic: Critic, recipe: Recipe, *names: str, labels: HumanLabels | Non
 
     def ask(asked: Sequence[JudgedRow], path: Path, **options: Any) -> dict[str, Any]:
         models = {"teacher": "openai:big", "student": "pocket", "base": "pocket"}
-        return judging.judge(asked, models, path / "journal.sqlite", **options)
+        with Journal(path / "journal.sqlite") as journal:
+            return judging.judge(asked, models, CachedClient(journal, **options))
 
     return ask
 
