@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,18 @@ LONGEST_SCHEMA = 1 << 17
 _BLANKS = r"[\x20\x0A\x0D\x09]{1,16}"
 
 
+class Constraint(Protocol):
+    """Which tokens one sample may be made of; `allowed` and `accept` alternate."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which tokens of the vocabulary may be drawn next; at least one."""
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that was drawn."""
+
+
 # Makes the constraint of each sample.
-Constrain = Callable[[], "SchemaConstraint"]
+Constrain = Callable[[], Constraint]
 
 
 class Grammars:
@@ -62,7 +72,7 @@ class Grammars:
 
 
 class SchemaConstraint:
-    """The state of one sample; `allowed` and `accept` alternate."""
+    """The state of one sample that is held to a schema."""
 
     def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary

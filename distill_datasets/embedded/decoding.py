@@ -1,16 +1,18 @@
-"""A running batch: each step draws a token for every row, and reads the prompts of newcomers.
+"""The running batch: each step draws a token for every row, and reads the prompts of newcomers.
 
-Rows join and leave between steps. What they share of their prompts is computed once, and stands
-in no row's own keys and values.
+Rows join and leave between steps, each with weights of its own: the base's products are computed
+for all of them together. What they share of their prompts is computed once, and stands in no row's
+own keys and values.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,22 +20,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .choosing import choose, uniforms
+from .constraints import Constraint
 from .logprobs import score
 from .model import LoadedModel
 from .prefix_attention import CacheShape, NextTokens, PromptTokens, Segment, Slots
 from .scheduler import (
     Admission,
     Build,
-    Constraint,
+    Kind,
     Newcomer,
     OpenRequest,
     Pace,
     Payload,
-    Prefix,
-    Prefixes,
     Room,
     SampleJob,
-    slot_width,
+    most_held,
 )
 from .wire import (
     MOST_SCORES,
@@ -45,6 +46,9 @@ from .wire import (
     SampleResult,
     write_sample_result,
 )
+
+if TYPE_CHECKING:
+    from .engine import SampledWeights
 
 MOST_ROWS = 64
 # Memory per logit while a token is drawn: float64 and several copies.
@@ -81,19 +85,20 @@ def check_context(request: SampleRequest, base: LoadedModel) -> None:
             f"expected at most {MOST_SCORES} of the likeliest tokens in a response; found "
             f"{scores}: ask for fewer per position, or for fewer positions"
         )
-    held, most = slot_width(length + limit_of(request, base)), held_tokens(base)
-    if held > most:
+    token, most = base.token, held_bytes(base)
+    held = most_held(length, limit_of(request, base))
+    if token.kept * held + token.computed * length > most:
         raise InvalidRequestError(
             f"expected a prompt and an answer that fit into {base.memory >> 20} MiB of memory, "
-            f"about {most} tokens; found {length} and max_tokens={request.max_tokens}, which take "
-            f"{held}: lower max_tokens, shorten the prompt, or serve a smaller model"
+            f"about {most // token.kept} tokens; found {length} and "
+            f"max_tokens={request.max_tokens}, which take {held}: lower max_tokens, shorten the "
+            "prompt, or serve a smaller model"
         )
 
 
-def held_tokens(base: LoadedModel) -> int:
-    """How many tokens of rows fit into memory beside logits and cached prefixes."""
-    logits = LOGIT_BYTES * most_rows(base) * base.vocabulary
-    return max(0, 3 * base.memory // 4 - logits) // base.token_bytes
+def held_bytes(base: LoadedModel) -> int:
+    """What rows may hold of memory, beside logits and cached prefixes."""
+    return max(0, 3 * base.memory // 4 - LOGIT_BYTES * most_rows(base) * base.vocabulary)
 
 
 def most_rows(base: LoadedModel) -> int:
@@ -144,6 +149,11 @@ class Row:
         return self.newcomer.request
 
     @property
+    def weights(self) -> str:
+        """What it is drawn from."""
+        return self.request.job.weights
+
+    @property
     def unread(self) -> Ints:
         """The tokens to read next: what is left of the prompt, or the token drawn last."""
         return np.array(self.drawn.tokens[-1:]) if self.drawn.tokens else self.newcomer.suffix
@@ -175,35 +185,29 @@ class Row:
         return any(text in tail for text in texts)
 
 
-# What rows that attend alike have in common: a prefix, how much of it, the width of their slots.
-Kind = tuple[Prefix | None, int, int]
-
-
 class Group:
     """Rows behind one prefix, with about as many tokens of their own."""
 
     def __init__(self, shape: CacheShape, kind: Kind) -> None:
-        prefix, shared, self.width = kind
         self.kind, self.rows = kind, list[Row]()
-        self._prefix = None if prefix is None else prefix.cut(shared)
-        self._slots = Slots(shape, self.width)
+        self._prefix = None if kind.prefix is None else kind.prefix.cut(kind.shared)
+        self.slots = Slots(shape, kind.width)
 
-    def segments(self, joining: Sequence[Row]) -> Iterator[tuple[Segment, Sequence[Row]]]:
-        """The parts of a pass that read the rows' last tokens and the prompts of new rows."""
+    def read(self, joining: Sequence[Row], device: torch.device) -> list[Part]:
+        """The rows' last tokens, and the prompts of new rows, in a pass."""
+        parts, slots = [], self.slots if self.kind.width else None
         if self.rows:
             lengths = [row.length for row in self.rows]
-            yield NextTokens(self._slots, lengths, self._prefix), self.rows
+            parts.append(Part.of(self, NextTokens(self.slots, lengths, self._prefix), self.rows))
         if joining:
-            if self.width:
-                self._slots.reserve(len(self.rows) + len(joining))
             lengths = [len(row.unread) for row in joining]
-            slots = self._slots if self.width else None
-            yield PromptTokens(lengths, self._prefix, slots, first=len(self.rows)), joining
+            segment = PromptTokens(lengths, self._prefix, slots, device, first=len(self.rows))
+            parts.append(Part.of(self, segment, joining))
+        return parts
 
     def take(self, row: Row, source: Group) -> None:
-        """Move a row here, to wider slots."""
-        self._slots.reserve(len(self.rows) + 1)
-        self._slots.copy(len(self.rows), source._slots, source.rows.index(row), row.length)
+        """Move a row here, where there is place for it."""
+        self.slots.copy(len(self.rows), source.slots, source.rows.index(row), row.length)
         self.rows.append(row)
         source.remove(row)
 
@@ -211,35 +215,55 @@ class Group:
         """Let a row go; the last one takes its place."""
         index, last = self.rows.index(row), self.rows.pop()
         if last is not row:
-            if self.width:
-                self._slots.copy(index, self._slots, len(self.rows), last.length)
+            if self.kind.width:
+                self.slots.copy(index, self.slots, len(self.rows), last.length)
             self.rows[index] = last
 
 
-@dataclass
+class Part(NamedTuple):
+    """What is unread of some rows with the same weights, or the next tokens of a prefix."""
+
+    weights: str
+    segment: Segment
+    ids: Sequence[Ints]
+    starts: Sequence[int]
+    rows: Sequence[Row] = ()
+
+    @classmethod
+    def of(cls, group: Group, segment: Segment, rows: Sequence[Row]) -> Part:
+        """What is unread of rows."""
+        starts = [row.newcomer.shared + row.length for row in rows]
+        return cls(group.kind.weights, segment, [row.unread for row in rows], starts, rows)
+
+
 class _Pass:
     """The tokens of one pass, side by side; each of `rows` draws from the state at its `last`."""
 
-    segments: list[Segment] = field(default_factory=list)
-    ids: list[Ints] = field(default_factory=list)
-    positions: list[Ints] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    last: list[int] = field(default_factory=list)
-    size: int = 0
+    def __init__(self, parts: Sequence[Part]) -> None:
+        parts = sorted(parts, key=lambda part: part.weights)
+        self.segments = [part.segment for part in parts]
+        self.ids, self.positions = list[Ints](), list[Ints]()
+        self.rows, self.last = list[Row](), list[int]()
+        size = 0
+        for part in parts:
+            for place, (ids, start) in enumerate(zip(part.ids, part.starts, strict=True)):
+                self.ids.append(ids)
+                self.positions.append(np.arange(start, start + len(ids)))
+                size += len(ids)
+                if part.rows:
+                    self.rows.append(part.rows[place])
+                    self.last.append(size - 1)
+        # Which weights so many tokens, and so many rows, are computed with.
+        self.reading = _runs((part.weights, part.segment.size) for part in parts)
+        self.drawing = _runs((part.weights, len(part.rows)) for part in parts)
 
-    def add(self, segment: Segment, rows: Sequence[Row]) -> None:
-        """Read what is unread of some rows."""
-        self.segments.append(segment)
-        for row in rows:
-            self.add_tokens(row.unread, row.newcomer.shared + row.length)
-            self.rows.append(row)
-            self.last.append(self.size - 1)
 
-    def add_tokens(self, ids: Ints, start: int) -> None:
-        """Read tokens from a position on."""
-        self.ids.append(ids)
-        self.positions.append(np.arange(start, start + len(ids)))
-        self.size += len(ids)
+def _runs(counts: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Neighbours with the same weights together."""
+    return [
+        (weights, sum(count for _, count in alike))
+        for weights, alike in groupby(counts, key=lambda one: one[0])
+    ]
 
 
 # A token that was drawn for a row, its logprob, and its likeliest rivals.
@@ -247,18 +271,19 @@ _Drawn = tuple[Row, int, float, tuple[list[int], list[float]] | None]
 
 
 class RunningBatch:
-    """The samples of one version of the weights that run together, and those that wait for them.
+    """The samples that run together, and those that wait for them.
 
     A step that failed may be repeated: nothing is changed before every row has its token.
     """
 
-    def __init__(self, base: LoadedModel, weights: str, prefixes: Prefixes) -> None:
-        self._base, self._shape = base, CacheShape.of(base.network)
-        self._longest = longest_reading(base)
-        self._admission = Admission(weights, prefixes, self._longest)
+    def __init__(self, base: LoadedModel, weights: SampledWeights) -> None:
+        self._base, self._shape, self._weights = base, CacheShape.of(base.network), weights
+        self._longest, self._most_bytes = longest_reading(base), held_bytes(base)
+        self._admissions: dict[str, Admission] = {}
+        # Weights that make place for others.
+        self._leaving: str | None = None
         self._pace = Pace()
         self._groups: dict[Kind, Group] = {}
-        self._build: Slots | None = None
         # Rows whose prompt is read in the next pass; tokens that nobody was told of yet.
         self._joining: list[Row] = []
         self._drawn: deque[_Drawn] = deque()
@@ -267,23 +292,24 @@ class RunningBatch:
         self._one_by_one = False
 
     @property
+    def busy(self) -> bool:
+        """Whether anything runs or waits."""
+        return bool(self._groups or self._joining or self._admissions)
+
+    @property
     def _rows(self) -> list[Row]:
         return [row for group in self._groups.values() for row in group.rows]
 
     @property
-    def held(self) -> int:
-        """The tokens that its rows may come to hold."""
-        return sum(row.newcomer.reserved for row in [*self._rows, *self._joining])
+    def _builds(self) -> list[tuple[Admission, Build]]:
+        return [(one, one.build) for one in self._admissions.values() if one.build is not None]
 
     @property
-    def running(self) -> bool:
-        """Whether any row runs."""
-        return bool(self._groups or self._joining)
-
-    @property
-    def busy(self) -> bool:
-        """Whether anything runs or waits."""
-        return bool(self.running or self._admission.waiting)
+    def _uncached(self) -> int:
+        """Bytes of prefixes that are computed now, or that only rows still stand behind."""
+        cached, used = self._weights.prefixes, {kind[:2] for kind in self._groups}
+        left = sum(one.size for key, one in used if one is not None and not cached.keeps(key, one))
+        return left + self._base.token.kept * sum(len(one.tokens) for _, one in self._builds)
 
     def add(self, job: SampleJob) -> None:
         """Queue a request; raises `InvalidRequestError` where it can't be served."""
@@ -291,12 +317,10 @@ class RunningBatch:
         request = OpenRequest(job, limit_of(job.request, self._base))
         if not self.busy:
             self._pace = Pace(request)
-        self._admission.waiting.append(request)
-
-    def blame_all(self) -> None:
-        """Let the next failure be everybody's."""
-        running = [row.request for row in [*self._rows, *self._joining]]
-        self._blamed = list(dict.fromkeys([*running, *self._admission.waiting]))
+        if job.weights not in self._admissions:
+            found = Admission(job.weights, self._weights.prefixes, self._longest)
+            self._admissions[job.weights] = found
+        self._admissions[job.weights].waiting.append(request)
 
     def fail(self, payload: Payload) -> None:
         """Answer the requests that made a step fail, and go on without them."""
@@ -304,49 +328,96 @@ class RunningBatch:
             self._one_by_one = True
             return
         newest = [row.request for row in self._joining[:1] or self._rows[-1:]]
-        if self._admission.build is not None and not self._joining:
-            newest = [self._admission.build.owner]
+        if self._builds and not self._joining:
+            newest = [self._builds[0][1].owner]
         for request in self._blamed or newest:
             self._pace.drop(request)
-            self._admission.drop(request)
+            if (admission := self._admissions.get(request.job.weights)) is not None:
+                admission.drop(request)
             self._joining = [row for row in self._joining if row.request is not request]
             self._drawn = deque(one for one in self._drawn if one[0].request is not request)
             for group in self._groups.values():
                 for row in [row for row in group.rows if row.request is request]:
                     group.remove(row)
             request.job.resolve(payload)
-        self._forget_empty()
+        self._forget_idle()
+
+    def _forget_idle(self) -> None:
+        self._groups = {kind: group for kind, group in self._groups.items() if group.rows}
+        for key in [key for key, one in self._admissions.items() if not (one.waiting or one.build)]:
+            del self._admissions[key]
 
     @torch.inference_mode()
-    def step(self, holding: int) -> None:
-        """Draw a token for each row; rows that may hold so many tokens more may join."""
+    def step(self) -> None:
+        """Draw a token for each row, and let more rows join."""
         self._record()
         began, running, requests = time.perf_counter(), len(self._rows), self._pace.requests()
         if not self._joining:
             self._one_by_one = False
-            room = Room(most_rows(self._base) - running, requests, self._longest, holding)
-            for newcomer in self._admission.pick(room):
-                self._blamed = [newcomer.request]
-                self._joining.append(Row.open(newcomer, self._base.end_tokens))
+            self._admit(requests)
         joining = self._joining[:1] if self._one_by_one else list(self._joining)
-        building = self._admission.build if requests or not running else None
-        self._run(joining, building)
-        self._pace.stepped(time.perf_counter() - began, len(joining) + (building is not None))
+        builds = self._builds if requests or not running else []
+        self._run(joining, builds)
+        self._pace.stepped(time.perf_counter() - began, len(joining) + len(builds))
         self._record()
 
-    def _run(self, joining: Sequence[Row], building: Build | None) -> None:
-        """One pass: the rows' last tokens, new rows' prompts, and a part of a prefix."""
-        one = self._gather(joining)
+    def _admit(self, requests: int) -> None:
+        """Let waiting samples join, each time one of the weights that fewest rows run with."""
+        rows, token = self._rows, self._base.token
+        reserved = token.kept * sum(row.newcomer.reserved for row in rows)
+        holding = self._most_bytes - reserved - self._uncached
+        room = Room(most_rows(self._base) - len(rows), requests, self._longest, holding, token)
+        running = Counter(row.weights for row in rows)
+        picking = self._picking(room, running) if room.rows and requests else {}
+        while picking:
+            weights = min(picking, key=lambda key: running[key])
+            newcomer = next(picking[weights], None)
+            if newcomer is None:
+                del picking[weights]
+            else:
+                self._blamed = [newcomer.request]
+                self._joining.append(Row.open(newcomer, self._base.end_tokens))
+                running[weights] += 1
+        self._blamed = []
+
+    def _picking(self, room: Room, running: Collection[str]) -> dict[str, Iterator[Newcomer]]:
+        """What may join of each of the weights that are in memory, or find place there.
+
+        Where some find none, nobody joins those that came first until their rows are done.
+        """
+        picking: dict[str, Iterator[Newcomer]] = {}
+        used = {*running, *(one.weights for one, _ in self._builds)}
+        for key, one in list(self._admissions.items()):
+            self._blamed = list(one.waiting)
+            if key == self._leaving and key in used:
+                continue
+            if self._weights.load(key, used):
+                picking[key] = one.pick(room)
+                used.add(key)
+            elif self._leaving not in used:
+                self._leaving = next((first for first in picking if first in running), None)
+                if self._leaving is not None:
+                    del picking[self._leaving]
+                    self._admissions[self._leaving] = self._admissions.pop(self._leaving)
+        return picking
+
+    def _run(self, joining: Sequence[Row], builds: Sequence[tuple[Admission, Build]]) -> None:
+        """One pass: the rows' last tokens, new rows' prompts, and parts of prefixes."""
+        parts = self._gather(joining)
+        reads = self._read(builds, self._longest - sum(part.segment.size for part in parts))
+        one = _Pass([*parts, *(part for *_, part in reads)])
         masks = self._masks(one.rows)
         self._blamed = []
-        read = 0 if building is None else self._add_build(one, building)
-        if not one.size:
+        if not one.ids:
             return
         hidden = self._forward(one)
         scores = self._score(one, hidden)
         drawn = self._choose(one, hidden, masks) if one.rows else []
         # Nothing is changed before this line.
-        self._advance(building, read)
+        for admission, build, part in reads:
+            build.done += part.segment.size
+            if build.done == len(build.tokens) and build.slots is not None:
+                admission.built(build.slots.layers)
         for row in one.rows:
             row.length += len(row.unread)
         for row in joining:
@@ -355,26 +426,61 @@ class RunningBatch:
         self._joining = self._joining[len(joining) :]
         self._drawn.extend(drawn)
 
-    def _gather(self, joining: Sequence[Row]) -> _Pass:
-        one = _Pass()
-        for group in list(self._groups.values()):
-            for row in [row for row in group.rows if row.length >= group.width]:
-                self._group((*group.kind[:2], 2 * group.width)).take(row, group)
-        for row in joining:
-            self._group(row.newcomer.kind)
+    def _gather(self, joining: Sequence[Row]) -> list[Part]:
+        """What is unread of all rows; those whose slots are full move to wider ones."""
+        full = [
+            (row, group, kind._replace(width=2 * kind.width))
+            for kind, group in self._groups.items()
+            for row in group.rows
+            if row.length >= kind.width
+        ]
+        fresh = Counter([row.newcomer.kind for row in joining] + [kind for *_, kind in full])
+        self._make_place(fresh)
+        for row, group, kind in full:
+            self._groups[kind].take(row, group)
+        parts = []
         for kind, group in self._groups.items():
-            fresh = [row for row in joining if row.newcomer.kind == kind]
-            for segment, rows in group.segments(fresh):
-                one.add(segment, rows)
-        return one
+            own = [row for row in joining if row.newcomer.kind == kind]
+            parts += group.read(own, self._base.device)
+        return parts
 
-    def _group(self, kind: Kind) -> Group:
-        if kind not in self._groups:
-            self._groups[kind] = Group(self._shape, kind)
-        return self._groups[kind]
+    def _make_place(self, fresh: Counter[Kind]) -> None:
+        """Have slots for more rows: some to spare, or no more than needed where memory ends."""
+        for kind in fresh:
+            if kind not in self._groups:
+                self._groups[kind] = Group(self._shape, kind)
+        groups = [(kind, one, len(one.rows) + fresh[kind]) for kind, one in self._groups.items()]
+        sizes = {
+            kind: needed + needed // 2 if needed > group.slots.rows else group.slots.rows
+            for kind, group, needed in groups
+        }
+        tokens = sum(kind.width * rows for kind, rows in sizes.items())
+        if self._base.token.kept * tokens + self._uncached > self._most_bytes:
+            sizes = {kind: needed for kind, _, needed in groups}
+        # What shrinks comes first.
+        for kind, group, _ in sorted(groups, key=lambda one: sizes[one[0]] - one[1].slots.rows):
+            if kind.width and sizes[kind] != group.slots.rows:
+                group.slots.resize(sizes[kind], len(group.rows))
 
-    def _forget_empty(self) -> None:
-        self._groups = {kind: group for kind, group in self._groups.items() if group.rows}
+    def _read(
+        self, builds: Sequence[tuple[Admission, Build]], reading: int
+    ) -> list[tuple[Admission, Build, Part]]:
+        """Read so many tokens of prefixes at most."""
+        found = []
+        for admission, build in builds:
+            ids = build.tokens[build.done :][: max(0, reading)]
+            if len(ids):
+                if build.slots is None:
+                    build.slots = Slots(self._shape, len(build.tokens), 1)
+                    if build.begin is not None:
+                        build.slots.fill(build.begin.layers, build.done)
+                segment = PromptTokens(
+                    [len(ids)], None, build.slots, self._base.device, past=build.done
+                )
+                part = Part(admission.weights, segment, [ids], [build.done])
+                found.append((admission, build, part))
+                reading -= len(ids)
+        return found
 
     def _masks(self, rows: Sequence[Row]) -> list[tuple[int, NDArray[np.bool_]]]:
         """What the constraints of rows allow."""
@@ -389,29 +495,9 @@ class RunningBatch:
                     )
         return masks
 
-    def _add_build(self, one: _Pass, building: Build) -> int:
-        """Read a part of a prefix; how many tokens."""
-        if building.slots is None:
-            building.slots = Slots(self._shape, len(building.tokens))
-            building.slots.reserve(1)
-            if building.begin is not None:
-                building.slots.fill(building.begin.layers, building.done)
-        rest = building.tokens[building.done :]
-        rest = rest[: max(0, self._longest - one.size)]
-        if len(rest):
-            segment = PromptTokens([len(rest)], None, building.slots, past=building.done)
-            one.segments.append(segment)
-            one.add_tokens(rest, building.done)
-        return len(rest)
-
-    def _advance(self, building: Build | None, read: int) -> None:
-        if building is not None and building.slots is not None:
-            building.done += read
-            if building.done == len(building.tokens):
-                self._admission.built(building.slots.layers)
-
     def _forward(self, one: _Pass) -> Tensor:
         """The last layer's states of all tokens."""
+        self._weights.use(one.reading)
         ids, positions = (
             torch.from_numpy(np.concatenate(parts)).to(self._base.device).unsqueeze(0)
             for parts in (one.ids, one.positions)
@@ -429,19 +515,29 @@ class RunningBatch:
 
     def _score(self, one: _Pass, hidden: Tensor) -> dict[Row, PromptScores]:
         """What new rows ask of their prompts."""
-        rows, states = [], []
-        for row, last in zip(one.rows, one.last, strict=True):
-            scoring = row.request.request.scoring
-            if scoring.asked and not row.drawn.tokens and not row.newcomer.index:
-                rows.append(row)
-                states.append(hidden[last - scoring.reach(len(row.request.request.prompt)) : last])
-        found = score([row.request.request for row in rows], states, self._project)
-        return dict(zip(rows, found, strict=True))
+        asked = [
+            (row, last)
+            for row, last in zip(one.rows, one.last, strict=True)
+            if row.request.request.scoring.asked and not (row.drawn.tokens or row.newcomer.index)
+        ]
+        found: dict[Row, PromptScores] = {}
+        for weights, group in groupby(asked, key=lambda one: one[0].weights):
+            alike = list(group)
+            requests = [row.request.request for row, _ in alike]
+            states = [
+                hidden[last - one.scoring.reach(len(one.prompt)) : last]
+                for (_, last), one in zip(alike, requests, strict=True)
+            ]
+            self._weights.use([(weights, sum(map(len, states)))])
+            scores = score(requests, states, self._project)
+            found |= {row: scores[index] for index, (row, _) in enumerate(alike)}
+        return found
 
     def _choose(
         self, one: _Pass, hidden: Tensor, masks: Sequence[tuple[int, NDArray[np.bool_]]]
     ) -> list[_Drawn]:
         """A token for each row."""
+        self._weights.use(one.drawing)
         index = torch.tensor(one.last, device=hidden.device)
         logits = self._project(hidden[index]).float()
         requests, bound = [row.request.request for row in one.rows], logits
@@ -472,7 +568,7 @@ class RunningBatch:
                 next(group for group in self._groups.values() if row in group.rows).remove(row)
                 self._complete(row)
         self._blamed = []
-        self._forget_empty()
+        self._forget_idle()
 
     def _complete(self, row: Row) -> None:
         request = row.request

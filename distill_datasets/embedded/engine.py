@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
@@ -23,22 +23,16 @@ from distill_datasets.errors import DistillError
 
 from .constraints import Constrain, Grammars
 from .model import LoadedModel, ModelCard, load_model
-from .scheduler import Constraint, Payload, Resolve, SampleJob
+from .scheduler import Payload, Prefixes, Resolve, SampleJob
 from .store import ExecutionLog, Kind, Store, StoredCheckpoint, StoredRun
-from .wire import (
-    Body,
-    InvalidRequestError,
-    MissingError,
-    pb,
-)
+from .wire import Body, InvalidRequestError, MissingError, pb
 
 if TYPE_CHECKING:
     from .decoding import RunningBatch
     from .lora import AdapterLayout, Adapters, LoraSpec
-    from .scheduler import Prefixes
     from .trainer import Trainee
 
-__all__ = ["Constraint", "Payload", "Resolve", "SampleJob"]  # beside what is defined here
+__all__ = ["Payload", "SampleJob"]  # beside what is defined here
 
 # The key of the base model's own weights.
 BASE = "base"
@@ -92,7 +86,7 @@ class ComputeThread:
         self._changed = threading.Condition()
         self._broken: Payload | None = None
         # Jobs that wait, and how much longer they had the thread than samples that waited too.
-        self._jobs: deque[Job] = deque([Job(self._load, self._loaded)])
+        self._jobs: deque[Job] = deque()
         self._ahead = 0.0
         threading.Thread(target=self._work, name="compute", daemon=True).start()
 
@@ -103,6 +97,8 @@ class ComputeThread:
             self._changed.notify()
 
     def _work(self) -> None:
+        # A model that can't be loaded is every request's answer.
+        self._attempt(self._prepare, self._break)
         while True:
             self._accept()
             began, jobs, samples = time.perf_counter(), bool(self._jobs), self._sampler.busy
@@ -135,14 +131,9 @@ class ComputeThread:
         else:
             self._attempt(lambda: job.resolve(job.run()), job.resolve)
 
-    def _load(self) -> Payload:
-        self._prepare()
-        return {}
-
-    def _loaded(self, found: Payload) -> None:
-        """A model that can't be loaded is every request's answer."""
-        if isinstance(found, dict) and "error" in found:
-            self._broken = failure(f"the model could not be loaded: {found['error']}")
+    def _break(self, found: Payload) -> None:
+        said = found["error"] if isinstance(found, dict) else ""
+        self._broken = failure(f"the model could not be loaded: {said}")
 
     def _attempt(self, run: Callable[[], None], refuse: Resolve) -> None:
         """The request boundary: whatever goes wrong here is told to a client, not raised."""
@@ -172,6 +163,62 @@ class SavedWeights:
     lora: dict[str, Any] | AdapterLayout
 
 
+class SampledWeights:
+    """The versions of the weights that samples are drawn from, by their keys.
+
+    An adapter is read when it is needed, and read again when others took its place.
+    """
+
+    def __init__(self, base: LoadedModel, saved: Mapping[str, SavedWeights]) -> None:
+        self._base, self._saved = base, saved
+        self.prefixes = Prefixes(base.memory // 4)
+        # The adapters in memory, least recently used first.
+        self._loaded: OrderedDict[str, str] = OrderedDict()
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        """The adapters over the base: importing peft takes seconds, and the base needs none."""
+        from .lora import Adapters
+
+        return Adapters(self._base)
+
+    def load(self, key: str, used: Collection[str]) -> bool:
+        """Have the weights in memory; False while rows use as many others as there may be."""
+        if key == BASE:
+            return True
+        if key not in self._loaded and len(self._loaded) >= MOST_SAMPLERS:
+            gone = next((one for one in self._loaded if one not in used), None)
+            if gone is None:
+                return False
+            self.adapters.drop(self._loaded.pop(gone))
+            self.prefixes.forget(gone)
+        if key not in self._loaded:
+            self._loaded[key] = self._read(key)
+        self._loaded.move_to_end(key)
+        return True
+
+    def use(self, runs: Sequence[tuple[str, int]]) -> None:
+        """Compute so many tokens of a pass with each of the weights, which are in memory."""
+        if "adapters" in vars(self):
+            self.adapters.sample(
+                [(None if key == BASE else self._loaded[key], tokens) for key, tokens in runs]
+            )
+
+    def _read(self, key: str) -> str:
+        from .lora import LoraSpec
+
+        saved = self._saved[key]
+        if not saved.folder.is_dir():
+            raise MissingError(
+                f"the weights of this client were deleted: {key}; of unnamed ones the last "
+                f"{MOST_SNAPSHOTS} are kept, named ones (save_weights_for_sampler) until their "
+                "time is over"
+            )
+        layout = saved.lora
+        spec = LoraSpec.read(layout) if isinstance(layout, dict) else layout
+        return self.adapters.load(saved.folder, spec)
+
+
 class Engine:
     """Everything that touches torch; all methods but `weights_of` run on the compute thread."""
 
@@ -182,21 +229,21 @@ class Engine:
         self._saved: dict[str, SavedWeights] = {}
         self._snapshots: deque[Path] = deque()
         self._numbers = count()
-        # The adapters loaded for sampling, by the key of their weights.
-        self._loaded: OrderedDict[str, str] = OrderedDict()
         self._trainees: dict[str, Trainee] = {}
-        self._base: LoadedModel | None = None
-        # The one whose turn is next first.
-        self._batches: OrderedDict[str, RunningBatch] = OrderedDict()
+        self._loaded: tuple[LoadedModel, SampledWeights, RunningBatch] | None = None
         self._grammars: dict[tuple[int, ...], Grammars] = {}
 
     def load(self) -> None:
         """Load the model; seconds."""
-        self._base = load_model(self.card)
+        from .decoding import RunningBatch
+
+        base = load_model(self.card)
+        weights = SampledWeights(base, self._saved)
+        self._loaded = base, weights, RunningBatch(base, weights)
 
     def hold(self, schema: Any, ends: tuple[int, ...]) -> Constrain:
         """What makes the constraint of each sample that is held to a schema."""
-        base = self._require_base()
+        base, *_ = self._model
         if ends not in self._grammars:
             self._grammars[ends] = Grammars(base.tokenizer.to_str(), base.vocabulary, ends)
         return self._grammars[ends].compile(schema)
@@ -236,79 +283,26 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any sample runs or waits."""
-        return bool(self._batches)
+        return self._loaded is not None and self._loaded[2].busy
 
     def add(self, job: SampleJob) -> None:
         """Accept a sample request; raises `InvalidRequestError` where it can't be served."""
-        from .decoding import RunningBatch
-
-        batch = self._batches.get(job.weights)
-        if batch is None:
-            batch = RunningBatch(self._require_base(), job.weights, self._prefixes)
-        batch.add(job)
-        self._batches[job.weights] = batch
+        self._model[2].add(job)
 
     def step(self) -> None:
-        """Go on with the samples of one version of the weights; all take turns."""
-        from .decoding import held_tokens
-
-        base, running = self._require_base(), sum(one.running for one in self._batches.values())
-        # Not more at once than there are adapters in memory.
-        weights, batch = next(
-            (key, one)
-            for key, one in self._batches.items()
-            if one.running or running < MOST_SAMPLERS
-        )
-        self._batches.move_to_end(weights)
-        batch.blame_all()
-        self._activate(weights)
-        batch.step(held_tokens(base) - sum(one.held for one in self._batches.values()))
-        self._forget_idle()
+        """Go on with the samples by about a token each."""
+        self._model[2].step()
 
     def fail(self, payload: Payload) -> None:
         """Answer the requests that made the last step fail, and go on without them."""
-        next(reversed(self._batches.values())).fail(payload)
-        self._forget_idle()
-
-    def _forget_idle(self) -> None:
-        for weights in [key for key, one in self._batches.items() if not one.busy]:
-            del self._batches[weights]
-
-    def _activate(self, weights: str) -> None:
-        """Make the network compute with some weights."""
-        if weights == BASE:
-            # Importing peft takes seconds, and sampling a base needs none of it.
-            if "_adapters" in vars(self):
-                self._adapters.activate(None)
-            return
-        if weights not in self._loaded:
-            self._loaded[weights] = self._load_saved(weights)
-        self._loaded.move_to_end(weights)
-        while len(self._loaded) > MOST_SAMPLERS:
-            gone, name = self._loaded.popitem(last=False)
-            self._adapters.drop(name)
-            self._prefixes.forget(gone)
-        self._adapters.activate(self._loaded[weights])
-
-    def _load_saved(self, weights: str) -> str:
-        from .lora import LoraSpec
-
-        saved = self._saved[weights]
-        if not saved.folder.is_dir():
-            raise MissingError(
-                f"the weights of this client were deleted: {weights}; of unnamed ones the last "
-                f"{MOST_SNAPSHOTS} are kept, named ones (save_weights_for_sampler) until their "
-                "time is over"
-            )
-        layout = saved.lora
-        spec = LoraSpec.read(layout) if isinstance(layout, dict) else layout
-        return self._adapters.load(saved.folder, spec)
+        self._model[2].fail(payload)
 
     def create(self, run: StoredRun, spec: LoraSpec) -> dict[str, Any]:
         """Start a run with a fresh adapter."""
         from .trainer import Trainee
 
-        self._trainees[run.run_id] = Trainee(self._require_base(), self._adapters, spec)
+        base, weights, _ = self._model
+        self._trainees[run.run_id] = Trainee(base, weights.adapters, spec)
         self.store.add_run(run)
         self._log.add(run.run_id, 0, "create_model", **run.lora)
         return {"model_id": run.run_id, "type": "create_model"}
@@ -412,19 +406,8 @@ class Engine:
             )
         return self._trainees[model_id]
 
-    def _require_base(self) -> LoadedModel:
-        if self._base is None:
+    @property
+    def _model(self) -> tuple[LoadedModel, SampledWeights, RunningBatch]:
+        if self._loaded is None:
             raise RuntimeError("expected load() first; found no model")
-        return self._base
-
-    @cached_property
-    def _adapters(self) -> Adapters:
-        from .lora import Adapters
-
-        return Adapters(self._require_base())
-
-    @cached_property
-    def _prefixes(self) -> Prefixes:
-        from .scheduler import Prefixes
-
-        return Prefixes(self._require_base().memory // 4)
+        return self._loaded

@@ -1,11 +1,12 @@
-"""Low-rank adapters over the frozen base: many side by side, one active at a time."""
+"""Low-rank adapters over the frozen base: one is trained at a time, many sampled in one pass."""
 
 from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,10 @@ _PLAIN: Mapping[str, Any] = {
 }
 
 
+# A part of a pass: the adapter that its tokens are computed with, None for the base alone.
+Run = tuple[str | None, int]
+
+
 class Adapters:
     """The adapters of one base model; use from one thread only.
 
@@ -113,7 +118,9 @@ class Adapters:
         self._device, self._dtype = base.device, base.dtype
         self._layers = _linear_layers(base.network)
         self._peft: PeftModel | None = None
-        self._active: str | None = None
+        self._trained: str | None = None
+        # Which tokens of a pass are sampled with which adapter; None while one is trained.
+        self._parts: list[tuple[str, slice]] | None = []
         self._free: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
         self._count = 0
 
@@ -172,18 +179,21 @@ class Adapters:
         """Forget a loaded adapter; the next one of its shape takes its place."""
         self._free[_shape(self._require().peft_config[name])].append(name)
 
-    def activate(self, name: str | None) -> None:
-        """Make the network compute with this adapter, or with none."""
-        if name == self._active:
-            return
-        peft = self._require()
-        tuner: Any = peft.base_model
-        if name is None:
-            tuner.disable_adapter_layers()
-        else:
-            tuner.enable_adapter_layers()
-            peft.set_adapter(name)
-        self._active = name
+    def train(self, name: str) -> None:
+        """Make the network compute with this adapter, and its gradients."""
+        self._parts = None
+        if name != self._trained:
+            self._require().set_adapter(name)
+            self._trained = name
+
+    def sample(self, runs: Sequence[Run]) -> None:
+        """Make the network compute the tokens of a pass with an adapter after the other."""
+        parts, start = [], 0
+        for name, tokens in runs:
+            if name is not None:
+                parts.append((name, slice(start, start + tokens)))
+            start += tokens
+        self._parts = parts
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The trainable weights of an adapter, by a name that holds in every process."""
@@ -227,9 +237,22 @@ class Adapters:
             if isinstance(module, LoraLayer):
                 # Its weights have the base's number format, or get it by autocast.
                 module.cast_input_dtype_enabled = False
-        self._active = "unknown"
-        self.activate(None)
+                module.forward = partial(self._compute, module)
+        self._trained = None
         return name
+
+    def _compute(self, layer: Any, states: Tensor, *more: Any, **named: Any) -> Tensor:
+        """A layer's product, shared by all tokens, and the change of each adapter to its own."""
+        if self._parts is None:
+            trained: Tensor = type(layer).forward(layer, states, *more, **named)
+            return trained
+        out: Tensor = layer.base_layer(states)
+        rows, changed = states.flatten(0, -2), out.view(-1, out.shape[-1])
+        for name, part in self._parts:
+            if name in layer.scaling:
+                down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+                changed[part].addmm_(rows[part] @ down.T, up.T, alpha=layer.scaling[name])
+        return out
 
     def _require(self) -> PeftModel:
         if self._peft is None:

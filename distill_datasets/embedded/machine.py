@@ -53,9 +53,7 @@ class ModelSize:
         """Estimate what a checked config describes, within a hundredth for models of usual form."""
         hidden, layers = (config.get(name) or 0 for name in ("hidden_size", "num_hidden_layers"))
         inner = config.get("intermediate_size") or 4 * hidden
-        heads = config.get("num_attention_heads") or 1
-        pairs = config.get("num_key_value_heads") or heads
-        width = config.get("head_dim") or hidden // heads
+        heads, pairs, width = heads_of(config)
         ends = (config.get("vocab_size") or 0) * hidden
         outer = ends if config.get("tie_word_embeddings") else 2 * ends
         attention = 2 * hidden * width * (heads + pairs)
@@ -69,6 +67,38 @@ class ModelSize:
             ends + layers * (attention + used * each),
             # What is measured takes little memory, and larger products are as fast.
             (min(max(hidden, 1), 2048), min(max(inner, 1), 8192)),
+        )
+
+
+def heads_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Heads of the queries, heads of keys and values, and the width of one."""
+    heads = config.get("num_attention_heads") or 1
+    pairs = config.get("num_key_value_heads") or heads
+    return heads, pairs, config.get("head_dim") or (config.get("hidden_size") or 0) // heads
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """What a token takes: its keys and values, the layer's states while it is computed, and all
+    layers' while it is learned from."""
+
+    kept: int
+    computed: int
+    learned: int
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], size: int) -> TokenBytes:
+        """Estimate it from a model's config, for numbers of so many bytes."""
+        layers, hidden, inner = (
+            config[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size")
+        )
+        heads, pairs, width = heads_of(config)
+        states = 4 * hidden + 5 * inner + (5 * heads + 4 * pairs) * width
+        return cls(
+            2 * size * layers * pairs * width,
+            4 * (8 * hidden + 4 * inner),
+            # Norms keep their inputs in fp32.
+            layers * (size * states + 16 * hidden),
         )
 
 

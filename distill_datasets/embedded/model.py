@@ -21,6 +21,7 @@ from distill_datasets.files import write_file
 
 from .machine import (
     ModelSize,
+    TokenBytes,
     choose_dtype,
     choose_threads,
     foretell,
@@ -234,8 +235,7 @@ def _fingerprint(folder: Path) -> str:
 class LoadedModel:
     """A base model with its tokenizer, on the GPU if there is one; `dtype` is its weights'.
 
-    A token that is computed takes about `token_bytes` of `memory`, which is what requests may use,
-    and one that is learned from at most `learned_bytes`.
+    `token` is what each token takes of `memory`, which is what requests may use.
     """
 
     card: ModelCard
@@ -244,8 +244,7 @@ class LoadedModel:
     device: torch.device
     end_tokens: frozenset[int]
     vocabulary: int
-    token_bytes: int
-    learned_bytes: int
+    token: TokenBytes
     memory: int
     dtype: torch.dtype
 
@@ -293,26 +292,9 @@ def load_model(card: ModelCard) -> LoadedModel:
     ends = frozenset(_end_tokens(network, tokenizer, card.folder))
     weights = card.size.parameters * dtype.itemsize
     memory = 3 * max(0, memory_of(device.type) - weights) // 4
-    taken = _token_bytes(config, dtype.itemsize), _learned_bytes(config, dtype.itemsize)
-    sizes = int(config.vocab_size), *taken, memory
+    token = TokenBytes.read(config.to_dict(), dtype.itemsize)
+    sizes = int(config.vocab_size), token, memory
     return LoadedModel(card, network, tokenizer, device, ends, *sizes, dtype)
-
-
-def _token_bytes(config: Any, size: int) -> int:
-    """Keys and values of all layers, and the states of the layer that is computed."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    states = 8 * config.hidden_size + 4 * config.intermediate_size
-    return int(size * 2 * config.num_hidden_layers * heads * width + 4 * states)
-
-
-def _learned_bytes(config: Any, size: int) -> int:
-    """What all layers keep for their gradients; norms keep their inputs in fp32."""
-    pairs = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = (5 * config.num_attention_heads + 4 * pairs) * width
-    states = 4 * config.hidden_size + 5 * config.intermediate_size + attention
-    return int(config.num_hidden_layers * (size * states + 16 * config.hidden_size))
 
 
 def _require_full_attention(config: Any) -> None:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from .machine import heads_of
+
 NAME = "distill_shared_prefix"
 # Keys and values of a layer: (rows, tokens, heads, width), so that a token's lie side by side.
 KeyValues = tuple[Tensor, Tensor]
@@ -36,41 +38,46 @@ class CacheShape:
     @classmethod
     def of(cls, network: Any) -> CacheShape:
         """Read it from a model's configuration."""
-        config, heads = network.config, network.config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        heads = getattr(config, "num_key_value_heads", None) or heads
-        return cls(config.num_hidden_layers, heads, width, network.dtype, network.device)
+        _, heads, width = heads_of(network.config.to_dict())
+        layers = network.config.num_hidden_layers
+        return cls(layers, heads, width, network.dtype, network.device)
 
 
 class Slots:
     """The keys and values of rows of up to `width` tokens each, by layer."""
 
-    def __init__(self, shape: CacheShape, width: int) -> None:
-        self.shape, self.width = shape, width
-        self._all = self._allocate(0)
-        self.layers: list[KeyValues] = []
+    def __init__(self, shape: CacheShape, width: int, rows: int = 0) -> None:
+        self.shape, self.width, self.rows = shape, width, rows
+        self.layers = [self._allocate() for _ in range(shape.layers)]
 
-    def _allocate(self, rows: int) -> Tensor:
+    @property
+    def tokens(self) -> int:
+        """The tokens that it has place for."""
+        return self.rows * self.width
+
+    def _allocate(self) -> KeyValues:
         one = self.shape
+        sizes = (2, self.rows, self.width, one.heads, one.width)
         # Zeros: what is masked must still be a number.
-        return torch.zeros(
-            (one.layers, 2, rows, self.width, one.heads, one.width),
-            dtype=one.dtype,
-            device=one.device,
-        )
+        keys, values = torch.zeros(sizes, dtype=one.dtype, device=one.device)
+        return keys, values
 
-    def reserve(self, rows: int) -> None:
-        """Make place for so many rows."""
-        held = self._all.shape[2]
-        if rows > held:
-            grown = self._allocate(1 << (rows - 1).bit_length())
-            grown[:, :, :held] = self._all
-            self._all = grown
-            self.layers = [(pair[0], pair[1]) for pair in grown]
+    def resize(self, rows: int, kept: int) -> None:
+        """Have place for so many rows, of which the first `kept` stay as they are.
+
+        Layer by layer, so that hardly more than one of them exists twice.
+        """
+        self.rows = rows
+        for layer, old in enumerate(self.layers):
+            self.layers[layer] = self._allocate()
+            for part, own in zip(self.layers[layer], old, strict=True):
+                part[:kept] = own[:kept]
 
     def copy(self, row: int, source: Slots, source_row: int, length: int) -> None:
         """Take over a row."""
-        self._all[:, :, row, :length] = source._all[:, :, source_row, :length]
+        for own, other in zip(self.layers, source.layers, strict=True):
+            for part, from_part in zip(own, other, strict=True):
+                part[row, :length] = from_part[source_row, :length]
 
     def fill(self, layers: Sequence[KeyValues], length: int) -> None:
         """Begin the first row with the first tokens of a prefix."""
@@ -132,6 +139,7 @@ class PromptTokens:
         lengths: Sequence[int],
         prefix: Sequence[KeyValues] | None,
         slots: Slots | None,
+        device: torch.device,
         *,
         first: int = 0,
         past: int = 0,
@@ -145,8 +153,8 @@ class PromptTokens:
             ends = counts.cumsum()
             inside = np.arange(self._longest) < counts[:, None]
             spread = (ends - counts)[:, None] + np.where(inside, np.arange(self._longest), 0)
-            self._spread = torch.from_numpy(spread)
-            self._packed = torch.from_numpy(np.flatnonzero(inside))
+            self._spread = torch.from_numpy(spread).to(device)
+            self._packed = torch.from_numpy(np.flatnonzero(inside)).to(device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Keep the tokens' keys and values, and attend."""
@@ -174,12 +182,12 @@ class PromptTokens:
     def _pad(self, part: Tensor) -> Tensor:
         if self._spread is None:
             return part.view(self._rows, self._longest, *part.shape[1:])
-        return part[self._spread.to(part.device)]
+        return part[self._spread]
 
     def _unpad(self, part: Tensor) -> Tensor:
         """From (rows, heads, tokens, ...) to (tokens, heads, ...)."""
         flat = part.transpose(1, 2).flatten(0, 1)
-        return flat if self._spread is None else flat[self._packed.to(part.device)]
+        return flat if self._spread is None else flat[self._packed]
 
 
 def register() -> str:

@@ -1,17 +1,18 @@
-"""Which of the waiting samples join a running batch, when, and behind which cached prefix."""
+"""Which of the waiting samples join the running batch, when, and behind which cached prefix."""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .constraints import Constrain
+from .machine import TokenBytes
 from .wire import DrawnSample, Ints, PromptScores, SampleRequest
 
 if TYPE_CHECKING:
@@ -23,16 +24,6 @@ Resolve = Callable[[Payload], None]
 
 # Called on the compute thread with a sample's index, each token as it is drawn, and its logprob.
 Watch = Callable[[int, int, float], bool]
-
-
-class Constraint(Protocol):
-    """Which tokens one sample may be made of."""
-
-    def allowed(self) -> NDArray[np.bool_]:
-        """Which tokens of the vocabulary may be drawn next; at least one."""
-
-    def accept(self, token: int) -> None:
-        """Take note of the token that was drawn."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +38,7 @@ class SampleJob:
     request: SampleRequest
     resolve: Resolve
     watch: Watch | None = None
-    constrain: Callable[[], Constraint] | None = None
+    constrain: Constrain | None = None
 
 
 # Below this length a prefix costs more to keep apart than to compute again.
@@ -145,6 +136,10 @@ class Prefixes:
         if key in self._kept:
             self._kept.move_to_end(key)
 
+    def keeps(self, weights: str, prefix: Prefix) -> bool:
+        """Whether a prefix is cached, rather than only used by rows that stand behind it."""
+        return self._kept.get((weights, prefix.tokens.tobytes())) is prefix
+
     def forget(self, weights: str) -> None:
         """Drop all prefixes of weights that are gone."""
         for kept in (self._kept, self._recent):
@@ -185,6 +180,21 @@ def slot_width(tokens: int) -> int:
     return max(NARROWEST, 1 << (tokens - 1).bit_length())
 
 
+def most_held(suffix: int, limit: int) -> int:
+    """The tokens that a row's slots hold at most: while they widen, there are the old ones too."""
+    last = slot_width(suffix + limit)
+    return last if limit <= USUAL_ANSWER else last + last // 2
+
+
+class Kind(NamedTuple):
+    """What rows that attend alike have in common: a prefix, how much of it, their slots' width."""
+
+    weights: str
+    prefix: Prefix | None
+    shared: int
+    width: int
+
+
 @dataclass(frozen=True)
 class Newcomer:
     """A sample that joins the batch: it reads its prompt behind `shared` tokens of a prefix."""
@@ -200,20 +210,16 @@ class Newcomer:
         return self.request.request.prompt[self.shared :]
 
     @property
-    def width(self) -> int:
-        """The width of its slots at first; 0 where nothing is drawn behind the first token."""
+    def kind(self) -> Kind:
+        """The rows that it joins; its slots have no width if only one token is drawn."""
         limit = self.request.limit
-        return 0 if limit == 1 else slot_width(len(self.suffix) + min(limit, USUAL_ANSWER))
-
-    @property
-    def kind(self) -> tuple[Prefix | None, int, int]:
-        """What it has in common with the rows that it joins."""
-        return self.prefix, self.shared, self.width
+        width = 0 if limit == 1 else slot_width(len(self.suffix) + min(limit, USUAL_ANSWER))
+        return Kind(self.request.job.weights, self.prefix, self.shared, width)
 
     @property
     def reserved(self) -> int:
         """The tokens that its slots may come to hold."""
-        return slot_width(len(self.suffix) + self.request.limit)
+        return most_held(len(self.suffix), self.request.limit)
 
 
 @dataclass
@@ -227,14 +233,38 @@ class Build:
     slots: Slots | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Room:
-    """What may join a batch: rows, requests, tokens to read now, and tokens to hold later."""
+    """What may still join a batch: rows, requests, tokens to read now, and bytes to hold."""
 
     rows: int
     requests: int
     reading: int
     holding: int
+    token: TokenBytes
+    joined: int = 0
+
+    def admits(self, one: Newcomer) -> bool:
+        """Whether a sample finds place; the first does however long its prompt is."""
+        fits = len(one.suffix) <= self.reading or not self.joined
+        return fits and self._bytes(one) <= self.holding
+
+    def take(self, one: Newcomer) -> None:
+        """Give a sample its place."""
+        self.rows, self.reading = self.rows - 1, self.reading - len(one.suffix)
+        self.holding -= self._bytes(one)
+        self.joined += 1
+
+    def _bytes(self, one: Newcomer) -> int:
+        return self.token.kept * one.reserved + self.token.computed * len(one.suffix)
+
+    def build(self, tokens: int, reading: int) -> bool:
+        """Give a prefix its place, if there is one; so much of it is read at once."""
+        needed = self.token.kept * tokens + self.token.computed * reading
+        if needed > self.holding:
+            return False
+        self.holding -= needed
+        return True
 
 
 class Admission:
@@ -246,41 +276,34 @@ class Admission:
     """
 
     def __init__(self, weights: str, prefixes: Prefixes, longest: int) -> None:
-        self._weights, self._prefixes, self._longest = weights, prefixes, longest
+        self.weights, self._prefixes, self._longest = weights, prefixes, longest
         self.waiting: deque[OpenRequest] = deque()
         self.build: Build | None = None
 
-    def pick(self, room: Room) -> list[Newcomer]:
-        """The samples that join now; starts a prefix where one is worthwhile.
-
-        The first of them joins however long its prompt is.
-        """
-        chosen: list[Newcomer] = []
-        rows, requests, reading, holding = room.rows, room.requests, room.reading, room.holding
+    def pick(self, room: Room) -> Iterator[Newcomer]:
+        """The samples that join now; starts a prefix where one is worthwhile."""
         for request in list(islice(self.waiting, WINDOW)):
-            if not (rows and requests):
-                break
-            requests -= 1
-            place = self._place(request)
+            if not (room.rows and room.requests):
+                return
+            room.requests -= 1
+            place = self._place(request, room)
             if place is None:
                 continue
-            while request.waiting and rows:
+            while request.waiting and room.rows:
                 one = Newcomer(request, request.joined, *place)
-                if (chosen and len(one.suffix) > reading) or one.reserved > holding:
-                    return chosen
+                if not room.admits(one):
+                    return
+                room.take(one)
                 request.cache_hit = one.shared if not one.index else request.cache_hit
-                rows, reading = rows - 1, reading - len(one.suffix)
-                holding -= one.reserved
-                chosen.append(one)
                 request.joined += 1
+                yield one
             if not request.waiting:
                 self.waiting.remove(request)
-        return chosen
 
     def built(self, layers: Sequence[KeyValues]) -> None:
         """Keep the prefix that was computed."""
         if self.build is not None:
-            self._prefixes.keep(self._weights, Prefix(self.build.tokens, layers))
+            self._prefixes.keep(self.weights, Prefix(self.build.tokens, layers))
             self.build = None
 
     def drop(self, request: OpenRequest) -> None:
@@ -290,10 +313,10 @@ class Admission:
         if self.build is not None and self.build.owner is request:
             self.build = None
 
-    def _place(self, request: OpenRequest) -> tuple[Prefix | None, int] | None:
+    def _place(self, request: OpenRequest, room: Room) -> tuple[Prefix | None, int] | None:
         """The prefix that a request stands behind and how much of it; None: not ready."""
         prompt, usable = request.request.prompt, request.usable
-        prefix, cached = self._prefixes.best(self._weights, prompt)
+        prefix, cached = self._prefixes.best(self.weights, prompt)
         cached = min(cached, usable)
         if self.build is not None:
             coming = min(common_length(self.build.tokens, prompt), usable)
@@ -301,13 +324,13 @@ class Admission:
                 return None
         tokens = self._missing(request, usable, cached)
         if tokens:
-            if self.build is None:
+            if self.build is None and room.build(tokens, min(tokens, self._longest)):
                 begin = prefix if cached >= SHORTEST else None
                 self.build = Build(request, prompt[:tokens], begin, cached if begin else 0)
             return None
         if prefix is None or cached < SHORTEST:
             return None, 0
-        self._prefixes.touch(self._weights, prefix)
+        self._prefixes.touch(self.weights, prefix)
         return prefix, self._length(prefix, cached)
 
     def _missing(self, request: OpenRequest, usable: int, cached: int) -> int:
@@ -319,7 +342,7 @@ class Admission:
             others = [other for other in islice(near, WINDOW) if head(other) == start]
             if request.request.num_samples > 1:
                 others.append(prompt)
-            shared = min(usable, self._prefixes.repeated(self._weights, prompt, others))
+            shared = min(usable, self._prefixes.repeated(self.weights, prompt, others))
             if worthwhile(shared, cached):
                 return shared
         return usable if len(prompt) - cached > self._longest and usable > cached else 0

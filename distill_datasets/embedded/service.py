@@ -11,8 +11,9 @@ from typing import Any
 from distill_datasets.errors import ServiceError
 
 from .constraints import Constrain
-from .engine import ComputeThread, Engine, Job, Payload, Resolve, SampleJob, failure
+from .engine import ComputeThread, Engine, Job, failure
 from .model import ModelCard
+from .scheduler import Payload, Resolve, SampleJob
 from .store import Store
 from .wire import InvalidRequestError, SampleRequest
 

@@ -271,7 +271,7 @@ class Trainee:
         """
         for row in request.data:
             self._check(row, request)
-        self._adapters.activate(self.name)
+        self._adapters.train(self.name)
         logprobs: list[Floats | None] = [None] * len(request.data)
         sums: list[Tensor] | None = None
         total = 0.0
@@ -298,16 +298,17 @@ class Trainee:
         config = self._base.network.config
         layers = int(config.num_hidden_layers)
         inputs = layers * int(config.hidden_size) * self._base.dtype.itemsize
-        return self._base.learned_bytes // layers + inputs
+        return self._base.token.learned // layers + inputs
 
     def _part_tokens(self, request: TrainRequest) -> int:
         """How many tokens, padding with them, are computed together."""
-        held = self._base.token_bytes if request.forward_only else self._base.learned_bytes
+        token = self._base.token
+        held = token.kept + token.computed if request.forward_only else token.learned
         return self._base.memory // PART_SHARE // held
 
     def _holds(self, tokens: int) -> bool:
         """Whether a row's states of all layers fit until its gradients are there."""
-        return tokens * self._base.learned_bytes <= self._base.memory // ROW_SHARE
+        return tokens * self._base.token.learned <= self._base.memory // ROW_SHARE
 
     def step(self, params: AdamParams) -> dict[str, float]:
         """Apply the gradients gathered since the last step."""

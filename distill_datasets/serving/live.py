@@ -15,7 +15,7 @@ from distill_datasets.embedded.wire import DrawnSample, InvalidRequestError, Sam
 from distill_datasets.errors import ServiceError
 
 if TYPE_CHECKING:
-    from distill_datasets.embedded.engine import Constraint
+    from distill_datasets.embedded.constraints import Constrain
     from distill_datasets.embedded.service import Service
 
 # The likeliest tokens of one place and their logprobs.
@@ -44,7 +44,7 @@ class LiveRequest:
         request: SampleRequest,
         left: Callable[[], bool],
         *,
-        constrain: Callable[[], Constraint] | None = None,
+        constrain: Constrain | None = None,
         stream: bool = False,
     ) -> None:
         self._loop, self._left, self._stream = asyncio.get_running_loop(), left, stream

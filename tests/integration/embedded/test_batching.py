@@ -1,23 +1,30 @@
-"""Requests that run together on the compute thread: how they join, leave, fail and take turns."""
+"""Requests that run together on the compute thread, of one version of the weights or of many."""
 
 from __future__ import annotations
 
+import json
 import queue
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from distill_datasets.embedded import decoding, engine
 from distill_datasets.embedded.decoding import RunningBatch
 from distill_datasets.embedded.engine import BASE, ComputeThread, Engine, Job, Payload, SampleJob
-from distill_datasets.embedded.model import ModelCard
+from distill_datasets.embedded.model import ModelCard, load_model
+from distill_datasets.embedded.prefix_attention import Slots
 from distill_datasets.embedded.store import Store
-from distill_datasets.embedded.wire import pb, read_sample_request
+from distill_datasets.embedded.wire import SampleRequest, pb, read_sample_request
 from tests.support.shared_server import shared
 
 # Two threads of a test wait for each other while other tests hold the cores.
@@ -25,21 +32,30 @@ torch.set_num_threads(1)
 PROMPT = [70, 71, 72, 73, 74, 75]
 
 
+def sample_request(prompt: list[int], count: int = 1, **more: Any) -> SampleRequest:
+    asked = {name: more.pop(name) for name in ("prompt_logprobs",) if name in more}
+    params = {"max_tokens": 6, "temperature": 0.0, "stop": [], **more}
+    chunks = [{"type": "encoded_text", "tokens": prompt}]
+    body = {"prompt": {"chunks": chunks}, "num_samples": count, "sampling_params": params}
+    return read_sample_request({**body, **asked})
+
+
 @dataclass
 class Computer:
     """An engine with its thread, asked without HTTP."""
 
+    engine: Engine
     thread: ComputeThread
     answers: list[queue.SimpleQueue[Payload]] = field(default_factory=list)
 
-    def send(self, prompt: list[int], count: int = 1, **more: Any) -> queue.SimpleQueue[Payload]:
+    def send(
+        self, prompt: list[int], count: int = 1, weights: str = BASE, **more: Any
+    ) -> queue.SimpleQueue[Payload]:
         """Submit a request; its answer comes through the queue."""
         hooks = {name: more.pop(name) for name in ("watch", "constrain") if name in more}
-        params = {"max_tokens": 6, "temperature": 0.0, "stop": [], **more}
-        chunks = [{"type": "encoded_text", "tokens": prompt}]
-        body = {"prompt": {"chunks": chunks}, "num_samples": count, "sampling_params": params}
         answer: queue.SimpleQueue[Payload] = queue.SimpleQueue()
-        self.thread.submit(SampleJob(BASE, read_sample_request(body), answer.put, **hooks))
+        request = sample_request(prompt, count, **more)
+        self.thread.submit(SampleJob(weights, request, answer.put, **hooks))
         return answer
 
     def ask(self, prompt: list[int], count: int = 1, **more: Any) -> list[list[int]]:
@@ -58,9 +74,9 @@ def drawn(answer: Payload) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def computer() -> Iterator[Computer]:
     with TemporaryDirectory() as folder:
-        engine = Engine(ModelCard.read(shared().model, "tiny"), Store(Path(folder)))
-        yield Computer(ComputeThread(engine, engine.load))
-        engine.close()
+        made = Engine(ModelCard.read(shared().model, "tiny"), Store(Path(folder)))
+        yield Computer(made, ComputeThread(made, made.load))
+        made.close()
 
 
 def test_each_token_is_seen_as_it_is_drawn(computer: Computer) -> None:
@@ -210,6 +226,227 @@ def test_a_request_for_which_memory_ends_is_told_so_and_the_others_are_answered(
     assert drawn(running.get(timeout=60)) == expected
     for answer in others:
         assert len(drawn(answer.get(timeout=60))[0]) == 6
+
+
+ADAPTED = {
+    2: ["self_attn.q_proj", "self_attn.v_proj"],
+    5: ["mlp.down_proj", "self_attn.o_proj", "lm_head"],
+    3: ["mlp.gate_proj", "self_attn.k_proj"],
+}
+
+
+def make_adapter(folder: Path, rank: int) -> Path:
+    """An adapter as PEFT saves it, whose rank decides which layers it changes, and how."""
+    random, tensors = torch.Generator().manual_seed(rank), {}
+    sizes = {name: size for name, size in matrices().items() if name.endswith(tuple(ADAPTED[rank]))}
+    for name, (out, into) in sizes.items():
+        for part, shape in (("A", (rank, into)), ("B", (out, rank))):
+            values = torch.randn(shape, generator=random) * 0.3
+            tensors[f"base_model.model.{name}.lora_{part}.weight"] = values
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = sorted({name.rsplit(".", 1)[-1] for name in sizes})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank + 1, "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def load_plain() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(
+        shared().model, dtype=torch.float32, tie_word_embeddings=False
+    ).eval()
+    network.lm_head.weight = torch.nn.Parameter(network.model.embed_tokens.weight.detach().clone())
+    network.generation_config.eos_token_id = None
+    return network
+
+
+@cache
+def matrices() -> dict[str, torch.Size]:
+    """The shapes of the tiny model's linear layers."""
+    found = load_plain().named_modules()
+    return {name: one.weight.shape for name, one in found if isinstance(one, torch.nn.Linear)}
+
+
+@dataclass
+class Version:
+    """Weights of an engine, and the same ones merged into a network of transformers' own."""
+
+    key: str
+    network: Any
+
+    def check(self, answer: Payload, prompt: list[int], count: int) -> None:
+        """Hold an answer to what these weights draw alone."""
+        assert isinstance(answer, bytes), answer
+        message = pb.SampleResponse.FromString(answer)
+        tokens = np.frombuffer(message.sequences[0].tokens, np.int32).tolist()
+        assert tokens == greedy(self.network, prompt, count)
+        with torch.no_grad():
+            logits = self.network(torch.tensor([prompt + tokens])).logits[0, :-1]
+        known = torch.log_softmax(logits, -1)
+        known = known.gather(1, torch.tensor(prompt + tokens)[1:, None])[:, 0].numpy()
+        found = np.frombuffer(message.sequences[0].logprobs, np.float32)
+        np.testing.assert_allclose(found, known[len(prompt) - 1 :], atol=1e-4)
+        if message.prompt_logprobs:
+            found = np.frombuffer(message.prompt_logprobs, np.float32)[1:]
+            np.testing.assert_allclose(found, known[: len(prompt) - 1], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def versions(
+    computer: Computer, network: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory
+) -> list[Version]:
+    """The base, and adapters of several ranks and layers over it."""
+    found = [Version(BASE, network)]
+    for rank in ADAPTED:
+        folder = make_adapter(tmp_path_factory.mktemp("adapters") / str(rank), rank)
+        merged, tensors = load_plain(), load_file(folder / "adapter_model.safetensors")
+        key = "base_model.model.{}.lora_{}.weight".format
+        for name, module in merged.named_modules():
+            if key(name, "A") in tensors:
+                change = tensors[key(name, "B")] @ tensors[key(name, "A")]
+                module.weight.data += (rank + 1) / rank * change
+        found.append(Version(computer.engine.weights_in(folder), merged))
+    return found
+
+
+def test_rows_with_different_adapters_step_together_and_draw_what_each_draws_alone(
+    computer: Computer, versions: list[Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, together, random = RunningBatch._forward, [], np.random.default_rng(5)
+    sent: list[tuple[Version, list[int], int, queue.SimpleQueue[Payload]]] = []
+
+    def counted(batch: RunningBatch, one: Any) -> torch.Tensor:
+        together.append(len({key for key, _ in one.reading}))
+        return forward(batch, one)
+
+    def send(n: int, **hooks: Any) -> None:
+        """Some share a start, which each version computes for itself."""
+        version, start = versions[n % len(versions)], [9] * (40 * (n % 3 == 0))
+        prompt, count = start + random.integers(5, 500, 3 + 5 * (n % 4)).tolist(), 8 + 30 * (n % 3)
+        answer = computer.send(
+            prompt, weights=version.key, max_tokens=count, prompt_logprobs=n % 5 == 0, **hooks
+        )
+        sent.append((version, prompt, count, answer))
+
+    def watch(_: int, token: int, logprob: float) -> bool:
+        if len(sent) < 24:  # more join while it runs
+            send(len(sent))
+        return True
+
+    monkeypatch.setattr(RunningBatch, "_forward", counted)
+    send(2, watch=watch)
+    for n in range(12):
+        send(n)
+    answers = [answer.get(timeout=120) for *_, answer in list(sent)]
+    while len(sent) > len(answers):
+        answers.append(sent[len(answers)][-1].get(timeout=120))
+    for (version, prompt, count, _), answer in zip(sent, answers, strict=True):
+        version.check(answer, prompt, count)
+    assert max(together) == len(versions)
+    assert sum(one > 1 for one in together) > len(together) / 2
+
+
+def test_more_adapters_than_are_in_memory_at_once_are_all_answered(
+    computer: Computer, versions: list[Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "MOST_SAMPLERS", 1)
+    sent = [(one, computer.send(PROMPT * 8, 2, weights=one.key)) for one in versions * 2]
+    for version, answer in sent:
+        version.check(answer.get(timeout=60), PROMPT * 8, 6)
+
+
+def test_an_adapter_that_is_gone_fails_its_own_requests_and_no_others(
+    computer: Computer, versions: list[Version], tmp_path: Path
+) -> None:
+    folder = make_adapter(tmp_path / "gone", 2)
+    key = computer.engine.weights_in(folder)
+    shutil.rmtree(folder)
+    running = computer.send(PROMPT, weights=versions[1].key, max_tokens=40)
+    failing = [computer.send(PROMPT, weights=key) for _ in range(3)]
+    others = [(one, computer.send(PROMPT, weights=one.key)) for one in versions]
+    for answer in failing:
+        found = answer.get(timeout=60)
+        assert isinstance(found, dict)
+        assert "the weights of this client were deleted" in found["error"]
+    versions[1].check(running.get(timeout=60), PROMPT, 40)
+    for version, other in others:
+        version.check(other.get(timeout=60), PROMPT, 6)
+
+
+def test_many_requests_with_one_adapter_do_not_keep_those_with_another_waiting(
+    computer: Computer, versions: list[Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "MOST_ROWS", 4)
+    ended: list[str] = []
+
+    def watch(key: str) -> Any:
+        return lambda *_: ended.append(key) is None
+
+    first, second = (one.key for one in versions[1:3])
+    sent = [
+        computer.send([n, n], weights=key, watch=watch(key), max_tokens=12)
+        for key, numbers in ((first, range(5, 45)), (second, range(5, 9)))
+        for n in numbers
+    ]
+    for answer in sent:
+        assert isinstance(answer.get(timeout=60), bytes)
+    last = max(place for place, key in enumerate(ended) if key == second)
+    assert last < len(ended) / 2
+
+
+def test_weights_that_are_always_asked_for_make_place_for_others(
+    computer: Computer, versions: list[Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "MOST_SAMPLERS", 1)
+    first, second = versions[1:3]
+    busy: list[queue.SimpleQueue[Payload]] = []
+    waiting: list[queue.SimpleQueue[Payload]] = []
+
+    def watch(_: int, token: int, logprob: float) -> bool:
+        if not waiting:
+            waiting.append(computer.send(PROMPT, weights=second.key))
+        if waiting[0].empty() and len(busy) < 200:
+            busy.append(computer.send(PROMPT, weights=first.key, watch=watch))
+        return True
+
+    first.check(computer.send(PROMPT, weights=first.key, watch=watch).get(timeout=60), PROMPT, 6)
+    second.check(waiting[0].get(timeout=60), PROMPT, 6)
+    assert len(busy) < 200
+    expected = greedy(first.network, PROMPT, 6)
+    assert all(drawn(answer.get(timeout=60)) == [expected] for answer in busy)
+
+
+def test_keys_and_values_take_no_more_memory_than_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows come, outgrow their slots and leave; prefixes of some are computed meanwhile."""
+    base = load_model(ModelCard.read(shared().model, "tiny"))
+    logits = decoding.LOGIT_BYTES * decoding.most_rows(base) * base.vocabulary
+    small = replace(base, memory=4 * (logits + 1500 * base.token.kept) // 3 + 1)
+    batch = RunningBatch(small, engine.SampledWeights(small, {}))
+    most, seen, alive = decoding.held_bytes(small), list[int](), WeakSet[Slots]()
+
+    class Counted(Slots):
+        def resize(self, rows: int, kept: int) -> None:
+            super().resize(rows, kept)
+            alive.add(self)
+            seen.append(sum(part.nbytes for one in alive for pair in one.layers for part in pair))
+
+    monkeypatch.setattr(decoding, "Slots", Counted)
+    random, answers = np.random.default_rng(0), list[Payload]()
+    # One of many short rows stays, and so do their slots; then come longer rows, and one that grows.
+    for rows, length, count in ((1, 4, 60), (20, 4, 4), (8, 80, 40), (1, 4, 150), (8, 80, 40)):
+        for _ in range(rows):
+            prompt = random.integers(5, 500, length).tolist()
+            batch.add(SampleJob(BASE, sample_request(prompt, max_tokens=count), answers.append))
+        for _ in range(8):
+            batch.step()
+    while batch.busy:
+        batch.step()
+    assert most / 2 < max(seen) <= most
+    assert sorted(len(drawn(answer)[0]) for answer in answers) == [4] * 20 + [40] * 16 + [60, 150]
 
 
 class Endless:

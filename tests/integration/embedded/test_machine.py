@@ -179,7 +179,7 @@ def test_little_memory_changes_no_gradient_and_too_little_is_said(
         return recomputed(*work)
 
     monkeypatch.setattr(trainer, "recomputed", counted)
-    for memory in (base.memory, 2 * 63 * base.learned_bytes):
+    for memory in (base.memory, 2 * 63 * base.token.learned):
         trainee = Trainee(replace(base, memory=memory), adapters, LoraSpec(4, seed=0))
         trainee.forward_backward(asked)
         found.append([one.grad for one in trainee._parameters])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from distill_datasets.embedded.machine import TokenBytes
 from distill_datasets.embedded.scheduler import (
     SHORTEST,
     Admission,
+    Newcomer,
     OpenRequest,
     Pace,
     Prefixes,
@@ -34,7 +36,11 @@ def admission(*requests: OpenRequest) -> Admission:
 
 
 def room(rows: int = 64, requests: int = 64, reading: int = LONGEST, holding: int = 10**6) -> Room:
-    return Room(rows, requests, reading, holding)
+    return Room(rows, requests, reading, holding, TokenBytes(kept=1, computed=0, learned=0))
+
+
+def picked(one: Admission, where: Room | None = None) -> list[Newcomer]:
+    return list(one.pick(where or room()))
 
 
 def built(one: Admission) -> None:
@@ -46,39 +52,53 @@ def built(one: Admission) -> None:
 def test_requests_join_in_the_order_they_came_while_there_is_room() -> None:
     requests = [waiting([n, n, n]) for n in range(5)]
     one = admission(*requests)
-    assert [new.request for new in one.pick(room(rows=2))] == requests[:2]
-    assert [new.request for new in one.pick(room(requests=1))] == requests[2:3]
-    assert [new.request for new in one.pick(room(reading=3))] == requests[3:4]
-    assert [new.request for new in one.pick(room())] == requests[4:]
+    assert [new.request for new in picked(one, room(rows=2))] == requests[:2]
+    assert [new.request for new in picked(one, room(requests=1))] == requests[2:3]
+    assert [new.request for new in picked(one, room(reading=3))] == requests[3:4]
+    assert [new.request for new in picked(one)] == requests[4:]
     assert not one.waiting
 
 
 def test_a_prompt_longer_than_what_is_left_to_read_waits_unless_it_is_first() -> None:
     first, second = waiting([1] * 20), waiting([2] * 20)
     one = admission(first, second)
-    assert [new.request for new in one.pick(room(reading=5))] == [first]
-    assert [new.request for new in one.pick(room(reading=5))] == [second]
+    assert [new.request for new in picked(one, room(reading=5))] == [first]
+    assert [new.request for new in picked(one, room(reading=5))] == [second]
 
 
 def test_nobody_joins_for_whom_there_is_no_memory() -> None:
+    one = admission(waiting([1] * 50, limit=60))
+    assert not picked(one, room(holding=127))
+    assert [new.reserved for new in picked(one, room(holding=128))] == [128]
+
+
+def test_a_row_that_outgrows_its_first_slots_has_place_for_both_while_it_moves() -> None:
     one = admission(waiting([1] * 50, limit=400))
-    assert not one.pick(room(holding=511))
-    assert [new.reserved for new in one.pick(room(holding=512))] == [512]
+    assert not picked(one, room(holding=767))
+    assert [new.reserved for new in picked(one, room(holding=768))] == [512 + 256]
+
+
+def test_a_prefix_is_begun_where_there_is_memory_for_it() -> None:
+    one = admission(*(waiting([*PROMPT, n]) for n in range(2)))
+    assert not picked(one, room(holding=99))
+    assert one.build is None
+    assert not picked(one, room(holding=100))
+    assert one.build is not None
 
 
 def test_samples_of_a_request_join_as_rows_get_free() -> None:
     one = admission(waiting([1, 2], samples=5))
-    assert [new.index for new in one.pick(room(rows=3))] == [0, 1, 2]
-    assert [new.index for new in one.pick(room(rows=3))] == [3, 4]
+    assert [new.index for new in picked(one, room(rows=3))] == [0, 1, 2]
+    assert [new.index for new in picked(one, room(rows=3))] == [3, 4]
 
 
 def test_prompts_that_share_a_beginning_wait_until_it_is_computed_once() -> None:
     one = admission(*(waiting([*PROMPT, n, n]) for n in range(4)), waiting([7, 8]))
-    assert [new.request.request.prompt.tolist() for new in one.pick(room())] == [[7, 8]]
+    assert [new.request.request.prompt.tolist() for new in picked(one)] == [[7, 8]]
     assert one.build is not None
     assert one.build.tokens.tolist() == PROMPT
     built(one)
-    joined = one.pick(room())
+    joined = picked(one)
     assert [(new.shared, new.suffix.tolist()) for new in joined] == [
         (100, [n, n]) for n in range(4)
     ]
@@ -88,22 +108,22 @@ def test_prompts_that_share_a_beginning_wait_until_it_is_computed_once() -> None
 def test_each_of_two_shared_beginnings_has_a_prefix_of_its_own() -> None:
     other = list(range(300, 380))
     one = admission(*(waiting([*start, n]) for n in range(3) for start in (PROMPT, other)))
-    one.pick(room())
+    picked(one)
     built(one)
-    first = one.pick(room())
+    first = picked(one)
     assert [new.shared for new in first] == [100] * 3
     built(one)
-    assert [new.shared for new in one.pick(room())] == [80] * 3
+    assert [new.shared for new in picked(one)] == [80] * 3
 
 
 def test_a_longer_beginning_starts_from_the_cached_part_of_it() -> None:
     one = admission(waiting([*PROMPT, 1]), waiting([*PROMPT, 2]))
-    one.pick(room())
+    picked(one)
     built(one)
-    one.pick(room())
+    picked(one)
     longer = [*PROMPT, *range(400, 700)]
     one.waiting.extend([waiting([*longer, 1]), waiting([*longer, 2])])
-    one.pick(room())
+    picked(one)
     assert one.build is not None
     assert (len(one.build.tokens), one.build.done) == (400, 100)
 
@@ -112,14 +132,14 @@ def test_prompts_that_share_a_little_more_use_as_much_as_the_others() -> None:
     """A batch attends once to what all of it shares, rather than to many lengths of it."""
     prompts = [[*PROMPT, 1, 1, 1, 5], [*PROMPT, 1, 1, 1, 6], [*PROMPT, 2], [*PROMPT, 1, 3]]
     one = admission(*map(waiting, prompts))
-    one.pick(room())
+    picked(one)
     built(one)
-    assert [new.shared for new in one.pick(room())] == [100] * 4
+    assert [new.shared for new in picked(one)] == [100] * 4
 
 
 def test_a_prompt_longer_than_a_pass_is_read_in_parts() -> None:
     one = admission(waiting(list(range(1000))))
-    assert not one.pick(room())
+    assert not picked(one)
     assert one.build is not None
     assert len(one.build.tokens) == 999
 
@@ -133,7 +153,7 @@ def test_a_waiting_prompt_is_not_taken_for_its_own_repetition() -> None:
 def test_a_request_that_failed_leaves_its_place_and_its_prefix() -> None:
     requests = [waiting([*PROMPT, n]) for n in range(2)]
     one = admission(*requests)
-    one.pick(room())
+    picked(one)
     assert one.build is not None
     one.drop(one.build.owner)
     assert one.build is None
