@@ -407,7 +407,7 @@ def test_weights_that_are_always_asked_for_make_place_for_others(
     def watch(_: int, token: int, logprob: float) -> bool:
         if not waiting:
             waiting.append(computer.send(PROMPT, weights=second.key))
-        if waiting[0].empty() and len(busy) < 200:
+        if waiting[0].empty() and len(busy) < 200 and sum(one.empty() for one in busy) < 3:
             busy.append(computer.send(PROMPT, weights=first.key, watch=watch))
         return True
 
@@ -436,7 +436,7 @@ def test_keys_and_values_take_no_more_memory_than_is_counted(
 
     monkeypatch.setattr(decoding, "Slots", Counted)
     random, answers = np.random.default_rng(0), list[Payload]()
-    # One of many short rows stays, and so do their slots; then come longer rows, and one that grows.
+    # One of many short rows stays, and so do their slots; longer rows come, and one that grows.
     for rows, length, count in ((1, 4, 60), (20, 4, 4), (8, 80, 40), (1, 4, 150), (8, 80, 40)):
         for _ in range(rows):
             prompt = random.integers(5, 500, length).tolist()
