@@ -6,6 +6,7 @@ wire.py       protobuf and JSON to plain dataclasses, and back; the limits of a 
 service.py    sessions, results that clients collect later, and the order of training
 engine.py     all that is computed, on one thread: training in order, samples in batches
 model.py      the frozen base model; lora.py: adapters over it
+weights.py    the weights that samples are drawn from, and the prefixes that each has cached
 scheduler.py  which requests run together, and behind which cached prefix
 decoding.py   batched sampling and the logprobs of prompts; prefix_attention.py: shared prefixes
 constraints.py  a JSON schema that a sample is held to

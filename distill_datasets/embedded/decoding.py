@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from .scheduler import (
     SampleJob,
     most_held,
 )
+from .weights import SampledWeights
 from .wire import (
     MOST_SCORES,
     DrawnSample,
@@ -46,9 +47,6 @@ from .wire import (
     SampleResult,
     write_sample_result,
 )
-
-if TYPE_CHECKING:
-    from .engine import SampledWeights
 
 MOST_ROWS = 64
 # Memory per logit while a token is drawn: float64 and several copies.

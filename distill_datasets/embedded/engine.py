@@ -11,10 +11,10 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,23 +23,17 @@ from distill_datasets.errors import DistillError
 
 from .constraints import Constrain, Grammars
 from .model import LoadedModel, ModelCard, load_model
-from .scheduler import Payload, Prefixes, Resolve, SampleJob
+from .scheduler import Payload, Resolve, SampleJob
 from .store import ExecutionLog, Kind, Store, StoredCheckpoint, StoredRun
+from .weights import BASE, MOST_SNAPSHOTS, SampledWeights, SavedWeights
 from .wire import Body, InvalidRequestError, MissingError, pb
 
 if TYPE_CHECKING:
     from .decoding import RunningBatch
-    from .lora import AdapterLayout, Adapters, LoraSpec
+    from .lora import LoraSpec
     from .trainer import Trainee
 
-__all__ = ["Payload", "SampleJob"]  # beside what is defined here
-
-# The key of the base model's own weights.
-BASE = "base"
-# Adapters kept in memory for sampling; others are read again when needed.
-MOST_SAMPLERS = 8
-# Unnamed weights kept for sampling; a training that samples at every step makes one each time.
-MOST_SNAPSHOTS = 64
+__all__ = ["BASE", "MOST_SNAPSHOTS", "Payload", "SampleJob"]  # beside what is defined here
 
 
 def failure(message: str, *, category: str = "user") -> Payload:
@@ -153,70 +147,6 @@ def _told(error: Exception) -> str:
     if isinstance(error, MemoryError) or "memory" in str(error).lower():
         return f"the server is out of memory: send fewer or shorter rows at once ({said})"
     return said
-
-
-@dataclass(frozen=True)
-class SavedWeights:
-    """Where an adapter that can be sampled lies, and its layout."""
-
-    folder: Path
-    lora: dict[str, Any] | AdapterLayout
-
-
-class SampledWeights:
-    """The versions of the weights that samples are drawn from, by their keys.
-
-    An adapter is read when it is needed, and read again when others took its place.
-    """
-
-    def __init__(self, base: LoadedModel, saved: Mapping[str, SavedWeights]) -> None:
-        self._base, self._saved = base, saved
-        self.prefixes = Prefixes(base.memory // 4)
-        # The adapters in memory, least recently used first.
-        self._loaded: OrderedDict[str, str] = OrderedDict()
-
-    @cached_property
-    def adapters(self) -> Adapters:
-        """The adapters over the base: importing peft takes seconds, and the base needs none."""
-        from .lora import Adapters
-
-        return Adapters(self._base)
-
-    def load(self, key: str, used: Collection[str]) -> bool:
-        """Have the weights in memory; False while rows use as many others as there may be."""
-        if key == BASE:
-            return True
-        if key not in self._loaded and len(self._loaded) >= MOST_SAMPLERS:
-            gone = next((one for one in self._loaded if one not in used), None)
-            if gone is None:
-                return False
-            self.adapters.drop(self._loaded.pop(gone))
-            self.prefixes.forget(gone)
-        if key not in self._loaded:
-            self._loaded[key] = self._read(key)
-        self._loaded.move_to_end(key)
-        return True
-
-    def use(self, runs: Sequence[tuple[str, int]]) -> None:
-        """Compute so many tokens of a pass with each of the weights, which are in memory."""
-        if "adapters" in vars(self):
-            self.adapters.sample(
-                [(None if key == BASE else self._loaded[key], tokens) for key, tokens in runs]
-            )
-
-    def _read(self, key: str) -> str:
-        from .lora import LoraSpec
-
-        saved = self._saved[key]
-        if not saved.folder.is_dir():
-            raise MissingError(
-                f"the weights of this client were deleted: {key}; of unnamed ones the last "
-                f"{MOST_SNAPSHOTS} are kept, named ones (save_weights_for_sampler) until their "
-                "time is over"
-            )
-        layout = saved.lora
-        spec = LoraSpec.read(layout) if isinstance(layout, dict) else layout
-        return self.adapters.load(saved.folder, spec)
 
 
 class Engine:

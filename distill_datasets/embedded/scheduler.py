@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from .constraints import Constrain
 from .machine import TokenBytes
+from .weights import SHORTEST, Prefix, Prefixes, common_length, head
 from .wire import DrawnSample, Ints, PromptScores, SampleRequest
 
 if TYPE_CHECKING:
@@ -41,11 +40,6 @@ class SampleJob:
     constrain: Constrain | None = None
 
 
-# Below this length a prefix costs more to keep apart than to compute again.
-SHORTEST = 24
-RECENT_PROMPTS = 64
-MOST_PREFIXES = 32
-MOST_HEADS = 1024
 # Requests looked at when rows join a batch.
 WINDOW = 256
 # Tokens that the smallest slots of a row hold; the others are twice as wide as the ones before.
@@ -54,97 +48,9 @@ NARROWEST = 64
 USUAL_ANSWER = 64
 
 
-@dataclass(frozen=True, eq=False)
-class Prefix:
-    """The tokens of a prompt's start and what each layer computed for them."""
-
-    tokens: Ints
-    layers: Sequence[KeyValues]
-    # How much of it rows use: few lengths, so that many rows use the same.
-    lengths: list[int] = field(default_factory=list)
-
-    def cut(self, length: int) -> Sequence[KeyValues]:
-        """The first tokens' keys and values, without a copy."""
-        return [(key[:, :length], value[:, :length]) for key, value in self.layers]
-
-    @property
-    def size(self) -> int:
-        """Bytes held."""
-        return sum(part.nbytes for pair in self.layers for part in pair)
-
-
-def head(prompt: Ints) -> bytes:
-    """What prompts have in common if they share anything worth caching: cheap to compare."""
-    return prompt[:SHORTEST].tobytes()
-
-
-def common_length(left: Ints, right: Ints) -> int:
-    """How many leading tokens two prompts share."""
-    size = min(len(left), len(right))
-    differ = np.flatnonzero(left[:size] != right[:size])
-    return int(differ[0]) if len(differ) else size
-
-
 def worthwhile(shared: int, cached: int) -> bool:
     """Whether a prefix is worth computing where a part of it is cached."""
     return shared >= max(SHORTEST, cached + cached // 4 + 1)
-
-
-class Prefixes:
-    """Cached prefixes of each version of the weights, least recently used out first."""
-
-    def __init__(self, most_bytes: int = 2 << 30) -> None:
-        self._most_bytes = most_bytes
-        self._kept: OrderedDict[tuple[str, bytes], Prefix] = OrderedDict()
-        self._recent: OrderedDict[tuple[str, bytes], deque[Ints]] = OrderedDict()
-
-    def best(self, weights: str, prompt: Ints) -> tuple[Prefix | None, int]:
-        """The cached prefix that shares most with a prompt, and how much it shares."""
-        found: tuple[Prefix | None, int] = (None, 0)
-        for (owner, _), prefix in self._kept.items():
-            if owner == weights:
-                shared = common_length(prefix.tokens, prompt)
-                if shared > found[1]:
-                    found = (prefix, shared)
-        return found if found[1] >= SHORTEST else (None, 0)
-
-    def repeated(self, weights: str, prompt: Ints, others: Sequence[Ints]) -> int:
-        """How much a prompt shares with others, and with those seen a moment ago."""
-        key = (weights, head(prompt))
-        recent = self._recent.setdefault(key, deque(maxlen=RECENT_PROMPTS))
-        self._recent.move_to_end(key)
-        if len(self._recent) > MOST_HEADS:
-            self._recent.popitem(last=False)
-        # A request that still waits is looked at again: it must not be found to repeat itself.
-        seen = [other for other in recent if other is not prompt]
-        if len(seen) == len(recent):
-            recent.append(prompt)
-        return max((common_length(prompt, other) for other in [*others, *seen]), default=0)
-
-    def keep(self, weights: str, prefix: Prefix) -> None:
-        """Cache a prefix."""
-        self._kept[weights, prefix.tokens.tobytes()] = prefix
-        while len(self._kept) > 1 and (
-            len(self._kept) > MOST_PREFIXES
-            or sum(one.size for one in self._kept.values()) > self._most_bytes
-        ):
-            self._kept.popitem(last=False)
-
-    def touch(self, weights: str, prefix: Prefix) -> None:
-        """Mark a prefix as used."""
-        key = (weights, prefix.tokens.tobytes())
-        if key in self._kept:
-            self._kept.move_to_end(key)
-
-    def keeps(self, weights: str, prefix: Prefix) -> bool:
-        """Whether a prefix is cached, rather than only used by rows that stand behind it."""
-        return self._kept.get((weights, prefix.tokens.tobytes())) is prefix
-
-    def forget(self, weights: str) -> None:
-        """Drop all prefixes of weights that are gone."""
-        for kept in (self._kept, self._recent):
-            for key in [key for key in kept if key[0] == weights]:
-                del kept[key]
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill_datasets.embedded import decoding, engine
+from distill_datasets.embedded import decoding, weights
 from distill_datasets.embedded.decoding import RunningBatch
 from distill_datasets.embedded.engine import BASE, ComputeThread, Engine, Job, Payload, SampleJob
 from distill_datasets.embedded.model import ModelCard, load_model
@@ -351,7 +351,7 @@ def test_rows_with_different_adapters_step_together_and_draw_what_each_draws_alo
 def test_more_adapters_than_are_in_memory_at_once_are_all_answered(
     computer: Computer, versions: list[Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "MOST_SAMPLERS", 1)
+    monkeypatch.setattr(weights, "MOST_SAMPLERS", 1)
     sent = [(one, computer.send(PROMPT * 8, 2, weights=one.key)) for one in versions * 2]
     for version, answer in sent:
         version.check(answer.get(timeout=60), PROMPT * 8, 6)
@@ -399,7 +399,7 @@ def test_many_requests_with_one_adapter_do_not_keep_those_with_another_waiting(
 def test_weights_that_are_always_asked_for_make_place_for_others(
     computer: Computer, versions: list[Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "MOST_SAMPLERS", 1)
+    monkeypatch.setattr(weights, "MOST_SAMPLERS", 1)
     first, second = versions[1:3]
     busy: list[queue.SimpleQueue[Payload]] = []
     waiting: list[queue.SimpleQueue[Payload]] = []
@@ -425,7 +425,7 @@ def test_keys_and_values_take_no_more_memory_than_is_counted(
     base = load_model(ModelCard.read(shared().model, "tiny"))
     logits = decoding.LOGIT_BYTES * decoding.most_rows(base) * base.vocabulary
     small = replace(base, memory=4 * (logits + 1500 * base.token.kept) // 3 + 1)
-    batch = RunningBatch(small, engine.SampledWeights(small, {}))
+    batch = RunningBatch(small, weights.SampledWeights(small, {}))
     most, seen, alive = decoding.held_bytes(small), list[int](), WeakSet[Slots]()
 
     class Counted(Slots):
