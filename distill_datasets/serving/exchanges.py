@@ -68,8 +68,10 @@ def _named(found: Mapping[str, Any]) -> tuple[str, float]:
     return str(found["token"]), float(found["logprob"])
 
 
-def as_events(answer: Mapping[str, Any]) -> Iterator[bytes]:
-    """A whole answer as the events of a stream: what it says, why it ends, and its tokens."""
+def as_events(answer: Mapping[str, Any], *, counts: bool) -> Iterator[bytes]:
+    """A whole answer as the events of a stream: what it says, why it ends, and with `counts` its
+    numbers of tokens.
+    """
     shared = {key: answer[key] for key in ("id", "created", "model") if key in answer}
     shared["object"] = "chat.completion.chunk"
     choice = answer["choices"][0]
@@ -83,7 +85,7 @@ def as_events(answer: Mapping[str, Any]) -> Iterator[bytes]:
         first["logprobs"] = choice["logprobs"]
     for event in ({"choices": [first]}, {"choices": [last]}):
         yield f"data: {json.dumps({**shared, **event}, ensure_ascii=False)}\n\n".encode()
-    if usage := answer.get("usage"):
+    if counts and (usage := answer.get("usage")):
         yield f"data: {json.dumps({**shared, 'choices': [], 'usage': usage})}\n\n".encode()
     yield b"data: [DONE]\n\n"
 

@@ -144,7 +144,7 @@ class _Asked:
     @property
     def key(self) -> str:
         """Whose it is: the user's name, or else the conversation's beginning."""
-        user = self.body.get("user")
+        user = self.body.get("user") or self.body.get("safety_identifier")
         if isinstance(user, str) and user:
             return f"user {user}"
         asked = [one["content"] for one in self.messages if one["role"] == "user"]
@@ -322,17 +322,13 @@ class RolloutProxy:
             for place in answer["choices"][0]["logprobs"]["content"]:
                 place["top_logprobs"] = place["top_logprobs"][:most]
         answer["model"] = asked.name or answer.get("model")
-        if asked.body.get("stream"):
-            return await self._as_stream(request, answer)
-        return web.json_response(answer)
-
-    async def _as_stream(
-        self, request: web.Request, answer: Mapping[str, Any]
-    ) -> web.StreamResponse:
-        """A whole answer as events: it was held back until it was sure."""
+        if not asked.body.get("stream"):
+            return web.json_response(answer)
         response = web.StreamResponse(headers=_EVENTS)
         await response.prepare(request)
-        for event in as_events(answer):
+        options = asked.body.get("stream_options")
+        counts = isinstance(options, Mapping) and bool(options.get("include_usage"))
+        for event in as_events(answer, counts=counts):
             await response.write(event)
         return response
 

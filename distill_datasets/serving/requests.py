@@ -142,11 +142,13 @@ def _refuse_others(body: Body, known: set[str]) -> None:
     for name, value in body.items():
         if value is None or name in known or name in _SILENT:
             continue
-        if name not in _NEUTRAL or value != _NEUTRAL[name]:
+        if name not in _NEUTRAL:
+            found = f"this server has no {name[:80]!r}; found {shown(value)}: leave it out"
+            raise InvalidRequestError(found)
+        if value != _NEUTRAL[name]:
             raise InvalidRequestError(
-                f"this server has no {name[:80]!r}"
-                + (f" but {_NEUTRAL[name]!r}" if name in _NEUTRAL else "")
-                + f"; found {shown(value)}: leave it out"
+                f"expected {name} of {_NEUTRAL[name]!r}, the only one that this server knows; "
+                f"found {shown(value)}: leave it out"
             )
 
 

@@ -122,17 +122,21 @@ class RolloutState:
         run: Path,
         judgement: Judgement,
         rules: StageRules,
-        stages: Sequence[Stage] = STAGES,
+        stages: Sequence[Stage] = (),
         *,
         automatic: bool = True,
         keep_texts: bool = False,
     ) -> None:
-        """Goes on where the folder's state says; else at the first stage with any traffic."""
+        """Goes on where the folder's state says, through its stages unless others are given; else
+        at the first stage with any traffic.
+        """
         self.folder = writable_folder(run / "rollout")
-        self.judgement, self.rules, self.stages = judgement, rules, stages
+        self.judgement, self.rules = judgement, rules
         self.automatic, self.keep_texts = automatic, keep_texts
         known = read_state(self.folder)
-        self.stage = by_name(known.get("stage", stages[1].name), stages)
+        kept = [Stage(**one) for one in known.get("stages", ())]
+        self.stages = tuple(stages or kept or STAGES)
+        self.stage = by_name(known.get("stage", self.stages[1].name), self.stages)
         self.evidence = Evidence(**known.get("evidence", {}))
         self.spent, self.moves = float(known.get("spent", 0.0)), int(known.get("moves", 0))
         self._saved = 0.0
@@ -209,6 +213,7 @@ class RolloutState:
         self._saved = time.monotonic()
         state = {
             "stage": self.stage.name,
+            "stages": [asdict(one) for one in self.stages],
             "evidence": asdict(self.evidence),
             "spent": self.spent,
             "moves": self.moves,
@@ -224,6 +229,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
         Evidence(**state["evidence"])
+        [Stage(**one) for one in state.get("stages", ())]
         return dict(state)
     except (ValueError, TypeError, KeyError) as error:
         raise OutputError(

@@ -94,8 +94,8 @@ class RolloutSettings:
     stages: tuple[str, ...] = setting(
         (),
         "NAME=SHARE:SHADOW, a stage with the student's share of the users, and of its answers "
-        "those that the teacher gives too; several times for several (default: alpha=0.01:1, "
-        "beta=0.1:0.5, rollout=0.5:0.1, production=1:0.02)",
+        "those that the teacher gives too; several times for several (default: those of the "
+        "rollout so far, or alpha=0.01:1, beta=0.1:0.5, rollout=0.5:0.1, production=1:0.02)",
         group="stages",
         flag="stage",
     )

@@ -33,7 +33,7 @@ from distill_datasets.serving.rollout import (
     usual_of,
 )
 from distill_datasets.serving.settings import RolloutSettings
-from distill_datasets.serving.stages import STAGES, Move, Stage, by_name
+from distill_datasets.serving.stages import Move, by_name
 
 _ADMIN = "admin.txt"  # the address of a running proxy, and the key that moves it
 _WORSE = 0.1  # by which agreement falls, in what is promised of a worse student
@@ -59,8 +59,8 @@ def move(run: Path | str, to: str, settings: RolloutSettings | None = None) -> s
     refuses.
     """
     settings, folder = settings or RolloutSettings(), Path(run)
-    by_name(to, _stages(settings))
     controlled = _controlled(folder, settings)
+    by_name(to, controlled.stages)
     try:
         with one_writer(controlled.folder, "rollout"):
             controlled.move(Move(to, "by hand", {}))
@@ -94,14 +94,10 @@ def _controlled(run: Path, settings: RolloutSettings) -> RolloutState:
         run,
         judgement,
         rules_of(report, gate),
-        _stages(settings),
+        parse_stages(settings.stages) if settings.stages else (),
         automatic=not settings.manual,
         keep_texts=settings.keep_texts,
     )
-
-
-def _stages(settings: RolloutSettings) -> tuple[Stage, ...]:
-    return parse_stages(settings.stages) if settings.stages else STAGES
 
 
 def _open(run: Path, settings: RolloutSettings, admin: str) -> RolloutProxy:
@@ -213,7 +209,9 @@ def _promise(controlled: RolloutState, url: str) -> str:
     lines = [
         f"The rollout answers at {url}/v1, numbers are at {url}/metrics and a page at {url}/.",
         f"Stage {stage.name}: the student answers {stage.share:.0%} of the users, and of that the "
-        f"teacher {stage.shadow:.0%} too.",
+        f"teacher {stage.shadow:.0%} too."
+        if stage.share
+        else f"Stage {stage.name}: the teacher answers everybody; --to names another stage.",
         f"Held-out rows agree in {rules.expected:.3f}; {rules.least:.3f} is the least. A student "
         f"as good is promoted after about {up or 'a million and more'} shadowed answers, one that "
         f"agrees in {max(0.0, rules.least - _WORSE):.3f} is taken off after about {down}.",

@@ -333,8 +333,8 @@ def test_an_answer_that_the_student_is_sure_of_is_served_whole_or_as_a_stream(
     asked: Any = {"model": "mine", "messages": [{"role": "user", "content": "one two"}]}
     if stream:
         chunks = list(client.chat.completions.create(**asked, stream=True))
-        said = "".join(one.choices[0].delta.content or "" for one in chunks if one.choices)
-        assert [one.choices[0].finish_reason for one in chunks if one.choices][-1] == "stop"
+        said = "".join(one.choices[0].delta.content or "" for one in chunks)
+        assert chunks[-1].choices[0].finish_reason == "stop", "no counts, for nobody asked for them"
     else:
         answer = client.chat.completions.create(**asked)
         said = answer.choices[0].message.content
@@ -389,6 +389,13 @@ def test_the_closed_set_is_asked_for_and_the_client_gets_what_it_asked_for(place
     place.student.answer = Answer(ignores=("top_logprobs",))
     assert ask(client, "de") == "de"
     assert place.rollout.evidence.odd == {"failed": 1}
+
+
+def test_stages_of_ones_own_are_kept_so_that_a_rollout_ends_by_its_name_alone(place: Place) -> None:
+    place.start()
+    place.end()
+    kept = RolloutState(place.run, Judgement(place.recipe, False), place.rules)
+    assert (kept.stages, kept.stage) == (ALL, ALL[1])
 
 
 @pytest.fixture(scope="module")
