@@ -247,7 +247,7 @@ def test_a_prompt_that_came_before_is_read_from_the_cache(chat: Asked) -> None:
         ({"temperature": 3}, 400, "expected temperature in 0.0..2.0"),
         ({"n": 0}, 400, "expected n in 1..128"),
         ({"max_tokens": 10**6}, 400, "within the context of 4096 tokens"),
-        ({"frequency_penalty": 1}, 400, "no 'frequency_penalty' but 0"),
+        ({"frequency_penalty": 1}, 400, "expected frequency_penalty of 0"),
         ({"guided_regex": "a"}, 400, "no 'guided_regex'"),
         ({"top_logprobs": 3}, 400, "expected logprobs: true"),
         ({"stop": [""]}, 400, "none empty"),
