@@ -15,7 +15,7 @@ from distill_datasets.schema import Message
 
 from .live import Outcome, Top
 from .requests import RequestSettings
-from .served import ChatFormat
+from .served import CALL_OPENING, ChatFormat
 
 _CALL = "<tool_call>"
 _OPENED, _CLOSED = "<think>", "</think>"
@@ -99,13 +99,17 @@ class ResponseReader(Protocol):
 
 @dataclass(frozen=True)
 class ChatReader:
-    """Reads messages as a chat format writes them; `thinks` where its prompt opens the thoughts."""
+    """Reads messages as a chat format writes them; `thinks` where its prompt opens the thoughts.
+
+    Where the prompt opened a call of a tool, an answer is the JSON of this one.
+    """
 
     format: ChatFormat
     asked: RequestSettings
     messages: Sequence[Message]
     tools: str | None
     thinks: bool
+    calls: bool = False
 
     def read(self, tokens: Sequence[int]) -> SpokenMessage:
         """The message that the renderer reads, up to a stop."""
@@ -114,13 +118,16 @@ class ChatReader:
         if self.tools is None:
             return SpokenMessage(text, cut, (), reasoning)
         try:
-            message = assistant_message(text, calls=True, after=self.messages)
+            whole = f"{CALL_OPENING}{text}\n</tool_call>" if self.calls else text
+            message = assistant_message(whole, calls=True, after=self.messages)
         except ValueError:  # a call that can't be read is what the model said
             return SpokenMessage(text, cut, (), reasoning)
         return SpokenMessage(message["content"], cut, message.get("tool_calls", ()), reasoning)
 
     def settled(self, said: DecodedTokens) -> str:
         """Its words before any call, once its thoughts are over."""
+        if self.calls:
+            return ""
         raw = said.text.lstrip()
         opens = self.thinks or raw.startswith(_OPENED) or _OPENED.startswith(raw)
         if opens and _CLOSED not in raw:

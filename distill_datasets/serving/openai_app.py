@@ -250,11 +250,18 @@ class _Endpoints:
         model, asked = self._models.find(read.asked.model), read.asked
         messages, tools = model.asked(read.messages, read.tools)
         tokens = model.format.prompts.tokens(messages, tools)
+        thinks = _thinks(model, tokens)
+        if read.calls and thinks:
+            raise InvalidRequestError(
+                "expected tool_choice of 'auto' or 'none': this model thinks before it calls a tool"
+            )
+        if read.calls:
+            tokens = [*tokens, *model.format.call_opening]
         constrain = None
         if read.schema is not None:
             constrain = await self._service.hold(read.schema, model.format.ends)
         sampled = _sampled(model, asked, tokens, (*asked.stop, *model.format.end_texts))
-        reader = ChatReader(model.format, asked, read.messages, tools, _thinks(model, tokens))
+        reader = ChatReader(model.format, asked, read.messages, tools, thinks, read.calls)
         writer = BodyWriter(True, asked, model.format, self._service.card.fingerprint)
         with self._admitted():
             live = self._live(request, model, asked, sampled, constrain)

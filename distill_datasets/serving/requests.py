@@ -65,12 +65,16 @@ class RequestSettings:
 
 @dataclass(frozen=True)
 class ChatAsked:
-    """A conversation to go on with; `tools` is JSON text, `schema` what the answer is held to."""
+    """A conversation to go on with; `tools` is JSON text, `schema` what the answer is held to.
+
+    Where it `calls`, the answer is a call of a tool, and the schema that of the call.
+    """
 
     asked: RequestSettings
     messages: Sequence[Message]
     tools: str | None
     schema: Any
+    calls: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,15 @@ def read_chat(body: Body) -> ChatAsked:
         raise InvalidRequestError("expected logprobs: true beside top_logprobs; found it off")
     most = "max_completion_tokens" if body.get("max_completion_tokens") else "max_tokens"
     tools, schema = _read_tools(body), _read_form(body)
+    called = _called(body.get("tool_choice"), tools)
     if tools and schema is not None:
         raise InvalidRequestError(
             "expected tools or a response_format of JSON; found both: a call is not of that form"
         )
     limit = whole(body, most, 1, _LARGE, None)
-    return ChatAsked(_asked(body, top, limit), messages, tools, schema)
+    told = json.dumps(tools, ensure_ascii=False) if tools else None
+    schema = schema if called is None else called
+    return ChatAsked(_asked(body, top, limit), messages, told, schema, called is not None)
 
 
 def read_text(body: Body) -> TextAsked:
@@ -168,20 +175,42 @@ def _read_stop(given: Any) -> tuple[str, ...]:
     return tuple(text({"stop": one}, "stop") for one in stops)
 
 
-def _read_tools(body: Body) -> str | None:
-    given, choice = body.get("tools"), body.get("tool_choice") or "auto"
-    if choice not in ("auto", "none"):
-        raise InvalidRequestError(
-            f"expected tool_choice of 'auto' or 'none'; found {shown(choice)}: a model is told of "
-            "its tools here, and not made to call one"
-        )
-    if not given or choice == "none":
-        return None
+def _read_tools(body: Body) -> list[dict[str, Any]]:
+    given = body.get("tools")
+    if not given or body.get("tool_choice") == "none":
+        return []
     if not isinstance(given, list):
         raise InvalidRequestError(f"expected tools as a list; found {shown(given)}")
     if any(section(one, "function").get("strict") for one in given if isinstance(one, dict)):
         raise InvalidRequestError("calls are not held to a schema here: leave strict out of tools")
-    return json.dumps(checked_tools(given, "tools"), ensure_ascii=False)
+    return checked_tools(given, "tools")
+
+
+def _called(choice: Any, tools: Sequence[Mapping[str, Any]]) -> Any:
+    """The schema of the call that a `tool_choice` demands; None where it demands none."""
+    if choice in (None, "auto", "none"):
+        return None
+    known = {one["function"]["name"]: one["function"] for one in tools}
+    name = section(choice, "function").get("name") if isinstance(choice, dict) else None
+    wanted = [*known.values()] if choice == "required" else [known[name]] if name in known else []
+    if not wanted:
+        raise InvalidRequestError(
+            "expected tool_choice of 'auto', 'none', 'required' or the function of one of the "
+            f"tools, {sorted(known)[:20]}; found {shown(choice)}"
+        )
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": one["name"]},
+                "arguments": one.get("parameters") or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for one in wanted
+    ]
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
 
 
 def _read_form(body: Body) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.conversations import below, to_text
+from distill_datasets.conversations import Call, below, to_text, tool_calls
 from distill_datasets.embedded.engine import BASE
 from distill_datasets.embedded.store import SCHEME, Store
 from distill_datasets.embedded.wire import InvalidRequestError, MissingError
@@ -28,6 +29,19 @@ if TYPE_CHECKING:
 
 # Behind a model's name: the prompt that it was distilled from is put before what it is asked.
 WITH_PROMPT = "+prompt"
+CALL_OPENING = "<tool_call>\n"
+_PROBE = json.dumps(
+    [
+        {
+            "type": "function",
+            "function": {
+                "name": "f",
+                "description": "",
+                "parameters": {"type": "object", "properties": {}},
+            },
+        }
+    ]
+)
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,99})=(.+)")
 
 
@@ -62,6 +76,27 @@ class ChatFormat:
             stops = []
         found = [one for one in stops if isinstance(one, int)] or [own]
         return tuple(one for one in dict.fromkeys(found) if one is not None)
+
+    @cached_property
+    def call_opening(self) -> tuple[int, ...]:
+        """The tokens before the JSON of a call, in formats that write one as `write_calls` does.
+
+        Raises `InvalidRequestError` for another format.
+        """
+        call: Any = tool_calls([Call("f", {})])
+        turns: Any = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": call},
+        ]
+        example, _ = self.renderer.build_supervised_example(turns, tools=_PROBE)
+        if CALL_OPENING + '{"name": "f", "arguments": {}}' not in self.tokenizer.decode(
+            example.to_ints()
+        ):
+            raise InvalidRequestError(
+                "expected tool_choice of 'auto' or 'none': this model's chat format does not write "
+                f"calls as JSON behind {CALL_OPENING.strip()}, to which an answer can be held"
+            )
+        return tuple(self.tokenizer.encode(CALL_OPENING, add_special_tokens=False))
 
     @cached_property
     def controls(self) -> frozenset[int]:

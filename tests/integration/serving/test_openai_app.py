@@ -252,7 +252,7 @@ def test_a_prompt_that_came_before_is_read_from_the_cache(chat: Asked) -> None:
         ({"top_logprobs": 3}, 400, "expected logprobs: true"),
         ({"stop": [""]}, 400, "none empty"),
         ({"tools": [{"name": "?"}]}, 400, "expected a function with a name"),
-        ({"tool_choice": "required", "tools": []}, 400, "'auto' or 'none'"),
+        ({"tool_choice": "required", "tools": []}, 400, "'required' or the function of one"),
         ({"response_format": {"type": "xml"}}, 400, "expected response_format.type"),
         (
             {
@@ -356,6 +356,35 @@ def test_calls_of_tools_come_as_openai_has_them(server: Address, chat: Asked) ->
     messages = [{"role": "user", "content": "a"}]
     found = post(server, "chat/completions", {"model": "tiny", "messages": messages, **both})
     assert found.status_code == 400
+
+
+def tool(name: str, *letters: str) -> dict[str, Any]:
+    letter = {"type": "string", "enum": letters}
+    schema = {"type": "object", "properties": {"a": letter}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_that_must_be_called_is_called_as_its_schema_says(chat: Asked, stream: bool) -> None:
+    tools = [tool("f", "one", "two"), tool("g", "six")]
+    named = {"type": "function", "function": {"name": "g"}}
+    for choice, names in (("required", {"f", "g"}), (named, {"g"})):
+        settings = {"temperature": 1, "seed": 5, "max_tokens": 200, "stream": stream}
+        made = chat(tools=tools, tool_choice=choice, **settings)
+        if stream:
+            *_, last = made
+            (call,) = last.choices[0].delta.tool_calls
+        else:
+            (last,) = made.choices
+            (call,) = last.message.tool_calls
+            assert last.message.content is None and last.finish_reason == "tool_calls"
+        assert call.function.name in names
+        allowed = {"f": {"one", "two"}, "g": {"six"}}[call.function.name]
+        assert json.loads(call.function.arguments)["a"] in allowed
+    cut = chat(tools=tools, tool_choice="required", max_tokens=3)
+    if not stream:
+        assert cut.choices[0].finish_reason == "length" and not cut.choices[0].message.tool_calls
 
 
 @pytest.mark.parametrize("thinks", [False, True])
