@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from distill_datasets.errors import GenerationError, ModelError, SettingsError
+from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.ray import generate_on_ray
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.shards import Share
@@ -19,6 +20,7 @@ from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.release import publish
 from distill_datasets.schema import Message
 from tests.conftest import edit
+from tests.support.conversations import Talker, talks, user
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Marked(Echo):
         return reply
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray")
     ray.init(
@@ -97,3 +99,23 @@ def test_parts_made_on_ray_publish_as_one_run_and_are_continued_one_by_one(
     again = generate_on_ray(recipe, out=tmp_path / "run", parts=4, teacher=teacher)
     assert again.rows == 40
     assert kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_conversations_of_which_every_turn_is_answered_go_on_where_a_part_broke_off(
+    tmp_path: Path,
+) -> None:
+    rows = [[user(f"Hello {n}"), user(f"Bye {n}")] for n in range(6)]
+    recipe = load_recipe(talks(tmp_path / "recipe", rows, turns="all"))
+    broken = generate_on_ray(recipe, out=tmp_path / "run", parts=2, teacher=Talker(most=3))
+    assert broken.errors > 0
+    made = generate_on_ray(recipe, out=tmp_path / "run", parts=2, teacher=Talker())
+    assert (made.rows, made.errors) == (6, 0)
+    bought = []
+    for number in (1, 2):
+        with Journal(Share(number, 2).folder(made.path) / "journal.sqlite") as journal:
+            bought += [times for _, times in journal]
+    assert bought == [1] * 12
+    generate(recipe, teacher=Talker(), out=tmp_path / "whole")
+    assert publish(made.path).digest == publish(tmp_path / "whole").digest

@@ -8,9 +8,11 @@ import pytest
 from datasets import load_dataset
 
 from distill_datasets.conversations import from_text
+from distill_datasets.errors import BudgetReached
 from distill_datasets.evaluation.report import measure
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.dry_run import dry_run
+from distill_datasets.generation.pricing import Prices, open_meter
 from distill_datasets.generation.run import Generated, generate
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
@@ -77,6 +79,32 @@ def test_a_run_that_ends_between_two_turns_pays_for_the_others_only(tmp_path: Pa
     whole = run(tmp_path, second)
     assert (whole.errors, len(second.asked)) == (0, 3)
     assert whole.rows[0]["response"] == "You said: Thanks"
+
+
+@pytest.mark.parametrize("share", [None, Share(1, 1)])
+def test_a_budget_that_ends_amid_conversations_is_gone_on_with_for_the_rest(
+    tmp_path: Path, share: Share | None
+) -> None:
+    recipe = talks(tmp_path / "recipe", ROWS, turns="all")
+    talker = {"prompt": 1_000, "response": 0}  # a request costs 0.01 a message
+    prices = {"date": "2026-11-01", "currency": "USD", "models": {"talker": talker}}
+    folder = share.folder(tmp_path / "run") if share else tmp_path / "run"
+
+    def ask(budget: float, teacher: Talker) -> Generated:
+        known = Prices.model_validate(prices)
+        meter = open_meter(known, budget=budget, journal=folder / "journal.sqlite")
+        return generate(recipe, teacher=teacher, out=tmp_path / "run", meter=meter, share=share)
+
+    first, second = Talker(), Talker()
+    with pytest.raises(BudgetReached, match="run again with a higher budget"):
+        ask(0.1, first)
+    begun = [contents(messages)[1] for messages, _ in first.asked]
+    assert {"Hello", "Well?"} <= {*begun}  # and neither was answered to its end
+    whole = ask(1.0, second)
+    assert (whole.kept, whole.rejected) == (2, {"turn 2: truncated": 1})
+    asked = [contents(messages) for messages, _ in [*first.asked, *second.asked]]
+    assert len(asked) == len({*map(tuple, asked)}) == 6
+    assert ask(1.0, Talker(most=0)).kept == 2
 
 
 def test_a_release_holds_whole_conversations_and_makes_itself_again_for_nothing(
