@@ -26,8 +26,8 @@ def in_notebook() -> bool:
 
 
 @contextmanager
-def _without_other_bars() -> Iterator[None]:
-    """Without the bars of `datasets`, which fill a cell line by line."""
+def without_bars() -> Iterator[None]:
+    """Without the bars of `datasets`, which count batches and files, and would cut through ours."""
     import datasets
 
     shown = datasets.is_progress_bar_enabled()
@@ -47,7 +47,7 @@ def interruptible(verb: Callable[P, T]) -> Callable[P, T]:
         if not in_notebook():
             return verb(*values, **named)
         try:
-            with _without_other_bars():
+            with without_bars():
                 return verb(*values, **named)
         except KeyboardInterrupt as interrupt:
             ended = Interrupted("what was paid for is kept; run the same again to continue.")

@@ -69,21 +69,10 @@ _RELEASE_COLUMNS = (
     "teacher_cached_tokens",
     "teacher_response_tokens",
 )
-_REJECTED_COLUMNS = (
-    "id",
-    "query",
-    "group",
-    "reference",
-    "split",
-    "sample",
-    "teacher",
-    "raw",
-    "stop_reason",
-    "teacher_prompt_tokens",
-    "teacher_cached_tokens",
-    "teacher_response_tokens",
-    "rejection",
-    "error",
+_REJECTED_COLUMNS = tuple(
+    name
+    for name in _ANSWER_COLUMNS
+    if name not in ("answer", "response", "candidates", "agreement", "score")
 )
 
 

@@ -21,7 +21,7 @@ from distill_datasets.errors import (
 from distill_datasets.files import one_writer
 from distill_datasets.generation.batch_jobs import BatchOutcome, BatchTable, BatchWorker
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import CachedClient, run_in_thread
+from distill_datasets.generation.client import run_in_thread
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.teachers import Answerer
@@ -207,7 +207,7 @@ def _provider_of(sampler: Sampler) -> OpenAIBatches | None:
     return provider
 
 
-class _BatchFiles(CachedClient):
+class _BatchFiles:
     """Answers from the journal, and asks nobody: what is missing becomes lines of a file.
 
     A full file is a planned batch in the table. `samplers` are those asked, by identity, and
@@ -220,8 +220,7 @@ class _BatchFiles(CachedClient):
         self, journal: Journal, table: BatchTable, progress: Progress, *, most: int
     ) -> None:
         """`most` requests go into one file, or fewer where the provider says so."""
-        super().__init__(journal, progress)
-        self.table, self.most = table, most
+        self.journal, self.progress, self.table, self.most = journal, progress, table, most
         self.samplers: dict[str, Sampler] = {}
         self.needed: set[str] = set()
         self.planned: set[str] = set()
@@ -234,10 +233,10 @@ class _BatchFiles(CachedClient):
     ) -> Reply:
         """The journal's answer; raises `InterruptedError` for what waits for its batch."""
         key = request_digest(sampler.identity, messages, sampling)
-        if known := self._known(key):
+        if known := self.journal.get(key):
             return known
-        if key in self.rejected:
-            raise self.rejected[key]
+        if rejected := self.journal.rejection(key) or self.rejected.get(key):
+            raise rejected
         provider = _provider_of(sampler)
         if provider is None:
             self.others += 1

@@ -35,8 +35,13 @@ from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.run import ChosenRows, select_rows
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
-from distill_datasets.generation.teachers import PromptedModel, Teachers, open_teachers
-from distill_datasets.generation.turns import Request, known_requests
+from distill_datasets.generation.teachers import (
+    PromptedModel,
+    Request,
+    Teachers,
+    known_requests,
+    open_teachers,
+)
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
 from distill_datasets.notebooks import interruptible
 from distill_datasets.progress import Progress, amount_text
@@ -64,9 +69,10 @@ class SampledRow:
 
     def __str__(self) -> str:
         said = self.problem if self.text is None else self.text
+        query, said = one_line(readable(self.query), _SHOWN), one_line(str(said), _SHOWN)
         read = f" -> {self.answer!r}" if self.answer is not None else ""
         dropped = f" [{self.problem}]" if self.problem and self.text is not None else ""
-        return f"{_short(readable(self.query))} | {_short(str(said))}{read}{dropped}"
+        return f"{query} | {said}{read}{dropped}"
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,9 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
     teachers = open_teachers(recipe, teacher, trust=settings.trust)
     priced = Prices.load(prices) if isinstance(prices, str | Path) else prices
     untouched = open_untouched(teachers.recipe, settings)
-    meter = _meter(priced, [*teachers.models, *(one.model for one in untouched.values())])
+    meter = Meter(priced) if priced else None
+    if meter:
+        meter.check([*teachers.models, *(one.model for one in untouched.values())])
     chosen = select_rows(teachers.recipe, untouched, settings, share)
     queries = chosen.queries
     folder = share.folder(out) if share and out is not None else out
@@ -248,14 +256,6 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
         evidence=() if share else (*HeldOutRows.of(teachers.recipe, queries).lines(),),
         notes=(*_notes(teachers.recipe, plan, sampled),),
     )
-
-
-def _meter(prices: Prices | None, models: Sequence[str]) -> Meter | None:
-    """Counts what is asked; raises `PriceError` for a model without a price."""
-    meter = Meter(prices) if prices else None
-    if meter:
-        meter.check(models)
-    return meter
 
 
 def _draw(queries: "Dataset", count: int) -> list[dict[str, Any]]:
@@ -488,10 +488,6 @@ def _notes(recipe: Recipe, plan: _Plan, sampled: Sequence[SampledRow]) -> Iterat
             "A tokenizer that is not on this machine can't count: where tokens are guessed, a "
             "token is taken for four bytes, and for two to six in the bounds."
         )
-
-
-def _short(text: str) -> str:
-    return one_line(text, _SHOWN)
 
 
 def _count(value: float) -> str:

@@ -17,8 +17,12 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient, ManyRequests
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.settings import GenerateSettings
-from distill_datasets.generation.teachers import PromptedModel, Teachers
-from distill_datasets.generation.turns import Request, known_requests
+from distill_datasets.generation.teachers import (
+    PromptedModel,
+    Request,
+    Teachers,
+    known_requests,
+)
 from distill_datasets.hub.references import Pinned, find_release
 from distill_datasets.models.sampler import Reply, Sampling, request_digest
 from distill_datasets.parquet import ROWS_PER_BATCH, read_batches

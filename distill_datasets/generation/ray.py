@@ -1,8 +1,9 @@
 """A run on a Ray cluster: Ray Data hands out the parts, and each is an ordinary `generate`."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,48 +33,6 @@ class RayRun:
     errors: int
 
 
-@dataclass(frozen=True)
-class PartTask:
-    """One share of a run, as a Ray worker is told of it; called with tables of share numbers."""
-
-    recipe: Recipe | str
-    teacher: Sampler | str | None
-    out: str
-    count: int
-    settings: GenerateSettings
-
-    def __call__(self, numbers: "pa.Table") -> "pa.Table":
-        """What became of these parts: a failure is a value here, so that the others go on."""
-        import pyarrow as pa
-
-        return pa.Table.from_pylist(
-            [asdict(self._answered(number)) for number in numbers["number"].to_pylist()]
-        )
-
-    def _answered(self, number: int) -> "PartOutcome":
-        try:
-            made = generate(
-                self.recipe,
-                teacher=self.teacher,
-                out=self.out,
-                settings=self.settings,
-                share=Share(number, self.count),
-            )
-        except DistillError as error:
-            return PartOutcome(number, 0, 0, f"{type(error).__name__}: {error}")
-        return PartOutcome(number, len(made.rows), made.errors, "")
-
-
-@dataclass(frozen=True)
-class PartOutcome:
-    """What became of a part; `problem` is empty where it was done."""
-
-    number: int
-    rows: int
-    errors: int
-    problem: str
-
-
 def generate_on_ray(
     recipe: Recipe | str | Path,
     *,
@@ -101,44 +60,61 @@ def generate_on_ray(
     if teacher is not None:
         asked = asked.with_teacher(teacher if isinstance(teacher, str) else teacher.model)
     shares = [Share(number, parts) for number in range(1, parts + 1)]
-    known = [outcome for share in shares if (outcome := _finished(share, folder, asked))]
-    left = [share.number for share in shares if share.number not in {one.number for one in known}]
-    part = PartTask(source, teacher, str(folder), parts, settings)
+    known = [found for share in shares if (found := _finished(share, folder, asked))]
+    done = {one["number"] for one in known}
+
+    def answer(numbers: "pa.Table") -> "pa.Table":
+        """A failure is a value here, so that the other parts go on."""
+        import pyarrow as pa
+
+        (number,) = numbers["number"].to_pylist()
+        part, rows, errors, problem = Share(number, parts), 0, 0, ""
+        try:
+            made = generate(source, teacher=teacher, out=folder, settings=settings, share=part)
+            rows, errors = len(made.rows), made.errors
+        except DistillError as error:
+            problem = f"{type(error).__name__}: {error}"
+        found = {"number": number, "rows": rows, "errors": errors, "problem": problem}
+        return pa.Table.from_pylist([found])
+
     with Progress("ray", parts, unit="parts", start=len(known)) as progress:
-        for outcome in _run(part, left, workers):
+        left = [share.number for share in shares if share.number not in done]
+        for outcome in _run(answer, left, workers):
             known.append(outcome)
-            progress.advance(1, note=f"part {outcome.number}: {outcome.problem or 'done'}")
-    failed = sorted((one for one in known if one.problem), key=lambda one: one.number)
+            note = f"part {outcome['number']}: {outcome['problem'] or 'done'}"
+            progress.advance(1, note=note)
+    failed = sorted((one for one in known if one["problem"]), key=itemgetter("number"))
     if failed:
         raise GenerationError(_explain(failed, parts))
-    return RayRun(folder, sum(one.rows for one in known), sum(one.errors for one in known))
+    return RayRun(folder, sum(one["rows"] for one in known), sum(one["errors"] for one in known))
 
 
-def _finished(share: Share, folder: Path, recipe: Recipe) -> PartOutcome | None:
+def _finished(share: Share, folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     """What a part holds that needs no other look; None where rows are missing or failed."""
     summary = read_summary(share.folder(folder))
     if summary is None or summary["errors"] or summary["recipe_digest"] != recipe.digest:
         return None
-    return PartOutcome(share.number, summary["rows"], 0, "")
+    return {"number": share.number, "rows": summary["rows"], "errors": 0, "problem": ""}
 
 
-def _run(part: PartTask, numbers: Sequence[int], workers: int | None) -> Iterator[PartOutcome]:
-    """Outcomes as they come; a block a part, so that Ray can run any part anywhere."""
+def _run(
+    answer: "Callable[[pa.Table], pa.Table]", numbers: Sequence[int], workers: int | None
+) -> Iterator[dict[str, Any]]:
+    """What becomes of parts, as they come; a block a part: Ray can run any part anywhere."""
     if not numbers:
         return
     import pyarrow as pa
 
     data = _ray_data()
-    tables = [pa.table({"number": [number]}) for number in numbers]
-    outcomes = data.from_arrow(tables).map_batches(
-        part,
+    outcomes = data.from_arrow([pa.table({"number": [one]}) for one in numbers]).map_batches(
+        answer,
         batch_size=1,
         # The default makes pickled objects of nested columns, which `datasets` can't read.
         batch_format="pyarrow",
         compute=data.TaskPoolStrategy(size=workers),
     )
     for table in outcomes.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-        yield from (PartOutcome(**row) for row in table.to_pylist())
+        yield from table.to_pylist()
 
 
 def _ray_data() -> Any:
@@ -152,8 +128,8 @@ def _ray_data() -> Any:
     return data
 
 
-def _explain(failed: Sequence[PartOutcome], parts: int) -> str:
-    said = "; ".join(f"part {one.number}: {one.problem}" for one in failed[:_SHOWN])
+def _explain(failed: Sequence[Mapping[str, Any]], parts: int) -> str:
+    said = "; ".join(f"part {one['number']}: {one['problem']}" for one in failed[:_SHOWN])
     more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
     return (
         f"{len(failed)} of {parts} parts failed: {said}{more}. What they bought is kept: run again "

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.conversations import readable
 from distill_datasets.errors import FATAL, DistillError, GenerationError, RequestError
 from distill_datasets.generation.client import CachedClient, outcome, work_in_thread
-from distill_datasets.generation.teachers import Answerer
-from distill_datasets.generation.turns import CALLS
+from distill_datasets.generation.teachers import CALLS, Answerer
 from distill_datasets.generation.voting import NO_MAJORITY, NO_SCORE, NONE_PARSED, REFUSED
 from distill_datasets.models.sampler import digest
+from distill_datasets.notebooks import without_bars
 from distill_datasets.progress import Progress
 from distill_datasets.recipes.checks import FAILED
 from distill_datasets.recipes.parsing import (
@@ -261,35 +261,12 @@ def stream(rows: "Dataset") -> Iterator["pa.Table"]:
                     yield pa.Table.from_batches([batch.slice(start, _ROWS_AT_ONCE)])
 
 
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """The bars of `datasets` count batches and files, and would cut through ours."""
-    from datasets.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
-
-
 def finish(rows: "Dataset", folder: Path) -> None:
     """Make a folder that `load_from_disk` reads of the rows, which are in its files already: its
-    `ROWS_FILE`, and its `MIX_FILES` behind it.
-
-    Rows that are not are written.
+    `ROWS_FILE`, which there is none of without queries, and its `MIX_FILES` behind it.
     """
     mixed = sorted(path.name for path in folder.glob(MIX_FILES))
     if not (folder / ROWS_FILE).is_file():
-        if len(rows) and not mixed:
-            rows.save_to_disk(str(folder))
-            return
         _write_nothing(rows, folder / ROWS_FILE)
     # A dataset can't be saved over its own file: one without rows has the same description.
     empty = type(rows).from_dict({name: [] for name in rows.features}, features=rows.features)

@@ -1,16 +1,18 @@
-"""Who answers a recipe's queries: one teacher, one of several, or all and one answer is kept."""
+"""Who answers a recipe's queries: one teacher, one of several, or all and one answer is kept.
+
+Where every turn of a conversation is answered, what is asked depends on what was answered.
+"""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from distill_datasets.conversations import readable
+from distill_datasets.conversations import readable, split_calls
 from distill_datasets.generation.client import all_of
-from distill_datasets.generation.turns import why_over
 from distill_datasets.generation.voting import (
     Best,
     Case,
@@ -33,6 +35,48 @@ from distill_datasets.recipes.parsing import Reading
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import OWN_TEACHER, AskedModel, SamplingSection, Teacher
 from distill_datasets.schema import EARLIER, Message
+
+CALLS = "calls a tool before the last turn"  # and nobody knows what the tool returns
+
+
+class Request(NamedTuple):
+    """What is asked in one turn, under its digest."""
+
+    key: str
+    messages: list[Message]
+    sampling: Sampling
+
+
+def known_requests(
+    recipe: Recipe,
+    asked: tuple[str, Sampling],
+    query: str,
+    find: Callable[[str], Reply | None],
+) -> Iterator[Request]:
+    """What a query asks of a model, named by its identity and how it samples, in their order.
+
+    Without 'turns: all' that is one request. With it every turn follows the answer before it, which
+    `find` has by its request's digest, and the last one here is the first that isn't answered.
+    """
+    (identity, sampling), earlier = asked, list[str]()
+    turns = recipe.turns_of(query)
+    for number in range(1, turns + 1):
+        request = recipe.messages(query, earlier), recipe.fitted(query, sampling)
+        key = request_digest(identity, *request)
+        yield Request(key, *request)
+        reply = find(key) if number < turns else None
+        if reply is None:
+            return
+        (said,) = reply.samples
+        response = recipe.read(query, None, said.text, said.stop_reason).response
+        if response is None or why_over(response, sampling):
+            return
+        earlier.append(response)
+
+
+def why_over(response: str, sampling: Sampling) -> str | None:
+    """Why no further turn can follow a response; None where one can."""
+    return CALLS if sampling.tools and split_calls(response)[1] else None
 
 
 @dataclass(frozen=True)
