@@ -179,7 +179,7 @@ def _dry_run(options: argparse.Namespace, share: "Share | None") -> None:
         teacher=options.teacher,
         out=options.out,
         prices=options.prices,
-        sample=options.sample,
+        sample=options.sample or 0,
         settings=read_settings(options, GenerateSettings),
         share=share,
     )
@@ -356,30 +356,41 @@ def add_run_settings(parser: argparse.ArgumentParser) -> None:
 def add_money(parser: argparse.ArgumentParser) -> None:
     """What it costs, and how much it may."""
     money = parser.add_argument_group("money")
-    money.add_argument("--prices", type=Path, help="a file with a date and prices of models")
-    money.add_argument("--budget", type=float, help="stop cleanly before more is spent")
+    money.add_argument(
+        "--prices", type=Path, help="a file with a date and prices of models (default: none)"
+    )
+    money.add_argument(
+        "--budget",
+        type=float,
+        help="the most to spend, in the prices' currency (default: no limit)",
+    )
 
 
 def add_generation_only(parser: argparse.ArgumentParser) -> None:
     """Other ways to generate than asking for everything, here and now."""
     add_settings(parser, GenerateSettings)
-    ways = parser.add_argument_group("other ways")
-    ways.add_argument("--dry-run", action="store_true", help="only say what it would take")
+    ways = parser.add_argument_group("parts and trials")
+    ways.add_argument(
+        "--dry-run", action="store_true", help="only say what it would take, and ask nobody"
+    )
     ways.add_argument(
         "--sample",
         type=count,
-        default=0,
         metavar="N",
-        help="with --dry-run, ask so many rows for real",
+        help="with --dry-run, ask N rows for real (default: none)",
     )
-    ways.add_argument("--shard", metavar="I/N", help="one of N parts, as 3/64; publish joins them")
-    ways.add_argument("--ray", type=count, metavar="N", help="in so many parts, on a Ray cluster")
+    ways.add_argument(
+        "--shard", metavar="I/N", help="ask one of N parts alone, as 3/64; publish joins them"
+    )
+    ways.add_argument("--ray", type=count, metavar="N", help="ask in N parts on a Ray cluster")
 
 
 def add_synthesize(parser: argparse.ArgumentParser) -> None:
     """How many queries, and where they go."""
     parser.add_argument("recipe", help="a recipe's folder, or a shipped one's name with --out")
-    parser.add_argument("--n", type=int, required=True, help="queries; 0 only takes the coverage")
+    parser.add_argument(
+        "--n", type=int, required=True, help="queries to write; 0 only measures the coverage"
+    )
     parser.add_argument(
         "--out", type=Path, help="a copy of the recipe (default: the recipe itself)"
     )
@@ -387,7 +398,10 @@ def add_synthesize(parser: argparse.ArgumentParser) -> None:
         "--teacher", metavar="MODEL", help="a model reference (default: the recipe's)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the order of the attributes (default: 0)"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the attributes that the queries are asked with (default: 0)",
     )
     add_settings(parser, GenerateSettings, only=SPEED)
     add_money(parser)
@@ -451,7 +465,7 @@ def add_push_flags(parser: Any) -> None:
 def add_diff(parser: argparse.ArgumentParser) -> None:
     """Which two releases."""
     parser.add_argument("old", help="a release: a folder, or a Hub dataset as name@revision")
-    parser.add_argument("new", help="another")
+    parser.add_argument("new", help="the release to compare with it, named in the same way")
     parser.add_argument("--config", help="the configuration, where a repository has several")
     parser.add_argument("--json", action="store_true", help="print it for programs")
 

@@ -34,6 +34,7 @@ exit codes:
   2    the input is wrong: the message says what was expected, what was found, and what to do
   75   a provider's batches take their time: run the same command again later
   130  interrupted: run the same command to continue
+  141  whoever read the output is gone
 
 examples:
   distill-datasets run language_id --teacher pocket --student pocket --out runs/demo

@@ -1,6 +1,6 @@
 """A run on a Ray cluster: Ray Data hands out the parts, and each is an ordinary `generate`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from operator import itemgetter
@@ -63,23 +63,16 @@ def generate_on_ray(
     known = [found for share in shares if (found := _finished(share, folder, asked))]
     done = {one["number"] for one in known}
 
-    def answer(numbers: "pa.Table") -> "pa.Table":
-        """A failure is a value here, so that the other parts go on."""
-        import pyarrow as pa
-
-        (number,) = numbers["number"].to_pylist()
-        part, rows, errors, problem = Share(number, parts), 0, 0, ""
-        try:
-            made = generate(source, teacher=teacher, out=folder, settings=settings, share=part)
-            rows, errors = len(made.rows), made.errors
-        except DistillError as error:
-            problem = f"{type(error).__name__}: {error}"
-        found = {"number": number, "rows": rows, "errors": errors, "problem": problem}
-        return pa.Table.from_pylist([found])
-
+    part = {
+        "recipe": source,
+        "teacher": teacher,
+        "out": folder,
+        "settings": settings,
+        "parts": parts,
+    }
     with Progress("ray", parts, unit="parts", start=len(known)) as progress:
         left = [share.number for share in shares if share.number not in done]
-        for outcome in _run(answer, left, workers):
+        for outcome in _run(left, part, workers):
             known.append(outcome)
             note = f"part {outcome['number']}: {outcome['problem'] or 'done'}"
             progress.advance(1, note=note)
@@ -97,8 +90,23 @@ def _finished(share: Share, folder: Path, recipe: Recipe) -> dict[str, Any] | No
     return {"number": share.number, "rows": summary["rows"], "errors": 0, "problem": ""}
 
 
+def _answer(numbers: "pa.Table", *, parts: int, **asked: Any) -> "pa.Table":
+    """What became of a part: a failure is a value here, so that the others go on."""
+    import pyarrow as pa
+
+    (number,) = numbers["number"].to_pylist()
+    rows, errors, problem = 0, 0, ""
+    try:
+        made = generate(share=Share(number, parts), **asked)
+        rows, errors = len(made.rows), made.errors
+    except DistillError as error:
+        problem = f"{type(error).__name__}: {error}"
+    found = {"number": number, "rows": rows, "errors": errors, "problem": problem}
+    return pa.Table.from_pylist([found])
+
+
 def _run(
-    answer: "Callable[[pa.Table], pa.Table]", numbers: Sequence[int], workers: int | None
+    numbers: Sequence[int], asked: Mapping[str, Any], workers: int | None
 ) -> Iterator[dict[str, Any]]:
     """What becomes of parts, as they come; a block a part: Ray can run any part anywhere."""
     if not numbers:
@@ -107,7 +115,8 @@ def _run(
 
     data = _ray_data()
     outcomes = data.from_arrow([pa.table({"number": [one]}) for one in numbers]).map_batches(
-        answer,
+        _answer,
+        fn_kwargs=dict(asked),
         batch_size=1,
         # The default makes pickled objects of nested columns, which `datasets` can't read.
         batch_format="pyarrow",

@@ -56,13 +56,22 @@ class GenerateSettings:
         50, "end the run when its first N rows are all rejected; 0 never ends it", at_least=0
     )
     stream: bool = setting(
-        False, "stream answers, and journal the time to the first token", group="ways"
+        False,
+        "stream answers, and journal the time to the first token",
+        group="streams and batches",
     )
-    batch: bool = setting(False, "buy in the provider's batches, at half price", group="ways")
+    batch: bool = setting(
+        False, "buy in the provider's batches, at half price", group="streams and batches"
+    )
     poll: float = setting(
-        60.0, "with --batch, seconds between two looks at the batches", group="ways", at_least=0
+        60.0,
+        "with --batch, seconds between two looks at the batches",
+        group="streams and batches",
+        at_least=0,
     )
-    wait: bool = setting(True, "with --batch, don't stay until the batches end", group="ways")
+    wait: bool = setting(
+        True, "with --batch, don't stay until the batches end", group="streams and batches"
+    )
 
     def __post_init__(self) -> None:
         """Raises `SettingsError` for a value out of its range."""
