@@ -127,6 +127,8 @@ def _quieten_libraries() -> None:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     # Its only message repeats, among internals, what our error says.
     logging.getLogger("tinker.lib.retry_handler").setLevel(logging.CRITICAL)
+    # Its messages repeat what our errors say.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     # It warns of every row that is longer than a model's context: those are left out and counted.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
 

@@ -89,7 +89,8 @@ def add_settings(parser: argparse.ArgumentParser, *, several: tuple[str, ...] = 
     parser.add_argument(
         "--student",
         metavar="MODEL",
-        help="a model reference (default: the teacher's own model, where that can be trained)",
+        help="a model reference (default: that of --from or --resume, or the teacher's own model, "
+        "where that can be trained)",
     )
     add_flags(parser, ObjectiveSettings)
     add_flags(parser, TrainSettings, several=several)
@@ -145,7 +146,8 @@ def _student(options: argparse.Namespace) -> str:
     if options.student is not None:
         return str(options.student)
     source = locate(options.dataset, options.config)
-    return choose_student(source, getattr(options, "start", None))
+    start = getattr(options, "start", None) or getattr(options, "resume", None)
+    return choose_student(source, start)
 
 
 def _say(trained: "TrainingResult") -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import tinker
 from numpy.typing import NDArray
 
-from distill_datasets.errors import DatasetError, ModelError, SettingsError
+from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.files import write_file
 from distill_datasets.models.connection import Connection, adopt_state
 from distill_datasets.models.references import (
@@ -257,20 +257,13 @@ def _no_student(start: str) -> ModelError:
 
 
 def find_predecessor(
-    start: str | Path | None, student: str, *, only_new: bool = False, renderer: str | None = None
-) -> Predecessor | None:
+    start: str | Path, student: str, *, renderer: str | None = None
+) -> Predecessor:
     """A training folder's best checkpoint, or the state at tinker://<run>/weights/<name>.
 
-    None without a `start`. Raises `ModelError` for weights of another base model than the
-    student's, and for a path that is no training state; `SettingsError` for `only_new` rows of
-    nobody.
+    Raises `ModelError` for weights of another base model than the student's, and for a path that
+    is no training state.
     """
-    if start is None:
-        if only_new:
-            raise SettingsError(
-                "only_new needs a student to start from: name it as start (--from)."
-            )
-        return None
     if (folder := find_training(start)) is not None:
         config, checkpoint = read_training(folder)
         _require_base(str(start), config["student"], student)

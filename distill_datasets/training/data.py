@@ -101,9 +101,10 @@ class DatasetSource:
         except DatasetError:
             raise
         except (DatasetsError, ValueError, OSError, *_NO_ROWS) as error:
+            cause = error.__cause__ or error
             raise DatasetError(
-                f"{self.reference!r} can't be read: {error.__cause__ or error!r}. Expected splits "
-                "that aren't empty, and one set of columns in all files of a split."
+                f"{self.reference!r} can't be read: {str(cause).rstrip('.') or repr(cause)}. "
+                "Expected splits that aren't empty, and one set of columns in all files of a split."
             ) from error
         return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
 

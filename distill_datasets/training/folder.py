@@ -9,9 +9,8 @@ checkpoints/        the weights, where the server is this machine's
 
 import itertools
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +21,7 @@ from distill_datasets.errors import ModelError, OtherTrainingError, OutputError
 from distill_datasets.files import one_writer, writable_folder, write_file
 from distill_datasets.training.schedule import Selection, why_it_ended
 from distill_datasets.training.settings import VALIDATION_LOSS, decisive
+from distill_datasets.training.tracking import tell
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -142,11 +142,9 @@ class TrainingFolder:
             f"Choose another --out, for example {str(next_folder(self.path))!r}."
         )
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Keep a second process out; a killed one leaves no lock behind."""
-        with one_writer(self.path, "training"):
-            yield
+        return one_writer(self.path, "training")
 
     def require_same(self, wanted: Mapping[str, Any]) -> None:
         """Refuse to continue what was begun otherwise; the message names each difference."""
@@ -165,15 +163,14 @@ class TrainingFolder:
                 f"a new folder (--out {next_folder(self.path)}), or delete that one."
             )
 
-    def start(self, config: Mapping[str, Any], checkpoints: Sequence[SavedCheckpoint]) -> int:
-        """Write the configuration, and go back to the last of the checkpoints; its step."""
+    def start(self, config: Mapping[str, Any], checkpoints: Sequence[SavedCheckpoint]) -> None:
+        """Write the configuration, and go back to the last of the checkpoints."""
         step = checkpoints[-1].step if checkpoints else 0
         self._rewrite("metrics.jsonl", [line for line in self.metrics if line["step"] <= step])
         self._rewrite("checkpoints.jsonl", [asdict(one) for one in checkpoints])
         write_file(
             self.path / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         )
-        return step
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -275,9 +272,7 @@ class TrainingFolder:
                 found.append(read(json.loads(line)))
             except (ValueError, TypeError, KeyError):
                 if (name, number) not in self._damaged:
-                    print(
-                        f"train: {str(file)!r}, line {number} is damaged: left out", file=sys.stderr
-                    )
+                    tell(f"{str(file)!r}, line {number} is damaged: left out")
                 self._damaged.add((name, number))
         return found
 

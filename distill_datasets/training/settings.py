@@ -9,6 +9,7 @@ from distill_datasets.settings import check, setting
 
 Turns = Literal["last", "all"]
 VALIDATION_LOSS = "validation_loss"
+SELECTED = (VALIDATION_LOSS, "accuracy", "internalisation")  # by which the best may be chosen
 _LEAST_TTL = 3600  # seconds: Tinker takes no less
 # What may change between two runs of one training: no weight depends on it.
 _FREE = (

@@ -90,20 +90,26 @@ def shares(masks: Sequence[NDArray[np.float32]], normalization: Normalization) -
     return [sum(sums) if normalization == "token" else len(sums) * own for own in sums]
 
 
+def datum(tokens: Sequence[int], **inputs: NDArray[Any]) -> tinker.Datum:
+    """A conversation as the server wants it, with what its loss takes: `target_tokens` are integers
+    of 64 bits, and all others floats of 32.
+    """
+    kinds = {name: np.int64 if name == "target_tokens" else np.float32 for name in inputs}
+    return tinker.Datum(
+        model_input=tinker.ModelInput.from_ints(list(tokens[:-1])),
+        loss_fn_inputs={
+            name: tinker.TensorData.from_numpy(np.asarray(one, kinds[name]))
+            for name, one in inputs.items()
+        },
+    )
+
+
 def datums(examples: Sequence[Example], normalization: Normalization) -> list[tinker.Datum]:
-    """As the server wants them: the weights carry the mean."""
+    """For the cross entropy; the weights carry the mean."""
     masks = [example.targets for example in examples]
     return [
-        tinker.Datum(
-            model_input=tinker.ModelInput.from_ints(list(example.tokens[:-1])),
-            loss_fn_inputs={
-                "target_tokens": tinker.TensorData.from_numpy(
-                    np.asarray(example.tokens[1:], np.int64)
-                ),
-                "weights": tinker.TensorData.from_numpy((mask / share).astype(np.float32)),
-            },
-        )
-        for example, mask, share in zip(examples, masks, shares(masks, normalization), strict=True)
+        datum(one.tokens, target_tokens=np.asarray(one.tokens[1:]), weights=mask / share)
+        for one, mask, share in zip(examples, masks, shares(masks, normalization), strict=True)
     ]
 
 

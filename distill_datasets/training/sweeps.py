@@ -91,18 +91,11 @@ class Sweep:
     def table(self) -> str:
         """A line a trial, the best one marked."""
         best = self.best
-        names = list(best.values)
-        lines = [[*names, "loss", "best step", "seconds", "tokens", "parameters", ""]]
+        lines = [[*best.values, "loss", "best step", "seconds", "tokens", "parameters", ""]]
         for trial in self.trials:
             mark = "best" if trial is best else trial.error or ""
             found = (trial.loss, trial.best_step, trial.seconds, trial.tokens, trial.parameters)
-            cells = [
-                f"{trial.values[name]:g}"
-                if _number(trial.values[name])
-                else str(trial.values[name])
-                for name in names
-            ]
-            lines.append([*cells, *map(_cell, found), mark])
+            lines.append([*map(_cell, (*trial.values.values(), *found)), mark])
         return aligned(lines, right=True)
 
 
@@ -223,7 +216,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _cell(value: float | int | None) -> str:
-    if value is None:
-        return "-"
+def _cell(value: Any) -> str:
+    if not _number(value):
+        return "-" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,5 +1,6 @@
 """A training's numbers as curves, as a line of text, and in the tracker that was named."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -32,6 +33,11 @@ _TITLE = 0.4  # inches above the panels
 _FAR = 30  # times that a loss falls
 _FEW = 30  # points that are marked one by one
 _BARS = "▁▂▃▄▅▆▇█"
+
+
+def tell(*lines: str) -> None:
+    """Say something of the training on standard error."""
+    print("\n".join(f"train: {line}" for line in lines), file=sys.stderr)
 
 
 class Tracker(Protocol):

@@ -1,7 +1,6 @@
 """Train a student on a dataset: one flat loop that can be stopped and continued anywhere."""
 
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distill_datasets.errors import ModelError, OutputError, SettingsError
+from distill_datasets.errors import ModelError, OutputError, SettingsError, nearest
 from distill_datasets.notebooks import interruptible
 from distill_datasets.progress import Progress
 from distill_datasets.training.data import (
@@ -30,8 +29,8 @@ from distill_datasets.training.folder import (
     installed_versions,
 )
 from distill_datasets.training.schedule import Schedule, Step, TrainingPlan, plan_training
-from distill_datasets.training.settings import VALIDATION_LOSS, TrainSettings, Turns
-from distill_datasets.training.tracking import open_tracker, require_tracker, sparkline
+from distill_datasets.training.settings import SELECTED, VALIDATION_LOSS, TrainSettings, Turns
+from distill_datasets.training.tracking import open_tracker, require_tracker, sparkline, tell
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
@@ -61,8 +60,8 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
 ) -> TrainingResult:
     """Train a student on a release, a folder, a file, or a Hub dataset `name@revision`.
 
-    `student` is a model reference; without it the model that `start` was trained from, or that of
-    the release's teacher, where it can be trained.
+    `student` is a model reference; without it the model that `start` or `resume` was trained from,
+    or that of the release's teacher, where it can be trained.
     Called again with the same `out`, it continues from the last checkpoint to the same losses,
     and does nothing where the training is finished. `resume` is a server's path of a training
     state, to continue in a new folder. `start` is a student whose weights to begin with, a
@@ -77,11 +76,17 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
 
     settings = settings or TrainSettings()
     require_tracker(settings.track)
-    source = locate(dataset, settings.config)
-    student = student or choose_student(source, start)
     _require_untrained(student, resume)
+    if only_new and not start:
+        raise SettingsError("only_new needs a student to start from: name it as start (--from).")
+    if resume and start:
+        raise SettingsError(
+            "resume (--resume) continues a training, and start (--from) begins another: name one."
+        )
+    source = locate(dataset, settings.config)
+    student = student or choose_student(source, start or resume)
     settings = replace(settings, config=source.config)
-    before = find_predecessor(start, student, only_new=only_new, renderer=settings.renderer)
+    before = find_predecessor(start, student, renderer=settings.renderer) if start else None
     settings = before.settled(settings) if before else settings
     folder = _open_folder(Path(out), source)
     request = _request(student, source, settings, resume)
@@ -108,16 +113,16 @@ def _train(  # noqa: PLR0913 (what `train` has found)
     splits = _open_splits(source, settings, only_new)
     connection = _connect(request["student"], source, settings, folder)
     with _session(connection, folder.path):
-        _require_validation("validation" in splits, repr(source.reference), settings)
+        known = SELECTED if not validators else (settings.select,)
+        _require_validation("validation" in splits, repr(source.reference), settings, known)
         plan = plan_training(splits, connection, settings, folder.config)
         if folder.config is None:
             learned = splits["train"].keys[plan.chosen]
             write_learned(folder.path, learned, before)
             if "validation" in splits and (seen := splits["validation"].count(learned)):
-                print(
-                    f"train: {seen:,} of {len(splits['validation'].rows):,} validation rows are "
-                    "training rows too: what is measured on them says little of new queries.",
-                    file=sys.stderr,
+                tell(
+                    f"{seen:,} of {len(splits['validation'].rows):,} validation rows are "
+                    "training rows too: what is measured on them says little of new queries."
                 )
         opened = _open_student(folder, _config(request, plan), connection, before)
         Trainer(opened, plan, source, folder, settings).fit(validators)
@@ -193,7 +198,7 @@ class Trainer:
         self.task = TrainingTask(
             student, plan.train, source, settings, folder.path, warm, self._say
         )
-        self.steps, self._validation, self._measured = plan.steps, plan.validation, plan.measured
+        self.plan, self.steps = plan, plan.steps
         every = plan.measured.every if plan.measured else None
         self.schedule = Schedule(len(plan.steps), settings, every)
         self.selection = folder.selection
@@ -216,7 +221,7 @@ class Trainer:
         with ExitStack() as opened:
             objective = opened.enter_context(closing(_open_objective(self.task)))
             self._validators = open_validators(
-                self.task, self._validation, self._measured, validators, new=self._new
+                self.task, self.plan.validation, self.plan.measured, validators, new=self._new
             )
             tracker = open_tracker(self.settings.track, self.folder.path, config)
             self._tracker = opened.enter_context(closing(tracker))
@@ -407,10 +412,9 @@ def _open_student(
             if newest.name == "resumed":
                 raise
             checkpoints.pop()
-            print(
-                f"train: the checkpoint of step {newest.step} can't be loaded, training goes back "
-                f"to step {checkpoints[-1].step if checkpoints else 0}: {error}",
-                file=sys.stderr,
+            tell(
+                f"the checkpoint of step {newest.step} can't be loaded, training goes back "
+                f"to step {checkpoints[-1].step if checkpoints else 0}: {error}"
             )
             continue
         if known is not None:
@@ -485,10 +489,9 @@ def _open_splits(
     if settings.objective.name != "sft":
         splits["train"], every = splits["train"].own_rows(), len(splits["train"].rows)
         if left := every - len(splits["train"].rows):
-            print(
-                f"train: {left:,} of {every:,} rows are of the recipe's mix, and left out: the "
-                f"objective {settings.objective.name!r} asks the teacher, who never saw them.",
-                file=sys.stderr,
+            tell(
+                f"{left:,} of {every:,} rows are of the recipe's mix, and left out: the "
+                f"objective {settings.objective.name!r} asks the teacher, who never saw them."
             )
     if before:
         splits["train"] = splits["train"].without(before.learned)
@@ -497,7 +500,7 @@ def _open_splits(
     warnings = source.manifest.get("warnings")
     for warning in warnings if isinstance(warnings, list) else ():
         text = "".join(one if one.isprintable() else " " for one in str(warning))
-        print(f"train: {source.reference} warns: {text}", file=sys.stderr)
+        tell(f"{source.reference} warns: {text}")
     return splits
 
 
@@ -509,8 +512,8 @@ def _open_folder(out: Path, source: DatasetSource) -> TrainingFolder:
     return TrainingFolder(out)
 
 
-def _require_untrained(student: str, resume: str | None) -> None:
-    if student.startswith("tinker://"):
+def _require_untrained(student: str | None, resume: str | None) -> None:
+    if student and student.startswith("tinker://"):
         raise ModelError(
             f"{student!r} is already trained: expected a base model to train, for example "
             "'tinker:<base model>'. To go on with its training, name that base model and give "
@@ -522,7 +525,14 @@ def _require_untrained(student: str, resume: str | None) -> None:
         require_state(resume)
 
 
-def _require_validation(there: bool, dataset: str, settings: TrainSettings) -> None:
+def _require_validation(
+    there: bool, dataset: str, settings: TrainSettings, known: Sequence[str] = SELECTED
+) -> None:
+    if settings.select not in known:
+        raise SettingsError(
+            f"select must be one of {list(known)}, or what a validator of yours measures; found "
+            f"{settings.select!r}.{nearest(settings.select, list(known))}"
+        )
     if not there and (settings.patience or settings.select != VALIDATION_LOSS):
         raise SettingsError(
             f"patience and select need validation rows: {dataset} has no split "

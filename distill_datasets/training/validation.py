@@ -6,7 +6,6 @@ teacher's answers) are measured once; and what the student answers to a few of t
 
 import asyncio
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,6 +65,7 @@ from distill_datasets.training.student import (
     Submitted,
     bits_per_byte,
 )
+from distill_datasets.training.tracking import tell
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
@@ -259,7 +259,7 @@ class AnswerValidator:
         try:
             said = _answers_of(student, save, self._asked)
         except (DistillError, tinker.TinkerError) as error:
-            print(f"train: the student's answers can't be sampled: {error}", file=sys.stderr)
+            tell(f"the student's answers can't be sampled: {error}")
             return {}
         scores = compare_answers(said, self._teacher, self._once)
         lines = [_summary(scores)] + [
@@ -267,7 +267,7 @@ class AnswerValidator:
             for one, answer in zip(self._conversations[:_SHOWN], said[:_SHOWN], strict=True)
         ]
         name = save.result().name if save else "untrained"
-        print("\n".join(f"train: {name}: {line}" for line in lines), file=sys.stderr)
+        tell(*(f"{name}: {line}" for line in lines))
         return scores
 
 
@@ -413,10 +413,9 @@ def open_validators(
     if settings.select == "accuracy":
         sampling.append(AccuracyValidator(rows))
     answered = f", {plan.answered} queries are answered" if plan.answered else ""
-    print(
-        f"train: after every {plan.every} steps {plan.rows} validation rows are measured"
-        f"{answered}: in all about {plan.share:.0%} of the training's tokens",
-        file=sys.stderr,
+    tell(
+        f"after every {plan.every} steps {plan.rows} validation rows are measured"
+        f"{answered}: in all about {plan.share:.0%} of the training's tokens"
     )
     if plan.answered:
         sampling.append(AnswerValidator(task, rows, plan.answered))
@@ -439,10 +438,8 @@ def validation_likelihoods(task: TrainingTask, rows: Rendered) -> ReferenceLikel
         return known
     try:
         if len(rows) < LEAST_ROWS:
-            more = " evaluate_every (--evaluate-every) measures all there are."
             raise DatasetError(
                 f"it takes {LEAST_ROWS} validation rows, and {len(rows)} are measured."
-                + (more if len(rows.plain) >= LEAST_ROWS else "")
             )
         prompts = read_teacher_prompts(task, (LEDGER,))
         answers = _answers(task, prompts, rows)
@@ -450,7 +447,7 @@ def validation_likelihoods(task: TrainingTask, rows: Rendered) -> ReferenceLikel
         ends = _cached(task, answers, teacher)
         internalisation(ends.base, ends)  # no score is defined between equal ends
     except (DatasetError, RecipeError, ModelError, ServiceError, HubError) as error:
-        print(f"train: no internalisation score: {error}", file=sys.stderr)
+        tell(f"no internalisation score: {error}")
         return None
     _write(file, ends)
     return ends
@@ -464,7 +461,7 @@ def _cached(
     cached = cache_folder() / f"bounds-{digest(asked)[:32]}.json"
     if known := _known(cached):
         return known
-    print(f"train: {_price(task, answers, teacher)}", file=sys.stderr)
+    tell(_price(task, answers, teacher))
     ends = reference_likelihoods(answers, base=base, teacher=teacher)
     _write(cached, ends)
     return ends

@@ -56,6 +56,7 @@ from distill_datasets.training.student import (
     Normalization,
     Submitted,
     TrainingBatch,
+    datum,
     shares,
 )
 
@@ -347,18 +348,12 @@ def _datum(rollout: Rollout, size: float) -> tinker.Datum:
     before = [0.0] * (len(rollout.prompt) - 1)
     advantages = (rollout.teacher - rollout.student) / size
     tokens = [*rollout.prompt, *rollout.tokens]
-    return tinker.Datum(
-        model_input=tinker.ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={
-            "target_tokens": tinker.TensorData.from_numpy(np.asarray(tokens[1:], np.int64)),
-            "logprobs": _floats([*before, *rollout.student]),
-            "advantages": _floats([*before, *advantages]),
-        },
+    return datum(
+        tokens,
+        target_tokens=np.asarray(tokens[1:]),
+        logprobs=np.array([*before, *rollout.student]),
+        advantages=np.array([*before, *advantages]),
     )
-
-
-def _floats(values: Sequence[float]) -> tinker.TensorData:
-    return tinker.TensorData.from_numpy(np.asarray(values, np.float32))
 
 
 def _learned(

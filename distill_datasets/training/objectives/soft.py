@@ -5,7 +5,6 @@ answers, those that generation kept, or those that the teacher gives when it rea
 under its prompt.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -38,6 +37,7 @@ from distill_datasets.training.objectives.teacher import (
 )
 from distill_datasets.training.schedule import Step
 from distill_datasets.training.student import Learned, Submitted
+from distill_datasets.training.tracking import tell
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,8 +62,9 @@ class SoftObjective:
         self._store = ScoreStore(task.folder / SCORES)
         with ExitStack() as unopened:
             unopened.callback(self._store.close)
-            self._keys = get_labels(task, self._store)
-            self._cuts = cut_ends(task, read_teacher_prompts(task))
+            prompts = read_teacher_prompts(task, (LEDGER, SOFT))
+            self._keys = get_labels(task, prompts, self._store)
+            self._cuts = cut_ends(task, prompts)
             unopened.pop_all()
 
     def examples(self, places: Sequence[int]) -> list[SoftExample]:
@@ -93,10 +94,9 @@ class SoftObjective:
         self._store.close()
 
 
-def get_labels(task: TrainingTask, store: ScoreStore) -> dict[int, str]:
+def get_labels(task: TrainingTask, prompts: TeacherPrompts, store: ScoreStore) -> dict[int, str]:
     """The keys in the store of the labels of each row that is trained on, by the row's place."""
     settings, (places, rows) = task.settings.objective, chosen_rows(task)
-    prompts = read_teacher_prompts(task, (LEDGER, SOFT))
     source = settings.labels if settings.labels != "auto" else _source(prompts)
     teacher = connect_teacher(task, prompts, own=source == "stored")
     if source != "choices":
@@ -129,10 +129,9 @@ def _warn_of_little(kept: float, source: str) -> None:
         "scored": "Train with a larger top_k.",
     }
     held = "the recipe's choices" if source == "choices" else "the soft labels"
-    print(
-        f"train: warning: {held} hold {kept:.2f} of the teacher's probability on average; the "
-        f"student learns the rest as if it were theirs. {remedy[source]}",
-        file=sys.stderr,
+    tell(
+        f"warning: {held} hold {kept:.2f} of the teacher's probability on average; the "
+        f"student learns the rest as if it were theirs. {remedy[source]}"
     )
 
 

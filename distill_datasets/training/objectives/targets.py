@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import tinker
 from numpy.typing import NDArray
 
 from distill_datasets.models.scoring import SoftLabels
@@ -17,6 +16,7 @@ from distill_datasets.training.student import (
     Learned,
     Normalization,
     TrainingBatch,
+    datum,
     shares,
 )
 
@@ -156,8 +156,8 @@ def soft_batch(
     ]
     sizes = shares([np.ones(len(target.tokens), np.float32) for target in targets], normalization)
     datums = [
-        _datum(example, target, size)
-        for example, target, size in zip(examples, wide, sizes, strict=True)
+        datum(one.tokens, target_tokens=target.tokens, weights=target.weights / size)
+        for one, target, size in zip(examples, wide, sizes, strict=True)
     ]
 
     def read(outputs: Sequence[Mapping[str, Any]]) -> Learned:
@@ -182,16 +182,6 @@ def after_prompt(targets: SoftTargets, prompt: int, width: int) -> SoftTargets:
     tokens[prompt - 1 :, :columns] = targets.tokens
     weights[prompt - 1 :, :columns] = targets.weights
     return SoftTargets(tokens, weights)
-
-
-def _datum(example: SoftExample, targets: SoftTargets, size: float) -> tinker.Datum:
-    return tinker.Datum(
-        model_input=tinker.ModelInput.from_ints(example.tokens[:-1]),
-        loss_fn_inputs={
-            "target_tokens": tinker.TensorData.from_numpy(targets.tokens),
-            "weights": tinker.TensorData.from_numpy((targets.weights / size).astype(np.float32)),
-        },
-    )
 
 
 def _learned(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,7 +40,6 @@ CREATE TABLE IF NOT EXISTS scores (
     kept REAL NOT NULL
 )
 """
-_KEYS_AT_ONCE = 500  # in one statement of SQLite
 _SEEN = 512  # responses, to know what is in them
 
 
@@ -319,14 +319,8 @@ class ScoreStore:
 
     def mean_kept(self, digests: Sequence[str]) -> float:
         """The mean of `SoftLabels.kept` over these; all of them are stored."""
-        total = 0.0
-        for first in range(0, len(digests), _KEYS_AT_ONCE):
-            part = digests[first : first + _KEYS_AT_ONCE]
-            marks = ", ".join("?" * len(part))
-            asked = f"SELECT digest, kept FROM scores WHERE digest IN ({marks})"  # noqa: S608
-            found = dict(self._database.execute(asked, part).fetchall())
-            total += sum(found[digest] for digest in part)
-        return total / len(digests)
+        asked = "SELECT kept FROM scores WHERE digest = ?"
+        return fmean(self._database.execute(asked, (one,)).fetchone()[0] for one in digests)
 
     def put(self, entries: Iterable[tuple[str, SoftLabels]]) -> None:
         """Keep them all or none; raises `OutputError` when the disk won't take it."""

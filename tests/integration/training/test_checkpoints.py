@@ -160,7 +160,9 @@ def test_a_resumed_training_must_be_the_same(dataset: Path, model: str, tmp_path
 def test_a_hosted_student_is_trained_checked_and_resumed_all_the_same(
     dataset: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same server, as one that somebody else runs and that is known by its address only."""
+    """The same server, as one that somebody else runs and that is known by its address only; who
+    resumes need not name the student again.
+    """
     server = shared().server
     monkeypatch.setenv("TINKER_BASE_URL", server.url)
     monkeypatch.setenv("TINKER_API_KEY", server.api_key)
@@ -173,7 +175,7 @@ def test_a_hosted_student_is_trained_checked_and_resumed_all_the_same(
         )
     begun = interrupted_run(dataset, student, tmp_path / "lost", settings, 8)
     state = begun.checkpoints[-1].state
-    trained = train(dataset, student=student, out=tmp_path / "new", settings=settings, resume=state)
+    trained = train(dataset, out=tmp_path / "new", settings=settings, resume=state)
     assert trained.steps == 9 and trained.why == "all 9 steps done"
 
 
@@ -234,7 +236,7 @@ def test_the_best_checkpoint_can_be_the_most_accurate_one(
 def test_what_is_never_measured_can_not_be_selected_by(
     dataset: Path, model: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(SettingsError, match="'charm' was not measured: expected one of"):
+    with pytest.raises(SettingsError, match="select must be one of .*found 'charm'"):
         train(dataset, student=model, out=tmp_path / "out", settings=replace(QUICK, select="charm"))
     alone = write(tmp_path / "alone", train=ROWS[:8])
     with pytest.raises(SettingsError, match="need validation rows"):

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,9 +152,6 @@ def test_what_is_no_student_is_refused(model: str, tmp_path: Path) -> None:
         find_predecessor(tmp_path, model)
     with pytest.raises(ModelError, match="is for sampling"):
         find_predecessor("tinker://run/sampler_weights/1", model)
-    with pytest.raises(SettingsError, match="needs a student to start from"):
-        find_predecessor(None, model, only_new=True)
-    assert find_predecessor(None, model) is None
 
 
 def test_a_servers_state_does_as_well_but_nobody_knows_what_it_learned(
@@ -164,6 +162,21 @@ def test_a_servers_state_does_as_well_but_nobody_knows_what_it_learned(
     assert found.adapted == {"rank": QUICK.rank}
     with pytest.raises(DatasetError, match="Leave out --only-new"):
         _ = found.learned
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"only_new": True}, "only_new needs a student to start from"),
+        ({"start": "out", "resume": "tinker://run/weights/one"}, "name one"),
+    ],
+)
+def test_what_begins_a_training_is_one_thing(
+    asked: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """Said before anything is looked for."""
+    with pytest.raises(SettingsError, match=said):
+        train(tmp_path / "nothing", out=tmp_path / "out", **asked)
 
 
 def test_a_folder_without_the_learned_rows_is_refused_for_only_new(
