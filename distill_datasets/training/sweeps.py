@@ -15,6 +15,7 @@ from distill_datasets.errors import ModelError, SettingsError, nearest
 from distill_datasets.files import one_writer, write_file
 from distill_datasets.notebooks import interruptible
 from distill_datasets.tables import aligned
+from distill_datasets.training.tracking import tell
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -136,6 +137,11 @@ def sweep(
                 trials.append(SweepTrial(values, folder.name, error=str(error)))
             else:
                 trials.append(_trial(values, trained))
+                if len(trials) == 1 and trained.best.validation_loss is None:
+                    tell(
+                        "there are no validation rows: the loss of the last batch is compared, "
+                        "which says little of new queries."
+                    )
             finally:
                 disconnect(folder / "checkpoints")
             text = json.dumps([asdict(trial) for trial in trials], indent=2, ensure_ascii=False)

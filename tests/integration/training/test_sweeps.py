@@ -47,6 +47,15 @@ def test_every_combination_is_trained_and_the_best_is_marked(
     assert (tmp_path / "out/sweep.png").stat().st_size > 10_000
 
 
+def test_without_validation_rows_it_says_what_is_compared(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = write(tmp_path / "dataset", train=ROWS[:2])
+    one_step = replace(QUICK, max_steps=1)
+    sweep(dataset, student=model, out=tmp_path / "out", grid={"rank": [2, 4]}, settings=one_step)
+    assert capsys.readouterr().err.count("train: there are no validation rows") == 1
+
+
 def test_a_larger_grid_trains_only_what_is_new(dataset: Path, model: str, tmp_path: Path) -> None:
     first = swept(dataset, model, tmp_path / "out", rank=[2])
     log = tmp_path / "out" / first.trials[0].folder / "metrics.jsonl"
