@@ -33,6 +33,7 @@ from distill_datasets.training.data import DatasetSource
 from distill_datasets.training.folder import SavedCheckpoint
 from distill_datasets.training.schedule import Selection
 from distill_datasets.training.settings import TrainSettings, decisive, unlike_default
+from distill_datasets.training.tracking import tell
 
 LEARNED = "learned.npy"  # in a training's folder: the rows that a later training can leave out
 _RENDERER = "renderer_name"  # the cookbook's name: its tools find a checkpoint's renderer by it
@@ -216,7 +217,10 @@ class Predecessor:
     adapted: Mapping[str, Any]
 
     def settled(self, settings: TrainSettings) -> TrainSettings:
-        """The settings with the adapter that the weights have."""
+        """The settings with the adapter that the weights have; says where another was asked for."""
+        for name, one in self.adapted.items():
+            if getattr(settings, name) not in (one, getattr(TrainSettings, name)):
+                tell(f"{name} is {one}, as the weights to begin with have it.")
         return replace(settings, **self.adapted)
 
     def bring(self, store: Path) -> None:

@@ -235,10 +235,9 @@ class Student:
             updating = self._client.optim_step(update)
 
         def result() -> Learned:
-            with self._explained(f"a batch of {len(batch.datums)} rows with {batch.loss!r}"):
-                outputs = self.wait(gradient).loss_fn_outputs
-            with self._explained("a step of the optimizer"):
-                metrics = self.wait(updating).metrics or {}
+            asked = f"a batch of {len(batch.datums)} rows with {batch.loss!r}"
+            outputs = self._wait(gradient, asked).loss_fn_outputs
+            metrics = self._wait(updating, "a step of the optimizer").metrics or {}
             learned = batch.read(outputs)
             if not math.isfinite(learned.loss):
                 raise ModelError(
@@ -255,8 +254,10 @@ class Student:
         submitted before leave them; waits for the server, and learns nothing.
         """
         shapes = [one.loss_fn_inputs["target_tokens"].to_numpy().shape for one in batch]
-        with self._explained("to compute log-probabilities"):
-            outputs = self.wait(self._client.forward(list(batch), "cross_entropy")).loss_fn_outputs
+        asked = "to compute log-probabilities"
+        with self._explained(asked):
+            forward = self._client.forward(list(batch), "cross_entropy")
+        outputs = self._wait(forward, asked).loss_fn_outputs
         return [
             np.asarray(one["logprobs"].to_numpy(), np.float64).reshape(shape)
             for one, shape in zip(outputs, shapes, strict=True)
@@ -266,21 +267,20 @@ class Student:
         """Each row's loss, in their order, with the weights as the steps submitted before leave
         them; learns nothing.
         """
-        with self._explained("to compute a loss"):
+        asked = "to compute a loss"
+        with self._explained(asked):
             pending = [
                 (examples, self._client.forward(datums(examples, "token"), "cross_entropy"))
                 for examples in batches
             ]
 
-        def result() -> list[RowLoss]:
-            with self._explained("to compute a loss"):
-                return [
-                    row
-                    for examples, future in pending
-                    for row in row_losses(examples, self.wait(future).loss_fn_outputs)
-                ]
-
-        return Submitted(result)
+        return Submitted(
+            lambda: [
+                row
+                for examples, forward in pending
+                for row in row_losses(examples, self._wait(forward, asked).loss_fn_outputs)
+            ]
+        )
 
     def save(
         self,
@@ -304,10 +304,9 @@ class Student:
             state = self._client.save_state(name, ttl_seconds, user_metadata=kept)
 
         def result() -> Saved:
-            with self._explained("to save weights for sampling"):
-                path = self.wait(sampled).path if sampled else None
-            with self._explained("to save weights and optimizer"):
-                return Saved(name, self.wait(state).path, path)
+            asked = "to save weights for sampling"
+            path = self._wait(sampled, asked).path if sampled else None
+            return Saved(name, self._wait(state, "to save weights and optimizer").path, path)
 
         return Submitted(result)
 
@@ -315,17 +314,19 @@ class Student:
         """Sample with the weights as the steps submitted before leave them; kept for as long as
         the client is. Waits for the server.
         """
-        with self._explained("to sample from the present weights"):
+        asked = "to sample from the present weights"
+        with self._explained(asked):
             opened = self._client.save_weights_and_get_sampling_client()
-            client: tinker.SamplingClient = self.wait(opened)
-            return client
+        client: tinker.SamplingClient = self._wait(opened, asked)
+        return client
 
     def _explained(self, asked: str) -> AbstractContextManager[None]:
         return explained_training(self.connection.reference, asked)
 
-    def wait(self, request: Any) -> Any:
+    def _wait(self, request: Any, asked: str) -> Any:
         """The request's result; `ServiceError` where its server ends meanwhile."""
-        return sdk.wait(request, self.connection.ended)
+        with self._explained(asked):
+            return sdk.wait(request, self.connection.ended)
 
     def sampler(self, path: str | None) -> TinkerSampler:
         """Sample from the `Saved.sampler` of a checkpoint; None for the base."""

@@ -115,12 +115,15 @@ def test_only_new_trains_exactly_the_rows_that_nobody_learned(
 
 
 def test_the_adapter_is_the_predecessors_whatever_the_settings_say(
-    before: TrainingResult, model: str
+    before: TrainingResult, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Who asked for another is told."""
     found = find_predecessor(before.path, model)
-    assert found is not None
+    found.settled(SETTINGS)
+    assert not capsys.readouterr().err
     settled = found.settled(replace(SETTINGS, rank=64))
     assert (settled.rank, settled.learning_rate) == (QUICK.rank, SETTINGS.learning_rate)
+    assert f"rank is {QUICK.rank}, as the weights" in capsys.readouterr().err
 
 
 def test_weights_are_brought_to_another_local_server_and_stay_where_they_are(
@@ -130,7 +133,6 @@ def test_weights_are_brought_to_another_local_server_and_stay_where_they_are(
     run, kind, name = before.best.state.removeprefix("tinker://").replace(":", "_").split("/")
     shutil.copytree(shared().store / run, folder / "checkpoints" / run)
     found = find_predecessor(folder, model)
-    assert found is not None
     (tmp_path / "store").mkdir()
     found.bring(tmp_path / "store")
     brought = tmp_path / "store" / run / kind / name
@@ -158,7 +160,6 @@ def test_a_servers_state_does_as_well_but_nobody_knows_what_it_learned(
     before: TrainingResult, model: str
 ) -> None:
     found = find_predecessor(before.best.state, model)
-    assert found is not None
     assert found.adapted == {"rank": QUICK.rank}
     with pytest.raises(DatasetError, match="Leave out --only-new"):
         _ = found.learned
