@@ -1,4 +1,4 @@
-"""Systems on the same rows: every metric and check, with what sets them apart."""
+"""Systems on the same rows: every metric, check and text, with what sets them apart."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill_datasets.conversations import read_calls, readable
-from distill_datasets.evaluation.metrics import ALWAYS, CALIBRATIONS, Metric, Metrics
-from distill_datasets.evaluation.systems import PROMPTED
+from distill_datasets.evaluation.metrics import (
+    ALWAYS,
+    CALIBRATIONS,
+    Metric,
+    Metrics,
+    mean_of,
+    ratio_of,
+)
+from distill_datasets.evaluation.systems import PROMPTED, SYSTEMS, is_free_text
+from distill_datasets.recipes.keys import METRICS
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.statistics import FEW, Estimate, Proportion, compare_subgroups
+from distill_datasets.similarity import chrf, equal, rouge_l
+from distill_datasets.statistics import FEW, Bootstrap, Estimate, Proportion, compare_subgroups
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,6 +32,9 @@ _CHECKED = ("query", "reference", "raw", "stop_reason", "answer")
 
 TEACHER, BASE, STUDENT = "teacher", "base", "student"
 _OTHERS = (TEACHER, BASE, "base + prompt")  # with whom the student is compared
+_LIKENESS = {"chrf": chrf, "rouge_l": rouge_l, "exact_match": equal}
+# With whom the student's texts are compared.
+_OTHERS_OF_TEXTS = (BASE, SYSTEMS["base+prompt"], SYSTEMS["teacher-again"])
 _MOST_LABELS = 50
 _MOST_ROWS = 30  # so few are worth reading one by one
 
@@ -345,3 +357,130 @@ class Comparison:
         ]
         if idle:
             yield f"These checks apply to no row here: {', '.join(idle)}."
+
+
+def metric_names(recipe: Recipe, references: Sequence[str | None]) -> tuple[list[str], list[str]]:
+    """A recipe's metrics, and those that need no references.
+
+    Where a recipe of free text names none, those of labels, which would all be 0, give way.
+    """
+    if recipe.metrics == METRICS and is_free_text(recipe, references):
+        return ["chrf", "rouge_l"], ["answered"]
+    return list(recipe.metrics), ["answered", "agreement"]
+
+
+class Texts:
+    """The texts of each system, row by row, and their numbers: how alike, how long, how varied.
+
+    A text is what a system would have the student say: of one that is asked with the prompt, the
+    response that the recipe makes of its answer; of any other, its own words.
+    """
+
+    def __init__(self, comparison: Comparison, recipe: Recipe) -> None:
+        """`comparison` has the rows of every system."""
+        self.comparison, self._recipe = comparison, recipe
+        self._groups = comparison.groups
+
+    @cached_property
+    def said(self) -> dict[str, list[str]]:
+        """What each system says, as the student would."""
+        return {name: list(self._said(name)) for name in self.comparison.answers}
+
+    def _said(self, system: str) -> Iterator[str]:
+        rows = self.comparison.answers[system].select_columns(["query", "raw", "answer"])
+        for row in rows:
+            if system in PROMPTED and row["answer"] is not None:
+                part, _ = self._recipe.part(row["query"])
+                yield part.write_response(row["raw"], row["answer"]).strip()
+            else:
+                yield (row["raw"] or "").strip()
+
+    @cached_property
+    def _targets(self) -> dict[str, list[str | None]]:
+        """What texts are compared with: the teacher's usable ones, and what is known to be right.
+
+        Where that is a label, it is compared with the label that was read out of a text.
+        """
+        answers = self.comparison.predictions[TEACHER]
+        pairs = zip(self.said[TEACHER], answers, strict=True)
+        taught = [None if answer is None else text for text, answer in pairs]
+        return {"teacher": taught, "reference": self.comparison.references}
+
+    @cached_property
+    def scores(self) -> dict[tuple[str, str, str], list[float]]:
+        """Of each row, by system, what it is compared with, and how; NaN without that."""
+        scores: dict[tuple[str, str, str], list[float]] = {}
+        for row in range(len(self._groups)):
+            for name, texts in self.said.items():
+                found = {
+                    "teacher": texts[row],
+                    "reference": self.comparison.predictions[name][row] or "",
+                }
+                for target, wanted in self._targets.items():
+                    right = wanted[row]
+                    for how, score in _LIKENESS.items():
+                        known = np.nan if right is None else score(found[target], right)
+                        scores.setdefault((name, target, how), []).append(known)
+        return scores
+
+    @cached_property
+    def _alike(self) -> dict[tuple[str, str, str], Bootstrap]:
+        return {
+            key: mean_of(np.array(values), self._groups)
+            for key, values in self.scores.items()
+            if np.isfinite(values).any() and key[:2] != (TEACHER, TEACHER)
+        }
+
+    def section(self) -> dict[str, dict[str, Any]]:
+        """By system: likeness to the teacher's texts and to the references, length, variety."""
+        return {name: self._of(name) for name in self.said}
+
+    def _of(self, system: str) -> dict[str, Any]:
+        texts = self.said[system]
+        (commonest, times), *_ = Counter(texts).most_common(1)
+        ended = self.comparison.answers[system]["stop_reason"]
+        shares = {
+            "ended": [float(reason == "stop") for reason in ended],
+            "commonest_share": [float(text == commonest) for text in texts],
+        }
+        found: dict[str, Any] = {
+            **self._length_ratio(system),
+            **{
+                name: {**Proportion(share, self._groups).interval(), "rows": len(share)}
+                for name, share in shares.items()
+            },
+            "distinct": len(set(texts)),
+            "commonest": commonest,
+            "commonest_rows": times,
+        }
+        for (name, target, how), estimate in self._alike.items():
+            if name == system:
+                rows = sum(one is not None for one in self._targets[target])
+                found.setdefault(target, {})[how] = {**estimate.interval(), "rows": rows}
+        return found
+
+    def _length_ratio(self, system: str) -> dict[str, dict[str, float]]:
+        """Characters of all texts, for one of the teacher's; nothing where it says nothing."""
+        taught = self._targets["teacher"]
+        rows = [row for row, text in enumerate(taught) if text]
+        if not rows:
+            return {}
+        lengths = [float(len(self.said[system][row])) for row in rows]
+        theirs = [float(len(taught[row] or "")) for row in rows]
+        groups = [self._groups[row] for row in rows]
+        ratio = ratio_of(lengths, theirs, groups).interval()
+        return {"length_ratio": {**ratio, "rows": len(rows)}}
+
+    def differences(self) -> dict[str, dict[str, dict[str, float]]]:
+        """How much nearer the student is to the teacher's texts than others are, row by row.
+
+        Than the teacher's own second answer, too, which is as near as anybody comes.
+        """
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for other in _OTHERS_OF_TEXTS:
+            for how in _LIKENESS:
+                mine, theirs = (self._alike.get((name, TEACHER, how)) for name in (STUDENT, other))
+                if mine and theirs:
+                    pair = found.setdefault(f"{STUDENT}-{other}", {})
+                    pair[how] = (mine - theirs).interval()
+        return found

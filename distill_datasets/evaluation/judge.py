@@ -39,8 +39,7 @@ from distill_datasets.recipes.sections import SamplingSection
 from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
-    from distill_datasets.evaluation.comparison import Comparison
-    from distill_datasets.evaluation.texts import Texts
+    from distill_datasets.evaluation.comparison import Comparison, Texts
 
 OWN = "recipe"  # the rubric that is the recipe's judge prompt
 

@@ -178,8 +178,9 @@ def _scores(opinions: Opinions, groups: Sequence[str]) -> dict[str, Any]:
     gaps = []
     for other in others:
         for criterion in opinions.scores:
-            plain = _apart(opinions, criterion, other, groups, LEVEL)
-            strict = _apart(opinions, criterion, other, groups, level)
+            pair = STUDENT, other
+            plain = _apart(opinions, criterion, pair, groups)
+            strict = _apart(opinions, criterion, pair, groups, level)
             if plain is None or strict is None:
                 continue
             differences.setdefault(f"{STUDENT}-{other}", {})[criterion] = plain
@@ -192,36 +193,33 @@ def _mean(
     opinions: Opinions, criterion: str, system: str, groups: Sequence[str]
 ) -> dict[str, float] | None:
     """A system's mean score, on the rows where it has one."""
-    low, high = opinions.scales[criterion]
-    known = [
-        ((score - low) / (high - low), group)
-        for score, group in zip(opinions.scores[criterion][system], groups, strict=True)
-        if score is not None
-    ]
-    if not known:
-        return None
-    shares, related = zip(*known, strict=True)
+    low, _ = opinions.scales[criterion]
     # Beside nothing: where all scores are equal, other rows may still have others.
-    found = mean_difference(shares, [0.0] * len(shares), related)
-    ends = {name: low + max(0.0, found[name]) * (high - low) for name in ("value", "low", "high")}
-    return {**ends, "n": found["n"], "rows": len(shares)}
+    found = _apart(opinions, criterion, (system, None), groups)
+    if found:
+        found |= {name: low + max(0.0, found[name]) for name in ("value", "low", "high")}
+    return found
 
 
 def _apart(
-    opinions: Opinions, criterion: str, other: str, groups: Sequence[str], level: float
+    opinions: Opinions,
+    criterion: str,
+    pair: tuple[str, str | None],
+    groups: Sequence[str],
+    level: float = LEVEL,
 ) -> dict[str, float] | None:
-    """The student's scores less another's, on the rows where both have one."""
+    """One system's scores less another's, or less the least, on the rows where both have one."""
     low, high = opinions.scales[criterion]
-    of_systems = opinions.scores[criterion]
+    mine, theirs = (opinions.scores[criterion][one] if one else [low] * len(groups) for one in pair)
     both = [
-        ((mine - low) / (high - low), (theirs - low) / (high - low), group)
-        for mine, theirs, group in zip(of_systems[STUDENT], of_systems[other], groups, strict=True)
-        if mine is not None and theirs is not None
+        ((one - low) / (high - low), (other - low) / (high - low), group)
+        for one, other, group in zip(mine, theirs, groups, strict=True)
+        if one is not None and other is not None
     ]
     if not both:
         return None
-    mine, theirs, related = zip(*both, strict=True)
-    found = mean_difference(mine, theirs, related, level)
+    first, second, related = zip(*both, strict=True)
+    found = mean_difference(first, second, related, level)
     ends = {name: found[name] * (high - low) for name in ("value", "low", "high")}
     return {**ends, "n": found["n"], "rows": len(both)}
 

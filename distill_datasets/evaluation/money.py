@@ -259,24 +259,19 @@ class _Costs:
 
     def arithmetic(self, currency: str) -> Iterator[str]:
         """How each cost of a query comes about."""
-        costs, price = self.per_query, self.teacher
-        for name, system, of in ((TEACHER, "teacher", price), (STUDENT, "student", self.student)):
+        ways = [(TEACHER, "teacher", self.teacher, 0.0), (STUDENT, "student", self.student, 0.0)]
+        if self.teacher.cached is not None:
+            ways.append((CACHED, "teacher", self.teacher, self.share))
+        for name, system, of, share in ways:
             prompt, response = self.tokens(system)
-            said = f"{_tokens(response)} response x {_n(of.response)}"
+            read = prompt * share
+            cached = f"{_n(read, 2)} cached x {_n(of.cached or 0)} + " if name == CACHED else ""
             yield (
-                f"{name}: ({_tokens(prompt)} prompt x {_n(of.prompt)} + {said}) / 1M = "
-                f"{_money(costs[name])} {currency} a query"
+                f"{name}: ({_n(prompt - read, 2)} prompt x {_n(of.prompt)} + {cached}"
+                f"{_n(response, 2)} response x {_n(of.response)}) / 1M = "
+                f"{_money(self.per_query[name])} {currency} a query"
             )
-        if price.cached is not None:
-            prompt, response = self.tokens("teacher")
-            read = prompt * self.share
-            said = f"{_tokens(response)} response x {_n(price.response)}"
-            yield (
-                f"{CACHED}: ({_tokens(prompt - read)} prompt x {_n(price.prompt)} + "
-                f"{_tokens(read)} cached x {_n(price.cached)} + {said}) / 1M = "
-                f"{_money(costs[CACHED])} {currency} a query"
-            )
-        for name, of in ((TEACHER, price), (STUDENT, self.student)):
+        for name, of in ((TEACHER, self.teacher), (STUDENT, self.student)):
             if of.hosting_per_hour is not None:
                 each = f"{_n(of.hosting_per_hour)} x {HOURS_A_MONTH} hours = "
                 yield f"hosting of the {name}: {each}{_n(of.hosting)} {currency} a month"
@@ -504,10 +499,6 @@ def _days_text(days: float | None) -> str:
 def _n(number: float, digits: int = 6) -> str:
     """A price or a count without needless digits."""
     return f"{number:,.{digits}f}".rstrip("0").rstrip(".")
-
-
-def _tokens(number: float) -> str:
-    return _n(number, 2)
 
 
 def _money(number: float) -> str:

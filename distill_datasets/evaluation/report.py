@@ -17,10 +17,14 @@ from distill_datasets.errors import (
 )
 from distill_datasets.evaluation import report_text
 from distill_datasets.evaluation.asking import ask_all, open_meter
+from distill_datasets.evaluation.comparison import Comparison, Texts, metric_names
+from distill_datasets.evaluation.judge import AnswerJudge, open_judge
 from distill_datasets.evaluation.latency import measure_latency
+from distill_datasets.evaluation.metrics import Metrics
 from distill_datasets.evaluation.money import SpendingRecord, money
-from distill_datasets.evaluation.page import write_page
+from distill_datasets.evaluation.page import summary_html, write_page
 from distill_datasets.evaluation.page_facts import TrainingRecord
+from distill_datasets.evaluation.residue import TESTS, measure_residue, shipped
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.evaluation.systems import (
     PROMPTED,
@@ -35,6 +39,7 @@ from distill_datasets.evaluation.systems import (
     read_held_out,
     timed_systems,
 )
+from distill_datasets.evaluation.verdict import alerts_of, judge_rows
 from distill_datasets.files import one_writer, write_file
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient
@@ -58,9 +63,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from pandas import DataFrame
 
-    from distill_datasets.evaluation.comparison import Comparison
-    from distill_datasets.evaluation.judge import AnswerJudge
-    from distill_datasets.evaluation.metrics import Metrics
     from distill_datasets.models.connection import Connection
 
 _SCORED = ("base", "teacher", "student")  # for their likelihoods
@@ -97,8 +99,6 @@ class Report:
         return json_normalize(list(self.rows()))
 
     def _repr_html_(self) -> str:
-        from distill_datasets.evaluation.page import summary_html
-
         return summary_html(self.data, self.path.with_suffix(".html"))
 
     def table(self) -> str:
@@ -133,9 +133,6 @@ def measure(  # noqa: PLR0913 (a release, four models, and the settings)
         report = measure("runs/demo/release", student="runs/demo/train", out="runs/demo")
         print(report.table())
     """
-    from distill_datasets.evaluation.metrics import Metrics
-    from distill_datasets.evaluation.texts import metric_names
-
     settings = settings or MeasureSettings()
     held_out = read_held_out(dataset, split=settings.split, limit=settings.limit)
     references = held_out.rows["reference"]
@@ -167,16 +164,14 @@ class _Measuring:
     held_out: HeldOut
     systems: Mapping[str, Answerer]
     settings: MeasureSettings
-    metrics: "Metrics"
+    metrics: Metrics
     training: TrainedStudent | None
-    judge: "AnswerJudge | None" = None
+    judge: AnswerJudge | None = None
     paraphraser: Sampler | None = None
     meter: Meter | None = None
 
     def report(self, path: Path) -> Report:
         """The report that is there, or a new one: written before the timing and after it."""
-        from distill_datasets.evaluation.comparison import Comparison
-
         known = read_object(path) or {}
         enough = known.get("timed") or not self.settings.latency
         enough = enough and ("judge" in known or not self.judge) and not known.get("unpaid")
@@ -243,9 +238,7 @@ class _Measuring:
             parts.append(f"at most {requests:,} requests time some of them")
         return f"then {', and '.join(parts)}." if parts else ""
 
-    def _judged(self, judge: "AnswerJudge", comparison: "Comparison", path: Path) -> dict[str, Any]:
-        from distill_datasets.evaluation.texts import Texts
-
+    def _judged(self, judge: AnswerJudge, comparison: Comparison, path: Path) -> dict[str, Any]:
         rows = judge.rows(comparison, Texts(comparison, self.held_out.recipe))
         models = {name: one.model for name, one in self.systems.items()}
         with self._clients(path) as clients:
@@ -255,8 +248,6 @@ class _Measuring:
         self, rows: list[dict[str, Any]], path: Path, known: Mapping[str, Any]
     ) -> dict[str, Any]:
         """What the training left behind beside the task."""
-        from distill_datasets.evaluation.residue import measure_residue
-
         tests = self._tests_left(known)
         if not tests:
             return {name: known[name] for name in ("residue", "residue_of")}
@@ -273,8 +264,6 @@ class _Measuring:
 
         A test that told nothing is none of them: the same models on the same rows tell no more.
         """
-        from distill_datasets.evaluation.residue import TESTS
-
         of = known.get("residue_of") or {}
         if not self.settings.residue:
             return ()
@@ -286,8 +275,6 @@ class _Measuring:
     @cached_property
     def _tests_key(self) -> str:
         """The digest of all that tests of residue depend on but the paraphraser."""
-        from distill_datasets.evaluation.residue import shipped
-
         return digest([self.asked, _measured_by(self.held_out.recipe), shipped()])
 
     @cached_property
@@ -311,10 +298,7 @@ class _Measuring:
             return {"notes": [*(note for note in data["notes"] if note != why), why]}
         return {"money": found}
 
-    def _data(self, comparison: "Comparison", known: Mapping[str, Any]) -> dict[str, Any]:
-        from distill_datasets.evaluation.texts import Texts
-        from distill_datasets.evaluation.verdict import alerts_of, judge_rows
-
+    def _data(self, comparison: Comparison, known: Mapping[str, Any]) -> dict[str, Any]:
         held_out, systems = self.held_out, self.systems
         manifest, sampling = held_out.manifest, greedy(held_out.recipe)
         checks = held_out.recipe.all_checks
@@ -362,7 +346,7 @@ class _Measuring:
         found = TrainingRecord.read(self.training.folder).warnings
         return [f"Its training warns: {one}." for one in found]
 
-    def _system(self, name: str, comparison: "Comparison") -> dict[str, Any]:
+    def _system(self, name: str, comparison: Comparison) -> dict[str, Any]:
         """What a report says of a system."""
         system, checks = self.systems[name], self.held_out.recipe.all_checks
         trained = self.training if name.startswith("student") else None
@@ -465,10 +449,8 @@ class _Measuring:
 
 def _open_judge(
     judge: Sampler | str | None, held_out: HeldOut, settings: MeasureSettings
-) -> "AnswerJudge | None":
+) -> AnswerJudge | None:
     if judge is not None:
-        from distill_datasets.evaluation.judge import open_judge
-
         labels = settings.judge_labels
         return open_judge(judge, held_out, rubrics=settings.rubrics, labels=labels)
     if settings.rubrics or settings.judge_labels:
@@ -486,7 +468,7 @@ def _open_writer(named: str | None, teacher: Answerer) -> Sampler | None:
     return members[0].sampler
 
 
-def _checks(checks: Mapping[str, Check], comparison: "Comparison") -> dict[str, Any]:
+def _checks(checks: Mapping[str, Check], comparison: Comparison) -> dict[str, Any]:
     """What each check demands and which rule it covers, and what sets the student apart."""
     said = {name: {"demands": one.demand, "covers": one.covers} for name, one in checks.items()}
     return {"checks": said, "check_differences": comparison.check_differences()}

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from distill_datasets.conversations import readable
-from distill_datasets.evaluation.comparison import STUDENT, TEACHER, Comparison
+from distill_datasets.evaluation.comparison import STUDENT, TEACHER, Comparison, Texts
 from distill_datasets.evaluation.systems import SYSTEMS
-from distill_datasets.evaluation.texts import Texts
 from distill_datasets.recipes.checks import field_share
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.statistics import (
@@ -110,8 +109,14 @@ def decide(rows: PairedRows, margin: float, *, trained_on: bool = False) -> dict
         verdict = decide(PairedRows("accuracy", ids, groups, teacher, student), recipe.margin)
     """
     rows = rows.complete()
+    found: dict[str, Any] = {"outcome": OPEN, "metric": rows.metric, "margin": margin}
     if not rows.ids:
-        return _empty(rows.metric, margin)
+        known = {"rows": 0, "groups": 0, "only_teacher": [], "only_student": []}
+        unknown = dict.fromkeys(("difference", "teacher", "student", "p"))
+        rule = f"No row has a value of {rows.metric} for both teacher and student."
+        needed = rows_needed(margin, _GUESS)
+        found |= {**known, **unknown, "rule": rule, "rows_needed": needed}
+        return {**found, "student_better": False}
     teacher, student = (np.asarray(one, np.float64) for one in (rows.teacher, rows.student))
     apart = student - teacher
     binary = bool(np.isin(np.concatenate([teacher, student]), (0.0, 1.0)).all())
@@ -127,9 +132,8 @@ def decide(rows: PairedRows, margin: float, *, trained_on: bool = False) -> dict
     if outcome == REPLACES and trained_on:
         outcome, rule = OPEN, "The student was trained on these very rows: measure on others."
     return {
+        **found,
         "outcome": outcome,
-        "metric": rows.metric,
-        "margin": margin,
         "difference": {**difference, "level": _LEVEL},
         "rule": rule,
         "rows_needed": needed,
@@ -141,25 +145,6 @@ def decide(rows: PairedRows, margin: float, *, trained_on: bool = False) -> dict
         "groups": len(set(rows.groups)),
         "p": p,
         "student_better": wide["low"] > 0 and (p is None or p < 0.05),
-    }
-
-
-def _empty(metric: str, margin: float) -> dict[str, Any]:
-    return {
-        "outcome": OPEN,
-        "metric": metric,
-        "margin": margin,
-        "difference": None,
-        "rule": f"No row has a value of {metric} for both teacher and student.",
-        "rows_needed": rows_needed(margin, _GUESS),
-        "only_teacher": [],
-        "only_student": [],
-        "teacher": None,
-        "student": None,
-        "rows": 0,
-        "groups": 0,
-        "p": None,
-        "student_better": False,
     }
 
 

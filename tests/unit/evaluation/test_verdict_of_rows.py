@@ -2,9 +2,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from distill_datasets.evaluation.comparison import Comparison
+from distill_datasets.evaluation.comparison import Comparison, Texts
 from distill_datasets.evaluation.metrics import Metrics
-from distill_datasets.evaluation.texts import Texts
 from distill_datasets.evaluation.verdict import alerts_of, judge_rows
 from tests.support.recipes import any_recipe
 
