@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill_datasets import html
 from distill_datasets.errors import GateError, SettingsError, nearest
+from distill_datasets.evaluation.metrics import mean_of, ratio_of
 from distill_datasets.evaluation.probes import ODD_PATTERNS
 from distill_datasets.files import read_yaml, write_file
 from distill_datasets.report_files import (
@@ -410,8 +411,6 @@ class _Look:
 
     def _longer(self) -> dict[str, float] | None:
         """How many times the other's response tokens the student's are, where rows say so."""
-        from distill_datasets.evaluation.metrics import mean_of, ratio_of
-
         measured, system, _ = self.other
         mine, theirs = (
             {id_: one["tokens"] for id_, one in said.items() if one.get("tokens") is not None}

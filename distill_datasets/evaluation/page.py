@@ -17,6 +17,7 @@ from markupsafe import Markup
 from distill_datasets import html, resources
 from distill_datasets.evaluation import page_facts as facts
 from distill_datasets.evaluation.report_text import label_cells
+from distill_datasets.evaluation.systems import TrainedStudent
 from distill_datasets.files import write_file
 from distill_datasets.progress import amount_text
 from distill_datasets.report_files import (
@@ -51,7 +52,7 @@ def write_page(
     file = report_file(report)
     data = data or read_report(file)
     folder = training or _find_training(file.parent, data)
-    record = facts.TrainingRecord.read(folder) if folder else None
+    record = TrainedStudent.read(folder) if folder else None
     written = file.with_suffix(".html")
     rows = read_rows(file) if rows_file(file).is_file() else ()
     write_file(written, page(data, rows, training=record, beside=_beside_report(file, data)))
@@ -103,7 +104,7 @@ def page(
     report: _Report,
     rows: Iterable[_Row] = (),
     *,
-    training: facts.TrainingRecord | None = None,
+    training: TrainedStudent | None = None,
     beside: Mapping[str, Any] | None = None,
 ) -> str:
     """The page of a report's `data` and its rows; what is not known is left out.
@@ -117,6 +118,7 @@ def page(
     cut, kept = len(kept) > _MOST_ROWS, kept[:_MOST_ROWS]
     script = (resources.cards() / "report.js").read_text(encoding="utf-8")
     digest = hashlib.sha256(script.encode()).digest()
+    best = training.checkpoint.get("step") if training else None
     known = {
         "report": report,
         "verdict": facts.verdict_facts(report),
@@ -134,7 +136,9 @@ def page(
         "coverage": facts.coverage_facts((beside or {}).get("coverage")),
         "calibration": facts.calibration_facts((beside or {}).get("calibration")),
         "rows": facts.rows_facts(report, kept, cut) if kept else None,
-        "curves": panels_html(training.metrics, training.best_step) if training else [],
+        "curves": panels_html(training.metrics, training.checkpoint.get("step"))
+        if training
+        else [],
         "training_said": facts.training_said(training),
         "confusion": list(facts.confusions_facts(report, kept)),
         "labels": list(label_cells(report)) if report.get("labels") else None,

@@ -4,17 +4,15 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import floor, isfinite
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from distill_datasets.drawing import Mark, curves, short, whisker
-from distill_datasets.errors import DatasetError
 from distill_datasets.evaluation.gate import PASSED, UNSURE
 from distill_datasets.evaluation.money import cost_curves, volume_cells
+from distill_datasets.evaluation.systems import TrainedStudent
 from distill_datasets.evaluation.verdict import DOES_NOT, REPLACES, about
 from distill_datasets.progress import amount_text
 from distill_datasets.tables import interval_text
@@ -26,33 +24,6 @@ _SHOWN = ("teacher", "student", "base")  # side by side, in this order
 _OUTCOMES = {REPLACES: ("good", "✔"), DOES_NOT: ("bad", "✘")}
 _Row = Mapping[str, Any]
 _Report = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class TrainingRecord:
-    """What a page says of a training: its configuration, its numbers, its best step, and what
-    speaks against that.
-    """
-
-    config: Mapping[str, Any]
-    metrics: Sequence[Mapping[str, Any]]
-    best_step: int | None = None
-    warnings: Sequence[str] = ()
-
-    @classmethod
-    def read(cls, folder: Path) -> "TrainingRecord":
-        """Of a training's folder; raises `DatasetError` or `ModelError` for any other."""
-        from distill_datasets.models.references import read_training
-        from distill_datasets.training.folder import TrainingFolder, training_warnings
-
-        if not (folder / "checkpoints.jsonl").is_file():
-            raise DatasetError(
-                f"{str(folder)!r} is no training: expected the folder that `train` wrote, with "
-                "checkpoints.jsonl in it."
-            )
-        config, best = read_training(folder)
-        metrics = TrainingFolder(folder).metrics
-        return cls(config, metrics, best.get("step"), training_warnings(config, metrics))
 
 
 def shown(value: Any) -> str:
@@ -341,7 +312,7 @@ def _part(said: Mapping[str, Any], checks: Sequence[str]) -> list[Any]:
     ]
 
 
-def training_said(training: TrainingRecord | None) -> str:
+def training_said(training: TrainedStudent | None) -> str:
     """What was trained, in a line."""
     if training is None or not training.metrics:
         return ""
@@ -418,7 +389,7 @@ def latency_facts(report: _Report) -> dict[str, Any] | None:
     return {"caption": caption, "low": "0", "high": high, "unit": "p50 / p95", "lines": lines}
 
 
-def commands(report: _Report, training: TrainingRecord | None) -> str:
+def commands(report: _Report, training: TrainedStudent | None) -> str:
     """What trains and measures the same again."""
     dataset = report["dataset"]
     commit = dataset.get("commit")
@@ -436,7 +407,7 @@ def commands(report: _Report, training: TrainingRecord | None) -> str:
     )
 
 
-def provenance(report: _Report, training: TrainingRecord | None) -> dict[str, str]:
+def provenance(report: _Report, training: TrainedStudent | None) -> dict[str, str]:
     """What the report is of, by names and digests."""
     from distill_datasets import __version__
 

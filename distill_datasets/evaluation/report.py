@@ -23,7 +23,6 @@ from distill_datasets.evaluation.latency import measure_latency
 from distill_datasets.evaluation.metrics import Metrics
 from distill_datasets.evaluation.money import SpendingRecord, money
 from distill_datasets.evaluation.page import summary_html, write_page
-from distill_datasets.evaluation.page_facts import TrainingRecord
 from distill_datasets.evaluation.residue import TESTS, measure_residue, shipped
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.evaluation.systems import (
@@ -305,8 +304,10 @@ class _Measuring:
         texts = Texts(comparison, held_out.recipe)
         measured = {name: self._system(name, comparison) for name in systems}
         verdict = judge_rows(texts, held_out.recipe, free_text=held_out.free_text)
+        against = self.training.warnings if self.training else ()
+        warned = [f"Its training warns: {one}." for one in against]
         data = {
-            "alerts": [*self._warnings(), *alerts_of(texts, verdict)],
+            "alerts": [*warned, *alerts_of(texts, verdict)],
             "verdict": verdict,
             "recipe": held_out.recipe.name,
             "dataset": {
@@ -338,13 +339,6 @@ class _Measuring:
         }
         notes = [*comparison.notes(), *explained(systems, held_out), *data["notes"]]
         return {**data, "notes": notes}
-
-    def _warnings(self) -> list[str]:
-        """What speaks against the training of the student, such as a collapse."""
-        if self.training is None:
-            return []
-        found = TrainingRecord.read(self.training.folder).warnings
-        return [f"Its training warns: {one}." for one in found]
 
     def _system(self, name: str, comparison: Comparison) -> dict[str, Any]:
         """What a report says of a system."""

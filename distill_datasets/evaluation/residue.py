@@ -17,6 +17,7 @@ import numpy as np
 
 from distill_datasets.conversations import below, readable
 from distill_datasets.errors import ModelError
+from distill_datasets.evaluation.metrics import mean_of, ratio_of
 from distill_datasets.evaluation.probes import (
     Secret,
     changed_query,
@@ -287,7 +288,14 @@ class _Tests:
             "paraphrase": self._paraphrased,
             "canaries": self._canaries,
         }
-        return {name: {"what": TESTS[name], **tests[name]()} for name in self.wanted}
+        found = {}
+        for name in self.wanted:
+            try:
+                found[name] = {"what": TESTS[name], **tests[name]()}
+            except ModelError as error:  # of one that says no likelihoods
+                why = str(error).partition(". ")[0].removesuffix(".")
+                found[name] = {"what": TESTS[name], **_unknown(f"{why}.")}
+        return found
 
     def _leak(self) -> dict[str, Any]:
         told = [row["systems"]["teacher"]["text"] or "" for row in self.rows]
@@ -360,23 +368,22 @@ class _Tests:
         }
 
     def _unrelated_text(self) -> dict[str, Any]:
-        if not self.connections:
-            return _unknown("Student and base don't both say how likely they find a given text.")
         judged = [Judged([_user(row), _said(row["response"])]) for row in _read("texts")]
-        try:
-            nats = {
-                name: self._likelihoods(one, judged, f"{name}'s likelihood of other texts")
-                for name, one in self.connections.items()
-            }
-        except ModelError as error:
-            return _unknown(str(error).partition(". ")[0] + ".")
-        return _loss(nats)
+        return _loss(self._likelihoods(judged, "likelihood of other texts"))
 
-    def _likelihoods(
-        self, model: "Connection", judged: Sequence[Judged], title: str
-    ) -> list[Likelihood]:
-        spend = partial(self.meter.read, model.identity) if self.meter else None
-        return likelihoods(model, judged, title=title, spend=spend)
+    def _likelihoods(self, judged: Sequence[Judged], what: str) -> dict[str, list[Likelihood]]:
+        """Those of student and base; raises `ModelError` where one doesn't say them."""
+        if not self.connections:
+            raise ModelError("Student and base don't both say how likely they find a given text.")
+        return {
+            name: likelihoods(
+                one,
+                judged,
+                title=f"{name}'s {what}",
+                spend=partial(self.meter.read, one.identity) if self.meter else None,
+            )
+            for name, one in self.connections.items()
+        }
 
     def _paraphrased(self) -> dict[str, Any]:
         count = len(self.paraphrases)
@@ -420,22 +427,18 @@ class _Tests:
             for id_, query in changed
         ]
         examples = self._examples(kind, queries, moved)
-        numbers = _means(alike) if free else _shares(alike)
+        numbers = _shares(alike, scores=free)
         return {"passed": passed, **numbers, "said": said, "examples": examples}
 
     def _canaries(self) -> dict[str, Any]:
         """Whether a planted secret ranks higher than chance puts it, or is told."""
         if not self.canaries:
             return _unknown("No sentence is planted in the prompt: train on `run --canaries 3`.")
-        if not self.connections:
-            return _unknown("Student and base don't both say how likely they find a given text.")
-        judged, found = secrets_asked(self.canaries, self.view), {}
-        try:
-            for name, one in self.connections.items():
-                scored = self._likelihoods(one, judged, f"{name}'s exposure")
-                found[name] = exposures(self.canaries, [one.nats for one in scored])
-        except ModelError as error:
-            return _unknown(str(error).partition(". ")[0] + ".")
+        scored = self._likelihoods(secrets_asked(self.canaries, self.view), "exposure")
+        found = {
+            name: exposures(self.canaries, [one.nats for one in many])
+            for name, many in scored.items()
+        }
         told = [
             one.secret in answer.text.casefold()
             for one, answer in zip(self.canaries, self.answers["student", "canaries"], strict=True)
@@ -478,8 +481,6 @@ def _agreement(
 
 def _loss(nats: Mapping[str, Sequence[Likelihood]]) -> dict[str, Any]:
     """Whether the student finds texts less likely than the base, in nats a token."""
-    from distill_datasets.evaluation.metrics import ratio_of
-
     groups = [str(place) for place, _ in enumerate(nats["student"])]
     found = {
         name: ratio_of([one.nats for one in many], [float(one.tokens) for one in many], groups)
@@ -562,23 +563,13 @@ def _mean(values: Sequence[float] | None) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _shares(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The student's share with its interval, and under `base` that of the base."""
-    found = {
-        name: {**Proportion([*map(float, many)], [*map(str, range(len(many)))]).interval()}
-        for name, many in values.items()
-    }
-    return {**found["student"], "base": found.get("base")}
-
-
-def _means(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The same of scores."""
-    from distill_datasets.evaluation.metrics import mean_of
-
-    found = {
-        name: mean_of(np.array(many), [*map(str, range(len(many)))]).interval()
-        for name, many in values.items()
-    }
+def _shares(values: Mapping[str, Sequence[float]], *, scores: bool = False) -> dict[str, Any]:
+    """The student's share, or mean of scores, with its interval; under `base` that of the base."""
+    found = {}
+    for name, many in values.items():
+        numbers, rows = [*map(float, many)], [*map(str, range(len(many)))]
+        estimate = mean_of(np.array(numbers), rows) if scores else Proportion(numbers, rows)
+        found[name] = estimate.interval()
     return {**found["student"], "base": found.get("base")}
 
 

@@ -189,11 +189,30 @@ def _dataset(queries: list[dict[str, Any]], split: str) -> "Dataset":
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """A training folder's configuration, and the line of its best checkpoint."""
+    """What a training's folder says: its configuration, the line of its best checkpoint, its
+    numbers, and what speaks against those weights.
+    """
 
-    folder: Path
     config: Mapping[str, Any]
     checkpoint: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]] = ()
+    warnings: Sequence[str] = ()
+    folder: Path = Path()
+
+    @classmethod
+    def read(cls, folder: Path) -> "TrainedStudent":
+        """Raises `DatasetError` for a folder of anything else, `ModelError` for a damaged one."""
+        from distill_datasets.models.references import read_training
+        from distill_datasets.training.folder import TrainingFolder, training_warnings
+
+        if not (folder / "checkpoints.jsonl").is_file():
+            raise DatasetError(
+                f"{str(folder)!r} is no training: expected the folder that `train` wrote, with "
+                "checkpoints.jsonl in it."
+            )
+        config, best = read_training(folder)
+        metrics = TrainingFolder(folder).metrics
+        return cls(config, best, metrics, training_warnings(config, metrics), folder)
 
 
 def find_training(student: Sampler | str | Path) -> TrainedStudent | None:
@@ -206,7 +225,7 @@ def find_training(student: Sampler | str | Path) -> TrainedStudent | None:
     from distill_datasets.models import references
 
     folder = references.find_training(student)
-    return None if folder is None else TrainedStudent(folder, *references.read_training(folder))
+    return None if folder is None else TrainedStudent.read(folder)
 
 
 def open_systems(

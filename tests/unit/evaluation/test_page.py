@@ -10,7 +10,7 @@ import pytest
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.evaluation.page import page, write_page
-from distill_datasets.evaluation.page_facts import TrainingRecord
+from distill_datasets.evaluation.systems import TrainedStudent
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)> & "quoted" {{ 7 * 7 }}'
 FORMATS = Path(__file__).parents[2] / "integration" / "formats"
@@ -153,7 +153,7 @@ def test_what_models_and_datasets_say_is_text_wherever_it_stands() -> None:
     )
     data["systems"][EVIL] = {**data["systems"]["base"], "checks": {EVIL: interval(0.5)}}
     data["systems"][EVIL]["metrics"] = {EVIL: interval(0.5)}
-    record = TrainingRecord({"student": EVIL}, [{"step": 1, "loss": 1.0}], 1)
+    record = TrainedStudent({"student": EVIL}, {"step": 1}, [{"step": 1, "loss": 1.0}])
     read = Read(page(data, [evil], training=record))
     assert [tag for tag, _ in read.tags].count("script") == 2
     assert not [tag for tag, _ in read.tags if tag == "img"]
@@ -269,7 +269,7 @@ def test_a_trainings_curves_have_the_best_checkpoint_marked() -> None:
     metrics: list[dict[str, Any]] = [{"step": step, "loss": 9.0 / step} for step in range(1, 4)]
     metrics += [{"step": 1, "validation_loss": 5.0}, {"step": 3, "validation_loss": 6.0}]
     warned = ["the student collapsed"]
-    record = TrainingRecord({"student": "pocket"}, metrics, best_step=1, warnings=warned)
+    record = TrainedStudent({"student": "pocket"}, {"step": 1}, metrics, warned)
     text = page(report(), ROWS, training=record)
     assert "best: step 1" in text and "⚠ the student collapsed." in text
     assert "training" in Read(text).sections
@@ -310,7 +310,7 @@ def test_costs_are_drawn_with_the_queries_that_they_take_to_be_back() -> None:
 
 
 def test_what_trains_and_measures_it_again_is_quoted_for_a_shell() -> None:
-    record = TrainingRecord({"student": "pocket", "dataset": {"path": "my runs/release"}}, [])
+    record = TrainedStudent({"student": "pocket", "dataset": {"path": "my runs/release"}}, {})
     text = Read(page(report(), ROWS, training=record)).text
     assert "distill-datasets train 'my runs/release' --student pocket --out student" in text
     dataset = {"path": "me/letters@v1.0.0", "commit": "c0ffee", "version": "1", "revision": "r"}
