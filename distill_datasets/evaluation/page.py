@@ -136,9 +136,7 @@ def page(
         "coverage": facts.coverage_facts((beside or {}).get("coverage")),
         "calibration": facts.calibration_facts((beside or {}).get("calibration")),
         "rows": facts.rows_facts(report, kept, cut) if kept else None,
-        "curves": panels_html(training.metrics, training.checkpoint.get("step"))
-        if training
-        else [],
+        "curves": panels_html(training.metrics, best) if training else [],
         "training_said": facts.training_said(training),
         "confusion": list(facts.confusions_facts(report, kept)),
         "labels": list(label_cells(report)) if report.get("labels") else None,
