@@ -64,6 +64,12 @@ class Connection:
             return rest_client(self.reference)
         return tinker.RestClient(base_url=self.server.url, api_key=self.server.api_key)
 
+    def open_session(self) -> Any:
+        """A request for a session that samples from this model."""
+        path = self.model_path
+        base = None if path else self.base_model
+        return self.service.create_sampling_client(model_path=path, base_model=base)
+
     def ended(self) -> ServiceError | None:
         """What to say when the server that was started for a local model runs no more.
 

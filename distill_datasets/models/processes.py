@@ -19,7 +19,7 @@ from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection as Channel
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 from distill_datasets.errors import DistillError, RetryableError, ServiceError, SettingsError
 from distill_datasets.models import tinker_sdk as sdk
@@ -39,8 +39,8 @@ class _WorkerEnded(Exception):  # noqa: N818 (what happened, not what is wrong)
 class ProcessSampler:
     """Spreads requests over worker processes; each goes to the one that has the fewest.
 
-    Close it, use it as a context manager, or let the exit of Python do it. A request whose worker
-    ends is asked once more, of another.
+    Close it, or let the exit of Python do it. A request whose worker ends is asked once more, of
+    another.
     """
 
     def __init__(self, sampler: TinkerSampler, processes: int) -> None:
@@ -103,14 +103,6 @@ class ProcessSampler:
             worker.leave()
         for worker in self._workers:
             worker.close()
-
-    def __enter__(self) -> Self:
-        """Use the sampler for a block."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """End the workers with the block."""
-        self.close()
 
 
 class _WorkerHandle:

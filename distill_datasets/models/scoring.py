@@ -108,11 +108,8 @@ class Scorer:
     def __init__(self, connection: "Connection") -> None:
         """Open a sampling session; raises `ModelError` where the server refuses the model."""
         self.connection = connection
-        path = connection.model_path
         with _explained(connection.reference):
-            self._client = connection.service.create_sampling_client(
-                model_path=path, base_model=None if path else connection.base_model
-            ).result()
+            self._client = connection.open_session().result()
 
     def read(self, context: Sequence[int], response: Sequence[int], k: int = 0) -> Pending[Scored]:
         """How likely a response is after its context, token by token, and the `k` likeliest."""
@@ -142,28 +139,20 @@ class Scorer:
         return self._chosen(context, [*path, wanted[-1][0]], ids, read)
 
     def chosen(
-        self, context: Sequence[int], response: Sequence[int], ids: NDArray[np.integer]
-    ) -> Pending[NDArray[np.float64]]:
-        """The log-probabilities (N, K) of the tokens `ids` (N, K) at the response's N places."""
-        return self._chosen(context, response, ids, lambda found, _: found)
+        self, context: Sequence[int], response: Sequence[int], ids: NDArray[np.integer], k: int = 0
+    ) -> Pending[tuple[NDArray[np.float64], Ranking | None]]:
+        """The log-probabilities (N, K) of the tokens `ids` (N, K) at the response's N places, and
+        the `k` likeliest there.
+        """
 
-    def chosen_and_likeliest(
-        self,
-        context: Sequence[int],
-        response: Sequence[int],
-        ids: NDArray[np.integer],
-        k: int,
-    ) -> Pending[tuple[NDArray[np.float64], Ranking]]:
-        """The same, and the `k` likeliest at each place."""
-        own = len(response)
-        more = {"topk_prompt_logprobs": k, "prompt_logprobs_last_n": own}
+        def read(
+            found: NDArray[np.float64], reply: Any
+        ) -> tuple[NDArray[np.float64], Ranking | None]:
+            return found, self._scored(reply, response, k).ranking if k else None
 
-        def read(found: NDArray[np.float64], reply: Any) -> tuple[NDArray[np.float64], Ranking]:
-            ranking = self._scored(reply, response, k).ranking
-            assert ranking is not None
-            return found, ranking
-
-        return self._chosen(context, response, ids, read, include_prompt_logprobs=True, **more)
+        likeliest = {"topk_prompt_logprobs": k, "prompt_logprobs_last_n": len(response)}
+        more = {"include_prompt_logprobs": True, **likeliest} if k else {}
+        return self._chosen(context, response, ids, read, **more)
 
     def _chosen(  # noqa: PLR0913 (a request, and what else it asks for)
         self,

@@ -201,14 +201,8 @@ class TinkerSampler:
         self.connection, self.timeout = connection, timeout
         self._standing = Standing()
         self._held: dict[str, asyncio.Future[tinker.SamplingClient]] = {}
-        path = connection.model_path
         with sdk.explained(connection.reference):
-            self.client = (
-                client
-                or connection.service.create_sampling_client(
-                    model_path=path, base_model=None if path else connection.base_model
-                ).result()
-            )
+            self.client: tinker.SamplingClient = client or connection.open_session().result()
 
     @property
     def model(self) -> str:
@@ -269,10 +263,7 @@ class TinkerSampler:
         return await asyncio.shield(held)
 
     async def _hold(self, schema: str, ends: list[int]) -> tinker.SamplingClient:
-        path = self.connection.model_path
-        client: tinker.SamplingClient = await self.connection.service.create_sampling_client(
-            model_path=path, base_model=None if path else self.connection.base_model
-        )
+        client: tinker.SamplingClient = await self.connection.open_session()
         refused = await sdk.hold_to_schema(
             client, self.connection.rest, self.connection.ended, schema, ends
         )

@@ -226,22 +226,14 @@ class OnPolicyObjective:
         ranking = rollout.ranking
         assert ranking is not None
         ids = np.concatenate([np.asarray(tokens)[:, None], ranking.ids], axis=1)
-        if cuts is None:
-            chosen = self._scorer.chosen(context, tokens, ids)
+        asked = self._scorer.chosen(context, tokens, ids, self._objective.top_k if cuts else 0)
 
-            def judged() -> Rollout:
-                found = chosen.result()
-                return replace(rollout, teacher=found[:, 0], judged=found[:, 1:])
-
-            return judged
-        asked = self._scorer.chosen_and_likeliest(context, tokens, ids, self._objective.top_k)
-
-        def judged_as_meant() -> Rollout:
+        def judged() -> Rollout:
             found, top = asked.result()
-            meant = cuts.meant(ranking.ids)
+            meant = cuts.meant(ranking.ids) if cuts else None
             return replace(rollout, teacher=found[:, 0], judged=found[:, 1:], top=top, meant=meant)
 
-        return judged_as_meant
+        return judged
 
     def _current(self, rollouts: Sequence[Rollout], age: int) -> list[Rollout]:
         """With the student's probabilities by the weights that learn now, `age` steps after those

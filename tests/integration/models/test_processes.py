@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def canned(answer: list[int]) -> Iterator[TinkerSampler]:
 
 @pytest.fixture(scope="module")
 def two(canned: TinkerSampler) -> Iterator[ProcessSampler]:
-    with ProcessSampler(canned, 2) as sampler:
+    with closing(ProcessSampler(canned, 2)) as sampler:
         yield sampler
 
 
