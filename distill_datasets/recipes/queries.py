@@ -75,6 +75,12 @@ def load_queries(recipe: Recipe) -> "Dataset":
             f"{examples:,} queries are examples of the prompt, and left out of the rows.",
             stacklevel=2,
         )
+    if left_out["tools"]:
+        warn(
+            "The conversations have a column of tools, and the teacher is given none: put the "
+            "tools that all of them may call into a file, and name it as `tools`.",
+            stacklevel=2,
+        )
     if left_out["messages"]:
         what = "every message of an assistant" if recipe.turns == "all" else "the last answer"
         warn(
@@ -170,6 +176,7 @@ def _read(recipe: Recipe, left_out: Counter[str] | None = None) -> Iterator[Colu
         raise RecipeError(f"The queries of recipe {recipe.name!r} are empty: nothing to ask.")
     names = spec.columns(first[0])
     _check_columns(recipe, names, first[0])
+    left_out["tools"] += bool(spec.messages and first[0].get("tools") and not recipe.tools)
     reference = _Writer(recipe.teacher_reader.write)
     if recipe.tools_text is not None:
         reference = _Writer(partial(_calls, tools=recipe.tools_text), json=True)

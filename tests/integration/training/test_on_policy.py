@@ -69,7 +69,7 @@ def test_the_teacher_scores_the_students_own_tokens_under_the_prompt(
         assert one.ranking is not None and likely is not None
         assert one.ranking.ids.tolist() == likely.ids.tolist()
         assert one.ranking.logprobs == pytest.approx(likely.logprobs, abs=1e-4)
-        judged = scorer.chosen(prompts[1], one.tokens, likely.ids).result()
+        judged, _ = scorer.chosen(prompts[1], one.tokens, likely.ids).result()
         assert one.judged == pytest.approx(judged, abs=1e-4)
 
 

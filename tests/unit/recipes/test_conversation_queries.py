@@ -157,6 +157,16 @@ def test_answers_that_are_there_already_are_left_out_and_counted(tmp_path: Path)
     assert first == [user("Hi"), user("Bye")]
 
 
+def test_tools_beside_conversations_that_the_teacher_is_not_given_are_told_of(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    rows = [{"messages": [user("Hi")], "tools": json.dumps(TOOLS)}]
+    queries(talks(tmp_path / "with", rows, tools=True))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="the teacher is given none: .* name it as `tools`"):
+        queries(talks(tmp_path / "without", rows))
+
+
 def test_a_tools_message_is_refused_where_every_turn_is_answered(tmp_path: Path) -> None:
     folder = talks(tmp_path / "recipe", [MESSAGES], turns="all", tools=True)
     with pytest.raises(RecipeError, match=r"Query 1: a tool's message answers a call that the"):
