@@ -90,7 +90,11 @@ def fields_of(template: str) -> set[str]:
     """The names that a template takes."""
     if len(template) > _LONGEST:
         raise TemplateSyntaxError(f"it has over {_LONGEST:,} characters", 1)
-    return set(meta.find_undeclared_variables(_JINJA.parse(template)))
+    # As `meta.find_undeclared_variables`, which computes constants on its way, however large.
+    finder = meta.TrackingCodeGenerator(_JINJA)
+    finder.optimizer = None
+    finder.visit(_JINJA.parse(template))
+    return finder.undeclared_identifiers
 
 
 def fields_of_expression(expression: str) -> set[str]:

@@ -1,10 +1,11 @@
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.loading import load_recipe
-from distill_datasets.recipes.prompt import fill, is_jinja, render
+from distill_datasets.recipes.prompt import fields_of, fill, is_jinja, render
 from tests.conftest import edit
 
 
@@ -95,3 +96,14 @@ def test_a_prompt_that_grows_without_measure_is_refused() -> None:
         fill("{{ query }}" * 1_000, {"query": "x" * 100_000})
     with pytest.raises(RecipeError, match="comes to over"):
         render("{{ query }}" * 1_000 + "!", query="x" * 100_000)
+
+
+@pytest.mark.parametrize("template", ["{{ 'x' * 50000000 }}", "{{ query }}{{ 'ab' * 25000000 }}"])
+def test_the_fields_of_a_template_are_found_without_computing_its_constants(template: str) -> None:
+    tracemalloc.start()
+    fields = fields_of(template)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert fields == ({"query"} if "query" in template else set())
+    assert most < 10_000_000
