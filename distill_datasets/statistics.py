@@ -247,13 +247,18 @@ def median_interval(values: Sequence[float], level: float = LEVEL) -> dict[str, 
     found = {"value": float(np.median(known))}
     chance, place = 0.0, 0  # that fewer than `place` values lie below the median
     while True:
-        chance += exp(lgamma(n + 1) - lgamma(place + 1) - lgamma(n - place + 1) - n * log(2))
+        chance += _evenly(place, n)
         if chance > (1 - level) / 2:
             break
         place += 1
     if not place or not known[place - 1] < known[n - place]:
         return found
     return {**found, "low": known[place - 1], "high": known[n - place]}
+
+
+def _evenly(count: int, n: int) -> float:
+    """How likely so many of `n` coins show heads."""
+    return exp(lgamma(n + 1) - lgamma(count + 1) - lgamma(n - count + 1) - n * log(2))
 
 
 def mcnemar(differences: Sequence[float], groups: Sequence[str] | None = None) -> float:
@@ -271,10 +276,7 @@ def mcnemar(differences: Sequence[float], groups: Sequence[str] | None = None) -
     n, fewer = up + down, min(up, down)
     if not n:
         return 1.0
-    chances = [
-        exp(lgamma(n + 1) - lgamma(one + 1) - lgamma(n - one + 1) - n * log(2))
-        for one in range(fewer + 1)
-    ]
+    chances = [_evenly(one, n) for one in range(fewer + 1)]
     return min(1.0, 2 * sum(chances) - chances[-1])
 
 

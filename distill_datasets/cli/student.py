@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # What a sweep may vary; every other setting is shared.
 SWEPT = ("rank", "learning_rate", "batch_size", "epochs", "warmup_steps", "weight_decay", "seed")
+_NOTHING = 1e-9  # what is left of a budget that is spent
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -200,12 +201,15 @@ def measure(options: argparse.Namespace) -> None:
     run = options.run or Path()
     dataset = options.dataset or run / "release"
     student = options.student or training_folders(run)[-1]
-    out = options.out or run
+    out, paid = options.out or run, 0.0
     for split in [options.split] if options.split else _held_out(dataset):
         settings = read_settings(options, MeasureSettings, split=split)
         if split != "test" and not options.split:  # the same servers, which `test` times
             settings = replace(settings, latency=False)
+        if settings.budget is not None:  # one for all splits
+            settings = replace(settings, budget=max(settings.budget - paid, _NOTHING))
         report = compare(dataset, student=student, out=out, settings=settings, **_named(options))
+        paid += report.paid
         _show(report, split)
 
 

@@ -248,23 +248,18 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
     """What is worth a look."""
     rows, repeated, shares = found["rows"], found["duplicates"], found["formats"]["shares"]
     yield from _alike(found)
-    empty, json_share = shares.get("empty", 0.0), shares.get("JSON", 0.0)
-    noted = {
-        f"{empty:.1%} of the responses are empty.": empty > 0,
-        f"{repeated['in_several_splits']:,} rows repeat a query of another split: those are not "
-        "held out.": repeated["in_several_splits"] > 0,
-        f"{repeated['rows']:,} rows repeat an earlier one word for word.": repeated["rows"]
-        >= max(1, _REPEATED * rows),
-        f"{repeated['other_answers']:,} rows repeat a query with another response.": repeated[
-            "other_answers"
-        ]
-        > 0,
-        f"{1 - json_share:.1%} of the responses are no JSON, and the others are.": 0.5
-        < json_share
-        < 1,
-        "The JSON has not the same keys in every row.": len(found["formats"]["json_keys"]) > 1,
-    }
-    yield from (note for note, holds in noted.items() if holds)
+    if empty := shares.get("empty"):
+        yield f"{empty:.1%} of the responses are empty."
+    if several := repeated["in_several_splits"]:
+        yield f"{several:,} rows repeat a query of another split: those are not held out."
+    if repeated["rows"] >= max(1, _REPEATED * rows):
+        yield f"{repeated['rows']:,} rows repeat an earlier one word for word."
+    if others := repeated["other_answers"]:
+        yield f"{others:,} rows repeat a query with another response."
+    if 0.5 < (json_share := shares.get("JSON", 0.0)) < 1:
+        yield f"{1 - json_share:.1%} of the responses are no JSON, and the others are."
+    if len(found["formats"]["json_keys"]) > 1:
+        yield "The JSON has not the same keys in every row."
 
 
 def _alike(found: Mapping[str, Any]) -> Iterator[str]:

@@ -74,10 +74,12 @@ class Report:
     """What `measure` found: `data` as it stands in the file `path`.
 
     `Report.read("runs/demo")` reads what was found before, by this version or an earlier one.
+    `paid` is what this call of `measure` spent, where there are prices.
     """
 
     path: Path
     data: Mapping[str, Any]
+    paid: float = 0.0
 
     @classmethod
     def read(cls, path: str | Path) -> "Report":
@@ -180,7 +182,7 @@ class _Measuring:
                 known = self._add(path, known, known, lambda: self._residue(rows, path, known))
             elif self.settings.prices:  # what those say of it costs no request
                 known = self._write(path, known)
-            return Report(path, known)
+            return self._report(path, known)
         began = monotonic()
         with self._clients(path) as clients:
             answers = ask_all(self.held_out, self.systems, clients, self._then())
@@ -197,7 +199,10 @@ class _Measuring:
             data = self._add(path, data, known, lambda: self._residue(rows, path, known))
         if self.settings.latency:
             data = self._add(path, data, known, lambda: self._times(data, seconds))
-        return Report(path, data)
+        return self._report(path, data)
+
+    def _report(self, path: Path, data: Mapping[str, Any]) -> Report:
+        return Report(path, data, self.meter.spent if self.meter else 0.0)
 
     def _add(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from distill_datasets.cli.main import main
 from distill_datasets.errors import (
     BudgetReached,
     DatasetError,
@@ -395,6 +396,30 @@ def test_a_budget_ends_the_asking_and_what_was_paid_is_kept(run: Path, tmp_path:
     more = Lexicon("other", teacher().answers)
     compare(run, teacher=more, settings=MeasureSettings(latency=False))
     assert len(more.asked) == len(TEST) - bought
+
+
+def test_a_budget_is_one_for_all_splits(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prices = tmp_path / "prices.yaml"
+    prices.write_text(PRICES)
+    made = {"student": student, "teacher": teacher, "base": base}
+    monkeypatch.setattr(
+        "distill_datasets.models.references.open_sampler", lambda name, **_: made[name]()
+    )
+
+    def measured(out: str, budget: float) -> int:
+        models = [f"--{name}={name}" for name in made]
+        paid = ["--prices", str(prices), "--budget", str(budget), "--no-latency"]
+        return main(["measure", str(run), "--out", str(tmp_path / out), *models, *paid])
+
+    assert measured("all", 1.0) == 0
+    spent = [Report.read(tmp_path / "all" / f"report{one}.json") for one in ("-edge", "")]
+    edge, test = (one.data["spent"]["amount"] for one in spent)
+    assert 0 < edge < test
+    assert measured("few", test + edge / 2) == 1
+    assert "has no room for another request" in capsys.readouterr().err
+    assert (tmp_path / "few" / "report-edge.json").is_file()
 
 
 def test_a_budget_without_prices_is_refused() -> None:
