@@ -112,7 +112,7 @@ def _train(  # noqa: PLR0913 (what `train` has found)
     only_new = before if request.get("start", {}).get("only_new") else None
     splits = _open_splits(source, settings, only_new)
     connection = _connect(request["student"], source, settings, folder)
-    with _session(connection, folder.path):
+    with _session(connection, folder):
         known = SELECTED if not validators else (settings.select,)
         _require_validation("validation" in splits, repr(source.reference), settings, known)
         plan = plan_training(splits, connection, settings, folder.config)
@@ -553,7 +553,7 @@ def _connect(
 
 
 @contextmanager
-def _session(connection: "Connection", out: str | Path) -> Iterator[None]:
+def _session(connection: "Connection", folder: TrainingFolder) -> Iterator[None]:
     """Ends the session with the server; a failed one is not waited for, it may be what failed."""
     from distill_datasets.models.tinker_sdk import try_to
 
@@ -563,7 +563,10 @@ def _session(connection: "Connection", out: str | Path) -> Iterator[None]:
         ending = "success"
     except KeyboardInterrupt as interrupt:
         ending = "interrupted"
-        interrupt.add_note(f"Train again with out={str(out)!r} to continue.")
+        step = saved[-1].step if (saved := folder.checkpoints) else 0
+        interrupt.add_note(
+            f"Train again with out={str(folder.path)!r}: it goes on after step {step}."
+        )
         raise
     finally:
         closed = connection.service.close(ending)

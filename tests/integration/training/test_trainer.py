@@ -182,7 +182,7 @@ def test_an_interrupted_training_continues_to_the_same_losses(
         at_step(8, interrupt, patch)
         with pytest.raises(KeyboardInterrupt) as interrupted:
             train(dataset, student=model, out=out, settings=QUICK)
-    assert "to continue" in interrupted.value.__notes__[0]
+    assert "it goes on after step 6" in interrupted.value.__notes__[0]
     assert TrainingFolder(out).checkpoints[-1].step == 6
     (out / "metrics.jsonl").open("a").write('{"step": 8, "lo')
     (out / "checkpoints.jsonl").open("a").write('{"name": "st')
