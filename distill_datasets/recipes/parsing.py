@@ -309,6 +309,7 @@ def _in_time_class(kind: Any) -> Any:
         "pattern": _pattern,
         "patternProperties": _pattern_properties,
         "additionalProperties": _additional_properties,
+        "uniqueItems": _unique_items,
     }
     for name in ("$ref", "$dynamicRef"):
         if name in kind.VALIDATORS:
@@ -358,6 +359,14 @@ def _additional_properties(validator: Any, rest: Any, value: Any, schema: Any) -
     for name, one in value.items() if isinstance(value, dict) else ():
         if name not in known and not any(_matches(pattern, name) for pattern in patterns):
             yield from validator.descend(one, rest, path=name)
+
+
+def _unique_items(validator: Any, wanted: Any, value: Any, schema: Any) -> Iterator[Any]:
+    """By the items' texts: to compare each with every other takes minutes for a few thousand."""
+    from jsonschema import ValidationError
+
+    if wanted and isinstance(value, list) and len({*map(value_text, value)}) < len(value):
+        yield ValidationError(f"{value!r:.200} has an item twice")
 
 
 def check_schema(schema: Mapping[str, Any], field: str | None = None) -> None:

@@ -246,3 +246,24 @@ def test_patterns_of_a_schema_and_their_additional_properties_hold() -> None:
     assert strict.read('{"n1": 2}', "stop").answer == '{"n1": 2}'
     assert strict.read('{"n1": "x"}', "stop").rejection == "off schema"
     assert strict.read('{"m": 2}', "stop").rejection == "off schema"
+
+
+@pytest.mark.parametrize(
+    ("text", "unique"),
+    [
+        ("[1, 1.0]", False),
+        ('[1, true, 0, false, null, "", []]', True),
+        ('[{"a": [1], "b": 2}, {"b": 2, "a": [1.0]}]', False),
+        ('[{"a": 1}, {"a": "1"}, [1], [[1]]]', True),
+    ],
+)
+def test_items_are_unique_as_json_has_it(text: str, unique: bool) -> None:
+    reader = Reader(json_schema=json.dumps({"type": "array", "uniqueItems": True}))
+    assert (reader.read(text, "stop").rejection is None) == unique
+
+
+def test_a_long_answer_of_unique_items_is_read() -> None:
+    """Each compared with every other they would be 800 million comparisons."""
+    reader = Reader(json_schema=json.dumps({"items": {}, "uniqueItems": True}))
+    items = [{"number": number} for number in range(40_000)]
+    assert reader.read(json.dumps(items), "stop").rejection is None
