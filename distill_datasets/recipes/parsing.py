@@ -25,6 +25,7 @@ UNKNOWN_TOOL = "unknown tool"
 
 _VERSION = 2  # of how JSON is read and written: raise it when answers come out differently
 _SECONDS = 1.0  # that one pattern or schema may take on one text
+_CHECKING = 30.0  # seconds that a schema itself may take to be checked
 _LONGEST = 1_000_000  # characters that a pattern is searched for in
 _LARGEST = 100_000  # what the repeats of a pattern may multiply its length to
 _EXACT = 2**53  # from here on not every whole number is a float
@@ -315,7 +316,18 @@ def _in_time_class(kind: Any) -> Any:
         if name in kind.VALIDATORS:
             own[name] = _in_time(kind.VALIDATORS[name])
     make: Any = extend  # which has no types
-    return make(kind, own)
+    made = make(kind, own)
+    evolve = made.evolve
+
+    def stay(self: Any, **changes: Any) -> Any:
+        # A part that names its own `$schema` would be checked by that kind, which has no deadline.
+        part = changes.get("schema", self.schema)
+        if isinstance(part, Mapping) and "$schema" in part:
+            changes["schema"] = {key: part[key] for key in part if key != "$schema"}
+        return evolve(self, **changes)
+
+    made.evolve = stay
+    return made
 
 
 def _check_time() -> float:
@@ -371,16 +383,20 @@ def _unique_items(validator: Any, wanted: Any, value: Any, schema: Any) -> Itera
 
 def check_schema(schema: Mapping[str, Any], field: str | None = None) -> None:
     """Raise `ValueError` for what is no JSON schema, or has no such `field`."""
-    from jsonschema.exceptions import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for
     from referencing import Registry
     from referencing.exceptions import Unresolvable
     from referencing.jsonschema import DRAFT202012
 
+    kind = validator_for(schema, default=Draft202012Validator)
+    rules = _in_time_class(kind)(kind.META_SCHEMA, format_checker=kind.FORMAT_CHECKER)
+    _deadline.set(monotonic() + _CHECKING)
     try:
-        validator_for(schema, default=Draft202012Validator).check_schema(dict(schema))
-    except SchemaError as error:
-        raise ValueError(f"not a JSON schema: at {error.json_path}, {error.message}") from error
+        error = next(rules.iter_errors(dict(schema)), None)
+    except TimeoutError as slow:
+        raise ValueError(f"{slow} takes over {_CHECKING:g} s to be checked: simplify it") from slow
+    if error is not None:
+        raise ValueError(f"not a JSON schema: at {error.json_path}, {error.message}")
     whole = DRAFT202012.create_resource(schema)
     place = whole.id() or ""
     resolver = Registry().with_resource(place, whole).resolver(place)

@@ -6,7 +6,7 @@ import pytest
 
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.loading import load_recipe
-from distill_datasets.recipes.parsing import Reader
+from distill_datasets.recipes.parsing import Reader, check_schema
 
 READER = Reader(r"Final Answer:\s*(?P<answer>\w+)\s*$", ("de", "en"))
 FORM = {
@@ -197,6 +197,7 @@ def test_json_in_prose_or_in_several_fences_is_not_guessed(text: str) -> None:
 
 
 HALTS = "^(a|aa)+$"
+DRAFT = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
 
 
 @pytest.mark.parametrize(
@@ -205,6 +206,7 @@ HALTS = "^(a|aa)+$"
         Reader("(?P<answer>(a|aa)+)$", recipe="mine"),
         Reader(json_schema=json.dumps({"type": "string", "pattern": HALTS}), recipe="mine"),
         Reader(json_schema=json.dumps({"patternProperties": {HALTS: True}}), recipe="mine"),
+        Reader(json_schema=json.dumps({"allOf": [{**DRAFT, "pattern": HALTS}]}), recipe="mine"),
     ],
 )
 def test_a_pattern_without_end_is_a_rejection_that_names_the_recipe(
@@ -267,3 +269,12 @@ def test_a_long_answer_of_unique_items_is_read() -> None:
     reader = Reader(json_schema=json.dumps({"items": {}, "uniqueItems": True}))
     items = [{"number": number} for number in range(40_000)]
     assert reader.read(json.dumps(items), "stop").rejection is None
+
+
+def test_a_schema_of_an_old_draft_with_many_values_is_checked() -> None:
+    check_schema(
+        {
+            "$schema": "http://json-schema.org/draft-04/schema#",
+            "enum": [{"number": number} for number in range(20_000)],
+        }
+    )
