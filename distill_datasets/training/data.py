@@ -359,7 +359,7 @@ def open_split(source: DatasetSource, name: str, splits: "Mapping[str, Dataset]"
     if name not in splits:
         raise DatasetError(
             f"{source.reference!r} has no split {name!r}; found {sorted(map(str, splits))}. "
-            "Name one of them."
+            "Name one of them (--train-split, --validation-split, or --split of `measure`)."
         )
     if not len(splits[name]):
         raise DatasetError(
