@@ -76,17 +76,16 @@ class BatchTable:
                 planned,
             )
 
-    def upload(self, key: str, file: str) -> None:
-        """The provider has the requests, under this name."""
-        self._change("UPDATE batches SET file = ? WHERE key = ?", file, key)
-
-    def send(self, key: str) -> None:
-        """From now on the provider may be working on it."""
-        self._change("UPDATE batches SET sent = 1 WHERE key = ?", key)
-
-    def start(self, key: str, name: str) -> None:
-        """The provider works on it, under this name."""
-        self._change("UPDATE batches SET sent = 1, name = ? WHERE key = ?", name, key)
+    def note(self, key: str, **said: str | bool) -> None:
+        """Keep what is known of a batch: the provider's `file` of its requests, that it is `sent`
+        and may be worked on from now on, or the `name` under which it is.
+        """
+        columns = ", ".join(f"{column} = ?" for column in said)
+        with _kept(self.path):
+            self._database.execute(
+                f"UPDATE batches SET {columns} WHERE key = ?",  # noqa: S608 (named in this file)
+                (*said.values(), key),
+            )
 
     def close_batch(self, key: str) -> None:
         """All it has answered is in the journal; the others of its requests are free again."""
@@ -117,10 +116,6 @@ class BatchTable:
             BatchJob(key, identity, _sampling(text), requests, file, bool(sent), name)
             for key, identity, text, requests, file, sent, name in rows
         ]
-
-    def _change(self, statement: str, *values: str) -> None:
-        with _kept(self.path):
-            self._database.execute(statement, values)
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -186,7 +181,7 @@ class BatchWorker:
         if name is None:
             self.table.close_batch(batch.key)
         else:
-            self.table.start(batch.key, name)
+            self.table.note(batch.key, sent=True, name=name)
 
     async def submit(self, batch: BatchJob) -> BatchJob:
         """Have the provider work on a planned batch, once, whatever is lost on the way."""
@@ -197,7 +192,7 @@ class BatchWorker:
         except RejectedError as error:
             self.table.close_batch(batch.key)
             raise ServiceError(f"The provider refuses a batch: {error}") from error
-        self.table.start(batch.key, name)
+        self.table.note(batch.key, sent=True, name=name)
         self._file(batch.key).unlink(missing_ok=True)
         return replace(batch, name=name)
 
@@ -236,10 +231,10 @@ class BatchWorker:
             return name
         if batch.file is None:
             file = await self.provider.upload(self._file(key))
-            self.table.upload(key, file)
+            self.table.note(key, file=file)
         else:
             file = batch.file
-        self.table.send(key)
+        self.table.note(key, sent=True)
         return await self.provider.create(file, key)
 
     async def _read(self, file: str, batch: BatchJob, digests: frozenset[str]) -> BatchOutcome:

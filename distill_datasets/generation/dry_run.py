@@ -305,8 +305,8 @@ def _ask_some(
 
 async def _ask_row(teachers: Teachers, row: dict[str, Any], client: "_RowClient") -> SampledRow:
     query = row["query"]
-    client.expected = {one.request_key(query) for one in teachers.asked(query)}
-    client.expects_all = teachers.recipe.turns == "all"
+    if teachers.recipe.turns != "all":
+        client.expected = {one.request_key(query) for one in teachers.asked(query)}
     began = time.monotonic()
     first, *_ = await teachers.answer(query, client, row["reference"])
     seconds = time.monotonic() - began if any(one.bought for one in client.made) else None
@@ -320,8 +320,7 @@ class _RowClient:
     def __init__(self, shared: CachedClient) -> None:
         self.shared = shared
         self.made: list[SampledRequest] = []
-        self.expected: Collection[str] = ()
-        self.expects_all = False
+        self.expected: Collection[str] | None = None  # every one
 
     async def sample(
         self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
@@ -330,7 +329,7 @@ class _RowClient:
         key = request_digest(sampler.identity, messages, sampling)
         known = self.shared.journal.entry(key) is not None
         reply = await self.shared.sample(sampler, messages, sampling)
-        expected = self.expects_all or key in self.expected
+        expected = self.expected is None or key in self.expected
         self.made.append(
             SampledRequest(sampler, size_of(messages, sampling), reply, not known, expected)
         )

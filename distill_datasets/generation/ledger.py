@@ -67,19 +67,12 @@ def raw_answers(
             yield from _entries(journal, asked, seen)
 
 
-def restore(release: Path, journal: Journal) -> int:
-    """Put a release's raw answers into a run's journal, as not bought; how many were new to it.
-
-    Answers that the journal has stay. Raises `DatasetError` for a ledger that can't be read.
-    """
-    return sum(journal.add(_checked(batch, path)) for path, batch in _batches(release))
-
-
 def replay(source: Path | str, out: Path | str, *, config: str | None = None) -> int:
     """Let a run in `out` start with the answers of the release that its recipe comes from.
 
     `source` and `config` are what `load_recipe` takes; one that carries no ledger gives none.
-    Returns how many answers were new to the run. Nothing in `out` is made without any.
+    Returns how many answers were new to the run, whose own stay. Nothing in `out` is made without
+    any. Raises `DatasetError` for a ledger that can't be read.
     """
     release = _find(source, config)
     return _replayed(release, Path(out)) if release else 0
@@ -87,7 +80,7 @@ def replay(source: Path | str, out: Path | str, *, config: str | None = None) ->
 
 def _replayed(release: Pinned, out: Path) -> int:
     with Journal(out / "journal.sqlite") as journal:
-        return restore(release.path, journal)
+        return sum(journal.add(_checked(batch, path)) for path, batch in _batches(release.path))
 
 
 def find_replies(release: Path, digests: Collection[str]) -> dict[str, Reply]:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from math import sqrt
 from statistics import median
 
-from distill_datasets.errors import SettingsError
 from distill_datasets.models.sampler import Allowance
 
 # The first requests, at the beginning and after a pause, start in groups: after so many of all
@@ -36,10 +35,7 @@ _LESS, _MUCH_LESS = 0.98, 0.7  # of the rate, after a refusal and, at least, aft
 _STEPS = (0.01, 0.25)  # shares by which the rate is raised, at first and at most
 _ROUND_TRIP, _REPLIES = 1.0, 20  # seconds and replies that say something, at least
 _UNHURRIED = 0.005  # a share of refusals that is no reason to change anything
-_SLOW, _NOTABLE = (
-    2.0,
-    0.25,
-)  # times the quickest reply, and seconds beyond it, that look like a queue
+_SLOW, _NOTABLE = 2.0, 0.25  # times the quickest reply, and seconds beyond it: like a queue
 _FEWER, _AS_MANY, _FEW = 0.75, 0.9, 32  # at once, of the replies a second, and never fewer
 _TRIALS = (4, 64)  # round trips between two trials, at first and at most
 _HEED = 5.0  # seconds for which headers alone hold back what could be asked
@@ -358,19 +354,13 @@ class RateLimit:
 
 @dataclass
 class Limits:
-    """What the user allows of every sampler; raises `SettingsError` where nothing is allowed."""
+    """What the user allows of every sampler."""
 
     concurrency: int = 256
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     clock: Callable[[], float] = time.monotonic
     samplers: dict[str, RateLimit] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("concurrency", "requests_per_minute", "tokens_per_minute"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise SettingsError(f"{name} must be more than 0; found {value!r}.")
 
     def of(self, identity: str) -> RateLimit:
         """The limit of the sampler with this identity."""

@@ -9,7 +9,7 @@ from pyarrow.parquet import read_table
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.ledger import replay, restore, reuse_text
+from distill_datasets.generation.ledger import replay, reuse_text
 from distill_datasets.generation.run import Generated, generate
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.models.sampler import Echo, Reply, Sampling
@@ -111,9 +111,10 @@ def test_restored_answers_do_not_count_as_bought(tmp_path: Path, recipe_folder: 
 def test_an_answer_of_ones_own_stays(tmp_path: Path, recipe_folder: Path) -> None:
     release = release_of(recipe_folder, tmp_path / "run")
     key, own = ledger_of(release)[0]["digest"], Reply((), usage=next(iter(replies(release))).usage)
-    with Journal(tmp_path / "mine.sqlite") as journal:
+    with Journal(tmp_path / "mine" / "journal.sqlite") as journal:
         journal.put(key, "m", own)
-        assert restore(release.path, journal) == 5
+    assert replay(release.path, tmp_path / "mine") == 5
+    with Journal(tmp_path / "mine" / "journal.sqlite") as journal:
         assert journal.get(key) == own
         assert dict(journal)[key] == 1
 

@@ -5,6 +5,7 @@ import pytest
 
 from distill_datasets.errors import SettingsError
 from distill_datasets.generation.rate_limit import Bucket, Limits, RateLimit, Ticket
+from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.models.sampler import Allowance
 from tests.support.simulation import (
     AtOnce,
@@ -303,5 +304,5 @@ def test_every_sampler_has_a_limit_of_its_own() -> None:
 
 @pytest.mark.parametrize("limit", ["concurrency", "requests_per_minute", "tokens_per_minute"])
 def test_a_limit_under_which_nothing_could_be_asked_is_refused(limit: str) -> None:
-    with pytest.raises(SettingsError, match=f"{limit} must be more than 0; found 0"):
-        Limits(**{limit: 0})
+    with pytest.raises(SettingsError, match=rf"{limit} must be (at least|above) \d; found 0"):
+        GenerateSettings(**{limit: 0})
