@@ -18,8 +18,6 @@ _NOT_ON_RAY = ("prices", "budget", "shard")
 SPEED = ("concurrency", "requests_per_minute", "tokens_per_minute")
 _BYTES = 4  # of a prompt, in a token, where no tokenizer is at hand
 _SHOWN = 90  # characters of a description in the list of recipes
-# `run` publishes what it generates, so it stays until everything is answered.
-_NOT_IN_RUN = ("stream", "batch", "poll", "wait")
 
 if TYPE_CHECKING:
     from distill_datasets.generation.pricing import Meter
@@ -348,11 +346,6 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add_money(parser)
 
 
-def add_run_settings(parser: argparse.ArgumentParser) -> None:
-    """Of the settings of `generate` those that `run` has."""
-    add_settings(parser, GenerateSettings, skip=_NOT_IN_RUN)
-
-
 def add_money(parser: argparse.ArgumentParser) -> None:
     """What it costs, and how much it may."""
     money = parser.add_argument_group("money")
@@ -413,11 +406,7 @@ def add_publish(parser: argparse.ArgumentParser) -> None:
         "run", type=Path, nargs="+", help="a run's folder, or the folders of its parts"
     )
     parser.add_argument("--out", type=Path, help="the release folder (default: RUN/release)")
-    parser.add_argument(
-        "--version",
-        metavar="X.Y.Z",
-        help="the release's version (default: the next, by what changed)",
-    )
+    add_version(parser)
     parser.add_argument(
         "--no-ledger", dest="ledger", action="store_false", help="leave the raw answers out"
     )
@@ -437,6 +426,15 @@ def add_publish(parser: argparse.ArgumentParser) -> None:
     )
     hub.add_argument("--create-pr", action="store_true", help="push as a pull request")
     add_push_flags(hub)
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """The version of what is published."""
+    parser.add_argument(
+        "--version",
+        metavar="X.Y.Z",
+        help="the release's version (default: the next, by what changed)",
+    )
 
 
 def add_push_flags(parser: Any) -> None:

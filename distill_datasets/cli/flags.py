@@ -4,7 +4,6 @@ import argparse
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
@@ -138,8 +137,6 @@ def _help(known: Setting, default: Any) -> str:
 
 
 def _flagged(settings: type) -> Iterator[tuple[str, Setting, type, tuple[Any, ...], Any]]:
-    order = [one.name for one in fields(settings)]
-    found = described(settings)
-    for name in sorted(found, key=order.index):
-        if found[name][0].flag is not False:
-            yield name, *found[name]
+    for name, found in described(settings).items():
+        if found[0].flag is not False:
+            yield name, *found

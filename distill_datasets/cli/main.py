@@ -7,17 +7,21 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_datasets import __version__
 from distill_datasets.cli import dataset, evidence, serving, student
-from distill_datasets.cli.flags import METAVARS, read_settings
+from distill_datasets.cli.flags import METAVARS, add_settings, read_settings
 from distill_datasets.errors import DistillError
+from distill_datasets.generation.settings import GenerateSettings
 
 if TYPE_CHECKING:
     from distill_datasets.recipes.recipe import Recipe
 
+# `run` publishes what it generates, so it stays until everything is answered.
+_NOT_IN_RUN = ("stream", "batch", "poll", "wait")
 _EPILOG = """\
 model references:
   pocket                               the small model that ships with this package
@@ -55,9 +59,11 @@ class _Verb:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit codes are those that `--help` lists."""
+    from distill_datasets.progress import use
+
     options = build_parser().parse_args(arguments)
     _quieten_libraries()
-    _choose_progress(options)
+    use(getattr(options, "progress", "line"))
     try:
         options.work(options)
     except DistillError as error:
@@ -133,12 +139,6 @@ def _quieten_libraries() -> None:
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
 
 
-def _choose_progress(options: argparse.Namespace) -> None:
-    from distill_datasets.progress import use
-
-    use("json" if getattr(options, "progress", None) == "json" else "line")
-
-
 def _add_progress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--progress",
@@ -146,14 +146,6 @@ def _add_progress(parser: argparse.ArgumentParser) -> None:
         default="line",
         help="how progress is shown: a line for people, or a line of JSON a second on standard "
         "error (default: line)",
-    )
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--version",
-        metavar="X.Y.Z",
-        help="the release's version (default: the next, by what changed)",
     )
 
 
@@ -191,7 +183,6 @@ def _require_runnable(options: argparse.Namespace) -> "tuple[Recipe, set[str]]":
     """
     from distill_datasets.evaluation.metrics import Metrics
     from distill_datasets.generation.run import select_queries
-    from distill_datasets.generation.settings import GenerateSettings
     from distill_datasets.models.references import default_student
     from distill_datasets.recipes.loading import load_recipe
     from distill_datasets.recipes.queries import require_splits
@@ -251,9 +242,9 @@ _VERBS = {
         dataset.for_each_variant(_run),
         (
             dataset.add_generate,
-            dataset.add_run_settings,
+            partial(add_settings, settings=GenerateSettings, skip=_NOT_IN_RUN),
             student.add_settings,
-            _add_run,
+            dataset.add_version,
             _add_progress,
         ),
         (

@@ -111,34 +111,23 @@ def answer_mix(  # noqa: PLR0913 (what `generate` has)
     """The answered rows of each part that has some, each in a file of the folder."""
     from datasets import Dataset
 
-    columns = teachers.columns
-
     found = []
     for number, one in enumerate(mixed):
         if not len(one.rows):
             continue
         file = folder / MIX_FILES.replace("*", f"{number:05d}")
         if one.model is None:
-            _write_answered(one.rows, columns, file)
+            _write_answered(one.rows, teachers.columns, file)
             found.append(Dataset.from_file(str(file)))
-        else:
-            found.append(_asked(one.rows, one.model, journal, settings, meter, file))
+            continue
+        if settings.batch and getattr(one.model.sampler, "batches", None) is not None:
+            buy_in_batches(one.rows, one.model, journal, settings=settings, meter=meter)
+        again = settings.ask_again
+        client = CachedClient(
+            journal, limits=settings.limits, meter=meter, ask_rejected_again=again
+        )
+        found.append(ask(one.rows, one.model, client, title="generate mix", file=file))
     return found
-
-
-def _asked(  # noqa: PLR0913 (what is asked of whom, and how)
-    rows: "Dataset",
-    model: UntouchedModel,
-    journal: Journal,
-    settings: GenerateSettings,
-    meter: Meter | None,
-    file: Path,
-) -> "Dataset":
-    if settings.batch and getattr(model.sampler, "batches", None) is not None:
-        buy_in_batches(rows, model, journal, settings=settings, meter=meter)
-    again = settings.ask_again
-    client = CachedClient(journal, limits=settings.limits, meter=meter, ask_rejected_again=again)
-    return ask(rows, model, client, title="generate mix", file=file)
 
 
 def _as_it_is(query: str, reference: str | None, text: str, stop_reason: str) -> Reading:
