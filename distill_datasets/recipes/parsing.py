@@ -301,8 +301,9 @@ def _open_validator(schema: Any) -> Any:
 
 @cache
 def _in_time_class(kind: Any) -> Any:
-    """A kind of validators whose patterns and references end at the deadline. To make one takes
-    longer than to check a value, and a catalogue has a schema a tool.
+    """A kind of validators that end at the deadline, whatever a schema makes of its parts.
+
+    To make one takes longer than to check a value, and a catalogue has a schema a tool.
     """
     from jsonschema.validators import extend
 
@@ -312,15 +313,14 @@ def _in_time_class(kind: Any) -> Any:
         "additionalProperties": _additional_properties,
         "uniqueItems": _unique_items,
     }
-    for name in ("$ref", "$dynamicRef"):
-        if name in kind.VALIDATORS:
-            own[name] = _in_time(kind.VALIDATORS[name])
     make: Any = extend  # which has no types
     made = make(kind, own)
     evolve = made.evolve
 
     def stay(self: Any, **changes: Any) -> Any:
-        # A part that names its own `$schema` would be checked by that kind, which has no deadline.
+        # Called for each part of a schema. One that names its own `$schema` would be checked by
+        # that kind, which has no deadline.
+        _check_time()
         part = changes.get("schema", self.schema)
         if isinstance(part, Mapping) and "$schema" in part:
             changes["schema"] = {key: part[key] for key in part if key != "$schema"}
@@ -335,14 +335,6 @@ def _check_time() -> float:
     if (left := _deadline.get() - monotonic()) <= 0:
         raise TimeoutError("the schema")
     return left
-
-
-def _in_time(keyword: Callable[..., Any]) -> Callable[..., Any]:
-    def check(*given: Any) -> Any:
-        _check_time()
-        return keyword(*given)
-
-    return check
 
 
 def _matches(pattern: str, text: str) -> bool:

@@ -229,6 +229,17 @@ def test_a_schema_whose_references_multiply_is_a_rejection(monkeypatch: pytest.M
     assert Reader(json_schema='{"$ref": "#"}').read("{}", "stop").rejection == "off schema"
 
 
+def test_a_schema_whose_parts_are_looked_at_again_and_again_is_a_rejection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distill_datasets.recipes.parsing._SECONDS", 0.05)
+    form: dict[str, Any] = {"properties": {"x": True}}
+    for _ in range(40):  # at each level all below is evaluated twice
+        form = {"unevaluatedProperties": False, "anyOf": [form]}
+    found = Reader(json_schema=json.dumps(form), recipe="mine").read('{"x": 1}', "stop")
+    assert found.rejection == "the schema of recipe 'mine' took over 0.05 s"
+
+
 def test_a_text_too_long_for_a_pattern_is_a_rejection() -> None:
     found = Reader("(?P<answer>x)", recipe="mine").read("y" * 1_000_001, "stop")
     assert "on a text this long" in (found.rejection or "")
