@@ -7,7 +7,7 @@ disagrees with its teacher in at most a share that is asked for, with 95 % confi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import zip_longest
@@ -25,6 +25,7 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient, all_of, run_in_thread
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.references import connect, find_training
+from distill_datasets.models.sampler import Logprobs
 from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.notebooks import interruptible
 from distill_datasets.progress import Progress
@@ -42,7 +43,7 @@ from distill_datasets.tables import aligned
 if TYPE_CHECKING:
     from distill_datasets.evaluation.systems import HeldOut
     from distill_datasets.generation.pricing import Prices
-    from distill_datasets.models.sampler import Logprobs, Sample, Sampler
+    from distill_datasets.models.sampler import Sample, Sampler
     from distill_datasets.recipes.recipe import Recipe
 
 Score = Literal["least", "mean", "sum", "choices"]
@@ -173,15 +174,7 @@ def calibrate(
     known = Confidence(held_out.recipe, score)
     sampler = TinkerSampler(connect(training))
     with one_writer(path.parent, "calibration"):
-        taught = _taught(path)
-        rows = [row for row in held_out.rows if row["id"] in taught]
-        queries = [row["query"] for row in rows]
-        journal = path.with_name("journal.sqlite")
-        samples = _ask(held_out.recipe, queries, sampler, journal, known.likeliest)
-        decode = cache(lambda token: str(sampler.connection.tokenizer.decode([token])))
-        places = [_places(sample.logprobs, decode) for sample in samples]
-        confidences = list(map(known.of, queries, places))
-        pairs = list(_pairs(held_out.recipe, rows, samples, confidences, taught))
+        pairs = list(_pairs(held_out, path, sampler, known))
         costs = None if prices is None else money_of_run(path, prices)["per_query"]
         found = Thresholds(
             path=calibration_file(path),
@@ -298,15 +291,17 @@ def _said_choices(recipe: Recipe) -> Sequence[str]:
     return texts
 
 
-def _places(found: Logprobs | None, decode: Callable[[Any], str]) -> list[Place]:
-    """A sample's tokens in texts; none where its server gives no log-probabilities."""
-    if found is None:
-        return []
-    rows = zip_longest(found.tokens, found.logprobs, found.top_tokens, found.top_logprobs)
-    return [
-        Place(decode(token), logprob, list(zip(map(decode, ids or ()), values or (), strict=True)))
-        for token, logprob, ids, values in rows
-    ]
+def _places(samples: Iterable[Sample], decode: Callable[[Any], str]) -> Iterator[list[Place]]:
+    """The tokens of each sample in texts; none where its server gives no log-probabilities."""
+    for sample in samples:
+        found = sample.logprobs or Logprobs((), ())
+        rows = zip_longest(found.tokens, found.logprobs, found.top_tokens, found.top_logprobs)
+        yield [
+            Place(
+                decode(token), value, list(zip(map(decode, ids or ()), values or (), strict=True))
+            )
+            for token, value, ids, values in rows
+        ]
 
 
 def _ask(
@@ -328,24 +323,21 @@ def _ask(
             return run_in_thread(lambda: all_of(map(one, queries)), stop=client.stop)
 
 
-def _taught(report: Path) -> dict[str, Any]:
-    """The teacher's answer to each query, as it was measured."""
-    return {row["id"]: row["systems"]["teacher"]["answer"] for row in read_rows(report)}
-
-
 def _pairs(
-    recipe: Recipe,
-    rows: Sequence[Mapping[str, Any]],
-    samples: Sequence[Sample],
-    confidences: Sequence[float],
-    taught: Mapping[str, Any],
+    held_out: HeldOut, report: Path, sampler: TinkerSampler, known: Confidence
 ) -> Iterator[Pair]:
-    for row, sample, confidence in zip(rows, samples, confidences, strict=True):
+    """What the student says now, beside what the teacher said as it was measured."""
+    recipe, journal = held_out.recipe, report.with_name("journal.sqlite")
+    taught = {row["id"]: row["systems"]["teacher"]["answer"] for row in read_rows(report)}
+    rows = [row for row in held_out.rows if row["id"] in taught]
+    samples = _ask(recipe, [row["query"] for row in rows], sampler, journal, known.likeliest)
+    decode = cache(lambda token: str(sampler.connection.tokenizer.decode([token])))
+    for row, sample, places in zip(rows, samples, _places(samples, decode), strict=True):
         reader = recipe.part(row["query"])[0].student_reader
         answer = reader.read(sample.text, sample.stop_reason).answer
         # A teacher whose answer can't be read is agreed with by nobody.
         agrees = answer is not None and answer == taught[row["id"]]
-        yield Pair(row["id"], row["group"], confidence, agrees)
+        yield Pair(row["id"], row["group"], known.of(row["query"], places), agrees)
 
 
 def _saved(served: float, costs: Mapping[str, float] | None) -> float | None:

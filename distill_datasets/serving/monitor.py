@@ -61,32 +61,6 @@ class Monitor:
         self.tokens.labels(arm, "prompt").inc(said.prompt_tokens)
         self.tokens.labels(arm, "response").inc(said.response_tokens)
 
-    def count_refused(self, arm: str, status: int) -> None:
-        """Take a request into account that a model refused for good."""
-        self.requests.labels(arm, status).inc()
-
-    def count_failed(self, arm: str, status: int, *, other: bool) -> None:
-        """Take a failure into account, and that the `other` model is asked."""
-        self.requests.labels(arm, status).inc()
-        if other:
-            self.failovers.labels(arm).inc()
-
-    def count_shadowed(self, score: float) -> None:
-        """Take an answer that both gave into account."""
-        self.shadowed.labels("agrees" if score == 1 else "differs").inc()
-
-    def count_unsure(self) -> None:
-        """Take an answer into account that the student was not sure enough of."""
-        self.unsure.inc()
-
-    def count_blended(self, blended: bool) -> None:
-        """Take such a query into account, if the student got it with the prompt."""
-        self.blended.inc(float(blended))
-
-    def count_shadow_failed(self, status: int) -> None:
-        """Take into account that the teacher did not answer beside the student."""
-        self.shadowed.labels(f"failed {status}").inc()
-
     @property
     def headers(self) -> dict[str, str]:
         """The content type of `metrics`."""

@@ -242,7 +242,7 @@ class RolloutProxy:
         try:
             return await self._reply(request, asked, bodies)
         except RefusedError as error:
-            self.monitor.count_refused(error.arm, error.status)
+            self.monitor.requests.labels(error.arm, error.status).inc()
             return web.Response(status=error.status, body=error.body, content_type=_JSON)
 
     async def _reply(
@@ -275,9 +275,10 @@ class RolloutProxy:
     def _count_failed(self, error: BackendError, *, other: bool) -> None:
         counts = not self._rests[error.arm].begun
         self._rests[error.arm].begin()
-        self.monitor.count_failed(error.arm, error.status, other=other)
+        self.monitor.requests.labels(error.arm, error.status).inc()
+        if other:
+            self.monitor.failovers.labels(error.arm).inc()
         if error.arm == "student" and counts:
-            self.rollout.count_request()
             self.rollout.count_failed()
 
     async def _choose(
@@ -298,12 +299,12 @@ class RolloutProxy:
         if serves:
             return await self._give(request, asked, answer), read_exchange(answer), "student"
         self.rollout.keep_query(asked.messages, "low confidence")
-        self.monitor.count_unsure()
+        self.monitor.unsure.inc()
         # With the prompt the student is another system: no answer of that is evidence.
         blends = fraction(f"blend {asked.key}") < self.chooser.blend
         arm: Arm = "student" if blends else "teacher"
         body = {**bodies["teacher"], "model": self.backends[arm].model}
-        self.monitor.count_blended(blends)
+        self.monitor.blended.inc(float(blends))
         try:
             return (*await self._answer(request, arm, body, asked.name), "teacher")
         except BackendError as error:
@@ -334,14 +335,11 @@ class RolloutProxy:
 
     def _judge(self, asked: _Asked, body: Mapping[str, Any], said: Exchange) -> None:
         """Take what the student said into account, and have it compared."""
-        if said.stop_reason == GONE:
-            return
-        self.rollout.count_request()
         if said.stop_reason == BROKEN:
             self.rollout.count_failed()
-            return
-        self.rollout.count_answer(asked.messages, said)
-        self._shadow(asked, body, said)
+        elif said.stop_reason != GONE:
+            self.rollout.count_answer(asked.messages, said)
+            self._shadow(asked, body, said)
 
     async def _answer(
         self, request: web.Request, arm: Arm, body: Mapping[str, Any], name: str
@@ -414,11 +412,11 @@ class RolloutProxy:
         try:
             theirs = await self._teacher_says(body)
         except (BackendError, RefusedError) as error:
-            self.monitor.count_shadow_failed(error.status)
+            self.monitor.shadowed.labels(f"failed {error.status}").inc()
             return
         if self.rollout.stage.name == stage:
             score = self.rollout.count_shadowed(asked.messages, said, theirs)
-            self.monitor.count_shadowed(score)
+            self.monitor.shadowed.labels("agrees" if score == 1 else "differs").inc()
 
     async def _teacher_says(self, body: Mapping[str, Any]) -> Exchange:
         """The teacher's answer; the same request is paid once, also while it is on its way."""

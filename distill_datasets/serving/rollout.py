@@ -151,12 +151,9 @@ class RolloutState:
         """Whether the teacher answers beside the student."""
         return fraction(f"shadow {key}") < self.stage.shadow
 
-    def count_request(self) -> None:
-        """Take a request to the student into account."""
-        self.evidence.requests += 1
-
     def count_answer(self, messages: Sequence[Message], said: Exchange) -> None:
         """Take what the student said into account."""
+        self.evidence.requests += 1
         answer = self.judgement.answer(messages, said, student=True)
         self.judgement.usual.add(answer, len(said.text))
         text = {"text": said.text, "stop_reason": said.stop_reason}
@@ -165,6 +162,7 @@ class RolloutState:
 
     def count_failed(self) -> None:
         """Take a request into account that the student did not answer."""
+        self.evidence.requests += 1
         self.evidence.count_failed()
         self._look()
 
