@@ -260,19 +260,21 @@ class Confidence:
         """That of an answer; raises `DatasetError` where its tokens don't tell."""
         values = [one.logprob for one in places]
         if not values:
-            raise DatasetError("no log-probabilities, which the servers of `serve` give")
+            raise DatasetError(
+                "The student's server gave no log-probabilities: serve it with `serve`."
+            )
         if self.score != "choices":
             total = sum(values)
             return {"least": min(values), "sum": total, "mean": total / len(values)}[self.score]
         if not all(one.likeliest for one in places):
             raise DatasetError(
-                f"no top_logprobs, of which the score 'choices' needs {_LIKELIEST} a token: the "
-                "servers of `serve` give them"
+                "The student's server gave no top_logprobs, of which the score 'choices' needs "
+                f"{_LIKELIEST} a token: serve it with `serve`, or calibrate by another score."
             )
         if any("\ufffd" in one.token for one in places):
             raise DatasetError(
-                "choices in tokens that are parts of characters, of which nobody can tell which "
-                "choice they begin: calibrate by another score"
+                "The student says choices in tokens that are parts of characters, of which nobody "
+                "can tell which choice they begin: calibrate by another score."
             )
         return choice_logprob(places, self._choices[self._recipe.part(query)[0].name])
 

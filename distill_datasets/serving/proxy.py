@@ -295,7 +295,7 @@ class RolloutProxy:
         try:
             serves = self.chooser.serves(to_text(asked.messages), read_places(answer))
         except DatasetError as error:
-            raise BackendError("student", 502, f"student: found {error}") from error
+            raise BackendError("student", 502, f"student: {error}") from error
         if serves:
             return await self._give(request, asked, answer), read_exchange(answer), "student"
         self.rollout.keep_query(asked.messages, "low confidence")
