@@ -7,6 +7,7 @@ own: a checksum, a registry of number plans, a range of addresses.
 import ipaddress
 import re
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 KINDS = ("email", "phone", "card", "iban", "ip", "ssn", "tax-id")
@@ -41,23 +42,7 @@ _CALLED = re.compile(
     re.IGNORECASE,
 )
 _DATE = re.compile(r"\d{1,4}[./-]\d{1,2}[./-]\d{1,4}(?:\D|\Z)")
-_REGIONS = (
-    "US",
-    "GB",
-    "DE",
-    "FR",
-    "ES",
-    "IT",
-    "NL",
-    "BE",
-    "AT",
-    "CH",
-    "IN",
-    "AU",
-    "BR",
-    "MX",
-    "JP",
-)
+_REGIONS = "US GB DE FR ES IT NL BE AT CH IN AU BR MX JP"
 _CARD = re.compile(
     r"(?<![\w.,+-])(?:\d{13,16}|\d{4}([ -])\d{4}\1\d{4}\1\d{4}|\d{4}([ -])\d{6}\2\d{5})"
     r"(?![\w-]|[.,]\d)"
@@ -106,10 +91,6 @@ def personal_data(text: str) -> Iterator[tuple[str, int, str]]:
                 yield kind, found.start(group), found[group]
 
 
-def _is_email(value: str) -> bool:
-    return not _EXAMPLE_DOMAIN.search(value)
-
-
 def _is_phone(value: str) -> bool:
     return _is_phone_of(value, (None if value.startswith("+") else "US",))
 
@@ -117,7 +98,7 @@ def _is_phone(value: str) -> bool:
 def _is_national_phone(value: str) -> bool:
     if _DATE.match(value) or (value.isdigit() and len(value) < 9):
         return False
-    return _is_phone_of(value, _REGIONS)
+    return _is_phone_of(value, _REGIONS.split())
 
 
 def _is_phone_of(value: str, regions: Sequence[str | None]) -> bool:
@@ -139,34 +120,11 @@ def _is_card(value: str) -> bool:
     return bool(_CARD_PLANS.fullmatch(digits) and luhn.is_valid(digits))
 
 
-def _is_iban(value: str) -> bool:
-    from stdnum import iban
-
-    return bool(iban.is_valid(value, check_country=False))
-
-
-def _is_ssn(value: str) -> bool:
-    from stdnum.us import ssn
-
-    return bool(ssn.is_valid(value.replace(" ", "-")))
-
-
-def _is_codice_fiscale(value: str) -> bool:
-    from stdnum.it import codicefiscale
-
-    return bool(codicefiscale.is_valid(value))
-
-
-def _is_dni(value: str) -> bool:
-    from stdnum.es import dni, nie
-
-    return bool(dni.is_valid(value) or nie.is_valid(value))
-
-
-def _is_cpf(value: str) -> bool:
-    from stdnum.br import cpf
-
-    return bool(cpf.is_valid(value))
+def _valid_by(*modules: str, **options: bool) -> Callable[[str], bool]:
+    """Whether one of these modules of stdnum takes a value; each is imported by the first value."""
+    return lambda value: any(
+        import_module(f"stdnum.{one}").is_valid(value, **options) for one in modules
+    )
 
 
 def _is_public_ip(value: str) -> bool:
@@ -179,29 +137,21 @@ def _is_public_ip(value: str) -> bool:
     return address.is_global and not address.is_multicast and not small
 
 
-def _is_long(value: str) -> bool:
-    """What a word calls a tax number is one, if it is as long as they are."""
-    return len(re.findall(r"\w", value)) >= 8
-
-
-def _always(value: str) -> bool:
-    return True
-
-
 _PATTERNS: tuple[tuple[str, re.Pattern[str], Callable[[Any], bool]], ...] = (
-    ("email", _EMAIL, _is_email),
-    ("ssn", _SSN, _is_ssn),
-    ("tax-id", _CPF, _is_cpf),
-    ("tax-id", _CODICE_FISCALE, _is_codice_fiscale),
-    ("tax-id", _DNI, _is_dni),
-    ("tax-id", _NINO, _always),
-    ("tax-id", _NAMED_TAX_ID, _is_long),
+    ("email", _EMAIL, lambda value: not _EXAMPLE_DOMAIN.search(value)),
+    ("ssn", _SSN, lambda value: _valid_by("us.ssn")(value.replace(" ", "-"))),
+    ("tax-id", _CPF, _valid_by("br.cpf")),
+    ("tax-id", _CODICE_FISCALE, _valid_by("it.codicefiscale")),
+    ("tax-id", _DNI, _valid_by("es.dni", "es.nie")),
+    ("tax-id", _NINO, lambda _: True),
+    # What a word calls a tax number is one, if it is as long as they are.
+    ("tax-id", _NAMED_TAX_ID, lambda value: len(re.findall(r"\w", value)) >= 8),
     ("phone", _INTERNATIONAL, _is_phone),
     ("phone", _NORTH_AMERICAN, _is_phone),
     ("phone", _NATIONAL, _is_national_phone),
     ("phone", _CALLED, _is_national_phone),
     ("card", _CARD, _is_card),
-    ("iban", _IBAN, _is_iban),
+    ("iban", _IBAN, _valid_by("iban", check_country=False)),
     ("ip", _IP4, _is_public_ip),
     ("ip", _IP6, _is_public_ip),
 )

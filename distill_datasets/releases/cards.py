@@ -1,4 +1,8 @@
-"""Cards of datasets and students: the templates in cards/, filled with facts."""
+"""Cards of datasets and students: the templates in cards/, filled with facts, around what people
+wrote into the card that was there.
+
+A card is handled as its two halves: the metadata, and the text below it.
+"""
 
 import json
 import re
@@ -9,14 +13,20 @@ from distill_datasets import resources
 from distill_datasets.conversations import shown
 from distill_datasets.progress import amount_text
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.card_merge import Halves, card_text, markers, merged, size_category
-from distill_datasets.releases.manifest import side_config
+from distill_datasets.releases.manifest import PARTS, side_config
 from distill_datasets.schema import EARLIER
 from distill_datasets.tables import interval_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+Halves = tuple[Mapping[str, Any], str]
+
+_SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+_LISTS = ("tags", "language")
+_RIGHTS = ("license", "license_name")  # what the recipe says about them holds
+LAYOUT = ("configs", "dataset_info")
+_SIDE_PARTS = PARTS[1:]
 # ISO 639-1; the Hub also takes the three letters of ISO 639-3, which are taken on trust.
 _LANGUAGES = (
     "aa ab ae af ak am an ar as av ay az ba be bg bi bm bn bo br bs ca ce ch co cr cs cu cv cy da "
@@ -91,7 +101,7 @@ def card_metadata(splits: Mapping[str, int], recipe: Recipe) -> dict[str, Any]:
         "pretty_name": recipe.name,
         **_license(recipe),
         **_languages(recipe),
-        "size_categories": [size_category(sum(splits.values()))],
+        "size_categories": [_size_category(sum(splits.values()))],
         "tags": ["synthetic", "prompt-distillation", "distill-datasets"],
     }
 
@@ -300,3 +310,138 @@ def _measured(value: Mapping[str, float] | None, interval: bool = True) -> str:
     if value is None:
         return ""
     return interval_text(value) if interval else f"{value['value']:.3f}"
+
+
+def _size_category(rows: int) -> str:
+    """The Hub's name for a dataset of so many rows."""
+    place = len(str(rows)) - 4  # of the largest limit that is not above
+    if place < 0 or place >= len(_SIZES) - 1:
+        return f"n>{_SIZES[-1]}" if place > 0 else f"n<{_SIZES[0]}"
+    return f"{_SIZES[place]}<n<{_SIZES[place + 1]}"
+
+
+def markers(config: str) -> tuple[str, str]:
+    """The comments around the text that is written anew for a configuration."""
+    name = "" if config == "default" else f" {config}"
+    begin, end = (f"<!-- distill-datasets:{edge}{name} -->" for edge in ("begin", "end"))
+    return begin, end
+
+
+def card_text(metadata: Mapping[str, Any], body: str) -> str:
+    """A card from its halves."""
+    from huggingface_hub import CardData
+
+    head = CardData(**metadata).to_yaml(line_break="\n")
+    return f"---\n{head}\n---\n\n{body}\n"
+
+
+def read_card(card: str) -> Halves:
+    """The halves of a card; a head that is no YAML counts as text."""
+    from huggingface_hub import RepoCard
+    from yaml import YAMLError
+
+    text = card.removeprefix("\ufeff").replace("\r\n", "\n")
+    if not text.startswith("---"):
+        return {}, text
+    try:
+        found = RepoCard(text, ignore_metadata_errors=True)
+    except (ValueError, TypeError, YAMLError):
+        return {}, text
+    return dict(found.data.to_dict()), found.text  # type: ignore[no-untyped-call]
+
+
+def merged(
+    card: Halves, existing: Halves, *, config: str, previous: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """The new `card` with what people wrote into the `existing` one.
+
+    That is all text outside the markers, the metadata that differs from what was generated for
+    it the last time (`previous`), and what is there for other configurations.
+    """
+    body = _kept_text(card[1], existing[1], config)
+    return _kept_metadata(card[0], existing[0], previous), body
+
+
+def _kept_text(new: str, old: str, config: str) -> str:
+    begin, end = markers(config)
+    own_before, block, own_after = _around(new, begin, end)
+    before, found, after = _around(old, begin, end)
+    if not found:
+        before, after = _place(old)
+    parts = (before or own_before, f"{begin}{block}{end}", after or own_after)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _around(body: str, begin: str, end: str) -> tuple[str, str, str]:
+    """The text before, between and after the markers; nothing between where they are not."""
+    before, started, rest = body.partition(begin)
+    # The last end: a prompt between the two may hold the same words.
+    block, ended, after = rest.rpartition(end)
+    if not (started and ended):
+        return "", "", ""
+    return before.strip(), block, after.strip()
+
+
+def _place(body: str) -> tuple[str, str]:
+    """What goes before and after a first block: behind other blocks, else on top."""
+    blocks = list(re.finditer(r"<!-- distill-datasets:end( [\w.-]+)? -->", body))
+    if not blocks:
+        return "", body.strip()
+    return body[: blocks[-1].end()].strip(), body[blocks[-1].end() :].strip()
+
+
+def _kept_metadata(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], previous: Mapping[str, Any]
+) -> dict[str, Any]:
+    kept = {key: _kept_value(key, value, theirs, previous) for key, value in ours.items()}
+    for key, value in theirs.items():
+        # A key that was generated before and no longer is goes, unless somebody changed it.
+        stale = key in previous and previous[key] == value
+        if key not in kept and not stale and not (key in _RIGHTS and "license" in ours):
+            kept[key] = value
+    if len(_listed(kept.get("dataset_info"))) > len(_listed(ours.get("dataset_info"))):
+        kept["size_categories"] = [_size_category(_rows(_listed(kept["dataset_info"])))]
+    return kept
+
+
+def _kept_value(key: str, ours: Any, theirs: Mapping[str, Any], previous: Mapping[str, Any]) -> Any:
+    if key in LAYOUT:
+        return _kept_configs(ours, theirs.get(key))
+    if key not in theirs or key in _RIGHTS or theirs[key] == previous.get(key):
+        return ours
+    if key in _LISTS and isinstance(theirs[key], list):
+        return [*ours, *(one for one in theirs[key] if one not in (*ours, *previous.get(key, ())))]
+    return ours if key == "size_categories" else theirs[key]
+
+
+def _kept_configs(ours: Any, theirs: Any) -> Any:
+    mine = _listed(ours)
+    # Configurations of one release come and go together: data, rejected rows, raw answers.
+    names = {name for one in mine for name in _together(one.get("config_name", "default"))}
+    others = [one for one in _listed(theirs) if one.get("config_name", "default") not in names]
+    return [*({"config_name": "default", **one} for one in mine), *others] if others else ours
+
+
+def _together(name: str) -> tuple[str, ...]:
+    for part in _SIDE_PARTS:
+        if name == part:
+            name = "default"
+        name = name.removesuffix(f"-{part}")
+    return (name, *(side_config(name, part) for part in _SIDE_PARTS))
+
+
+def _listed(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, dict):
+        return [value]
+    return [one for one in value or [] if isinstance(one, dict)]
+
+
+def _rows(infos: list[dict[str, Any]]) -> int:
+    side = tuple(f"-{part}" for part in _SIDE_PARTS)
+    names = [str(info.get("config_name", "default")) for info in infos]
+    return sum(
+        split.get("num_examples", 0)
+        for name, info in zip(names, infos, strict=True)
+        if name not in _SIDE_PARTS and not name.endswith(side)
+        for split in info.get("splits") or []
+    )

@@ -24,8 +24,7 @@ from distill_datasets.notebooks import interruptible
 from distill_datasets.parquet import open_parquet, read_batches
 from distill_datasets.recipes.loading import load_released_recipe
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.card_merge import LAYOUT, Halves, markers, read_card
-from distill_datasets.releases.cards import dataset_card
+from distill_datasets.releases.cards import LAYOUT, Halves, dataset_card, markers, read_card
 from distill_datasets.releases.contents import check_release
 from distill_datasets.releases.diff import RowChanges, fingerprints_of
 from distill_datasets.releases.manifest import (

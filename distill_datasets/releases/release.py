@@ -28,8 +28,7 @@ from distill_datasets.recipes.mix import carried_line, carried_part
 from distill_datasets.recipes.queries import holds_more, write_used_columns
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import MixPart
-from distill_datasets.releases.card_merge import read_card
-from distill_datasets.releases.cards import card_metadata, dataset_card
+from distill_datasets.releases.cards import card_metadata, dataset_card, read_card
 from distill_datasets.releases.contents import (
     Survey,
     answered_contents,
@@ -156,7 +155,8 @@ def publish(
             if change and change.level != "patch" and version == published.version:
                 raise _taken(published, change)
         facts |= {"version": version or FIRST, "why": _why(old, change)}
-        _replace(folder, answers, facts, old)
+        with replacing(folder) as building:
+            _write(folder, building, answers, facts, old)
     return load_release(folder)
 
 
@@ -321,24 +321,14 @@ def _why(old: Mapping[str, Any] | None, change: Change | None) -> str:
     return f"the same content as {old['version']}" if old else "the first release"
 
 
-def _replace(
-    folder: Path, answers: _Answers, facts: Mapping[str, Any], old: Mapping[str, Any] | None
-) -> None:
-    """Write the release in the place of the old one, of whose card what people wrote is kept."""
-    readme = folder / "README.md"
-    card = readme.read_text(encoding="utf-8") if readme.is_file() else None
-    with replacing(folder) as building:
-        _write(building, answers, facts, old, card)
-
-
 def _write(
+    folder: Path,
     building: Path,
     answers: _Answers,
     facts: Mapping[str, Any],
     old: Mapping[str, Any] | None,
-    card: str | None,
 ) -> None:
-    """Fill the folder; of the `card` that lies in the old one's, what people wrote is kept."""
+    """Fill `building`; of the card in the old release's `folder`, what people wrote is kept."""
     _write_rows(building, answers)
     answers.survey.fingerprints.write(building / FINGERPRINTS)
     manifest = {**facts, "history": history(old, facts)}
@@ -353,12 +343,15 @@ def _write(
         _withhold(building / "recipe", answers.carried)
     manifest["sha256"] = _file_digests(building)
     write_manifest(building, manifest)
+    card, written = folder / "README.md", []
+    if card.is_file():
+        written = [(read_card(card.read_text(encoding="utf-8")), (old or {}).get("card") or {})]
     text = dataset_card(
         manifest,
         answers.carried,
         example=answers.survey.example or {},
         layout=layout(building, manifest),
-        written=[(read_card(card), (old or {}).get("card") or {})] if card is not None else [],
+        written=written,
     )
     (building / "README.md").write_text(text, encoding="utf-8")
 

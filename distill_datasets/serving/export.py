@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from distill_datasets.training.export import (
     BASE_FILES,
     INCLUDED,
     AdapterBase,
+    Finish,
     Trained,
     adapts_embeddings,
     export_adapter,
@@ -115,20 +116,30 @@ def export_student(
         exported = export_student("runs/qwen", "exported/qwen", ExportSettings(merge=True))
     """
     settings, folder = settings or ExportSettings(), Path(out)
+    trained, found = read_training(train), list[Certificate]()
+
+    def certified(building: Path) -> Sequence[str]:
+        """What the certificate says, which is in the folder now."""
+        found.append(
+            certify(trained, building, served_at=settings.served_at, served_as=settings.served_as)
+        )
+        found[0].require()
+        found[0].write(building)
+        return found[0].lines()
+
     if settings.served_at and (folder / FILE).is_file():
-        certificate = _certify(read_training(train), folder, settings)
-        certificate.write(folder)
-        return ExportedStudent(folder, certificate)
+        certified(folder)
+        return ExportedStudent(folder, found[0])
+    finish: Finish = certified if settings.parity else lambda building: ()
     if settings.merge:
-        return _export_merged(train, folder, settings, report, repo)
-    found: list[Certificate] = []
-    trained = read_training(train)
+        _export_merged(trained, folder, settings, report=report, repo=repo, finish=finish)
+        return ExportedStudent(folder, next(iter(found), None))
     base = find_base(trained, settings.base_model)
 
-    def finish(building: Path) -> list[str]:
+    def untied(building: Path) -> Sequence[str]:
         if (building / INCLUDED).is_dir() and tied_and_adapted(building, base):
             _untie(building / INCLUDED)
-        return _certified(trained, building, settings, found)
+        return finish(building)
 
     export_adapter(
         train,
@@ -137,66 +148,44 @@ def export_student(
         repo=repo,
         base_model=settings.base_model,
         check=settings.check,
-        finish=finish,
+        finish=untied,
     )
-    return ExportedStudent(folder, found[0] if found else None)
+    return ExportedStudent(folder, next(iter(found), None))
 
 
-def _certified(
-    trained: Trained, folder: Path, settings: ExportSettings, found: list[Certificate]
-) -> list[str]:
-    if not settings.parity:
-        return []
-    certificate = _certify(trained, folder, settings)
-    certificate.write(folder)
-    found.append(certificate)
-    return certificate.lines()
-
-
-def _certify(trained: Trained, folder: Path, settings: ExportSettings) -> Certificate:
-    certificate = certify(
-        trained, folder, served_at=settings.served_at, served_as=settings.served_as
-    )
-    certificate.require()
-    return certificate
-
-
-def _export_merged(
-    train: Path | str,
+def _export_merged(  # noqa: PLR0913 (what is written where, and what goes along)
+    trained: Trained,
     folder: Path,
     settings: ExportSettings,
+    *,
     report: Path | str | None,
     repo: str,
-) -> ExportedStudent:
+    finish: Finish,
+) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{str(folder)!r} isn't empty: choose a new folder for the student.")
-    trained, found = read_training(train), list[Certificate]()
     base = find_base(trained, settings.base_model or INCLUDED)
     named = base.hub or _UNNAMED  # not base/, which would copy its weights
     with tempfile.TemporaryDirectory(prefix="distill-merge-") as scratch:
         adapter = Path(scratch) / "adapter"
-        export_adapter(train, adapter, report=report, base_model=named, check=settings.check)
+        export_adapter(
+            trained.folder, adapter, report=report, base_model=named, check=settings.check
+        )
         with replacing(folder) as building:
             _merge(adapter, base, building, settings.dtype)
-            for extra in ("tools.json", "loss.png", "check"):
-                if (adapter / extra).is_dir():
-                    shutil.copytree(adapter / extra, building / extra)
-                elif (adapter / extra).is_file():
-                    shutil.copyfile(adapter / extra, building / extra)
-            said = _certified(trained, building, settings, found)
+            its_own = shutil.ignore_patterns("adapter_*", "README.md")
+            shutil.copytree(adapter, building, ignore=its_own, dirs_exist_ok=True)
             held_out = building / "check" / "rows.jsonl"
-            rows = len(held_out.read_text("utf-8").splitlines()) if held_out.is_file() else 0
             card = student_card(
                 trained,
                 base,
                 read_report(trained, report),
                 repo,
                 folder=building,
-                held_out=rows,
-                said=said,
+                held_out=held_out.read_bytes().count(b"\n") if held_out.is_file() else 0,
+                said=finish(building),
             )
             (building / "README.md").write_text(card, encoding="utf-8")
-    return ExportedStudent(folder, found[0] if found else None)
 
 
 def _merge(adapter: Path, base: AdapterBase, out: Path, dtype: str | None) -> None:
@@ -324,7 +313,7 @@ def _kept_card(api: "HfApi", repo: str, head: str, card: str) -> str:
     from huggingface_hub.errors import EntryNotFoundError
 
     from distill_datasets.hub import client as hub
-    from distill_datasets.releases.card_merge import card_text, merged, read_card
+    from distill_datasets.releases.cards import card_text, merged, read_card
 
     try:
         path = hub.patiently(api.hf_hub_download, repo, "README.md", revision=head)

@@ -43,7 +43,7 @@ _FINEST = 1e-5  # nats: less is rounding in any number format
 # thousand: so many standard errors of a mean, and the largest of all tokens.
 _ERRORS, _RARE = 3.09, 1e-3
 _OTHER_FORMAT = 0.2  # of the adapter's effect: what the format of an engine may make of it
-_TOP = 20  # tokens at a place, where a server tells the likeliest alone
+_MOST_ASKED, _TOP = 64, 20  # places of a response at an address, and tokens in each
 _SHOWN = 3
 _KEY = re.compile(r"base_model\.model\..+\.lora_(A|B)\.weight")
 _ANSWER_SECONDS = 120.0
@@ -68,7 +68,7 @@ class ParityError(ModelError):
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """The tokens of a conversation, of which the last `said` are its response."""
+    """The tokens of a conversation, of which the last `said` are asked for place by place."""
 
     tokens: Sequence[int]
     said: int
@@ -83,9 +83,8 @@ class Gap:
 
     @classmethod
     def between(cls, first: Scores, second: Scores) -> Self:
-        """Of the same rows; where `second` has only the last tokens of a row, of these."""
-        pairs = zip(first, second, strict=True)
-        apart = np.abs(np.concatenate([one[-len(other) :] - other for one, other in pairs]))
+        """Of two models' scores of the same rows."""
+        apart = np.abs(np.concatenate(first) - np.concatenate(second))
         return cls(float(apart.mean()), float(apart.max()))
 
     def within(self, limit: "Gap") -> bool:
@@ -207,13 +206,20 @@ def certify(
     problems += _other_template(connection, folder, conversations)
     if served_at:
         served = _AddressedModel.find(served_at, served_as)
-        scores = served.scores(rows)
-        apart, wide = Gap.between(there, scores), found.limit.widened(found.effect, _OTHER_FORMAT)
+        scores, least = served.scores(rows)
+        apart = Gap.between(_clipped(there, least), scores)
+        wide = found.limit.widened(found.effect, _OTHER_FORMAT)
         found = replace(found, served=apart, served_at=served_at)
-        problems += _judge(f"what {served_at} has", wide, apart, scores, base_there)
+        own_base = _clipped(base_there, least)
+        problems += _judge(f"what {served_at} has", wide, apart, scores, own_base)
         problems += served.other_template(connection, conversations)
     notes = [*_notes(found, connection), *(f"while it was loaded: {one}" for one in complaints)]
     return replace(found, problems=tuple(problems), notes=tuple(notes))
+
+
+def _clipped(scores: Scores, least: Scores) -> Scores:
+    """The last of each row's, so many as are told of it, and no less than what is told."""
+    return [np.maximum(one[-len(end) :], end) for one, end in zip(scores, least, strict=True)]
 
 
 def _notes(found: Certificate, connection: "Connection") -> Iterator[str]:
@@ -257,7 +263,7 @@ def _row(connection: "Connection", conversation: Conversation) -> RenderedRow:
 
     before, said = split_conversation(connection, conversation.messages, conversation.tools)
     tokens = [*before, *said][-_MOST_TOKENS:]
-    return RenderedRow(tokens, min(len(said), len(tokens) - 1))
+    return RenderedRow(tokens, min(len(said), len(tokens) - 1, _MOST_ASKED))
 
 
 def _on_server(connection: "Connection", rows: Sequence[RenderedRow]) -> Scores:
@@ -429,47 +435,41 @@ class _AddressedModel:
             (model,) = names
         return cls(url, model)
 
-    def scores(self, rows: Sequence[RenderedRow]) -> Scores:
-        """Of the rows' tokens but the first; of a server that echoes no prompt, of the responses'.
+    def scores(self, rows: Sequence[RenderedRow]) -> tuple[Scores, Scores]:
+        """Of the tokens of the rows' responses, and the least that was told in the place of each.
 
-        llama.cpp's is such a one.
+        Asked place by place: llama.cpp's server tells nothing of a prompt's own tokens, and vLLM
+        0.32 ends when it is asked for those of an adapter on the output embedding. A token that
+        isn't among the likeliest has the least.
         """
+        found: list[NDArray[np.float64]] = []
+        least: list[NDArray[np.float64]] = []
+        for row in rows:
+            places = range(len(row.tokens) - row.said, len(row.tokens))
+            told = [self._likeliest(row.tokens[:place]) for place in places]
+            least.append(np.array([min(one.values()) for one in told]))
+            pairs = zip(places, told, least[-1], strict=True)
+            found.append(np.array([one.get(row.tokens[at], end) for at, one, end in pairs]))
+        return found, least
+
+    def _likeliest(self, prompt: Sequence[int]) -> dict[int, float]:
+        body = {"prompt": list(prompt), "max_tokens": 1, "logprobs": _TOP, "temperature": 0}
+        answer = self._ask("completions", {**body, "return_tokens_as_token_ids": True})
         try:
-            return [self._echoed(row.tokens) for row in rows]
-        except ServiceError:
-            return [self._place_by_place(row) for row in rows]
-
-    def _echoed(self, tokens: Sequence[int]) -> NDArray[np.float64]:
-        body = {"prompt": list(tokens), "echo": True, "logprobs": 1, "max_tokens": 1}
-        answer = self._ask("completions", {**body, "temperature": 0})
-        try:
-            found = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(tokens)]
-            scores = np.asarray(found, np.float64)
-        except (KeyError, IndexError, TypeError, ValueError):
-            scores = np.empty(0)
-        if len(scores) != len(tokens) - 1:
-            raise self._unexpected("the log-probabilities of the prompt's tokens (echo)", answer)
-        return scores
-
-    def _place_by_place(self, row: RenderedRow) -> NDArray[np.float64]:
-        """A token that is not among the likeliest has at most the log-probability of the last."""
-        scores = []
-        for place in range(len(row.tokens) - row.said, len(row.tokens)):
-            body = {"prompt": list(row.tokens[:place]), "max_tokens": 1, "logprobs": _TOP}
-            answer = self._ask("completions", {**body, "temperature": 0})
-            try:
-                top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-                likely = {int(one["id"]): float(one["logprob"]) for one in top}
-                scores.append(likely.get(row.tokens[place], min(likely.values())))
-            except (KeyError, IndexError, TypeError, ValueError) as error:
-                wanted = f"the {_TOP} likeliest tokens after a prompt, with their ids"
-                raise self._unexpected(wanted, answer) from error
-        return np.asarray(scores)
-
-    def _unexpected(self, wanted: str, answer: Mapping[str, Any]) -> ServiceError:
-        return ServiceError(
-            f"{self.url}: expected {wanted} from /completions, as vLLM, llama.cpp and "
-            f"`distill-datasets serve` give it; found {str(answer)[:200]!r}."
+            told = answer["choices"][0]["logprobs"]
+            if "content" in told:  # as llama.cpp says it
+                pairs = [(one["id"], one["logprob"]) for one in told["content"][0]["top_logprobs"]]
+            else:
+                top = told["top_logprobs"][0]
+                pairs = [(name.removeprefix("token_id:"), value) for name, value in top.items()]
+            if likely := {int(token): float(value) for token, value in pairs}:
+                return likely
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            pass  # said below
+        raise ServiceError(
+            f"{self.url}: expected the {_TOP} likeliest tokens after a prompt by their ids from "
+            "/completions, as vLLM, llama.cpp and `distill-datasets serve` tell them; found "
+            f"{str(answer)[:200]!r}."
         )
 
     def other_template(

@@ -8,8 +8,7 @@ import yaml
 from huggingface_hub import DatasetCard, ModelCard
 
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.card_merge import read_card
-from distill_datasets.releases.cards import dataset_card, model_card, report_markdown
+from distill_datasets.releases.cards import dataset_card, model_card, read_card, report_markdown
 
 GOLDEN = Path(__file__).parent / "golden" / "dataset_card.md"
 BEGIN, END = "<!-- distill-datasets:begin -->", "<!-- distill-datasets:end -->"

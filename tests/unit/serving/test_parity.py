@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from distill_datasets.serving.parity import Certificate, Gap
+from distill_datasets.serving.parity import Certificate, Gap, _clipped
 
 NOTHING = Gap(0.0, 0.0)
 
@@ -23,9 +23,9 @@ def test_a_gap_is_of_all_tokens_and_is_written_the_same_from_run_to_run() -> Non
     assert gap(2e-7, -9e-7).written == Gap(1e-5, 1e-5)
 
 
-def test_a_gap_is_of_the_last_tokens_where_a_server_tells_no_others() -> None:
-    whole, last = [np.asarray([9.0, 1.0, 2.0])], [np.asarray([1.5, 2.0])]
-    assert Gap.between(whole, last) == Gap(0.25, 0.5)
+def test_a_token_that_no_server_tells_of_is_no_likelier_than_the_last_that_is_told() -> None:
+    there, least = [np.asarray([9.0, -1.0, -30.0])], [np.asarray([-8.0, -7.0])]
+    assert _clipped(there, least)[0].tolist() == [-1.0, -7.0]
 
 
 def test_what_computes_no_number_is_never_the_student() -> None:
