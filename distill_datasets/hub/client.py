@@ -144,17 +144,22 @@ def overtaken(error: Exception) -> bool:
     return isinstance(error, HfHubHTTPError) and error.response.status_code in (409, 412)
 
 
-def ensure_repository(repo: str, *, kind: Kind, private: bool) -> bool:
-    """Make the repository unless it is there; says whether it was made.
+def ensure_repository(repo: str, *, kind: Kind, private: bool) -> None:
+    """Make the repository unless it is there.
 
     An existing one keeps its visibility, which must be the one asked for.
     """
+    from huggingface_hub.errors import RepositoryNotFoundError
+
     api = _api()
     with explained(repo):
         require_token()
-        if found := _visibility(repo, kind):
-            _check_visibility(repo, found, private)
-            return False
+        try:
+            info = patiently(api.repo_info, repo, repo_type=kind, expand=["private"])
+            _check_visibility(repo, private=private, found=bool(info.private))
+            return
+        except RepositoryNotFoundError:
+            pass  # it is made
         other = "model" if kind == "dataset" else "dataset"
         if patiently(api.repo_exists, repo, repo_type=other):
             raise RepositoryError(
@@ -162,7 +167,6 @@ def ensure_repository(repo: str, *, kind: Kind, private: bool) -> bool:
             )
         # Made twice is made once: the answer to the first try may be lost.
         patiently(api.create_repo, repo, repo_type=kind, private=private, exist_ok=True)
-    return True
 
 
 def require_token() -> None:
@@ -272,24 +276,13 @@ def _asked_wait(error: "HfHubHTTPError", otherwise: float) -> float:
     return float(limit[1]) + 1 if limit else otherwise
 
 
-def _visibility(repo: str, kind: Kind) -> str | None:
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        info = patiently(_api().repo_info, repo, repo_type=kind, expand=["private"])
-    except RepositoryNotFoundError:
-        return None
-    return "private" if info.private else "public"
-
-
-def _check_visibility(repo: str, found: str, private: bool) -> None:
-    if (found == "private") == private:
+def _check_visibility(repo: str, *, private: bool, found: bool) -> None:
+    if found == private:
         return
-    flag = "--public" if found == "public" else "--private"
+    is_, wanted = ("private", "public") if found else ("public", "private")
     raise RepositoryError(
-        f"{repo!r} is {found} on the Hub and the release is to be "
-        f"{'private' if private else 'public'}: publish with {flag}, choose another repository, "
-        f"or change its visibility at {endpoint()} first."
+        f"{repo!r} is {is_} on the Hub and the release is to be {wanted}: publish with --{is_}, "
+        f"choose another repository, or change its visibility at {endpoint()} first."
     )
 
 

@@ -5,11 +5,13 @@ secret blocks until it is taken out, or allowed by its key; personal data may be
 kind as well (`personal.KINDS`).
 """
 
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,16 +126,14 @@ class _Found:
         for kind, line, value in credentials.scanned(text):
             place = bisect_right(by_line, line - 1) - 1
             self._note(kind, value, page[place].where(line - 1 - by_line[place]))
-        for kind, sign, value in credentials.matched(text):
+        own = (
+            (f"the value of {name}", found.start(), value)
+            for name, value in self._own.items()
+            for found in re.finditer(re.escape(value), text)
+        )
+        for kind, sign, value in chain(credentials.matched(text), own):
             place = bisect_right(by_sign, sign) - 1
             self._note(kind, value, page[place].where_of(sign - by_sign[place]))
-        for name, value in self._own.items():
-            sign = text.find(value)
-            while sign >= 0:
-                place = bisect_right(by_sign, sign) - 1
-                where = page[place].where_of(sign - by_sign[place])
-                self._note(f"the value of {name}", value, where)
-                sign = text.find(value, sign + len(value))
         for part in page:
             for kind, sign, value in personal.personal_data(part.text):
                 self._note(kind, value, part.where_of(sign))

@@ -144,13 +144,17 @@ def find_base(trained: Trained, base_model: str | None) -> AdapterBase:
         return AdapterBase(str(trained.config["base_model"]).partition(":")[0], None)
     name = student.removeprefix("embedded:")
     folder = Path(name).expanduser()
+    if folder.suffix == ".gguf":
+        from distill_datasets.models.connection import find_model
+
+        folder = find_model(name)
     if not (folder / "config.json").is_file():
         return AdapterBase(base_model or name, None)
     if base_model == INCLUDED:
         return AdapterBase(None, folder)
     if base_model is None:
         raise ModelError(
-            f"The base of this student is a folder, {str(folder)!r}, which others lack: name its "
+            f"The base of this student lies here, {name!r}, and others lack it: name its "
             f"id on the Hub (--base-model org/name), or say --base-model {INCLUDED} to put its "
             "weights into the adapter's repository, if their licence allows it."
         )

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distill_datasets.embedded.sources import SPLITS
 from distill_datasets.errors import ModelError
 from distill_datasets.models.connection import find_model
+from distill_datasets.training.export import AdapterBase, Trained, find_base
 from tests.support.tiny_model import CHAT, TEXT, make_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
@@ -86,6 +87,16 @@ def logits(folder: Path) -> torch.Tensor:
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         return network(input_ids=torch.arange(5, 25).unsqueeze(0)).logits
+
+
+def test_a_student_of_a_gguf_file_leaves_over_the_folder_that_is_made_of_it(
+    tiny: Path, tmp_path: Path
+) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", tiny)
+    trained = Trained(tmp_path, {"student": f"embedded:{file}"}, {})
+    assert find_base(trained, "base/") == AdapterBase(None, find_model(str(file)))
+    with pytest.raises(ModelError, match=r"tiny\.gguf', and others lack it.*--base-model"):
+        find_base(trained, None)
 
 
 def test_a_gguf_file_is_the_folder_that_it_was_made_of(tiny: Path, tmp_path: Path) -> None:
