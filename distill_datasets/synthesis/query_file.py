@@ -18,9 +18,9 @@ from distill_datasets.recipes.loading import is_copy, load_recipe, samples_among
 from distill_datasets.recipes.queries import load_queries, read_columns, read_lines
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Queries
-from distill_datasets.synthesis.coverage import AXES
 
 ORIGIN = "synthesis"
+AXES = ("topic", "style", "length", "language", "difficulty", "turns")
 _OWN = (*AXES, "rules", "origin")
 
 Row = Mapping[str, Any]

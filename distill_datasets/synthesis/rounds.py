@@ -1,6 +1,7 @@
 """Rounds of questions to a teacher, until there are enough queries or hardly new ones come."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -9,11 +10,11 @@ from typing import Any, TypeVar
 
 from distill_datasets.errors import GenerationError
 from distill_datasets.models.sampler import digest
-from distill_datasets.synthesis.coverage import Coverage, Exercised
 from distill_datasets.synthesis.duplicates import NearDuplicates
 from distill_datasets.synthesis.interview import Interview, ParsedReply, Question, explained
 
 T = TypeVar("T")
+Exercised = tuple[int, ...]
 
 NEAR_DUPLICATE, OFF_TOPIC, EMPTY = "near-duplicate", "off topic", "empty"
 BESIDE, SPARE, REPLACED = "beside its rule", "more than its rule needs", "gave way to a rule"
@@ -22,6 +23,45 @@ _LEAST = 4  # questions of any later one: a single one says little about the yie
 _YIELD, _DRY = 0.05, 2  # less than this share of new queries, in so many rounds in a row
 _AIMED = 3  # questions at most for a rule that no query exercises
 _JUDGED = 20  # queries by hand that are judged in one request
+
+
+class Coverage:
+    """Counts queries by rule; rules are numbered from 1, in the prompt's order."""
+
+    def __init__(self, rules: Sequence[str]) -> None:
+        """`unjudged` counts queries of which nobody said what they exercise."""
+        self.rules = tuple(rules)
+        self.unjudged = 0
+        self._queries: Counter[int] = Counter()
+
+    def add(self, exercised: Exercised | None) -> None:
+        """Count one query."""
+        self.unjudged += self._unknown(exercised)
+        self._queries.update(exercised or ())
+
+    def spare(self, exercised: Exercised | None) -> bool:
+        """Whether every rule would keep a query without one that exercises these."""
+        return all(self._queries[number] > 1 for number in exercised or ())
+
+    def remove(self, exercised: Exercised | None) -> None:
+        """Count one query no more."""
+        self.unjudged -= self._unknown(exercised)
+        self._queries.subtract(exercised or ())
+
+    def _unknown(self, exercised: Exercised | None) -> bool:
+        return exercised is None and bool(self.rules)
+
+    @property
+    def uncovered(self) -> list[int]:
+        """The numbers of the rules that no query exercises."""
+        return [number for number, _ in enumerate(self.rules, 1) if not self._queries[number]]
+
+    def table(self) -> list[dict[str, Any]]:
+        """Every rule with its number and how many queries exercise it."""
+        return [
+            {"number": number, "rule": rule, "queries": self._queries[number]}
+            for number, rule in enumerate(self.rules, 1)
+        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,10 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, islice
+from math import prod
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -22,17 +23,16 @@ from distill_datasets.notebooks import interruptible
 from distill_datasets.progress import Progress
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.synthesis.coverage import (
-    Coverage,
-    axes_of,
-    balance,
-    combinations,
-    size_of,
-)
 from distill_datasets.synthesis.duplicates import NearDuplicates
 from distill_datasets.synthesis.interview import Interview, Question, open_teacher
-from distill_datasets.synthesis.query_file import ORIGIN, QueryFile, open_query_file
-from distill_datasets.synthesis.rounds import NEAR_DUPLICATE, OFF_TOPIC, NewQuery, QueryRounds
+from distill_datasets.synthesis.query_file import AXES, ORIGIN, QueryFile, open_query_file
+from distill_datasets.synthesis.rounds import (
+    NEAR_DUPLICATE,
+    OFF_TOPIC,
+    Coverage,
+    NewQuery,
+    QueryRounds,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -224,7 +224,7 @@ class _SynthesisRun:
 
     def _questions(self, axes: Mapping[str, Sequence[str]]) -> Iterator[Question]:
         """One after the other, each decided by its place alone, whatever the replies are."""
-        size = size_of(axes)
+        size = prod(map(len, axes.values()))
         for place, chosen in zip(count(), combinations(axes, self.seed), strict=False):
             examples = self._examples(f"{self.seed} {place}")
             yield Question(chosen, examples, again=place // size + 1)
@@ -319,3 +319,52 @@ def _save_dropped(folder: Path, rounds: QueryRounds) -> dict[str, int]:
     if now:
         write_file(path, "".join(f"{line}\n" for line in lines))
     return dict(Counter(json.loads(line)["reason"] for line in lines))
+
+
+def axes_of(recipe: Recipe, topics: Sequence[str]) -> dict[str, Sequence[str]]:
+    """The values of every attribute; one without values is left to the teacher."""
+    given = recipe.synthesis
+    values = (
+        topics,
+        given.styles,
+        given.lengths,
+        given.languages or recipe.languages,
+        given.difficulties,
+        [str(count) for count in given.turns] if recipe.holds_conversations else (),
+    )
+    return {name: found for name, found in zip(AXES, values, strict=True) if found}
+
+
+def combinations(axes: Mapping[str, Sequence[str]], seed: object) -> Iterator[dict[str, str]]:
+    """Every combination once, then every one again, without end, in an order of the seed's.
+
+    Of whatever many are taken, each value has had its share: first of the combinations that
+    begin alike, then of all.
+    """
+    random = Random(str(seed))
+    beginnings: Counter[tuple[str, ...]] = Counter()
+    values: Counter[tuple[str, str]] = Counter()
+
+    def choose(axis: str, before: tuple[str, ...]) -> str:
+        options = list(axes[axis])
+        random.shuffle(options)
+        return min(options, key=lambda one: (beginnings[(*before, one)], values[axis, one]))
+
+    while True:
+        chosen: tuple[str, ...] = ()
+        for axis in axes:
+            value = choose(axis, chosen)
+            chosen = (*chosen, value)
+            beginnings[chosen] += 1
+            values[axis, value] += 1
+        yield dict(zip(axes, chosen, strict=True))
+
+
+def balance(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """How many rows have each value of each attribute, the most frequent first."""
+    counts: dict[str, Counter[str]] = {name: Counter() for name in AXES}
+    for row in rows:
+        for name in AXES:
+            if row.get(name) is not None:
+                counts[name][row[name]] += 1
+    return {name: dict(found.most_common()) for name, found in counts.items() if found}

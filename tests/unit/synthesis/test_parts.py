@@ -7,18 +7,19 @@ import pytest
 import yaml
 
 from distill_datasets.errors import RecipeError
-from distill_datasets.synthesis.coverage import Coverage, combinations, size_of
 from distill_datasets.synthesis.duplicates import NearDuplicates, _plain, _shingles
 from distill_datasets.synthesis.interview import numbers, texts
 from distill_datasets.synthesis.query_file import set_keys
+from distill_datasets.synthesis.rounds import Coverage
+from distill_datasets.synthesis.run import combinations
 
 AXES = {"topic": list("abcdefg"), "style": ["x", "y"], "length": ["1", "2", "3", "4"]}
 
 
 def test_every_combination_comes_once_before_any_comes_again() -> None:
-    size = size_of(AXES)
+    size = 56  # of all values of all axes
     found = [tuple(one.values()) for one in islice(combinations(AXES, 0), 2 * size)]
-    assert len(set(found[:size])) == size == 56
+    assert len(set(found[:size])) == size
     assert sorted(found[:size]) == sorted(found[size:])
 
 
