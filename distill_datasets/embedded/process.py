@@ -75,11 +75,13 @@ class Server:
         self.close()
 
 
-def launch(model: Path, *, name: str, store: Path | None = None) -> Server:
+def launch(
+    model: Path, *, name: str, store: Path | None = None, dtype: str | None = None
+) -> Server:
     """Start a server for a model folder on a free loopback port, with a fresh key.
 
     Returns once it answers; the model itself loads while the first requests wait. Without a
-    `store` its checkpoints are gone when it ends.
+    `store` its checkpoints are gone when it ends. `dtype` stands in the place of EMBEDDED_DTYPE.
     """
     command = [sys.executable, "-m", f"{__package__}.app", str(model.resolve()), "--name", name]
     if store is not None:
@@ -92,7 +94,7 @@ def launch(model: Path, *, name: str, store: Path | None = None) -> Server:
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
-        env=_environment(),
+        env=_environment() | ({"EMBEDDED_DTYPE": dtype} if dtype else {}),
         # Ctrl-C is the parent's to handle: it closes the child when it ends.
         start_new_session=True,
     )

@@ -122,10 +122,14 @@ def load_tokenizer(source: str) -> Any:
 
 
 def connect_local(
-    reference: str, folder: Path, renderer: str | None, store: Path | None
+    reference: str,
+    folder: Path,
+    renderer: str | None,
+    store: Path | None,
+    dtype: str | None = None,
 ) -> Connection:
     """A local model on a server of its own; see `references.connect`."""
-    server = _server(reference, folder, store)
+    server = _server(reference, folder, store, dtype)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return Connection(
         reference=reference,
@@ -208,7 +212,7 @@ def _recommended_renderer(base_model: str) -> str:
         ) from error
 
 
-def _server(name: str, folder: Path, store: Path | None) -> "Server":
+def _server(name: str, folder: Path, store: Path | None, dtype: str | None) -> "Server":
     """The server of a local model: one without a store is served by any that runs."""
     from distill_datasets.embedded.process import launch
 
@@ -220,7 +224,7 @@ def _server(name: str, folder: Path, store: Path | None) -> "Server":
     for key in keys:
         if key in _SERVERS and _SERVERS[key].alive:
             return _SERVERS[key]
-    server = launch(folder, name=name.removeprefix("embedded:"), store=store)
+    server = launch(folder, name=name.removeprefix("embedded:"), store=store, dtype=dtype)
     _SERVERS[keys[0] if store else f"{folder}|"] = server
     return server
 

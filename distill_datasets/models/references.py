@@ -110,25 +110,30 @@ def _open_openai(
 
 
 def connect(
-    reference: str | Path, *, renderer: str | None = None, store: Path | None = None
+    reference: str | Path,
+    *,
+    renderer: str | None = None,
+    store: Path | None = None,
+    dtype: str | None = None,
 ) -> "Connection":
     """Reach the model that a reference names.
 
     A local model gets its own server, once per process; `store` is the folder of that server's
-    checkpoints (a temporary one without it). A training folder connects to its best checkpoint.
+    checkpoints (a temporary one without it), and `dtype` the number format in which that server
+    computes, if none runs yet. A training folder connects to its best checkpoint.
     Raises `ModelError`, `AccessError` or `ServiceError`, each with what to set.
     """
     from distill_datasets.models import connection
 
     text = str(reference)
     if (folder := find_training(text)) is not None:
-        return _connect_trained(folder, renderer)
+        return _connect_trained(folder, renderer, dtype)
     if text == "pocket":
         named = renderer or "qwen3_instruct"
-        return connection.connect_local(text, resources.pocket(), named, store)
+        return connection.connect_local(text, resources.pocket(), named, store, dtype)
     if text.startswith("embedded:"):
         model = connection.find_model(text.removeprefix("embedded:"))
-        return connection.connect_local(text, model, renderer, store)
+        return connection.connect_local(text, model, renderer, store, dtype)
     if text.startswith("tinker://"):
         return connection.connect_checkpoint(text, renderer)
     if text.startswith("tinker:"):
@@ -140,11 +145,10 @@ def connect(
     raise ModelError(f"Unknown model reference {text!r}: {_EXPECTED}.{hint}")
 
 
-def _connect_trained(folder: Path, renderer: str | None) -> "Connection":
+def _connect_trained(folder: Path, renderer: str | None, dtype: str | None) -> "Connection":
     config, checkpoint = read_training(folder)
-    base = connect(
-        config["student"], renderer=renderer or config["renderer"], store=folder / "checkpoints"
-    )
+    renderer, store = renderer or config["renderer"], folder / "checkpoints"
+    base = connect(config["student"], renderer=renderer, store=store, dtype=dtype)
     return replace(base, model_path=checkpoint["sampler"])
 
 

@@ -53,6 +53,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from distill_datasets.models import connection
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection, "_server", lambda name, folder, store: shared().server)
+        patch.setattr(connection, "_server", lambda name, folder, store, dtype: shared().server)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         yield f"embedded:{shared().model}"

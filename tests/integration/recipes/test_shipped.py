@@ -32,7 +32,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = make_tiny_model(home / "model", TOOLS_CHAT, context=8192)
     server = launch(folder, name="tiny", store=home / "store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection, "_server", lambda name, folder, store: server)
+        patch.setattr(connection, "_server", lambda name, folder, store, dtype: server)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
         yield f"embedded:{folder}"
     server.close()

@@ -47,7 +47,7 @@ def _one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     store = tmp_path_factory.mktemp("store")
     server = launch(resources.pocket(), name="pocket", store=store)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection, "_server", lambda name, folder, store: server)
+        patch.setattr(connection, "_server", lambda name, folder, store, dtype: server)
         yield
     server.close()
 
