@@ -130,26 +130,24 @@ def export_student(
     if settings.served_at and (folder / FILE).is_file():
         certified(folder)
         return ExportedStudent(folder, found[0])
-    finish: Finish = certified if settings.parity else lambda building: ()
+
+    def finish(building: Path) -> Sequence[str]:
+        if (building / INCLUDED).is_dir() and tied_and_adapted(building, AdapterBase(None)):
+            _untie(building / INCLUDED)
+        return certified(building) if settings.parity else ()
+
     if settings.merge:
         _export_merged(trained, folder, settings, report=report, repo=repo, finish=finish)
-        return ExportedStudent(folder, next(iter(found), None))
-    base = find_base(trained, settings.base_model)
-
-    def untied(building: Path) -> Sequence[str]:
-        if (building / INCLUDED).is_dir() and tied_and_adapted(building, base):
-            _untie(building / INCLUDED)
-        return finish(building)
-
-    export_adapter(
-        train,
-        folder,
-        report=report,
-        repo=repo,
-        base_model=settings.base_model,
-        check=settings.check,
-        finish=untied,
-    )
+    else:
+        export_adapter(
+            train,
+            folder,
+            report=report,
+            repo=repo,
+            base_model=settings.base_model,
+            check=settings.check,
+            finish=finish,
+        )
     return ExportedStudent(folder, next(iter(found), None))
 
 
