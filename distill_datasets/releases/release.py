@@ -155,8 +155,7 @@ def publish(
             if change and change.level != "patch" and version == published.version:
                 raise _taken(published, change)
         facts |= {"version": version or FIRST, "why": _why(old, change)}
-        with replacing(folder) as building:
-            _write(folder, building, answers, facts, old)
+        _write(folder, answers, facts, old)
     return load_release(folder)
 
 
@@ -322,38 +321,37 @@ def _why(old: Mapping[str, Any] | None, change: Change | None) -> str:
 
 
 def _write(
-    folder: Path,
-    building: Path,
-    answers: _Answers,
-    facts: Mapping[str, Any],
-    old: Mapping[str, Any] | None,
+    folder: Path, answers: _Answers, facts: Mapping[str, Any], old: Mapping[str, Any] | None
 ) -> None:
-    """Fill `building`; of the card in the old release's `folder`, what people wrote is kept."""
-    _write_rows(building, answers)
-    answers.survey.fingerprints.write(building / FINGERPRINTS)
-    manifest = {**facts, "history": history(old, facts)}
-    if answers.sources:
-        manifest["ledger"] = _write_ledger(building, answers)
-    if _has_soft_labels(answers):
-        manifest[SOFT] = write_soft(building, answers.sources, answers.recipe, answers.generation)
-    for name in answers.carried.attachments:
-        inside(building / "recipe", name)
-    answers.carried.dump(building / "recipe")
-    if not manifest["prompt"]:
-        _withhold(building / "recipe", answers.carried)
-    manifest["sha256"] = _file_digests(building)
-    write_manifest(building, manifest)
-    card, written = folder / "README.md", []
-    if card.is_file():
-        written = [(read_card(card.read_text(encoding="utf-8")), (old or {}).get("card") or {})]
-    text = dataset_card(
-        manifest,
-        answers.carried,
-        example=answers.survey.example or {},
-        layout=layout(building, manifest),
-        written=written,
-    )
-    (building / "README.md").write_text(text, encoding="utf-8")
+    """Write the release in the place of the old one, of whose card what people wrote is kept."""
+    with replacing(folder) as building:
+        _write_rows(building, answers)
+        answers.survey.fingerprints.write(building / FINGERPRINTS)
+        manifest = {**facts, "history": history(old, facts)}
+        if answers.sources:
+            manifest["ledger"] = _write_ledger(building, answers)
+        if _has_soft_labels(answers):
+            manifest[SOFT] = write_soft(
+                building, answers.sources, answers.recipe, answers.generation
+            )
+        for name in answers.carried.attachments:
+            inside(building / "recipe", name)
+        answers.carried.dump(building / "recipe")
+        if not manifest["prompt"]:
+            _withhold(building / "recipe", answers.carried)
+        manifest["sha256"] = _file_digests(building)
+        write_manifest(building, manifest)
+        card, written = folder / "README.md", []
+        if card.is_file():
+            written = [(read_card(card.read_text(encoding="utf-8")), (old or {}).get("card") or {})]
+        text = dataset_card(
+            manifest,
+            answers.carried,
+            example=answers.survey.example or {},
+            layout=layout(building, manifest),
+            written=written,
+        )
+        (building / "README.md").write_text(text, encoding="utf-8")
 
 
 def _withhold(folder: Path, recipe: Recipe) -> None:

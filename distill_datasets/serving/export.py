@@ -119,7 +119,6 @@ def export_student(
     trained, found = read_training(train), list[Certificate]()
 
     def certified(building: Path) -> Sequence[str]:
-        """What the certificate says, which is in the folder now."""
         found.append(
             certify(trained, building, served_at=settings.served_at, served_as=settings.served_as)
         )
