@@ -227,8 +227,12 @@ def _clipped(scores: Scores, least: Scores) -> Scores:
 def _notes(found: Certificate, connection: "Connection") -> Iterator[str]:
     if found.effect.within(found.limit):
         yield "the adapter changes too little to be told from its base"
-    if found.served and not found.served.within(found.limit):
-        yield f"more than noise at {found.served_at}: another number format, or another model"
+    wide = found.limit.widened(found.effect, _OTHER_FORMAT)
+    if found.served and not found.served.within(found.limit) and found.served.within(wide):
+        yield (
+            f"{found.served_at} computes otherwise, in another number format or by other steps: "
+            "more than noise, and far less than what the adapter does"
+        )
     if connection.server and connection.server.dtype != "fp32":
         yield (
             f"the training's server computes in {connection.server.dtype}: in fp32, without "
