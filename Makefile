@@ -23,7 +23,7 @@ $(LLM): | .venv/installed
 	touch $@
 
 unit: .venv/developing
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -p no:logging tests/unit
 
 test: .venv/developing
 	$(BIN)/python -m pytest

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pyqwest._errors  # noqa: F401 - see sdk.py
@@ -13,7 +14,7 @@ from distill_datasets.recipes.recipe import Recipe
 from tests.support.hub_fixture import hub  # noqa: F401 - a fixture
 from tests.support.openai_server import named_server, server  # noqa: F401 - fixtures
 from tests.support.panels import models  # noqa: F401 - a fixture
-from tests.support.shared_server import model  # noqa: F401 - a fixture
+from tests.support.shared_server import model, undrawn  # noqa: F401 - fixtures
 
 # Sessions of servers that have ended would go on complaining until the last line is printed.
 logging.getLogger("tinker.lib.internal_client_holder").setLevel(logging.CRITICAL)
@@ -24,6 +25,10 @@ os.environ["TINKER_TELEMETRY"] = "0"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["OMP_NUM_THREADS"] = "1"  # one worker a core is busy enough
+# Thousands of small files are made, synchronised and deleted: in memory, where there is room.
+_MEMORY = Path("/dev/shm")
+if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 8 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
 
 @pytest.fixture(autouse=True)

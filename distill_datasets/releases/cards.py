@@ -7,6 +7,7 @@ A card is handled as its two halves: the metadata, and the text below it.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets import resources
@@ -258,6 +259,7 @@ def _fill(template: str, facts: Mapping[str, Any]) -> str:
     return _environment().get_template(template).render(facts)
 
 
+@cache
 def _environment() -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

@@ -46,6 +46,16 @@ def shared() -> Shared:
 
 
 @pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """No training of a test file draws its curves, which takes as long as its steps."""
+    from distill_datasets.training.folder import TrainingFolder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingFolder, "draw", lambda folder: None)
+        yield
+
+
+@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A reference to the tiny model: while a test file uses it, local models are served here."""
     import datasets

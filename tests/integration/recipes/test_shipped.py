@@ -43,6 +43,7 @@ def test_every_recipe_that_ships_has_recordings_or_is_answered_by_the_model_that
     assert {name for name, teacher in shipped.items() if teacher != "pocket"} == {*NAMES}
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("name", "variant"), ALL)
 def test_a_recipe_goes_from_its_prompt_to_a_report(
     name: str, variant: str | None, tiny: str, tmp_path: Path

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +24,9 @@ from tests.support.server_log import trained_batches
 from tests.support.shared_server import shared
 from tests.support.training_runs import QUICK, ROWS, at_step, metrics, write
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 LONGER = replace(QUICK, epochs=5, evaluate_every=4, save_every=8, rolling_every=3, ttl_seconds=7200)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(model: str) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingFolder, "draw", lambda folder: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from distill_datasets.training.folder import TrainingFolder, training_warnings
 from distill_datasets.training.trainer import train
 from tests.support.training_runs import QUICK, ROWS, Rows, write
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 WORDS = ("sky", "weather", "assistant", "user", "nothing", "language", "system", "answer")
 VARIED = [
     {"query": row["query"], "response": f"{word} {row['response']}"}

@@ -13,6 +13,8 @@ from distill_datasets.models import connection
 from distill_datasets.training.trainer import TrainSettings, train
 from tests.support.training_runs import metrics
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {"name": "weather", "description": "Says the weather.", "parameters": PARAMETERS}
 CALL = {

@@ -16,6 +16,8 @@ from distill_datasets.training.internalisation import (
 )
 from distill_datasets.training.student import Student
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ANSWERS = [
     TeacherAnswer(
         group=query,

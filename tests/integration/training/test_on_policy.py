@@ -26,6 +26,8 @@ from tests.support.shared_server import shared
 from tests.support.soft_releases import PROMPT, SMALL, release, training_task
 from tests.support.training_runs import metrics
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 STEP = Step(1, 0, [0, 3], 1e-2)
 
 

@@ -19,6 +19,8 @@ from tests.support.lacking_server import LackingServer, lacking
 from tests.support.shared_server import shared
 from tests.support.training_runs import QUICK, ROWS, metrics, write
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SAMPLER = "GET training_runs/.*|GET samplers/.+|POST weights_info"
 CHECKPOINT = "training_runs/[^/]+/checkpoints/.+"
 OPTIONAL = {

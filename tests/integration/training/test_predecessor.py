@@ -19,6 +19,8 @@ from tests.support.server_log import trained_batches
 from tests.support.shared_server import shared
 from tests.support.training_runs import QUICK, ROWS, loss, metrics, write
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SETTINGS = replace(QUICK, epochs=1, evaluate_every=50, internalisation=False)
 
 

@@ -30,6 +30,8 @@ from distill_datasets.training.trainer import TrainSettings, train
 from tests.support.soft_releases import PROMPT, SMALL, release, training_task
 from tests.support.training_runs import LANGUAGES, metrics, write
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TOOL = {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}
 
 

@@ -21,6 +21,8 @@ from tests.support.conversations import Talker, talks, user
 from tests.support.soft_releases import release
 from tests.support.training_runs import metrics, write
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TURNS: list[Any] = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": "Where is it?"},

@@ -26,6 +26,8 @@ from distill_datasets.training.validation import (
 from tests.support.soft_releases import PROMPT, SMALL, release, training_task
 from tests.support.training_runs import at_step, metrics, write
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SETTINGS = replace(SMALL, evaluate_every=2, rolling_every=2)
 WHY_NOT = "train: no internalisation score: "
 

@@ -15,6 +15,8 @@ from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
 from distill_datasets.synthesis.ablation import prompt_coverage, rules_of
+from tests.conftest import edit
+from tests.support.panels import Models
 
 PROMPT = """\
 You sort letters.
@@ -167,10 +169,12 @@ def test_a_budget_ends_it_and_what_was_paid_is_kept(folder: Path, tmp_path: Path
 
 
 def test_nothing_is_asked_where_a_person_says_no(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    folder: Path, tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
+    edit(folder, "recipe.yaml", "teacher: pocket", "teacher: right")
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: "n")
     assert main(["coverage", str(folder), "--out", str(tmp_path / "o")]) == 130
     assert "27 of 27 requests" in capsys.readouterr().err
+    assert not models.requests
     assert not (tmp_path / "o" / "coverage.json").exists()
