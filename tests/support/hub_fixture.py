@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.forks import ROOT, forks
 from tests.support.hub_server import Fault, HubServer, Seen
 from tests.support.hub_store import Repository
-
-ROOT = Path(__file__).parents[2]
 
 
 class Hub:
@@ -110,21 +108,11 @@ class Hub:
         arguments = ["-c", code] if isinstance(code, str) else [str(part) for part in code]
         merged = {**self.environment(), **(env or {})}
         known = {name: value for name, value in merged.items() if value is not None}
-        with subprocess.Popen(
-            [sys.executable, *arguments],
-            env=known,
-            cwd=self.folder,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        ) as process:
-            self.server.kill = process.kill
-            try:
-                out, err = process.communicate(timeout=300)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+        def begun(kill: Callable[[], None]) -> None:
+            self.server.kill = kill
+
+        return forks().run(arguments, env=known, cwd=self.folder, begun=begun, timeout=300)
 
 
 @pytest.fixture
