@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from distill_datasets.errors import DistillError
 
 from .constraints import Constrain, Grammars
-from .model import LoadedModel, ModelCard, load_model
+from .model import ADAPTER_FILE, AdapterLayout, LoadedModel, ModelCard, load_model
 from .scheduler import Payload, Resolve, SampleJob
 from .store import ExecutionLog, Kind, Store, StoredCheckpoint, StoredRun
 from .weights import BASE, MOST_SNAPSHOTS, SampledWeights, SavedWeights
-from .wire import Body, InvalidRequestError, MissingError, pb
+from .wire import Body, InvalidRequestError, pb
 
 if TYPE_CHECKING:
     from .decoding import RunningBatch
@@ -201,11 +201,7 @@ class Engine:
 
         Whether it fits this model shows when it is sampled.
         """
-        from .lora import ADAPTER_FILE, AdapterLayout
-
         layout = AdapterLayout.read(folder)
-        if not (folder / ADAPTER_FILE).is_file():
-            raise MissingError(f"found no {ADAPTER_FILE} in {str(folder)!r}")
         key = f"{folder.resolve()}@{(folder / ADAPTER_FILE).stat().st_mtime_ns}"
         self._saved[key] = SavedWeights(folder, layout)
         return key

@@ -18,12 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .model import MOST_RANK, LoadedModel, read_object
-from .wire import InvalidRequestError, shown, whole
+from .model import ADAPTER_FILE, MOST_RANK, AdapterLayout, LoadedModel
+from .wire import InvalidRequestError, whole
 
 # Tinker's documented choice: the update is scaled by ALPHA / rank whatever the rank.
 ALPHA = 32
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -66,42 +65,6 @@ class LoraSpec:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class AdapterLayout:
-    """The layout of an adapter that anybody may have saved, in PEFT's format."""
-
-    rank: int
-    alpha: int
-    targets: tuple[str, ...]
-
-    @classmethod
-    def read(cls, folder: Path) -> AdapterLayout:
-        """Read adapter_config.json; raises `InvalidRequestError` for what can't be sampled here."""
-        file = folder / "adapter_config.json"
-        config = read_object(file)
-        others = [name for name, plain in _PLAIN.items() if config.get(name, plain) != plain]
-        targets = config.get("target_modules")
-        named = isinstance(targets, list) and all(isinstance(one, str) for one in targets)
-        if config.get("peft_type") != "LORA" or others or not named or not targets:
-            raise InvalidRequestError(
-                f"expected {str(file)!r} of a LoRA whose target_modules is a list of names, and "
-                f"nothing more; found {shown(config.get('peft_type'))} with {others or 'no'} "
-                "extras: merge it into its base, and serve that"
-            )
-        rank, alpha = whole(config, "r", 1, MOST_RANK), whole(config, "lora_alpha", 0, 1 << 20)
-        return cls(rank, alpha, tuple(sorted(targets)))
-
-
-# What an adapter may say beside its rank, its alpha and its targets: that it does no more.
-_PLAIN: Mapping[str, Any] = {
-    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "use_qalora"), False),
-    **dict.fromkeys(("modules_to_save", "layers_to_transform", "exclude_modules"), None),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), {}),
-    **{"bias": "none", "target_parameters": None, "trainable_token_indices": None},
-    "alora_invocation_tokens": None,
-}
-
-
 # A part of a pass: the adapter that its tokens are computed with, None for the base alone.
 Run = tuple[str | None, int]
 
@@ -121,7 +84,9 @@ class Adapters:
         self._trained: str | None = None
         # Which tokens of a pass are sampled with which adapter; None while one is trained.
         self._parts: list[tuple[str, slice]] | None = []
+        # Layers that were made for adapters which are gone, by what fits into them.
         self._free: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
+        self._shapes: dict[str, tuple[Any, ...]] = {}
         self._count = 0
 
     def create(self, spec: LoraSpec) -> str:
@@ -136,9 +101,11 @@ class Adapters:
     def load(self, folder: Path, spec: LoraSpec | AdapterLayout) -> str:
         """Add a saved adapter, and return its name."""
         config = self._config(spec)
+        shape = config.r, config.lora_alpha, *sorted(config.target_modules or ())
         # Making its layers takes ten times as long as filling them.
-        free = self._free[_shape(config)]
+        free = self._free[shape]
         name = free.pop() if free else self._add(config)
+        self._shapes[name] = shape
         try:
             self.restore(name, folder)
         except InvalidRequestError:
@@ -177,7 +144,7 @@ class Adapters:
 
     def drop(self, name: str) -> None:
         """Forget a loaded adapter; the next one of its shape takes its place."""
-        self._free[_shape(self._require().peft_config[name])].append(name)
+        self._free[self._shapes[name]].append(name)
 
     def train(self, name: str) -> None:
         """Make the network compute with this adapter, and its gradients."""
@@ -205,21 +172,17 @@ class Adapters:
         }
 
     def _config(self, spec: LoraSpec | AdapterLayout) -> LoraConfig:
-        if isinstance(spec, AdapterLayout):
-            unknown = {*spec.targets} - {name for _, name in self._layers}
-            if unknown:
+        alpha: Any = ALPHA
+        if isinstance(spec, LoraSpec):
+            targets = self._targets(spec)
+        else:
+            alpha, targets = spec.scale * spec.rank, list(spec.layers)
+            if unknown := sorted({*targets} - {path for _, path in self._layers}):
                 raise InvalidRequestError(
-                    f"the adapter is for layers that this model lacks: {sorted(unknown)[:5]}"
+                    f"the adapter is for layers that this model lacks: {unknown[:5]}"
                 )
-            return LoraConfig(
-                r=spec.rank,
-                lora_alpha=spec.alpha,
-                target_modules=list(spec.targets),
-                task_type="CAUSAL_LM",
-            )
-        targets = self._targets(spec)
         return LoraConfig(
-            r=spec.rank, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM"
+            r=spec.rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM"
         )
 
     def _add(self, config: LoraConfig) -> str:
@@ -261,7 +224,7 @@ class Adapters:
 
     def _targets(self, spec: LoraSpec) -> list[str]:
         wanted = {"attn": spec.train_attn, "mlp": spec.train_mlp, "unembed": spec.train_unembed}
-        found = [name for kind, name in self._layers if wanted[kind]]
+        found = [path.rsplit(".", 1)[-1] for kind, path in self._layers if wanted[kind]]
         if not found:
             raise InvalidRequestError(
                 f"found no linear layers for {[kind for kind, on in wanted.items() if on]} "
@@ -270,24 +233,19 @@ class Adapters:
         return sorted(set(found))
 
 
-def _shape(config: Any) -> tuple[Any, ...]:
-    return config.r, config.lora_alpha, *sorted(config.target_modules)
-
-
 def _linear_layers(network: Any) -> list[tuple[str, str]]:
-    """Kind and last name of each linear layer; read before adapters wrap them."""
+    """Kind and path of each linear layer; read before adapters wrap them."""
     output = network.get_output_embeddings()
-    layers = []
-    for path, module in network.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        if module is output:
-            layers.append(("unembed", path.rsplit(".", 1)[-1]))
-        elif "attn" in path or "attention" in path:
-            layers.append(("attn", path.rsplit(".", 1)[-1]))
-        elif "mlp" in path or "feed_forward" in path:
-            layers.append(("mlp", path.rsplit(".", 1)[-1]))
-    return layers
+    kinds = {"attn": "attn", "attention": "attn", "mlp": "mlp", "feed_forward": "mlp"}
+    return [
+        (
+            "unembed" if module is output else next(kinds[part] for part in kinds if part in path),
+            path,
+        )
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear)
+        and (module is output or any(part in path for part in kinds))
+    ]
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:

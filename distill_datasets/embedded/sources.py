@@ -7,7 +7,6 @@ the file says. The folder is made once, in the user's cache, under a name that i
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from distill_datasets.errors import ModelError
 from distill_datasets.files import one_writer, replacing
 
 from .machine import user_cache
-from .model import MOST_RANK, digest_files, read_object
+from .model import ADAPTER_FILE, FACTOR, AdapterLayout, digest_files, read_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,15 +57,6 @@ SPLITS = {
     "qwen2": _LLAMA3.replace("{1,3}", ""),
 }
 CONTROL, USER_DEFINED = 3, 4
-# Keys of an adapter's configuration that change no weight, or are read below.
-_ADAPTER_KEYS = {
-    "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "task_type", "lora_dropout",
-    "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "init_lora_weights",
-    "peft_version", "runtime_config", "loftq_config", "eva_config", "corda_config",
-    "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying",
-    "megatron_core", "qalora_group_size",
-}  # fmt: skip
-_LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 def _made(source: Path, parts: Sequence[Path], fill: Callable[[Path], None]) -> Path:
@@ -308,54 +298,22 @@ def open_adapter(folder: Path, find_base: Callable[[str], Path]) -> Path:
     `find_base` finds the base by the name in the adapter's configuration, without fetching it.
     Raises `ModelError` for an adapter that does more than add to the products of linear layers.
     """
-    config = read_object(folder / "adapter_config.json")
-    scale = _adapter_scale(config, folder)
+    config, layout = read_object(folder / "adapter_config.json"), AdapterLayout.read(folder)
     base = find_base(str(config.get("base_model_name_or_path") or ""))
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ModelError(
-            f"Expected adapter_model.safetensors in {str(folder)!r}, as PEFT saves it; found none."
-        )
     weights = sorted([*base.glob("*.safetensors"), *_texts(base)])
-    parts = [*weights, file, folder / "adapter_config.json"]
-    return _made(folder, parts, lambda new: _merge(new, base, _pairs(file), scale))
+    parts = [*weights, folder / ADAPTER_FILE, folder / "adapter_config.json"]
+    return _made(folder, parts, lambda new: _merge(new, base, _pairs(folder, layout), layout.scale))
 
 
-def _adapter_scale(config: Mapping[str, Any], folder: Path) -> float:
-    others = [key for key, value in config.items() if value and key not in _ADAPTER_KEYS]
-    plain = others == [] or (others == ["bias"] and config["bias"] == "none")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if config.get("peft_type") != "LORA" or not plain:
-        raise ModelError(
-            f"Expected a plain LoRA adapter in {str(folder)!r}; found "
-            f"peft_type={config.get('peft_type')!r} with {sorted({*others} - {'bias'})[:5]}, which "
-            "can't be applied: merge it into its base with PEFT first."
-        )
-    fits = type(rank) is int and 1 <= rank <= MOST_RANK and type(alpha) in (int, float)
-    if not fits or not math.isfinite(alpha):  # type: ignore[arg-type]
-        raise ModelError(
-            f"Expected a rank r in 1..{MOST_RANK} and a number lora_alpha in "
-            f"{str(folder / 'adapter_config.json')!r}; found r={rank!r}, lora_alpha={alpha!r}."
-        )
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))  # type: ignore[operator, arg-type]
-
-
-def _pairs(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(folder: Path, layout: AdapterLayout) -> dict[str, tuple[Tensor, Tensor]]:
     """The two factors of each layer's change, by the layer's name."""
     from .lora import load_tensors
 
-    found = load_tensors(file)
-    named = {key: _LORA.fullmatch(key) for key in found}
-    layers = sorted({match[1] for match in named.values() if match})
-    if odd := [key for key, match in named.items() if match is None]:
-        raise ModelError(
-            f"Expected the weights lora_A and lora_B of linear layers in {str(file)!r}; found "
-            f"{odd[:3]}, which can't be applied: merge it into its base with PEFT first."
-        )
-    key = "base_model.model.{}.lora_{}.weight".format
-    if len(found) != 2 * len(layers):
-        raise ModelError(f"Expected lora_A and lora_B of each layer in {str(file)!r}; one lacks.")
-    return {one: (found[key(one, "A")], found[key(one, "B")]) for one in layers}
+    found = load_tensors(folder / ADAPTER_FILE)
+    return {
+        one: (found[FACTOR.format(one, "A")], found[FACTOR.format(one, "B")])
+        for one in layout.layers
+    }
 
 
 def _merge(folder: Path, base: Path, pairs: dict[str, tuple[Tensor, Tensor]], scale: float) -> None:

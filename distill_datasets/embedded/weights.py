@@ -14,8 +14,8 @@ import numpy as np
 from .wire import Ints, MissingError
 
 if TYPE_CHECKING:
-    from .lora import AdapterLayout, Adapters
-    from .model import LoadedModel
+    from .lora import Adapters
+    from .model import AdapterLayout, LoadedModel
     from .prefix_attention import KeyValues
 
 # The key of the base model's own weights.

@@ -129,10 +129,9 @@ def test_what_is_no_student_of_this_base_is_refused_before_anything_is_served(
     [
         ({"use_dora": True}, "use_dora"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
-        ({"target_modules": ".*proj"}, "a list of names"),
         ({"peft_type": "IA3"}, "IA3"),
-        ({"r": 10**6}, "expected r in 1..512"),
-        ({}, "found no adapter_model.safetensors"),
+        ({"r": 10**6}, "a rank r in 1..512"),
+        ({}, "adapter_model.safetensors in .*; found none"),
     ],
 )
 def test_an_adapter_that_cant_be_served_as_it_is_says_why(
