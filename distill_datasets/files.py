@@ -6,6 +6,7 @@ content or the new, never half of one.
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,12 +96,15 @@ def writable_folder(path: str | Path) -> Path:
 
 
 @contextmanager
-def one_writer(folder: Path, work: str, *, beside: bool = False) -> Iterator[None]:
+def one_writer(
+    folder: Path, work: str, *, beside: bool = False, waiting: str = ""
+) -> Iterator[None]:
     """Hold a folder, made if need be, against every other process that would write there.
 
     `work` names what is done there, in the message for the others. The lock is in the folder, or
-    `beside` one that is to be replaced as a whole. Raises `OutputError` at once
-    where another holds it; the system lets go of it when a process dies, however it does.
+    `beside` one that is to be replaced as a whole. Where another holds it, says `waiting` and
+    waits, or raises `OutputError` at once if that is empty; the system lets go of it when a process
+    dies, however it does.
     """
     from filelock import FileLock, Timeout
 
@@ -111,10 +115,13 @@ def one_writer(folder: Path, work: str, *, beside: bool = False) -> Iterator[Non
     try:
         lock.acquire()
     except Timeout:
-        raise OutputError(
-            f"Another process is at work in {str(folder)!r}: wait until it is done, or choose "
-            f"another --out for this {work}."
-        ) from None
+        if not waiting:
+            raise OutputError(
+                f"Another process is at work in {str(folder)!r}: wait until it is done, or choose "
+                f"another --out for this {work}."
+            ) from None
+        print(waiting, file=sys.stderr)
+        lock.acquire(timeout=-1)
     try:
         yield
     finally:

@@ -63,7 +63,8 @@ def _made(source: Path, parts: Sequence[Path], fill: Callable[[Path], None]) -> 
     """The folder that `fill` makes of a source, whose content is in `parts`; made once."""
     folder = user_cache() / "models" / f"{source.stem}-{digest_files(parts)[:12]}"
     if not folder.is_dir():
-        with one_writer(folder, "conversion", beside=True):
+        said = f"Waiting for another process, which makes {str(source)!r} into a model folder."
+        with one_writer(folder, "conversion", beside=True, waiting=said):
             # Another process may have made it since, and use it now.
             if not folder.is_dir():
                 with replacing(folder) as building:

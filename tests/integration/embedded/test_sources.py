@@ -1,8 +1,12 @@
 """GGUF files and adapters as model folders, against the folders that they were made of."""
 
+import io
 import json
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -10,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distill_datasets.embedded import sources
 from distill_datasets.embedded.sources import SPLITS
 from distill_datasets.errors import ModelError
 from distill_datasets.models.connection import find_model
@@ -185,6 +190,34 @@ def test_a_torn_file_is_named(kept: int, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "torn.gguf").write_bytes(whole[:kept])
     with pytest.raises(ModelError, match=r"torn\.gguf' can't be read as a GGUF model"):
         find_model(str(tmp_path / "torn.gguf"))
+
+
+def test_who_comes_second_waits_for_what_the_first_makes_and_uses_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, written = write_gguf(tmp_path / "twice.gguf", tiny), list[Path]()
+    write, begun, told = sources._write_gguf, Event(), Event()
+
+    class Told(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.startswith(f"Waiting for another process, which makes {str(file)!r}"):
+                told.set()
+            return len(text)
+
+    def slow(folder: Path, *content: Any) -> None:
+        written.append(folder)
+        begun.set()
+        assert told.wait(60)
+        write(folder, *content)
+
+    monkeypatch.setattr(sources, "_write_gguf", slow)
+    monkeypatch.setattr(sys, "stderr", Told())
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(find_model, str(file))
+        assert begun.wait(60)
+        second = pool.submit(find_model, str(file))
+        assert first.result(60) == second.result(60)
+    assert len(written) == 1
 
 
 @pytest.fixture
