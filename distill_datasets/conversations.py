@@ -67,8 +67,10 @@ def _block(text: str) -> str:
 
 def split_calls(text: str) -> tuple[str, list[Call]]:
     """The words and the calls of a response; raises `ValueError` for a call that can't be read."""
-    calls = [_call(_json(block)) for block in _BLOCK.findall(text)]
-    content = _BLOCK.sub("", text)
+    # Behind the last end there is no call: each beginning there would be looked through to the end.
+    text, end, rest = text.rpartition(_CLOSE)
+    calls = [_call(_json(block)) for block in _BLOCK.findall(text + end)]
+    content = _BLOCK.sub("", text + end) + rest
     if _OPEN in content or _CLOSE in content:
         raise ValueError("a tool call without its beginning or end")
     return content.strip(), calls

@@ -181,3 +181,9 @@ def test_what_a_tool_answered_names_its_call() -> None:
     stray = [tool, calling, tool, {**tool, "tool_call_id": "other", "name": "kept"}]
     found = linked(stray)
     assert found[0] == tool and found[2]["name"] == "find" and found[3] == stray[3]
+
+
+def test_a_response_that_begins_calls_without_end_is_refused_at_once() -> None:
+    """Each beginning looked through to the end they would be ten billion steps."""
+    with pytest.raises(ValueError, match="without its beginning or end"):
+        split_calls("<tool_call>\n" * 100_000)
