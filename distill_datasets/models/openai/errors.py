@@ -35,6 +35,7 @@ _LATER = frozenset({408, 409, 420, 421, 423, 424, 425, 429, 449, 460, 498, 499})
 _KINDS = {408: "time-out", 420: "rate limit", 429: "rate limit", 498: "rate limit"}
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(milli|ms|us|µs|ns|d|h|m|s)[a-z]*\s*", re.I)
 _UNITS = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "milli": 1e-3}
+_LONGEST = 100  # characters of a time
 _YEARS = 3e8  # seconds: a number beyond is no span but a point in time, since 1970
 
 
@@ -190,7 +191,8 @@ def read_seconds(text: str | None) -> float | None:
     """Seconds from now in a span (`6m0s`, `120ms`, `2 minutes`), a bare number of seconds, an
     HTTP or ISO date, or a number of (milli)seconds since 1970; None for anything else.
     """
-    text, number = (text or "").strip(), _number(text)
+    text = (text or "").strip()[:_LONGEST]
+    number = _number(text)
     spans = _SPAN.findall(text)
     if spans and not _SPAN.sub("", text):
         number = sum(float(amount) * _UNITS.get(unit.lower(), 0.0) for amount, unit in spans)

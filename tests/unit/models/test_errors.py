@@ -69,6 +69,7 @@ def test_a_date_far_away_or_past_is_in_seconds_too() -> None:
         ("1d", 86400),
         ("3 apples", None),
         ("5 x 3s", None),
+        ("1 " * 500_000, None),
     ],
 )
 def test_spans_are_read_in_any_unit(text: str, seconds: float | None) -> None:
