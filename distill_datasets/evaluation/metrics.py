@@ -14,7 +14,7 @@ from hashlib import sha256
 from math import isfinite
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
@@ -24,6 +24,9 @@ from distill_datasets.errors import DatasetError, RecipeError, SettingsError, ne
 from distill_datasets.recipes.checks import field_share
 from distill_datasets.similarity import chrf, equal, rouge_l
 from distill_datasets.statistics import Bootstrap, Estimate, Floats, Proportion, resamples
+
+if TYPE_CHECKING:
+    import evaluate
 
 Answers = Sequence[str | None]
 Column = Sequence[Any]
@@ -172,8 +175,41 @@ OURS: Mapping[str, Metric] = {
 }
 
 
-def load_metric(name: str) -> Metric:
-    """One of ours; raises `RecipeError` that lists them for any other name."""
+def load_metric(name: str) -> "evaluate.Metric":
+    """One of ours as a module of `evaluate`, to compute it or combine it with others anywhere.
+
+    It takes None or an empty text for no answer, and confidences for `ece` and `brier`. Raises
+    `RecipeError` that lists ours for any other name. Example:
+
+        load_metric("accuracy").compute(predictions=["a", None], references=["a", "b"])
+        # {"accuracy": 0.5}
+    """
+    import datasets  # like evaluate, late: together they take seconds
+    import evaluate
+
+    estimate = _ours(name)
+    # `evaluate` refuses None in a `string` column, not in this one.
+    kind = datasets.Value("float64" if name in CALIBRATIONS else "large_string")
+    columns = ("predictions",) if name == "answered" else ("predictions", "references")
+
+    class OurMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
+        def _info(self) -> evaluate.MetricInfo:
+            return evaluate.MetricInfo(
+                description=estimate.__doc__ or name,
+                citation="",
+                inputs_description=load_metric.__doc__,
+                features=datasets.Features(dict.fromkeys(columns, kind)),
+            )
+
+        def _compute(self, predictions: Column, references: Column = ()) -> dict[str, float]:
+            alone = [str(row) for row in range(len(predictions))]
+            return {name: estimate(predictions, references, alone).value}
+
+    OurMetric.__name__ = name  # by which `evaluate` names the module
+    return OurMetric(keep_in_memory=True)
+
+
+def _ours(name: str) -> Metric:
     if name not in OURS:
         raise RecipeError(
             f"There is no metric {name!r}: expected one of {sorted(OURS)}."
@@ -318,7 +354,7 @@ class Metrics:
 
         Raises `RecipeError` or `SettingsError` before anything is asked.
         """
-        ours = {name: load_metric(name) for name in dict.fromkeys((*names, *always))}
+        ours = {name: _ours(name) for name in dict.fromkeys((*names, *always))}
         found = [load_own_metric(one) for one in own]
         taken = list(ours)
         known = [reference for reference in references if reference]

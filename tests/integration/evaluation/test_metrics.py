@@ -5,12 +5,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss, f1_score
 
 from distill_datasets.errors import DatasetError, RecipeError, SettingsError
-from distill_datasets.evaluation.metrics import Metrics, load_metric, load_own_metric
+from distill_datasets.evaluation.metrics import (
+    CALIBRATIONS,
+    OURS,
+    Metrics,
+    load_metric,
+    load_own_metric,
+)
 from distill_datasets.statistics import Bootstrap, Estimate, resamples, wilson
 
 EXPECTED = ["a", "a", "a", "a", "b", "b", "b", "b"]
@@ -30,7 +37,7 @@ def rows(count: int, right: float, seed: int) -> tuple[list[str | None], list[st
 
 
 def one(name: str, found: list[Any], expected: list[Any], groups: list[str]) -> Estimate:
-    return load_metric(name)(found, expected, groups)
+    return OURS[name](found, expected, groups)
 
 
 def value(name: str, found: list[Any], expected: list[Any]) -> float:
@@ -152,6 +159,21 @@ def test_a_paired_difference_of_bootstraps_is_narrower_than_an_unpaired_one() ->
     apart = sum(end["high"] - end["low"] for end in (mine.interval(), theirs.interval()))
     assert interval["value"] == pytest.approx(mine.value - theirs.value)
     assert interval["high"] - interval["low"] < 0.5 * apart
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_each_of_ours_is_a_module_of_evaluate_with_the_same_value(name: str) -> None:
+    found, right = (SAID, CORRECT) if name in CALIBRATIONS else (FOUND, EXPECTED)
+    given = {"references": right} if name != "answered" else {}
+    module = load_metric(name)
+    assert module.name == name
+    assert module.compute(predictions=found, **given) == {name: value(name, found, right)}
+
+
+def test_ours_are_combined_with_other_modules_of_evaluate() -> None:
+    both = evaluate.combine([load_metric("accuracy"), load_metric("macro_f1")])
+    found = both.compute(predictions=["a", "b"], references=["a", "a"])
+    assert found == {"accuracy": 0.5, "macro_f1": pytest.approx(2 / 3)}
 
 
 @pytest.mark.parametrize("name", ["accuracy", "answered"])
