@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DistillError
 
@@ -49,23 +49,6 @@ class Job:
     resolve: Resolve
 
 
-class StepSampler(Protocol):
-    """What computes the samples, a step at a time; used by the compute thread alone."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether any sample runs or waits."""
-
-    def add(self, job: SampleJob) -> None:
-        """Accept a request; raises where it can't be served."""
-
-    def step(self) -> None:
-        """Go on by about a token a sample."""
-
-    def fail(self, payload: Payload) -> None:
-        """Answer the requests that made the last step fail, and go on without them."""
-
-
 class ComputeThread:
     """Owns torch: whatever touches the model runs here.
 
@@ -74,7 +57,7 @@ class ComputeThread:
     as much time.
     """
 
-    def __init__(self, sampler: StepSampler, prepare: Callable[[], None]) -> None:
+    def __init__(self, sampler: Engine, prepare: Callable[[], None]) -> None:
         self._sampler, self._prepare = sampler, prepare
         self._arrived: deque[Job | SampleJob] = deque()
         self._changed = threading.Condition()
