@@ -20,11 +20,11 @@ from distill_datasets.errors import DistillError
 
 from .endpoints import SERVICE, routes
 from .model import ModelCard
+from .process import HOST
 from .service import Service
 from .store import Store
 from .wire import LARGEST_BODY, InvalidRequestError, MissingError
 
-HOST = "127.0.0.1"
 # Where another protocol may be spoken.
 OTHER = "/v1/"
 

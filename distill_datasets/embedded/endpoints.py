@@ -13,8 +13,8 @@ from typing import Any
 
 from aiohttp import web
 
-from .engine import Payload
 from .model import MOST_RANK
+from .scheduler import Payload
 from .service import Promise, SamplingSession, Service, Session
 from .store import SCHEME, Kind, StoredCheckpoint, StoredRun
 from .wire import (

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from .lora import LoraSpec
     from .trainer import Trainee
 
-__all__ = ["BASE", "MOST_SNAPSHOTS", "Payload", "SampleJob"]  # beside what is defined here
-
 
 def failure(message: str, *, category: str = "user") -> Payload:
     """An error in the form that the SDK raises from `.result()`."""

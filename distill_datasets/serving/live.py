@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distill_datasets.embedded.engine import Payload, SampleJob
+from distill_datasets.embedded.scheduler import Payload, SampleJob
 from distill_datasets.embedded.wire import DrawnSample, InvalidRequestError, SampleRequest, pb
 from distill_datasets.errors import ServiceError
 

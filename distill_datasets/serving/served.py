@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.conversations import Call, below, to_text, tool_calls
-from distill_datasets.embedded.engine import BASE
 from distill_datasets.embedded.store import SCHEME, Store
+from distill_datasets.embedded.weights import BASE
 from distill_datasets.embedded.wire import InvalidRequestError, MissingError
 from distill_datasets.errors import DatasetError, ModelError, SettingsError
 from distill_datasets.hub.references import find_release

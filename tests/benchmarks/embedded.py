@@ -24,10 +24,12 @@ import numpy as np
 import tinker
 from tinker import types
 
-from distill_datasets.embedded.engine import BASE, ComputeThread, Engine, SampleJob
+from distill_datasets.embedded.engine import ComputeThread, Engine
 from distill_datasets.embedded.model import ModelCard
 from distill_datasets.embedded.process import Server, launch
+from distill_datasets.embedded.scheduler import SampleJob
 from distill_datasets.embedded.store import Store
+from distill_datasets.embedded.weights import BASE
 from distill_datasets.embedded.wire import pb, read_sample_request
 
 VOCABULARY = 4096

@@ -20,9 +20,9 @@ import tinker
 import torch
 from tinker import types
 
-from distill_datasets.embedded.engine import ComputeThread, Job, Payload
+from distill_datasets.embedded.engine import ComputeThread, Job
 from distill_datasets.embedded.process import Server, launch
-from distill_datasets.embedded.scheduler import SampleJob
+from distill_datasets.embedded.scheduler import Payload, SampleJob
 from distill_datasets.embedded.wire import LARGEST_BODY, LARGEST_JSON, pb
 from distill_datasets.errors import ModelError, OutputError
 from tests.support.tiny_model import make_tiny_model

@@ -20,10 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from distill_datasets.embedded import decoding, weights
 from distill_datasets.embedded.decoding import RunningBatch
-from distill_datasets.embedded.engine import BASE, ComputeThread, Engine, Job, Payload, SampleJob
+from distill_datasets.embedded.engine import ComputeThread, Engine, Job
 from distill_datasets.embedded.model import ModelCard, load_model
 from distill_datasets.embedded.prefix_attention import Slots
+from distill_datasets.embedded.scheduler import Payload, SampleJob
 from distill_datasets.embedded.store import Store
+from distill_datasets.embedded.weights import BASE
 from distill_datasets.embedded.wire import SampleRequest, pb, read_sample_request
 from tests.support.shared_server import shared
 

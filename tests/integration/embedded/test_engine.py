@@ -12,8 +12,8 @@ import tinker
 import torch
 from tinker import types
 
-from distill_datasets.embedded.engine import MOST_SNAPSHOTS
 from distill_datasets.embedded.process import Server, launch
+from distill_datasets.embedded.weights import MOST_SNAPSHOTS
 from tests.support.tiny_model import make_tiny_model
 
 # Two threads of a test wait for each other while other tests hold the cores.
