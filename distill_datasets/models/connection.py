@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from distill_datasets.models.renderers import TextRenderer
 
 _TEMPLATE, _POCKET_RENDERER = "distill_datasets/chat_template", "qwen3_instruct"
-_SERVERS: dict[str, "Server"] = {}
+# By the model's folder, the store, and the number format that was asked for.
+_SERVERS: dict[tuple[Path, Path | None, str | None], "Server"] = {}
 
 
 @dataclass(frozen=True)
@@ -216,22 +217,20 @@ def _server(name: str, folder: Path, store: Path | None, dtype: str | None) -> "
     """The server of a local model: one without a store is served by any that runs."""
     from distill_datasets.embedded.process import launch
 
-    keys = (
-        [f"{folder}|{store.resolve()}"]
-        if store
-        else [k for k in _SERVERS if k.startswith(f"{folder}|")]
-    )
-    for key in keys:
-        if key in _SERVERS and _SERVERS[key].alive:
-            return _SERVERS[key]
-    server = launch(folder, name=name.removeprefix("embedded:"), store=store, dtype=dtype)
-    _SERVERS[keys[0] if store else f"{folder}|"] = server
-    return server
+    asked = folder, store and store.resolve(), dtype
+    for key, server in _SERVERS.items():
+        same = key == asked or (store is None and (key[0], key[2]) == (folder, dtype))
+        if same and server.alive:
+            return server
+    _SERVERS[asked] = launch(folder, name=name.removeprefix("embedded:"), store=store, dtype=dtype)
+    return _SERVERS[asked]
 
 
-def disconnect(store: Path) -> None:
-    """End the local servers that keep their checkpoints in this folder, which stays."""
-    for key in [key for key in _SERVERS if key.endswith(f"|{store.resolve()}")]:
+def disconnect(store: Path, dtype: str | None = None) -> None:
+    """End the local servers that keep their checkpoints in this folder, which stays, and that were
+    asked for in this number format.
+    """
+    for key in [key for key in _SERVERS if key[1:] == (store.resolve(), dtype)]:
         _SERVERS.pop(key).close()
 
 

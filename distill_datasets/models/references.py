@@ -119,8 +119,8 @@ def connect(
     """Reach the model that a reference names.
 
     A local model gets its own server, once per process; `store` is the folder of that server's
-    checkpoints (a temporary one without it), and `dtype` the number format in which that server
-    computes, if none runs yet. A training folder connects to its best checkpoint.
+    checkpoints (a temporary one without it). One that is asked for in a number format, `dtype`, is
+    another server, which `disconnect` ends. A training folder connects to its best checkpoint.
     Raises `ModelError`, `AccessError` or `ServiceError`, each with what to set.
     """
     from distill_datasets.models import connection

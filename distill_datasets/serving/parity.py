@@ -33,6 +33,8 @@ from distill_datasets.training.export import (
 )
 
 if TYPE_CHECKING:
+    import httpx
+
     from distill_datasets.models.connection import Connection
 
 FILE = "parity.json"
@@ -180,15 +182,11 @@ def certify(
     student under the name `served_as`. Raises `ModelError` or `ServiceError` where one of them
     can't be asked.
     """
-    from distill_datasets.models.references import connect
-
-    # Noise of 16 bits would hide what is smaller than itself.
-    dtype = None if os.environ.get("EMBEDDED_DTYPE") else "fp32"
-    connection = connect(trained.folder, dtype=dtype)
     conversations = _conversations(trained)
-    rows = [_row(connection, one) for one in conversations]
-    there = _on_server(connection, rows)
-    base_there = _on_server(replace(connection, model_path=None), rows)
+    with _connected(trained) as connection:
+        rows = [_row(connection, one) for one in conversations]
+        there = _on_server(connection, rows)
+        base_there = _on_server(replace(connection, model_path=None), rows)
     with _quiet() as complaints:
         base, here = _plain(connection, folder, rows)
     noise, moved = Gap.between(base_there, base.exact), max(here.moved / base.moved, 1.0)
@@ -207,16 +205,34 @@ def certify(
     problems += _judge("what was exported", found.limit, found.exported, here.exact, base.exact)
     problems += _other_template(connection, folder, conversations)
     if served_at:
-        served = _AddressedModel.find(served_at, served_as)
-        scores, least = served.scores(rows)
+        with _AddressedModel.reached(served_at, served_as) as served:
+            scores, least = served.scores(rows)
+            told = list(served.other_template(connection, conversations))
         apart = Gap.between(_clipped(there, least), scores)
         wide = found.limit.widened(found.effect, _OTHER_FORMAT)
         found = replace(found, served=apart, served_at=served_at)
         own_base = _clipped(base_there, least)
         problems += _judge(f"what {served_at} has", wide, apart, scores, own_base)
-        problems += served.other_template(connection, conversations)
+        problems += told
     notes = [*_notes(found, connection), *(f"while it was loaded: {one}" for one in complaints)]
     return replace(found, problems=tuple(problems), notes=tuple(notes))
+
+
+@contextmanager
+def _connected(trained: Trained) -> Iterator["Connection"]:
+    """The training's student on a server that is there for the certificate alone."""
+    from distill_datasets.models.connection import disconnect
+    from distill_datasets.models.references import connect
+
+    # Noise of 16 bits would hide what is smaller than itself.
+    dtype = None if os.environ.get("EMBEDDED_DTYPE") else "fp32"
+    connection = connect(trained.folder, dtype=dtype)
+    try:
+        yield connection
+    finally:
+        if dtype and connection.server is not None:
+            connection.service.holder.close()  # it would look for its server for ever
+            disconnect(trained.folder / "checkpoints", dtype)
 
 
 def _clipped(scores: Scores, least: Scores) -> Scores:
@@ -423,23 +439,35 @@ class _AddressedModel:
 
     url: str
     model: str
+    client: "httpx.Client"
 
     @classmethod
-    def find(cls, url: str, model: str | None) -> Self:
+    @contextmanager
+    def reached(cls, url: str, model: str | None) -> Iterator[Self]:
         """The model of this name, or the only one that is there."""
+        import httpx
+
         from distill_datasets.models.endpoint import read_address
 
-        url = str(read_address(url, "--served-at")).rstrip("/")
-        if model is None:
-            found = cls(url, "")._ask("models").get("data")
-            names = [one["id"] for one in found] if isinstance(found, list) else []
-            if len(names) != 1:
-                raise ModelError(
-                    f"{url} has {len(names)} models, {names[:20]}: name the student among them "
-                    "with --served-as."
-                )
-            (model,) = names
-        return cls(url, model)
+        url, key = (
+            str(read_address(url, "--served-at")).rstrip("/"),
+            os.environ.get("OPENAI_API_KEY"),
+        )
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        with httpx.Client(timeout=_ANSWER_SECONDS, headers=headers) as client:
+            found = cls(url, model or "", client)
+            yield found if model else replace(found, model=found._only_model())
+
+    def _only_model(self) -> str:
+        found = self._ask("models").get("data")
+        models = found if isinstance(found, list) else []
+        names = [str(one.get("id")) for one in models if isinstance(one, Mapping)]
+        if len(names) != 1:
+            raise ModelError(
+                f"{self.url} has {len(names)} models, {names[:20]}: name the student among them "
+                "with --served-as."
+            )
+        return names[0]
 
     def scores(self, rows: Sequence[RenderedRow]) -> tuple[Scores, Scores]:
         """Of the tokens of the rows' responses, and the least that was told in the place of each.
@@ -498,15 +526,12 @@ class _AddressedModel:
     def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         import httpx
 
-        key = os.environ.get("OPENAI_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         url = f"{self.url}/{path}"
         try:
-            with httpx.Client(timeout=_ANSWER_SECONDS, headers=headers) as client:
-                if body is None:
-                    answer = client.get(url)
-                else:
-                    answer = client.post(url, json={"model": self.model, **body})
+            if body is None:
+                answer = self.client.get(url)
+            else:
+                answer = self.client.post(url, json={"model": self.model, **body})
             found = answer.raise_for_status().json()
         except (httpx.HTTPError, ValueError) as error:
             raise ServiceError(f"{url} can't be asked: {error}") from error

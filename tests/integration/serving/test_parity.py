@@ -12,7 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from distill_datasets.cli.main import main
+from distill_datasets.embedded import process
+from distill_datasets.embedded.process import Server
 from distill_datasets.errors import ModelError
+from distill_datasets.models import connection
 from distill_datasets.serving.export import ExportSettings, export_student, push_student
 from distill_datasets.serving.parity import Certificate, ParityError, certify
 from distill_datasets.training.export import read_training
@@ -21,6 +24,9 @@ from distill_datasets.training.trainer import train
 from tests.support.serving import KEY, serving
 from tests.support.shared_server import shared
 from tests.support.training_runs import QUICK, ROWS, write
+
+
+LOCAL_SERVER = connection._server  # another stands in its place while the tiny model is served
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +68,26 @@ def test_an_adapter_is_the_student_within_the_noise_and_its_card_says_so(exporte
     assert found["exported"]["largest"] <= found["limit"]["largest"]
     card = (exported / "README.md").read_text()
     assert "Whether it is what was trained" in card and "rows: the same student" in card
+
+
+def test_the_server_of_a_certificate_is_its_own_and_ends_with_it(
+    students: tuple[Path, Path], exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch, started = process.launch, list[Server]()
+
+    def noted(*given: Any, **options: Any) -> Server:
+        started.append(launch(*given, **options))
+        return started[-1]
+
+    monkeypatch.setattr(process, "launch", noted)
+    monkeypatch.setattr(connection, "_server", LOCAL_SERVER)
+    others: dict[Any, Any] = {
+        (shared().model, (students[0] / "checkpoints").resolve(), None): shared().server
+    }
+    monkeypatch.setattr(connection, "_SERVERS", others)
+    assert compare(students, exported).passed
+    assert [(one.dtype, one.alive) for one in started] == [("fp32", False)]
+    assert list(others.values()) == [shared().server] and shared().server.alive
 
 
 def test_peft_loads_the_adapter_without_a_warning_over_a_base_with_two_embeddings(

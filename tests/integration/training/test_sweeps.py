@@ -102,13 +102,13 @@ def test_every_trials_server_ends_with_it_and_no_other(
     dataset: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, started, shared = Counted(), list[Counted](), connections._server
-    servers: dict[str, Any] = {f"model|{tmp_path / 'elsewhere'}": kept}
+    servers: dict[Any, Any] = {(Path("model"), tmp_path / "elsewhere", None): kept}
 
     def start(name: str, folder: Path, store: Path | None, dtype: str | None) -> Any:
         if store is not None:
             assert all(one.closed for one in started), "two trials had a server at once"
             started.append(Counted())
-            servers[f"{folder}|{store.resolve()}"] = started[-1]
+            servers[folder, store.resolve(), dtype] = started[-1]
         return shared(name, folder, store, dtype)
 
     monkeypatch.setattr(connections, "_SERVERS", servers)
