@@ -155,9 +155,13 @@ class SpokenStream:
         """What was said, once it is done."""
         text = "".join(self._text)
         if self._calls:
-            made = [
-                Call(one["name"], json.loads(one["arguments"] or "{}"))
-                for _, one in sorted(self._calls.items())
-            ]
-            text = write_calls(text, made)
+            text = write_calls(text, [_called(one) for _, one in sorted(self._calls.items())])
         return Exchange(text, self._reason, *self._counts)
+
+
+def _called(said: Mapping[str, str]) -> Call | str:
+    """A call; its arguments as they were written where those can't be read."""
+    try:
+        return Call(said["name"], json.loads(said["arguments"] or "{}"))
+    except (ValueError, RecursionError):
+        return said["arguments"]

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import aiohttp
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 from yarl import URL
 
 from distill_datasets.conversations import to_text
@@ -219,7 +220,9 @@ class RolloutProxy:
     async def _connected(self, _: web.Application) -> Any:
         connector = aiohttp.TCPConnector(limit=0)
         jar = aiohttp.DummyCookieJar()
-        async with aiohttp.ClientSession(connector=connector, cookie_jar=jar) as session:
+        # A line of a stream may be as long as half an answer: with log-probabilities it is.
+        known: dict[str, Any] = {"connector": connector, "read_bufsize": _LARGEST // 2}
+        async with aiohttp.ClientSession(cookie_jar=jar, **known) as session:
             self._session = session
             yield
             await self.settle()
@@ -289,13 +292,15 @@ class RolloutProxy:
         """
         assert self.chooser is not None
         plain = {key: one for key, one in bodies["student"].items() if not key.startswith("stream")}
-        wanted = max(self.chooser.likeliest, plain.get("top_logprobs") or 0)
+        given = plain.get("top_logprobs")
+        wanted = max(self.chooser.likeliest, given if isinstance(given, int) else 0)
         told = {"logprobs": True, **({"top_logprobs": wanted} if wanted else {})}
         answer = await self._fetch("student", {**plain, **told})
         try:
             serves = self.chooser.serves(to_text(asked.messages), read_places(answer))
         except DatasetError as error:
             raise BackendError("student", 502, f"student: {error}") from error
+        self._rests["student"].end()
         if serves:
             return await self._give(request, asked, answer), read_exchange(answer), "student"
         self.rollout.keep_query(asked.messages, "low confidence")
@@ -364,7 +369,7 @@ class RolloutProxy:
                     if not began.prepared:
                         await began.prepare(request)
                     await began.write(stream.passed(line))
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError) as error:
             if not began.prepared:
                 raise BackendError(arm, 502, f"{arm}: {type(error).__name__}: {error}") from error
             if request.transport is not None:

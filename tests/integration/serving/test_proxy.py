@@ -236,6 +236,31 @@ def test_a_stream_that_breaks_off_is_a_failure_of_the_student(place: Place) -> N
     assert place.rollout.evidence.odd == {"failed": 1} and not place.teacher.bodies
 
 
+def test_a_line_of_a_stream_may_be_as_long_as_log_probabilities_make_it(place: Place) -> None:
+    client = place.start()
+    delta = {"content": "en", "padding": "x" * 1_000_000}
+    line = json.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": "stop"}]})
+    place.student.faults.append(Fault("en", body=f"data: {line}\n\ndata: [DONE]\n\n"))
+    chunks = client.chat.completions.create(
+        model="mine", messages=[{"role": "user", "content": "en"}], stream=True
+    )
+    assert "".join(one.choices[0].delta.content or "" for one in chunks) == "en"
+
+
+def test_a_call_in_a_stream_that_cannot_be_read_counts_as_one(place: Place) -> None:
+    client = place.start()
+    call = {"index": 0, "id": "1", "function": {"name": "f", "arguments": '{"a": '}}
+    said = {"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"}
+    line = json.dumps({"choices": [said]})
+    place.student.faults.append(Fault("en", body=f"data: {line}\n\ndata: [DONE]\n\n"))
+    chunks = client.chat.completions.create(
+        model="mine", messages=[{"role": "user", "content": "en"}], stream=True
+    )
+    assert [one.choices[0].finish_reason for one in chunks] == ["tool_calls"]
+    place.settle()
+    assert place.rollout.evidence.answers == 1
+
+
 def test_one_answer_of_the_teacher_is_paid_once(place: Place) -> None:
     client = place.start(price=Price(prompt=0.0, response=1e6))
     with ThreadPoolExecutor(8) as pool:
