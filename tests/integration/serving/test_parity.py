@@ -25,7 +25,6 @@ from tests.support.serving import KEY, serving
 from tests.support.shared_server import shared
 from tests.support.training_runs import QUICK, ROWS, write
 
-
 LOCAL_SERVER = connection._server  # another stands in its place while the tiny model is served
 
 
