@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+from unicodedata import category
 
 from distill_datasets.schema import Message, whole_text
 
@@ -63,6 +64,15 @@ def _block(text: str) -> str:
     for mark in (_OPEN, _CLOSE):  # inside of a JSON string, where an escape is the same text
         text = text.replace(mark, f"\\u003c{mark[1:]}")
     return f"{_OPEN}\n{text}\n{_CLOSE}"
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has no sign that can be seen: a zero-width space is none.
+
+    >>> is_blank("\\u200b "), is_blank("?")
+    (True, False)
+    """
+    return all(one.isspace() or category(one) == "Cf" for one in text)
 
 
 def split_calls(text: str) -> tuple[str, list[Call]]:

@@ -302,9 +302,12 @@ def _sections(data: Mapping[str, Any]) -> Iterator[str]:
     keys = [["keys", f"{rows:,} x {_cut(name)}"] for name, rows in formats["json_keys"].items()]
     yield "formats\n" + aligned([*_shares(formats["shares"]), *keys])
     yield "duplicates\n" + aligned(
-        [[f"{name.replace('_', ' ')}", f"{n:,}"] for name, n in data["duplicates"].items()]
+        [
+            ["repeated rows" if name == "rows" else name.replace("_", " "), f"{n:,}"]
+            for name, n in data["duplicates"].items()
+        ]
     )
-    head = f"of {data['sampled']:,} rows"
+    head = f"of {data['sampled']:,} of {data['rows']:,} rows"
     for side, shares in data["languages"].items():
         yield f"languages of the {side}, {head}\n{aligned(_shares(shares))}"
     style = [[f"{k.replace('_', ' ')}", f"{v:.2f}"] for k, v in data["style"].items()]

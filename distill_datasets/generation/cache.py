@@ -165,14 +165,15 @@ class Journal:
         loop = asyncio.get_running_loop()
         stored: asyncio.Future[None] = loop.create_future()
         self._coming.append(((digest, model, reply.to_json(), time.time()), stored))
-        self._storing = self._storing or loop.create_task(self._store_coming())
+        if self._storing is None or self._storing.done():
+            self._storing = loop.create_task(self._store_coming())
         await stored
 
     async def _store_coming(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            while self._coming:
-                coming, self._coming = self._coming, []
+            while coming := self._coming:
+                self._coming = []
                 problems = self._write([row for row, _ in coming])
                 unsynced = await loop.run_in_executor(self._thread, self._sync)
                 for (_, stored), unwritten in zip(coming, problems, strict=True):
@@ -280,8 +281,11 @@ class Journal:
         return found.fetchone() is not None
 
     def close(self) -> None:
-        """Release the file."""
+        """Release the file; first comes what nobody waited for until it was stored."""
         self._thread.shutdown()
+        if self._coming:
+            self._write([row for row, _ in self._coming])
+            self._sync()
         if self._log is not None:
             os.close(self._log)
         self._database.close()

@@ -18,6 +18,7 @@ from distill_datasets.conversations import (
     assistant_message,
     from_text,
     has_calls,
+    is_blank,
     is_conversation_text,
     read_calls,
     read_messages,
@@ -230,7 +231,7 @@ def _checked(asked: list[Message]) -> list[Message]:
     if not asked or asked[-1]["role"] not in ("user", "tool"):
         found = asked[-1]["role"] if asked else "nothing"
         raise ValueError(f"expected a message of a user or a tool before the answer, found {found}")
-    if asked[-1]["role"] == "user" and not asked[-1]["content"].strip():
+    if asked[-1]["role"] == "user" and is_blank(asked[-1]["content"]):
         raise ValueError("the message to answer is empty")
     return asked
 
@@ -244,6 +245,6 @@ def _response(answer: Message) -> str:
         )
     calls = read_calls(answer.get("tool_calls"))
     content = answer["content"]
-    if not calls and not content.strip():
+    if not calls and is_blank(content):
         raise ValueError("its answer is empty")
     return write_calls(content.strip(), calls) if calls else content

@@ -16,6 +16,7 @@ from distill_datasets.conversations import (
     below,
     calls_text,
     from_text,
+    is_blank,
     read_calls,
     read_messages,
     to_text,
@@ -218,7 +219,7 @@ def _behind(handle: str, member: Recipe, columns: Columns, before: int) -> Colum
     found: dict[str, list[str | None]] = {**columns, "query": [], "group": [], "split": []}
     rows = zip(columns["query"], columns["group"], columns["split"], strict=True)
     for number, (query, group, split) in enumerate(rows, before + 1):
-        if query is None or not query.strip():
+        if query is None or is_blank(query):
             raise RecipeError(f"Query {number} of {member.name!r} is empty: remove it or fill it.")
         own = group or query_id(query)
         turns = below(handle, (), member.conversation(query))
@@ -294,7 +295,7 @@ def _conversation(value: Any, *, every_turn: bool, left_out: Counter[str]) -> st
             )
     if not messages or messages[-1]["role"] == "system":
         raise ValueError("expected a message of a user or a tool at the end, found none")
-    if any(not one["content"].strip() for one in messages[-1:] if one["role"] == "user"):
+    if any(is_blank(one["content"]) for one in messages[-1:] if one["role"] == "user"):
         raise ValueError("its last message is empty")
     if len(messages) < len(given):
         left_out.update(conversations=1, messages=len(given) - len(messages))
@@ -542,7 +543,7 @@ class _RowMaker:
 
     def _checked(self, text: str | None) -> str:
         self._count += 1
-        if text is None or not text.strip():
+        if text is None or is_blank(text):
             raise RecipeError(f"Query {self._count} is empty: remove the row or fill it.")
         return text
 

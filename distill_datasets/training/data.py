@@ -18,7 +18,7 @@ from distill_datasets.chat_rows import (
     as_written,
     conversation_reader,
 )
-from distill_datasets.conversations import response_text
+from distill_datasets.conversations import is_blank, response_text
 from distill_datasets.errors import DatasetError, OutputError
 from distill_datasets.hub.references import (
     Pinned,
@@ -102,9 +102,12 @@ class DatasetSource:
             raise
         except (DatasetsError, ValueError, OSError, *_NO_ROWS) as error:
             cause = error.__cause__ or error
+            said = str(cause).rstrip(".") or repr(cause)
+            expected = "splits that aren't empty, and one set of columns in all files of a split"
+            if "surrogate" in said:
+                expected = "text; half of a pair such as \\ud83d\\ude00 is none: write it whole"
             raise DatasetError(
-                f"{self.reference!r} can't be read: {str(cause).rstrip('.') or repr(cause)}. "
-                "Expected splits that aren't empty, and one set of columns in all files of a split."
+                f"{self.reference!r} can't be read: {said}. Expected {expected}."
             ) from error
         return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
 
@@ -172,9 +175,20 @@ class DatasetSplit:
     @property
     def keys(self) -> "NDArray[np.uint64]":
         """Each row's conversation as 64 bits, in the rows' order."""
+        return self.keys_and_blank()[0]
+
+    def keys_and_blank(self) -> "tuple[NDArray[np.uint64], int]":
+        """The `keys`, and how many of the rows have a response in which nothing can be seen."""
         import numpy as np
 
-        return np.fromiter(map(_row_key, self.conversations), np.uint64)
+        blank = 0
+
+        def key(conversation: Conversation) -> int:
+            nonlocal blank
+            blank += is_blank(response_text(conversation.messages[-1]))
+            return _row_key(conversation)
+
+        return np.fromiter(map(key, self.conversations), np.uint64), blank
 
     def count(self, learned: "NDArray[np.uint64]") -> int:
         """How many of the rows have one of these keys."""

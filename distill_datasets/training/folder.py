@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from distill_datasets import html
 from distill_datasets.errors import ModelError, OtherTrainingError, OutputError
 from distill_datasets.files import one_writer, writable_folder, write_file
-from distill_datasets.training.schedule import Selection, why_it_ended
+from distill_datasets.training.schedule import OF_ANSWERS, Selection, why_it_ended
 from distill_datasets.training.settings import VALIDATION_LOSS, decisive
 from distill_datasets.training.tracking import tell
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 _SAME = ("student", "identity", "settings", "dataset.revision", "dataset.files", "resumed", "start")
-_OF_ANSWERS = ("answers", "teacher_")  # numbers of sampled answers, which choose no checkpoint
 T = TypeVar("T")
 
 
@@ -319,7 +318,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _scores(checkpoint: SavedCheckpoint) -> str:
-    shown = {n: v for n, v in checkpoint.scores.items() if not n.startswith(_OF_ANSWERS)}
+    shown = {n: v for n, v in checkpoint.scores.items() if n not in OF_ANSWERS}
     return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 

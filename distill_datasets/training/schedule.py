@@ -31,6 +31,15 @@ _COLLAPSES = {
     "endless": "its answers don't end where the teacher's do",
     "one": "its answers to different queries have become one",
 }
+# What is measured of sampled answers, and of the teacher's beside them: it chooses no checkpoint.
+OF_ANSWERS = frozenset(
+    f"{one}_{name}"
+    for one, names in (
+        ("answers", "distinct ended tokens empty unending looping"),
+        ("teacher", "distinct ended tokens commonest once"),
+    )
+    for name in names.split()
+) | {"answers"}
 # Shares of the sampled answers from which a collapse is seen, and up to which none is.
 _EMPTY, _LOOPING, _UNENDING, _CLEAN = 0.5, 0.5, 0.75, 0.25
 _VARIED = 8  # times as many different answers of the teacher, or one alone, are a collapse

@@ -117,8 +117,14 @@ def _train(  # noqa: PLR0913 (what `train` has found)
         _require_validation("validation" in splits, repr(source.reference), settings, known)
         plan = plan_training(splits, connection, settings, folder.config)
         if folder.config is None:
-            learned = splits["train"].keys[plan.chosen]
+            keys, blank = splits["train"].keys_and_blank()
+            learned = keys[plan.chosen]
             write_learned(folder.path, learned, before)
+            if blank:
+                tell(
+                    f"warning: {blank:,} of {len(keys):,} training rows have a blank response, "
+                    "which teaches to say nothing: leave them out (`dataset.filter`)."
+                )
             if "validation" in splits and (seen := splits["validation"].count(learned)):
                 tell(
                     f"{seen:,} of {len(splits['validation'].rows):,} validation rows are "

@@ -167,10 +167,23 @@ def read_retry_after(headers: Mapping[str, str]) -> float | None:
         return allowance.requests_seconds
     if allowance is not None and allowance.tokens == 0:
         return allowance.tokens_seconds
+    if spans := _exhausted(headers.get("ratelimit")):
+        return max(spans)
     left = _number(headers.get("x-ratelimit-remaining", headers.get("ratelimit-remaining")))
     if allowance is None and not left:
         return read_seconds(headers.get("x-ratelimit-reset", headers.get("ratelimit-reset")))
     return None
+
+
+def _exhausted(text: str | None) -> list[float]:
+    """Seconds until there is more of what is used up, in a header such as `"day";r=0;t=30`."""
+    found = []
+    for limit in (text or "")[:_MOST_SAID].split(","):
+        said = dict(one.strip().partition("=")[::2] for one in limit.split(";"))
+        seconds = _number(said.get("t"))
+        if _number(said.get("r")) == 0 and seconds is not None:
+            found.append(seconds)
+    return found
 
 
 def read_allowance(headers: Mapping[str, str]) -> Allowance | None:

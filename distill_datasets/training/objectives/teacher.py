@@ -40,7 +40,7 @@ CREATE TABLE IF NOT EXISTS scores (
     kept REAL NOT NULL
 )
 """
-_SEEN = 512  # responses, to know what is in them
+_AT_ONCE = 512  # rows
 
 
 @dataclass(frozen=True)
@@ -232,9 +232,12 @@ def cut_ends(task: TrainingTask, prompts: TeacherPrompts) -> CutEnds | None:
     texts = prompts.recipe.stop_texts
     if not texts:
         return None
-    places = choose_rows(len(task.rows), task.settings)[:_SEEN]
-    responses = [row.tokens for row in released_rows(task, places)]
-    return CutEnds.of(task.student.connection, texts, responses)
+    places, responses = choose_rows(len(task.rows), task.settings), set[tuple[int, ...]]()
+    for first in range(0, len(places), _AT_ONCE):
+        for one in task.rows.examples(places[first : first + _AT_ONCE]):
+            start, end = response_span(one.weights)
+            responses.add(tuple(one.tokens[start:end]))
+    return CutEnds.of(task.student.connection, texts, sorted(responses))
 
 
 def prompt_tokens(teacher: "Connection", prompts: TeacherPrompts, query: str) -> list[int]:

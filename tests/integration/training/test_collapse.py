@@ -51,7 +51,9 @@ def test_a_collapse_ends_training_and_without_a_good_checkpoint_it_is_an_error(
     folder = TrainingFolder(tmp_path / "out")
     assert folder.checkpoints[-1].step == 8 and folder.checkpoints[-1].final
     assert words in training_warnings(folder.config or {}, folder.metrics)[0]
-    assert capsys.readouterr().err.count("answers differ (the teacher's: 8)") >= 3
+    said = capsys.readouterr().err
+    assert said.count("answers differ (the teacher's: 8)") >= 3
+    assert ("8 of 8 training rows have a blank response" in said) == (kind == "empty")
     assert not [one for one in caplog.messages if "Synchronous method" in one]
     with pytest.raises(ModelError, match="no checkpoint before is good"):
         folder.result()

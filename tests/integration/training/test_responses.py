@@ -4,6 +4,7 @@ import pytest
 
 from distill_datasets.conversations import Call, assistant_message, write_calls
 from distill_datasets.models.sampler import Sample
+from distill_datasets.training.schedule import OF_ANSWERS
 from distill_datasets.training.validation import compare_answers, is_loop, is_response
 
 CALL = Call("set.it", {"text": "28473", "flag": True, "maybe": None, "rows": [1, "é"]})
@@ -69,6 +70,7 @@ def test_answers_are_counted_beside_the_teachers() -> None:
     found = compare_answers(said("a red fox", "a red fox ", "", "one hen"), TEACHER, 1.0)
     assert (found["answers"], found["answers_distinct"], found["teacher_distinct"]) == (4, 3, 4)
     assert (found["answers_empty"], found["answers_ended"]) == (0.25, 1.0)
+    assert {*found} == OF_ANSWERS
     assert (found["answers_tokens"], found["teacher_tokens"]) == (3.0, 3.5)
     assert (found["teacher_commonest"], found["teacher_once"]) == (0.25, 1.0)
 

@@ -1,11 +1,12 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from distill_datasets.cli.main import main
 from distill_datasets.errors import DatasetError
-from distill_datasets.evaluation.profile import ProfiledRow, profile, profile_rows
+from distill_datasets.evaluation.profile import Profile, ProfiledRow, profile, profile_rows
 from distill_datasets.recipes.checks import language_of
 
 
@@ -102,3 +103,8 @@ def test_a_file_is_profiled_as_it_would_be_trained_on(
     assert "<pre>! Every row has one answer" in profile(file)._repr_html_()
     with pytest.raises(DatasetError, match="no split 'tset'; found .'train'"):
         profile(file, split="tset")
+
+
+def test_a_text_says_of_how_many_rows_each_number_is() -> None:
+    text = Profile({"dataset": "d", **profile_rows([*rows("red"), *rows("red")], sample=1)}).text()
+    assert re.search("repeated rows +1\n", text) and "style, of 1 of 2 rows" in text

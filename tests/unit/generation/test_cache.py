@@ -154,6 +154,25 @@ def test_a_disk_that_fails_is_an_error_for_everyone_who_waits(
         assert [type(found) for found in asyncio.run(work(journal))] == [OutputError] * 2
 
 
+def test_an_answer_whose_waiter_is_cancelled_is_kept_and_holds_nobody_up(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+
+    async def cancelled(journal: Journal) -> None:
+        waiting = asyncio.create_task(journal.store("a", "m", REPLY))
+        await asyncio.sleep(0)  # it waits, and what stores is about to begin
+        waiting.cancel()
+        for one in asyncio.all_tasks() - {asyncio.current_task()}:
+            one.cancel()
+
+    with Journal(path) as journal:
+        asyncio.run(cancelled(journal))
+    with Journal(path) as journal:
+        assert dict(journal) == {"a": 1}
+        asyncio.run(cancelled(journal))
+        asyncio.run(asyncio.wait_for(journal.store("b", "m", REPLY), 10))
+        assert dict(journal) == {"a": 2, "b": 1}
+
+
 def test_a_copy_of_the_files_holds_all_that_was_stored_when_it_was_made(tmp_path: Path) -> None:
     """What a power loss leaves: the files as they were at any moment."""
     path = tmp_path / "run" / "journal.sqlite"

@@ -91,6 +91,13 @@ def test_the_reset_of_a_server_that_names_no_kind_is_read() -> None:
     assert read_retry_after({"ratelimit-reset": "30", "ratelimit-remaining": "7"}) is None
 
 
+def test_a_reset_in_one_header_is_that_of_what_is_used_up() -> None:
+    assert read_retry_after({"ratelimit": '"default";r=0;t=30'}) == 30
+    assert read_retry_after({"ratelimit": '"a"; r=0; t=5, "day"; r=0; t=90, "b";r=3;t=400'}) == 90
+    assert read_retry_after({"ratelimit": '"default";r=7;t=30'}) is None
+    assert read_retry_after({"ratelimit": "r=0;t=soon, ;;=, r=0"}) is None
+
+
 def test_allowances_are_read_as_proxies_join_them() -> None:
     headers = {"x-ratelimit-remaining-requests": "14, 99", "x-ratelimit-remaining-tokens": "0.0"}
     assert read_allowance(headers) == Allowance(14, None, 0, None)

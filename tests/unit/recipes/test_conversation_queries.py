@@ -128,6 +128,7 @@ def test_a_text_among_conversations_is_a_users_message(tmp_path: Path) -> None:
         ([{"role": "narrator", "content": "Once"}], "expected a role of .* found 'narrator'"),
         ([said("Hello")], "expected a message of a user or a tool at the end"),
         ([user(" ")], "its last message is empty"),
+        ([user("\u200b\ufeff ")], "its last message is empty"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "expected text as content"),
         (7, "expected a list of messages, found 7"),
     ],

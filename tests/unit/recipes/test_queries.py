@@ -71,8 +71,9 @@ def test_empty_queries_are_an_error(recipe_folder: Path) -> None:
         load_queries(load_recipe(recipe_folder))
 
 
-def test_an_empty_query_is_named_by_its_row(recipe_folder: Path) -> None:
-    edit(recipe_folder, "queries.jsonl", '"a thought"', '" "')
+@pytest.mark.parametrize("blank", [" ", r"\u200b"])
+def test_an_empty_query_is_named_by_its_row(blank: str, recipe_folder: Path) -> None:
+    edit(recipe_folder, "queries.jsonl", '"a thought"', f'"{blank}"')
     with pytest.raises(RecipeError, match="Query 6 is empty"):
         load_queries(load_recipe(recipe_folder))
 

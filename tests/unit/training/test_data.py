@@ -135,6 +135,22 @@ def test_what_can_not_be_trained_is_one_sentence_with_file_and_row(
         list(split(file).conversations)
 
 
+def test_half_a_surrogate_pair_is_named_as_what_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"query": "Where?", "response": "Here \\ud83d"}\n', encoding="utf-8")
+    with pytest.raises(DatasetError, match="half of a pair .* write it whole") as refused:
+        split(file)
+    assert "set of columns" not in str(refused.value)
+
+
+def test_responses_in_which_nothing_can_be_seen_are_counted(tmp_path: Path) -> None:
+    said = [" \n", "\u200b", "Here."]
+    rows = [{"query": str(n), "response": one} for n, one in enumerate(said)]
+    found = split(jsonl(tmp_path, *rows))
+    keys, blank = found.keys_and_blank()
+    assert blank == 2 and (keys == found.keys).all()
+
+
 @pytest.mark.parametrize("text", ['{"role"', '[{"role": ' * 50_000])
 def test_text_that_begins_like_json_must_be_json(text: str, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"rows.jsonl', row 0: 'messages': "):

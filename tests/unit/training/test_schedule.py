@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distill_datasets.training.folder import SavedCheckpoint, TrainingResult
 from distill_datasets.training.schedule import (
     Schedule,
     Selection,
@@ -254,3 +256,11 @@ def test_a_watched_selection_survives_being_written_down() -> None:
     half = watched((LOOPS, 9.0), (ONE, 5.0))
     again = Selection(**json.loads(json.dumps(asdict(half))))
     assert again == half and again.measured(2, ONE) == half.measured(2, ONE)
+
+
+def test_a_verdict_names_every_score_that_can_choose() -> None:
+    """Those of a validator of the user's too, whatever they are called."""
+    scores = {"validation_loss": 0.5, "answers_right": 0.75, "answers_ended": 1.0, "answers": 4.0}
+    last = SavedCheckpoint("s8", 8, "tinker://a", None, best=True, final=True, scores=scores)
+    result = TrainingResult(Path("out"), last, last, 0.5, 8, 4, 0, 9, 1.0, "done", "token")
+    assert result.verdict == "the final weights won (validation_loss 0.5, answers_right 0.75)"
