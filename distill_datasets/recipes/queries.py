@@ -454,8 +454,9 @@ def _file_rows(
     own = spec.messages or spec.query
     named = (own, spec.group, spec.reference, spec.forced_split)
     needed = {name for name in named if name} | (set() if own else {"query", "text"})
-    if path.suffix.lower() in (".csv", ".tsv") and own is None:
-        needed -= {"text"}
+    if path.suffix.lower() in (".csv", ".tsv"):
+        needed -= {"text"} if own is None else set()
+        by_place |= spec.rows is not None  # which are told by numbers that count every row
     return read_rows(path, TableFormat(spec.encoding, spec.separator, needed, by_place))
 
 

@@ -117,6 +117,12 @@ def test_rows_beside_the_queries_keep_their_places_where_they_are_empty(tmp_path
     assert load_queries(load_recipe(folder))["reference"] == ["a", None, "b", None]
 
 
+def test_rows_that_are_named_by_number_are_counted_with_empty_ones(tmp_path: Path) -> None:
+    folder = recipe_with(tmp_path, "q.csv", ", rows: [1, 3]")
+    (folder / "q.csv").write_text("query,reference\none,x\n,\nthree,x\nfour,x\n", encoding="utf-8")
+    assert load_queries(load_recipe(folder))["query"] == ["one", "three"]
+
+
 def test_a_quoted_field_keeps_its_lines_quotes_and_separators(tmp_path: Path) -> None:
     content = 'query,reference\r\n"one\r\ntwo, ""three""",x\r\n\r\n'
     assert pairs(tmp_path, "q.csv", content) == [('one\r\ntwo, "three"', "x")]
