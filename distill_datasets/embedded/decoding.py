@@ -384,7 +384,7 @@ class RunningBatch:
         Where some find none, nobody joins those that came first until their rows are done.
         """
         picking: dict[str, Iterator[Newcomer]] = {}
-        used = {*running, *(one.weights for one, _ in self._builds)}
+        used, crowded = {*running, *(one.weights for one, _ in self._builds)}, False
         for key, one in list(self._admissions.items()):
             self._blamed = list(one.waiting)
             if key == self._leaving and key in used:
@@ -392,11 +392,15 @@ class RunningBatch:
             if self._weights.load(key, used):
                 picking[key] = one.pick(room)
                 used.add(key)
-            elif self._leaving not in used:
+                continue
+            crowded = True
+            if self._leaving not in used:
                 self._leaving = next((first for first in picking if first in running), None)
                 if self._leaving is not None:
                     del picking[self._leaving]
                     self._admissions[self._leaving] = self._admissions.pop(self._leaving)
+        if not crowded:
+            self._leaving = None
         return picking
 
     def _run(self, joining: Sequence[Row], builds: Sequence[tuple[Admission, Build]]) -> None:

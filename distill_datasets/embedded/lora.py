@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from .model import ADAPTER_FILE, MOST_RANK, AdapterLayout, LoadedModel
 from .wire import InvalidRequestError, whole
 
+# Layers that are kept for adapters to come.
+MOST_FREE = 8
 # Tinker's documented choice: the update is scaled by ALPHA / rank whatever the rank.
 ALPHA = 32
 
@@ -84,9 +85,8 @@ class Adapters:
         self._trained: str | None = None
         # Which tokens of a pass are sampled with which adapter; None while one is trained.
         self._parts: list[tuple[str, slice]] | None = []
-        # Layers that were made for adapters which are gone, by what fits into them.
-        self._free: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
-        self._shapes: dict[str, tuple[Any, ...]] = {}
+        # What fits into the layers of loaded adapters, and of those that are gone, oldest first.
+        self._shapes, self._free = dict[str, tuple[Any, ...]](), list[str]()
         self._count = 0
 
     def create(self, spec: LoraSpec) -> str:
@@ -103,13 +103,16 @@ class Adapters:
         config = self._config(spec)
         shape = config.r, config.lora_alpha, *sorted(config.target_modules or ())
         # Making its layers takes ten times as long as filling them.
-        free = self._free[shape]
-        name = free.pop() if free else self._add(config)
-        self._shapes[name] = shape
+        name = next((one for one in self._free if self._shapes[one] == shape), None)
+        if name is None:
+            name = self._add(config)
+            self._shapes[name] = shape
+        else:
+            self._free.remove(name)
         try:
             self.restore(name, folder)
         except InvalidRequestError:
-            free.append(name)
+            self.drop(name)
             raise
         for weight in self.parameters(name).values():
             # Only what is trained needs more digits than the base has.
@@ -144,7 +147,15 @@ class Adapters:
 
     def drop(self, name: str) -> None:
         """Forget a loaded adapter; the next one of its shape takes its place."""
-        self._free[self._shapes[name]].append(name)
+        self._free.append(name)
+        if len(self._free) > MOST_FREE:
+            gone = self._free.pop(0)
+            del self._shapes[gone]
+            with warnings.catch_warnings():
+                # The one that happens to be active: which it is matters in training alone.
+                warnings.filterwarnings("ignore", message=".*which is now deleted.*")
+                self._require().delete_adapter(gone)
+            self._trained = None
 
     def train(self, name: str) -> None:
         """Make the network compute with this adapter, and its gradients."""

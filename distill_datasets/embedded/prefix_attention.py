@@ -48,16 +48,16 @@ class Slots:
 
     def __init__(self, shape: CacheShape, width: int, rows: int = 0) -> None:
         self.shape, self.width, self.rows = shape, width, rows
-        self.layers = [self._allocate() for _ in range(shape.layers)]
+        self.layers = [self._allocate(rows) for _ in range(shape.layers)]
 
     @property
     def tokens(self) -> int:
         """The tokens that it has place for."""
         return self.rows * self.width
 
-    def _allocate(self) -> KeyValues:
+    def _allocate(self, rows: int) -> KeyValues:
         one = self.shape
-        sizes = (2, self.rows, self.width, one.heads, one.width)
+        sizes = (2, rows, self.width, one.heads, one.width)
         # Zeros: what is masked must still be a number.
         keys, values = torch.zeros(sizes, dtype=one.dtype, device=one.device)
         return keys, values
@@ -67,11 +67,13 @@ class Slots:
 
         Layer by layer, so that hardly more than one of them exists twice.
         """
-        self.rows = rows
+        # Where memory ends amid them, all have place for as many rows as are counted.
+        self.rows = min(rows, self.rows)
         for layer, old in enumerate(self.layers):
-            self.layers[layer] = self._allocate()
+            self.layers[layer] = self._allocate(rows)
             for part, own in zip(self.layers[layer], old, strict=True):
                 part[:kept] = own[:kept]
+        self.rows = rows
 
     def copy(self, row: int, source: Slots, source_row: int, length: int) -> None:
         """Take over a row."""

@@ -16,13 +16,14 @@ from weakref import WeakSet
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from distill_datasets.embedded import decoding, weights
+from distill_datasets.embedded import decoding, lora, scheduler, weights
 from distill_datasets.embedded.decoding import RunningBatch
 from distill_datasets.embedded.engine import ComputeThread, Engine, Job
 from distill_datasets.embedded.model import ModelCard, load_model
-from distill_datasets.embedded.prefix_attention import Slots
+from distill_datasets.embedded.prefix_attention import CacheShape, Slots
 from distill_datasets.embedded.scheduler import Payload, SampleJob
 from distill_datasets.embedded.store import Store
 from distill_datasets.embedded.weights import BASE
@@ -77,7 +78,9 @@ def drawn(answer: Payload) -> list[list[int]]:
 def computer() -> Iterator[Computer]:
     with TemporaryDirectory() as folder:
         made = Engine(ModelCard.read(shared().model, "tiny"), Store(Path(folder)))
-        yield Computer(made, ComputeThread(made, made.load))
+        started = Computer(made, ComputeThread(made, made.load))
+        started.ask(PROMPT)  # two threads that load a model at once spoil both
+        yield started
         made.close()
 
 
@@ -418,6 +421,80 @@ def test_weights_that_are_always_asked_for_make_place_for_others(
     assert len(busy) < 200
     expected = greedy(first.network, PROMPT, 6)
     assert all(drawn(answer.get(timeout=60)) == [expected] for answer in busy)
+
+
+def test_weights_that_were_to_make_place_are_sampled_together_again_once_nobody_waits(
+    computer: Computer, versions: list[Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "MOST_SAMPLERS", 2)
+    monkeypatch.setattr(scheduler, "PROMISED_TOKENS", 0)
+    monkeypatch.setattr(decoding, "MOST_ROWS", 3)
+    base, ended = load_model(ModelCard.read(shared().model, "tiny")), list[str]()
+    batch = RunningBatch(base, weights.SampledWeights(base, computer.engine._saved))
+    first, second, third = (one.key for one in versions[1:])
+
+    def add(key: str, name: str, count: int) -> None:
+        request = sample_request(PROMPT, max_tokens=count)
+        batch.add(SampleJob(key, request, lambda _: ended.append(name)))
+        batch.step()
+
+    add(first, "first", 12)
+    batch.step()
+    for name, count in (("second", 30), ("second", 8), ("waiting", 40)):
+        add(second, name, count)
+    add(third, "third", 6)
+    while "third" not in ended:
+        batch.step()
+    assert len(batch._rows) == 2, "nobody waits for place any more"
+    add(second, "short", 4)
+    while batch.busy:
+        batch.step()
+    assert ended.index("short") < ended.index("waiting"), ended
+
+
+def test_slots_are_as_large_as_they_say_where_memory_ends_amid_them() -> None:
+    base = load_model(ModelCard.read(shared().model, "tiny"))
+
+    class Full(Slots):
+        left = 100
+
+        def _allocate(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+            self.left -= 1
+            if self.left < 0:
+                raise MemoryError
+            return super()._allocate(rows)
+
+    slots = Full(CacheShape.of(base.network), 64, 3)
+    for rows in (5, 2):
+        slots.left = 1
+        with pytest.raises(MemoryError):
+            slots.resize(rows, 2)
+        assert slots.rows == min(len(keys) for keys, _ in slots.layers)
+    slots.left = 100
+    slots.resize(4, 2)
+    assert slots.rows == 4 == max(len(keys) for keys, _ in slots.layers)
+
+
+def test_adapters_that_are_gone_leave_no_more_layers_than_may_be_in_memory(
+    versions: list[Version], computer: Computer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "MOST_SAMPLERS", 1)
+    monkeypatch.setattr(lora, "MOST_FREE", 1, raising=False)
+    base, answers = load_model(ModelCard.read(shared().model, "tiny")), list[Payload]()
+    sampled = weights.SampledWeights(base, computer.engine._saved)
+    batch = RunningBatch(base, sampled)
+    for version in versions * 2:
+        batch.add(SampleJob(version.key, sample_request(PROMPT), answers.append))
+        while batch.busy:
+            batch.step()
+        version.check(answers[-1], PROMPT, 6)
+    kept = {
+        name
+        for module in base.network.modules()
+        if isinstance(module, LoraLayer)
+        for name in module.lora_A
+    }
+    assert len(kept) == 2 < len(versions) - 1
 
 
 def test_keys_and_values_take_no_more_memory_than_is_counted(
