@@ -6,10 +6,11 @@ own tokens: they are a hard label, whatever the teacher thinks of them, and wher
 cut, it means the end. How likely a model finds an end that the teacher didn't make is not judged.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -360,22 +361,24 @@ class CutEnds:
 
     @classmethod
     def of(
-        cls, connection: "Connection", texts: Sequence[str], responses: Sequence[Sequence[int]]
+        cls, connection: "Connection", texts: Sequence[str], responses: Iterable[Sequence[int]]
     ) -> "CutEnds":
-        """`responses` are some that the student learns, with their ends.
+        """`responses` are those that the student learns, with their ends, in any order.
 
         Spaces or signs that begin a stop text, and are in no response, stand for the whole of it.
         """
         tokenizer, stops = connection.tokenizer, connection.renderer.get_stop_sequences()
-        length = end_length(responses[0], stops, tokenizer.decode)
+        others = iter(responses)
+        first = next(others)
+        length = end_length(first, stops, tokenizer.decode)
         if not length:
             raise DatasetError(
                 f"The chat format of {connection.reference!r} doesn't end an answer: expected one "
-                f"of {list(stops)[:3]} behind {tokenizer.decode(responses[0])[-80:]!r}. Name "
+                f"of {list(stops)[:3]} behind {tokenizer.decode(first)[-80:]!r}. Name "
                 "another renderer, or train with 'sft'."
             )
-        end = responses[0][len(responses[0]) - length]
-        used = {token for one in responses for token in one[: len(one) - length]}
+        end = first[len(first) - length]
+        used = {token for one in chain([first], others) for token in one[: len(one) - length]}
         words = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
         table = np.arange(len(words), dtype=np.int32)
         for token, word in enumerate(words):

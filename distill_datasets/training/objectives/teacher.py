@@ -5,7 +5,7 @@ the training's folder.
 """
 
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -232,12 +232,15 @@ def cut_ends(task: TrainingTask, prompts: TeacherPrompts) -> CutEnds | None:
     texts = prompts.recipe.stop_texts
     if not texts:
         return None
-    places, responses = choose_rows(len(task.rows), task.settings), set[tuple[int, ...]]()
-    for first in range(0, len(places), _AT_ONCE):
-        for one in task.rows.examples(places[first : first + _AT_ONCE]):
-            start, end = response_span(one.weights)
-            responses.add(tuple(one.tokens[start:end]))
-    return CutEnds.of(task.student.connection, texts, sorted(responses))
+    places = choose_rows(len(task.rows), task.settings)
+
+    def responses() -> Iterator[Sequence[int]]:
+        for first in range(0, len(places), _AT_ONCE):
+            for one in task.rows.examples(places[first : first + _AT_ONCE]):
+                start, end = response_span(one.weights)
+                yield one.tokens[start:end]
+
+    return CutEnds.of(task.student.connection, texts, responses())
 
 
 def prompt_tokens(teacher: "Connection", prompts: TeacherPrompts, query: str) -> list[int]:

@@ -16,7 +16,7 @@ from distill_datasets.errors import DatasetError, ModelError, OutputError
 from distill_datasets.models.references import connect
 from distill_datasets.models.scoring import Scorer, require_same_tokenizer
 from distill_datasets.releases.release import load_release, publish
-from distill_datasets.training.objectives import TrainingTask
+from distill_datasets.training.objectives import TrainingTask, teacher
 from distill_datasets.training.objectives.closed_set import LabelScorer, spoken_tokens
 from distill_datasets.training.objectives.soft import SCORES, SoftObjective
 from distill_datasets.training.objectives.targets import SoftExample
@@ -90,6 +90,22 @@ def test_where_stop_texts_cut_the_teacher_the_end_is_learned_as_it_is(
     assert hard.ids[-1].tolist() == [end] * 4
     assert np.exp(hard.logprobs[-1]).tolist() == [1, 0, 0, 0] != np.exp(whole.logprobs[-1]).tolist()
     assert hard.logprobs[:-1].tolist() == whole.logprobs[:-1].tolist()
+
+
+def test_no_token_of_any_response_stands_for_a_stop_text(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the last responses neither, which are read a few at a time."""
+    made = release(tmp_path, model, sampling={"stop": ("\n",)})
+    task = training_task(made, model, tmp_path / "task", settings(labels="scored"))
+    ends = []
+    for rows in (512, 1):
+        monkeypatch.setattr(teacher, "_AT_ONCE", rows)
+        ends.append(teacher.cut_ends(task, teacher.read_teacher_prompts(task)))
+    whole, piecewise = ends
+    assert whole and piecewise and whole.table.tolist() == piecewise.table.tolist()
+    for row in teacher.released_rows(task, range(len(task.rows))):
+        assert all(whole.table[token] == token for token in row.tokens[: -whole.length])
 
 
 def test_a_label_that_begins_another_ends_where_the_teacher_is_cut_too(
