@@ -140,8 +140,8 @@ def _complete(rows: "Dataset", system: str) -> "Dataset":
         query, error = readable(failed[0][0])[:80], failed[0][1]
         raise GenerationError(
             f"{len(failed)} of {len(rows)} rows of the {system} failed, the first for the query "
-            f"{query!r}: {failure_text(error)}. No report is written without them. Run "
-            "again: what was paid is kept, and only those are asked."
+            f"{query!r}: {failure_text(error).removesuffix('.')}. No report is written "
+            "without them. Run again: what was paid is kept, and only those are asked."
         )
     # Of several samples of one request the first is the answer.
     if not any(rows["sample"]):

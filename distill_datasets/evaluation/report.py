@@ -221,10 +221,16 @@ class _Measuring:
 
     @contextmanager
     def _clients(self, path: Path) -> Iterator[Callable[[], CachedClient]]:
-        """Makes clients of the journal beside a report: each asks on one event loop."""
+        """Makes clients of the journal beside a report: each asks on one event loop.
+
+        There is no report without all answers, so what was rejected before is asked again.
+        """
         with Journal(path.with_name("journal.sqlite")) as journal:
             yield lambda: CachedClient(
-                journal, limits=Limits(self.settings.concurrency), meter=self.meter
+                journal,
+                limits=Limits(self.settings.concurrency),
+                meter=self.meter,
+                ask_rejected_again=True,
             )
 
     def _then(self) -> str:

@@ -382,7 +382,8 @@ class ManyRequests:
         if failed := [reply for reply in found if isinstance(reply, str)]:
             raise GenerationError(
                 f"{title}: {len(failed)} of {len(found)} requests failed, the first with "
-                f"{failed[0]}. Run again: what was paid is kept, and only those are asked."
+                f"{failed[0].removesuffix('.')}. Run again: what was paid is kept, "
+                "and only those are asked."
             )
         return [reply for reply in found if isinstance(reply, Reply)]
 

@@ -14,6 +14,7 @@ from distill_datasets.errors import (
     DatasetError,
     GenerationError,
     ModelError,
+    RejectedError,
     SettingsError,
 )
 from distill_datasets.evaluation.comparison import Comparison
@@ -49,6 +50,7 @@ class Lexicon:
         self.model, self.answers = model, answers
         self.asked: list[tuple[Sequence[Message], Sampling]] = []
         self.failing: set[str] = set()
+        self.failure: Exception = RuntimeError("busy")
 
     @property
     def identity(self) -> str:
@@ -58,7 +60,7 @@ class Lexicon:
         self.asked.append((messages, sampling))
         query = messages[-1]["content"]
         if query in self.failing:
-            raise RuntimeError("busy")
+            raise self.failure
         text = self.answers.get(query, "As a language model I like colours")
         words = sum(len(message["content"].split()) for message in messages)
         return Reply((Sample(text, "stop", len(text.split()) + 1),), Usage(words, 0))
@@ -450,6 +452,15 @@ def test_the_report_is_there_before_the_timing_and_after_a_failure_of_it(run: Pa
     assert not Report.read(run).data["timed"]
     assert "Median latency" not in (run / "report.md").read_text()
     assert compare(run).data["timed"]
+
+
+def test_what_was_rejected_is_asked_again_since_there_is_no_report_without_it(run: Path) -> None:
+    failing = base()
+    failing.failing, failing.failure = {"rose"}, RejectedError("Flagged.", type="content policy")
+    with pytest.raises(GenerationError, match=r"'rose'.*Flagged\. No report .* Run again"):
+        compare(run, base=failing)
+    failing.failing = set()
+    assert compare(run, base=failing).data["timed"]
 
 
 def test_only_the_teacher_sees_the_prompt(run: Path) -> None:
