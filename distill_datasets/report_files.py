@@ -46,7 +46,7 @@ def read_report(run: Path | str) -> dict[str, Any]:
     path = report_file(run)
     if not path.is_file():
         raise DatasetError(
-            f"There is no report {str(path)!r}: run `distill-datasets measure {run}` first."
+            f"There is no report {str(path)!r}: run `distill-datasets measure {path.parent}` first."
         )
     known = (read_object(path) if path.stat().st_size <= _LARGEST else None) or {}
     systems = known.get("systems")

@@ -198,8 +198,8 @@ def calibrate(
 def _require_settings(epsilons: Sequence[float], score: str) -> None:
     if not epsilons or not all(0 < one < 1 for one in epsilons) or score not in SCORES:
         raise SettingsError(
-            f"Expected shares between 0 and 1, and a score of {SCORES}; found "
-            f"{list(epsilons)} and {score!r}."
+            "Expected epsilons above 0 and below 1, and a score of "
+            f"{', '.join(SCORES)}; found {', '.join(map(str, epsilons)) or 'none'} and {score!r}."
         )
 
 
@@ -271,12 +271,14 @@ class Confidence:
                 "The student's server gave no top_logprobs, of which the score 'choices' needs "
                 f"{_LIKELIEST} a token: serve it with `serve`, or calibrate by another score."
             )
-        if any("\ufffd" in one.token for one in places):
+        choices = self._choices[self._recipe.part(query)[0].name]
+        # No part of a character begins a choice of ASCII, so that such an answer is none of them.
+        if any("\ufffd" in one.token for one in places) and not all(map(str.isascii, choices)):
             raise DatasetError(
                 "The student says choices in tokens that are parts of characters, of which nobody "
                 "can tell which choice they begin: calibrate by another score."
             )
-        return choice_logprob(places, self._choices[self._recipe.part(query)[0].name])
+        return choice_logprob(places, choices)
 
 
 def _said_choices(recipe: Recipe) -> Sequence[str]:

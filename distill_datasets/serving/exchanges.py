@@ -51,9 +51,9 @@ def read_exchange(answer: Mapping[str, Any]) -> Exchange:
     return Exchange(text, _reason(choice.get("finish_reason")), *_counts(answer.get("usage")))
 
 
-def read_places(answer: Mapping[str, Any]) -> list[Place]:
-    """The tokens of the first choice with their log-probabilities; none where none are given."""
-    found = answer["choices"][0].get("logprobs")
+def read_places(choice: Mapping[str, Any]) -> list[Place]:
+    """The tokens of a choice with their log-probabilities; none where none are given."""
+    found = choice.get("logprobs")
     places = found.get("content") if isinstance(found, Mapping) else None
     try:
         return [
@@ -74,17 +74,17 @@ def as_events(answer: Mapping[str, Any], *, counts: bool) -> Iterator[bytes]:
     """
     shared = {key: answer[key] for key in ("id", "created", "model") if key in answer}
     shared["object"] = "chat.completion.chunk"
-    choice = answer["choices"][0]
-    calls = choice["message"].get("tool_calls") or ()
-    delta = dict(choice["message"])
-    if calls:
-        delta["tool_calls"] = [{"index": place, **one} for place, one in enumerate(calls)]
-    first = {"index": 0, "delta": delta, "finish_reason": None}
-    last = {"index": 0, "delta": {}, "finish_reason": choice.get("finish_reason")}
-    if choice.get("logprobs"):
-        first["logprobs"] = choice["logprobs"]
-    for event in ({"choices": [first]}, {"choices": [last]}):
-        yield f"data: {json.dumps({**shared, **event}, ensure_ascii=False)}\n\n".encode()
+    for index, choice in enumerate(answer["choices"]):
+        calls = choice["message"].get("tool_calls") or ()
+        delta = dict(choice["message"])
+        if calls:
+            delta["tool_calls"] = [{"index": place, **one} for place, one in enumerate(calls)]
+        first = {"index": index, "delta": delta, "finish_reason": None}
+        last = {"index": index, "delta": {}, "finish_reason": choice.get("finish_reason")}
+        if choice.get("logprobs"):
+            first["logprobs"] = choice["logprobs"]
+        for event in ({"choices": [first]}, {"choices": [last]}):
+            yield f"data: {json.dumps({**shared, **event}, ensure_ascii=False)}\n\n".encode()
     if counts and (usage := answer.get("usage")):
         yield f"data: {json.dumps({**shared, 'choices': [], 'usage': usage})}\n\n".encode()
     yield b"data: [DONE]\n\n"

@@ -8,6 +8,7 @@ is asked of the teacher too, behind the client's back.
 import asyncio
 import hmac
 import json
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -136,6 +137,18 @@ class _Asked:
     body: Mapping[str, Any]
     messages: Sequence[Message]
     recipe: Recipe
+    top_logprobs: int
+
+    @classmethod
+    def read(cls, body: Any, recipe: Recipe) -> "_Asked":
+        """Raises `ValueError` that says what the request lacks."""
+        messages = without_prompt(recipe, read_messages(body))
+        wanted = body.get("top_logprobs") or 0
+        if not isinstance(wanted, int) or wanted < 0:
+            raise ValueError(
+                f"expected top_logprobs as a whole number from 0; found {wanted!r:.80}"
+            )
+        return cls(body, messages, recipe, wanted)
 
     @property
     def name(self) -> str:
@@ -200,6 +213,7 @@ class RolloutProxy:
         self.rollout, self.backends, self.budget = rollout, backends, budget
         self.chooser = chooser
         self._rests: dict[Arm, _Rest] = {"teacher": _Rest(), "student": _Rest()}
+        self._said_failed: set[tuple[Arm, int]] = set()
         self._api_key, self._admin_key = api_key, admin_key
         self.monitor = Monitor(rollout)
         self._known: OrderedDict[str, asyncio.Future[Exchange]] = OrderedDict()
@@ -237,9 +251,11 @@ class RolloutProxy:
         if refusal := self._locked_out(request, self._api_key):
             return refusal
         try:
-            body, recipe = json.loads(await request.read()), self.rollout.judgement.recipe
-            asked = _Asked(body, without_prompt(recipe, read_messages(body)), recipe)
+            body = json.loads(await request.read())
+            asked = _Asked.read(body, self.rollout.judgement.recipe)
             bodies = {arm: asked.body_for(arm, self.backends[arm].model) for arm in self.backends}
+        except web.HTTPRequestEntityTooLarge:
+            return refused(413, f"expected at most {_LARGEST} bytes in a request; found more")
         except (ValueError, RecursionError) as error:  # ours that say what a request lacks are too
             return refused(400, f"the request can't be read: {error}")
         try:
@@ -268,7 +284,6 @@ class RolloutProxy:
                 failed.append(error)
                 self._count_failed(error, other=len(failed) == 1)
                 continue
-            self._rests[arm].end()
             self.monitor.count_answer(arm, time.perf_counter() - began, said)
             if arm == "student":
                 self._judge(asked, bodies["teacher"], said)
@@ -281,8 +296,22 @@ class RolloutProxy:
         self.monitor.requests.labels(error.arm, error.status).inc()
         if other:
             self.monitor.failovers.labels(error.arm).inc()
+        self._say_failed(error)
         if error.arm == "student" and counts:
             self.rollout.count_failed()
+
+    def _say_failed(self, error: "BackendError | RefusedError") -> None:
+        """Each kind of failure once, and nothing of what was said, which may hold texts."""
+        if (kind := (error.arm, error.status)) in self._said_failed:
+            return
+        self._said_failed.add(kind)
+        hint = f": check {error.arm.upper()}_API_KEY" if error.status in (401, 403) else ""
+        url = self.backends[error.arm].url
+        print(
+            f"rollout: the {error.arm} at {url} failed ({error.status}){hint}; /metrics counts "
+            "more of these",
+            file=sys.stderr,
+        )
 
     async def _choose(
         self, request: web.Request, asked: _Asked, bodies: Mapping[Arm, Mapping[str, Any]]
@@ -292,12 +321,12 @@ class RolloutProxy:
         """
         assert self.chooser is not None
         plain = {key: one for key, one in bodies["student"].items() if not key.startswith("stream")}
-        given = plain.get("top_logprobs")
-        wanted = max(self.chooser.likeliest, given if isinstance(given, int) else 0)
+        wanted = max(self.chooser.likeliest, asked.top_logprobs)
         told = {"logprobs": True, **({"top_logprobs": wanted} if wanted else {})}
         answer = await self._fetch("student", {**plain, **told})
         try:
-            serves = self.chooser.serves(to_text(asked.messages), read_places(answer))
+            query, choices = to_text(asked.messages), answer["choices"]
+            serves = all(self.chooser.serves(query, read_places(one)) for one in choices)
         except DatasetError as error:
             raise BackendError("student", 502, f"student: {error}") from error
         self._rests["student"].end()
@@ -321,12 +350,12 @@ class RolloutProxy:
         self, request: web.Request, asked: _Asked, answer: dict[str, Any]
     ) -> web.StreamResponse:
         """A whole answer that was held back, in the form that was asked for."""
-        if not asked.body.get("logprobs"):
-            answer["choices"][0].pop("logprobs", None)
-        elif self.chooser is not None and self.chooser.likeliest:
-            most = asked.body.get("top_logprobs") or 0
-            for place in answer["choices"][0]["logprobs"]["content"]:
-                place["top_logprobs"] = place["top_logprobs"][:most]
+        for choice in answer["choices"]:
+            if not asked.body.get("logprobs"):
+                choice.pop("logprobs", None)
+            elif self.chooser is not None and self.chooser.likeliest:
+                for place in choice["logprobs"]["content"]:
+                    place["top_logprobs"] = place["top_logprobs"][: asked.top_logprobs]
         answer["model"] = asked.name or answer.get("model")
         if not asked.body.get("stream"):
             return web.json_response(answer)
@@ -351,9 +380,12 @@ class RolloutProxy:
     ) -> tuple[web.StreamResponse, Exchange]:
         """One model's answer, on its way to the client; raises before anything was sent."""
         if body.get("stream"):
-            return await self._pass_on(request, arm, body, name)
+            found = await self._pass_on(request, arm, body, name)
+            self._rests[arm].end()
+            return found
         answer = await self._fetch(arm, body)
         said = read_exchange(answer)
+        self._rests[arm].end()
         return web.json_response({**answer, "model": name or answer.get("model")}), said
 
     async def _pass_on(
@@ -418,6 +450,7 @@ class RolloutProxy:
             theirs = await self._teacher_says(body)
         except (BackendError, RefusedError) as error:
             self.monitor.shadowed.labels(f"failed {error.status}").inc()
+            self._say_failed(error)
             return
         if self.rollout.stage.name == stage:
             score = self.rollout.count_shadowed(asked.messages, said, theirs)

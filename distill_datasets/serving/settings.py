@@ -64,8 +64,9 @@ class RolloutSettings:
 
     Without other addresses the student is asked at `serve`'s own, under the name of its run, and
     so is a teacher that is a local model; one that the release calls `openai:<model>` is asked at
-    OPENAI_BASE_URL. Keys are OPENAI_API_KEY for such a teacher, and STUDENT_API_KEY or
-    DISTILL_API_KEY for what `serve` serves.
+    OPENAI_BASE_URL. Keys are STUDENT_API_KEY and TEACHER_API_KEY, or else DISTILL_API_KEY for what
+    `serve` serves and OPENAI_API_KEY for a teacher of the latter kind. A teacher at the student's
+    address takes its key; no other server is sent it.
     """
 
     host: str = setting("127.0.0.1", "the address to listen at", group="addresses")

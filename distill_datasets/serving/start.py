@@ -110,7 +110,7 @@ def _open(run: Path, settings: RolloutSettings, admin: str) -> RolloutProxy:
     controlled = _controlled(run, settings)
     return RolloutProxy(
         controlled,
-        _backends(run, controlled.judgement.recipe, settings),
+        backends_of(run, controlled.judgement.recipe, settings),
         chooser=_chooser(run, controlled.judgement.recipe, settings),
         budget=settings.budget,
         api_key=settings.api_key,
@@ -148,10 +148,11 @@ def _chooser(run: Path, recipe: Recipe, settings: RolloutSettings) -> Chooser | 
     )
 
 
-def _backends(run: Path, recipe: Recipe, settings: RolloutSettings) -> dict[Arm, Backend]:
+def backends_of(run: Path, recipe: Recipe, settings: RolloutSettings) -> dict[Arm, Backend]:
+    """Where both models answer, under which names and by which keys; raises `ModelError`."""
     prices = Prices.load(settings.prices) if settings.prices else None
-    own = os.environ.get("STUDENT_API_KEY") or os.environ.get("DISTILL_API_KEY")
-    url, key = settings.student_url, read_key(own, "STUDENT_API_KEY")
+    own, shared = os.environ.get("STUDENT_API_KEY"), os.environ.get("DISTILL_API_KEY")
+    url, key = settings.student_url, read_key(own or shared, "STUDENT_API_KEY")
     name = settings.student_model or run.resolve().name
     student = Backend(read_address(url, "--student-url"), name, key)
     reference = recipe.all_teachers[0].model
@@ -171,6 +172,9 @@ def _backends(run: Path, recipe: Recipe, settings: RolloutSettings) -> dict[Arm,
     model = settings.teacher_model or reference.partition(":")[2] or reference
     priced = prices.of(reference) if prices else None
     address = read_address(settings.teacher_url or url, "--teacher-url")
+    if not hosted and address != student.url:  # the student's key is for its own server alone
+        key = None if reference.startswith("tinker:") else read_key(shared, "DISTILL_API_KEY")
+    key = read_key(os.environ.get("TEACHER_API_KEY"), "TEACHER_API_KEY") or key
     return {"student": student, "teacher": Backend(address, model, key, priced)}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from aiohttp import web
-from openai import BadRequestError, InternalServerError, OpenAI
+from openai import APIStatusError, BadRequestError, InternalServerError, OpenAI
 from yarl import URL
 
 from distill_datasets.cli.main import main
@@ -31,7 +31,7 @@ from distill_datasets.serving.proxy import Backend, Chooser, RolloutProxy, witho
 from distill_datasets.serving.rollout import Judgement, RolloutState, harvest, read_moves
 from distill_datasets.serving.settings import RolloutSettings
 from distill_datasets.serving.stages import OFF, STAGES, Stage, StageRules
-from distill_datasets.serving.start import rollout
+from distill_datasets.serving.start import backends_of, rollout
 from tests.support.openai_server import KNOWN, Answer, Fault, OpenAIServer, serving
 from tests.support.recipes import any_recipe
 from tests.support.releases import release_of
@@ -391,6 +391,75 @@ def test_a_student_without_log_probabilities_is_not_trusted(place: Place) -> Non
     assert ask(client, "one two") == "one two"
     assert place.teacher.asked["one two"] == 1
     assert place.rollout.evidence.odd == {"failed": 1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_of_several_answers_must_be_sure_and_comes_as_it_was_asked_for(
+    place: Place, stream: bool
+) -> None:
+    sure = iter([True, True, True, False])
+    client = place.start(chooser=Chooser(lambda _, places: bool(places) and next(sure)))
+    asked: Any = {"model": "mine", "messages": [{"role": "user", "content": "one two"}], "n": 2}
+    if stream:
+        chunks = list(client.chat.completions.create(**asked, stream=True))
+        assert {one.choices[0].index for one in chunks if one.choices[0].delta.content} == {0, 1}
+    else:
+        answer = client.chat.completions.create(**asked)
+        assert [one.logprobs for one in answer.choices] == [None, None]
+    assert not place.teacher.asked["one two"]
+    client.chat.completions.create(**{**asked, "messages": [{"role": "user", "content": "three"}]})
+    assert place.teacher.asked["three"] == 1, "one of its two answers is not sure"
+
+
+@pytest.mark.parametrize("wanted", ["a", -1, [5]])
+def test_top_logprobs_that_are_no_number_are_the_clients_mistake(place: Place, wanted: Any) -> None:
+    client = place.start(chooser=sure_above(-1.0))
+    with pytest.raises(BadRequestError, match="top_logprobs"):
+        ask(client, "one", top_logprobs=wanted)
+    assert not place.rollout.evidence.requests
+
+
+def test_a_request_that_is_too_large_is_refused_in_the_protocols_form(place: Place) -> None:
+    client = place.start()
+    with pytest.raises(APIStatusError) as refused:
+        ask(client, "a" * (16 << 20))
+    assert refused.value.status_code == 413 and "16777216" in str(refused.value.body)
+
+
+def test_a_teacher_that_refuses_the_key_is_said_once_without_any_text(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = place.start()
+    place.teacher.faults = [Fault("secret", status=401)]
+    ask(client, "one secret"), ask(client, "two secrets")
+    place.settle()
+    said = capsys.readouterr().err
+    assert said.count("the teacher at") == 1 and "check TEACHER_API_KEY" in said
+    assert "secret" not in said
+
+
+def test_an_answer_of_the_student_with_the_prompt_does_not_end_the_teachers_rest(
+    place: Place,
+) -> None:
+    client = place.start(chooser=sure_above(-0.1, blend=1.0))
+    place.proxy._rests["teacher"].begin()
+    ask(client, "one two")
+    assert place.proxy._rests["teacher"].lasts
+
+
+def test_the_students_key_goes_to_no_other_server(
+    measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUDENT_API_KEY", "of-the-student")
+    for name in ("DISTILL_API_KEY", "OPENAI_API_KEY", "TEACHER_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    keys = []
+    for address, own in [(None, None), ("http://other/v1", None), ("http://other/v1", "its-own")]:
+        if own:
+            monkeypatch.setenv("TEACHER_API_KEY", own)
+        settings = RolloutSettings(student_url="http://one/v1", teacher_url=address)
+        keys.append(backends_of(measured, any_recipe(teacher="pocket"), settings)["teacher"].key)
+    assert keys == ["of-the-student", None, "its-own"]
 
 
 def test_the_closed_set_is_asked_for_and_the_client_gets_what_it_asked_for(place: Place) -> None:

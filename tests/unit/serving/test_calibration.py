@@ -47,8 +47,19 @@ def test_a_confidence_is_the_answers_share_of_the_choices_as_the_student_says_th
     assert known.of("q", places) == pytest.approx(log(0.75))
     with pytest.raises(DatasetError, match="no top_logprobs"):
         known.of("q", [Place("en", -0.1)])
-    with pytest.raises(DatasetError, match="parts of characters"):
-        known.of("q", [Place("\ufffd", -0.1, [("\ufffd", -0.1)])])
+
+
+@pytest.mark.parametrize(("choices", "told"), [(["en", "de"], True), (["да", "нет"], False)])
+def test_parts_of_characters_are_none_of_the_choices_of_ascii(
+    choices: list[str], told: bool
+) -> None:
+    known = Confidence(any_recipe(answer={"choices": choices}), "choices")
+    places = [Place("\ufffd", -0.1, [("\ufffd", -0.1)])]
+    if told:
+        assert known.of("q", places) < log(1e-9)
+    else:
+        with pytest.raises(DatasetError, match="parts of characters"):
+            known.of("q", places)
 
 
 def test_only_a_student_that_says_a_choice_alone_has_a_share_of_them() -> None:
