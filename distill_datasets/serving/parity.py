@@ -190,7 +190,7 @@ def certify(
     with _quiet() as complaints:
         base, here = _plain(connection, folder, rows)
     noise, moved = Gap.between(base_there, base.exact), max(here.moved / base.moved, 1.0)
-    if here.short and not base.short:
+    if here.rounds_otherwise(base):
         noise = noise.widened(Gap.between(base_there, base.rounded))
     found = Certificate(
         checkpoint=str(trained.checkpoint["sampler"]),
@@ -329,18 +329,22 @@ def _quiet() -> Iterator[list[str]]:
 
 
 @dataclass(frozen=True)
-class _Computed:
-    """A model's scores in fp32, and in bf16; `short` says that its weights have 16 bits anyway."""
+class Computed:
+    """A model's scores in fp32, and in bf16; `dtype` is the number format of its weights."""
 
     exact: Scores
     rounded: Scores
-    short: bool
+    dtype: str
 
     @classmethod
     def of(cls, model: Any, rows: Sequence[RenderedRow]) -> Self:
         """Computes both; the model is in bf16 then."""
-        short = model.dtype.itemsize < 4  # noqa: PLR2004 (bytes)
-        return cls(_forward(model.float(), rows), _forward(model.bfloat16(), rows), short)
+        dtype = str(model.dtype)
+        return cls(_forward(model.float(), rows), _forward(model.bfloat16(), rows), dtype)
+
+    def rounds_otherwise(self, base: Self) -> bool:
+        """Whether its weights were rounded to 16 bits that the base's weights don't have."""
+        return self.dtype.endswith("16") and self.dtype != base.dtype
 
     @property
     def moved(self) -> float:
@@ -350,20 +354,20 @@ class _Computed:
 
 def _plain(
     connection: "Connection", folder: Path, rows: Sequence[RenderedRow]
-) -> tuple[_Computed, _Computed]:
+) -> tuple[Computed, Computed]:
     """The base, and what was exported, by `transformers` and `peft` alone."""
     from peft import PeftModel
 
     # The untouched one: what spoils the base in the folder is no noise.
-    base = _Computed.of(load_plain(connection.tokenizer_source, None), rows)
+    base = Computed.of(load_plain(connection.tokenizer_source, None), rows)
     if not (folder / ADAPTER_CONFIG).is_file():
-        return base, _Computed.of(load_plain(folder, None), rows)
+        return base, Computed.of(load_plain(folder, None), rows)
     source = folder / INCLUDED if (folder / INCLUDED).is_dir() else connection.tokenizer_source
     try:
         adapted = PeftModel.from_pretrained(load_plain(source, None), str(folder))
     except (ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"peft can't load the adapter in {str(folder)!r}: {error}") from error
-    return base, _Computed.of(adapted, rows)
+    return base, Computed.of(adapted, rows)
 
 
 def load_plain(source: Path | str, dtype: str | None) -> Any:

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from distill_datasets.serving.parity import Certificate, Gap, _clipped
+from distill_datasets.serving.parity import Certificate, Computed, Gap, _clipped
 
 NOTHING = Gap(0.0, 0.0)
 
@@ -59,3 +59,19 @@ def test_a_certificate_says_what_was_found() -> None:
     assert fine.passed and fine.lines()[0].endswith("of 8 rows: the same student")
     spoiled = Certificate("path", 8, 200, gap(0.0), gap(2.0), gap(2.0), problems=("wrong",))
     assert spoiled.lines()[0].endswith("NOT the same student") and "  wrong" in spoiled.lines()
+
+
+@pytest.mark.parametrize(
+    ("base", "merged", "told"),
+    [
+        ("float32", "bfloat16", True),
+        ("float16", "bfloat16", True),
+        ("bfloat16", "bfloat16", False),
+        ("float16", "float32", False),
+    ],
+)
+def test_merged_weights_of_another_16_bits_than_the_bases_are_rounded(
+    base: str, merged: str, told: bool
+) -> None:
+    untouched, here = (Computed([], [], f"torch.{one}") for one in (base, merged))
+    assert here.rounds_otherwise(untouched) is told
