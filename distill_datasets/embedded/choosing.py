@@ -17,6 +17,14 @@ def uniforms(seed: int, sample: int, count: int) -> NDArray[np.float64]:
     return np.random.Generator(np.random.Philox(key=[seed % 2**64, sample])).random(count)
 
 
+def penalize(logits: Tensor, asked: SampleRequest, tokens: Sequence[int]) -> None:
+    """Lower the logits of a sample's own tokens, by OpenAI's documented formula."""
+    if tokens and asked.penalized:
+        ids, counts = np.unique(tokens, return_counts=True)
+        lost = torch.from_numpy(counts * asked.frequency_penalty + asked.presence_penalty)
+        logits[torch.from_numpy(ids).to(logits.device)] -= lost.to(logits)
+
+
 def choose(logits: Tensor, requests: Sequence[SampleRequest], numbers: Sequence[float]) -> Tensor:
     """Pick a token for each row of logits."""
     tokens = logits.argmax(dim=-1)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .choosing import choose, uniforms
+from .choosing import choose, penalize, uniforms
 from .constraints import Constraint
 from .logprobs import score
 from .model import LoadedModel
@@ -543,8 +543,10 @@ class RunningBatch:
         index = torch.tensor(one.last, device=hidden.device)
         logits = self._project(hidden[index]).float()
         requests, bound = [row.request.request for row in one.rows], logits
-        if masks:
+        if masks or any(request.penalized for request in requests):
             bound = logits.clone()
+            for own, drawn_for in zip(bound, one.rows, strict=True):
+                penalize(own, drawn_for.request.request, drawn_for.drawn.tokens)
             for row, mask in masks:
                 bound[row, torch.from_numpy(~mask).to(logits.device)] = float("-inf")
         tokens = choose(bound, requests, [row.number for row in one.rows])

@@ -98,6 +98,9 @@ class Adapters:
                 torch.manual_seed(spec.seed)
             return self._add(self._config(spec))
 
+    # Samples are drawn in inference mode, whose tensors could have no gradient later: PEFT asks it
+    # of all adapters in turn.
+    @torch.inference_mode(mode=False)
     def load(self, folder: Path, spec: LoraSpec | AdapterLayout) -> str:
         """Add a saved adapter, and return its name."""
         config = self._config(spec)
@@ -145,6 +148,7 @@ class Adapters:
         config.save_pretrained(str(folder))
         config.inference_mode = False
 
+    @torch.inference_mode(mode=False)
     def drop(self, name: str) -> None:
         """Forget a loaded adapter; the next one of its shape takes its place."""
         self._free.append(name)

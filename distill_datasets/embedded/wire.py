@@ -332,7 +332,7 @@ class PromptScoring:
 @dataclass(frozen=True)
 class SampleRequest:
     """One request for samples; `stop` None means the model's own end tokens, which texts and token
-    ids take the place of.
+    ids take the place of. Penalties lower the logits of tokens that a sample has already.
     """
 
     prompt: Ints
@@ -345,6 +345,13 @@ class SampleRequest:
     stop: tuple[str | int, ...] | None
     top_logprobs: int
     scoring: PromptScoring
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+
+    @property
+    def penalized(self) -> bool:
+        """Whether a token depends on those before it in other ways than the model's own."""
+        return bool(self.frequency_penalty or self.presence_penalty)
 
 
 @dataclass
@@ -403,6 +410,9 @@ def read_sample_request(body: Body) -> SampleRequest:
         stop=_read_stop(params.get("stop")),
         top_logprobs=whole(body, "topk_sample_logprobs", 0, MOST_SCORES, 0),
         scoring=_read_scoring(body, len(prompt)),
+        # Of OpenAI's protocol alone.
+        frequency_penalty=number(params, "frequency_penalty", -2.0, 2.0, 0.0),
+        presence_penalty=number(params, "presence_penalty", -2.0, 2.0, 0.0),
     )
 
 

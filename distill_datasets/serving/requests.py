@@ -29,7 +29,7 @@ MOST_TOP = 20
 MOST_STOPS = 16
 _LARGE = 2**31
 # Names that say how a token is drawn, as the embedded server reads them too.
-_SAMPLING = ("temperature", "top_p", "top_k", "seed")
+_SAMPLING = ("temperature", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty")
 _SHARED = {"model", "n", "stop", "stream", "stream_options", "logprobs", "max_tokens", *_SAMPLING}
 _SHARED |= {"return_tokens_as_token_ids"}
 _CHAT = _SHARED | {"messages", "tools", "tool_choice", "top_logprobs", "response_format"}
@@ -40,8 +40,8 @@ _SILENT = {"user", "metadata", "service_tier", "store", "prompt_cache_key", "saf
 _SILENT |= {"prompt_cache_retention"}
 # And these change none at the value that clients send.
 _NEUTRAL: Mapping[str, Any] = {
-    **{"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "best_of": 1},
-    **{"parallel_tool_calls": True, "modalities": ["text"], "suffix": ""},
+    **{"logit_bias": {}, "best_of": 1, "parallel_tool_calls": True, "modalities": ["text"]},
+    "suffix": "",
 }
 
 

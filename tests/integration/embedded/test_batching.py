@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -22,10 +22,12 @@ from safetensors.torch import load_file, save_file
 from distill_datasets.embedded import decoding, lora, scheduler, weights
 from distill_datasets.embedded.decoding import RunningBatch
 from distill_datasets.embedded.engine import ComputeThread, Engine, Job
+from distill_datasets.embedded.lora import LoraSpec
 from distill_datasets.embedded.model import ModelCard, load_model
 from distill_datasets.embedded.prefix_attention import CacheShape, Slots
 from distill_datasets.embedded.scheduler import Payload, SampleJob
 from distill_datasets.embedded.store import Store
+from distill_datasets.embedded.trainer import AdamParams, Datum, Trainee, TrainRequest
 from distill_datasets.embedded.weights import BASE
 from distill_datasets.embedded.wire import SampleRequest, pb, read_sample_request
 from tests.support.shared_server import shared
@@ -118,6 +120,32 @@ class EvenThenOdd:
 
     def accept(self, token: int) -> None:
         self.accepted.append(token)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_lower_the_logits_of_what_a_sample_has_of_its_own(
+    computer: Computer, network: torch.nn.Module, temperature: float
+) -> None:
+    asked = [(0.0, 0.0), (0.7, 0.0), (0.0, 1.5), (0.4, -0.9), (2.0, 2.0)]
+    drawing = {"max_tokens": 20, "temperature": temperature, "top_k": 1}
+    answers = [
+        computer.send(PROMPT, **drawing, frequency_penalty=one, presence_penalty=other)
+        for one, other in asked
+    ]
+    for (frequency, presence), answer in zip(asked, answers, strict=True):
+        tokens, logprobs = list(PROMPT), list[float]()
+        for _ in range(20):
+            with torch.no_grad():
+                logits = network(torch.tensor([tokens])).logits[0, -1]
+            counts = torch.bincount(torch.tensor(tokens[len(PROMPT) :], dtype=torch.long))
+            counts = torch.nn.functional.pad(counts, (0, len(logits) - len(counts)))
+            penalized = logits - counts * frequency - (counts > 0) * presence
+            tokens.append(int(penalized.argmax()))
+            logprobs.append(float(torch.log_softmax(logits, -1)[tokens[-1]]))
+        found = answer.get(timeout=60)
+        assert drawn(found) == [tokens[len(PROMPT) :]]
+        sample = pb.SampleResponse.FromString(found).sequences[0]  # type: ignore[arg-type]
+        np.testing.assert_allclose(np.frombuffer(sample.logprobs, np.float32), logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -495,6 +523,37 @@ def test_adapters_that_are_gone_leave_no_more_layers_than_may_be_in_memory(
         for name in module.lora_A
     }
     assert len(kept) == 2 < len(versions) - 1
+
+
+def test_a_run_learns_the_same_while_adapters_are_sampled_come_and_go(
+    versions: list[Version], computer: Computer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "MOST_SAMPLERS", 1)
+    monkeypatch.setattr(lora, "MOST_FREE", 1)
+    base, answers = load_model(ModelCard.read(shared().model, "tiny")), list[Payload]()
+    sampled = weights.SampledWeights(base, computer.engine._saved)
+    batch, tokens = RunningBatch(base, sampled), np.arange(10, 20)
+    row = Datum(tokens, tokens[:, None] + 1, (np.ones((10, 1), np.float32),), hard=True)
+
+    def sample() -> None:
+        for version in versions:
+            batch.add(SampleJob(version.key, sample_request(PROMPT), answers.append))
+            while batch.busy:
+                batch.step()
+            version.check(answers[-1], PROMPT, 6)
+
+    def learn(between: Callable[[], None]) -> list[float]:
+        between()
+        run, found = Trainee(base, sampled.adapters, LoraSpec(4, seed=1)), []
+        for _ in range(3):
+            rows, _ = run.forward_backward(TrainRequest([row], "cross_entropy", {}, False))
+            found.append(float(rows[0].sum()))
+            between()
+            run.step(AdamParams(learning_rate=1e-2))
+        return found
+
+    first, undisturbed = learn(sample), learn(lambda: None)
+    assert first == undisturbed and first[-1] > first[0]
 
 
 def test_keys_and_values_take_no_more_memory_than_is_counted(

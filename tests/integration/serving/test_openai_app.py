@@ -136,6 +136,16 @@ def test_chunks_joined_are_the_whole(chat: Asked, text: str) -> None:
     assert usage.completion_tokens == sum(len(found["logprobs"]) for found in choices.values())
 
 
+def test_penalties_keep_an_answer_from_repeating_itself(chat: Asked) -> None:
+    def drawn(**penalties: float) -> list[str]:
+        said = chat(logprobs=True, max_tokens=60, **penalties).choices[0]
+        return [one.token for one in said.logprobs.content]
+
+    plain, kept = drawn(), drawn(frequency_penalty=2, presence_penalty=2)
+    assert len(set(kept)) / len(kept) > len(set(plain)) / len(plain)
+    assert drawn(frequency_penalty=0, presence_penalty=0) == plain
+
+
 def test_a_seed_repeats_an_answer_and_every_choice_is_another(chat: Asked) -> None:
     first, again = (chat(n=3, temperature=1, seed=7) for _ in range(2))
     said = [one.message.content for one in first.choices]
@@ -247,7 +257,8 @@ def test_a_prompt_that_came_before_is_read_from_the_cache(chat: Asked) -> None:
         ({"temperature": 3}, 400, "expected temperature in 0.0..2.0"),
         ({"n": 0}, 400, "expected n in 1..128"),
         ({"max_tokens": 10**6}, 400, "within the context of 4096 tokens"),
-        ({"frequency_penalty": 1}, 400, "expected frequency_penalty of 0"),
+        ({"frequency_penalty": 3}, 400, "expected frequency_penalty in -2.0..2.0"),
+        ({"logit_bias": {"5": 1}}, 400, "expected logit_bias of {}"),
         ({"guided_regex": "a"}, 400, "no 'guided_regex'"),
         ({"top_logprobs": 3}, 400, "expected logprobs: true"),
         ({"stop": [""]}, 400, "none empty"),
