@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -321,6 +322,10 @@ class LoadedModel:
     dtype: torch.dtype
 
 
+# transformers changes what the whole process does while it loads: two at once lack weights.
+_LOADING = threading.Lock()
+
+
 def load_model(card: ModelCard) -> LoadedModel:
     """Load a model folder; imports torch and transformers, hence seconds."""
     import torch
@@ -339,16 +344,17 @@ def load_model(card: ModelCard) -> LoadedModel:
     dtype = torch_dtypes()[card.dtype]
     # Each shape of a product in bf16 stays prepared: a thousand of them took gigabytes.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        card.folder,
-        dtype=dtype,
-        attn_implementation=prefix_attention.register(),
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    network, read = loaded
+    loading: Any = AutoModelForCausalLM.from_pretrained
+    with _LOADING:
+        network, read = loading(
+            card.folder,
+            dtype=dtype,
+            attn_implementation=prefix_attention.register(),
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     if missing := sorted(read["missing_keys"]):
         raise InvalidRequestError(
             f"expected all weights of a {network.config.model_type} in {str(card.folder)!r}; it "

@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from tests.support.hub_fixture import Hub
 from tests.support.tiny_model import make_tiny_model
 
@@ -63,6 +66,9 @@ def test_an_adapters_base_is_taken_from_the_cache_and_never_fetched(
     folder.mkdir()
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "me/base"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    pair = {f"{layer}.lora_A.weight": np.zeros((4, 8)), f"{layer}.lora_B.weight": np.zeros((8, 4))}
+    save_file(pair, folder / "adapter_model.safetensors")
     hub.create("me/base", kind="models")
     hub.change("me/base", {"config.json": b"{}"}, kind="models")
     assert "nor a model in the Hub's cache" in find(hub, str(folder))
