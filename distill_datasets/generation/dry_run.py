@@ -231,9 +231,9 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
     if meter:
         meter.check([*teachers.models, *(one.model for one in untouched.values())])
     chosen = select_rows(teachers.recipe, untouched, settings, share)
-    queries = chosen.queries
-    folder = share.folder(out) if share and out is not None else out
-    journal = None if folder is None else Path(folder) / "journal.sqlite"
+    queries, journal = chosen.queries, None
+    if out is not None:
+        journal = Path(share.folder(out) if share else out) / "journal.sqlite"
     sampled, made = _ask_some(teachers, _draw(queries, sample), journal, settings, meter)
     release = recipe if settings.ledger and not isinstance(recipe, Recipe) else None
     with _KnownAnswers.of(journal, release, teachers.recipe) as answered:
