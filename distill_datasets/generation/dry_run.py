@@ -227,21 +227,19 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
     teachers = open_teachers(recipe, teacher, trust=settings.trust)
     priced = Prices.load(prices) if isinstance(prices, str | Path) else prices
     untouched = open_untouched(teachers.recipe, settings)
-    meter = Meter(priced) if priced else None
-    if meter:
+    if meter := Meter(priced) if priced else None:
         meter.check([*teachers.models, *(one.model for one in untouched.values())])
     chosen = select_rows(teachers.recipe, untouched, settings, share)
-    queries, journal = chosen.queries, None
-    if out is not None:
-        journal = Path(share.folder(out) if share else out) / "journal.sqlite"
-    sampled, made = _ask_some(teachers, _draw(queries, sample), journal, settings, meter)
-    release = recipe if settings.ledger and not isinstance(recipe, Recipe) else None
-    with _KnownAnswers.of(journal, release, teachers.recipe) as answered:
+    folder = share.folder(out) if share and out is not None else out
+    journal = None if folder is None else Path(folder) / "journal.sqlite"
+    sampled, made = _ask_some(teachers, _draw(chosen.queries, sample), journal, settings, meter)
+    known = _KnownAnswers.of(journal, recipe if settings.ledger else None, teachers.recipe)
+    with known as answered:
         plan = _plan(teachers, chosen, answered)
     loads = (*_loads(plan, made, sum(one.text is not None for one in sampled), priced),)
     return DryRun(
         recipe=teachers.recipe.name,
-        queries=len(queries),
+        queries=len(chosen.queries),
         requests=plan.requests,
         known=plan.known,
         loads=loads,
@@ -253,7 +251,7 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
         sampled=tuple(sampled),
         sample_cost=meter.spent if meter else _stated_cost(made),
         sample_kept=journal is not None,
-        evidence=() if share else (*HeldOutRows.of(teachers.recipe, queries).lines(),),
+        evidence=() if share else (*HeldOutRows.of(teachers.recipe, chosen.queries).lines(),),
         notes=(*_notes(teachers.recipe, plan, sampled),),
     )
 
@@ -346,12 +344,13 @@ class _KnownAnswers:
     @classmethod
     @contextmanager
     def of(
-        cls, journal: Path | None, release: str | Path | None, recipe: Recipe
+        cls, journal: Path | None, given: Recipe | str | Path | None, recipe: Recipe
     ) -> Iterator["_KnownAnswers"]:
         """What a run's journal, and the ledger of the release that its recipe is of, hold.
 
         The answers in a ledger are read only where they decide what else is asked.
         """
+        release = None if isinstance(given, Recipe) else given
         digests = set() if release is None else ledger_digests(release)
         with ExitStack() as stack:
             paths = [journal] if journal and journal.is_file() else []
