@@ -71,7 +71,8 @@ class Journal:
         self.path = path
         self._least = 1 if bought_only else 0
         self._coming: list[tuple[tuple[Any, ...], asyncio.Future[None]]] = []
-        self._storing: asyncio.Task[None] | None = None
+        self._written: list[asyncio.Future[None]] = []
+        self._syncing: asyncio.Task[None] | None = None
         self._log: int | None = None
         self._thread = ThreadPoolExecutor(1)
         self._unreadable = 0
@@ -158,30 +159,38 @@ class Journal:
             raise problem
 
     async def store(self, digest: str, model: str, reply: Reply) -> None:
-        """As `put`, in one transaction with all that comes while a thread waits for the disk.
+        """As `put`, in one transaction with all that comes in the same turn of the event loop.
 
-        What can't be stored is an error of its own, and keeps nothing else from the disk.
+        It is in the log by the next turn, where it outlives a killed process. A thread waits for
+        the disk, once for all that was written until it is free. What can't be stored is an error
+        of its own, and keeps nothing else from the disk.
         """
         loop = asyncio.get_running_loop()
+        if not self._coming:
+            loop.call_soon(self._write_coming)
         stored: asyncio.Future[None] = loop.create_future()
         self._coming.append(((digest, model, reply.to_json(), time.time()), stored))
-        if self._storing is None or self._storing.done():
-            self._storing = loop.create_task(self._store_coming())
         await stored
 
-    async def _store_coming(self) -> None:
+    def _write_coming(self) -> None:
+        coming, self._coming = self._coming, []
+        problems = self._write([row for row, _ in coming])
+        for (_, stored), problem in zip(coming, problems, strict=True):
+            if problem is None:
+                self._written.append(stored)
+            elif not stored.done():
+                stored.set_exception(problem)
+        if self._written and (self._syncing is None or self._syncing.done()):
+            self._syncing = asyncio.get_running_loop().create_task(self._sync_written())
+
+    async def _sync_written(self) -> None:
         loop = asyncio.get_running_loop()
-        try:
-            while coming := self._coming:
-                self._coming = []
-                problems = self._write([row for row, _ in coming])
-                unsynced = await loop.run_in_executor(self._thread, self._sync)
-                for (_, stored), unwritten in zip(coming, problems, strict=True):
-                    if not stored.done():
-                        problem = unwritten or unsynced
-                        stored.set_exception(problem) if problem else stored.set_result(None)
-        finally:
-            self._storing = None
+        while self._written:
+            written, self._written = self._written, []
+            problem = await loop.run_in_executor(self._thread, self._sync)
+            for stored in written:
+                if not stored.done():
+                    stored.set_exception(problem) if problem else stored.set_result(None)
 
     def _sync(self) -> OutputError | None:
         """Wait until all that was written is on disk; what went wrong."""
@@ -283,7 +292,7 @@ class Journal:
     def close(self) -> None:
         """Release the file; first comes what nobody waited for until it was stored."""
         self._thread.shutdown()
-        if self._coming:
+        if self._coming or self._written:
             self._write([row for row, _ in self._coming])
             self._sync()
         if self._log is not None:

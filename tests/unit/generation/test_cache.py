@@ -2,6 +2,7 @@ import asyncio
 import os
 import shutil
 import sqlite3
+import threading
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -137,6 +138,35 @@ def test_an_answer_is_on_disk_before_it_counts(
         assert order == ["synced", *["stored"] * 50]  # once for all
         journal.put("another", "m", REPLY)
         assert order[-1] == "synced"
+
+
+def test_an_answer_that_comes_while_the_disk_is_waited_for_outlives_a_killed_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal.sqlite"
+    begun, ended, sync = threading.Event(), threading.Event(), os.fsync
+
+    def slow(file: int) -> None:
+        begun.set()
+        ended.wait(30)
+        sync(file)
+
+    async def work(journal: Journal) -> list[str]:
+        first = asyncio.create_task(journal.store("a", "m", REPLY))
+        await asyncio.to_thread(begun.wait, 30)
+        second = asyncio.create_task(journal.store("b", "m", REPLY))
+        for _ in range(3):  # turns of the event loop
+            await asyncio.sleep(0)
+        with closing(sqlite3.connect(path)) as other:  # what another process finds
+            found = [digest for (digest,) in other.execute("SELECT digest FROM answers")]
+        assert not (first.done() or second.done()), "neither counts before the disk has it"
+        ended.set()
+        await asyncio.gather(first, second)
+        return found
+
+    with Journal(path) as journal:
+        monkeypatch.setattr(os, "fsync", slow)
+        assert sorted(asyncio.run(work(journal))) == ["a", "b"]
 
 
 def test_a_disk_that_fails_is_an_error_for_everyone_who_waits(
