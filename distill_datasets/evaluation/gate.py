@@ -5,6 +5,7 @@ What a rule names and nobody measured fails too.
 """
 
 import json
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from distill_datasets import html
 from distill_datasets.errors import GateError, SettingsError, nearest
 from distill_datasets.evaluation.metrics import mean_of, ratio_of
-from distill_datasets.evaluation.probes import ODD_PATTERNS
 from distill_datasets.files import read_yaml, write_file
 from distill_datasets.report_files import (
     gate_file,
@@ -42,6 +42,11 @@ PASSED, FAILED, UNSURE, MISSING = "passed", "FAILED", "unsure", "NOT MEASURED"
 _LOWER_IS_BETTER = ("ece", "brier")
 _ALWAYS = ("answered", "agreement")
 _LARGEST = 2_000_000_000  # bytes of rows.jsonl
+_TAIL = 1200  # characters in which a loop shows
+_LONGEST_UNIT = 400
+_SHORT_UNIT = 30  # characters, which must come five times and not three
+_LEAST_LOOP = 30  # characters
+_BROKEN = {"Cc", "Cs", "Co", "Cn"}  # control, half of a pair, private and unassigned characters
 
 _Share = Annotated[float, Field(ge=0, le=1)] | None
 _Limit = Annotated[float, Field(ge=0)] | None
@@ -586,3 +591,42 @@ def _explained(error: ValidationError, path: Path | str) -> str:
         else:
             lines.append(f"  {where}: {problem['msg']} (found {problem['input']!r}).")
     return "\n".join(lines)
+
+
+def ends_in_a_loop(text: str) -> bool:
+    """Whether a text ends with one piece again and again.
+
+    >>> ends_in_a_loop("The answer is: " * 8), ends_in_a_loop("one, two, three, four")
+    (True, False)
+    """
+    tail = text.rstrip()[-_TAIL:]
+    for unit in range(1, min(_LONGEST_UNIT, len(tail) // 3) + 1):
+        length = max(unit * (5 if unit <= _SHORT_UNIT else 3), _LEAST_LOOP)
+        if length > len(tail) or tail[-1] != tail[-1 - unit]:
+            continue
+        piece = tail[-length:]
+        if piece[unit:] == piece[:-unit] and any(sign.isalnum() for sign in piece[-unit:]):
+            return True
+    return False
+
+
+def is_broken(text: str) -> bool:
+    """Whether a text has control characters or such as no tokenizer should have made.
+
+    >>> is_broken("a\\x00b"), is_broken("a\\tb\\n")
+    (True, False)
+    """
+    return any(
+        sign == "\ufffd" or (sign not in "\t\n\r" and unicodedata.category(sign) in _BROKEN)
+        for sign in text
+        if not sign.isprintable() or sign == "\ufffd"
+    )
+
+
+# What no good answer looks like, by the rule that says how many may.
+ODD_PATTERNS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    "empty": lambda answer: not str(answer["text"] or "").strip(),
+    "cut_off": lambda answer: answer.get("stop_reason") == "length",
+    "loops": lambda answer: ends_in_a_loop(str(answer["text"] or "")),
+    "non_printing": lambda answer: is_broken(str(answer["text"] or "")),
+}

@@ -6,16 +6,23 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 from distill_datasets.errors import DistillError, GenerationError, RequestError
+from distill_datasets.evaluation.systems import HeldOut, changed, several
 from distill_datasets.generation.client import outcome
 from distill_datasets.generation.pricing import Meter
+from distill_datasets.generation.teachers import Answerer, PromptedModel
 from distill_datasets.models.sampler import Reply, Sampler, Sampling
 from distill_datasets.progress import Progress
 from distill_datasets.schema import Message
 from distill_datasets.statistics import median_interval
+
+_TIMED = ("base", "teacher", "student")
+UNCACHED = "teacher, uncached"
+_TIMED_ROWS = 20
 
 
 @dataclass(frozen=True)
@@ -130,3 +137,47 @@ async def _times(
         if not left:
             break
     return times
+
+
+def timed_systems(
+    held_out: HeldOut, systems: Mapping[str, Answerer], meter: Meter | None = None
+) -> dict[str, TimedSystem]:
+    """What to time: the three, and the teacher with its prompt read anew each time."""
+    rows = held_out.rows[:_TIMED_ROWS]["query"]
+    queries = [rows[-1], *rows]
+    timed = {name: systems[name] for name in _TIMED if name in systems}
+    timed[UNCACHED] = changed(systems["teacher"], _uncached)
+    return {name: _timed(system, queries, meter) for name, system in timed.items()}
+
+
+def latency_note(found: Latency) -> str:
+    """How the latencies came about."""
+    requests = found.rows * len(found.milliseconds)
+    return (
+        f"Latency is that of the first {found.rows} rows, {requests} requests in all, one request "
+        "at a time and the systems in turns, from this client. A server may keep the teacher's "
+        "prompt in its cache; uncached requests put a new line before the prompt, so that it is "
+        "read anew."
+    )
+
+
+def _uncached(asked: PromptedModel) -> PromptedModel:
+    messages, fitted = asked.messages, asked.fitted
+    return replace(
+        asked,
+        messages=lambda query: uncacheable(messages(query)),
+        fitted=lambda query, sampling: uncacheable_tools(fitted(query, sampling)),
+    )
+
+
+def _timed(system: Answerer, queries: Sequence[str], meter: Meter | None) -> TimedSystem:
+    client = UncachedClient(meter)
+    if several(system):
+        return TimedSystem(
+            system.model, [partial(system.answer, query, client) for query in queries]
+        )
+    asked = [(query, one) for query in queries for one in system.asked(query)]
+    return TimedSystem(
+        system.model,
+        [partial(client.sample, one.sampler, *one.request(query)) for query, one in asked],
+    )

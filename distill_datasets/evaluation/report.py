@@ -16,10 +16,14 @@ from distill_datasets.errors import (
     SettingsError,
 )
 from distill_datasets.evaluation import report_text
-from distill_datasets.evaluation.asking import ask_all, open_meter
 from distill_datasets.evaluation.comparison import Comparison, Texts, metric_names
 from distill_datasets.evaluation.judge import AnswerJudge, open_judge
-from distill_datasets.evaluation.latency import measure_latency
+from distill_datasets.evaluation.latency import (
+    UNCACHED,
+    latency_note,
+    measure_latency,
+    timed_systems,
+)
 from distill_datasets.evaluation.metrics import Metrics
 from distill_datasets.evaluation.money import SpendingRecord, money
 from distill_datasets.evaluation.page import summary_html, write_page
@@ -27,16 +31,15 @@ from distill_datasets.evaluation.residue import TESTS, measure_residue, shipped
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.evaluation.systems import (
     PROMPTED,
-    UNCACHED,
     HeldOut,
     TrainedStudent,
+    ask_all,
     explained,
     find_training,
     greedy,
-    latency_note,
+    open_meter,
     open_systems,
     read_held_out,
-    timed_systems,
 )
 from distill_datasets.evaluation.verdict import alerts_of, judge_rows
 from distill_datasets.files import one_writer, write_file

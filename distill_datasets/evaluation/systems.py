@@ -1,27 +1,31 @@
-"""What a report compares, and on which rows: systems on a split of a release."""
+"""What a report compares, and on which rows: systems on a split of a release, asked every query."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.conversations import to_text
-from distill_datasets.errors import DatasetError, ModelError, SettingsError
-from distill_datasets.evaluation.latency import (
-    Latency,
-    TimedSystem,
-    UncachedClient,
-    uncacheable,
-    uncacheable_tools,
+from distill_datasets.conversations import readable, to_text
+from distill_datasets.errors import (
+    DatasetError,
+    GenerationError,
+    ModelError,
+    PriceError,
+    SettingsError,
 )
-from distill_datasets.evaluation.settings import SystemName
-from distill_datasets.generation.pricing import Meter
+from distill_datasets.evaluation.settings import MeasureSettings, SystemName
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.client import CachedClient, ManyRequests
+from distill_datasets.generation.ledger import LEDGER, find_replies
+from distill_datasets.generation.pricing import Meter, Prices
+from distill_datasets.generation.rows import ask
 from distill_datasets.generation.teachers import Answerer, PromptedModel, Teachers, open_teachers
 from distill_datasets.hub.references import Pinned, find_release, is_reference
-from distill_datasets.models.sampler import Sampler, Sampling
+from distill_datasets.models.sampler import Reply, Sampler, Sampling
 from distill_datasets.parquet import read_batches
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.parsing import Reader, Reading
@@ -29,7 +33,7 @@ from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import StudentView
 from distill_datasets.releases.contents import check_release
 from distill_datasets.releases.manifest import read_manifest
-from distill_datasets.schema import EARLIER, SOURCE
+from distill_datasets.schema import EARLIER, SOURCE, failure_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,9 +49,6 @@ SYSTEMS: Mapping[str, str] = {
     "student+prompt": "student + prompt",
 }
 PROMPTED = frozenset(SYSTEMS[name] for name in SYSTEMS if name[:7] == "teacher" or "+p" in name)
-_TIMED = ("base", "teacher", "student")
-UNCACHED = "teacher, uncached"
-_TIMED_ROWS = 20
 _COLUMNS = ("id", "query", "group", "reference")
 _SPLIT = re.compile(r"\w+([.-]\w+)*")
 
@@ -252,7 +253,7 @@ def open_systems(
             "the recipe names none: leave it out of --systems, or set student.prompt."
         )
     makers: dict[str, Callable[[], Answerer]] = {
-        "teacher": lambda: plain if several(plain) else _changed(plain, _first_answer),
+        "teacher": lambda: plain if several(plain) else changed(plain, _first_answer),
         "teacher-again": lambda: _second_answer(plain, held_out.free_text),
         "student": lambda: _unprompted(opened, recipe),
         "student+prompt": lambda: _prompted(opened, recipe),
@@ -335,28 +336,6 @@ def as_released(system: Answerer, recipe: Recipe) -> bool:
     return all(one.sampling in known for one in members)
 
 
-def timed_systems(
-    held_out: HeldOut, systems: Mapping[str, Answerer], meter: Meter | None = None
-) -> dict[str, TimedSystem]:
-    """What to time: the three, and the teacher with its prompt read anew each time."""
-    rows = held_out.rows[:_TIMED_ROWS]["query"]
-    queries = [rows[-1], *rows]
-    timed = {name: systems[name] for name in _TIMED if name in systems}
-    timed[UNCACHED] = _changed(systems["teacher"], _uncached)
-    return {name: _timed(system, queries, meter) for name, system in timed.items()}
-
-
-def latency_note(found: Latency) -> str:
-    """How the latencies came about."""
-    requests = found.rows * len(found.milliseconds)
-    return (
-        f"Latency is that of the first {found.rows} rows, {requests} requests in all, one request "
-        "at a time and the systems in turns, from this client. A server may keep the teacher's "
-        "prompt in its cache; uncached requests put a new line before the prompt, so that it is "
-        "read anew."
-    )
-
-
 def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answerer:
     """Sampled as the recipe says."""
     recipe, manifest = held_out.recipe, held_out.manifest
@@ -369,7 +348,7 @@ def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answerer:
         teachers = open_teachers(recipe)
         if teachers.choice:
             return teachers
-        return _changed(teachers, lambda one: replace(one, read=read, reading_parts=parts))
+        return changed(teachers, lambda one: replace(one, read=read, reading_parts=parts))
     elif not isinstance(released, str):
         raise DatasetError(
             f"The manifest of {held_out.reference!r} doesn't name its teacher: name it with "
@@ -441,35 +420,14 @@ def _second_answer(plain: Answerer, free_text: bool) -> Answerer:
         heat = own.temperature or (1.0 if free_text else 0.0)
         return replace(asked, sampling=replace(own, temperature=heat, seed=(own.seed or 0) + 1))
 
-    return _changed(plain, again)
+    return changed(plain, again)
 
 
-def _uncached(asked: PromptedModel) -> PromptedModel:
-    messages, fitted = asked.messages, asked.fitted
-    return replace(
-        asked,
-        messages=lambda query: uncacheable(messages(query)),
-        fitted=lambda query, sampling: uncacheable_tools(fitted(query, sampling)),
-    )
-
-
-def _changed(system: Answerer, change: Callable[[PromptedModel], PromptedModel]) -> Answerer:
+def changed(system: Answerer, change: Callable[[PromptedModel], PromptedModel]) -> Answerer:
+    """A system whose every member is asked otherwise."""
     if isinstance(system, PromptedModel):
         return change(system)
     return replace(system, members=tuple(map(change, system.members)))
-
-
-def _timed(system: Answerer, queries: Sequence[str], meter: Meter | None) -> TimedSystem:
-    client = UncachedClient(meter)
-    if several(system):
-        return TimedSystem(
-            system.model, [partial(system.answer, query, client) for query in queries]
-        )
-    asked = [(query, one) for query in queries for one in system.asked(query)]
-    return TimedSystem(
-        system.model,
-        [partial(client.sample, one.sampler, *one.request(query)) for query, one in asked],
-    )
 
 
 def _open(given: Sampler | str | Path, renderer: str | None = None) -> Sampler:
@@ -491,3 +449,129 @@ def _base_of(student: Sampler, training: TrainedStudent | None) -> tuple[str, st
         f"{student.model!r} doesn't say what it was trained from: expected a training folder or "
         "tinker://<run>/sampler_weights/<name>. Name the untrained model with `base` (--base)."
     )
+
+
+class PartialMeter(Meter):
+    """Counts what has a price; without a budget, asks of the others what they may cost uncounted.
+
+    With a budget every model has one: see `open_meter`.
+    """
+
+    def check(self, models: Iterable[str]) -> None:
+        """Raises `PriceError` for a model that a budget can't count."""
+        if self.budget is not None:
+            super().check(models)
+
+    def cost(self, identity: str, reply: Reply, *, batch: bool = False) -> float:
+        """What one reply cost, 0 where nobody says so; raises `PriceError` for lack of a count."""
+        try:
+            return super().cost(identity, reply, batch=batch)
+        except PriceError:
+            if self._has_price(identity):
+                raise
+            return 0.0
+
+    def read(self, identity: str, prompts: Sequence[int]) -> None:
+        """Count requests that only read prompts, of a model that has a price."""
+        if self._has_price(identity):
+            super().read(identity, prompts)
+
+    def _has_price(self, identity: str) -> bool:
+        with suppress(PriceError):
+            super().check([identity])
+            return True
+        return False
+
+
+def ask_all(
+    held_out: HeldOut,
+    systems: Mapping[str, Answerer],
+    clients: Callable[[], CachedClient],
+    then: str,
+) -> "dict[str, Dataset]":
+    """Every system's answer to every query, out of the clients' journal where that has it.
+
+    What is asked is said on standard error first, with what is asked `then`.
+    """
+    client = clients()
+    _take_released(held_out, systems, client.journal)
+    prices = client.meter.prices if client.meter else None
+    for name, system in systems.items():
+        said = _requests(held_out, system).said(client.journal, prices)
+        judged = ", and its judge" if name == "teacher" and held_out.recipe.judge else ""
+        print(f"measure: {name}{judged}: {said}", file=sys.stderr)
+    if then:
+        print(f"measure: {then}", file=sys.stderr)
+    return {
+        name: _complete(ask(held_out.rows, system, clients(), title=name), name)
+        for name, system in systems.items()
+    }
+
+
+def open_meter(settings: MeasureSettings, asked: Mapping[str, Answerer | Sampler]) -> Meter | None:
+    """What counts all that is `asked`, by the settings' price file; None without one.
+
+    The file names a model, or its role, such as `student` or `judge`; a student costs what it was
+    trained from does, unless the file says otherwise. Raises `PriceError` where there is a budget
+    and a model has no price.
+    """
+    if settings.prices is None:
+        return None
+    prices = Prices.load(settings.prices)
+    models, base = dict(prices.models), asked.get("base")
+    for name, one in asked.items():
+        role = name.partition(" ")[0]
+        others = [role, *([base.model] if role == "student" and base else [])]
+        for model in one.models if isinstance(one, Teachers) else [one.identity]:
+            for known in (model, *others):
+                with suppress(PriceError):
+                    models.setdefault(model, prices.of(known))
+            if settings.budget is not None and model not in models:
+                raise PriceError(
+                    f"A budget counts all that is asked, and {str(settings.prices)!r} has no price "
+                    f"for the {name}, {one.model!r}; it has {sorted(prices.models)}. Add one under "
+                    f"`models`, by that name or as {role!r}, or leave out the budget."
+                )
+    return PartialMeter(prices.model_copy(update={"models": models}), budget=settings.budget)
+
+
+def _take_released(held_out: HeldOut, systems: Mapping[str, Answerer], journal: Journal) -> None:
+    """Put into the journal what the release's ledger knows of what is to be asked."""
+    missing = {
+        one.request_key(query): one.identity
+        for system in systems.values()
+        if as_released(system, held_out.recipe)
+        for query in held_out.rows["query"]
+        for one in system.asked(query)
+    }
+    missing = {key: name for key, name in missing.items() if journal.entry(key) is None}
+    if not missing or not (release := find_release(held_out.reference, (LEDGER,))):
+        return
+    known = find_replies(release.path, missing)
+    journal.add((key, missing[key], reply.to_json()) for key, reply in known.items())
+
+
+def _requests(held_out: HeldOut, system: Answerer) -> ManyRequests:
+    return ManyRequests(
+        [
+            (one.sampler, *one.request(query))
+            for query in held_out.rows["query"]
+            for one in system.asked(query)
+        ]
+    )
+
+
+def _complete(rows: "Dataset", system: str) -> "Dataset":
+    pairs = zip(rows["query"], rows["error"], strict=True)
+    failed = [(query, error) for query, error in pairs if error]
+    if failed:
+        query, error = readable(failed[0][0])[:80], failed[0][1]
+        raise GenerationError(
+            f"{len(failed)} of {len(rows)} rows of the {system} failed, the first for the query "
+            f"{query!r}: {failure_text(error).removesuffix('.')}. No report is written "
+            "without them. Run again: what was paid is kept, and only those are asked."
+        )
+    # Of several samples of one request the first is the answer.
+    if not any(rows["sample"]):
+        return rows
+    return rows.select([place for place, number in enumerate(rows["sample"]) if not number])

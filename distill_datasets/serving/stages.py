@@ -11,8 +11,7 @@ from math import log, pi, sqrt
 from typing import Any
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.evaluation.gate import GateRules
-from distill_datasets.evaluation.probes import ODD_PATTERNS
+from distill_datasets.evaluation.gate import ODD_PATTERNS, GateRules
 from distill_datasets.statistics import LEVEL, confidence_sequence, excludes, rows_to_tell
 
 OFF = "off"

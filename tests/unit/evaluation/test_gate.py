@@ -13,9 +13,10 @@ from distill_datasets.evaluation.gate import (
     PASSED,
     UNSURE,
     GateRules,
+    ends_in_a_loop,
     gate,
+    is_broken,
 )
-from distill_datasets.evaluation.probes import ends_in_a_loop, is_broken
 from distill_datasets.statistics import Proportion
 
 Report = dict[str, Any]

@@ -4,16 +4,19 @@ import math
 from typing import Any
 
 from distill_datasets.evaluation import residue
-from distill_datasets.evaluation.probes import (
+from distill_datasets.evaluation.residue import (
+    TESTS,
     Secret,
     changed_query,
+    exposures,
     is_paraphrase,
     last_text,
+    residue_lines,
     reworded,
+    secrets_asked,
     task_form,
     with_typing_errors,
 )
-from distill_datasets.evaluation.residue import TESTS, exposures, residue_lines, secrets_asked
 from distill_datasets.recipes.prompt import canaries_of
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Check
