@@ -185,7 +185,7 @@ def _dry_run(options: argparse.Namespace, share: "Share | None") -> None:
 
 
 def _generate_on_ray(options: argparse.Namespace) -> None:
-    from distill_datasets.generation.ray import generate_on_ray
+    from distill_datasets.generation.run import generate_on_ray
 
     made = generate_on_ray(
         options.recipe,

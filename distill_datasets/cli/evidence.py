@@ -247,7 +247,7 @@ def coverage(options: argparse.Namespace) -> None:
     """Say which rules of a prompt no query exercises."""
     from distill_datasets.generation.pricing import open_meter
     from distill_datasets.recipes.loading import load_recipe
-    from distill_datasets.synthesis.ablation import prompt_coverage
+    from distill_datasets.synthesis.coverage import prompt_coverage
 
     recipe = load_recipe(options.recipe)
     out = options.out or Path("runs") / recipe.name / "coverage"

@@ -31,7 +31,7 @@ from distill_datasets.evaluation.judge_findings import (
 from distill_datasets.evaluation.systems import HeldOut
 from distill_datasets.files import read_yaml
 from distill_datasets.generation.client import CachedClient, ManyRequests
-from distill_datasets.generation.voting import ScoringModel
+from distill_datasets.generation.teachers import ScoringModel
 from distill_datasets.models.sampler import Sample, Sampler, Sampling, digest
 from distill_datasets.recipes.prompt import render_ours
 from distill_datasets.recipes.recipe import Recipe

@@ -24,8 +24,14 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.conversations import readable
 from distill_datasets.errors import FATAL, DistillError, GenerationError, RequestError
 from distill_datasets.generation.client import CachedClient, outcome, work_in_thread
-from distill_datasets.generation.teachers import CALLS, Answerer
-from distill_datasets.generation.voting import NO_MAJORITY, NO_SCORE, NONE_PARSED, REFUSED
+from distill_datasets.generation.teachers import (
+    CALLS,
+    NO_MAJORITY,
+    NO_SCORE,
+    NONE_PARSED,
+    REFUSED,
+    Answerer,
+)
 from distill_datasets.models.sampler import digest
 from distill_datasets.notebooks import without_bars
 from distill_datasets.progress import Progress

@@ -1,4 +1,7 @@
-"""Queries to answers: a recipe's teachers asked, every answer journaled, the rows saved."""
+"""Queries to answers: a recipe's teachers asked, every answer journaled, the rows saved.
+
+Behind the queries come the rows of the recipe's mix; on a Ray cluster each part is such a run.
+"""
 
 import json
 import math
@@ -8,13 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets import __version__, html
-from distill_datasets.errors import DistillError, OutputError
-from distill_datasets.files import one_writer, replacing
+from distill_datasets.conversations import has_calls
+from distill_datasets.errors import DistillError, GenerationError, OutputError, SettingsError
+from distill_datasets.files import one_writer, replacing, writable_folder
 from distill_datasets.generation.batch_api import buy_in_batches
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient
@@ -26,29 +32,38 @@ from distill_datasets.generation.ledger import (
     take_over,
     verify_answers,
 )
-from distill_datasets.generation.mix import (
-    MixedRows,
-    UntouchedModel,
-    answer_mix,
-    draw_rows,
-    open_untouched,
-)
 from distill_datasets.generation.pricing import Meter
-from distill_datasets.generation.rows import ROWS_FILE, FirstRows, Tally, ask, finish, read_summary
+from distill_datasets.generation.rows import (
+    MIX_FILES,
+    ROWS_FILE,
+    FirstRows,
+    Tally,
+    ask,
+    finish,
+    read_summary,
+)
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
-from distill_datasets.generation.teachers import Teachers, open_teachers
-from distill_datasets.models.sampler import Sampler, digest
+from distill_datasets.generation.teachers import Client, PromptedModel, Teachers, open_teachers
+from distill_datasets.models.sampler import Sampler, Sampling, digest
 from distill_datasets.notebooks import interruptible
+from distill_datasets.progress import Progress
 from distill_datasets.recipes.evidence import keep_for_evidence
+from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.mix import draw_mix, mixed_messages
+from distill_datasets.recipes.parsing import EMPTY, TRUNCATED, UNKNOWN_TOOL, Reading
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.sections import MixPart
+from distill_datasets.schema import answer_features
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from pandas import DataFrame
 
 
+_FAILURES = 3  # failures that a message quotes
 _SHOWN = 5  # rows in a notebook
 
 
@@ -211,7 +226,7 @@ class ChosenRows:
     """
 
     queries: "Dataset"
-    mixed: Sequence[MixedRows]
+    mixed: "Sequence[MixedRows]"
     whole: int
 
     @property
@@ -232,7 +247,7 @@ def select_queries(recipe: Recipe, settings: GenerateSettings) -> "Dataset":
 
 def select_rows(
     recipe: Recipe,
-    untouched: Mapping[str, UntouchedModel],
+    untouched: "Mapping[str, UntouchedModel]",
     settings: GenerateSettings,
     share: Share | None,
 ) -> ChosenRows:
@@ -251,7 +266,7 @@ def _asked(recipe: Recipe, queries: "Dataset", settings: GenerateSettings) -> "D
 
 def _fingerprint(
     teachers: Teachers,
-    untouched: Mapping[str, UntouchedModel],
+    untouched: "Mapping[str, UntouchedModel]",
     settings: GenerateSettings,
     share: Share | None,
 ) -> str | None:
@@ -319,3 +334,249 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float] | None:
         return None
     late = seconds[math.ceil(0.95 * len(seconds)) - 1]
     return {"answers": len(seconds), "median": statistics.median(seconds), "p95": late}
+
+
+@dataclass(frozen=True)
+class UntouchedModel(PromptedModel):
+    """A model that answers without a prompt and without tools, and whose text is taken as it is."""
+
+    added: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of the recipe's own rows."""
+        return self.added
+
+    async def answer(
+        self, query: str, client: Client, reference: str | None = None
+    ) -> list[dict[str, Any]]:
+        """One row, which says what was asked for it: no recipe tells."""
+        rows = await super().answer(query, client, reference)
+        return [{**row, "requests": [self.request_key(query)]} for row in rows]
+
+
+@dataclass(frozen=True)
+class MixedRows:
+    """The rows of one part of a mix, as `draw_mix` gives them; `model` answers them, if any."""
+
+    part: MixPart
+    rows: "Dataset"
+    model: UntouchedModel | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `generation.json` says of them."""
+        identity = {"identity": self.model.identity} if self.model else {}
+        part = self.part
+        return {"name": part.name, "share": part.share, "rows": len(self.rows), **identity}
+
+
+def open_untouched(recipe: Recipe, settings: GenerateSettings) -> dict[str, UntouchedModel]:
+    """The models that answer rows of a recipe's mix, by the parts' names; asks nobody."""
+    from distill_datasets.models.references import open_sampler
+
+    sampling = Sampling(temperature=0.0, max_tokens=recipe.sampling.max_tokens)
+    return {
+        part.name: UntouchedModel(
+            open_sampler(part.model, lazily=True, timeout=settings.timeout),
+            sampling,
+            mixed_messages,
+            _as_it_is,
+            ["as it is"],
+            lambda query, sampling: sampling,
+            added=recipe.answer_columns,
+        )
+        for part in recipe.mix
+        if part.model
+    }
+
+
+def draw_rows(
+    recipe: Recipe,
+    untouched: "Mapping[str, UntouchedModel]",
+    every: "Dataset",
+    asked: "Dataset",
+    share: Share | None,
+) -> list[MixedRows]:
+    """The rows of each part beside the queries that are `asked`, none of which is among `every`.
+
+    A run in several shares has them in the first.
+    """
+    if not recipe.mix or (share and share.number > 1):
+        return []
+    samples = recipe.sampling.n if recipe.choose == "route" else 1
+    own = samples * sum(split == "train" for split in asked["split"])
+    drawn = zip(recipe.mix, draw_mix(recipe, every, own), strict=True)
+    return [MixedRows(part, rows, untouched.get(part.name)) for part, rows in drawn]
+
+
+def answer_mix(  # noqa: PLR0913 (what `generate` has)
+    mixed: Sequence[MixedRows],
+    teachers: Teachers,
+    journal: Journal,
+    settings: GenerateSettings,
+    meter: Meter | None,
+    folder: Path,
+) -> "list[Dataset]":
+    """The answered rows of each part that has some, each in a file of the folder."""
+    from datasets import Dataset
+
+    found = []
+    for number, one in enumerate(mixed):
+        if not len(one.rows):
+            continue
+        file = folder / MIX_FILES.replace("*", f"{number:05d}")
+        if one.model is None:
+            _write_answered(one.rows, teachers.columns, file)
+            found.append(Dataset.from_file(str(file)))
+            continue
+        if settings.batch and getattr(one.model.sampler, "batches", None) is not None:
+            buy_in_batches(one.rows, one.model, journal, settings=settings, meter=meter)
+        again = settings.ask_again
+        client = CachedClient(
+            journal, limits=settings.limits, meter=meter, ask_rejected_again=again
+        )
+        found.append(ask(one.rows, one.model, client, title="generate mix", file=file))
+    return found
+
+
+def _as_it_is(query: str, reference: str | None, text: str, stop_reason: str) -> Reading:
+    """A text that is the response; calls of tools that nobody offered are none."""
+    if stop_reason == "length":
+        return Reading(rejection=TRUNCATED)
+    if not text.strip():
+        return Reading(rejection=EMPTY)
+    return Reading(rejection=UNKNOWN_TOOL) if has_calls(text) else Reading(response=text)
+
+
+def _write_answered(rows: "Dataset", columns: Sequence[str], file: Path) -> None:
+    """Write rows that have their response as rows of answers, which nobody was asked for."""
+    import pyarrow as pa
+
+    schema = answer_features(columns).arrow_schema
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for batch in rows.with_format("arrow").iter(batch_size=1_000):
+            lines = [{**row, "sample": 0} for row in batch.to_pylist()]
+            writer.write_table(pa.Table.from_pylist(lines, schema=schema))
+
+
+@dataclass(frozen=True)
+class RayRun:
+    """The folder of the parts, for `publish`; how many rows they have, and how many failed."""
+
+    path: Path
+    rows: int
+    errors: int
+
+
+def generate_on_ray(
+    recipe: Recipe | str | Path,
+    *,
+    out: Path | str,
+    parts: int,
+    teacher: Sampler | str | None = None,
+    settings: GenerateSettings | None = None,
+    workers: int | None = None,
+) -> RayRun:
+    """Ask the recipe's teachers every query, in so many `parts` on the Ray cluster that is joined.
+
+    `out` must be one folder for all machines; each part writes its own there, with a journal that
+    one worker at a time holds. A later call skips parts that are done and goes on with the
+    others, where nothing is asked twice. `settings` are those of a part, and at most `workers`
+    parts run at once (a part takes one CPU). A `teacher` is pickled, or opened by each worker.
+    Needs the extra `ray`. Raises `GenerationError` that names the parts that failed, once all
+    others are done.
+    """
+    if parts < 1:
+        raise SettingsError(f"A run has at least one part, found parts={parts!r}.")
+    folder = writable_folder(out).resolve()
+    source = recipe if isinstance(recipe, Recipe) else str(recipe)
+    settings = settings or GenerateSettings()
+    asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, trust=settings.trust)
+    if teacher is not None:
+        asked = asked.with_teacher(teacher if isinstance(teacher, str) else teacher.model)
+    shares = [Share(number, parts) for number in range(1, parts + 1)]
+    known = [found for share in shares if (found := _finished_part(share, folder, asked))]
+    done = {one["number"] for one in known}
+
+    part = {
+        "recipe": source,
+        "teacher": teacher,
+        "out": folder,
+        "settings": settings,
+        "parts": parts,
+    }
+    with Progress("ray", parts, unit="parts", start=len(known)) as progress:
+        left = [share.number for share in shares if share.number not in done]
+        for outcome in _answer_parts(left, part, workers):
+            known.append(outcome)
+            note = f"part {outcome['number']}: {outcome['problem'] or 'done'}"
+            progress.advance(1, note=note)
+    failed = sorted((one for one in known if one["problem"]), key=itemgetter("number"))
+    if failed:
+        raise GenerationError(_explain_failures(failed, parts))
+    return RayRun(folder, sum(one["rows"] for one in known), sum(one["errors"] for one in known))
+
+
+def _finished_part(share: Share, folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """What a part holds that needs no other look; None where rows are missing or failed."""
+    summary = read_summary(share.folder(folder))
+    if summary is None or summary["errors"] or summary["recipe_digest"] != recipe.digest:
+        return None
+    return {"number": share.number, "rows": summary["rows"], "errors": 0, "problem": ""}
+
+
+def _answer_part(numbers: "pa.Table", *, parts: int, **asked: Any) -> "pa.Table":
+    """What became of a part: a failure is a value here, so that the others go on."""
+    import pyarrow as pa
+
+    (number,) = numbers["number"].to_pylist()
+    rows, errors, problem = 0, 0, ""
+    try:
+        made = generate(share=Share(number, parts), **asked)
+        rows, errors = len(made.rows), made.errors
+    except DistillError as error:
+        problem = f"{type(error).__name__}: {error}"
+    found = {"number": number, "rows": rows, "errors": errors, "problem": problem}
+    return pa.Table.from_pylist([found])
+
+
+def _answer_parts(
+    numbers: Sequence[int], asked: Mapping[str, Any], workers: int | None
+) -> Iterator[dict[str, Any]]:
+    """What becomes of parts, as they come; a block a part: Ray can run any part anywhere."""
+    if not numbers:
+        return
+    import pyarrow as pa
+
+    data = _ray_data()
+    outcomes = data.from_arrow([pa.table({"number": [one]}) for one in numbers]).map_batches(
+        _answer_part,
+        fn_kwargs=dict(asked),
+        batch_size=1,
+        # The default makes pickled objects of nested columns, which `datasets` can't read.
+        batch_format="pyarrow",
+        compute=data.TaskPoolStrategy(size=workers),
+    )
+    for table in outcomes.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+        yield from table.to_pylist()
+
+
+def _ray_data() -> Any:
+    try:
+        data = import_module("ray.data")
+    except ImportError as error:
+        raise SettingsError(
+            "Running on Ray needs the extra: `pip install 'distill-datasets[ray]'`."
+        ) from error
+    data.DataContext.get_current().enable_progress_bars = False
+    return data
+
+
+def _explain_failures(failed: Sequence[Mapping[str, Any]], parts: int) -> str:
+    said = "; ".join(f"part {one['number']}: {one['problem']}" for one in failed[:_FAILURES])
+    more = f"; and {len(failed) - _FAILURES} more" if len(failed) > _FAILURES else ""
+    return (
+        f"{len(failed)} of {parts} parts failed: {said}{more}. What they bought is kept: run again "
+        "to go on with them."
+    )

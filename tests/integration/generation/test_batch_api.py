@@ -18,7 +18,7 @@ from distill_datasets.errors import (
     ServiceError,
 )
 from distill_datasets.files import one_writer
-from distill_datasets.generation.batch_jobs import BatchTable
+from distill_datasets.generation.batch_api import BatchTable
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.run import Generated, generate

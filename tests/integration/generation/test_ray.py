@@ -11,8 +11,7 @@ import pytest
 
 from distill_datasets.errors import GenerationError, ModelError, SettingsError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.ray import generate_on_ray
-from distill_datasets.generation.run import generate
+from distill_datasets.generation.run import generate, generate_on_ray
 from distill_datasets.generation.shards import Share
 from distill_datasets.models.sampler import Echo, Reply, Sampling
 from distill_datasets.recipes.loading import load_recipe

@@ -27,8 +27,7 @@ from distill_datasets.models.sampler import Echo, Reply, Sampler, Sampling
 from distill_datasets.recipes.loading import load_recipe, new_recipe
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.schema import Message
-from distill_datasets.synthesis.rounds import _all
-from distill_datasets.synthesis.run import synthesize
+from distill_datasets.synthesis.run import _all, synthesize
 from tests.conftest import edit
 from tests.support.openai_server import OpenAIServer
 from tests.support.synthesis_author import RULES, TOPICS, Author, kind_of

@@ -8,8 +8,7 @@ import pytest
 
 from distill_datasets.errors import AccessError, PriceError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.dry_run import DryRun, SampledRow, dry_run
-from distill_datasets.generation.estimate import Span, scaled, total
+from distill_datasets.generation.dry_run import DryRun, SampledRow, Span, dry_run, scaled, total
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.settings import GenerateSettings

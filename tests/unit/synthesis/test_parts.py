@@ -10,8 +10,7 @@ from distill_datasets.errors import RecipeError
 from distill_datasets.synthesis.duplicates import NearDuplicates, _plain, _shingles
 from distill_datasets.synthesis.interview import numbers, texts
 from distill_datasets.synthesis.query_file import set_keys
-from distill_datasets.synthesis.rounds import Coverage
-from distill_datasets.synthesis.run import combinations
+from distill_datasets.synthesis.run import Coverage, combinations
 
 AXES = {"topic": list("abcdefg"), "style": ["x", "y"], "length": ["1", "2", "3", "4"]}
 

@@ -14,7 +14,7 @@ from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
-from distill_datasets.synthesis.ablation import prompt_coverage, rules_of
+from distill_datasets.synthesis.coverage import prompt_coverage, rules_of
 from tests.conftest import edit
 from tests.support.panels import Models
 
