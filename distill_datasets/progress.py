@@ -1,23 +1,26 @@
 """Shows long work: a live line on a terminal, a bar in a notebook, plain lines elsewhere.
 
-Or lines of JSON, for programs.
+Or lines of JSON, for programs. And how a verb ends in a notebook when its cell is stopped.
 """
 
 import json
 import re
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TextIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, Self, TextIO, TypeVar
 
 from markupsafe import Markup
-
-from distill_datasets.notebooks import in_notebook
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
 Style = Literal["line", "json"]
+P = ParamSpec("P")
+T = TypeVar("T")
 _SECONDS = {"live": 0.1, "cell": 0.3, "plain": 5.0, "json": 1.0}  # between two looks at the state
 _STYLE: list[Style] = ["line"]
 
@@ -233,3 +236,51 @@ def _line(state: dict[str, Any]) -> str:
 def amount_text(amount: float) -> str:
     """Money as people read it: cents, and more digits of less than one unit."""
     return f"{amount:,.2f}" if amount >= 1 or not amount else f"{amount:.4f}"
+
+
+class Interrupted(KeyboardInterrupt):
+    """The stop of a cell where a verb was at work: what was paid for is kept."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What the notebook shows, without the lines of this package that were at work."""
+        return [f"Interrupted: {self}", *getattr(self, "__notes__", ())]
+
+
+def in_notebook() -> bool:
+    """Whether a kernel runs this, which shows HTML."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return getattr(shell, "kernel", None) is not None
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the bars of `datasets`, which count batches and files, and would cut through ours."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def interruptible(verb: Callable[P, T]) -> Callable[P, T]:
+    """A verb whose cell in a notebook has our bars alone, and one line where it is interrupted."""
+
+    @wraps(verb)
+    def called(*values: P.args, **named: P.kwargs) -> T:
+        if not in_notebook():
+            return verb(*values, **named)
+        try:
+            with without_bars():
+                return verb(*values, **named)
+        except KeyboardInterrupt as interrupt:
+            ended = Interrupted("what was paid for is kept; run the same again to continue.")
+            for note in getattr(interrupt, "__notes__", ()):
+                ended.add_note(note)
+            raise ended from None
+
+    return called

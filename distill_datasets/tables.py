@@ -1,8 +1,15 @@
-"""Tables, and numbers with their intervals, as text for terminals and Markdown."""
+"""Tables, and numbers with their intervals: as text for terminals and Markdown, and as HTML.
+
+The HTML is for notebooks and pages; all text in it is escaped, whoever wrote it.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
+from typing import Any
 
+from markupsafe import Markup, escape
+
+_MOST_SHOWN = 400  # characters of a cell in HTML
 _WIDEST = 1_000_000  # columns: nothing is wrapped
 _CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], " ")  # what could steer a terminal
 
@@ -64,3 +71,64 @@ def ends_text(number: Mapping[str, float], sign: str = "", *, digits: int = 3) -
     """The interval alone, with a space before it; empty where there is none."""
     ends = [f"{number[end]:{sign}.{digits}f}" for end in ("low", "high") if end in number]
     return f" [{', '.join(ends)}]" if ends else ""
+
+
+def html_card(title: str, *parts: Any) -> str:
+    """A titled box of paragraphs and drawings; text becomes a paragraph."""
+    inside = Markup("").join(
+        part if isinstance(part, Markup) else Markup("<p>{}</p>").format(part)
+        for part in parts
+        if part
+    )
+    return str(
+        Markup('<div style="max-width:60rem"><p><strong>{}</strong></p>{}</div>').format(
+            title, inside
+        )
+    )
+
+
+def html_table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> Markup:
+    """Rows of cells under a `head`; numbers stand at the right, long text is cut."""
+    lines = [list(row) for row in rows]
+    if not lines:
+        return Markup("")
+    top = Markup("").join(Markup('<th scope="col">{}</th>').format(name) for name in head)
+    heading = Markup("<thead><tr>{}</tr></thead>").format(top) if head else Markup("")
+    body = Markup("").join(
+        Markup("<tr>{}</tr>").format(Markup("").join(map(_cell, line))) for line in lines
+    )
+    return Markup("<table>{}<tbody>{}</tbody></table>").format(heading, body)
+
+
+def html_facts(values: Mapping[str, Any]) -> Markup:
+    """A name and a value a line; what is not known is left out."""
+    return html_table([name, value] for name, value in values.items() if value is not None)
+
+
+def measured_text(value: Mapping[str, float] | None) -> str:
+    """A number with its interval; nothing where it was not measured."""
+    if not value or "value" not in value:
+        return ""
+    return interval_text(value)
+
+
+def html_preformatted(text: str) -> Markup:
+    """Text as it stands, in columns."""
+    return Markup("<pre>{}</pre>").format(text)
+
+
+def html_plot(drawing: Markup) -> Markup:
+    """A drawing that is as wide as a column of a table should be."""
+    return Markup('<div style="width:16rem">{}</div>').format(drawing)
+
+
+def _cell(value: Any) -> Markup:
+    if isinstance(value, Markup):
+        return Markup("<td>{}</td>").format(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        said = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+        return Markup('<td style="text-align:right">{}</td>').format(said)
+    text = "" if value is None else str(value)
+    return Markup('<td style="text-align:left">{}</td>').format(
+        escape(shortened(text, _MOST_SHOWN))
+    )

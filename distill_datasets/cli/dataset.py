@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.cli.flags import add_settings, count, flags_of, read_settings
 from distill_datasets.errors import DistillError, RecipeError
+from distill_datasets.files import TEMPLATES
 from distill_datasets.generation.settings import GenerateSettings
-from distill_datasets.resources import KINDS
 
 # What a run in parts on Ray takes of the settings, and what it doesn't take of the other flags.
 _ON_RAY = ("concurrency", "trust")
@@ -552,8 +552,9 @@ def add_new(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="the recipe's name")
     parser.add_argument(
         "--like",
-        choices=KINDS,
-        help=f"what an answer is: {'; '.join(f'{kind}, {what}' for kind, what in KINDS.items())} "
+        choices=TEMPLATES,
+        help="what an answer is: "
+        f"{'; '.join(f'{kind}, {what}' for kind, what in TEMPLATES.items())} "
         "(default: asks on a terminal, else labels)",
     )
     parser.add_argument("--folder", type=Path, help="the folder to make (default: ./NAME)")
@@ -572,11 +573,11 @@ def new(options: argparse.Namespace) -> None:
 
 def _ask_kind() -> str:
     print("What is an answer of yours like?")
-    for number, (kind, what) in enumerate(KINDS.items(), 1):
+    for number, (kind, what) in enumerate(TEMPLATES.items(), 1):
         print(f"  {number}  {kind:<8}{what}")
     said = input("Number or name [labels]: ").strip().lower() or "labels"
-    kinds = dict(enumerate(KINDS, 1))
+    kinds = dict(enumerate(TEMPLATES, 1))
     kind = kinds.get(int(said), said) if said.isdecimal() else said
-    if kind not in KINDS:
-        raise RecipeError(f"Expected one of {[*KINDS]} or its number, found {said!r}.")
+    if kind not in TEMPLATES:
+        raise RecipeError(f"Expected one of {[*TEMPLATES]} or its number, found {said!r}.")
     return kind

@@ -6,9 +6,9 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from distill_datasets import resources
 from distill_datasets.cli.dataset import SPEED, add_money, confirm
 from distill_datasets.cli.flags import add_settings, count, quantity, read_settings, share
+from distill_datasets.files import cards_folder
 from distill_datasets.generation.settings import GenerateSettings
 
 
@@ -65,7 +65,7 @@ def cost(options: argparse.Namespace) -> None:
     from distill_datasets.generation.pricing import Prices
 
     if options.template:
-        sys.stdout.write((resources.cards() / "prices.yaml").read_text(encoding="utf-8"))
+        sys.stdout.write((cards_folder() / "prices.yaml").read_text(encoding="utf-8"))
         return
     if options.listed:
         sys.stdout.write(_import(options))
@@ -122,7 +122,7 @@ def gate(options: argparse.Namespace) -> None:
     from distill_datasets.evaluation.gate import gate as look
 
     if options.template:
-        sys.stdout.write((resources.cards() / "gate.yaml").read_text(encoding="utf-8"))
+        sys.stdout.write((cards_folder() / "gate.yaml").read_text(encoding="utf-8"))
         return
     if options.run is None:
         raise SettingsError("gate needs a run's folder, with the report that `measure` wrote.")
@@ -155,8 +155,8 @@ def page(options: argparse.Namespace) -> None:
     """Write a report's page anew, and say where it is."""
     from distill_datasets.evaluation.money import money_of_run
     from distill_datasets.evaluation.page import write_page
+    from distill_datasets.files import read_report
     from distill_datasets.generation.pricing import Prices
-    from distill_datasets.report_files import read_report
 
     data = read_report(options.run)
     if options.prices:

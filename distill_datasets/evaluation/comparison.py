@@ -14,13 +14,15 @@ from distill_datasets.evaluation.metrics import (
     CALIBRATIONS,
     Metric,
     Metrics,
+    chrf,
+    equal,
     mean_of,
     ratio_of,
+    rouge_l,
 )
 from distill_datasets.evaluation.systems import PROMPTED, SYSTEMS, is_free_text
 from distill_datasets.recipes.keys import METRICS
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.similarity import chrf, equal, rouge_l
 from distill_datasets.statistics import FEW, Bootstrap, Estimate, Proportion, compare_subgroups
 
 if TYPE_CHECKING:

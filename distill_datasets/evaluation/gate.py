@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from distill_datasets import html
 from distill_datasets.errors import GateError, SettingsError, nearest
 from distill_datasets.evaluation.metrics import mean_of, ratio_of
-from distill_datasets.files import read_yaml, write_file
-from distill_datasets.report_files import (
+from distill_datasets.files import (
     gate_file,
     read_report,
     read_rows,
+    read_yaml,
     report_file,
     rows_file,
+    write_file,
 )
 from distill_datasets.statistics import (
     Proportion,
@@ -33,7 +33,7 @@ from distill_datasets.statistics import (
     ratio_of_intervals,
     wilson,
 )
-from distill_datasets.tables import aligned, ends_text, interval_text
+from distill_datasets.tables import aligned, ends_text, html_card, html_table, interval_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -126,8 +126,8 @@ class GateResult:
     def _repr_html_(self) -> str:
         said = "passes" if self.passed else "does not pass"
         cells = [[one.outcome, one.rule, one.said] for one in self.findings]
-        table = html.table(cells, ["outcome", "rule", "what was found"])
-        return html.card(f"The student of {self.run} {said}", table)
+        table = html_table(cells, ["outcome", "rule", "what was found"])
+        return html_card(f"The student of {self.run} {said}", table)
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON values."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from distill_datasets import resources
 from distill_datasets.conversations import readable
 from distill_datasets.errors import GenerationError, SettingsError, nearest
 from distill_datasets.evaluation.judge_findings import (
@@ -29,7 +28,7 @@ from distill_datasets.evaluation.judge_findings import (
     warnings,
 )
 from distill_datasets.evaluation.systems import HeldOut
-from distill_datasets.files import read_yaml
+from distill_datasets.files import builders_folder, read_yaml
 from distill_datasets.generation.client import CachedClient, ManyRequests
 from distill_datasets.generation.teachers import ScoringModel
 from distill_datasets.models.sampler import Sample, Sampler, Sampling, digest
@@ -109,14 +108,14 @@ def _score(criterion: str, said: Sample) -> float | None:
 
 @cache
 def _shipped() -> dict[str, dict[str, str]]:
-    text = (resources.builders() / "_judge" / "rubrics.yaml").read_text(encoding="utf-8")
+    text = (builders_folder() / "_judge" / "rubrics.yaml").read_text(encoding="utf-8")
     found: dict[str, dict[str, str]] = yaml.safe_load(text)
     return found
 
 
 @cache
 def _template(name: str) -> str:
-    return (resources.builders() / "_judge" / f"{name}.md").read_text(encoding="utf-8")
+    return (builders_folder() / "_judge" / f"{name}.md").read_text(encoding="utf-8")
 
 
 def _asked(template: str, **fields: Any) -> list[Message]:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from distill_datasets import html
 from distill_datasets.drawing import Mark, curves, short
 from distill_datasets.errors import PriceError
+from distill_datasets.files import read_object, read_report, report_file
 from distill_datasets.generation.pricing import HOURS_A_MONTH, Price, Prices
-from distill_datasets.report_files import read_object, read_report, report_file
-from distill_datasets.tables import aligned
+from distill_datasets.tables import aligned, html_card, html_preformatted, html_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -103,8 +102,8 @@ class RunCosts(dict[str, Any]):
 
     def _repr_html_(self) -> str:
         head, *cells = volume_cells(self)
-        lines = html.preformatted("\n".join([*self["arithmetic"], *self["notes"]]))
-        return html.card(self["advice"], html.table(cells, head), cost_curves(self), lines)
+        lines = html_preformatted("\n".join([*self["arithmetic"], *self["notes"]]))
+        return html_card(self["advice"], html_table(cells, head), cost_curves(self), lines)
 
 
 def money_of_run(run: Path | str, prices: Prices, **options: Any) -> RunCosts:

@@ -18,17 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from distill_datasets import html, resources
 from distill_datasets.drawing import Mark, curves, short, whisker
 from distill_datasets.evaluation.gate import PASSED, UNSURE
 from distill_datasets.evaluation.money import cost_curves, volume_cells
 from distill_datasets.evaluation.report_text import label_cells
 from distill_datasets.evaluation.systems import TrainedStudent
 from distill_datasets.evaluation.verdict import DOES_NOT, REPLACES, about
-from distill_datasets.files import write_file
-from distill_datasets.progress import amount_text
-from distill_datasets.report_files import (
+from distill_datasets.files import (
     calibration_file,
+    cards_folder,
     coverage_file,
     gate_file,
     read_object,
@@ -36,8 +34,10 @@ from distill_datasets.report_files import (
     read_rows,
     report_file,
     rows_file,
+    write_file,
 )
-from distill_datasets.tables import interval_text
+from distill_datasets.progress import amount_text
+from distill_datasets.tables import html_card, html_plot, html_table, interval_text, measured_text
 from distill_datasets.training.tracking import panels_html
 
 if TYPE_CHECKING:
@@ -88,13 +88,13 @@ def summary_html(report: _Report, page_file: Path) -> str:
     """A report in a notebook: the verdict, what to look at first, and each system's metrics."""
     verdict = report.get("verdict") or {}
     plots = [
-        html.table(
-            [[line["name"], html.plot(line["drawing"]), line["said"]] for line in scale["lines"]],
+        html_table(
+            [[line["name"], html_plot(line["drawing"]), line["said"]] for line in scale["lines"]],
             [scale["caption"], f"{scale['low']} to {scale['high']}", scale["unit"]],
         )
         for scale in metrics_facts(report)
     ]
-    return html.card(
+    return html_card(
         verdict.get("outcome") or f"{report['recipe']}: {report['n']:,} rows",
         verdict.get("rule"),
         *(f"⚠ {one}" for one in report.get("alerts") or ()),
@@ -129,7 +129,7 @@ def page(
     """
     kept = list(islice(rows, _MOST_ROWS + 1))
     cut, kept = len(kept) > _MOST_ROWS, kept[:_MOST_ROWS]
-    script = (resources.cards() / "report.js").read_text(encoding="utf-8")
+    script = (cards_folder() / "report.js").read_text(encoding="utf-8")
     digest = hashlib.sha256(script.encode()).digest()
     best = training.checkpoint.get("step") if training else None
     known = {
@@ -168,14 +168,14 @@ def _environment() -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(resources.cards()),
+        loader=FileSystemLoader(cards_folder()),
         undefined=StrictUndefined,
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(
-        measured=html.measured,
+        measured=measured_text,
         count="{:,}".format,
         amount=amount_text,
         plain=lambda name: str(name).replace("_", " "),

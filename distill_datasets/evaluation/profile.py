@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import regex
 
-from distill_datasets import html
 from distill_datasets.conversations import response_text, shown
 from distill_datasets.errors import DatasetError, nearest
 from distill_datasets.recipes.checks import (
@@ -22,7 +21,7 @@ from distill_datasets.recipes.checks import (
     language_of,
 )
 from distill_datasets.synthesis.duplicates import NearDuplicates
-from distill_datasets.tables import aligned, one_line
+from distill_datasets.tables import aligned, html_card, html_preformatted, one_line
 from distill_datasets.training.data import DatasetSplit, locate, open_split
 
 _MOST_ROWS = 200_000  # that are read
@@ -65,7 +64,7 @@ class Profile:
 
     def _repr_html_(self) -> str:
         title, *others = _sections(self.data)
-        return html.card(title, *map(html.preformatted, others))
+        return html_card(title, *map(html_preformatted, others))
 
 
 def profile(

@@ -42,24 +42,25 @@ from distill_datasets.evaluation.systems import (
     read_held_out,
 )
 from distill_datasets.evaluation.verdict import alerts_of, judge_rows
-from distill_datasets.files import one_writer, write_file
-from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import CachedClient
-from distill_datasets.generation.pricing import Meter, Prices
-from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.generation.teachers import Answerer, PromptedModel
-from distill_datasets.models.sampler import Sampler, digest
-from distill_datasets.notebooks import interruptible
-from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.recipes.sections import Check
-from distill_datasets.report_files import (
+from distill_datasets.files import (
+    one_writer,
     read_object,
     read_report,
     read_rows,
     report_file,
     rows_file,
     split_report,
+    write_file,
 )
+from distill_datasets.generation.cache import Journal
+from distill_datasets.generation.client import CachedClient
+from distill_datasets.generation.pricing import Meter, Prices
+from distill_datasets.generation.rate_limit import Limits
+from distill_datasets.generation.teachers import Answerer, PromptedModel
+from distill_datasets.models.sampler import Sampler, digest
+from distill_datasets.progress import interruptible
+from distill_datasets.recipes.recipe import Recipe
+from distill_datasets.recipes.sections import Check
 
 if TYPE_CHECKING:
     from datasets import Dataset

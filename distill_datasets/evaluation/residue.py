@@ -19,8 +19,9 @@ import regex
 
 from distill_datasets.conversations import below, from_text, is_conversation_text, readable, to_text
 from distill_datasets.errors import ModelError
-from distill_datasets.evaluation.metrics import mean_of, ratio_of
+from distill_datasets.evaluation.metrics import chrf, mean_of, ratio_of
 from distill_datasets.evaluation.systems import HeldOut
+from distill_datasets.files import builders_folder
 from distill_datasets.generation.client import CachedClient, ManyRequests
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.teachers import Answerer, PromptedModel
@@ -30,9 +31,7 @@ from distill_datasets.recipes.checks import Said, check_all, passes
 from distill_datasets.recipes.prompt import Canary, canaries_of, render_ours
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Check
-from distill_datasets.resources import builders
 from distill_datasets.schema import Message
-from distill_datasets.similarity import chrf
 from distill_datasets.statistics import Proportion
 from distill_datasets.tables import shortened
 
@@ -116,7 +115,7 @@ def measure_residue(
 def _paraphrases(held_out: HeldOut, writer: Sampler, client: CachedClient) -> dict[str, str]:
     """The first held-out queries in a model's other words, by their ids; without what is none."""
     queries = _first_queries(held_out)
-    template = (builders() / "_residue" / "paraphrase.md").read_text(encoding="utf-8")
+    template = (builders_folder() / "_residue" / "paraphrase.md").read_text(encoding="utf-8")
     sampling = Sampling(temperature=0.0, max_tokens=_MAX_TOKENS, seed=0)
     texts = [last_text(query) for _, query in queries]
     requests = ManyRequests(
@@ -165,13 +164,15 @@ def _asked(systems: Mapping[str, Answerer], name: str) -> PromptedModel | None:
 
 def shipped() -> str:
     """The digest of what is asked, as it ships."""
-    files = sorted((builders() / "_residue").iterdir())
+    files = sorted((builders_folder() / "_residue").iterdir())
     return digest([[one.name, one.read_text(encoding="utf-8")] for one in files if one.is_file()])
 
 
 def _read(name: str) -> list[dict[str, Any]]:
     """The rows of one of the shipped files."""
-    lines = (builders() / "_residue" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (
+        (builders_folder() / "_residue" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     return [json.loads(line) for line in lines if line.strip()]
 
 

@@ -31,8 +31,7 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.rate_limit import Limits, RateLimit, Ticket
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest, request_parts
-from distill_datasets.notebooks import in_notebook
-from distill_datasets.progress import Progress, amount_text
+from distill_datasets.progress import Progress, amount_text, in_notebook
 from distill_datasets.schema import Message
 
 T = TypeVar("T")

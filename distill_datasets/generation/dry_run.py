@@ -15,7 +15,6 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets import html
 from distill_datasets.conversations import readable
 from distill_datasets.errors import DistillError, RequestError
 from distill_datasets.generation.cache import Journal
@@ -34,12 +33,11 @@ from distill_datasets.generation.teachers import (
     open_teachers,
 )
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest, request_parts
-from distill_datasets.notebooks import interruptible
-from distill_datasets.progress import Progress, amount_text
+from distill_datasets.progress import Progress, amount_text, interruptible
 from distill_datasets.recipes.evidence import HeldOutRows
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
-from distill_datasets.tables import aligned, one_line
+from distill_datasets.tables import aligned, html_card, html_preformatted, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -258,7 +256,7 @@ class DryRun:
         return "\n".join([*lines, *(f"note      {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
-        return html.card(f"A dry run of {self.recipe}", html.preformatted(self.text()))
+        return html_card(f"A dry run of {self.recipe}", html_preformatted(self.text()))
 
     def _cells(self) -> Iterator[Sequence[str]]:
         priced = f"cost ({self.currency})" if self.currency else "cost"

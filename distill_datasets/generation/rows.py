@@ -33,8 +33,7 @@ from distill_datasets.generation.teachers import (
     Answerer,
 )
 from distill_datasets.models.sampler import digest
-from distill_datasets.notebooks import without_bars
-from distill_datasets.progress import Progress
+from distill_datasets.progress import Progress, without_bars
 from distill_datasets.recipes.checks import FAILED
 from distill_datasets.recipes.parsing import (
     EMPTY,

@@ -17,7 +17,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets import __version__, html
+from distill_datasets import __version__
 from distill_datasets.conversations import has_calls
 from distill_datasets.errors import DistillError, GenerationError, OutputError, SettingsError
 from distill_datasets.files import one_writer, replacing, writable_folder
@@ -46,8 +46,7 @@ from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
 from distill_datasets.generation.teachers import Client, PromptedModel, Teachers, open_teachers
 from distill_datasets.models.sampler import Sampler, Sampling, digest
-from distill_datasets.notebooks import interruptible
-from distill_datasets.progress import Progress
+from distill_datasets.progress import Progress, interruptible
 from distill_datasets.recipes.evidence import keep_for_evidence
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.mix import draw_mix, mixed_messages
@@ -56,6 +55,7 @@ from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import MixPart
 from distill_datasets.schema import answer_features
+from distill_datasets.tables import html_card, html_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -101,10 +101,10 @@ class Generated:
         first = self.rows.select(range(min(len(self.rows), _SHOWN)))
         names = [name for name in ("query", "answer", "response") if name in first.column_names]
         cells = [[row[name] for name in names] for row in first]
-        return html.card(
+        return html_card(
             f"Generated: {self.kept:,} rows in {self.path}",
-            html.table(shares, ["rows", "", "of all"]),
-            html.table(cells, names),
+            html_table(shares, ["rows", "", "of all"]),
+            html_table(cells, names),
         )
 
 

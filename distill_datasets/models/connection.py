@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import tinker
 
-from distill_datasets import resources
 from distill_datasets.embedded.model import digest_weights, require_fitting
 from distill_datasets.embedded.wire import InvalidRequestError
 from distill_datasets.errors import ModelError, ServiceError
+from distill_datasets.files import pocket_folder
 from distill_datasets.models.tinker_sdk import (
     NOT_STATED,
     explained,
@@ -191,7 +191,7 @@ def connect_hosted(
 def _tokenizer_of(base_model: str) -> str:
     """Where a hosted model's tokenizer is: our own `serve` names models as this machine does."""
     if base_model == "pocket":
-        return str(resources.pocket())
+        return str(pocket_folder())
     place = Path(base_model).expanduser()
     return str(find_model(base_model)) if place.suffix == ".gguf" or place.is_dir() else base_model
 
@@ -255,7 +255,7 @@ def adopt_state(path: str, source: Path, store: Path) -> None:
 def find_served(reference: str) -> tuple[str, Path]:
     """A local model's name on a server, and its folder; raises `ModelError` for any other."""
     if reference == "pocket":
-        return reference, resources.pocket()
+        return reference, pocket_folder()
     name = reference.removeprefix("embedded:")
     if name == reference:
         raise ModelError(
@@ -286,7 +286,7 @@ def _find_base(named: str) -> Path:
     """The base that an adapter names: on this disk, since a file of somebody else's says so."""
     place = Path(named.removeprefix("embedded:")).expanduser()
     if named == "pocket":
-        return resources.pocket()
+        return pocket_folder()
     if not (place / "config.json").is_file():
         try:
             place = _fetch(str(place), offline=True)

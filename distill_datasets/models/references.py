@@ -6,8 +6,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets import resources
 from distill_datasets.errors import ModelError
+from distill_datasets.files import pocket_folder
 from distill_datasets.models.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def connect(
         return _connect_trained(folder, renderer, dtype)
     if text == "pocket":
         named = renderer or "qwen3_instruct"
-        return connection.connect_local(text, resources.pocket(), named, store, dtype)
+        return connection.connect_local(text, pocket_folder(), named, store, dtype)
     if text.startswith("embedded:"):
         model = connection.find_model(text.removeprefix("embedded:"))
         return connection.connect_local(text, model, renderer, store, dtype)

@@ -14,15 +14,14 @@ from warnings import warn
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from distill_datasets import resources
 from distill_datasets.conversations import read_messages, to_text
 from distill_datasets.errors import OutputError, RecipeError, nearest
+from distill_datasets.files import TEMPLATES, builders_folder
 from distill_datasets.hub.references import find_release, inside, split_config
 from distill_datasets.recipes.keys import NAME
 from distill_datasets.recipes.prompt import is_jinja
 from distill_datasets.recipes.query_files import TableFormat, read_rows, read_text
 from distill_datasets.recipes.recipe import PROMPT_LIMIT, Recipe
-from distill_datasets.resources import KINDS
 
 _YAML_LIMIT = 1 << 20  # bytes
 _VALUES, _DEPTH = 100_000, 64  # that a recipe's YAML has at most, and how deep they lie
@@ -192,7 +191,7 @@ def _members(folder: Path, prompts: Any) -> dict[str, Recipe]:
         place, variant = _split_variant(str(name))
         home = inside(folder, str(place))
         if not (home / "recipe.yaml").is_file():
-            home = resources.builders() / str(place)
+            home = builders_folder() / str(place)
         if not (home / "recipe.yaml").is_file() or Path(str(place)).is_absolute():
             raise RecipeError(
                 f"{folder / 'recipe.yaml'}, prompts: {name!r} is neither a folder of this recipe's "
@@ -230,12 +229,12 @@ def shipped_recipes() -> list[Recipe]:
 
 
 def _shipped() -> list[Path]:
-    return sorted(path.parent for path in resources.builders().glob("[!_]*/recipe.yaml"))
+    return sorted(path.parent for path in builders_folder().glob("[!_]*/recipe.yaml"))
 
 
 def _find(source: str | Path, config: str | None) -> Path:
     given = Path(source)
-    candidates = (resources.builders() / str(source), given, given / "recipe")
+    candidates = (builders_folder() / str(source), given, given / "recipe")
     if isinstance(source, Path) or given.is_dir() or len(given.parts) > 1:
         candidates = (given, given / "recipe", given / "release" / "recipe")
     for folder in candidates if config is None else ():
@@ -387,15 +386,15 @@ def _section(annotation: Any) -> type[BaseModel]:
 
 
 def new_recipe(name: str, folder: Path | None = None, *, like: str = "labels") -> Path:
-    """Write a recipe whose answers are `like` one of `KINDS` into a folder that isn't there yet.
+    """Write a recipe whose answers are `like` one of `TEMPLATES` into a new folder.
 
     Raises `RecipeError` for a name that no recipe may have and an unknown kind, `OutputError`
     where the folder exists or can't be written.
     """
-    if like not in KINDS:
+    if like not in TEMPLATES:
         raise RecipeError(
-            f"There is no kind {like!r} of recipes: expected one of {[*KINDS]}."
-            f"{nearest(like, [*KINDS])}"
+            f"There is no kind {like!r} of recipes: expected one of {[*TEMPLATES]}."
+            f"{nearest(like, [*TEMPLATES])}"
         )
     if not re.fullmatch(NAME, name):
         raise RecipeError(
@@ -419,14 +418,14 @@ def new_recipe(name: str, folder: Path | None = None, *, like: str = "labels") -
 
 def samples_among(queries: Iterable[str], prompt: str) -> list[str]:
     """Those of the queries that `new` wrote for its own prompt, where the recipe has another."""
-    known = [texts for sample, texts in map(_sample_texts, KINDS) if sample != prompt]
-    own = [texts for sample, texts in map(_sample_texts, KINDS) if sample == prompt]
+    known = [texts for sample, texts in map(_sample_texts, TEMPLATES) if sample != prompt]
+    own = [texts for sample, texts in map(_sample_texts, TEMPLATES) if sample == prompt]
     others = frozenset(chain(*known)) - frozenset(chain(*own))
     return [query for query in queries if query in others]
 
 
 def _sample(kind: str) -> Path:
-    return resources.builders() / "_template" / kind
+    return builders_folder() / "_template" / kind
 
 
 @cache

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from warnings import warn
 
-from distill_datasets.chat_rows import PAIRS, WHOLE, tools_in, turns_in
 from distill_datasets.conversations import (
+    PAIRS,
+    WHOLE,
     assistant_message,
     from_text,
     has_calls,
@@ -23,6 +24,8 @@ from distill_datasets.conversations import (
     read_calls,
     read_messages,
     to_text,
+    tools_in,
+    turns_in,
     user_message,
     without_answer,
     write_calls,

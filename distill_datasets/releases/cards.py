@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets import resources
 from distill_datasets.conversations import shown
+from distill_datasets.files import cards_folder
 from distill_datasets.progress import amount_text
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.manifest import PARTS, side_config
@@ -264,7 +264,7 @@ def _environment() -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(resources.cards()),
+        loader=FileSystemLoader(cards_folder()),
         undefined=StrictUndefined,
         autoescape=False,  # Markdown, and what people wrote goes through one of these filters
         trim_blocks=True,

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from distill_datasets import resources
 from distill_datasets.conversations import linked, read_calls
+from distill_datasets.files import cards_folder
 from distill_datasets.hub.references import find_release
 from distill_datasets.parquet import read_batches
 from distill_datasets.recipes.checks import Said, check_all
@@ -55,8 +55,8 @@ def write_check_files(
     if not rows:
         return 0
     folder = out / CHECK
-    shutil.copytree(resources.cards() / CHECK, folder, ignore=shutil.ignore_patterns("__*"))
-    shutil.copyfile(resources.cards() / "gate.yaml", folder / "gate.yaml")
+    shutil.copytree(cards_folder() / CHECK, folder, ignore=shutil.ignore_patterns("__*"))
+    shutil.copyfile(cards_folder() / "gate.yaml", folder / "gate.yaml")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "rows.jsonl").write_text(lines, encoding="utf-8")
     most, tools = recipe.sampling.max_tokens, given_tools(recipe)

@@ -17,7 +17,6 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from distill_datasets import html
 from distill_datasets.errors import DatasetError, OutputError
 from distill_datasets.hub.references import Pinned, find_release
 from distill_datasets.parquet import open_parquet, read_batches
@@ -25,7 +24,7 @@ from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.manifest import REJECTED, read_manifest, rejected_rows
 from distill_datasets.schema import EARLIER, SOURCE, failure_content
-from distill_datasets.tables import aligned, shortened
+from distill_datasets.tables import aligned, html_card, html_preformatted, html_table, shortened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,10 +84,10 @@ class Difference:
         rows, sides = self.data["rows"], [self.data[side]["version"] for side in _SIDES]
         counts = {name: rows[name] for name in ("added", "removed", "changed")}
         said = "Nothing changed" if self.empty else "Changed"
-        return html.card(
+        return html_card(
             f"{said}: {sides[0]} to {sides[1]}",
-            html.table(counts.items(), ["rows", ""]),
-            html.preformatted(self.text()),
+            html_table(counts.items(), ["rows", ""]),
+            html_preformatted(self.text()),
         )
 
 

@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets import html
 from distill_datasets.errors import DatasetError, HubError, RepositoryError, VersionError
 from distill_datasets.hub.client import (
     HubDataset,
@@ -20,8 +19,8 @@ from distill_datasets.hub.client import (
 )
 from distill_datasets.hub.references import folder_of, inside
 from distill_datasets.hub.screening import require_clean, screen
-from distill_datasets.notebooks import interruptible
 from distill_datasets.parquet import open_parquet, read_batches
+from distill_datasets.progress import interruptible
 from distill_datasets.recipes.loading import load_released_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.cards import LAYOUT, Halves, dataset_card, markers, read_card
@@ -51,7 +50,7 @@ from distill_datasets.releases.versions import (
     history,
     order,
 )
-from distill_datasets.tables import aligned
+from distill_datasets.tables import aligned, html_card, html_facts
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd
@@ -77,7 +76,7 @@ class Pushed:
     pull_request: str | None = None
 
     def _repr_html_(self) -> str:
-        return html.card(f"Pushed {self.version} to {self.repo}", html.facts(asdict(self)))
+        return html_card(f"Pushed {self.version} to {self.repo}", html_facts(asdict(self)))
 
 
 @interruptible

@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets import html
 from distill_datasets.errors import DatasetError, OutputError, VersionError
 from distill_datasets.files import one_writer, recover, replacing
 from distill_datasets.generation.ledger import (
@@ -21,8 +20,8 @@ from distill_datasets.generation.ledger import (
 )
 from distill_datasets.generation.shards import Joined, find_parts, join_parts, join_summaries
 from distill_datasets.hub.references import inside
-from distill_datasets.notebooks import interruptible
 from distill_datasets.parquet import Shards
+from distill_datasets.progress import interruptible
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.mix import carried_line, carried_part
 from distill_datasets.recipes.queries import holds_more, write_used_columns
@@ -57,6 +56,7 @@ from distill_datasets.releases.versions import (
     history,
 )
 from distill_datasets.schema import answer_features
+from distill_datasets.tables import html_card, html_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,10 +97,10 @@ class Release:
 
     def _repr_html_(self) -> str:
         counts = {**self.splits, "rejected": self.rejected}
-        return html.card(
+        return html_card(
             f"Release {self.version} in {self.path}",
             self.why,
-            html.table(counts.items(), ["split", "rows"]),
+            html_table(counts.items(), ["split", "rows"]),
             *self.warnings,
             f"Digest {self.digest}",
         )

@@ -1,15 +1,22 @@
 """Requests and answers of OpenAI's protocol as a proxy needs them: read, and passed on."""
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from distill_datasets.conversations import Call, write_calls
 from distill_datasets.schema import Message
-from distill_datasets.selective import Place
 from distill_datasets.serving.rollout import Exchange
 
 _MOST_TEXT = 1 << 20  # characters of a stream that are kept to be counted
+
+
+class Place(NamedTuple):
+    """A token of an answer, its log-probability, and the likeliest tokens in its place."""
+
+    token: str
+    logprob: float
+    likeliest: Sequence[tuple[str, float]] = ()
 
 
 def read_messages(body: Any) -> list[Message]:

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets import html
 from distill_datasets.errors import OutputError, RepositoryError
 from distill_datasets.files import replacing
-from distill_datasets.notebooks import interruptible
+from distill_datasets.progress import interruptible
 from distill_datasets.serving.parity import FILE, Certificate, certify, load_plain
+from distill_datasets.tables import html_card, html_facts
 from distill_datasets.training.export import (
     ADAPTER_CONFIG,
     BASE_FILES,
@@ -94,7 +94,7 @@ class PushedStudent:
     changed: bool
 
     def _repr_html_(self) -> str:
-        return html.card(f"Pushed the student to {self.repo}", html.facts(asdict(self)))
+        return html_card(f"Pushed the student to {self.repo}", html_facts(asdict(self)))
 
 
 @interruptible

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_datasets.chat_rows import Conversation
+from distill_datasets.conversations import Conversation
 from distill_datasets.errors import DatasetError, HubError, ModelError, ServiceError
 from distill_datasets.training.data import locate, open_split
 from distill_datasets.training.export import (

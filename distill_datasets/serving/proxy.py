@@ -26,8 +26,8 @@ from distill_datasets.generation.pricing import Price
 from distill_datasets.models.sampler import digest
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
-from distill_datasets.selective import Place
 from distill_datasets.serving.exchanges import (
+    Place,
     SpokenStream,
     as_events,
     read_exchange,

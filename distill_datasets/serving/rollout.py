@@ -22,10 +22,17 @@ from typing import Any
 from distill_datasets.conversations import to_text
 from distill_datasets.errors import DatasetError, OutputError, SettingsError
 from distill_datasets.evaluation.gate import GateRules
-from distill_datasets.files import writable_folder, write_file
+from distill_datasets.evaluation.metrics import chrf
+from distill_datasets.files import (
+    read_report,
+    read_rows,
+    report_file,
+    rows_file,
+    writable_folder,
+    write_file,
+)
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.report_files import read_report, read_rows, report_file, rows_file
 from distill_datasets.schema import Message
 from distill_datasets.serving.stages import (
     OFF,
@@ -38,7 +45,6 @@ from distill_datasets.serving.stages import (
     by_name,
     decide,
 )
-from distill_datasets.similarity import chrf
 
 STATE, MOVES, TEXTS = "state.json", "moves.jsonl", "texts.jsonl"
 _SAVE_SECONDS = 5.0

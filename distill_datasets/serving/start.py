@@ -17,12 +17,11 @@ from distill_datasets.errors import (
     SettingsError,
 )
 from distill_datasets.evaluation.gate import GateRules
-from distill_datasets.files import one_writer, write_file
+from distill_datasets.files import one_writer, read_report, write_file
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.models.endpoint import read_address, read_key
 from distill_datasets.recipes.prompt import fields_of
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.report_files import read_report
 from distill_datasets.serving.proxy import Arm, Backend, Chooser, RolloutProxy
 from distill_datasets.serving.rollout import (
     Judgement,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from distill_datasets import html
 from distill_datasets.errors import (
     AccessError,
     DatasetError,
@@ -18,6 +17,7 @@ from distill_datasets.errors import (
     RequestError,
     ServiceError,
 )
+from distill_datasets.files import read_report, report_file
 from distill_datasets.generation.client import run_in_thread
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.hub.references import find_release
@@ -28,8 +28,7 @@ from distill_datasets.models.tinker_sdk import explained
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.sections import OWN_TEACHER
 from distill_datasets.releases.manifest import read_manifest
-from distill_datasets.report_files import read_report, report_file
-from distill_datasets.tables import aligned, one_line
+from distill_datasets.tables import aligned, html_card, html_table, one_line
 
 _HEAD = ("what", "name", "state", "says")
 State = Literal["holds", "ends", "changed", "gone", "unknown"]
@@ -92,7 +91,7 @@ class Inspection:
 
     def _repr_html_(self) -> str:
         title = f"{self.target}: {'fails' if self.failing else 'holds'}"
-        return html.card(title, html.table(self._rows(), _HEAD), self.rebuild or "")
+        return html_card(title, html_table(self._rows(), _HEAD), self.rebuild or "")
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [

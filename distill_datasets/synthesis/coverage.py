@@ -9,7 +9,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distill_datasets import html
 from distill_datasets.conversations import readable
 from distill_datasets.errors import RecipeError
 from distill_datasets.files import one_writer, writable_folder, write_file
@@ -18,12 +17,12 @@ from distill_datasets.generation.client import CachedClient, ManyRequests
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.sampler import Reply, Sampler, Sampling
-from distill_datasets.notebooks import interruptible
+from distill_datasets.progress import interruptible
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.synthesis.interview import open_teacher
-from distill_datasets.tables import aligned, one_line
+from distill_datasets.tables import aligned, html_card, html_preformatted, one_line
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -67,8 +66,8 @@ class PromptCoverage:
         return DataFrame(self.data["rules"])
 
     def _repr_html_(self) -> str:
-        return html.card(
-            f"Coverage of the prompt of {self.data['recipe']}", html.preformatted(self.text())
+        return html_card(
+            f"Coverage of the prompt of {self.data['recipe']}", html_preformatted(self.text())
         )
 
     def text(self) -> str:

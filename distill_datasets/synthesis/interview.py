@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from distill_datasets import resources
 from distill_datasets.conversations import from_text, response_text, shown, to_text, user_message
 from distill_datasets.errors import FATAL, GenerationError
+from distill_datasets.files import builders_folder
 from distill_datasets.generation.client import CachedClient, outcome
 from distill_datasets.models.sampler import Sampler, Sampling
 from distill_datasets.recipes.prompt import render_ours
@@ -194,7 +194,7 @@ def _needed(
 
 
 def _template(name: str) -> str:
-    path = resources.builders() / "_synthesis" / f"{name}.md"
+    path = builders_folder() / "_synthesis" / f"{name}.md"
     return path.read_text(encoding="utf-8").strip()
 
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import yaml
 
-from distill_datasets import resources
 from distill_datasets.conversations import from_text, read_messages, to_text
 from distill_datasets.errors import OutputError, RecipeError
-from distill_datasets.files import replacing, write_file
+from distill_datasets.files import builders_folder, replacing, write_file
 from distill_datasets.recipes.loading import is_copy, load_recipe, samples_among
 from distill_datasets.recipes.queries import load_queries, read_columns, read_lines
 from distill_datasets.recipes.recipe import Recipe
@@ -160,7 +159,7 @@ def _unwritable(recipe: Recipe) -> str | None:
     spec, folder = recipe.queries, recipe.folder.resolve()
     if not (folder / "recipe.yaml").is_file():
         return "the recipe lies in no folder"
-    if resources.builders().resolve() in folder.parents:
+    if builders_folder().resolve() in folder.parents:
         return "the recipe comes with the package"
     if is_copy(folder, "manifest.json", "generation.json"):
         return "the recipe is part of a release or a run"

@@ -12,7 +12,6 @@ from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 from warnings import warn
 
-from distill_datasets import html
 from distill_datasets.errors import GenerationError, RecipeError
 from distill_datasets.files import one_writer, writable_folder, write_file
 from distill_datasets.generation.cache import Journal
@@ -20,8 +19,7 @@ from distill_datasets.generation.client import CachedClient, run_in_thread
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.sampler import Sampler, digest
-from distill_datasets.notebooks import interruptible
-from distill_datasets.progress import Progress
+from distill_datasets.progress import Progress, interruptible
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.synthesis.duplicates import NearDuplicates
@@ -33,6 +31,7 @@ from distill_datasets.synthesis.interview import (
     open_teacher,
 )
 from distill_datasets.synthesis.query_file import AXES, ORIGIN, QueryFile, open_query_file
+from distill_datasets.tables import html_card, html_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -97,10 +96,10 @@ class Synthesized:
 
     def _repr_html_(self) -> str:
         rules = [[row["number"], row["rule"], row["queries"]] for row in self.summary["rules"]]
-        return html.card(
+        return html_card(
             f"Synthesized: {self.kept:,} queries in {self.path}",
             self.sentence(),
-            html.table(rules, ["", "rule", "queries"]),
+            html_table(rules, ["", "rule", "queries"]),
         )
 
     def table(self) -> str:

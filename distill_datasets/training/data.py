@@ -12,13 +12,14 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.chat_rows import (
+from distill_datasets.conversations import (
     Conversation,
     RowReader,
     as_written,
     conversation_reader,
+    is_blank,
+    response_text,
 )
-from distill_datasets.conversations import is_blank, response_text
 from distill_datasets.errors import DatasetError, OutputError
 from distill_datasets.hub.references import (
     Pinned,

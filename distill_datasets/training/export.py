@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distill_datasets import resources
 from distill_datasets.errors import (
     AccessError,
     DatasetError,
@@ -18,7 +17,7 @@ from distill_datasets.errors import (
     OutputError,
     RecipeError,
 )
-from distill_datasets.files import replacing
+from distill_datasets.files import pocket_folder, replacing
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.cards import dataset_on_hub, model_card
@@ -139,7 +138,7 @@ def find_base(trained: Trained, base_model: str | None) -> AdapterBase:
     """The base of a student, of which `base_model` is as in `export_adapter`."""
     student = trained.student
     if student == "pocket":
-        return AdapterBase(None, resources.pocket())
+        return AdapterBase(None, pocket_folder())
     if student.startswith("tinker:"):
         return AdapterBase(str(trained.config["base_model"]).partition(":")[0], None)
     name = student.removeprefix("embedded:")

@@ -16,9 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from distill_datasets import html
 from distill_datasets.errors import ModelError, OtherTrainingError, OutputError
 from distill_datasets.files import one_writer, writable_folder, write_file
+from distill_datasets.tables import html_card, html_facts
 from distill_datasets.training.schedule import OF_ANSWERS, Selection, why_it_ended
 from distill_datasets.training.settings import VALIDATION_LOSS, decisive
 from distill_datasets.training.tracking import tell
@@ -110,7 +110,7 @@ class TrainingResult:
             "ended": self.why,
         }
         drawn = panels_html(self.metrics, self.best.step)[:1]
-        return html.card(f"Trained: {self.verdict}", html.facts(numbers), *drawn, str(self.path))
+        return html_card(f"Trained: {self.verdict}", html_facts(numbers), *drawn, str(self.path))
 
 
 class TrainingFolder:

@@ -9,12 +9,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets import html
 from distill_datasets.drawing import whisker
 from distill_datasets.errors import ModelError, SettingsError, nearest
 from distill_datasets.files import one_writer, write_file
-from distill_datasets.notebooks import interruptible
-from distill_datasets.tables import aligned
+from distill_datasets.progress import interruptible
+from distill_datasets.tables import aligned, html_card, html_plot, html_table
 from distill_datasets.training.tracking import tell
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class Sweep:
             [
                 *trial.values.values(),
                 trial.loss,
-                "" if trial.loss is None else html.plot(whisker(trial.loss, bounds=bounds)),
+                "" if trial.loss is None else html_plot(whisker(trial.loss, bounds=bounds)),
                 trial.best_step,
                 trial.seconds,
                 trial.parameters,
@@ -87,7 +86,7 @@ class Sweep:
         ]
         head = [*names, "loss", "0 to the highest", "best step", "seconds", "parameters", ""]
         said = f"Best: {best.folder}" if best else "No training was finished"
-        return html.card(f"{said}, of {len(self.trials)} in {self.path}", html.table(lines, head))
+        return html_card(f"{said}, of {len(self.trials)} in {self.path}", html_table(lines, head))
 
     def table(self) -> str:
         """A line a trial, the best one marked."""

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill_datasets.errors import ModelError, OutputError, SettingsError, nearest
-from distill_datasets.notebooks import interruptible
-from distill_datasets.progress import Progress
+from distill_datasets.progress import Progress, interruptible
 from distill_datasets.training.data import (
     DatasetSource,
     DatasetSplit,

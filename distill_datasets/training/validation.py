@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import tinker
 
-from distill_datasets.chat_rows import Conversation
 from distill_datasets.conversations import (
     PYTHON_WORDS,
     Call,
+    Conversation,
     calls_text,
     plain_value,
     read_calls,

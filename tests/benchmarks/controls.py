@@ -16,7 +16,8 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from distill_datasets import TrainSettings, measure, resources, train
+from distill_datasets import TrainSettings, measure, train
+from distill_datasets.files import pocket_folder
 from distill_datasets.training.settings import ObjectiveSettings
 
 
@@ -38,7 +39,7 @@ def random_weights(folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     names = shutil.ignore_patterns("*.py", "__pycache__", "corpus", "model.safetensors")
-    shutil.copytree(resources.pocket(), folder, ignore=names)
+    shutil.copytree(pocket_folder(), folder, ignore=names)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
     return folder

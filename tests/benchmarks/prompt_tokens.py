@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-from distill_datasets import resources
+from distill_datasets.files import pocket_folder
 from distill_datasets.models.renderers import CHAT_TEMPLATE, open_renderer
 from distill_datasets.recipes.loading import shipped_recipes
 from distill_datasets.recipes.queries import load_queries
@@ -37,7 +37,7 @@ def main() -> None:
     """Print the table."""
     from transformers import AutoTokenizer
 
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else resources.pocket()
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else pocket_folder()
     renderer = open_renderer(CHAT_TEMPLATE, AutoTokenizer.from_pretrained(folder))
     rows = [["recipe", "queries", "teacher", "student", "saved"]]
     for recipe in shipped_recipes():

@@ -27,12 +27,12 @@ from typing import Any
 
 from distill_datasets import generate, measure, publish, train
 from distill_datasets.evaluation.settings import MeasureSettings
+from distill_datasets.files import builders_folder
 from distill_datasets.models import connection
 from distill_datasets.models.references import connect
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.recipes.sections import MixPart
-from distill_datasets.resources import builders
 from distill_datasets.tables import aligned
 from distill_datasets.training.settings import ObjectiveSettings, TrainSettings
 from tests.benchmarks import plain_peft
@@ -50,7 +50,7 @@ TASKS = ("order", "review", "curious")
 OTHERS = MixPart(
     name="other",
     share=0.2,
-    path=str(builders() / "order" / "other.jsonl"),
+    path=str(builders_folder() / "order" / "other.jsonl"),
     query="query",
     response="response",
 )
@@ -142,7 +142,9 @@ def _base_loss(base: connection.Connection, out: Path) -> float:
 
 def applied(task: Task, model: TinkerSampler) -> float:
     """The share of plain questions that are answered as if they were the task's."""
-    lines = (builders() / "_residue" / "general.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (
+        (builders_folder() / "_residue" / "general.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     queries = [json.loads(line)["query"] for line in lines]
 
     async def ask() -> list[Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import tinker
 from tinker import types
 
-from distill_datasets import resources
+from distill_datasets.files import pocket_folder
 from distill_datasets.models.connection import Connection
 from distill_datasets.models.processes import ProcessSampler
 from distill_datasets.models.sampler import Sampling
@@ -43,7 +43,7 @@ def messages(number: int) -> list[Message]:
 def connect(url: str) -> TinkerSampler:
     """A sampler of the pocket model's tokens, answered by nobody."""
     service = tinker.ServiceClient(base_url=url, api_key=tinker_endpoint.KEY)
-    tokenizer = str(resources.pocket())
+    tokenizer = str(pocket_folder())
     return TinkerSampler(
         Connection("tinker:canned", service, "canned", tokenizer, "qwen3_instruct")
     )

@@ -30,8 +30,8 @@ from tinker_cookbook.supervised.data import conversation_to_datum
 from tinker_cookbook.supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 from tinker_cookbook.tokenizer_utils import register_tokenizer
 
-from distill_datasets import resources
 from distill_datasets.embedded.process import Server, launch
+from distill_datasets.files import pocket_folder
 from distill_datasets.models import connection as connections
 from distill_datasets.models import references
 from distill_datasets.training.data import locate, open_splits
@@ -269,7 +269,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work, store = Path(folder), Path(folder) / "store"
-        with launch(resources.pocket(), name="pocket", store=store) as server:
+        with launch(pocket_folder(), name="pocket", store=store) as server:
             os.environ["TINKER_API_KEY"] = server.api_key
             connections._server = lambda *_: server  # type: ignore[assignment, return-value]
             if options.only != "latency":

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from distill_datasets.resources import builders
+from distill_datasets.files import builders_folder
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTROL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
@@ -207,7 +207,7 @@ class ChatFrame:
 @cache
 def recipe_prompt(recipe: str) -> str:
     """Return the prompt of a recipe that ships, such as `language_id`."""
-    return (builders() / recipe / "prompt.md").read_text(encoding="utf-8").strip()
+    return (builders_folder() / recipe / "prompt.md").read_text(encoding="utf-8").strip()
 
 
 def edited(prompt: str, section: str) -> str:

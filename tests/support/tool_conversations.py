@@ -43,9 +43,9 @@ def foreign_tokenizer() -> Any:
     """The pocket model's, with the control tokens that it lacks."""
     from transformers import AutoTokenizer
 
-    from distill_datasets import resources
+    from distill_datasets.files import pocket_folder
 
-    found = AutoTokenizer.from_pretrained(resources.pocket())
+    found = AutoTokenizer.from_pretrained(pocket_folder())
     marks = ("call", "response")
     found.add_special_tokens({"additional_special_tokens": FOREIGN})
     found.add_tokens([f"<{slash}tool_{mark}>" for mark in marks for slash in ("", "/")])

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from distill_datasets.cli.main import main
-from distill_datasets.resources import KINDS
+from distill_datasets.files import TEMPLATES
 from tests.conftest import edit
 
 
@@ -106,7 +106,7 @@ def test_the_shipped_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> N
     assert "persona_template:ada_lovelace" in listed
 
 
-@pytest.mark.parametrize("like", KINDS)
+@pytest.mark.parametrize("like", TEMPLATES)
 def test_a_new_recipe_of_each_kind_is_a_folder_that_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, like: str
 ) -> None:

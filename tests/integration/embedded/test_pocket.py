@@ -6,7 +6,7 @@ import pytest
 import torch
 from tinker_cookbook.renderers import get_renderer
 
-from distill_datasets.resources import pocket as pocket_folder
+from distill_datasets.files import pocket_folder
 from tests.pocket.corpus import (
     collect,
     overlapping,

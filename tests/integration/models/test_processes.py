@@ -12,8 +12,8 @@ import pytest
 import tinker
 from transformers import AutoTokenizer
 
-from distill_datasets import resources
 from distill_datasets.errors import RejectedError, RetryableError, ServiceError, SettingsError
+from distill_datasets.files import pocket_folder
 from distill_datasets.models.connection import Connection
 from distill_datasets.models.processes import ProcessSampler
 from distill_datasets.models.sampler import Reply, Sampling
@@ -27,13 +27,13 @@ ASKED: list[Message] = [{"role": "user", "content": "Und?"}]
 
 @pytest.fixture(scope="module")
 def answer() -> list[int]:
-    tokenizer = AutoTokenizer.from_pretrained(resources.pocket())
+    tokenizer = AutoTokenizer.from_pretrained(pocket_folder())
     return list(tokenizer.encode("ja<|im_end|>", add_special_tokens=False))
 
 
 def connect(url: str, key: str, model: str) -> TinkerSampler:
     service = tinker.ServiceClient(base_url=url, api_key=key)
-    tokenizer = str(resources.pocket())
+    tokenizer = str(pocket_folder())
     return TinkerSampler(Connection(f"tinker:{model}", service, model, tokenizer, "qwen3_instruct"))
 
 

@@ -8,8 +8,8 @@ import pytest
 from tinker_cookbook.renderers import get_renderer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distill_datasets import resources
 from distill_datasets.errors import DatasetError, ModelError
+from distill_datasets.files import pocket_folder
 from distill_datasets.models.connection import Connection, load_tokenizer
 from distill_datasets.models.references import open_sampler
 from distill_datasets.models.renderers import CHAT_TEMPLATE, TextTokenizer, open_renderer
@@ -32,7 +32,7 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(resources.pocket())
+    return AutoTokenizer.from_pretrained(pocket_folder())
 
 
 @pytest.fixture(scope="module")

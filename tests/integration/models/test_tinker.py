@@ -12,7 +12,6 @@ import pytest
 import tinker
 from transformers import AutoTokenizer
 
-from distill_datasets import resources
 from distill_datasets.errors import (
     AccessError,
     DistillError,
@@ -22,6 +21,7 @@ from distill_datasets.errors import (
     RetryableError,
     ServiceError,
 )
+from distill_datasets.files import pocket_folder
 from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.models.connection import Connection
 from distill_datasets.models.references import connect
@@ -38,7 +38,7 @@ TEXTS = ["I am here", "Ich bin da", "a\nb\n\nc", "  blanks ", "", "\n", "的 中
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(resources.pocket())
+    return AutoTokenizer.from_pretrained(pocket_folder())
 
 
 class Counted:
@@ -136,7 +136,7 @@ def answer(tokenizer: Any) -> list[int]:
 def canned(answer: list[int]) -> Iterator[TinkerSampler]:
     with tinker_endpoint.running(answer) as url:
         service = tinker.ServiceClient(base_url=url, api_key=tinker_endpoint.KEY)
-        tokenizer = str(resources.pocket())
+        tokenizer = str(pocket_folder())
         connection = Connection("tinker:canned", service, "canned", tokenizer, "qwen3_instruct")
         yield TinkerSampler(connection)
 
@@ -247,7 +247,7 @@ def test_settings_that_the_protocol_lacks_are_refused(canned: TinkerSampler) -> 
 def test_an_answer_that_takes_too_long_may_be_asked_for_again(answer: list[int]) -> None:
     with tinker_endpoint.running(answer, delay=600) as url:
         service = tinker.ServiceClient(base_url=url, api_key=tinker_endpoint.KEY)
-        folder = str(resources.pocket())
+        folder = str(pocket_folder())
         connection = Connection("tinker:canned", service, "canned", folder, "qwen3_instruct")
         with pytest.raises(RetryableError) as raised:
             ask(TinkerSampler(connection, timeout=0.1))

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from distill_datasets import resources
 from distill_datasets.conversations import (
     Call,
     assistant_message,
@@ -14,6 +13,7 @@ from distill_datasets.conversations import (
     response_text,
     split_calls,
 )
+from distill_datasets.files import pocket_folder
 from distill_datasets.models.renderers import CHAT_TEMPLATE, open_renderer
 from distill_datasets.recipes.parsing import Reader
 from tests.support.tool_conversations import (
@@ -35,7 +35,7 @@ MANY = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(resources.pocket())
+    return AutoTokenizer.from_pretrained(pocket_folder())
 
 
 @pytest.fixture(scope="module")

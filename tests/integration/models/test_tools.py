@@ -10,7 +10,6 @@ import tinker
 from tinker_cookbook.renderers import ToolCall, TrainOnWhat, get_renderer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distill_datasets import resources
 from distill_datasets.conversations import (
     Call,
     assistant_message,
@@ -18,6 +17,7 @@ from distill_datasets.conversations import (
     split_calls,
 )
 from distill_datasets.errors import DatasetError, ModelError
+from distill_datasets.files import pocket_folder
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.models.connection import Connection
 from distill_datasets.models.renderers import CHAT_TEMPLATE, TextRenderer, open_renderer
@@ -85,7 +85,7 @@ ONE_TURN = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(resources.pocket())
+    return AutoTokenizer.from_pretrained(pocket_folder())
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +383,7 @@ def test_a_sampler_shows_its_tools_and_gives_calls_as_text(tokenizer: Any) -> No
     answer = tokenizer.encode(f"{text}<|im_end|>", add_special_tokens=False)
     with tinker_endpoint.running(answer) as url:
         service = tinker.ServiceClient(base_url=url, api_key=tinker_endpoint.KEY)
-        folder = str(resources.pocket())
+        folder = str(pocket_folder())
         sampler = TinkerSampler(
             Connection("tinker:canned", service, "canned", folder, "qwen3_instruct")
         )

@@ -25,8 +25,8 @@ from distill_datasets.cli.main import main
 from distill_datasets.errors import DatasetError, OutputError, ScreeningError
 from distill_datasets.evaluation.gate import GateRules
 from distill_datasets.generation.pricing import Price
-from distill_datasets.selective import Place as Token
 from distill_datasets.serving.calibration import Confidence
+from distill_datasets.serving.exchanges import Place as Token
 from distill_datasets.serving.proxy import Backend, Chooser, RolloutProxy, without_prompt
 from distill_datasets.serving.rollout import Judgement, RolloutState, harvest, read_moves
 from distill_datasets.serving.settings import RolloutSettings

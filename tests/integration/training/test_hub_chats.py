@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from distill_datasets import resources
 from distill_datasets.embedded.process import launch
+from distill_datasets.files import pocket_folder
 from distill_datasets.models import connection
 from distill_datasets.training.trainer import TrainSettings, train
 from tests.support.training_runs import metrics
@@ -47,7 +47,7 @@ SHAREGPT = [
 def _one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """For every training here, which would each start its own."""
     store = tmp_path_factory.mktemp("store")
-    server = launch(resources.pocket(), name="pocket", store=store)
+    server = launch(pocket_folder(), name="pocket", store=store)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(connection, "_server", lambda name, folder, store, dtype: server)
         yield

@@ -9,9 +9,10 @@ import pytest
 from tinker_cookbook.renderers import TrainOnWhat, get_renderer
 from transformers import AutoTokenizer
 
-from distill_datasets import generate, load_recipe, publish, resources
-from distill_datasets.chat_rows import Conversation
+from distill_datasets import generate, load_recipe, publish
+from distill_datasets.conversations import Conversation
 from distill_datasets.errors import DatasetError, SettingsError
+from distill_datasets.files import pocket_folder
 from distill_datasets.models.references import connect
 from distill_datasets.models.renderers import CHAT_TEMPLATE, open_renderer
 from distill_datasets.training.data import examples, locate, open_splits
@@ -44,7 +45,7 @@ ALL = replace(TrainSettings(max_steps=2, batch_size=2, rank=4, internalisation=F
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(resources.pocket())
+    return AutoTokenizer.from_pretrained(pocket_folder())
 
 
 def theirs(name: str, tokenizer: Any) -> list[tuple[list[int], list[float]]]:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from distill_datasets import resources
 from distill_datasets.errors import DatasetError, GateError, SettingsError
 from distill_datasets.evaluation.gate import (
     FAILED,
@@ -17,6 +16,7 @@ from distill_datasets.evaluation.gate import (
     gate,
     is_broken,
 )
+from distill_datasets.files import cards_folder
 from distill_datasets.statistics import Proportion
 
 Report = dict[str, Any]
@@ -362,14 +362,14 @@ def test_least_shares_of_checks_are_rules(tmp_path: Path) -> None:
 
 
 def edited(folder: Path, change: Callable[[str], str]) -> Path:
-    text = (resources.cards() / "gate.yaml").read_text()
+    text = (cards_folder() / "gate.yaml").read_text()
     (folder / "gate.yaml").write_text(change(text))
     return folder / "gate.yaml"
 
 
 def test_the_template_has_every_rule_at_its_default(tmp_path: Path) -> None:
-    assert GateRules.load(resources.cards() / "gate.yaml") == GateRules()
-    text = (resources.cards() / "gate.yaml").read_text()
+    assert GateRules.load(cards_folder() / "gate.yaml") == GateRules()
+    text = (cards_folder() / "gate.yaml").read_text()
     assert all(f"\n{name}: " in text for name in GateRules.model_fields)
     other = edited(tmp_path, lambda text: text.replace("residue: measured", "residue: [leak]"))
     assert GateRules.load(other).residue == ("leak",)

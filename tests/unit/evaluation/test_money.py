@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from distill_datasets import resources
 from distill_datasets.errors import DatasetError, PriceError
 from distill_datasets.evaluation.money import (
     CACHED,
@@ -17,6 +16,7 @@ from distill_datasets.evaluation.money import (
     money_text,
     priced_models,
 )
+from distill_datasets.files import cards_folder
 from distill_datasets.generation.pricing import Price, Prices, import_prices
 
 
@@ -240,7 +240,7 @@ def test_the_text_has_advice_volumes_and_arithmetic() -> None:
 
 
 def test_the_template_of_prices_can_be_read() -> None:
-    found = Prices.load(resources.cards() / "prices.yaml")
+    found = Prices.load(cards_folder() / "prices.yaml")
     assert found.models["student"].hosting == pytest.approx(876.0)
     assert found.of("tinker:Qwen/Qwen3-8B").train == 0.4
 

@@ -5,10 +5,9 @@ import pytest
 from datasets import Dataset
 
 from distill_datasets.evaluation.comparison import Comparison, Texts, metric_names
-from distill_datasets.evaluation.metrics import Metrics
+from distill_datasets.evaluation.metrics import Metrics, chrf
 from distill_datasets.evaluation.systems import is_free_text
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.similarity import chrf
 from tests.support.recipes import any_recipe
 
 recipe = partial(any_recipe, response="{{ text }}")

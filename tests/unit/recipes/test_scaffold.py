@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from distill_datasets.errors import RecipeError
+from distill_datasets.files import TEMPLATES
 from distill_datasets.recipes.loading import load_recipe, new_recipe, samples_among
 from distill_datasets.recipes.queries import load_queries
-from distill_datasets.resources import KINDS
 
 
-@pytest.mark.parametrize("like", KINDS)
+@pytest.mark.parametrize("like", TEMPLATES)
 def test_a_sample_has_all_splits_and_says_so_when_its_prompt_is_another(
     tmp_path: Path, like: str
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from distill_datasets.chat_rows import Conversation
+from distill_datasets.conversations import Conversation
 from distill_datasets.errors import DatasetError
 from distill_datasets.training.data import DatasetSplit, locate, open_splits
 from distill_datasets.training.settings import TrainSettings

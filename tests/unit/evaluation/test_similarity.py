@@ -1,7 +1,7 @@
 import pytest
 from sacrebleu.metrics.chrf import CHRF
 
-from distill_datasets.similarity import chrf, equal, rouge_l
+from distill_datasets.evaluation.metrics import chrf, equal, rouge_l
 
 PAIRS = [
     ("the cat sat on the mat", "the cat sat on the mat"),
