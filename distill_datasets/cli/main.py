@@ -186,7 +186,7 @@ def _require_runnable(options: argparse.Namespace) -> "tuple[Recipe, set[str]]":
     from distill_datasets.models.references import default_student
     from distill_datasets.recipes.loading import load_recipe
     from distill_datasets.recipes.queries import require_splits
-    from distill_datasets.releases.versions import check_version
+    from distill_datasets.releases.manifest import check_version
 
     given = options.recipe
     asked = load_recipe(given, trust=bool(options.trust)) if isinstance(given, str) else given

@@ -1,29 +1,49 @@
-"""The HTTP application: keys, refusals, and the entry point of the server's process."""
+"""The HTTP application: keys, refusals, and the endpoints, which are sessions, sampling, training,
+results, and what is stored.
+"""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import hmac
 import json
-import os
-import sys
-from collections.abc import AsyncIterator, Callable
+import re
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from distill_datasets.errors import DistillError
 
-from .endpoints import SERVICE, routes
-from .model import ModelCard
+from .engine import Promise, SamplingSession, Service, Session
+from .model import MOST_RANK, ModelCard
 from .process import HOST
-from .service import Service
-from .store import Store
-from .wire import LARGEST_BODY, InvalidRequestError, MissingError
+from .scheduler import Payload
+from .store import SCHEME, Kind, Store, StoredCheckpoint, StoredRun
+from .wire import (
+    LARGEST_BODY,
+    LOSSES,
+    MOST_SAMPLES,
+    Body,
+    InvalidRequestError,
+    MissingError,
+    pb,
+    read_json,
+    read_sample_request,
+    section,
+    shown,
+    text,
+    texts,
+    token_ids,
+    whole,
+)
 
 # Where another protocol may be spoken.
 OTHER = "/v1/"
@@ -98,34 +118,473 @@ async def running(
             service.engine.close()
 
 
-async def _serve_parent(card: ModelCard, store: Path | None, api_key: str, said: str) -> None:
-    async with running(card, store, api_key) as port:
-        print(json.dumps({"port": port, "dtype": card.dtype, "said": said}), flush=True)
-        # The pipe closes with the parent, however that ends.
-        await asyncio.to_thread(sys.stdin.read)
+SERVICE: web.AppKey[Service] = web.AppKey("service", Service)
+# The SDK gives a collecting request 45 s before it calls the connection broken.
+HOLD_SECONDS = 30.0
+PROTOBUF = "application/x-protobuf"
+ADAM = {"type": "adamw"}
+OWNER = "local"
+MOST_SEQUENCE = 2**53
+routes = web.RouteTableDef()
+# Random per process: an idempotency key names one session of one server.
+_SESSIONS = uuid.uuid4()
+_SLOTS: dict[Kind, str] = {
+    "weights": "last_checkpoint",
+    "sampler_weights": "last_sampler_checkpoint",
+}
+_CHECKPOINT = "/api/v1/training_runs/{run_id}/checkpoints/{checkpoint_id:.+?}"
 
 
-def main() -> int:
-    """Serve until the parent closes stdin or dies; its first line is the key."""
-    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}")
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--store", type=Path)
-    options = parser.parse_args()
-    api_key = sys.stdin.readline().strip()
+async def _read(request: web.Request) -> tuple[Service, dict[str, Any]]:
+    return request.app[SERVICE], read_json(await request.read())
+
+
+def _sequence(body: Body, name: str = "seq_id") -> int:
+    found: int = whole(body, name, 0, MOST_SEQUENCE)
+    return found
+
+
+# Sessions
+
+
+def _answer_always(said: dict[str, str]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response(said)
+
+    return answer
+
+
+# The client's switches stay at their defaults, the simplest and fastest for loopback; its events
+# are dropped; sessions live as long as the server.
+for _place, _said in {
+    "client/config": {},
+    "client/dynamic_config": {},
+    "telemetry": {"status": "accepted"},
+    "session_heartbeat": {"type": "session_heartbeat"},
+    "sessions/{session_id}/finish": {},
+}.items():
+    routes.post(f"/api/v1/{_place}")(_answer_always(_said))
+routes.get("/api/v1/healthz")(_answer_always({"status": "ok"}))
+
+
+@routes.get("/api/v1/get_server_capabilities")
+async def capabilities(request: web.Request) -> web.Response:
+    """Name the model, and what it is trained with: limits that the SDK's type leaves out."""
+    card = request.app[SERVICE].card
+    known = {
+        "max_context_length": card.max_context,
+        "trainable": True,
+        "sampleable": True,
+        "max_lora_rank": MOST_RANK,
+        "loss_fns": list(LOSSES),
+    }
+    # By the folder's name the Tinker Cookbook finds the tokenizer too.
+    names = dict.fromkeys((card.name, str(card.folder)))
+    return web.json_response({"supported_models": [{"model_name": n, **known} for n in names]})
+
+
+@routes.post("/api/v1/create_session")
+async def create_session(request: web.Request) -> web.Response:
+    """Start a session; its random id keeps run ids apart across restarts."""
+    service, body = await _read(request)
+    key = request.headers.get("X-Idempotency-Key") or uuid.uuid4().hex
+    session_id = str(uuid.uuid5(_SESSIONS, key))
+    name = text(body, "display_name", None)
+    session = Session(session_id, dict(section(body, "user_metadata")) or None, name)
+    service.sessions.setdefault(session_id, session)
+    return web.json_response({"type": "create_session", "session_id": session_id})
+
+
+@routes.get("/api/v1/sessions")
+async def sessions(request: web.Request) -> web.Response:
+    """List the sessions since the server started."""
+    found, _ = _page(request, list(request.app[SERVICE].sessions), 20)
+    return web.json_response({"sessions": found})
+
+
+@routes.get("/api/v1/sessions/{session_id}")
+async def session(request: web.Request) -> web.Response:
+    """Describe a session."""
+    found = request.app[SERVICE].session(request.match_info["session_id"])
+    return web.json_response(
+        {
+            "training_run_ids": found.models,
+            "sampler_ids": found.samplers,
+            "user_metadata": found.user_metadata,
+            "display_name": found.display_name,
+        }
+    )
+
+
+# Sampling
+
+
+@routes.post("/api/v1/create_sampling_session")
+async def create_sampling_session(request: web.Request) -> web.Response:
+    """Choose the weights that answer: the base model or a saved checkpoint."""
+    service, body = await _read(request)
+    session = service.session(text(body, "session_id"))
+    base_model, path = text(body, "base_model", None), text(body, "model_path", None)
+    if base_model is None and path is None:
+        raise InvalidRequestError("expected base_model or model_path; found neither")
+    if base_model is not None:
+        service.card.require(base_model)
+    sampler_id = f"{session.session_id}:sample:{_sequence(body, 'sampling_session_seq_id')}"
+    if sampler_id not in service.samplers:
+        weights = service.engine.weights_of(path)
+        service.samplers[sampler_id] = SamplingSession(sampler_id, path, weights)
+        session.samplers.append(sampler_id)
+    return web.json_response({"type": "create_sampling_session", "sampling_session_id": sampler_id})
+
+
+@routes.get("/api/v1/samplers/{sampler_id}")
+async def get_sampler(request: web.Request) -> web.Response:
+    """Say what a sampling session samples from."""
+    service = request.app[SERVICE]
+    sampler = service.sampler(request.match_info["sampler_id"])
+    body = {"sampler_id": sampler.sampler_id, "base_model": service.card.name}
+    if sampler.model_path is not None:
+        body["model_path"] = sampler.model_path
+    return web.json_response(body)
+
+
+@routes.post("/api/v1/samplers/{sampler_id}/json_schema")
+async def hold_to_schema(request: web.Request) -> web.Response:
+    """Hold what a sampling session samples from now on to a JSON schema; Tinker has no such thing.
+
+    `ends` are the tokens that may stand behind an answer.
+    """
+    service, body = await _read(request)
+    sampler = service.sampler(request.match_info["sampler_id"])
+    ends = token_ids(body.get("ends"), "ends").tolist()
+    if "json_schema" not in body or not ends:
+        raise InvalidRequestError("expected json_schema, and ends of at least one token")
+    constrain = await service.hold(body["json_schema"], ends)
+    service.samplers[sampler.sampler_id] = replace(sampler, constrain=constrain)
+    return web.json_response({"sampler_id": sampler.sampler_id})
+
+
+@routes.post("/api/v1/asample")
+async def asample(request: web.Request) -> web.Response:
+    """Accept a sample request."""
+    service, body = await _read(request)
+    sampler_id = text(body, "sampling_session_id")
+    request_id = f"{sampler_id}:{_sequence(body)}"
+    service.promise_sample(
+        request_id, lambda: (service.sampler(sampler_id), read_sample_request(body))
+    )
+    count = body.get("num_samples", 1)
+    # A count out of range is refused with the result.
+    ids = [f"{request_id}:{n}" for n in range(count if count in range(MOST_SAMPLES + 1) else 1)]
+    return web.json_response({"request_id": request_id, "sample_sequence_ids": ids})
+
+
+@routes.post("/api/v1/retrieve_future")
+async def retrieve_future(request: web.Request) -> web.Response:
+    """Hand over a result, waiting for it at most HOLD_SECONDS."""
+    service, body = await _read(request)
+    request_id = text(body, "request_id")
+    promise = service.promises.get(request_id)
+    if promise is None:
+        raise web.HTTPNotFound(
+            text=json.dumps({"error": f"found no request {request_id!r}: the server restarted"}),
+            content_type="application/json",
+        )
+    if not promise.done.is_set():
+        try:
+            async with asyncio.timeout(HOLD_SECONDS):
+                await promise.done.wait()
+        except TimeoutError:
+            service.refuse_gap(promise)
+    if promise.payload is None:
+        again = {"type": "try_again", "request_id": request_id, "queue_state": "active"}
+        return web.json_response(again, status=408)
+    service.promises.collected(promise)
+    if isinstance(promise.payload, bytes):
+        return web.Response(body=promise.payload, content_type=PROTOBUF)
+    return web.json_response(promise.payload)
+
+
+# Training: each answers with a promise
+
+
+def _promised(promise: Promise, **extra: Any) -> web.Response:
+    return web.json_response({"request_id": promise.request_id, **extra})
+
+
+def _promise_in_order(
+    service: Service, body: Body, run: Callable[[str, int], Payload]
+) -> web.Response:
+    """Promise what `run` gives for a model's id and the number of its request."""
+    model_id, seq_id = text(body, "model_id"), _sequence(body)
+    promise = service.promise_in_order(model_id, seq_id, lambda: run(model_id, seq_id))
+    return _promised(promise, model_id=model_id)
+
+
+def _new_model(service: Service, body: Body) -> str:
+    """The id that the SDK derives by itself when it creates a model by loading one."""
+    session = service.session(text(body, "session_id"))
+    model_id = f"{session.session_id}:train:{_sequence(body, 'model_seq_id')}"
+    if model_id not in session.models:
+        session.models.append(model_id)
+    service.expect_requests(model_id)
+    return model_id
+
+
+def _new_run(service: Service, model_id: str, lora: dict[str, Any], body: Body) -> StoredRun:
+    """The record of a run that this server can make."""
+    card, optimizer = service.card, section(body, "optimizer_config") or ADAM
+    if body.get("base_model") is not None:
+        card.require(text(body, "base_model"))
+    if optimizer.get("type") != ADAM["type"]:
+        raise InvalidRequestError(
+            f"the embedded server has the optimizer {ADAM}; found {shown(optimizer.get('type'))}"
+        )
+    said = texts(body, "user_metadata")
+    facts = model_id, card.name, card.fingerprint, lora, service.store.now(), said
+    return StoredRun(*facts, card.weights)
+
+
+@routes.post("/api/v1/create_model")
+async def create_model(request: web.Request) -> web.Response:
+    """Start a training run."""
+    service, body = await _read(request)
+    model_id = _new_model(service, body)
+
+    def run() -> dict[str, Any]:
+        from .lora import LoraSpec
+
+        spec = LoraSpec.read(section(body, "lora_config"))
+        service.card.require(text(body, "base_model"))
+        return service.engine.create(_new_run(service, model_id, spec.dump(), body), spec)
+
+    return _promised(service.promise(f"{model_id}:create", run))
+
+
+@routes.post("/api/v1/get_info")
+async def get_info(request: web.Request) -> web.Response:
+    """Describe a model; the tokenizer is the local folder, so that nobody asks the Hub."""
+    service, body = await _read(request)
+    record, card = service.store.run(text(body, "model_id")), service.card
+    tokenizer = str(card.folder)
+    names = {"model_name": card.name, "tokenizer_id": tokenizer, "arch": "causal-lm"}
+    return web.json_response(
+        {
+            "type": "get_info",
+            "model_id": record.run_id,
+            "model_data": names,
+            "model_name": card.name,
+            "is_lora": True,
+            "lora_rank": record.lora["rank"],
+            "optimizer_config": ADAM,
+        }
+    )
+
+
+@routes.post("/api/v1/forward_backward")
+async def forward_backward(request: web.Request) -> web.Response:
+    """Score rows, and gather gradients unless asked for the forward pass only."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    service, message = request.app[SERVICE], pb.ForwardBackwardRequest()
     try:
-        dtype = os.environ.get("EMBEDDED_DTYPE", "auto")
-        card = ModelCard.read(options.model.resolve(), options.name, dtype)
-        said = card.foretold()
-    except InvalidRequestError as error:
-        print(error, file=sys.stderr)
-        return 2
-    asyncio.run(_serve_parent(card, options.store, api_key, said))
-    return 0
+        message.ParseFromString(await request.read())
+    except DecodeError as error:
+        raise InvalidRequestError(
+            f"expected a ForwardBackwardRequest in protobuf; found what can't be read: {error}"
+        ) from None
+    body = {"model_id": message.model_id, "seq_id": message.seq_id}
+    return _promise_in_order(service, body, lambda *_: service.engine.forward_backward(message))
 
 
-if __name__ == "__main__":
-    code = main()
-    sys.stderr.flush()
-    # Everything is closed and removed by now; unloading torch would take seconds more.
-    os._exit(code)
+@routes.post("/api/v1/optim_step")
+async def optim_step(request: web.Request) -> web.Response:
+    """Take a step of Adam."""
+    service, body = await _read(request)
+
+    def run(model_id: str, seq_id: int) -> dict[str, Any]:
+        if "adam_params" not in body:
+            raise InvalidRequestError(f"the embedded server has Adam only; found {sorted(body)}")
+        return service.engine.optim_step(model_id, seq_id, section(body, "adam_params"))
+
+    return _promise_in_order(service, body, run)
+
+
+def _save(service: Service, body: Body, kind: Kind, seq_id: int) -> dict[str, Any]:
+    checkpoint = StoredCheckpoint(
+        run_id=text(body, "model_id"),
+        kind=kind,
+        name=text(body, "path", None) or f"{seq_id:06d}",
+        created=service.store.now(),
+        user_metadata=texts(body, "user_metadata"),
+        expires_at=service.store.expiry(body.get("ttl_seconds")),
+        has_optimizer=kind == "weights",
+    )
+    return service.engine.save(checkpoint, seq_id, overwrite=bool(body.get("overwrite")))
+
+
+@routes.post("/api/v1/save_weights")
+async def save_weights(request: web.Request) -> web.Response:
+    """Save weights and optimizer, to resume from."""
+    service, body = await _read(request)
+    return _promise_in_order(
+        service, body, lambda _, seq_id: _save(service, body, "weights", seq_id)
+    )
+
+
+@routes.post("/api/v1/save_weights_for_sampler")
+async def save_weights_for_sampler(request: web.Request) -> web.Response:
+    """Save weights to sample from: under a name, or for one sampling session only."""
+    service, body = await _read(request)
+
+    def run(model_id: str, seq_id: int) -> dict[str, Any]:
+        if body.get("path"):
+            return _save(service, {**body, "overwrite": False}, "sampler_weights", seq_id)
+        return _save_for_session(service, model_id, body)
+
+    return _promise_in_order(service, body, run)
+
+
+def _save_for_session(service: Service, model_id: str, body: Body) -> dict[str, Any]:
+    if text(body, "kind", "snapshot") != "snapshot":
+        raise InvalidRequestError(
+            f"the embedded server saves snapshots; found kind={body['kind']!r}: its weights "
+            "would change under a running sample"
+        )
+    session = service.session(model_id.split(":")[0])
+    sampler_id = f"{session.session_id}:sample:{_sequence(body, 'sampling_session_seq_id')}"
+    service.engine.save_for_session(model_id, sampler_id)
+    service.samplers[sampler_id] = SamplingSession(sampler_id, None, sampler_id)
+    session.samplers.append(sampler_id)
+    return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
+
+
+@routes.post("/api/v1/load_weights")
+async def load_weights(request: web.Request) -> web.Response:
+    """Load a checkpoint into a model, or start a model from one."""
+    service, body = await _read(request)
+    path, optimizer, engine = text(body, "path"), bool(body.get("optimizer")), service.engine
+    if "model_id" in body:
+        return _promise_in_order(
+            service,
+            body,
+            lambda model_id, seq_id: engine.load_into(model_id, seq_id, path, optimizer=optimizer),
+        )
+    # Here rather than in the promise, for the status that other servers give: 404.
+    service.store.find(path)
+    model_id = _new_model(service, body)
+
+    def create() -> dict[str, Any]:
+        saved, _ = engine.training_checkpoint(path)
+        record = _new_run(service, model_id, saved.lora, body)
+        return engine.create_from(record, path, optimizer=optimizer)
+
+    return _promised(service.promise(f"{model_id}:create", create))
+
+
+# What is stored
+
+
+def _page(
+    request: web.Request, found: Sequence[Any], limit: int
+) -> tuple[Sequence[Any], dict[str, int]]:
+    # What is no number is refused by name.
+    asked = {
+        name: int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else value
+        for name, value in request.query.items()
+    }
+    offset = whole(asked, "offset", 0, MOST_SEQUENCE, 0)
+    limit = whole(asked, "limit", 0, MOST_SEQUENCE, limit)
+    cursor = {"offset": offset, "limit": limit, "total_count": len(found)}
+    return found[offset : offset + limit], cursor
+
+
+def _describe(checkpoint: StoredCheckpoint) -> dict[str, Any]:
+    return {
+        "checkpoint_id": f"{checkpoint.kind}/{checkpoint.name}",
+        "checkpoint_type": "training" if checkpoint.kind == "weights" else "sampler",
+        "time": checkpoint.created,
+        "tinker_path": checkpoint.path,
+        "size_bytes": checkpoint.size_bytes,
+        "public": False,
+        "user_metadata": checkpoint.user_metadata,
+        "expires_at": checkpoint.expires_at,
+    }
+
+
+def _describe_run(service: Service, run: StoredRun) -> dict[str, Any]:
+    saved = service.store.checkpoints(run.run_id)
+    newest = {kind: next((one for one in saved if one.kind == kind), None) for kind in _SLOTS}
+    last = max([run.created, *(one.created for one in saved)], key=datetime.fromisoformat)
+    return {
+        "training_run_id": run.run_id,
+        "base_model": run.base_model,
+        "model_owner": OWNER,
+        "is_lora": True,
+        "lora_rank": run.lora["rank"],
+        "last_request_time": last,
+        "user_metadata": run.user_metadata,
+        **{_SLOTS[kind]: _describe(one) for kind, one in newest.items() if one is not None},
+    }
+
+
+@routes.get("/api/v1/training_runs")
+async def training_runs(request: web.Request) -> web.Response:
+    """List runs, newest first."""
+    service = request.app[SERVICE]
+    runs, cursor = _page(request, service.store.runs(), 20)
+    described = [_describe_run(service, run) for run in runs]
+    return web.json_response({"training_runs": described, "cursor": cursor})
+
+
+@routes.get("/api/v1/training_runs/{run_id}")
+async def training_run(request: web.Request) -> web.Response:
+    """Describe one run."""
+    service = request.app[SERVICE]
+    run = service.store.run(request.match_info["run_id"])
+    return web.json_response(_describe_run(service, run))
+
+
+@routes.get("/api/v1/training_runs/{run_id}/checkpoints")
+async def run_checkpoints(request: web.Request) -> web.Response:
+    """List the checkpoints of one run."""
+    store = request.app[SERVICE].store
+    run = store.run(request.match_info["run_id"])
+    return web.json_response({"checkpoints": list(map(_describe, store.checkpoints(run.run_id)))})
+
+
+@routes.get("/api/v1/checkpoints")
+async def checkpoints(request: web.Request) -> web.Response:
+    """List the checkpoints of all runs."""
+    found, cursor = _page(request, request.app[SERVICE].store.checkpoints(), 100)
+    return web.json_response({"checkpoints": list(map(_describe, found)), "cursor": cursor})
+
+
+def _path(request: web.Request) -> str:
+    return f"{SCHEME}{request.match_info['run_id']}/{request.match_info['checkpoint_id']}"
+
+
+@routes.delete(_CHECKPOINT)
+async def delete_checkpoint(request: web.Request) -> web.Response:
+    """Delete a checkpoint."""
+    request.app[SERVICE].store.delete(_path(request))
+    return web.Response(status=204)
+
+
+@routes.put(_CHECKPOINT + "/ttl")
+async def set_ttl(request: web.Request) -> web.Response:
+    """Change when a checkpoint expires."""
+    service, body = await _read(request)
+    service.store.set_expiry(_path(request), body.get("ttl_seconds"))
+    return web.Response(status=204)
+
+
+@routes.post("/api/v1/weights_info")
+async def weights_info(request: web.Request) -> web.Response:
+    """Say what a checkpoint was trained as."""
+    service, body = await _read(request)
+    checkpoint, _ = service.store.find(text(body, "tinker_path"))
+    run = service.store.run(checkpoint.run_id)
+    flags = {name: run.lora[name] for name in ("train_unembed", "train_mlp", "train_attn")}
+    described = {"base_model": run.base_model, "is_lora": True, "lora_rank": run.lora["rank"]}
+    return web.json_response({**described, **flags})

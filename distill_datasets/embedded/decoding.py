@@ -19,9 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .choosing import choose, penalize, uniforms
-from .constraints import Constraint
-from .logprobs import score
+from .logits import Constraint, choose, penalize, score, uniforms
 from .model import LoadedModel
 from .prefix_attention import CacheShape, NextTokens, PromptTokens, Segment, Slots
 from .scheduler import (
@@ -33,10 +31,10 @@ from .scheduler import (
     Pace,
     Payload,
     Room,
+    SampledWeights,
     SampleJob,
     most_held,
 )
-from .weights import SampledWeights
 from .wire import (
     MOST_SCORES,
     DrawnSample,

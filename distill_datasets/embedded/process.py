@@ -1,7 +1,9 @@
-"""The embedded server as a child process."""
+"""The embedded server as a child process: `launch` for the parent, `main` for the child."""
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import atexit
 import json
 import os
@@ -83,7 +85,7 @@ def launch(
     Returns once it answers; the model itself loads while the first requests wait. Without a
     `store` its checkpoints are gone when it ends. `dtype` stands in the place of EMBEDDED_DTYPE.
     """
-    command = [sys.executable, "-m", f"{__package__}.app", str(model.resolve()), "--name", name]
+    command = [sys.executable, "-m", f"{__package__}.process", str(model.resolve()), "--name", name]
     if store is not None:
         command += ["--store", str(store.resolve())]
     # Lives as long as the server, hence no context manager.
@@ -131,3 +133,40 @@ def _handshake(child: subprocess.Popen[str], api_key: str) -> str:
         child.stdin.write(f"{api_key}\n")
         child.stdin.flush()
     return child.stdout.readline().strip()
+
+
+def main() -> int:
+    """Serve until the parent closes stdin or dies; its first line is the key."""
+    from .app import running
+    from .model import ModelCard
+    from .wire import InvalidRequestError
+
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--store", type=Path)
+    options = parser.parse_args()
+    api_key = sys.stdin.readline().strip()
+    try:
+        dtype = os.environ.get("EMBEDDED_DTYPE", "auto")
+        card = ModelCard.read(options.model.resolve(), options.name, dtype)
+        said = card.foretold()
+    except InvalidRequestError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+    async def serve() -> None:
+        async with running(card, options.store, api_key) as port:
+            print(json.dumps({"port": port, "dtype": card.dtype, "said": said}), flush=True)
+            # The pipe closes with the parent, however that ends.
+            await asyncio.to_thread(sys.stdin.read)
+
+    asyncio.run(serve())
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    # Everything is closed and removed by now; unloading torch would take seconds more.
+    os._exit(code)

@@ -1,15 +1,19 @@
-"""What a release is made of: rows by split, counted and digested in one pass.
+"""What a release is made of: rows by split, counted and digested in one pass, and what in them
+can't teach a student.
 
 A part is a split, or `rejected`. Rows belong to one part, or to two where the recipe says
 `same_rows`.
 """
 
+from __future__ import annotations
+
 import json
 import re
+from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +23,7 @@ from distill_datasets.generation.rows import stream
 from distill_datasets.generation.shards import Joined
 from distill_datasets.hub.references import check_files, remembered
 from distill_datasets.models.sampler import digest
+from distill_datasets.recipes.checks import FAILED
 from distill_datasets.recipes.mix import mixed_answer, mixed_messages
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.diff import Fingerprints, published_rows
@@ -29,7 +34,6 @@ from distill_datasets.releases.manifest import (
     read_manifest,
     rejected_rows,
 )
-from distill_datasets.releases.quality import AnswerTally, CheckTally
 from distill_datasets.schema import (
     EARLIER,
     SOURCE,
@@ -38,6 +42,7 @@ from distill_datasets.schema import (
     rejected_features,
     release_features,
 )
+from distill_datasets.tables import one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,8 +53,8 @@ _TAKEN_NAMES = ("all", REJECTED)
 
 
 def answered_contents(
-    answers: "Dataset | Joined", recipe: Recipe
-) -> Iterator[tuple[tuple[str, ...], "pa.Table"]]:
+    answers: Dataset | Joined, recipe: Recipe
+) -> Iterator[tuple[tuple[str, ...], pa.Table]]:
     """The rows of a release with the parts that they are in, made from answers.
 
     Raises `DatasetError` for a row that no release can hold.
@@ -79,11 +84,11 @@ def answered_contents(
             yield (REJECTED,), dropped.select(schema.names).cast(schema)
 
 
-def _tables(answers: "Dataset | Joined") -> Iterator["pa.Table"]:
+def _tables(answers: Dataset | Joined) -> Iterator[pa.Table]:
     return answers.stream() if isinstance(answers, Joined) else stream(answers)
 
 
-def tally_checks(answers: "Dataset | Joined", recipe: Recipe) -> CheckTally:
+def tally_checks(answers: Dataset | Joined, recipe: Recipe) -> CheckTally:
     """How many of the rows that a release keeps pass each of the recipe's checks."""
     tally = CheckTally(recipe)
     if tally.facts:
@@ -94,14 +99,14 @@ def tally_checks(answers: "Dataset | Joined", recipe: Recipe) -> CheckTally:
     return tally
 
 
-def mixed_rows(answers: "Dataset | Joined", part: str) -> Iterator[dict[str, Any]]:
+def mixed_rows(answers: Dataset | Joined, part: str) -> Iterator[dict[str, Any]]:
     """The rows of a part of the recipe's mix, those that can't be used too."""
     for rows in _tables(answers):
         _, mixed = _parted(rows)
         yield from (row for row in mixed.to_pylist() if row[SOURCE] == part)
 
 
-def _parted(rows: "pa.Table") -> tuple["pa.Table", "pa.Table"]:
+def _parted(rows: pa.Table) -> tuple[pa.Table, pa.Table]:
     """The recipe's own rows, and those of its mix."""
     import pyarrow.compute as pc
 
@@ -111,7 +116,7 @@ def _parted(rows: "pa.Table") -> tuple["pa.Table", "pa.Table"]:
     return rows.filter(own), rows.filter(pc.invert(own))
 
 
-def _check(kept: "pa.Table") -> None:
+def _check(kept: pa.Table) -> None:
     for column in ("id", "query", "response", "split", "sample"):
         if kept[column].null_count:
             raise DatasetError(
@@ -126,7 +131,7 @@ def _check(kept: "pa.Table") -> None:
             )
 
 
-def features_of(part: str, recipe: Recipe) -> "Features":
+def features_of(part: str, recipe: Recipe) -> Features:
     """The columns of a split, or of what was rejected."""
     added = (*recipe.evidence, *recipe.answer_columns)
     if part == REJECTED:
@@ -139,7 +144,7 @@ def features_of(part: str, recipe: Recipe) -> "Features":
     return release_features((*added, *named), calls=calls)
 
 
-def _released(kept: "pa.Table", recipe: Recipe) -> "pa.Table":
+def _released(kept: pa.Table, recipe: Recipe) -> pa.Table:
     import pyarrow as pa
     from datasets.table import array_cast
 
@@ -214,6 +219,151 @@ def _as_json(message: Message) -> str:
     return json.dumps({**message, **({"tool_calls": calls} if calls else {})}, ensure_ascii=False)
 
 
+_FREE_SHARE = 0.1  # of the distinct queries that one answer may be for, where any text is allowed
+_CHOICE_SHARE = 0.95
+_REJECTED_SHARE = 0.5
+_FAILED_SHARE = 0.1
+_FEWEST = 3  # equal answers, and rows that can't be used
+_FEWEST_CHOSEN = 10  # queries, before equal answers out of a closed set say anything
+_TEXTS = 1_000  # that are kept to be shown
+_SHOWN = 60  # signs of one
+_NAMED = 10  # choices
+
+
+class AnswerTally:
+    """Hashes of the queries and answers of kept rows, 16 bytes a row.
+
+    `choices` are the only answers, where the recipe names them; else a row's response counts.
+    """
+
+    def __init__(self, choices: Sequence[str] = ()) -> None:
+        self.choices = choices
+        self._queries, self._answers = array("Q"), array("Q")
+        self._first = array("b")
+        self._texts: dict[int, str] = {}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count a kept row."""
+        text = str(row["answer"] if self.choices else row["response"])
+        answer = _hash(text)
+        self._queries.append(_hash(row["query"]))
+        self._answers.append(answer)
+        self._first.append(row["sample"] == 0)
+        if len(self._texts) < _TEXTS:
+            self._texts.setdefault(answer, text)
+
+    def warnings(self, rejected: Mapping[str, int], errors: int) -> list[str]:
+        """What to know before training on the rows; `rejected` counts rows by their reason."""
+        found = [
+            self._alike(),
+            self._contradicting(),
+            self._absent(),
+            _unusable(rejected, errors, len(self._queries)),
+        ]
+        return [warning for warning in found if warning]
+
+    def _alike(self) -> str | None:
+        """One answer for too many queries."""
+        import numpy as np
+
+        queries, answers = self._arrays()
+        pairs = np.unique(np.stack([queries, answers]), axis=1)
+        distinct = len(np.unique(queries))
+        values, counts = np.unique(pairs[1], return_counts=True)
+        if not distinct:
+            return None
+        most = int(counts.max())
+        text = self._texts.get(int(values[counts.argmax()]))
+        shown = f"the answer {one_line(text, _SHOWN)!r}" if text is not None else "one answer"
+        share = f"{most:,} of {distinct:,} distinct queries ({most / distinct:.0%})"
+        if self.choices:
+            if distinct >= _FEWEST_CHOSEN and most >= _CHOICE_SHARE * distinct:
+                return f"nearly all answers are alike: {shown} stands for {share}"
+        elif most >= _FEWEST and most > _FREE_SHARE * distinct:
+            return f"{shown} stands for {share}: is it an excuse, or an error text?"
+        return None
+
+    def _contradicting(self) -> str | None:
+        """Equal queries, asked as rows of their own, with different answers."""
+        import numpy as np
+
+        queries, answers = self._arrays()
+        first = np.frombuffer(self._first, np.int8).astype(bool)
+        pairs = np.unique(np.stack([queries[first], answers[first]]), axis=1)
+        _, counts = np.unique(pairs[0], return_counts=True)
+        several = int((counts > 1).sum())
+        if not several:
+            return None
+        are = "query is" if several == 1 else "queries are"
+        return f"{several:,} {are} there more than once, with different answers"
+
+    def _absent(self) -> str | None:
+        """Choices that no kept row has."""
+        seen = set(self._answers)
+        absent = [choice for choice in self.choices if _hash(choice) not in seen]
+        if not absent:
+            return None
+        named = ", ".join(repr(one_line(choice, _SHOWN)) for choice in absent[:_NAMED])
+        more = f" and {len(absent) - _NAMED:,} more" if len(absent) > _NAMED else ""
+        return f"{len(absent):,} of {len(self.choices):,} choices never occur: {named}{more}"
+
+    def _arrays(self) -> tuple[Any, Any]:
+        import numpy as np
+
+        return np.frombuffer(self._queries, np.uint64), np.frombuffer(self._answers, np.uint64)
+
+
+class CheckTally:
+    """How many kept rows each check applies to, and how many of them pass it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.facts = {name: {"rows": 0, "passed": 0} for name in recipe.all_checks}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count an answered row, with the teacher's text as it stands; only a kept one counts."""
+        if row["rejection"] is not None or row["error"] is not None:
+            return
+        said = (row[name] for name in ("query", "reference", "raw", "stop_reason", "answer"))
+        for name, passed in self.recipe.check(*said).items():
+            if passed is not None:
+                self.facts[name]["rows"] += 1
+                self.facts[name]["passed"] += passed
+
+    @property
+    def warnings(self) -> list[str]:
+        """Which checks many kept rows fail, and which say nothing of any."""
+        found = []
+        for name, fact in self.facts.items():
+            rows, failed = fact["rows"], fact["rows"] - fact["passed"]
+            rule = self.recipe.all_checks[name].covers
+            named = f"the check {name}" + (f" ({one_line(rule, _SHOWN)})" if rule else "")
+            if not rows:
+                found.append(f"{named} applies to none of the rows")
+            elif failed >= _FEWEST and failed > _FAILED_SHARE * rows:
+                found.append(
+                    f"{failed:,} of {rows:,} rows fail {named}: `keep` leaves such rows out"
+                )
+        return found
+
+
+def _unusable(rejected: Mapping[str, int], errors: int, kept: int) -> str | None:
+    reasons = {**rejected, **({"not answered": errors} if errors else {})}
+    dropped = sum(reasons.values())
+    if dropped < _FEWEST or dropped <= _REJECTED_SHARE * (dropped + kept):
+        return None
+    by_reason = sorted(reasons.items(), key=lambda reason: -reason[1])
+    told = ", ".join(f"{rows:,} {reason}" for reason, rows in by_reason)
+    hint = ": raise sampling.max_tokens" if by_reason[0][0] == "truncated" else ""
+    if by_reason[0][0].startswith(FAILED):
+        hint = ": ask for it in prompt.md, mend the check, or leave it out of `keep`"
+    return f"{dropped:,} of {dropped + kept:,} rows can't be used ({told}){hint}"
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
 @dataclass
 class Survey:
     """One pass over contents: rows of each part, and what the card says about them.
@@ -235,15 +385,15 @@ class Survey:
 
     @classmethod
     def of(
-        cls, contents: Iterable[tuple[tuple[str, ...], "pa.Table"]], choices: Sequence[str] = ()
-    ) -> "Survey":
+        cls, contents: Iterable[tuple[tuple[str, ...], pa.Table]], choices: Sequence[str] = ()
+    ) -> Survey:
         """Read contents once; `choices` are the only answers that the recipe allows."""
         found = cls(answers=AnswerTally(choices))
         for parts, rows in contents:
             found._add(parts, rows)
         return found
 
-    def _add(self, parts: tuple[str, ...], rows: "pa.Table") -> None:
+    def _add(self, parts: tuple[str, ...], rows: pa.Table) -> None:
         self.rows.update(dict.fromkeys(parts, len(rows)))
         for part in parts:
             self._digests.setdefault(part, sha256(_line(rows.column_names)))

@@ -1,9 +1,15 @@
-"""What a release says about itself for programs: its manifest, and its card's layout."""
+"""What a release says about itself for programs: its manifest, which version it is and why, and its
+card's layout.
+"""
+
+from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.hub.references import folder_of
@@ -11,6 +17,8 @@ from distill_datasets.parquet import open_parquet
 
 if TYPE_CHECKING:
     from datasets import DatasetInfo, Features
+
+    from distill_datasets.releases.diff import RowChanges
 
 MANIFEST = "manifest.json"
 REJECTED = "rejected"
@@ -102,12 +110,12 @@ def layout(release: Path, manifest: Mapping[str, Any], config: str = "default") 
     return {"configs": configs, "dataset_info": card["dataset_info"]}
 
 
-def columns(features: "Features") -> dict[str, str]:
+def columns(features: Features) -> dict[str, str]:
     """Each column's type by its name."""
     return {field.name: str(field.type) for field in features.arrow_schema}
 
 
-def _info(files: Mapping[str, list[Path]]) -> "DatasetInfo":
+def _info(files: Mapping[str, list[Path]]) -> DatasetInfo:
     """What the files of some splits hold: columns, rows, bytes."""
     from datasets import DatasetInfo, Features, SplitDict, SplitInfo
 
@@ -128,3 +136,128 @@ def _info(files: Mapping[str, list[Path]]) -> "DatasetInfo":
         download_size=sum(path.stat().st_size for paths in files.values() for path in paths),
         dataset_size=sum(split.num_bytes for split in splits.values()),
     )
+
+
+FIRST = "1.0.0"
+Level = Literal["major", "minor", "patch"]
+_VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)")
+_LEVELS: tuple[Level, ...] = ("major", "minor", "patch")
+# What a student would have to be trained and asked for in another way.
+_FORMAT = ("response", "answer", "student")
+# What a manifest says about one release, not about what it holds.
+_OCCASION = (
+    *("version", "why", "history", "created", "versions", "files", "card", "config"),
+    *("sha256", "warnings", "from_ledger"),
+)
+# What the reasons below say more about.
+_COVERED = ("content_digest", "recipe_digest", "prompt_sha256", "columns", "recipe_fields")
+
+
+@dataclass(frozen=True)
+class Change:
+    """How much a release differs from the one before, and in what."""
+
+    level: Level
+    reasons: Sequence[str]
+
+    @property
+    def why(self) -> str:
+        """The reasons in one line."""
+        return "; ".join(self.reasons)
+
+
+def check_version(version: str) -> None:
+    """Raises `DatasetError` for what isn't three numbers."""
+    if not _VERSION.fullmatch(version):
+        raise DatasetError(f"{version!r} is not a version: expected three numbers such as '1.0.0'.")
+
+
+def order(version: str) -> tuple[int, ...]:
+    """What versions are sorted by."""
+    return tuple(map(int, version.split(".")))
+
+
+def version_of(tag: str) -> str | None:
+    """The version that a tag names, None for a tag of another kind."""
+    name = tag.removeprefix("v")
+    return name if tag.startswith("v") and _VERSION.fullmatch(name) else None
+
+
+def following(version: str, level: Level) -> str:
+    """The next version after a change of this level."""
+    place = _LEVELS.index(level)
+    numbers = order(version)
+    raised = [*numbers[:place], numbers[place] + 1, 0, 0][:3]
+    return ".".join(map(str, raised))
+
+
+def difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], rows: Callable[[], RowChanges]
+) -> Change | None:
+    """What two manifests say differs; `rows` is called only where rows may. None for nothing.
+
+    Major if the columns, the prompt or the response format changed; minor if rows or how they
+    were made did; patch for token counts, and for what only the card says.
+    """
+    keys = changed_keys(old.get("recipe_fields", new["recipe_fields"]), new["recipe_fields"])
+    if old["content_digest"] == new["content_digest"]:
+        reasons = [*_recipe_reasons(keys), *_other_reasons(old, new)]
+        return Change("patch", reasons) if reasons else None
+    breaking = list(_breaking_reasons(old, new, keys))
+    others = [key for key in keys if key.partition(".")[0] not in _FORMAT]
+    changes = rows()
+    reasons = [*breaking, *changes.words(), *_recipe_reasons(others)]
+    if not reasons and old["recipe_digest"] != new["recipe_digest"]:
+        reasons = ["the query files changed"]
+    elif not reasons and changes.recounted:
+        rows_of = f"{changes.recounted:,} row{'' if changes.recounted == 1 else 's'}"
+        return Change("patch", [f"the teacher's token counts changed in {rows_of}"])
+    elif not reasons:
+        reasons = ["the rows have another order"]
+    return Change("major" if breaking else "minor", reasons)
+
+
+def history(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Every release with its reason, the newest first; a version written again is there once."""
+    earlier = old.get("history", []) if old else []
+    latest = {key: str(new[key]) for key in ("version", "created", "why")}
+    return [latest, *(one for one in earlier if one["version"] != new["version"])]
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys whose values differ, dotted."""
+    changed = []
+    for key in {**old, **new}:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changed += changed_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            changed.append(prefix + key)
+    return changed
+
+
+def _breaking_reasons(
+    old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str]
+) -> Iterator[str]:
+    if columns := changed_keys(old.get("columns", new["columns"]), new["columns"]):
+        yield f"the columns changed ({', '.join(columns)})"
+    if old["prompt_sha256"] != new["prompt_sha256"]:
+        yield "the prompt changed"
+    if form := [key for key in keys if key.partition(".")[0] in _FORMAT]:
+        yield f"the response format changed ({', '.join(form)})"
+
+
+def _recipe_reasons(keys: Sequence[str]) -> list[str]:
+    return [f"recipe keys changed: {', '.join(keys)}"] if keys else []
+
+
+def _other_reasons(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What the card tells from the manifest."""
+    ignored = (*_OCCASION, *_COVERED)
+    # A manifest of version 0.1 says nothing of the prompt, which is there.
+    keys = [
+        key
+        for key in changed_keys({"prompt": True, **old}, new)
+        if key.partition(".")[0] not in ignored
+    ]
+    return [f"the card's facts changed: {', '.join(keys)}"] if keys else []

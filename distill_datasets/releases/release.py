@@ -29,6 +29,7 @@ from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import MixPart
 from distill_datasets.releases.cards import card_metadata, dataset_card, read_card
 from distill_datasets.releases.contents import (
+    CheckTally,
     Survey,
     answered_contents,
     features_of,
@@ -37,24 +38,21 @@ from distill_datasets.releases.contents import (
 )
 from distill_datasets.releases.diff import FINGERPRINTS, fingerprints_of
 from distill_datasets.releases.manifest import (
+    FIRST,
     MANIFEST,
     REJECTED,
+    Change,
+    check_version,
     columns,
+    difference,
+    following,
+    history,
     layout,
     read_manifest,
     rejected_rows,
     write_manifest,
 )
-from distill_datasets.releases.quality import CheckTally
 from distill_datasets.releases.soft_labels import SOFT, write_soft
-from distill_datasets.releases.versions import (
-    FIRST,
-    Change,
-    check_version,
-    difference,
-    following,
-    history,
-)
 from distill_datasets.schema import answer_features
 from distill_datasets.tables import html_card, html_table
 

@@ -15,8 +15,8 @@ from distill_datasets.embedded.wire import DrawnSample, InvalidRequestError, Sam
 from distill_datasets.errors import ServiceError
 
 if TYPE_CHECKING:
-    from distill_datasets.embedded.constraints import Constrain
-    from distill_datasets.embedded.service import Service
+    from distill_datasets.embedded.engine import Service
+    from distill_datasets.embedded.logits import Constrain
 
 # The likeliest tokens of one place and their logprobs.
 Top = tuple[list[int], list[float]]

@@ -37,8 +37,8 @@ from .requests import RequestSettings, read_chat, read_text
 from .served import Catalogue, Served
 
 if TYPE_CHECKING:
-    from distill_datasets.embedded.constraints import Constrain
-    from distill_datasets.embedded.service import Service
+    from distill_datasets.embedded.engine import Service
+    from distill_datasets.embedded.logits import Constrain
 
 # Requests that may wait or run at once; each holds its connection.
 MOST_WAITING = 4096

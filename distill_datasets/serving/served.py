@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.conversations import Call, below, to_text, tool_calls
+from distill_datasets.embedded.scheduler import BASE
 from distill_datasets.embedded.store import SCHEME, Store
-from distill_datasets.embedded.weights import BASE
 from distill_datasets.embedded.wire import InvalidRequestError, MissingError
 from distill_datasets.errors import DatasetError, ModelError, SettingsError
 from distill_datasets.hub.references import find_release
@@ -22,7 +22,7 @@ from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.schema import Message
 
 if TYPE_CHECKING:
-    from distill_datasets.embedded.service import Service
+    from distill_datasets.embedded.engine import Service
     from distill_datasets.models.renderers import TextRenderer
     from distill_datasets.models.tinker import Prompts
     from distill_datasets.recipes.recipe import Recipe

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from distill_datasets.embedded.app import OTHER, running
-from distill_datasets.embedded.endpoints import SERVICE
+from distill_datasets.embedded.app import OTHER, SERVICE, running
 from distill_datasets.embedded.model import ModelCard
 from distill_datasets.embedded.process import new_api_key
 from distill_datasets.errors import DistillError, ServiceError, SettingsError

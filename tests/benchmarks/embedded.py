@@ -27,9 +27,8 @@ from tinker import types
 from distill_datasets.embedded.engine import ComputeThread, Engine
 from distill_datasets.embedded.model import ModelCard
 from distill_datasets.embedded.process import Server, launch
-from distill_datasets.embedded.scheduler import SampleJob
+from distill_datasets.embedded.scheduler import BASE, SampleJob
 from distill_datasets.embedded.store import Store
-from distill_datasets.embedded.weights import BASE
 from distill_datasets.embedded.wire import pb, read_sample_request
 
 VOCABULARY = 4096

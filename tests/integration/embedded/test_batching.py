@@ -19,16 +19,15 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from distill_datasets.embedded import decoding, lora, scheduler, weights
+from distill_datasets.embedded import decoding, lora, scheduler
 from distill_datasets.embedded.decoding import RunningBatch
 from distill_datasets.embedded.engine import ComputeThread, Engine, Job
 from distill_datasets.embedded.lora import LoraSpec
 from distill_datasets.embedded.model import ModelCard, load_model
 from distill_datasets.embedded.prefix_attention import CacheShape, Slots
-from distill_datasets.embedded.scheduler import Payload, SampleJob
+from distill_datasets.embedded.scheduler import BASE, Payload, SampleJob
 from distill_datasets.embedded.store import Store
 from distill_datasets.embedded.trainer import AdamParams, Datum, Trainee, TrainRequest
-from distill_datasets.embedded.weights import BASE
 from distill_datasets.embedded.wire import SampleRequest, pb, read_sample_request
 from tests.support.shared_server import shared
 
@@ -384,7 +383,7 @@ def test_rows_with_different_adapters_step_together_and_draw_what_each_draws_alo
 def test_more_adapters_than_are_in_memory_at_once_are_all_answered(
     computer: Computer, versions: list[Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "MOST_SAMPLERS", 1)
+    monkeypatch.setattr(scheduler, "MOST_SAMPLERS", 1)
     sent = [(one, computer.send(PROMPT * 8, 2, weights=one.key)) for one in versions * 2]
     for version, answer in sent:
         version.check(answer.get(timeout=60), PROMPT * 8, 6)
@@ -432,7 +431,7 @@ def test_many_requests_with_one_adapter_do_not_keep_those_with_another_waiting(
 def test_weights_that_are_always_asked_for_make_place_for_others(
     computer: Computer, versions: list[Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "MOST_SAMPLERS", 1)
+    monkeypatch.setattr(scheduler, "MOST_SAMPLERS", 1)
     first, second = versions[1:3]
     busy: list[queue.SimpleQueue[Payload]] = []
     waiting: list[queue.SimpleQueue[Payload]] = []
@@ -454,11 +453,11 @@ def test_weights_that_are_always_asked_for_make_place_for_others(
 def test_weights_that_were_to_make_place_are_sampled_together_again_once_nobody_waits(
     computer: Computer, versions: list[Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "MOST_SAMPLERS", 2)
+    monkeypatch.setattr(scheduler, "MOST_SAMPLERS", 2)
     monkeypatch.setattr(scheduler, "PROMISED_TOKENS", 0)
     monkeypatch.setattr(decoding, "MOST_ROWS", 3)
     base, ended = load_model(ModelCard.read(shared().model, "tiny")), list[str]()
-    batch = RunningBatch(base, weights.SampledWeights(base, computer.engine._saved))
+    batch = RunningBatch(base, scheduler.SampledWeights(base, computer.engine._saved))
     first, second, third = (one.key for one in versions[1:])
 
     def add(key: str, name: str, count: int) -> None:
@@ -506,10 +505,10 @@ def test_slots_are_as_large_as_they_say_where_memory_ends_amid_them() -> None:
 def test_adapters_that_are_gone_leave_no_more_layers_than_may_be_in_memory(
     versions: list[Version], computer: Computer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "MOST_SAMPLERS", 1)
+    monkeypatch.setattr(scheduler, "MOST_SAMPLERS", 1)
     monkeypatch.setattr(lora, "MOST_FREE", 1, raising=False)
     base, answers = load_model(ModelCard.read(shared().model, "tiny")), list[Payload]()
-    sampled = weights.SampledWeights(base, computer.engine._saved)
+    sampled = scheduler.SampledWeights(base, computer.engine._saved)
     batch = RunningBatch(base, sampled)
     for version in versions * 2:
         batch.add(SampleJob(version.key, sample_request(PROMPT), answers.append))
@@ -528,10 +527,10 @@ def test_adapters_that_are_gone_leave_no_more_layers_than_may_be_in_memory(
 def test_a_run_learns_the_same_while_adapters_are_sampled_come_and_go(
     versions: list[Version], computer: Computer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "MOST_SAMPLERS", 1)
+    monkeypatch.setattr(scheduler, "MOST_SAMPLERS", 1)
     monkeypatch.setattr(lora, "MOST_FREE", 1)
     base, answers = load_model(ModelCard.read(shared().model, "tiny")), list[Payload]()
-    sampled = weights.SampledWeights(base, computer.engine._saved)
+    sampled = scheduler.SampledWeights(base, computer.engine._saved)
     batch, tokens = RunningBatch(base, sampled), np.arange(10, 20)
     row = Datum(tokens, tokens[:, None] + 1, (np.ones((10, 1), np.float32),), hard=True)
 
@@ -563,7 +562,7 @@ def test_keys_and_values_take_no_more_memory_than_is_counted(
     base = load_model(ModelCard.read(shared().model, "tiny"))
     logits = decoding.LOGIT_BYTES * decoding.most_rows(base) * base.vocabulary
     small = replace(base, memory=4 * (logits + 1500 * base.token.kept) // 3 + 1)
-    batch = RunningBatch(small, weights.SampledWeights(small, {}))
+    batch = RunningBatch(small, scheduler.SampledWeights(small, {}))
     most, seen, alive = decoding.held_bytes(small), list[int](), WeakSet[Slots]()
 
     class Counted(Slots):

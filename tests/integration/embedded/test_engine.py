@@ -13,7 +13,7 @@ import torch
 from tinker import types
 
 from distill_datasets.embedded.process import Server, launch
-from distill_datasets.embedded.weights import MOST_SNAPSHOTS
+from distill_datasets.embedded.scheduler import MOST_SNAPSHOTS
 from tests.support.tiny_model import make_tiny_model
 
 # Two threads of a test wait for each other while other tests hold the cores.

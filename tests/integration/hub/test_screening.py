@@ -9,9 +9,7 @@ from pyarrow.parquet import ParquetWriter, write_table
 
 from distill_datasets.errors import ScreeningError
 from distill_datasets.hub import screening
-from distill_datasets.hub.credentials import matched
-from distill_datasets.hub.personal_data import personal_data
-from distill_datasets.hub.screening import Finding, require_clean, screen
+from distill_datasets.hub.screening import Finding, matched, personal_data, require_clean, screen
 
 
 def invented(prefix: str, length: int, signs: str = string.ascii_letters + string.digits) -> str:

@@ -6,15 +6,16 @@ import numpy as np
 
 from distill_datasets.embedded.machine import TokenBytes
 from distill_datasets.embedded.scheduler import (
+    SHORTEST,
     Admission,
     Newcomer,
     OpenRequest,
     Pace,
+    Prefixes,
     Room,
     SampleJob,
     slot_width,
 )
-from distill_datasets.embedded.weights import SHORTEST, Prefixes
 from distill_datasets.embedded.wire import DrawnSample, PromptScoring, SampleRequest
 
 LONGEST = 512

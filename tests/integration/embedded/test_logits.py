@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distill_datasets.embedded.constraints import LONGEST_SCHEMA, Grammars
+from distill_datasets.embedded.logits import LONGEST_SCHEMA, Grammars
 from distill_datasets.embedded.wire import InvalidRequestError
 from distill_datasets.models.references import connect
 from distill_datasets.models.sampler import Reply, Sampling

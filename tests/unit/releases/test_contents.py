@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.quality import AnswerTally, CheckTally
+from distill_datasets.releases.contents import AnswerTally, CheckTally
 from distill_datasets.releases.release import publish
 from tests.integration.releases.test_release import answer, write_run
 from tests.support.releases import greetings
