@@ -24,7 +24,6 @@ from distill_datasets.errors import DistillError
 
 from .engine import Promise, SamplingSession, Service, Session
 from .model import MOST_RANK, ModelCard
-from .process import HOST
 from .scheduler import Payload
 from .store import SCHEME, Kind, Store, StoredCheckpoint, StoredRun
 from .wire import (
@@ -92,7 +91,7 @@ async def running(
     store: Path | None,
     api_key: str,
     *,
-    host: str = HOST,
+    host: str = "127.0.0.1",
     port: int = 0,
     extend: Callable[[web.Application], None] | None = None,
 ) -> AsyncIterator[int]:

@@ -156,7 +156,7 @@ def main() -> int:
         return 2
 
     async def serve() -> None:
-        async with running(card, options.store, api_key) as port:
+        async with running(card, options.store, api_key, host=HOST) as port:
             print(json.dumps({"port": port, "dtype": card.dtype, "said": said}), flush=True)
             # The pipe closes with the parent, however that ends.
             await asyncio.to_thread(sys.stdin.read)

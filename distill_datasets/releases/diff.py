@@ -22,7 +22,7 @@ from distill_datasets.hub.references import Pinned, find_release
 from distill_datasets.parquet import open_parquet, read_batches
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.manifest import REJECTED, read_manifest, rejected_rows
+from distill_datasets.releases.manifest import REJECTED, RowChanges, read_manifest, rejected_rows
 from distill_datasets.schema import EARLIER, SOURCE, failure_content
 from distill_datasets.tables import aligned, html_card, html_preformatted, html_table, shortened
 
@@ -120,35 +120,6 @@ def published_rows(release: Path) -> Iterator[tuple[str, "pa.Table"]]:
     for path in sorted([*release.glob("data/*.parquet"), *release.glob("rejected/*.parquet")]):
         for batch in read_batches(path):
             yield path.name.split("-")[0], pa.Table.from_batches([batch])
-
-
-@dataclass(frozen=True)
-class RowChanges:
-    """Rows only in the new release, only in the old one, and changed in both.
-
-    `answers` counts those of the changed rows whose response is another, `recounted` the
-    unchanged rows with other token counts.
-    """
-
-    added: int
-    removed: int
-    changed: int
-    answers: int
-    recounted: int
-
-    def words(self) -> list[str]:
-        """What happened, with numbers; empty where no row was added, removed or changed."""
-        changed = _counted(self.changed, "row", "changed")
-        if self.answers == self.changed:
-            changed = _counted(self.changed, "answer", "changed")
-        elif self.answers:
-            changed += f", {self.answers:,} of them in the answer"
-        words = (
-            _counted(self.added, "row", "added"),
-            _counted(self.removed, "row", "removed"),
-            changed,
-        )
-        return [word for word in words if word]
 
 
 class Fingerprints:
@@ -342,10 +313,6 @@ def _hash(content: bytes) -> int:
 
 def _line(values: list[Any]) -> bytes:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-
-
-def _counted(count: int, noun: str, what: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'} {what}" if count else ""
 
 
 @contextmanager

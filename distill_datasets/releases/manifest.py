@@ -18,8 +18,6 @@ from distill_datasets.parquet import open_parquet
 if TYPE_CHECKING:
     from datasets import DatasetInfo, Features
 
-    from distill_datasets.releases.diff import RowChanges
-
 MANIFEST = "manifest.json"
 REJECTED = "rejected"
 PARTS = ("data", REJECTED, "ledger", "soft")  # the folders of rows; the first is the release itself
@@ -191,6 +189,35 @@ def following(version: str, level: Level) -> str:
     return ".".join(map(str, raised))
 
 
+@dataclass(frozen=True)
+class RowChanges:
+    """Rows only in the new release, only in the old one, and changed in both.
+
+    `answers` counts those of the changed rows whose response is another, `recounted` the
+    unchanged rows with other token counts.
+    """
+
+    added: int
+    removed: int
+    changed: int
+    answers: int
+    recounted: int
+
+    def words(self) -> list[str]:
+        """What happened, with numbers; empty where no row was added, removed or changed."""
+        changed = _counted(self.changed, "row", "changed")
+        if self.answers == self.changed:
+            changed = _counted(self.changed, "answer", "changed")
+        elif self.answers:
+            changed += f", {self.answers:,} of them in the answer"
+        words = (
+            _counted(self.added, "row", "added"),
+            _counted(self.removed, "row", "removed"),
+            changed,
+        )
+        return [word for word in words if word]
+
+
 def difference(
     old: Mapping[str, Any], new: Mapping[str, Any], rows: Callable[[], RowChanges]
 ) -> Change | None:
@@ -261,3 +288,7 @@ def _other_reasons(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if key.partition(".")[0] not in ignored
     ]
     return [f"the card's facts changed: {', '.join(keys)}"] if keys else []
+
+
+def _counted(count: int, noun: str, what: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'} {what}" if count else ""

@@ -33,7 +33,6 @@ from distill_datasets.releases.contents import check_release
 from distill_datasets.releases.diff import (
     FINGERPRINTS,
     Fingerprints,
-    RowChanges,
     fingerprints_of,
     has_fingerprints,
 )
@@ -42,6 +41,7 @@ from distill_datasets.releases.manifest import (
     PARTS,
     REJECTED,
     Change,
+    RowChanges,
     check_version,
     difference,
     following,
