@@ -141,8 +141,8 @@ def train(options: argparse.Namespace) -> None:
 
 
 def _student(options: argparse.Namespace) -> str:
-    from distill_datasets.training.checkpoints import choose_student
     from distill_datasets.training.data import locate
+    from distill_datasets.training.student import choose_student
 
     if options.student is not None:
         return str(options.student)

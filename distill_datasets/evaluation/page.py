@@ -38,7 +38,7 @@ from distill_datasets.files import (
 )
 from distill_datasets.progress import amount_text
 from distill_datasets.tables import html_card, html_plot, html_table, interval_text, measured_text
-from distill_datasets.training.tracking import panels_html
+from distill_datasets.training.plots import panels_html
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -490,7 +490,7 @@ def _internalisation(
     meter: Meter | None,
 ) -> dict[str, Any] | None:
     """The score over the teacher's usable answers; None where a system can't score given text."""
-    from distill_datasets.training.internalisation import TeacherAnswer, measure_internalisation
+    from distill_datasets.training.validation import TeacherAnswer, measure_internalisation
 
     connections = _connections(systems)
     recipe = held_out.recipe

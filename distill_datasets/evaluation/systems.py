@@ -204,7 +204,7 @@ class TrainedStudent:
     def read(cls, folder: Path) -> "TrainedStudent":
         """Raises `DatasetError` for a folder of anything else, `ModelError` for a damaged one."""
         from distill_datasets.models.references import read_training
-        from distill_datasets.training.folder import TrainingFolder, training_warnings
+        from distill_datasets.training.checkpoints import TrainingFolder, training_warnings
 
         if not (folder / "checkpoints.jsonl").is_file():
             raise DatasetError(

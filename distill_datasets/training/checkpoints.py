@@ -1,44 +1,45 @@
-"""Checkpoints on the server: what they say, how long they stay, and how training goes on from one.
+"""The folder of one training: its configuration, its losses, its checkpoints, and its result.
 
-A training goes on from its own newest checkpoint, from a state that the server alone knows
-(`resume`), or begins with the weights of another training (`start`).
+config.json         what is trained on what, and how; written before the first step
+metrics.jsonl       a line a step, and a line a measurement of the validation rows
+checkpoints.jsonl   a line a checkpoint that the server has confirmed and still keeps
+loss.png            the losses, the learning rate and the gradient over the steps
+checkpoints/        the weights, where the server is this machine's
+
+Beside it what every checkpoint says of its training, and how long a server keeps it.
 """
 
+import itertools
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from io import BytesIO
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-import tinker
-from numpy.typing import NDArray
-
-from distill_datasets.errors import DatasetError, ModelError
-from distill_datasets.files import write_file
-from distill_datasets.models.connection import Connection, adopt_state
-from distill_datasets.models.references import (
-    base_of,
-    connect,
-    default_student,
-    find_training,
-    read_training,
-)
+from distill_datasets.errors import ModelError, OtherTrainingError, OutputError
+from distill_datasets.files import one_writer, writable_folder, write_file
 from distill_datasets.models.sampler import digest
-from distill_datasets.models.tinker_sdk import explained, optional, try_to
-from distill_datasets.training.data import DatasetSource
-from distill_datasets.training.folder import SavedCheckpoint
-from distill_datasets.training.schedule import Selection
-from distill_datasets.training.settings import TrainSettings, decisive, unlike_default
-from distill_datasets.training.tracking import tell
+from distill_datasets.tables import html_card, html_facts
+from distill_datasets.training import tell
+from distill_datasets.training.schedule import OF_ANSWERS, Selection, why_it_ended
+from distill_datasets.training.settings import (
+    VALIDATION_LOSS,
+    decisive,
+    unlike_default,
+)
 
-LEARNED = "learned.npy"  # in a training's folder: the rows that a later training can leave out
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from distill_datasets.models.connection import Connection
+
+_SAME = ("student", "identity", "settings", "dataset.revision", "dataset.files", "resumed", "start")
+T = TypeVar("T")
 _RENDERER = "renderer_name"  # the cookbook's name: its tools find a checkpoint's renderer by it
 _DECISIVE = ("learning_rate", "max_length", "steps", "base_model", "renderer")
-_ADAPTED = ("rank", "train_attention", "train_mlp", "train_unembed")
 _DELETION = 10.0  # seconds for the server to delete what nobody needs
 _KEEPING = 60.0  # seconds for it to keep one for good
 _NOT_DELETED = "checkpoints that nobody needs any more stay on the server"
@@ -46,10 +47,309 @@ _NOT_KEPT = (
     "how long checkpoints stay on the server can't be changed: save the student (`push`, or "
     "`export`) before it expires"
 )
-_UNLISTED = "checkpoints can't be looked up on the server"
-_UNKNOWN_BASE = "nothing says which model the weights to begin with were trained from"
 _WEEK = 7 * 24 * 3600
-RowKeys = NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """Saved weights after `step` steps: `state` resumes training, `sampler` answers.
+
+    `best` of all up to here, `final` the last of the training; what is not `kept` is deleted when
+    a later one is confirmed. `scores` are all numbers measured on the validation rows.
+    """
+
+    name: str
+    step: int
+    state: str
+    sampler: str | None
+    validation_loss: float | None = None
+    best: bool = False
+    final: bool = False
+    kept: bool = True
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A finished training: `path` can be sampled wherever a model is named.
+
+    `final_loss` is per response token, after the last step on the validation rows, or without
+    those the last batch's; `best` may be of an earlier step. `why` says what ended it, `doubt`
+    what speaks against the best weights, if anything does. `rows` and `skipped` count the training
+    split, `tokens` everything that was learned from; `normalization` says what the loss weighs
+    alike.
+    """
+
+    path: Path
+    best: SavedCheckpoint
+    final: SavedCheckpoint
+    final_loss: float
+    steps: int
+    rows: int
+    skipped: int
+    tokens: int
+    seconds: float
+    why: str
+    normalization: str
+    doubt: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """Which weights won, and by what; and what speaks against them."""
+        if not self.final.scores:
+            return f"step {self.best.step} is the last; there are no validation rows to choose by"
+        said = f"the final weights won ({_scores(self.final)})"
+        if self.best.step != self.final.step:
+            said = (
+                f"step {self.best.step} won ({_scores(self.best)}); the final weights, of step "
+                f"{self.final.step}, have {_scores(self.final)}"
+            )
+        return f"{said}; but {self.doubt}" if self.doubt else said
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """A line a step, and a line a measurement of the validation rows."""
+        return TrainingFolder(self.path).metrics
+
+    def to_pandas(self) -> "DataFrame":
+        """The history: a row a line of `metrics`."""
+        from pandas import DataFrame
+
+        return DataFrame(self.metrics)
+
+    def _repr_html_(self) -> str:
+        from distill_datasets.training.plots import panels_html
+
+        numbers = {
+            "loss": self.final_loss,
+            "steps": self.steps,
+            "rows": self.rows,
+            "skipped": self.skipped or None,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "ended": self.why,
+        }
+        drawn = panels_html(self.metrics, self.best.step)[:1]
+        return html_card(f"Trained: {self.verdict}", html_facts(numbers), *drawn, str(self.path))
+
+
+class TrainingFolder:
+    """One training's files; one process at a time writes them."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Make the folder; raises `OutputError` where it can't be written."""
+        self.path = writable_folder(path)
+        self._damaged: set[tuple[str, int]] = set()
+
+    @property
+    def store(self) -> Path:
+        """Where a local server keeps the weights."""
+        return self.path / "checkpoints"
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """What `start` wrote, or None in a new folder and where a crash has emptied it."""
+        file = self.path / "config.json"
+        if not file.is_file() or not (text := file.read_text("utf-8", "replace")).strip("\0 \n"):
+            return None
+        with suppress(ValueError):
+            config = json.loads(text)
+            if isinstance(config, dict) and {"student", "dataset", "settings"} <= set(config):
+                return config
+        raise OutputError(
+            f"{str(self.path)!r} holds something else: expected a training's config.json. "
+            f"Choose another --out, for example {str(next_folder(self.path))!r}."
+        )
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep a second process out; a killed one leaves no lock behind."""
+        return one_writer(self.path, "training")
+
+    def require_same(self, wanted: Mapping[str, Any]) -> None:
+        """Refuse to continue what was begun otherwise; the message names each difference."""
+        config = self.config
+        if config is None:
+            return
+        there, here = _comparable(config), _comparable(wanted)
+        differences = [
+            f"{name} is {there.get(name)!r} there, {here.get(name)!r} now"
+            for name in [*here, *(name for name in there if name.startswith("start."))]
+            if name.startswith(_SAME) and there.get(name) != here.get(name)
+        ]
+        if differences:
+            raise OtherTrainingError(
+                f"{str(self.path)!r} holds another training: {'; '.join(differences)}. Train into "
+                f"a new folder (--out {next_folder(self.path)}), or delete that one."
+            )
+
+    def start(self, config: Mapping[str, Any], checkpoints: Sequence[SavedCheckpoint]) -> None:
+        """Write the configuration, and go back to the last of the checkpoints."""
+        step = checkpoints[-1].step if checkpoints else 0
+        self._rewrite("metrics.jsonl", [line for line in self.metrics if line["step"] <= step])
+        self._rewrite("checkpoints.jsonl", [asdict(one) for one in checkpoints])
+        write_file(
+            self.path / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        )
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        return self._lines("metrics.jsonl", lambda line: {**line, "step": int(line["step"])})
+
+    @property
+    def checkpoints(self) -> list[SavedCheckpoint]:
+        """All confirmed checkpoints, the oldest first."""
+        return self._lines("checkpoints.jsonl", lambda line: SavedCheckpoint(**line))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the final checkpoint is confirmed."""
+        return self.config is not None and any(one.final for one in self.checkpoints)
+
+    @property
+    def selection(self) -> Selection:
+        """What the measurements so far say, those before a resumed state included."""
+        return _selection(self.config or {}, self.metrics)
+
+    def measured(self, step: int) -> bool:
+        """Whether the validation rows were measured after this step."""
+        return any(line["step"] == step and "loss" not in line for line in self.metrics)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        try:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise OutputError(
+                f"Can't write to {str(self.path)!r}: {error}. Free it or choose another --out, "
+                "and run again: it continues from the last checkpoint."
+            ) from error
+
+    def add(self, checkpoint: SavedCheckpoint) -> list[SavedCheckpoint]:
+        """Add a checkpoint that the server has confirmed; those that nobody needs since then."""
+        checkpoints = [*self.checkpoints, checkpoint]
+        best = _best(checkpoints)
+        needed = [one for one in checkpoints if one.kept or one == best or one is checkpoint]
+        self._rewrite("checkpoints.jsonl", [asdict(one) for one in needed])
+        return [one for one in checkpoints if one not in needed]
+
+    def draw(self) -> None:
+        """Draw loss.png."""
+        from distill_datasets.training.plots import draw_curves
+
+        config = self.config or {}
+        rows = config.get("dataset", {}).get("rows", {}).get("train", 0)
+        title = f"{config.get('student', 'student')}, trained on {rows:,} rows"
+        best = _best(self.checkpoints)
+        draw_curves(
+            self.metrics, self.path / "loss.png", title=title, best=best.step if best else None
+        )
+
+    def result(self) -> TrainingResult:
+        """The result that a finished training's files hold.
+
+        Raises `ModelError` where the student's answers collapsed before any checkpoint was good.
+        """
+        config, metrics, checkpoints = self.config or {}, self.metrics, self.checkpoints
+        steps, final = [line for line in metrics if "loss" in line], checkpoints[-1]
+        selection, patience = self.selection, config["settings"].get("patience")
+        why = why_it_ended(selection, patience, final.step, config["steps"])
+        if selection.collapsed and _best(checkpoints) is None:
+            raise ModelError(
+                f"Training in {str(self.path)!r} stopped at step {final.step}: {why}, and no "
+                "checkpoint before is good. Look at the responses of the training split, lower "
+                "the learning rate, and train again into another folder; answered_rows=0 "
+                "(--answered-rows 0) trains to the end whatever the student answers."
+            )
+        return TrainingResult(
+            path=self.path,
+            best=_best(checkpoints) or final,
+            final=final,
+            final_loss=steps[-1]["loss"]
+            if final.validation_loss is None
+            else final.validation_loss,
+            steps=final.step,
+            rows=config["dataset"]["rows"]["train"],
+            skipped=config["dataset"]["skipped"]["train"],
+            tokens=sum(line["tokens"] for line in steps),
+            seconds=round(sum(line["seconds"] for line in steps), 2),
+            normalization=config["normalization"],
+            why=why,
+            doubt=selection.doubt,
+        )
+
+    def _lines(self, name: str, read: Callable[[dict[str, Any]], T]) -> list[T]:
+        """A killed process may leave half a line at the end: it was not confirmed to anyone."""
+        file = self.path / name
+        if not file.is_file():
+            return []
+        whole, _, _ = file.read_text("utf-8", "replace").rpartition("\n")
+        found = []
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                found.append(read(json.loads(line)))
+            except (ValueError, TypeError, KeyError):
+                if (name, number) not in self._damaged:
+                    tell(f"{str(file)!r}, line {number} is damaged: left out")
+                self._damaged.add((name, number))
+        return found
+
+    def _rewrite(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        if lines or (self.path / name).exists():
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            write_file(self.path / name, text)
+
+
+def _selection(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Selection:
+    settings = config.get("settings", {})
+    metric, least = settings.get("select", VALIDATION_LOSS), settings.get("min_improvement", 0.0)
+    begun = config.get("begun") or {"metric": metric, "min_improvement": least}
+    return Selection(**begun).read(metrics)
+
+
+def training_warnings(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What speaks against a training's best weights: a collapse, or no gain over before."""
+    found = _selection(config, metrics)
+    return [one for one in (found.collapse if found.collapsed else "", found.doubt) if one]
+
+
+def next_folder(out: Path) -> Path:
+    """The first of `out`-2, `out`-3, … that isn't there."""
+    numbered = (out.with_name(f"{out.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in numbered if not folder.exists())
+
+
+def _best(checkpoints: Sequence[SavedCheckpoint]) -> SavedCheckpoint | None:
+    """The last that was the best of all up to it."""
+    return next((one for one in reversed(checkpoints) if one.best), None)
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    return _flat({**config, "settings": decisive(config["settings"])})
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(inner, f"{name}.") if isinstance(inner, Mapping) else {name: inner}
+    return flat
+
+
+def _scores(checkpoint: SavedCheckpoint) -> str:
+    shown = {n: v for n, v in checkpoint.scores.items() if n not in OF_ANSWERS}
+    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+
+
+def installed_versions() -> dict[str, str]:
+    """What decides the losses; a checkout that isn't installed has no version of its own."""
+    names = ("distill-datasets", "tinker", "tinker-cookbook", "datasets", "torch")
+    versions = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def describe(config: Mapping[str, Any]) -> dict[str, str]:
@@ -76,13 +376,15 @@ def describe_progress(
 
 
 def read_progress(
-    connection: Connection, path: str, config: Mapping[str, Any]
+    connection: "Connection", path: str, config: Mapping[str, Any]
 ) -> tuple[Selection, list[SavedCheckpoint]]:
     """Where a training that the server knows stands: the measurements, and the checkpoints to
     begin a folder with, the one at `path` last.
 
     Raises `ModelError` where it was trained on something else or otherwise; the message says what.
     """
+    from distill_datasets.training.student import read_metadata
+
     found = read_metadata(connection, path)
     missing = {"step", "selection", "config_digest", "dataset_revision"} - set(found)
     if missing:
@@ -103,42 +405,6 @@ def read_progress(
         [SavedCheckpoint(**json.loads(found["best"]) | {"kept": True})] if "best" in found else []
     )
     return Selection(**json.loads(found["selection"])), [*best, begun]
-
-
-def read_metadata(connection: Connection, path: str) -> dict[str, str]:
-    """What the training state at a `tinker://` path says of itself, by the server alone."""
-    run = require_state(path).training_run_id
-    with explained(path):
-        listed = optional(connection.rest.list_checkpoints(run), _UNLISTED)
-    if listed is None:
-        raise ModelError(
-            f"{path!r} can't be resumed from: its server doesn't say how far it was trained. "
-            "Continue in the folder of its training (--out), or start from its weights (--from)."
-        )
-    saved = listed.checkpoints
-    for checkpoint in saved:
-        if checkpoint.tinker_path == path:
-            return dict(checkpoint.user_metadata or {})
-    raise ModelError(
-        f"{path!r} is not on the server: expected one of "
-        f"{[one.tinker_path for one in saved if one.checkpoint_type == 'training'][:5]}. It may "
-        "have expired."
-    )
-
-
-def require_state(path: str) -> tinker.ParsedCheckpointTinkerPath:
-    """The parts of a path that training can go on from; raises `ModelError` for any other."""
-    expected = "expected tinker://<run>/weights/<name>"
-    try:
-        parsed = tinker.ParsedCheckpointTinkerPath.from_tinker_path(path)
-    except ValueError as error:
-        raise ModelError(f"{path!r} names no checkpoint: {expected}.") from error
-    if parsed.checkpoint_type != "training":
-        raise ModelError(
-            f"{path!r} is for sampling and has no optimizer: {expected}, the training state that "
-            "was saved with it."
-        )
-    return parsed
 
 
 def require_same(path: str, there: Mapping[str, str], config: Mapping[str, Any]) -> None:
@@ -167,7 +433,7 @@ def require_same(path: str, there: Mapping[str, str], config: Mapping[str, Any])
 class CheckpointRetention:
     """How long the server keeps checkpoints. Requests run beside the training."""
 
-    def __init__(self, connection: Connection, ttl_seconds: int | None) -> None:
+    def __init__(self, connection: "Connection", ttl_seconds: int | None) -> None:
         """`ttl_seconds` as in the settings."""
         self._connection = connection
         default = None if connection.server else _WEEK
@@ -189,6 +455,8 @@ class CheckpointRetention:
 
     def keep(self, checkpoints: Iterable[SavedCheckpoint]) -> None:
         """Keep them for good; waits until the server has confirmed it, or says that it doesn't."""
+        from distill_datasets.models.tinker_sdk import explained, try_to
+
         with explained(self._connection.reference):
             for request in self._set_ttl(checkpoints, None):
                 try_to(request, _NOT_KEPT, timeout=_KEEPING)
@@ -201,105 +469,15 @@ class CheckpointRetention:
 
     def close(self) -> None:
         """Give what was begun a few seconds."""
+        import tinker
+
+        from distill_datasets.models.tinker_sdk import optional
+
         end = time.monotonic() + _DELETION
         for request, without in self._pending:
             with suppress(tinker.TinkerError, TimeoutError):
                 request.future().exception(max(0.0, end - time.monotonic()))
                 optional(request, without)
-
-
-@dataclass(frozen=True)
-class Predecessor:
-    """Weights at a server's `path`; `folder` is the training that made them, where it is known."""
-
-    path: str
-    folder: Path | None
-    adapted: Mapping[str, Any]
-
-    def settled(self, settings: TrainSettings) -> TrainSettings:
-        """The settings with the adapter that the weights have; says where another was asked for."""
-        for name, one in self.adapted.items():
-            if getattr(settings, name) not in (one, getattr(TrainSettings, name)):
-                tell(f"{name} is {one}, as the weights to begin with have it.")
-        return replace(settings, **self.adapted)
-
-    def bring(self, store: Path) -> None:
-        """Put the weights where the server of another training finds them, if it is a local one."""
-        if self.folder is not None:
-            adopt_state(self.path, self.folder / "checkpoints", store)
-
-    @property
-    def learned(self) -> RowKeys:
-        """The rows that it was trained on; raises `DatasetError` where nobody wrote them down."""
-        file = self.folder / LEARNED if self.folder else None
-        if file is None or not file.is_file():
-            raise DatasetError(
-                f"Nothing says which rows {str(self.folder or self.path)!r} has learned: expected "
-                f"a training folder with {LEARNED}. Leave out --only-new to train on all rows."
-            )
-        keys: RowKeys = np.load(file)
-        return keys
-
-
-def choose_student(source: DatasetSource, start: str | Path | None = None) -> str:
-    """The student where none is named: that of `start`, or the model of the release's teacher.
-
-    Raises `ModelError` where that can't be trained.
-    """
-    if start is None:
-        return default_student(source.manifest.get("teacher"))
-    if base := base_of(str(start)):
-        return base
-    raise _no_student(str(start))
-
-
-def _no_student(start: str) -> ModelError:
-    return ModelError(
-        f"{start!r} is no student to start from: expected a training's folder, or "
-        "tinker://<run>/weights/<name>."
-    )
-
-
-def find_predecessor(
-    start: str | Path, student: str, *, renderer: str | None = None
-) -> Predecessor:
-    """A training folder's best checkpoint, or the state at tinker://<run>/weights/<name>.
-
-    Raises `ModelError` for weights of another base model than the student's, and for a path that
-    is no training state.
-    """
-    if (folder := find_training(start)) is not None:
-        config, checkpoint = read_training(folder)
-        _require_base(str(start), config["student"], student)
-        adapted = {
-            name: one for name in _ADAPTED if (one := config["settings"].get(name)) is not None
-        }
-        return Predecessor(checkpoint["state"], folder, adapted)
-    path = str(start)
-    if not path.startswith("tinker://"):
-        raise _no_student(path)
-    require_state(path)
-    connection = connect(student, renderer=renderer)
-    with explained(path):
-        asked = connection.rest.get_weights_info_by_tinker_path(path)
-        info = optional(asked, f"{_UNKNOWN_BASE}: {student!r} is trusted to be it")
-    if info is None:
-        return Predecessor(path, None, {})
-    _require_base(path, info.base_model, connection.base_model)
-    return Predecessor(path, None, {"rank": info.lora_rank} if info.lora_rank else {})
-
-
-def write_learned(folder: Path, keys: RowKeys, before: Predecessor | None) -> None:
-    """Write down what a training learns, and what its predecessor had learned.
-
-    `keys` are those of `DatasetSplit.keys`.
-    """
-    known = before.folder / LEARNED if before and before.folder else None
-    if known is not None and known.is_file():
-        keys = np.concatenate([keys, np.load(known)])
-    content = BytesIO()
-    np.save(content, np.unique(keys))
-    write_file(folder / LEARNED, content.getvalue())
 
 
 def _paths(checkpoints: Iterable[SavedCheckpoint]) -> list[str]:
@@ -308,14 +486,6 @@ def _paths(checkpoints: Iterable[SavedCheckpoint]) -> list[str]:
 
 def _config_digest(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return digest([settings, *(config[name] for name in _DECISIVE)])[:32]
-
-
-def _require_base(start: str, there: str, here: str) -> None:
-    if there != here:
-        raise ModelError(
-            f"{start!r} was trained from {there!r}, not from {here!r}: name that model as the "
-            "student."
-        )
 
 
 def _compact(value: object) -> str:

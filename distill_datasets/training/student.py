@@ -1,4 +1,5 @@
-"""The student: what a server is asked to train, how a batch is sent to it, and how it is read."""
+"""The student: what a server is asked to train, how a batch is sent to it, how it is read, and
+what it starts from."""
 
 import errno
 import math
@@ -7,17 +8,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from io import BytesIO
+from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
 import tinker
 from numpy.typing import NDArray
 
-from distill_datasets.errors import ModelError, OutputError, ServiceError, SettingsError
+from distill_datasets.errors import (
+    DatasetError,
+    ModelError,
+    OutputError,
+    ServiceError,
+    SettingsError,
+)
+from distill_datasets.files import write_file
 from distill_datasets.models import tinker_sdk as sdk
-from distill_datasets.models.connection import Connection
+from distill_datasets.models.connection import Connection, adopt_state
+from distill_datasets.models.references import (
+    base_of,
+    connect,
+    default_student,
+    find_training,
+    read_training,
+)
 from distill_datasets.models.tinker import TinkerSampler
-from distill_datasets.training.data import Example
+from distill_datasets.models.tinker_sdk import explained, optional
+from distill_datasets.training import tell
+from distill_datasets.training.data import DatasetSource, Example
 from distill_datasets.training.settings import TrainSettings
 
 Normalization = Literal["token", "example"]
@@ -26,6 +45,11 @@ LossName = Literal["cross_entropy", "importance_sampling"]
 _FULL = os.strerror(errno.ENOSPC)
 _KEPT = "What was saved is kept: run it again with the same output folder to continue."
 _LONGEST = 4096  # tokens a row: what a local machine holds; more must be asked for
+LEARNED = "learned.npy"  # in a training's folder: the rows that a later training can leave out
+_ADAPTED = ("rank", "train_attention", "train_mlp", "train_unembed")
+_UNLISTED = "checkpoints can't be looked up on the server"
+_UNKNOWN_BASE = "nothing says which model the weights to begin with were trained from"
+RowKeys = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -415,3 +439,141 @@ def _stated(connection: Connection) -> Mapping[str, Any]:
         )
     stated: Mapping[str, Any] = models[connection.base_model]
     return stated
+
+
+def read_metadata(connection: Connection, path: str) -> dict[str, str]:
+    """What the training state at a `tinker://` path says of itself, by the server alone."""
+    run = require_state(path).training_run_id
+    with explained(path):
+        listed = optional(connection.rest.list_checkpoints(run), _UNLISTED)
+    if listed is None:
+        raise ModelError(
+            f"{path!r} can't be resumed from: its server doesn't say how far it was trained. "
+            "Continue in the folder of its training (--out), or start from its weights (--from)."
+        )
+    saved = listed.checkpoints
+    for checkpoint in saved:
+        if checkpoint.tinker_path == path:
+            return dict(checkpoint.user_metadata or {})
+    raise ModelError(
+        f"{path!r} is not on the server: expected one of "
+        f"{[one.tinker_path for one in saved if one.checkpoint_type == 'training'][:5]}. It may "
+        "have expired."
+    )
+
+
+def require_state(path: str) -> tinker.ParsedCheckpointTinkerPath:
+    """The parts of a path that training can go on from; raises `ModelError` for any other."""
+    expected = "expected tinker://<run>/weights/<name>"
+    try:
+        parsed = tinker.ParsedCheckpointTinkerPath.from_tinker_path(path)
+    except ValueError as error:
+        raise ModelError(f"{path!r} names no checkpoint: {expected}.") from error
+    if parsed.checkpoint_type != "training":
+        raise ModelError(
+            f"{path!r} is for sampling and has no optimizer: {expected}, the training state that "
+            "was saved with it."
+        )
+    return parsed
+
+
+@dataclass(frozen=True)
+class Predecessor:
+    """Weights at a server's `path`; `folder` is the training that made them, where it is known."""
+
+    path: str
+    folder: Path | None
+    adapted: Mapping[str, Any]
+
+    def settled(self, settings: TrainSettings) -> TrainSettings:
+        """The settings with the adapter that the weights have; says where another was asked for."""
+        for name, one in self.adapted.items():
+            if getattr(settings, name) not in (one, getattr(TrainSettings, name)):
+                tell(f"{name} is {one}, as the weights to begin with have it.")
+        return replace(settings, **self.adapted)
+
+    def bring(self, store: Path) -> None:
+        """Put the weights where the server of another training finds them, if it is a local one."""
+        if self.folder is not None:
+            adopt_state(self.path, self.folder / "checkpoints", store)
+
+    @property
+    def learned(self) -> RowKeys:
+        """The rows that it was trained on; raises `DatasetError` where nobody wrote them down."""
+        file = self.folder / LEARNED if self.folder else None
+        if file is None or not file.is_file():
+            raise DatasetError(
+                f"Nothing says which rows {str(self.folder or self.path)!r} has learned: expected "
+                f"a training folder with {LEARNED}. Leave out --only-new to train on all rows."
+            )
+        keys: RowKeys = np.load(file)
+        return keys
+
+
+def choose_student(source: DatasetSource, start: str | Path | None = None) -> str:
+    """The student where none is named: that of `start`, or the model of the release's teacher.
+
+    Raises `ModelError` where that can't be trained.
+    """
+    if start is None:
+        return default_student(source.manifest.get("teacher"))
+    if base := base_of(str(start)):
+        return base
+    raise _no_student(str(start))
+
+
+def _no_student(start: str) -> ModelError:
+    return ModelError(
+        f"{start!r} is no student to start from: expected a training's folder, or "
+        "tinker://<run>/weights/<name>."
+    )
+
+
+def find_predecessor(
+    start: str | Path, student: str, *, renderer: str | None = None
+) -> Predecessor:
+    """A training folder's best checkpoint, or the state at tinker://<run>/weights/<name>.
+
+    Raises `ModelError` for weights of another base model than the student's, and for a path that
+    is no training state.
+    """
+    if (folder := find_training(start)) is not None:
+        config, checkpoint = read_training(folder)
+        _require_base(str(start), config["student"], student)
+        adapted = {
+            name: one for name in _ADAPTED if (one := config["settings"].get(name)) is not None
+        }
+        return Predecessor(checkpoint["state"], folder, adapted)
+    path = str(start)
+    if not path.startswith("tinker://"):
+        raise _no_student(path)
+    require_state(path)
+    connection = connect(student, renderer=renderer)
+    with explained(path):
+        asked = connection.rest.get_weights_info_by_tinker_path(path)
+        info = optional(asked, f"{_UNKNOWN_BASE}: {student!r} is trusted to be it")
+    if info is None:
+        return Predecessor(path, None, {})
+    _require_base(path, info.base_model, connection.base_model)
+    return Predecessor(path, None, {"rank": info.lora_rank} if info.lora_rank else {})
+
+
+def write_learned(folder: Path, keys: RowKeys, before: Predecessor | None) -> None:
+    """Write down what a training learns, and what its predecessor had learned.
+
+    `keys` are those of `DatasetSplit.keys`.
+    """
+    known = before.folder / LEARNED if before and before.folder else None
+    if known is not None and known.is_file():
+        keys = np.concatenate([keys, np.load(known)])
+    content = BytesIO()
+    np.save(content, np.unique(keys))
+    write_file(folder / LEARNED, content.getvalue())
+
+
+def _require_base(start: str, there: str, here: str) -> None:
+    if there != here:
+        raise ModelError(
+            f"{start!r} was trained from {there!r}, not from {here!r}: name that model as the "
+            "student."
+        )

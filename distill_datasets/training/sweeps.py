@@ -14,7 +14,7 @@ from distill_datasets.errors import ModelError, SettingsError, nearest
 from distill_datasets.files import one_writer, write_file
 from distill_datasets.progress import interruptible
 from distill_datasets.tables import aligned, html_card, html_plot, html_table
-from distill_datasets.training.tracking import tell
+from distill_datasets.training import tell
 
 if TYPE_CHECKING:
     from pandas import DataFrame

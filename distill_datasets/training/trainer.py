@@ -13,6 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill_datasets.errors import ModelError, OutputError, SettingsError, nearest
 from distill_datasets.progress import Progress, interruptible
+from distill_datasets.training import tell
+from distill_datasets.training.checkpoints import (
+    SavedCheckpoint,
+    TrainingFolder,
+    TrainingResult,
+    installed_versions,
+)
 from distill_datasets.training.data import (
     DatasetSource,
     DatasetSplit,
@@ -21,21 +28,14 @@ from distill_datasets.training.data import (
     open_splits,
     require_turns,
 )
-from distill_datasets.training.folder import (
-    SavedCheckpoint,
-    TrainingFolder,
-    TrainingResult,
-    installed_versions,
-)
+from distill_datasets.training.plots import open_tracker, require_tracker, sparkline
 from distill_datasets.training.schedule import Schedule, Step, TrainingPlan, plan_training
 from distill_datasets.training.settings import SELECTED, VALIDATION_LOSS, TrainSettings, Turns
-from distill_datasets.training.tracking import open_tracker, require_tracker, sparkline, tell
 
 if TYPE_CHECKING:
     from distill_datasets.models.connection import Connection
-    from distill_datasets.training.checkpoints import Predecessor
     from distill_datasets.training.objectives import Objective, TrainingTask
-    from distill_datasets.training.student import Learned, Saved, Student, Submitted
+    from distill_datasets.training.student import Learned, Predecessor, Saved, Student, Submitted
     from distill_datasets.training.validation import PendingScores, Validator
 
     MakeValidator = Callable[[TrainingTask, Rendered], Validator]
@@ -71,7 +71,7 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
 
         trained = train("runs/demo/release", student="pocket", out="runs/student")
     """
-    from distill_datasets.training.checkpoints import choose_student, find_predecessor
+    from distill_datasets.training.student import choose_student, find_predecessor
 
     settings = settings or TrainSettings()
     require_tracker(settings.track)
@@ -106,7 +106,7 @@ def _train(  # noqa: PLR0913 (what `train` has found)
     validators: "Sequence[MakeValidator]",
 ) -> None:
     """To the end, from wherever the folder's training stands."""
-    from distill_datasets.training.checkpoints import write_learned
+    from distill_datasets.training.student import write_learned
 
     only_new = before if request.get("start", {}).get("only_new") else None
     splits = _open_splits(source, settings, only_new)
@@ -396,11 +396,10 @@ def _open_student(
     """
     from distill_datasets.training.checkpoints import (
         describe,
-        read_metadata,
         read_progress,
         require_same,
     )
-    from distill_datasets.training.student import Student
+    from distill_datasets.training.student import Student, read_metadata
 
     folder.require_same(config)
     written, checkpoints, metadata = folder.config, folder.checkpoints, describe(config)
@@ -455,11 +454,11 @@ def _open_objective(task: "TrainingTask") -> "Objective":
     `DatasetError` or `ModelError` where that can't be.
     """
     if task.settings.objective.name == "soft":
-        from distill_datasets.training.objectives.soft import SoftObjective
+        from distill_datasets.training.soft_labels import SoftObjective
 
         return SoftObjective(task)
     if task.settings.objective.name == "on_policy":
-        from distill_datasets.training.objectives.on_policy import OnPolicyObjective
+        from distill_datasets.training.on_policy import OnPolicyObjective
 
         return OnPolicyObjective(task)
     from distill_datasets.training.objectives import SupervisedObjective
@@ -525,7 +524,7 @@ def _require_untrained(student: str | None, resume: str | None) -> None:
             "the path of its state, tinker://<run>/weights/<name>, to --resume."
         )
     if resume is not None:
-        from distill_datasets.training.checkpoints import require_state
+        from distill_datasets.training.student import require_state
 
         require_state(resume)
 

@@ -2,6 +2,10 @@
 
 The loss, accuracy, and internalisation, whose two ends (how likely base and teacher find the
 teacher's answers) are measured once; and what the student answers to a few of the queries.
+
+Internalisation is how much of the prompt is in the weights: one number from likelihoods, with no
+judge. (NLL_base - NLL_student) / (NLL_base - NLL_teacher), per response token, over the teacher's
+own answers: 0 is the base without the prompt, 1 the teacher with it. Nothing is clipped.
 """
 
 import asyncio
@@ -10,15 +14,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
-import tinker
+import numpy as np
 
 from distill_datasets.conversations import (
     PYTHON_WORDS,
     Call,
     Conversation,
+    assistant_message,
     calls_text,
     plain_value,
     read_calls,
@@ -37,38 +43,24 @@ from distill_datasets.errors import (
 from distill_datasets.files import write_file
 from distill_datasets.generation.ledger import LEDGER
 from distill_datasets.models.sampler import Sample, Sampling, digest
-from distill_datasets.models.scoring import split_conversation
+from distill_datasets.models.scoring import Judged, Likelihood, likelihoods, split_conversation
 from distill_datasets.progress import amount_text
 from distill_datasets.schema import Message
+from distill_datasets.statistics import Bootstrap, Floats, resamples
 from distill_datasets.tables import one_line
+from distill_datasets.training import tell
 from distill_datasets.training.data import Example, Rendered, cache_folder, sample_places
-from distill_datasets.training.internalisation import (
-    LEAST_ROWS,
-    ReferenceLikelihoods,
-    TeacherAnswer,
-    internalisation,
-    reference_likelihoods,
-)
-from distill_datasets.training.objectives import TrainingTask
-from distill_datasets.training.objectives.teacher import (
-    TeacherPrompts,
-    connect_teacher,
-    read_teacher_prompts,
-    teacher_texts,
-)
 from distill_datasets.training.schedule import ValidationPlan
 from distill_datasets.training.settings import VALIDATION_LOSS
-from distill_datasets.training.student import (
-    RowLoss,
-    Saved,
-    Student,
-    Submitted,
-    bits_per_byte,
-)
-from distill_datasets.training.tracking import tell
 
 if TYPE_CHECKING:
+    from distill_datasets.generation.pricing import Meter
     from distill_datasets.models.connection import Connection
+    from distill_datasets.recipes.recipe import Recipe
+    from distill_datasets.training.objectives import TeacherPrompts, TrainingTask
+    from distill_datasets.training.student import RowLoss, Saved, Student, Submitted
+
+    Meters = Mapping[str, Meter | None]  # by the names of systems; None for one without a price
 
 _SLACK = 8  # tokens that an answer may be longer than the longest response, to be seen as other
 _AT_ONCE = 256  # requests
@@ -82,6 +74,165 @@ _FILE = "bounds.json"  # in the training's folder, so that a rerun asks nobody
 _VERSION = 2  # of what is cached: raise it when the likelihoods come out differently
 T = TypeVar("T")
 _COLUMNS = ("query", "sample", "response", "group")
+_RESAMPLES = 2_000
+LEAST_ROWS = 20  # answers of the teacher that a score takes
+_HARDLY = 0.05  # nats a token between base and teacher, to report
+_LEAST = 1e-4  # nats a token between base and teacher: servers round log-probabilities
+
+
+@dataclass(frozen=True)
+class ReferenceLikelihoods:
+    """The two ends of the score, on the same rows in the same order.
+
+    `base` and `teacher` are negative log-likelihoods in nats, each summed over a row's answer:
+    the base without the prompt, the teacher with it. `tokens` are those of the answer as the
+    student says it, `groups` are resampled together.
+    """
+
+    groups: Sequence[str]
+    tokens: Sequence[int]
+    base: Sequence[float]
+    teacher: Sequence[float]
+
+
+@dataclass(frozen=True)
+class TeacherAnswer:
+    """One answer of the teacher, as two conversations that end with it.
+
+    `taught` is the prompt, the query and what the teacher said; `learned` what the student sees of
+    the query, and is to say. Each has its tools, as JSON text. Its end counts as something said
+    where the teacher `ended` it, and nothing else did.
+    """
+
+    group: str
+    taught: "Sequence[Message]"
+    learned: "Sequence[Message]"
+    taught_tools: str | None = None
+    learned_tools: str | None = None
+    ended: bool = True
+
+    @classmethod
+    def to(
+        cls,
+        recipe: "Recipe",
+        row: "Mapping[str, Any]",
+        said: str,
+        response: str,
+        *,
+        stop_reason: str = "stop",
+    ) -> Self:
+        """What was said to a row's query, and what the student is to say.
+
+        What a stop text cut off may have gone on, whatever the model would have said.
+        """
+        ended = stop_reason == "stop" and not recipe.stop_texts
+        query = row["query"]
+        part = recipe.part(query)[0]
+        calls = part.tools is not None
+        asked, seen = recipe.messages(query), recipe.student_messages(query)
+        taught = [*asked, assistant_message(said, calls=calls, after=asked)]
+        learned = [*seen, assistant_message(response, calls=calls, after=seen)]
+        return cls(row["group"], taught, learned, part.tools_text, part.student_tools, ended)
+
+
+def reference_likelihoods(
+    answers: Sequence[TeacherAnswer],
+    *,
+    base: "Connection",
+    teacher: "Connection",
+    meters: "Meters | None" = None,
+) -> ReferenceLikelihoods:
+    """Ask both how likely they find the teacher's answers; costs two requests an answer.
+
+    Where a recipe rewrites what the teacher says, the teacher is asked about its own words: it
+    gives the answer at least that likelihood. `meters` count what "base" and "teacher" are asked;
+    raises `BudgetReached` before the first request that one has no room for.
+    """
+    without = _likelihoods("base", base, _learned(answers), meters)
+    asked = [Judged(one.taught, one.taught_tools, one.ended) for one in answers]
+    taught = _likelihoods("teacher", teacher, asked, meters)
+    return ReferenceLikelihoods(
+        groups=[one.group for one in answers],
+        tokens=[one.tokens for one in without],
+        base=[one.nats for one in without],
+        teacher=[one.nats for one in taught],
+    )
+
+
+def _likelihoods(
+    system: str, model: "Connection", asked: Sequence[Judged], meters: "Meters | None"
+) -> list[Likelihood]:
+    meter = (meters or {}).get(system)
+    spend = partial(meter.read, model.identity) if meter else None
+    return likelihoods(model, asked, title=f"{system}'s likelihood", spend=spend)
+
+
+def _learned(answers: Sequence[TeacherAnswer]) -> list[Judged]:
+    return [Judged(one.learned, one.learned_tools, one.ended) for one in answers]
+
+
+def measure_internalisation(
+    answers: Sequence[TeacherAnswer],
+    connections: "Mapping[str, Connection]",
+    meters: "Meters | None" = None,
+) -> dict[str, Any]:
+    """The score of `connections` "student" between "base" and "teacher", with its interval.
+
+    Besides, every system's nats a response token; costs three requests an answer, which `meters`
+    count by the systems' names. Where a score would say nothing, `why` stands in its place.
+    """
+    base, teacher = connections["base"], connections["teacher"]
+    ends = reference_likelihoods(answers, base=base, teacher=teacher, meters=meters)
+    found = _likelihoods("student", connections["student"], _learned(answers), meters)
+    student = [one.nats for one in found]
+    systems = {"base": ends.base, "teacher": ends.teacher, "student": student}
+    nats = {name: per_token(nats, ends) for name, nats in systems.items()}
+    return {"rows": len(answers), "nats_per_token": nats, **_scored(student, ends)}
+
+
+def _scored(student: Sequence[float], ends: ReferenceLikelihoods) -> dict[str, Any]:
+    """The score and its interval, or why there is none."""
+    if len(ends.tokens) < LEAST_ROWS:
+        return {"why": f"it takes {LEAST_ROWS} answers of the teacher; found {len(ends.tokens)}."}
+    base, teacher = per_token(ends.base, ends), per_token(ends.teacher, ends)
+    if base - teacher < _HARDLY:
+        return {
+            "why": f"the prompt makes the teacher's answers hardly likelier: {base:.3f} nats a "
+            f"token without it, {teacher:.3f} with it; expected {_HARDLY} between them."
+        }
+    return internalisation(student, ends).interval()
+
+
+def internalisation(student: Sequence[float], ends: ReferenceLikelihoods) -> Bootstrap:
+    """The score of a student's negative log-likelihoods, with its bootstrap over groups.
+
+    Raises `DatasetError` for no answers, and where the prompt makes them no likelier than the
+    base finds them: there is nothing to internalise.
+    """
+    nats = np.array([ends.base, student, ends.teacher], dtype=np.float64)
+    tokens = np.asarray(ends.tokens, dtype=np.float64)
+    if not tokens.sum() > 0:
+        raise DatasetError("There are no answers to compute the internalisation score on.")
+    base, _, teacher = nats.sum(axis=1) / tokens.sum()
+    if not base - teacher > _LEAST:
+        raise DatasetError(
+            "The internalisation score is not defined: expected answers that the prompt makes "
+            f"likelier; found {base:.4f} nats a token without it, and {teacher:.4f} with it."
+        )
+    draws = [_score(weights, nats) for weights in resamples(ends.groups, _RESAMPLES)]
+    whole = np.ones((1, len(tokens)))
+    return Bootstrap(float(_score(whole, nats)[0]), np.concatenate(draws))
+
+
+def per_token(nats: Sequence[float], ends: ReferenceLikelihoods) -> float:
+    """A system's mean negative log-likelihood, in nats a response token."""
+    return float(np.sum(nats) / np.sum(ends.tokens))
+
+
+def _score(weights: Floats, nats: Floats) -> Floats:
+    base, student, teacher = (weights @ nats.T).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray((base - student) / (base - teacher))
 
 
 class PendingScores(Protocol):
@@ -95,7 +246,7 @@ class PendingScores(Protocol):
 class Validator(Protocol):
     """Measures the student as the steps submitted so far leave it."""
 
-    def submit(self, student: Student, save: Submitted[Saved] | None) -> PendingScores:
+    def submit(self, student: "Student", save: "Submitted[Saved] | None") -> PendingScores:
         """Begin; `save` is of the same weights, for what must sample from them.
 
         The package's own get None for the student before its first step. A `Future` is not waited
@@ -123,12 +274,16 @@ class LossValidator:
         self._bytes = sum(one.bytes for batch in self._batches for one in batch)
         self._ends = ends
 
-    def submit(self, student: Student, save: Submitted[Saved] | None) -> PendingScores:
+    def submit(self, student: "Student", save: "Submitted[Saved] | None") -> PendingScores:
         """Queued behind the steps."""
+        from distill_datasets.training.student import Submitted
+
         pending = student.loss(self._batches)
         return Submitted(lambda: self._scores(pending.result()))
 
-    def _scores(self, rows: Sequence[RowLoss]) -> Mapping[str, float]:
+    def _scores(self, rows: "Sequence[RowLoss]") -> Mapping[str, float]:
+        from distill_datasets.training.student import bits_per_byte
+
         tokens = sum(row.tokens for row in rows)
         loss = sum(row.nll for row in rows) / tokens
         bits = bits_per_byte(loss, tokens, self._bytes)
@@ -136,7 +291,7 @@ class LossValidator:
         return found | (_internalised(rows, self._ends) if self._ends else {})
 
 
-def _internalised(rows: Sequence[RowLoss], ends: ReferenceLikelihoods) -> dict[str, float]:
+def _internalised(rows: "Sequence[RowLoss]", ends: ReferenceLikelihoods) -> dict[str, float]:
     """Of as many of a response's tokens as were judged: an end that isn't the teacher's is last."""
     judged = zip(rows, ends.tokens, strict=True)
     nats = [-float(row.logprobs[:tokens].sum()) for row, tokens in judged]
@@ -158,11 +313,11 @@ class AccuracyValidator:
         longest = max(int((one.targets > 0).sum()) for one in rows.examples(places))
         self._sampling = Sampling(temperature=0.0, max_tokens=longest + _SLACK)
 
-    def submit(self, student: Student, save: Submitted[Saved] | None) -> PendingScores:
+    def submit(self, student: "Student", save: "Submitted[Saved] | None") -> PendingScores:
         """Samples beside the training that goes on; without a `save`, the untrained student."""
         return _beside(self._score, student, save)
 
-    def _score(self, student: Student, save: Submitted[Saved] | None) -> Mapping[str, float]:
+    def _score(self, student: "Student", save: "Submitted[Saved] | None") -> Mapping[str, float]:
         asked = [(one, self._sampling) for one in self._conversations]
         said = _answers_of(student, save, asked)
         found = [
@@ -182,8 +337,8 @@ def _beside(score: Callable[..., T], *values: Any) -> "Future[T]":
 
 
 def _answers_of(
-    student: Student,
-    save: Submitted[Saved] | None,
+    student: "Student",
+    save: "Submitted[Saved] | None",
     asked: Sequence[tuple[Conversation, Sampling]],
 ) -> list[Sample]:
     """What the saved student, or else the untrained one, says in place of each conversation's last
@@ -217,7 +372,7 @@ class AnswerValidator:
     the longest of these responses has.
     """
 
-    def __init__(self, task: TrainingTask, rows: Rendered, count: int) -> None:
+    def __init__(self, task: "TrainingTask", rows: Rendered, count: int) -> None:
         """Chooses so many rows, always the same ones of equal splits."""
         connection = task.student.connection
         places = sample_places(len(rows), count)
@@ -246,7 +401,7 @@ class AnswerValidator:
         self._once = _said_once(task.rows, rows, places)
 
     def submit(
-        self, student: Student, save: Submitted[Saved] | None
+        self, student: "Student", save: "Submitted[Saved] | None"
     ) -> "Future[Mapping[str, float]]":
         """Samples beside the training that goes on; without a `save`, the untrained student.
 
@@ -255,7 +410,9 @@ class AnswerValidator:
         """
         return _beside(self._score, student, save)
 
-    def _score(self, student: Student, save: Submitted[Saved] | None) -> Mapping[str, float]:
+    def _score(self, student: "Student", save: "Submitted[Saved] | None") -> Mapping[str, float]:
+        import tinker
+
         try:
             said = _answers_of(student, save, self._asked)
         except (DistillError, tinker.TinkerError) as error:
@@ -275,7 +432,7 @@ def _plain(text: str) -> str:
     return one_line("".join(one if one.isprintable() else " " for one in text), _LINE)
 
 
-def _sampling(task: TrainingTask) -> Sampling:
+def _sampling(task: "TrainingTask") -> Sampling:
     """As the release's teacher was sampled, as far as its manifest says; else greedily."""
     told = task.source.manifest.get("sampling")
     found = Sampling(temperature=0.0, seed=task.settings.seed)
@@ -388,10 +545,10 @@ def _untyped(call: Call) -> Call:
 
 
 def open_validators(
-    task: TrainingTask,
+    task: "TrainingTask",
     rows: Rendered | None,
     plan: ValidationPlan | None,
-    more: Sequence[Callable[[TrainingTask, Rendered], Validator]] = (),
+    more: "Sequence[Callable[[TrainingTask, Rendered], Validator]]" = (),
     *,
     new: bool = True,
 ) -> Validators:
@@ -423,7 +580,7 @@ def open_validators(
     return Validators([loss, *sampling, *own], [loss, *(sampling if new else ())])
 
 
-def validation_likelihoods(task: TrainingTask, rows: Rendered) -> ReferenceLikelihoods | None:
+def validation_likelihoods(task: "TrainingTask", rows: Rendered) -> ReferenceLikelihoods | None:
     """How likely base and teacher find the teacher's answers to the validation rows.
 
     Its own words come from the release's ledger. None where there is no score: there are few rows,
@@ -433,6 +590,11 @@ def validation_likelihoods(task: TrainingTask, rows: Rendered) -> ReferenceLikel
     made, or where another training on this machine has asked the same models about the same
     answers.
     """
+    from distill_datasets.training.objectives import (
+        connect_teacher,
+        read_teacher_prompts,
+    )
+
     file = task.folder / _FILE
     if (known := _known(file)) and len(known.tokens) == len(rows):
         return known
@@ -454,7 +616,7 @@ def validation_likelihoods(task: TrainingTask, rows: Rendered) -> ReferenceLikel
 
 
 def _cached(
-    task: TrainingTask, answers: Sequence[TeacherAnswer], teacher: "Connection"
+    task: "TrainingTask", answers: Sequence[TeacherAnswer], teacher: "Connection"
 ) -> ReferenceLikelihoods:
     base = task.student.connection
     asked = [_VERSION, base.identity, teacher.identity, *map(asdict, answers)]
@@ -467,7 +629,7 @@ def _cached(
     return ends
 
 
-def _price(task: TrainingTask, answers: Sequence[TeacherAnswer], teacher: "Connection") -> str:
+def _price(task: "TrainingTask", answers: Sequence[TeacherAnswer], teacher: "Connection") -> str:
     """What the likelihoods will ask, as the first answer says, and the release of its teacher."""
     count, first = len(answers), answers[0]
     asked = (teacher, first.taught, first.taught_tools)
@@ -486,7 +648,11 @@ def _price(task: TrainingTask, answers: Sequence[TeacherAnswer], teacher: "Conne
     )
 
 
-def _answers(task: TrainingTask, prompts: TeacherPrompts, rows: Rendered) -> list[TeacherAnswer]:
+def _answers(
+    task: "TrainingTask", prompts: "TeacherPrompts", rows: Rendered
+) -> list[TeacherAnswer]:
+    from distill_datasets.training.objectives import teacher_texts
+
     if missing := sorted({*_COLUMNS} - {*rows.plain.column_names}):
         raise DatasetError(f"{prompts.where!r} lacks a release's columns {missing}.")
     kept = rows.plain.select_columns(list(_COLUMNS)).select(rows.kept)

@@ -23,7 +23,7 @@ from typing import Any
 from distill_datasets.models import references
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.tinker import TinkerSampler
-from distill_datasets.training.folder import TrainingFolder
+from distill_datasets.training.checkpoints import TrainingFolder
 from tests.support.server_log import trained_batches
 from tests.support.tiny_model import make_tiny_model
 from tests.support.training_runs import ROWS, write

@@ -34,8 +34,8 @@ from distill_datasets.models.scoring import Judged, Scorer, likelihoods
 from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
-from distill_datasets.training.internalisation import ReferenceLikelihoods, internalisation
 from distill_datasets.training.settings import ObjectiveSettings
+from distill_datasets.training.validation import ReferenceLikelihoods, internalisation
 
 STEPS = 60
 LONGEST = 12  # sampled tokens: an answer has five

@@ -48,7 +48,7 @@ def shared() -> Shared:
 @pytest.fixture(scope="module")
 def undrawn() -> Iterator[None]:
     """No training of a test file draws its curves, which takes as long as its steps."""
-    from distill_datasets.training.folder import TrainingFolder
+    from distill_datasets.training.checkpoints import TrainingFolder
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingFolder, "draw", lambda folder: None)

@@ -17,7 +17,7 @@ from distill_datasets.releases.push import Pushed
 from distill_datasets.releases.release import Release
 from distill_datasets.serving.export import PushedStudent
 from distill_datasets.synthesis.run import Synthesized
-from distill_datasets.training.folder import SavedCheckpoint, TrainingResult
+from distill_datasets.training.checkpoints import SavedCheckpoint, TrainingResult
 from distill_datasets.training.sweeps import Sweep, SweepTrial
 
 EVIL = "<script>alert(1)</script>"

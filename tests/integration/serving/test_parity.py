@@ -18,8 +18,8 @@ from distill_datasets.errors import ModelError
 from distill_datasets.models import connection
 from distill_datasets.serving.export import ExportSettings, export_student, push_student
 from distill_datasets.serving.parity import Certificate, ParityError, certify
+from distill_datasets.training.checkpoints import TrainingFolder
 from distill_datasets.training.export import read_training
-from distill_datasets.training.folder import TrainingFolder
 from distill_datasets.training.trainer import train
 from tests.support.serving import KEY, serving
 from tests.support.shared_server import shared

@@ -16,8 +16,7 @@ from distill_datasets.errors import ModelError, OutputError, SettingsError
 from distill_datasets.models import references
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.tinker import TinkerSampler
-from distill_datasets.training.checkpoints import CheckpointRetention
-from distill_datasets.training.folder import TrainingFolder
+from distill_datasets.training.checkpoints import CheckpointRetention, TrainingFolder
 from distill_datasets.training.student import require_stated
 from distill_datasets.training.trainer import TrainingResult, TrainSettings, train
 from tests.support.server_log import trained_batches

@@ -11,7 +11,7 @@ from distill_datasets.errors import ModelError
 from distill_datasets.evaluation.report import measure
 from distill_datasets.models import references, tinker_sdk
 from distill_datasets.models.references import connect
-from distill_datasets.training.folder import TrainingFolder
+from distill_datasets.training.checkpoints import TrainingFolder
 from distill_datasets.training.student import require_trainable
 from distill_datasets.training.trainer import TrainSettings, train
 from tests.integration.evaluation.test_report import make_run, teacher

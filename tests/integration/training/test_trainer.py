@@ -27,8 +27,8 @@ from distill_datasets.models import connection as connections
 from distill_datasets.models import references
 from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.training import student as students
+from distill_datasets.training.checkpoints import TrainingFolder, next_folder
 from distill_datasets.training.data import Rendered, locate, open_splits
-from distill_datasets.training.folder import TrainingFolder, next_folder
 from distill_datasets.training.schedule import plan_steps
 from distill_datasets.training.trainer import TrainingResult, TrainSettings, require_settings, train
 from tests.support.server_log import trained_batches

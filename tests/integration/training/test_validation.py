@@ -1,35 +1,70 @@
-"""The internalisation score while training, with a tiny random model as its own teacher."""
+"""What is measured while training, with a tiny random model as its own teacher: the internalisation
+score, and a collapse of the answers, made on purpose, at which training stops.
+"""
 
 import json
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tinker import LoraConfig
 
-from distill_datasets.errors import SettingsError
+from distill_datasets.errors import BudgetReached, ModelError, SettingsError
+from distill_datasets.generation.pricing import Meter, Price, Prices
 from distill_datasets.models.references import connect
 from distill_datasets.models.scoring import Scorer
+from distill_datasets.training.checkpoints import TrainingFolder, training_warnings
 from distill_datasets.training.data import Rendered, open_splits
 from distill_datasets.training.objectives import TrainingTask
 from distill_datasets.training.schedule import ValidationPlan
 from distill_datasets.training.settings import ObjectiveSettings
+from distill_datasets.training.student import Student
 from distill_datasets.training.trainer import TrainSettings, train
 from distill_datasets.training.validation import (
     AccuracyValidator,
     AnswerValidator,
     LossValidator,
+    TeacherAnswer,
+    measure_internalisation,
     open_validators,
+    reference_likelihoods,
     validation_likelihoods,
 )
 from tests.support.soft_releases import PROMPT, SMALL, release, training_task
-from tests.support.training_runs import at_step, metrics, write
+from tests.support.training_runs import QUICK, ROWS, Rows, at_step, metrics, write
 
 pytestmark = pytest.mark.usefixtures("undrawn")
-
 SETTINGS = replace(SMALL, evaluate_every=2, rolling_every=2)
 WHY_NOT = "train: no internalisation score: "
+ANSWERS = [
+    TeacherAnswer(
+        group=query,
+        taught=[
+            {"role": "system", "content": "One word."},
+            {"role": "user", "content": query},
+            {"role": "assistant", "content": "en"},
+        ],
+        learned=[
+            {"role": "user", "content": query},
+            {"role": "assistant", "content": "The answer is en and nothing else at all."},
+        ],
+    )
+    for query in (f"the weather on day {number}" for number in range(20))
+]
+WORDS = ("sky", "weather", "assistant", "user", "nothing", "language", "system", "answer")
+VARIED = [
+    {"query": row["query"], "response": f"{word} {row['response']}"}
+    for row, word in zip(ROWS, WORDS, strict=False)
+]
+COLLAPSES = {
+    "one": ("en", "have become one"),
+    "endless": ("blau " * 40, "repeat themselves without end"),
+    "empty": (" ", "are empty"),
+}
+COLLAPSING = replace(QUICK, epochs=20, evaluate_every=4, schedule="constant")
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +262,111 @@ def test_weights_that_training_starts_from_are_not_sampled_before_they_are_saved
         found = open_validators(task, rows, plan, new=new)
         assert {*map(type, found.every)} == {LossValidator, *sampling}
         assert {*map(type, found.before)} == {LossValidator, *before}
+
+
+def test_the_score_of_three_models_is_made_of_their_likelihoods(model: str) -> None:
+    """The student is the base with new weights, which change nothing: it scores 0."""
+    base = connect(model)
+    path = Student.create(base, LoraConfig(rank=4, seed=0)).save("new").result().sampler
+    found = measure_internalisation(
+        ANSWERS, {"base": base, "teacher": base, "student": replace(base, model_path=path)}
+    )
+    assert found["value"] == pytest.approx(0, abs=1e-4)
+    nats = found["nats_per_token"]
+    assert nats["student"] == pytest.approx(nats["base"], abs=1e-4)
+    assert nats["teacher"] < nats["base"]
+    assert found["rows"] == 20
+
+
+@pytest.mark.parametrize(
+    ("answers", "why"),
+    [
+        ([replace(one, taught=one.learned) for one in ANSWERS], "hardly likelier"),
+        (ANSWERS[:19], "it takes 20 answers of the teacher; found 19."),
+    ],
+)
+def test_a_score_that_would_say_nothing_gives_way_to_the_reason(
+    answers: list[TeacherAnswer], why: str, model: str
+) -> None:
+    base = connect(model)
+    found = measure_internalisation(answers, dict.fromkeys(("base", "teacher", "student"), base))
+    assert why in found["why"] and "value" not in found
+    assert set(found["nats_per_token"]) == {"base", "teacher", "student"}
+
+
+def test_an_end_that_the_teacher_did_not_make_is_not_counted(model: str) -> None:
+    base = connect(model)
+    cut = [replace(one, ended=False) for one in ANSWERS[:2]]
+    whole = reference_likelihoods(ANSWERS[:2], base=base, teacher=base)
+    found = reference_likelihoods(cut, base=base, teacher=base)
+    assert [one - 1 for one in whole.tokens] == list(found.tokens)
+    for shorter, longer in zip(found.base, whole.base, strict=True):
+        assert shorter < longer
+
+
+def test_a_budget_stops_before_the_first_request_that_it_has_no_room_for(model: str) -> None:
+    base = connect(model)
+    price = Price(prompt=1.0, response=1.0)
+    prices = Prices(date=date(2026, 1, 1), currency="USD", models={model: price})
+    enough, none = Meter(prices, budget=1.0), Meter(prices, budget=1e-9)
+    systems = {"base": enough, "teacher": enough, "student": None}
+    connections = dict.fromkeys(systems, base)
+    measure_internalisation(ANSWERS[:2], connections, systems)
+    tokens = enough.spent * 1e6
+    assert tokens > 4 * 20  # of two conversations, each read twice
+    with pytest.raises(BudgetReached):
+        measure_internalisation(ANSWERS[:2], connections, {**systems, "teacher": none})
+    assert none.spent == 0 and enough.spent * 1e6 == pytest.approx(1.5 * tokens, rel=0.2)
+
+
+def collapsing(folder: Path, response: str, validation: Rows) -> Path:
+    """All responses to learn are this one; those to measure with are as they should be."""
+    return write(
+        folder,
+        train=[{**row, "response": response} for row in ROWS[8:16]],
+        validation=validation,
+    )
+
+
+@pytest.mark.parametrize("kind", COLLAPSES)
+def test_a_collapse_ends_training_and_without_a_good_checkpoint_it_is_an_error(
+    kind: str,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The answers are sampled beside the training, where the SDK has nothing to warn of."""
+    response, words = COLLAPSES[kind]
+    dataset = collapsing(tmp_path / "dataset", response, VARIED)
+    with pytest.raises(ModelError, match=f"collapsed: .*{words}.*no checkpoint before is good"):
+        train(dataset, student=model, out=tmp_path / "out", settings=COLLAPSING)
+    folder = TrainingFolder(tmp_path / "out")
+    assert folder.checkpoints[-1].step == 8 and folder.checkpoints[-1].final
+    assert words in training_warnings(folder.config or {}, folder.metrics)[0]
+    said = capsys.readouterr().err
+    assert said.count("answers differ (the teacher's: 8)") >= 3
+    assert ("8 of 8 training rows have a blank response" in said) == (kind == "empty")
+    assert not [one for one in caplog.messages if "Synchronous method" in one]
+    with pytest.raises(ModelError, match="no checkpoint before is good"):
+        folder.result()
+
+
+def test_the_last_good_checkpoint_is_kept(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A student that has learned to answer, and then forgets it. One row is in both splits."""
+    good = write(tmp_path / "good", train=ROWS[:29], validation=ROWS[28:])
+    settings = replace(QUICK, answered_rows=0, evaluate_every=12)
+    first = train(good, student=model, out=tmp_path / "first", settings=settings)
+    assert "1 of 8 validation rows are training rows too" in capsys.readouterr().err
+    dataset = collapsing(tmp_path / "dataset", "en", ROWS[28:])
+    later = replace(COLLAPSING, evaluate_every=1, rolling_every=50)
+    training = train(dataset, student=model, out=tmp_path / "out", settings=later, start=first.path)
+    assert "collapsed" in training.why and training.final.step < 20
+    assert training.best.step < training.final.step - 1
+    assert training.best.scores["answers_distinct"] > 1
+    assert training.final.scores["answers_distinct"] == 1
+    assert "no better than the student before training" in training.verdict
+    assert connect(training.path).model_path == training.best.sampler
+    assert TrainingFolder(training.path).result() == training

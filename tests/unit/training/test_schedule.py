@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distill_datasets.training.folder import SavedCheckpoint, TrainingResult
+from distill_datasets.training.checkpoints import SavedCheckpoint, TrainingResult
 from distill_datasets.training.schedule import (
     Schedule,
     Selection,

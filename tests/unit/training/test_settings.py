@@ -6,7 +6,12 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.training.settings import TrainSettings, decisive, unlike_default
+from distill_datasets.training.settings import (
+    ObjectiveSettings,
+    TrainSettings,
+    decisive,
+    unlike_default,
+)
 
 
 def test_what_changes_no_weight_may_change_between_two_runs() -> None:
@@ -50,3 +55,21 @@ def test_a_setting_that_came_later_is_said_only_where_it_is_used() -> None:
     used = asdict(TrainSettings(turns="all"))
     assert decisive(used)["turns"] == "all" and unlike_default(used) == {"turns": "all"}
     assert decisive(unlike_default(used)) == decisive(used)
+
+
+@pytest.mark.parametrize("top_k", [-1, 1])
+def test_a_reverse_kl_over_no_choice_is_refused(top_k: int) -> None:
+    with pytest.raises(SettingsError, match="top_k"):
+        ObjectiveSettings(name="on_policy", top_k=top_k)
+    assert ObjectiveSettings(name="on_policy", top_k=0).policy_gradient
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("name", "dpo"), ("top_k", 0), ("alpha", 1.5), ("stale", 2)],
+)
+def test_an_objective_that_cant_be_trained_is_refused_by_its_name(
+    field: str, value: object
+) -> None:
+    with pytest.raises(SettingsError, match=field):
+        ObjectiveSettings(**{field: value})  # type: ignore[arg-type]

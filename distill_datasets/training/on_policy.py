@@ -31,17 +31,12 @@ from distill_datasets.models.scoring import (
     SoftLabels,
     require_same_tokenizer,
 )
-from distill_datasets.training.objectives import SupervisedObjective, TrainingTask
-from distill_datasets.training.objectives.targets import (
+from distill_datasets.training.objectives import (
     LEAST,
-    SoftExample,
-    reverse_kl,
-    reverse_targets,
-    soft_batch,
-    soft_targets,
-)
-from distill_datasets.training.objectives.teacher import (
     ReleasedRow,
+    SoftExample,
+    SupervisedObjective,
+    TrainingTask,
     chosen_rows,
     connect_teacher,
     cut_ends,
@@ -49,6 +44,10 @@ from distill_datasets.training.objectives.teacher import (
     read_teacher_prompts,
     released_rows,
     require_own_words,
+    reverse_kl,
+    reverse_targets,
+    soft_batch,
+    soft_targets,
 )
 from distill_datasets.training.schedule import Step
 from distill_datasets.training.student import (

@@ -1,4 +1,6 @@
-"""Soft labels, with a tiny random model as its own teacher on the real server."""
+"""Soft labels, with a tiny random model as its own teacher on the real server; labels that share
+tokens, as a tree; and where scores are kept.
+"""
 
 import json
 import shutil
@@ -14,24 +16,35 @@ import pytest
 from distill_datasets.conversations import to_text
 from distill_datasets.errors import DatasetError, ModelError, OutputError
 from distill_datasets.models.references import connect
-from distill_datasets.models.scoring import Scorer, require_same_tokenizer
+from distill_datasets.models.scoring import Scorer, SoftLabels, require_same_tokenizer
 from distill_datasets.releases.release import load_release, publish
-from distill_datasets.training.objectives import TrainingTask, teacher
-from distill_datasets.training.objectives.closed_set import LabelScorer, spoken_tokens
-from distill_datasets.training.objectives.soft import SCORES, SoftObjective
-from distill_datasets.training.objectives.targets import SoftExample
-from distill_datasets.training.objectives.teacher import (
+from distill_datasets.training import objectives
+from distill_datasets.training.objectives import (
+    SoftExample,
+    TrainingTask,
     chosen_rows,
+    cut_ends,
     read_teacher_prompts,
     released_rows,
 )
 from distill_datasets.training.settings import ObjectiveSettings
+from distill_datasets.training.soft_labels import (
+    SCORES,
+    LabelScorer,
+    ScoreStore,
+    SoftObjective,
+    children,
+    diverging,
+    label_logprobs,
+    label_targets,
+    paths,
+    spoken_tokens,
+)
 from distill_datasets.training.trainer import TrainSettings, train
 from tests.support.soft_releases import PROMPT, SMALL, release, training_task
 from tests.support.training_runs import LANGUAGES, metrics, write
 
 pytestmark = pytest.mark.usefixtures("undrawn")
-
 TOOL = {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}
 
 
@@ -100,11 +113,11 @@ def test_no_token_of_any_response_stands_for_a_stop_text(
     task = training_task(made, model, tmp_path / "task", settings(labels="scored"))
     ends = []
     for rows in (512, 1):
-        monkeypatch.setattr(teacher, "_AT_ONCE", rows)
-        ends.append(teacher.cut_ends(task, teacher.read_teacher_prompts(task)))
+        monkeypatch.setattr(objectives, "_AT_ONCE", rows)
+        ends.append(cut_ends(task, read_teacher_prompts(task)))
     whole, piecewise = ends
     assert whole and piecewise and whole.table.tolist() == piecewise.table.tolist()
-    for row in teacher.released_rows(task, range(len(task.rows))):
+    for row in released_rows(task, range(len(task.rows))):
         assert all(whole.table[token] == token for token in row.tokens[: -whole.length])
 
 
@@ -453,3 +466,73 @@ def test_a_damaged_file_of_scores_is_named(tiny_release: Path, model: str, tmp_p
     (tmp_path / SCORES).write_bytes(b"no database, but of some length" * 100)
     with pytest.raises(OutputError, match=r"scores.sqlite'.*delete it"):
         soft_examples(training_task(tiny_release, model, tmp_path, settings(labels="scored")))
+
+
+def test_labels_are_compared_from_where_they_part_to_where_they_meet() -> None:
+    assert diverging([(1, 2, 7, 9), (1, 2, 8, 9)]) == ((1, 2), [(7,), (8,)])
+
+
+def test_a_label_that_begins_another_keeps_the_end_that_tells_them_apart() -> None:
+    """ "en" and "english" as (5) and (5, 6), both ended by 9."""
+    assert diverging([(1, 5, 9), (1, 5, 6, 9)]) == ((1, 5), [(9,), (6, 9)])
+
+
+def test_one_reading_passes_every_place_of_labels_of_one_token() -> None:
+    labels = [(3,), (4,), (5,)]
+    assert paths(labels) == [()]
+    assert children(labels) == {(): [3, 4, 5]}
+
+
+def test_labels_that_share_a_beginning_share_its_reading() -> None:
+    labels = [(3, 6), (3, 7), (4,)]
+    assert paths(labels) == [(3,)]
+    assert children(labels) == {(): [3, 4], (3,): [6, 7]}
+
+
+def test_a_labels_probability_is_the_product_along_its_tokens() -> None:
+    places = {(): {3: np.log(0.5), 4: np.log(0.3)}, (3,): {6: np.log(0.9), 7: np.log(0.1)}}
+    found = np.exp(label_logprobs([(3, 6), (3, 7), (4,)], places))
+    assert found.tolist() == pytest.approx([0.45, 0.05, 0.3])
+
+
+def test_a_student_learns_each_token_among_the_labels_still_possible() -> None:
+    """Labels (3, 6, 9), (3, 7, 9), (4, 9) of 0.45, 0.05, 0.3, of which the row says the first."""
+    written = [(3, 6, 9), (3, 7, 9), (4, 9)]
+    labels = label_targets((3, 6, 9), written, np.log([0.45, 0.05, 0.3]))
+    chances = np.exp(labels.logprobs.astype(np.float64))
+    assert labels.ids.tolist() == [[3, 4], [6, 7], [9, 0]]
+    assert chances[0].tolist() == pytest.approx([0.5 / 0.8, 0.3 / 0.8], abs=1e-3)
+    assert chances[1].tolist() == pytest.approx([0.9, 0.1], abs=1e-3)
+    assert chances[2].tolist() == [1, 0]
+    assert labels.kept == pytest.approx(0.8)
+
+
+def test_a_label_that_the_teacher_all_but_rules_out_still_has_a_next_token() -> None:
+    labels = label_targets((3, 9), [(3, 9), (4, 9)], np.array([-2000.0, -0.1]))
+    assert labels.ids[1, 0] == 9
+    assert labels.logprobs[1, 0] == 0
+
+
+def test_what_was_scored_is_read_back_to_the_bit_by_another_process(tmp_path: Path) -> None:
+    labels = SoftLabels.of([4, 5], np.array([[4, 7], [5, 8]]), np.log([[0.6, 0.2], [0.9, 0.1]]))
+    first = ScoreStore(tmp_path / "scores.sqlite")
+    first.put([("a", labels)])
+    first.close()
+    again = ScoreStore(tmp_path / "scores.sqlite")
+    read = again.get("a")
+    assert "a" in again and "b" not in again
+    assert read.kept == labels.kept
+    for name in ("tokens", "ids", "logprobs"):
+        assert np.array_equal(getattr(read, name), getattr(labels, name))
+        assert getattr(read, name).dtype == getattr(labels, name).dtype
+    again.close()
+
+
+def test_the_mean_of_what_is_kept_is_over_the_labels_that_were_asked_for(tmp_path: Path) -> None:
+    store = ScoreStore(tmp_path / "scores.sqlite")
+    some = [SoftLabels.of([4], np.array([[4]]), np.log([[kept]])) for kept in (0.5, 0.7, 0.9)]
+    store.put(zip("abc", some, strict=True))
+    assert store.mean_kept(["a", "c", "c"]) == pytest.approx((0.5 + 0.9 + 0.9) / 3)
+    many = ["a", "b"] * 900
+    assert store.mean_kept(many) == pytest.approx(0.6)
+    store.close()

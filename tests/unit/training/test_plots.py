@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distill_datasets.errors import SettingsError
-from distill_datasets.training.tracking import (
+from distill_datasets.training.plots import (
     draw_curves,
     open_tracker,
     panels_html,

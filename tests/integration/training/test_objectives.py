@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distill_datasets.models.scoring import SoftLabels
-from distill_datasets.training.objectives.targets import (
+from distill_datasets.training.objectives import (
     after_prompt,
     normalised,
     reverse_kl,

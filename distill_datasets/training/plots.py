@@ -1,6 +1,5 @@
 """A training's numbers as curves, as a line of text, and in the tracker that was named."""
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 _PROJECT = "distill-datasets"
 _INSTALL = "track={name!r} needs a package that isn't installed: pip install {name}."
-
 # A panel: what its axis says, and the numbers in it that are there.
 _PANELS = (
     ("loss per response token", {"loss": "training", "validation_loss": "validation"}),
@@ -33,11 +31,6 @@ _TITLE = 0.4  # inches above the panels
 _FAR = 30  # times that a loss falls
 _FEW = 30  # points that are marked one by one
 _BARS = "▁▂▃▄▅▆▇█"
-
-
-def tell(*lines: str) -> None:
-    """Say something of the training on standard error."""
-    print("\n".join(f"train: {line}" for line in lines), file=sys.stderr)
 
 
 class Tracker(Protocol):
