@@ -1,17 +1,13 @@
 """The student in front of traffic.
 
 server.py       serve(): the embedded server, with OpenAI's protocol beside Tinker's
-served.py       the models that it has: the base, students, and each with its prompt
-requests.py     bodies of OpenAI's protocol to plain dataclasses
-live.py         a request to the engine while it runs
-answers.py      what a model drew as bodies of OpenAI's protocol, whole or in chunks
+protocol.py     that protocol: bodies read as plain dataclasses, and what a proxy passes on
+answers.py      what the engine draws while a request runs, as bodies, whole or in chunks
+settings.py     how a student is served and put in front of traffic
 calibration.py  when the student may answer alone, with a guarantee
-openai_app.py   the endpoints: keys, refusals, streams, clients that go away
-settings.py     how a student is put in front of traffic
-stages.py       how much of the traffic a student gets, by which evidence
-rollout.py      a rollout's state: stage, evidence, what was spent, and who answers whom
-proxy.py        the proxy before teacher and student; exchanges.py: what passes through it
-monitor.py      what a rollout shows: Prometheus' numbers, and a page; start.py starts it
+rollout.py      how much of the traffic a student gets: stages, evidence, and the state on disk
+proxy.py        the proxy before teacher and student, with Prometheus' numbers and a page
+start.py        starts the proxy, and moves a running one to another stage
 watch.py        whether what a release or a student stands on is still there
 export.py       export, push: a student leaves, as an adapter or merged
 parity.py       whether what left is what was trained, number by number

@@ -1,21 +1,33 @@
-"""What a model drew as bodies of OpenAI's protocol, whole or in chunks."""
+"""What the engine draws for a request, while it runs, as bodies of OpenAI's protocol."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 import time
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
-from distill_datasets.conversations import assistant_message
-from distill_datasets.embedded.wire import DrawnSample
+import numpy as np
+
+from distill_datasets.conversations import Call, assistant_message, tool_calls
+from distill_datasets.embedded.scheduler import Payload, SampleJob
+from distill_datasets.embedded.wire import DrawnSample, InvalidRequestError, SampleRequest, pb
+from distill_datasets.errors import ModelError, ServiceError
 from distill_datasets.schema import Message
+from distill_datasets.serving.protocol import RequestSettings
 
-from .live import Outcome, Top
-from .requests import RequestSettings
-from .served import CALL_OPENING, ChatFormat
+if TYPE_CHECKING:
+    from distill_datasets.embedded.engine import Service
+    from distill_datasets.embedded.logits import Constrain
+    from distill_datasets.models.renderers import TextRenderer
+    from distill_datasets.models.tinker import Prompts
+
 
 _CALL = "<tool_call>"
 _OPENED, _CLOSED = "<think>", "</think>"
@@ -27,6 +39,183 @@ _LONGEST_MARK = 16
 # A response is read whole a few tokens behind a mark, else once it has grown so much; and in all so
 # many times its tokens, so that whatever a model writes takes time in proportion.
 _NEAR, _MORE, _MOST = 8, 1.25, 16
+CALL_OPENING = "<tool_call>\n"
+_PROBE = json.dumps(
+    [
+        {
+            "type": "function",
+            "function": {
+                "name": "f",
+                "description": "",
+                "parameters": {"type": "object", "properties": {}},
+            },
+        }
+    ]
+)
+# The likeliest tokens of one place and their logprobs.
+Top = tuple[list[int], list[float]]
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How messages become tokens and tokens a message, for models of one base."""
+
+    tokenizer: Any
+    name: str
+
+    @cached_property
+    def renderer(self) -> TextRenderer:
+        """Raises `ModelError` for a model without a chat format."""
+        from distill_datasets.models.renderers import open_renderer
+
+        return open_renderer(self.name, self.tokenizer)
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        """Renders conversations, token for token as a Tinker client of ours does."""
+        from distill_datasets.models.tinker import Prompts
+
+        return Prompts(self.renderer)
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        own = self.tokenizer.eos_token_id
+        try:
+            stops = self.renderer.get_stop_sequences()
+        except ModelError:
+            stops = []
+        found = [one for one in stops if isinstance(one, int)] or [own]
+        return tuple(one for one in dict.fromkeys(found) if one is not None)
+
+    @cached_property
+    def call_opening(self) -> tuple[int, ...]:
+        """The tokens before the JSON of a call, in formats that write one as `write_calls` does.
+
+        Raises `InvalidRequestError` for another format.
+        """
+        call: Any = tool_calls([Call("f", {})])
+        turns: Any = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": call},
+        ]
+        example, _ = self.renderer.build_supervised_example(turns, tools=_PROBE)
+        if CALL_OPENING + '{"name": "f", "arguments": {}}' not in self.tokenizer.decode(
+            example.to_ints()
+        ):
+            raise InvalidRequestError(
+                "expected tool_choice of 'auto' or 'none': this model's chat format does not write "
+                f"calls as JSON behind {CALL_OPENING.strip()}, to which an answer can be held"
+            )
+        return tuple(self.tokenizer.encode(CALL_OPENING, add_special_tokens=False))
+
+    @cached_property
+    def controls(self) -> frozenset[int]:
+        """The tokens that may mean something to the renderer."""
+        return frozenset([*self.ends, *self.tokenizer.all_special_ids])
+
+    @cached_property
+    def end_texts(self) -> tuple[str, ...]:
+        """The texts that end an answer, in formats that end it so."""
+        return tuple(one for one in self.renderer.get_stop_sequences() if isinstance(one, str))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a request came to; `prompt_logprobs` and `prompt_top` are those of the prompt's tokens,
+    None for the first, and empty where they were not asked for.
+    """
+
+    samples: list[DrawnSample]
+    cached: int
+    prompt_logprobs: list[float | None]
+    prompt_top: list[Top | None]
+
+
+class LiveRequest:
+    """One request, submitted when it is made; `left` says that its client went away."""
+
+    def __init__(
+        self,
+        service: Service,
+        weights: str,
+        request: SampleRequest,
+        left: Callable[[], bool],
+        *,
+        constrain: Constrain | None = None,
+        stream: bool = False,
+    ) -> None:
+        self._loop, self._left, self._stream = asyncio.get_running_loop(), left, stream
+        self._drawn: deque[tuple[int, int, float]] = deque()
+        self._changed, self._told = asyncio.Event(), False
+        self._payload: Payload | None = None
+        job = SampleJob(weights, request, self._resolve, watch=self._watch, constrain=constrain)
+        service.compute.submit(job)
+
+    def _watch(self, sample: int, token: int, logprob: float) -> bool:
+        """On the compute thread: wakes the event loop once, however many tokens it has to fetch."""
+        if self._stream:
+            self._drawn.append((sample, token, logprob))
+            if not self._told:
+                self._told = True
+                self._loop.call_soon_threadsafe(self._changed.set)
+        return not self._left()
+
+    def _resolve(self, payload: Payload) -> None:
+        self._payload = payload
+        self._loop.call_soon_threadsafe(self._changed.set)
+
+    async def drawn(self) -> list[tuple[int, int, float]]:
+        """Samples, tokens and logprobs since the last call, at least one; none at the end."""
+        while not self._drawn:
+            if self._payload is not None:
+                return []
+            await self._changed.wait()
+            self._changed.clear()
+            self._told = False
+        return [self._drawn.popleft() for _ in range(len(self._drawn))]
+
+    async def outcome(self) -> Outcome:
+        """Wait for the end.
+
+        Raises `InvalidRequestError` for what can't be answered, and `ServiceError` for the server's
+        own failure, or where nobody waits any more.
+        """
+        while self._payload is None:
+            await self._changed.wait()
+            self._changed.clear()
+            self._told = False
+        if self._left():
+            raise ServiceError("the client went away")
+        if isinstance(self._payload, bytes):
+            return _read(pb.SampleResponse.FromString(self._payload))
+        message = str(self._payload.get("error"))
+        if self._payload.get("category") == "server":
+            raise ServiceError(message)
+        raise InvalidRequestError(message)
+
+
+def _read(found: pb.SampleResponse) -> Outcome:
+    samples = [
+        DrawnSample(
+            np.frombuffer(one.tokens, np.int32).tolist(),
+            np.frombuffer(one.logprobs, np.float32).tolist(),
+            _read_top(one.topk_sampled_logprobs),
+            one.stop_reason == pb.STOP_REASON_STOP,
+        )
+        for one in found.sequences
+    ]
+    known = np.frombuffer(found.prompt_logprobs, np.float32).tolist()
+    prompt: list[float | None] = [None, *known[1:]] if known else []
+    top: list[Top | None] = [*_read_top(found.topk_prompt_logprobs)]
+    return Outcome(samples, found.prompt_cache_hit_tokens, prompt, [None, *top[1:]] if top else [])
+
+
+def _read_top(found: pb.TopkLogprobs) -> list[Top]:
+    shape = (found.length, found.k)
+    ids = np.frombuffer(found.token_ids, np.int32).reshape(shape).tolist()
+    logprobs = np.frombuffer(found.logprobs, np.float32).reshape(shape).tolist()
+    return list(zip(ids, logprobs, strict=True))
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from distill_datasets.models.references import connect, find_training
 from distill_datasets.models.sampler import Logprobs
 from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.progress import Progress, interruptible
-from distill_datasets.serving.exchanges import Place
+from distill_datasets.serving.protocol import Place
 from distill_datasets.statistics import LEVEL
 from distill_datasets.tables import aligned
 

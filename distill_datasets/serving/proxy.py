@@ -13,7 +13,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from html import escape
+from typing import TYPE_CHECKING, Any, Literal
 
 import aiohttp
 from aiohttp import web
@@ -26,19 +27,30 @@ from distill_datasets.generation.pricing import Price
 from distill_datasets.models.sampler import digest
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
-from distill_datasets.serving.exchanges import (
+from distill_datasets.serving.protocol import (
+    Exchange,
     Place,
     SpokenStream,
     as_events,
+    messages_of,
     read_exchange,
-    read_messages,
     read_places,
+    refused,
+    with_prompt,
+    without_prompt,
 )
-from distill_datasets.serving.monitor import Monitor
-from distill_datasets.serving.openai_app import refused
-from distill_datasets.serving.rollout import Exchange, RolloutState, fraction
-from distill_datasets.serving.served import with_prompt
-from distill_datasets.serving.stages import Move, by_name
+from distill_datasets.serving.rollout import (
+    MOVES,
+    Move,
+    RolloutState,
+    by_name,
+    fraction,
+    read_moves,
+)
+
+if TYPE_CHECKING:
+    from prometheus_client import Counter, Gauge
+
 
 Arm = Literal["teacher", "student"]
 _LARGEST = 16 << 20  # bytes of a request, and of an answer
@@ -50,6 +62,13 @@ _REST = (0.5, 30.0)  # seconds
 _MOST_SHADOWS = 256  # at once; more traffic than that is told enough by a part of it
 # A status that says nothing of the request: the other model may answer it.
 _ELSEWHERE = frozenset({401, 403, 404, 408, 409, 425, 429, *range(500, 600)})
+_BUCKETS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
+_STYLE = (
+    "body{font:15px system-ui;margin:2rem auto;max-width:52rem;padding:0 1rem;color-scheme:light "
+    "dark}table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .6rem;"
+    "border-bottom:1px solid #8884}h1{font-size:1.3rem}"
+)
+_SHOWN_MOVES = 20
 
 
 @dataclass(frozen=True)
@@ -142,7 +161,7 @@ class _Asked:
     @classmethod
     def read(cls, body: Any, recipe: Recipe) -> "_Asked":
         """Raises `ValueError` that says what the request lacks."""
-        messages = without_prompt(recipe, read_messages(body))
+        messages = without_prompt(recipe, messages_of(body))
         wanted = body.get("top_logprobs") or 0
         if not isinstance(wanted, int) or wanted < 0:
             raise ValueError(
@@ -175,25 +194,6 @@ class _Asked:
             shown = [{"role": "system", "content": own}, *bare] if own else list(bare)
             more = {}
         return {**self.body, **more, "model": model, "messages": list(shown)}
-
-
-def without_prompt(recipe: Recipe, messages: Sequence[Message]) -> Sequence[Message]:
-    """A conversation without the recipe's prompt, where the application still sends it."""
-    if recipe.members or not messages:
-        return messages
-    if recipe.asks_in_one_message:
-        mark = "\x00"
-        before, _, after = recipe.messages(mark)[0]["content"].partition(mark)
-        text = messages[0]["content"]
-        whole = len(messages) == 1 and len(text) >= len(before) + len(after)
-        if whole and text.startswith(before) and text.endswith(after):
-            return [{**messages[0], "content": text[len(before) : len(text) - len(after)]}]
-        return messages
-    first, prompt = messages[0], recipe.system_text.strip()
-    if first["role"] == "system" and first["content"].strip() == prompt:
-        shown, rest = list(recipe.example_turns), list(messages[1:])
-        return rest[len(shown) :] if shown and rest[: len(shown)] == shown else rest
-    return messages
 
 
 class RolloutProxy:
@@ -532,3 +532,109 @@ async def _read_whole(upstream: aiohttp.ClientResponse, arm: Arm) -> dict[str, A
 
 def _other(arm: Arm) -> Arm:
     return "teacher" if arm == "student" else "student"
+
+
+class Monitor:
+    """Counts by model; a registry of its own, so that nothing else of the process is told."""
+
+    def __init__(self, rollout: RolloutState) -> None:
+        """Needs `prometheus-client`."""
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        self.rollout, self.registry = rollout, CollectorRegistry()
+
+        def counter(name: str, meaning: str, *labels: str) -> "Counter":
+            return Counter(f"rollout_{name}", meaning, labels, registry=self.registry)
+
+        def gauge(name: str, meaning: str) -> "Gauge":
+            return Gauge(f"rollout_{name}", meaning, registry=self.registry)
+
+        self.requests = counter("requests", "Answers and failures of a model", "model", "status")
+        self.failovers = counter("failovers", "Requests that the other model got", "from")
+        self.tokens = counter("tokens", "Tokens as the servers count them", "model", "kind")
+        self.shadowed = counter("shadowed", "Answers that the teacher gave too", "outcome")
+        self.unsure = counter("unsure", "Answers of the student that it was not sure of")
+        self.blended = counter("blended", "Of these, queries to the student with the prompt")
+        self.latency: Histogram = Histogram(
+            "rollout_seconds",
+            "Time to the end of an answer",
+            ["model"],
+            registry=self.registry,
+            buckets=_BUCKETS,
+        )
+        self.share = gauge("share", "Share of the traffic that the student gets")
+        self.agreement = {
+            end: gauge(f"agreement_{end}", "Agreement with the teacher in this stage, 95 %")
+            for end in ("low", "high")
+        }
+        self.labels = gauge("labels_apart", "Total variation of answers from held-out rows'")
+        self.length = gauge("length_ratio", "Length of answers, by that on held-out rows")
+        self.spent = gauge("spent", "What shadowing cost, in the currency of the prices")
+
+    def count_answer(self, arm: str, seconds: float, said: Exchange) -> None:
+        """Take an answer into account."""
+        self.requests.labels(arm, 200).inc()
+        self.latency.labels(arm).observe(seconds)
+        self.tokens.labels(arm, "prompt").inc(said.prompt_tokens)
+        self.tokens.labels(arm, "response").inc(said.response_tokens)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The content type of `metrics`."""
+        from prometheus_client import CONTENT_TYPE_LATEST
+
+        return {"Content-Type": CONTENT_TYPE_LATEST}
+
+    def metrics(self) -> bytes:
+        """All numbers in Prometheus' text format."""
+        from prometheus_client import generate_latest
+
+        self.share.set(self.rollout.stage.share)
+        for end, value in zip(("low", "high"), self.rollout.evidence.interval, strict=True):
+            self.agreement[end].set(value)
+        usual = self.rollout.judgement.usual
+        self.labels.set(usual.labels[0] if usual.labels else 0.0)
+        self.length.set(usual.length_ratio or 0.0)
+        self.spent.set(self.rollout.spent)
+        return generate_latest(self.registry)
+
+    def page(self) -> str:
+        """The stage, its evidence, and the changes of stage, on one page."""
+        stage, found = self.rollout.stage, self.rollout.evidence
+        low, high = found.interval
+        rules = self.rollout.rules
+        odd = ", ".join(f"{name} {count:,}" for name, count in sorted(found.odd.items()))
+        facts = {
+            "stage": f"{stage.name}: {stage.share:.0%} of the traffic, {stage.shadow:.0%} shadowed",
+            "agreement with the teacher": f"{low:.3f} to {high:.3f} by {found.shadowed:,} answers "
+            f"(at least {rules.least:.3f}; held-out rows had {rules.expected:.3f})",
+            "answers of the student": f"{found.answers:,} of {found.requests:,} requests",
+            "odd answers": odd or "none",
+            **self._drift(),
+            "spent on shadowing": f"{self.rollout.spent:.4f}",
+        }
+        rows = "".join(
+            f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>"
+            for name, text in facts.items()
+        )
+        moves = "".join(
+            f"<tr><td>{escape(one['at'])}</td><td>{escape(one['from'])} → {escape(one['to'])}</td>"
+            f"<td>{escape(one['why'])}</td></tr>"
+            for one in reversed(read_moves(self.rollout.folder)[-_SHOWN_MOVES:])
+        )
+        return (
+            '<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" '
+            'content="5"><meta name="viewport" content="width=device-width"><title>Rollout</title>'
+            f"<style>{_STYLE}</style><h1>Rollout of {escape(str(self.rollout.folder.parent))}</h1>"
+            f"<table>{rows}</table><h1>Changes of stage ({MOVES})</h1><table>{moves}</table></html>"
+        )
+
+    def _drift(self) -> dict[str, str]:
+        usual, found = self.rollout.judgement.usual, {}
+        if usual.labels:
+            apart, chance = usual.labels
+            said = f"{apart:.3f} of the shares lie elsewhere; chance alone makes about {chance:.3f}"
+            found["labels, against held-out rows"] = said
+        if usual.length_ratio:
+            found["length, against held-out rows"] = f"{usual.length_ratio:.2f} times"
+        return found

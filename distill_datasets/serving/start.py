@@ -25,14 +25,15 @@ from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.serving.proxy import Arm, Backend, Chooser, RolloutProxy
 from distill_datasets.serving.rollout import (
     Judgement,
+    Move,
     RolloutState,
+    by_name,
     parse_stages,
     read_run,
     rules_of,
     usual_of,
 )
 from distill_datasets.serving.settings import RolloutSettings
-from distill_datasets.serving.stages import Move, by_name
 
 _ADMIN = "admin.txt"  # the address of a running proxy, and the key that moves it
 _WORSE = 0.1  # by which agreement falls, in what is promised of a worse student

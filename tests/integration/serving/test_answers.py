@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from distill_datasets.models.connection import load_tokenizer
-from distill_datasets.serving.answers import ChatReader, Choice, TextReader
-from distill_datasets.serving.requests import read_text
-from distill_datasets.serving.served import ChatFormat
+from distill_datasets.serving.answers import ChatFormat, ChatReader, Choice, TextReader
+from distill_datasets.serving.protocol import read_text
 from tests.support.tiny_model import make_tiny_model
 
 ASKED = read_text({"model": "m", "prompt": "p", "stop": ["END"]}).asked

@@ -26,11 +26,20 @@ from distill_datasets.errors import DatasetError, OutputError, ScreeningError
 from distill_datasets.evaluation.gate import GateRules
 from distill_datasets.generation.pricing import Price
 from distill_datasets.serving.calibration import Confidence
-from distill_datasets.serving.exchanges import Place as Token
-from distill_datasets.serving.proxy import Backend, Chooser, RolloutProxy, without_prompt
-from distill_datasets.serving.rollout import Judgement, RolloutState, harvest, read_moves
+from distill_datasets.serving.protocol import Place as Token
+from distill_datasets.serving.protocol import without_prompt
+from distill_datasets.serving.proxy import Backend, Chooser, RolloutProxy
+from distill_datasets.serving.rollout import (
+    OFF,
+    STAGES,
+    Judgement,
+    RolloutState,
+    Stage,
+    StageRules,
+    harvest,
+    read_moves,
+)
 from distill_datasets.serving.settings import RolloutSettings
-from distill_datasets.serving.stages import OFF, STAGES, Stage, StageRules
 from distill_datasets.serving.start import backends_of, rollout
 from tests.support.openai_server import KNOWN, Answer, Fault, OpenAIServer, serving
 from tests.support.recipes import any_recipe

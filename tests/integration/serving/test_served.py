@@ -17,9 +17,10 @@ import torch
 from tinker import types
 
 from distill_datasets.cli.main import main
-from distill_datasets.errors import DistillError, ModelError
+from distill_datasets.errors import DistillError, ModelError, SettingsError
 from distill_datasets.models.connection import load_tokenizer
 from distill_datasets.models.renderers import open_renderer
+from distill_datasets.serving.server import read_names
 from tests.support.releases import release_of
 from tests.support.serving import KEY, serving
 from tests.support.tiny_model import make_tiny_model
@@ -187,3 +188,14 @@ def test_the_verb_serves_until_it_is_interrupted(
     assert main([*given, "--port", "0", "--api-key", KEY]) == 0
     asking.join()
     assert len(answers) == 1
+
+
+def test_students_are_named_by_their_runs_or_as_they_are_told() -> None:
+    assert read_names(["runs/demo/train", "a=runs/b", "tinker://x/sampler_weights/y", "c=d"]) == {
+        "demo": "runs/demo/train",
+        "a": "runs/b",
+        "tinker://x/sampler_weights/y": "tinker://x/sampler_weights/y",
+        "c": "d",
+    }
+    with pytest.raises(SettingsError, match="Two students are called 'demo'"):
+        read_names(["runs/demo", "demo=x"])

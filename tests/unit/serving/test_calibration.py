@@ -21,7 +21,7 @@ from distill_datasets.serving.calibration import (
     rows_to_certify,
     share_at_most,
 )
-from distill_datasets.serving.exchanges import Place
+from distill_datasets.serving.protocol import Place
 from tests.support.recipes import any_recipe
 
 PAIRS = [Pair(f"q{n}", f"g{n}", n / 600, n % 40 != 0 or n > 400) for n in range(600)]

@@ -21,10 +21,8 @@ from distill_datasets.models.connection import Connection, load_tokenizer
 from distill_datasets.models.references import open_sampler
 from distill_datasets.models.sampler import Reply, Sampling
 from distill_datasets.models.tinker import TinkerSampler
-from distill_datasets.serving import live
-from distill_datasets.serving.answers import ChatReader, Choice
-from distill_datasets.serving.requests import read_chat
-from distill_datasets.serving.served import ChatFormat
+from distill_datasets.serving.answers import ChatFormat, ChatReader, Choice, LiveRequest
+from distill_datasets.serving.protocol import read_chat
 from tests.support.recipes import any_recipe
 from tests.support.serving import KEY, Address, serving
 from tests.support.tiny_model import TOOLS_CHAT, make_tiny_model
@@ -314,19 +312,17 @@ def test_a_client_that_goes_away_frees_its_slot(
     given_up, began = threading.Event(), threading.Event()
     drawn: list[int] = []
 
-    def resolved(
-        self: live.LiveRequest, payload: Any, *, real: Any = live.LiveRequest._resolve
-    ) -> None:
+    def resolved(self: LiveRequest, payload: Any, *, real: Any = LiveRequest._resolve) -> None:
         drawn.append(len(pb.SampleResponse.FromString(payload).sequences[0].tokens) // 4)
         given_up.set()
         real(self, payload)
 
-    def watched(self: live.LiveRequest, *one: Any, real: Any = live.LiveRequest._watch) -> bool:
+    def watched(self: LiveRequest, *one: Any, real: Any = LiveRequest._watch) -> bool:
         began.set()
         return bool(real(self, *one))
 
-    monkeypatch.setattr(live.LiveRequest, "_resolve", resolved)
-    monkeypatch.setattr(live.LiveRequest, "_watch", watched)
+    monkeypatch.setattr(LiveRequest, "_resolve", resolved)
+    monkeypatch.setattr(LiveRequest, "_watch", watched)
     body = json.dumps(
         {
             "model": "tiny",

@@ -5,8 +5,7 @@ import pytest
 
 from distill_datasets.errors import SettingsError
 from distill_datasets.evaluation.gate import GateRules
-from distill_datasets.serving.rollout import parse_stages
-from distill_datasets.serving.stages import (
+from distill_datasets.serving.rollout import (
     FAILED,
     OFF,
     STAGES,
@@ -16,6 +15,7 @@ from distill_datasets.serving.stages import (
     StageRules,
     Usual,
     decide,
+    parse_stages,
 )
 
 RULES = StageRules.of(0.97, 1.0, GateRules())
