@@ -203,7 +203,7 @@ def _require_runnable(options: argparse.Namespace) -> "tuple[Recipe, set[str]]":
 def _train_in_run(options: argparse.Namespace, folders: Sequence[Path]) -> Path:
     """Train in the first folder that is new or holds this training; the last one is new."""
     from distill_datasets.errors import OtherTrainingError
-    from distill_datasets.models.connection import disconnect
+    from distill_datasets.models.references import disconnect
 
     for folder, following in zip(folders, folders[1:], strict=False):
         options.out = folder

@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from pandas import DataFrame
 
-    from distill_datasets.models.connection import Connection
+    from distill_datasets.models.tinker import Connection
 
 _SCORED = ("base", "teacher", "student")  # for their likelihoods
 _SHARE, _LEAST_SECONDS = 5, 10.0  # of the time that the answers took: so long is timed, or so many

@@ -36,7 +36,7 @@ from distill_datasets.statistics import Proportion
 from distill_datasets.tables import shortened
 
 if TYPE_CHECKING:
-    from distill_datasets.models.connection import Connection
+    from distill_datasets.models.tinker import Connection
 
 # The tests by their names, and what each asks.
 TESTS: Mapping[str, str] = {

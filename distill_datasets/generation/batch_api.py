@@ -30,7 +30,7 @@ from distill_datasets.generation.client import run_in_thread
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.teachers import Answerer
-from distill_datasets.models.openai.batches import BatchJob, BatchState, OpenAIBatches
+from distill_datasets.models.openai import BatchJob, BatchState, OpenAIBatches
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest
 from distill_datasets.progress import Progress
 from distill_datasets.schema import Message

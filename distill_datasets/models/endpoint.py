@@ -12,7 +12,6 @@ import aiohttp
 from yarl import URL
 
 from distill_datasets.errors import (
-    FATAL,
     AccessError,
     DistillError,
     ModelError,
@@ -20,11 +19,10 @@ from distill_datasets.errors import (
     RetryableError,
     ServiceError,
 )
+from distill_datasets.models.refusals import Standing
 
 MOST_BYTES = 16 << 20  # of one answer, unpacked
 _CONNECT_SECONDS = 20.0
-_SETTLE_SECONDS = 10.0  # for which a refusal waits for what becomes of other requests
-_REFUSALS = 10  # of the key, one after the other: then it is no single request's matter
 _QUOTES = frozenset("\"'`“”‘’„‚«»")
 _LEAST_SECRET = 8  # characters: shorter keys, like "EMPTY", are words
 
@@ -107,56 +105,6 @@ def _goes_straight(url: URL, exceptions: str) -> bool:
             if "/" in entry and ip_address(host) in ip_network(entry.strip(), strict=False):
                 return True
     return False
-
-
-@dataclass
-class Standing:
-    """What an endpoint has done so far, which tells a row's refusal from everybody's.
-
-    Before the first answer a refusal that no row would escape ends the run, once the other
-    requests on their way are refused too. After it no status of a single request does.
-    """
-
-    answered: bool = False
-    waiting: int = 0
-    _refused: int = 0
-
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Counts one request while it is on its way."""
-        self.waiting += 1
-        try:
-            yield
-        finally:
-            self.waiting -= 1
-
-    def accept(self) -> None:
-        """Note an answer."""
-        self.answered, self._refused = True, 0
-
-    async def judge(self, error: DistillError) -> DistillError:
-        """What a failure is, given what other requests have met."""
-        if not isinstance(error, FATAL):
-            return error
-        loop = asyncio.get_running_loop()
-        until = loop.time() + _SETTLE_SECONDS
-        while not self.answered and self.waiting and loop.time() < until:
-            await asyncio.sleep(0.02)
-        return self.judge_now(error)
-
-    def judge_now(self, error: DistillError) -> DistillError:
-        """The same, for one of many answers that came together."""
-        if not isinstance(error, FATAL) or not self.answered:
-            return error
-        self._refused += isinstance(error, AccessError)
-        if isinstance(error, AccessError) and self._refused >= _REFUSALS:
-            return error
-        if isinstance(error.__cause__, RequestError):
-            return error.__cause__
-        status = getattr(error, "status", None)
-        later = RetryableError(str(error), type="refused", status=status)
-        later.most_attempts = 3
-        return later
 
 
 @dataclass

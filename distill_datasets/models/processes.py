@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from distill_datasets.errors import DistillError, RetryableError, ServiceError, SettingsError
-from distill_datasets.models import tinker_sdk as sdk
 from distill_datasets.models.sampler import Reply, Sampling
-from distill_datasets.models.tinker import TinkerSampler
+from distill_datasets.models.tinker import TinkerSampler, answered
 from distill_datasets.schema import Message
 
 _CLOSE_SECONDS = 5.0
@@ -72,7 +71,7 @@ class ProcessSampler:
         for _ in range(2):
             request = self._least_busy().ask(messages, sampling)
             try:
-                return cast(Reply, await sdk.answered(request, self.connection.ended))
+                return cast(Reply, await answered(request, self.connection.ended))
             except _WorkerEnded as error:
                 ended = error
         raise RetryableError(

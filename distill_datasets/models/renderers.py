@@ -10,12 +10,16 @@ import json
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
+from itertools import count, product
+from os.path import commonprefix
+from pathlib import Path
 from typing import Any, cast
 
 import tinker
 import torch
+from tinker_cookbook import tokenizer_utils
 from tinker_cookbook.exceptions import TinkerCookbookError
 from tinker_cookbook.renderers import (
     Renderer,
@@ -40,6 +44,7 @@ from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.models.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
 from distill_datasets.models.chat_template import marked, several_turns, spoken_text
 from distill_datasets.models.sampler import split_thoughts
+from distill_datasets.schema import Message
 
 _WORDS = """\
 # Tools
@@ -61,6 +66,24 @@ _ARGUMENT = re.compile(
 # DeepSeek V3's calls, with names that the cookbook's reader passes over, such as `a.b`.
 _NAMED = re.compile(r"<｜tool▁call▁begin｜>(.+?)<｜tool▁sep｜>(.*?)<｜tool▁call▁end｜>", re.DOTALL)
 _THOUGHTS = ("<think>", "</think>")  # a message may hold thoughts, which these are around
+
+
+def load_tokenizer(source: str) -> Any:
+    """A tokenizer by folder or name, loaded without running code that comes with it.
+
+    Raises whatever the libraries do where that can't be done.
+    """
+    from transformers import AutoTokenizer
+
+    name = source.partition(":")[0]
+    if not Path(source).is_dir():
+        if tokenizer_utils.is_tokenizer_registered(source) or "/Inkling" in name:
+            return tokenizer_utils.get_tokenizer(source)
+        if name.startswith("meta-llama/Llama-3"):
+            # The same tokenizer, which needs no licence to be accepted.
+            name = "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
+    where = source if Path(source).is_dir() else name
+    return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
 
 
 def open_renderer(name: str, tokenizer: Any) -> "TextRenderer":
@@ -400,3 +423,166 @@ def _told(messages: list[Any], tools: Sequence[Mapping[str, Any]], role: str) ->
     first = messages[place]
     told = {**first, "content": f"{words}\n\n{ensure_text(first['content'])}"}
     return [*messages[:place], told, *messages[place + 1 :]]
+
+
+# Rows that are rendered both ways before what was learned is trusted.
+_VERIFIED = 8
+# Shapes of conversations that are remembered; a recipe has one.
+_MOST_SHAPES = 16
+# Below this many characters a common beginning costs more to look for than to tokenize.
+_WORTHWHILE = 64
+
+
+@dataclass
+class _Surroundings:
+    """The tokens around the last message's text, which differs from row to row."""
+
+    head: list[int]
+    tail: list[int]
+    verified: int = 0
+    last: str | None = None
+    fixed: str = ""
+    fixed_tokens: Sequence[int] = ()
+
+
+class Prompts:
+    """Renders conversations as a cookbook renderer does, token for token.
+
+    Most rows of a recipe differ in the last message alone, and there behind a long common text.
+    The rest is taken from earlier rows, but only where tokens can't reach across: at chunks that
+    the renderer encodes apart, at control tokens, and at line starts of tokenizers that always
+    split there. The first rows are rendered both ways; one difference ends it.
+    """
+
+    def __init__(self, renderer: Any) -> None:
+        """`renderer` is one that `open_renderer` opens."""
+        self._renderer = renderer
+        self._known: dict[tuple[Any, ...], _Surroundings | None] = {}
+        self._encoder = getattr(renderer.tokenizer, "backend_tokenizer", None)
+        self._controls = frozenset(_control_ids(renderer.tokenizer))
+        self._by_lines = self._encoder is not None and _splits_at_lines(self._encoder)
+
+    def tokens(self, messages: Sequence[Message], tools: str | None = None) -> list[int]:
+        """The prompt that asks for the next message."""
+        *before, last = messages
+        content = last["content"]
+        key = (tools, *map(_shape, before), *_shape({**last, "content": ""}))
+        around = self._known.get(key)
+        # Renderers may strip blanks; control tokens in a text may mean something to them.
+        own = None if around is None or _blank_at_an_end(content) else self._text(around, content)
+        if around is not None and own is not None and around.verified >= _VERIFIED:
+            return [*around.head, *own, *around.tail]
+        rendered = self._render(messages, tools)
+        whole = [token for chunk in rendered for token in chunk]
+        if key not in self._known and len(self._known) < _MOST_SHAPES:
+            self._known[key] = self._learn(rendered, content)
+        elif around is not None and own is not None:
+            self._verify(key, around, whole == [*around.head, *own, *around.tail])
+        return whole
+
+    def _verify(self, key: tuple[Any, ...], around: _Surroundings, equal: bool) -> None:
+        around.verified += 1
+        if not equal:
+            self._known[key] = None
+
+    def _render(self, messages: Sequence[Message], tools: str | None) -> list[list[int]]:
+        prompt = self._renderer.build_generation_prompt(messages, tools=tools)
+        return [list(chunk.tokens) for chunk in prompt.chunks]
+
+    def _learn(self, chunks: Sequence[list[int]], content: str) -> _Surroundings | None:
+        """What stands around the text in a rendered conversation; None where that can't be told."""
+        if self._encoder is None or _blank_at_an_end(content):
+            return None
+        own = self._encode(content)
+        for index, chunk in reversed(list(enumerate(chunks))):
+            for start in range(len(chunk) - len(own), -1, -1):
+                end = start + len(own)
+                if chunk[start:end] == own and self._stands_apart(chunk, start, end):
+                    head = [token for one in chunks[:index] for token in one] + chunk[:start]
+                    tail = chunk[end:] + [token for one in chunks[index + 1 :] for token in one]
+                    return _Surroundings(head, tail)
+        return None
+
+    def _stands_apart(self, chunk: Sequence[int], start: int, end: int) -> bool:
+        """Whether no text between these two places can merge with what is around it."""
+        begins = start == 0 or chunk[start - 1] in self._controls or self._ends_line(chunk[:start])
+        return begins and (end == len(chunk) or chunk[end] in self._controls)
+
+    def _ends_line(self, tokens: Sequence[int]) -> bool:
+        text: str = self._renderer.tokenizer.decode(tokens[-1:])
+        return self._by_lines and text.endswith("\n")
+
+    def _text(self, around: _Surroundings, content: str) -> list[int] | None:
+        """The tokens of the last message; None if it has control tokens."""
+        if not around.fixed or not content.startswith(around.fixed):
+            self._fix(around, content)
+        if around.fixed and content.startswith(around.fixed):
+            rest = self._encode(content[len(around.fixed) :])
+            own = [*around.fixed_tokens, *rest]
+        else:
+            own = rest = self._encode(content)
+        return own if self._controls.isdisjoint(rest) else None
+
+    def _fix(self, around: _Surroundings, content: str) -> None:
+        """Keep the lines that this row begins with like the one before."""
+        shared = "" if around.last is None else commonprefix([around.last, content])
+        around.last = content
+        place = _last_line_start(shared) if self._by_lines else 0
+        if place >= _WORTHWHILE:
+            tokens = self._encode(shared[:place])
+            if self._controls.isdisjoint(tokens):
+                around.fixed, around.fixed_tokens = shared[:place], tokens
+
+    def _encode(self, text: str) -> list[int]:
+        # Past the wrapper of transformers, which takes five times as long for a short text.
+        assert self._encoder is not None
+        ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def _shape(message: Message) -> tuple[Any, ...]:
+    """All of a message, as a key: calls have their own, and answers of tools name theirs."""
+    rest = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return message["role"], message["content"], json.dumps(rest) if rest else ""
+
+
+def _blank_at_an_end(content: str) -> bool:
+    return not content or content[0].isspace() or content[-1].isspace()
+
+
+def _last_line_start(text: str) -> int:
+    """Where the last line that does not begin with a blank begins; 0 if there is none."""
+    place = len(text)
+    while (place := text.rfind("\n", 0, place)) >= 0:
+        if place + 1 < len(text) and not text[place + 1].isspace():
+            return place + 1
+    return 0
+
+
+def _control_ids(tokenizer: Any) -> list[int]:
+    """Tokens that are cut out of a text before anything else, without the blanks around them."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return [id for id, token in added.items() if not (token.lstrip or token.rstrip)]
+
+
+def _splits_at_lines(encoder: Any) -> bool:
+    """Whether a new line always begins a new token, whatever characters stand around it.
+
+    Pre-tokenizers tell apart letters, digits, marks and blanks: one of each kind stands for all.
+    """
+    before, after = (
+        ("a", "1", ".", " ", "\n", "é", "的", "'"),
+        ("b", "2", ",", "'", "ß", "中", "🙂"),
+    )
+    if encoder.pre_tokenizer is None:
+        return False
+    for left, right in product(before, after):
+        first, second = f"x{left}\n", f"{right}y"
+        pieces = encoder.pre_tokenizer.pre_tokenize_str(first + second)
+        whole, *parts = (
+            encoder.encode(text, add_special_tokens=False).ids
+            for text in (first + second, first, second)
+        )
+        if len(first) not in {start for _, (start, _) in pieces} or whole != sum(parts, []):
+            return False
+    return True

@@ -20,7 +20,7 @@ from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.progress import Progress
 
 if TYPE_CHECKING:
-    from distill_datasets.models.connection import Connection
+    from distill_datasets.models.tinker import Connection
 
 T = TypeVar("T")
 _AT_ONCE = 256  # conversations whose likelihoods are asked for together
@@ -93,7 +93,7 @@ class Pending(Generic[T]):
 
     def result(self) -> T:
         """Raises `ModelError`, `AccessError` or `ServiceError`."""
-        from distill_datasets.models import tinker_sdk as sdk
+        from distill_datasets.models import tinker as sdk
 
         with _explained(self._connection.reference):
             return self._read(sdk.wait(self._request, self._connection.ended))
@@ -338,7 +338,7 @@ def require_same_tokenizer(teacher: "Connection", student: "Connection") -> None
 
 
 def _explained(reference: str) -> AbstractContextManager[None]:
-    from distill_datasets.models import tinker_sdk as sdk
+    from distill_datasets.models import tinker as sdk
 
     kept = "What was stored is kept: run it again."
     return sdk.all_explained(reference, refused="refused to score", kept=kept)

@@ -1,185 +1,469 @@
-"""Samples from Tinker, and from every server of its protocol, such as the one in embedded/."""
+"""Tinker, and every server of its protocol, such as the one in embedded/: sampling, by the SDK.
+
+Its hosted service, waiting for what it is asked, and its errors as sentences stand here too.
+
+A server of its protocol may lack what only keeps house (`optional`); what training can't do
+without is looked for before it begins (`require_endpoints`).
+"""
 
 import asyncio
 import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
-from os.path import commonprefix
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tinker
+from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
+from tinker.lib.internal_client_holder import _internal_client_holder_thread_singleton
 
-from distill_datasets.errors import AccessError, ModelError
-from distill_datasets.models import tinker_sdk as sdk
-from distill_datasets.models.connection import Connection
-from distill_datasets.models.endpoint import Standing
+from distill_datasets.errors import (
+    AccessError,
+    DistillError,
+    ModelError,
+    RejectedError,
+    RetryableError,
+    ServiceError,
+)
+from distill_datasets.models.endpoint import Endpoint, read_address, read_key
+from distill_datasets.models.refusals import Standing, read_retry_after
 from distill_datasets.models.sampler import Logprobs, Reply, Sample, Sampling, Usage
 from distill_datasets.schema import Message
 
-# Rows that are rendered both ways before what was learned is trusted.
-_VERIFIED = 8
-# Shapes of conversations that are remembered; a recipe has one.
-_MOST_SHAPES = 16
-# Below this many characters a common beginning costs more to look for than to tokenize.
-_WORTHWHILE = 64
+if TYPE_CHECKING:
+    from distill_datasets.embedded.process import Server
+    from distill_datasets.models.renderers import Prompts, TextRenderer
 
 
-@dataclass
-class _Surroundings:
-    """The tokens around the last message's text, which differs from row to row."""
-
-    head: list[int]
-    tail: list[int]
-    verified: int = 0
-    last: str | None = None
-    fixed: str = ""
-    fixed_tokens: Sequence[int] = ()
+# The SDK's transport imports this from its threads at its first failure, where the import lock of
+# CPython 3.11 can break.
+with suppress(ImportError):
+    import pyqwest._errors  # noqa: F401
 
 
-class Prompts:
-    """Renders conversations as a cookbook renderer does, token for token.
+NOT_STATED = "what the server has, and what it can do with it, is not checked"
+GLANCE = 2.0  # seconds between looks at whether a server of this machine still runs
+TRAINING = (  # what a server needs before a student can be trained there
+    "create_model",
+    "forward_backward",
+    "optim_step",
+    "save_weights",
+    "save_weights_for_sampler",
+    "load_weights",
+    "create_sampling_session",
+    "asample",
+    "retrieve_future",
+)
+_HOSTED = "https://tinker.thinkingmachines.dev"
+_FATAL = (
+    tinker.AuthenticationError,
+    tinker.PermissionDeniedError,
+    tinker.BillingError,
+    tinker.NotFoundError,
+)
+_KEY, _ADDRESS = "TINKER_API_KEY", "TINKER_BASE_URL"
+_NO_ROUTE = ("", "not found", "detail not found", "error not found", "message not found")
+_MOST_SAID = 500  # characters of a server's answer that a message shows
+_ASKING = 20.0  # seconds for a request that a server answers at once
+_ENDING = 5.0  # seconds at exit for what is on its way
+_SETTLED = 5  # looks in a row that find no thread of the transport at work
+_TOLD: set[str] = set()
 
-    Most rows of a recipe differ in the last message alone, and there behind a long common text.
-    The rest is taken from earlier rows, but only where tokens can't reach across: at chunks that
-    the renderer encodes apart, at control tokens, and at line starts of tokenizers that always
-    split there. The first rows are rendered both ways; one difference ends it.
+
+@dataclass(frozen=True)
+class Connection:
+    """A model on a server: what is needed to render for it, sample from it and train it.
+
+    `base_model` is the server's name for it, `model_path` a trained checkpoint of it.
+    `tokenizer_source` is where its tokenizer is loaded from; `weights` tells two local models of
+    one name apart; `server` is the one that was started for a local model.
     """
 
-    def __init__(self, renderer: Any) -> None:
-        """`renderer` is one that `open_renderer` opens."""
-        self._renderer = renderer
-        self._known: dict[tuple[Any, ...], _Surroundings | None] = {}
-        self._encoder = getattr(renderer.tokenizer, "backend_tokenizer", None)
-        self._controls = frozenset(_control_ids(renderer.tokenizer))
-        self._by_lines = self._encoder is not None and _splits_at_lines(self._encoder)
+    reference: str
+    service: tinker.ServiceClient
+    base_model: str
+    tokenizer_source: str
+    renderer_name: str
+    max_context: int | None = None
+    model_path: str | None = None
+    weights: str = ""
+    server: "Server | None" = None
 
-    def tokens(self, messages: Sequence[Message], tools: str | None = None) -> list[int]:
-        """The prompt that asks for the next message."""
-        *before, last = messages
-        content = last["content"]
-        key = (tools, *map(_shape, before), *_shape({**last, "content": ""}))
-        around = self._known.get(key)
-        # Renderers may strip blanks; control tokens in a text may mean something to them.
-        own = None if around is None or _blank_at_an_end(content) else self._text(around, content)
-        if around is not None and own is not None and around.verified >= _VERIFIED:
-            return [*around.head, *own, *around.tail]
-        rendered = self._render(messages, tools)
-        whole = [token for chunk in rendered for token in chunk]
-        if key not in self._known and len(self._known) < _MOST_SHAPES:
-            self._known[key] = self._learn(rendered, content)
-        elif around is not None and own is not None:
-            self._verify(key, around, whole == [*around.head, *own, *around.tail])
-        return whole
+    @property
+    def identity(self) -> str:
+        """What decides an answer, stable across processes."""
+        parts = (self.reference, self.weights, self.model_path, self.renderer_name)
+        return "/".join(filter(None, parts))
 
-    def _verify(self, key: tuple[Any, ...], around: _Surroundings, equal: bool) -> None:
-        around.verified += 1
-        if not equal:
-            self._known[key] = None
+    @cached_property
+    def rest(self) -> tinker.RestClient:
+        """What the server says about runs and checkpoints; no session needed."""
+        if self.server is None:
+            return rest_client(self.reference)
+        return tinker.RestClient(base_url=self.server.url, api_key=self.server.api_key)
 
-    def _render(self, messages: Sequence[Message], tools: str | None) -> list[list[int]]:
-        prompt = self._renderer.build_generation_prompt(messages, tools=tools)
-        return [list(chunk.tokens) for chunk in prompt.chunks]
+    def open_session(self) -> Any:
+        """A request for a session that samples from this model."""
+        path = self.model_path
+        base = None if path else self.base_model
+        return self.service.create_sampling_client(model_path=path, base_model=base)
 
-    def _learn(self, chunks: Sequence[list[int]], content: str) -> _Surroundings | None:
-        """What stands around the text in a rendered conversation; None where that can't be told."""
-        if self._encoder is None or _blank_at_an_end(content):
+    def ended(self) -> ServiceError | None:
+        """What to say when the server that was started for a local model runs no more.
+
+        The SDK would try its address again for minutes.
+        """
+        if self.server is None or self.server.alive:
             return None
-        own = self._encode(content)
-        for index, chunk in reversed(list(enumerate(chunks))):
-            for start in range(len(chunk) - len(own), -1, -1):
-                end = start + len(own)
-                if chunk[start:end] == own and self._stands_apart(chunk, start, end):
-                    head = [token for one in chunks[:index] for token in one] + chunk[:start]
-                    tail = chunk[end:] + [token for one in chunks[index + 1 :] for token in one]
-                    return _Surroundings(head, tail)
+        return ServiceError(
+            f"The server of {self.reference!r} ended, often for want of memory. What was saved is "
+            f"kept: run it again to continue. Its last words: {self.server.stderr[-500:]!r}"
+        )
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; code that comes with it is never run."""
+        try:
+            from distill_datasets.models.renderers import load_tokenizer
+
+            return load_tokenizer(self.tokenizer_source)
+        except Exception as error:  # libraries raise anything over files of others
+            raise ModelError(
+                f"The tokenizer of {self.reference!r} can't be loaded: {error} A gated one needs "
+                "its licence accepted on the Hub and `hf auth login`; code that comes with a model "
+                "is never run."
+            ) from error
+
+    @cached_property
+    def renderer(self) -> "TextRenderer":
+        """The renderer, by its name; raises `ModelError` where the model can't be rendered for."""
+        from distill_datasets.models.renderers import open_renderer
+
+        return open_renderer(self.renderer_name, self.tokenizer)
+
+
+def hosted_key(reference: str) -> str:
+    """The hosted service's key; raises `AccessError` where it could not be asked."""
+    key = read_key(os.environ.get(_KEY), _KEY)
+    if key is None:
+        raise AccessError(
+            f"{reference!r} needs a key: set {_KEY} (from the Tinker console), and {_ADDRESS} for "
+            "another server. To try everything without a key, use 'pocket'."
+        )
+    if not key.startswith(("tml-", "eyJ")):
+        raise AccessError(
+            f"{_KEY}: expected a key that begins with 'tml-', found another. Copy it again from "
+            "the Tinker console."
+        )
+    return key
+
+
+def _address() -> str | None:
+    address = os.environ.get(_ADDRESS)
+    return str(read_address(address, _ADDRESS)) if address else None
+
+
+def hosted_service(reference: str) -> tinker.ServiceClient:
+    """A session of the hosted service, or of the server that TINKER_BASE_URL names."""
+    return tinker.ServiceClient(base_url=_address(), api_key=hosted_key(reference))
+
+
+def rest_client(reference: str) -> tinker.RestClient:
+    """Named by address and key: left out, the SDK keeps one client for the whole process."""
+    with explained(reference):
+        return tinker.RestClient(base_url=_address(), api_key=hosted_key(reference))
+
+
+def require_service(reference: str) -> None:
+    """Raises `ServiceError` where nobody answers: a plain request knows at once what the SDK
+    would find out in minutes.
+    """
+    Endpoint(read_address(_address() or _HOSTED, _ADDRESS), None, _ADDRESS).look("", reference)
+
+
+def wait(request: Any, ended: Callable[[], ServiceError | None]) -> Any:
+    """A request's result, or what `ended` says of its server.
+
+    The SDK tries a dead address again for five minutes; a server of this machine that has ended
+    is noticed within seconds.
+    """
+    result = request.future()
+    while True:
+        with suppress(FutureTimeout):
+            return result.result(GLANCE)
+        if result.done():
+            return result.result()
+        if error := ended():
+            raise error
+
+
+async def answered(request: Any, ended: Callable[[], ServiceError | None]) -> Any:
+    """The same as `wait` on an event loop, for a `concurrent.futures.Future`."""
+    waiting = asyncio.wrap_future(request)
+    try:
+        while True:
+            done, _ = await asyncio.wait([waiting], timeout=GLANCE)
+            if done:
+                return waiting.result()
+            if error := ended():
+                raise error
+    finally:
+        waiting.cancel()
+
+
+@contextmanager
+def explained(reference: str) -> Iterator[None]:
+    """Turns the SDK's refusals that no later call can cure into errors that say what to set.
+
+    Each names the request that was refused.
+    """
+    try:
+        yield
+    except tinker.APIStatusError as error:
+        if told := _refusal(reference, error):
+            raise told from error
+        raise
+    except tinker.APIResponseValidationError as error:
+        raise ServiceError(
+            f"{reference!r}: the server answered outside Tinker's protocol: {_answer(error)}"
+        ) from error
+    except ValueError as error:
+        # So the SDK says that the result of a request can't be had.
+        if isinstance(error, DistillError) or not isinstance(error.__cause__, tinker.APIError):
+            raise
+        raise ServiceError(
+            f"{reference!r}: the server lost a request: {_answer(error.__cause__)} Run it again."
+        ) from error
+
+
+def _refusal(reference: str, error: tinker.APIStatusError) -> ModelError | None:
+    """What to say of a refusal that holds for every request; None for any other."""
+    answer = _answer(error)
+    if isinstance(error, tinker.AuthenticationError | tinker.PermissionDeniedError):
+        return AccessError(f"{reference!r}: the server refused the key ({answer}). Check {_KEY}.")
+    if isinstance(error, tinker.BillingError):
+        return AccessError(f"{reference!r}: the account is out of credit ({answer}).")
+    if _lacks(error):
+        return ModelError(
+            f"{reference!r}: the server has no endpoint {_endpoint(error)}, which is needed here "
+            f"({error.status_code}). Name another server of Tinker's protocol in {_ADDRESS}, or a "
+            "newer version of this one."
+        )
+    if isinstance(error, tinker.NotFoundError):
+        return ModelError(f"{reference!r}: the server doesn't find what it was asked for: {answer}")
+    return None
+
+
+@contextmanager
+def all_explained(reference: str, *, refused: str, kept: str) -> Iterator[None]:
+    """Turns every error of the SDK into one of ours, for requests that nobody sends again.
+
+    `refused` is what a server did that would not, `kept` what to do where it is gone.
+    """
+    try:
+        with explained(reference):
+            yield
+    except (tinker.APIConnectionError, tinker.InternalServerError) as error:
+        raise ServiceError(f"{reference!r}: the server is gone: {_answer(error)} {kept}") from error
+    except tinker.APIStatusError as error:
+        raise ModelError(f"{reference!r}: the server {refused}: {_answer(error)}") from error
+    except tinker.RequestFailedError as error:
+        raise ModelError(
+            f"{reference!r}: the server {refused} (request {error.request_id}): {error}"
+        ) from error
+
+
+def _endpoint(error: tinker.APIError) -> str:
+    """Method and path of the request that failed, as "POST /api/v1/asample"."""
+    return f"{error.request.method} {error.request.url.path}"
+
+
+def _answer(error: tinker.APIError) -> str:
+    """The request that failed, and what came back."""
+    status = getattr(error, "status_code", None)
+    return f"{_endpoint(error)}: {f'{status}: ' if status else ''}{_said(error)}"
+
+
+def _said(error: tinker.APIError) -> str:
+    said: Any = error.body or str(error)
+    if isinstance(said, dict):
+        said = said.get("error") or said.get("detail") or said
+    return " ".join(str(said).split())[:_MOST_SAID]
+
+
+def _lacks(error: tinker.APIStatusError) -> bool:
+    """Whether the endpoint itself isn't there, by the status or by a router's own words."""
+    if error.status_code in (405, 501):
+        return True
+    words = re.sub(r"[\W\d_]+", " ", str(error.body or "")).strip().lower()
+    return error.status_code == 404 and (words in _NO_ROUTE or words.startswith("doctype html"))
+
+
+def optional(request: Any, without: str) -> Any:
+    """A request's result, or None where the server lacks the endpoint: `without` says what follows
+    from that, once in a process.
+    """
+    try:
+        return request.result()
+    except tinker.APIStatusError as error:
+        if not _lacks(error):
+            raise
+        _tell(without, _answer(error))
         return None
 
-    def _stands_apart(self, chunk: Sequence[int], start: int, end: int) -> bool:
-        """Whether no text between these two places can merge with what is around it."""
-        begins = start == 0 or chunk[start - 1] in self._controls or self._ends_line(chunk[:start])
-        return begins and (end == len(chunk) or chunk[end] in self._controls)
 
-    def _ends_line(self, tokens: Sequence[int]) -> bool:
-        text: str = self._renderer.tokenizer.decode(tokens[-1:])
-        return self._by_lines and text.endswith("\n")
-
-    def _text(self, around: _Surroundings, content: str) -> list[int] | None:
-        """The tokens of the last message; None if it has control tokens."""
-        if not around.fixed or not content.startswith(around.fixed):
-            self._fix(around, content)
-        if around.fixed and content.startswith(around.fixed):
-            rest = self._encode(content[len(around.fixed) :])
-            own = [*around.fixed_tokens, *rest]
-        else:
-            own = rest = self._encode(content)
-        return own if self._controls.isdisjoint(rest) else None
-
-    def _fix(self, around: _Surroundings, content: str) -> None:
-        """Keep the lines that this row begins with like the one before."""
-        shared = "" if around.last is None else commonprefix([around.last, content])
-        around.last = content
-        place = _last_line_start(shared) if self._by_lines else 0
-        if place >= _WORTHWHILE:
-            tokens = self._encode(shared[:place])
-            if self._controls.isdisjoint(tokens):
-                around.fixed, around.fixed_tokens = shared[:place], tokens
-
-    def _encode(self, text: str) -> list[int]:
-        # Past the wrapper of transformers, which takes five times as long for a short text.
-        assert self._encoder is not None
-        ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
-        return ids
-
-
-def _shape(message: Message) -> tuple[Any, ...]:
-    """All of a message, as a key: calls have their own, and answers of tools name theirs."""
-    rest = {name: value for name, value in message.items() if name not in ("role", "content")}
-    return message["role"], message["content"], json.dumps(rest) if rest else ""
-
-
-def _blank_at_an_end(content: str) -> bool:
-    return not content or content[0].isspace() or content[-1].isspace()
-
-
-def _last_line_start(text: str) -> int:
-    """Where the last line that does not begin with a blank begins; 0 if there is none."""
-    place = len(text)
-    while (place := text.rfind("\n", 0, place)) >= 0:
-        if place + 1 < len(text) and not text[place + 1].isspace():
-            return place + 1
-    return 0
-
-
-def _control_ids(tokenizer: Any) -> list[int]:
-    """Tokens that are cut out of a text before anything else, without the blanks around them."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return [id for id, token in added.items() if not (token.lstrip or token.rstrip)]
-
-
-def _splits_at_lines(encoder: Any) -> bool:
-    """Whether a new line always begins a new token, whatever characters stand around it.
-
-    Pre-tokenizers tell apart letters, digits, marks and blanks: one of each kind stands for all.
+def try_to(request: Any, without: str, *, timeout: float) -> None:
+    """Waits for a request that only keeps house: whatever the server refuses is told as `optional`
+    tells it. A server that is gone is the SDK's error.
     """
-    before, after = (
-        ("a", "1", ".", " ", "\n", "é", "的", "'"),
-        ("b", "2", ",", "'", "ß", "中", "🙂"),
-    )
-    if encoder.pre_tokenizer is None:
-        return False
-    for left, right in product(before, after):
-        first, second = f"x{left}\n", f"{right}y"
-        pieces = encoder.pre_tokenizer.pre_tokenize_str(first + second)
-        whole, *parts = (
-            encoder.encode(text, add_special_tokens=False).ids
-            for text in (first + second, first, second)
-        )
-        if len(first) not in {start for _, (start, _) in pieces} or whole != sum(parts, []):
-            return False
-    return True
+    try:
+        request.result(timeout)
+    except FutureTimeout:
+        _tell(without, f"nothing within {timeout:g} s")
+    except tinker.APIStatusError as error:
+        _tell(without, _answer(error))
+
+
+def _tell(without: str, answer: str) -> None:
+    if without not in _TOLD:
+        _TOLD.add(without)
+        print(f"note: {without}; the server answered {answer}", file=sys.stderr)
+
+
+def ask(
+    rest: tinker.RestClient,
+    method: str,
+    endpoint: str,
+    body: Any = None,
+    *,
+    timeout: float | None = _ASKING,
+) -> Any:
+    """A request for an endpoint's answer as JSON, asked once; for what the SDK's types leave out.
+
+    As the SDK's own requests it has `result`.
+    """
+
+    async def send() -> Any:
+        with rest.holder.aclient(ClientConnectionPoolType.SESSION) as client:
+            options: Any = {"max_retries": 0, "timeout": timeout}
+            path = f"/api/v1/{endpoint}"
+            if method == "GET":
+                return await client.get(path, cast_to=object, options=options)
+            return await client.post(path, body=body, cast_to=object, options=options)
+
+    return rest.holder.run_coroutine_threadsafe(send())
+
+
+async def hold_to_schema(
+    client: tinker.SamplingClient,
+    rest: tinker.RestClient,
+    ended: Callable[[], ServiceError | None],
+    schema: str,
+    ends: Sequence[int],
+) -> str | None:
+    """Have the server of a local model hold a session's samples to a JSON schema (as text).
+
+    None once it does, else why it can't. Tinker's protocol has no such thing.
+    """
+    endpoint = f"samplers/{client._sampling_session_id}/json_schema"
+    body = {"json_schema": json.loads(schema), "ends": list(ends)}
+    # It waits its turn behind what the server computes, which may be long.
+    request = ask(rest, "POST", endpoint, body, timeout=None)
+    try:
+        await answered(request.future(), ended)
+    except tinker.APIStatusError as error:
+        return _said(error)
+    return None
+
+
+def require_endpoints(
+    rest: tinker.RestClient, reference: str, endpoints: Sequence[str] = TRAINING
+) -> None:
+    """Raises `ModelError` that names the first endpoint which the server doesn't have.
+
+    Each is asked with an empty request, which a server that has it refuses.
+    """
+    requests = [ask(rest, "POST", endpoint, {}).future() for endpoint in endpoints]
+    for request in requests:
+        error = request.exception()
+        if isinstance(error, tinker.APIStatusError) and _lacks(error):
+            with explained(reference):
+                raise error
+
+
+@contextmanager
+def classified() -> Iterator[None]:
+    """Tells requests that may succeed later from those that never will."""
+    try:
+        yield
+    except tinker.RequestFailedError as error:
+        if error.category == tinker.types.RequestErrorCategory.User:
+            raise RejectedError(error.message, type=_kind(error.message)) from error
+        raise RetryableError(error.message, type="server error") from error
+    except (tinker.BadRequestError, tinker.UnprocessableEntityError) as error:
+        raise RejectedError(str(error), type=_kind(str(error)), status=error.status_code) from error
+    except tinker.APIStatusError as error:
+        if isinstance(error, _FATAL) or _lacks(error):
+            raise  # `explained` says what to set
+        limited = isinstance(error, tinker.RateLimitError)
+        kind = "rate limit" if limited else "server error"
+        later = RetryableError(str(error), type=kind, status=error.status_code)
+        later.retry_after = read_retry_after(error.response.headers)
+        raise later from error
+    except (tinker.APITimeoutError, TimeoutError) as error:
+        raise RetryableError(str(error) or "no answer in time", type="time-out") from error
+    except tinker.APIConnectionError as error:
+        raise RetryableError(str(error), type="connection") from error
+
+
+def _kind(message: str) -> str:
+    return "context length" if "context" in message.lower() else "bad request"
+
+
+def _end() -> None:
+    """Ends what is on its way when Python ends.
+
+    The transport answers on threads of its own. One that comes back while the interpreter is being
+    taken down is thrown out of Python in the midst of Rust, which aborts the whole process.
+    """
+    background = _internal_client_holder_thread_singleton
+    loop, thread = background.loop_if_started(), background._thread
+    if loop is None or thread is None or not thread.is_alive():  # none in a forked child
+        return
+    with suppress(ValueError):  # another thread ends Python
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends already, within seconds
+    end = time.monotonic() + _ENDING
+    with suppress(FutureTimeout):
+        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result(_ENDING)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(max(0.0, end - time.monotonic()))
+    # A cancelled request still reports to Python once, and nothing says when it has.
+    settled = 0
+    while settled < _SETTLED and time.monotonic() < end:
+        time.sleep(0.01)
+        known = {one.ident for one in threading.enumerate()}
+        settled = settled + 1 if known.issuperset(sys._current_frames()) else 0
+
+
+async def _cancel_all() -> None:
+    # What is cancelled may begin something else.
+    while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+# Before `atexit`: by then the executors are shut, on which the SDK's requests would fail aloud.
+threading._register_atexit(_end)  # type: ignore[attr-defined]
 
 
 class TinkerSampler:
@@ -201,7 +485,7 @@ class TinkerSampler:
         self.connection, self.timeout = connection, timeout
         self._standing = Standing()
         self._held: dict[str, asyncio.Future[tinker.SamplingClient]] = {}
-        with sdk.explained(connection.reference):
+        with explained(connection.reference):
             self.client: tinker.SamplingClient = client or connection.open_session().result()
 
     @property
@@ -215,7 +499,9 @@ class TinkerSampler:
         return self.connection.identity
 
     @cached_property
-    def _prompts(self) -> Prompts:
+    def _prompts(self) -> "Prompts":
+        from distill_datasets.models.renderers import Prompts
+
         return Prompts(self.connection.renderer)
 
     @cached_property
@@ -233,7 +519,7 @@ class TinkerSampler:
             )
         tokens = self._prompts.tokens(messages, sampling.tools)
         try:
-            with self._standing.request(), sdk.explained(self.model), sdk.classified():
+            with self._standing.request(), explained(self.model), classified():
                 client = await self._client(sampling.json_schema)
                 request = client.sample(
                     _model_input(tokens),
@@ -242,7 +528,7 @@ class TinkerSampler:
                     topk_sample_logprobs=sampling.top_logprobs or 0,
                 )
                 async with asyncio.timeout(self.timeout):
-                    response = await sdk.answered(request.future(), self.connection.ended)
+                    response = await answered(request.future(), self.connection.ended)
         except (AccessError, ModelError) as error:
             raise await self._standing.judge(error) from error.__cause__
         self._standing.accept()
@@ -264,7 +550,7 @@ class TinkerSampler:
 
     async def _hold(self, schema: str, ends: list[int]) -> tinker.SamplingClient:
         client: tinker.SamplingClient = await self.connection.open_session()
-        refused = await sdk.hold_to_schema(
+        refused = await hold_to_schema(
             client, self.connection.rest, self.connection.ended, schema, ends
         )
         if refused is None:

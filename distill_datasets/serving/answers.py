@@ -25,8 +25,7 @@ from distill_datasets.serving.protocol import RequestSettings
 if TYPE_CHECKING:
     from distill_datasets.embedded.engine import Service
     from distill_datasets.embedded.logits import Constrain
-    from distill_datasets.models.renderers import TextRenderer
-    from distill_datasets.models.tinker import Prompts
+    from distill_datasets.models.renderers import Prompts, TextRenderer
 
 
 _CALL = "<tool_call>"
@@ -73,7 +72,7 @@ class ChatFormat:
     @cached_property
     def prompts(self) -> Prompts:
         """Renders conversations, token for token as a Tinker client of ours does."""
-        from distill_datasets.models.tinker import Prompts
+        from distill_datasets.models.renderers import Prompts
 
         return Prompts(self.renderer)
 

@@ -189,7 +189,7 @@ def _merge(adapter: Path, base: AdapterBase, out: Path, dtype: str | None) -> No
     """Write the base with the adapter in it, and the base's tokenizer."""
     from peft import PeftModel
 
-    from distill_datasets.models.connection import load_tokenizer
+    from distill_datasets.models.renderers import load_tokenizer
 
     model = load_plain(str(base.folder or base.hub), dtype)
     if model.config.tie_word_embeddings and adapts_embeddings(adapter):

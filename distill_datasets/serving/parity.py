@@ -35,7 +35,7 @@ from distill_datasets.training.export import (
 if TYPE_CHECKING:
     import httpx
 
-    from distill_datasets.models.connection import Connection
+    from distill_datasets.models.tinker import Connection
 
 FILE = "parity.json"
 ROWS = 8
@@ -221,8 +221,7 @@ def certify(
 @contextmanager
 def _connected(trained: Trained) -> Iterator["Connection"]:
     """The training's student on a server that is there for the certificate alone."""
-    from distill_datasets.models.connection import disconnect
-    from distill_datasets.models.references import connect
+    from distill_datasets.models.references import connect, disconnect
 
     # Noise of 16 bits would hide what is smaller than itself.
     dtype = None if os.environ.get("EMBEDDED_DTYPE") else "fp32"
@@ -408,7 +407,7 @@ def _other_template(
     """Whether the exported tokenizer makes other tokens of a conversation than the training."""
     from jinja2 import TemplateError
 
-    from distill_datasets.models.connection import load_tokenizer
+    from distill_datasets.models.renderers import load_tokenizer
 
     own = folder if (folder / "tokenizer_config.json").is_file() else folder / INCLUDED
     if not own.is_dir():

@@ -47,8 +47,8 @@ from distill_datasets.errors import (
     SettingsError,
 )
 from distill_datasets.hub.references import find_release
-from distill_datasets.models.connection import find_served, load_tokenizer
-from distill_datasets.models.references import find_training, read_training
+from distill_datasets.models.references import find_served, find_training, read_training
+from distill_datasets.models.renderers import load_tokenizer
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.schema import Message
 from distill_datasets.serving.answers import (

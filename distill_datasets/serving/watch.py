@@ -21,10 +21,10 @@ from distill_datasets.files import read_report, report_file
 from distill_datasets.generation.client import run_in_thread
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.hub.references import find_release
-from distill_datasets.models.openai.client import OpenAISampler
+from distill_datasets.models.openai import OpenAISampler
 from distill_datasets.models.references import connect, find_training, open_sampler, read_training
 from distill_datasets.models.sampler import Sampling
-from distill_datasets.models.tinker_sdk import explained
+from distill_datasets.models.tinker import explained
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.sections import OWN_TEACHER
 from distill_datasets.releases.manifest import read_manifest

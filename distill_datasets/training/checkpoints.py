@@ -34,7 +34,7 @@ from distill_datasets.training.settings import (
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from distill_datasets.models.connection import Connection
+    from distill_datasets.models.tinker import Connection
 
 _SAME = ("student", "identity", "settings", "dataset.revision", "dataset.files", "resumed", "start")
 T = TypeVar("T")
@@ -455,7 +455,7 @@ class CheckpointRetention:
 
     def keep(self, checkpoints: Iterable[SavedCheckpoint]) -> None:
         """Keep them for good; waits until the server has confirmed it, or says that it doesn't."""
-        from distill_datasets.models.tinker_sdk import explained, try_to
+        from distill_datasets.models.tinker import explained, try_to
 
         with explained(self._connection.reference):
             for request in self._set_ttl(checkpoints, None):
@@ -471,7 +471,7 @@ class CheckpointRetention:
         """Give what was begun a few seconds."""
         import tinker
 
-        from distill_datasets.models.tinker_sdk import optional
+        from distill_datasets.models.tinker import optional
 
         end = time.monotonic() + _DELETION
         for request, without in self._pending:

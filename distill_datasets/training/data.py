@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, DatasetDict
     from numpy.typing import NDArray
 
-    from distill_datasets.models.connection import Connection
+    from distill_datasets.models.tinker import Connection
 
 _VERSION = 5  # of the rendered columns: raise it when they come out differently
 _NO_ROWS = (IndexError, StopIteration)  # what `datasets` raises for a file without any

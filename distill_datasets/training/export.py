@@ -144,7 +144,7 @@ def find_base(trained: Trained, base_model: str | None) -> AdapterBase:
     name = student.removeprefix("embedded:")
     folder = Path(name).expanduser()
     if folder.suffix == ".gguf":
-        from distill_datasets.models.connection import find_model
+        from distill_datasets.models.references import find_model
 
         folder = find_model(name)
     if not (folder / "config.json").is_file():
@@ -382,8 +382,7 @@ def _template(
 
     None where it can't make it: then the renderer of the training is needed.
     """
-    from distill_datasets.models.connection import load_tokenizer
-    from distill_datasets.models.renderers import open_renderer
+    from distill_datasets.models.renderers import load_tokenizer, open_renderer
 
     tokenizer = load_tokenizer(str(base.folder or base.hub))
     messages = [dict(one) for one in conversation]

@@ -53,7 +53,7 @@ from distill_datasets.training.student import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from distill_datasets.models.connection import Connection
+    from distill_datasets.models.tinker import Connection
 
 LEAST = float(np.log(np.finfo(np.float32).tiny))  # no server's probability is smaller, but for 0
 _LEAST_REST = 1e-6  # of float32 probabilities that add up to 1

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.training.settings import VALIDATION_LOSS, TrainSettings
 
 if TYPE_CHECKING:
-    from distill_datasets.models.connection import Connection
+    from distill_datasets.models.tinker import Connection
     from distill_datasets.training.data import DatasetSplit, Rendered
 
 

@@ -59,7 +59,7 @@ from distill_datasets.training.student import Learned, Submitted
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from distill_datasets.models.connection import Connection
+    from distill_datasets.models.tinker import Connection
 
 SCORES = "scores.sqlite"  # in the training's folder: what a rerun does not pay again
 _ROWS_AT_ONCE = 512  # scored together

@@ -24,17 +24,16 @@ from distill_datasets.errors import (
     SettingsError,
 )
 from distill_datasets.files import write_file
-from distill_datasets.models import tinker_sdk as sdk
-from distill_datasets.models.connection import Connection, adopt_state
+from distill_datasets.models import tinker as sdk
 from distill_datasets.models.references import (
+    adopt_state,
     base_of,
     connect,
     default_student,
     find_training,
     read_training,
 )
-from distill_datasets.models.tinker import TinkerSampler
-from distill_datasets.models.tinker_sdk import explained, optional
+from distill_datasets.models.tinker import Connection, TinkerSampler, explained, optional
 from distill_datasets.training import tell
 from distill_datasets.training.data import DatasetSource, Example
 from distill_datasets.training.settings import TrainSettings

@@ -115,7 +115,7 @@ def sweep(
     grid trains only what is new. A training that diverges is a trial with an error. Raises
     `SettingsError` for a key that is none, before anything is trained, and what `train` raises.
     """
-    from distill_datasets.models.connection import disconnect
+    from distill_datasets.models.references import disconnect
     from distill_datasets.training.trainer import TrainSettings, train
 
     shared = settings or TrainSettings()

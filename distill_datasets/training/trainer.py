@@ -33,7 +33,7 @@ from distill_datasets.training.schedule import Schedule, Step, TrainingPlan, pla
 from distill_datasets.training.settings import SELECTED, VALIDATION_LOSS, TrainSettings, Turns
 
 if TYPE_CHECKING:
-    from distill_datasets.models.connection import Connection
+    from distill_datasets.models.tinker import Connection
     from distill_datasets.training.objectives import Objective, TrainingTask
     from distill_datasets.training.student import Learned, Predecessor, Saved, Student, Submitted
     from distill_datasets.training.validation import PendingScores, Validator
@@ -559,7 +559,7 @@ def _connect(
 @contextmanager
 def _session(connection: "Connection", folder: TrainingFolder) -> Iterator[None]:
     """Ends the session with the server; a failed one is not waited for, it may be what failed."""
-    from distill_datasets.models.tinker_sdk import try_to
+    from distill_datasets.models.tinker import try_to
 
     ending: Literal["success", "errored", "interrupted"] = "errored"
     try:

@@ -55,7 +55,7 @@ from distill_datasets.training.settings import VALIDATION_LOSS
 
 if TYPE_CHECKING:
     from distill_datasets.generation.pricing import Meter
-    from distill_datasets.models.connection import Connection
+    from distill_datasets.models.tinker import Connection
     from distill_datasets.recipes.recipe import Recipe
     from distill_datasets.training.objectives import TeacherPrompts, TrainingTask
     from distill_datasets.training.student import RowLoss, Saved, Student, Submitted

@@ -64,7 +64,7 @@ def ours(work: Work) -> tuple[float, int]:
     from distill_datasets import progress
     from distill_datasets.generation.run import generate
     from distill_datasets.generation.settings import GenerateSettings
-    from distill_datasets.models.openai.client import OpenAISampler
+    from distill_datasets.models.openai import OpenAISampler
 
     progress.use("json")
     teacher = OpenAISampler("bench", base_url=work.url, timeout=work.timeout)

@@ -26,12 +26,11 @@ from typing import Any
 from datasets import load_dataset
 
 from distill_datasets import TrainSettings, generate, load_recipe, publish, train
-from distill_datasets.models import connection
-from distill_datasets.models.connection import Connection
+from distill_datasets.models import references
 from distill_datasets.models.references import connect
 from distill_datasets.models.sampler import Sampling
 from distill_datasets.models.scoring import Judged, Scorer, likelihoods
-from distill_datasets.models.tinker import TinkerSampler
+from distill_datasets.models.tinker import Connection, TinkerSampler
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
 from distill_datasets.training.settings import ObjectiveSettings
@@ -169,8 +168,8 @@ def stop(student: Connection) -> None:
     """End the server of one run: each has its own."""
     server = student.server
     assert server is not None
-    for key in [key for key, one in connection._SERVERS.items() if one is server]:
-        del connection._SERVERS[key]
+    for key in [key for key, one in references._SERVERS.items() if one is server]:
+        del references._SERVERS[key]
     student.service.close("success").result()
     server.close()
 

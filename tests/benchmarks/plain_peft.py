@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from tinker import LoraConfig
 
-from distill_datasets.models.connection import Connection
 from distill_datasets.models.references import connect
+from distill_datasets.models.tinker import Connection
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.schema import Message

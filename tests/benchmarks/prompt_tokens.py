@@ -20,7 +20,7 @@ from distill_datasets.tables import aligned
 
 def tokens(recipe: Recipe, renderer: object) -> tuple[float, float]:
     """Mean prompt tokens of the teacher, and of the student."""
-    from distill_datasets.models.tinker import Prompts
+    from distill_datasets.models.renderers import Prompts
 
     teacher, student = Prompts(renderer), Prompts(renderer)
     plain = recipe.sampling_parameters

@@ -28,10 +28,10 @@ from typing import Any
 from distill_datasets import generate, measure, publish, train
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.files import builders_folder
-from distill_datasets.models import connection
+from distill_datasets.models import references
 from distill_datasets.models.references import connect
 from distill_datasets.models.sampler import Sampling
-from distill_datasets.models.tinker import TinkerSampler
+from distill_datasets.models.tinker import Connection, TinkerSampler
 from distill_datasets.recipes.sections import MixPart
 from distill_datasets.tables import aligned
 from distill_datasets.training.settings import ObjectiveSettings, TrainSettings
@@ -63,7 +63,7 @@ COLUMNS = (
 
 def cpu_seconds() -> float:
     """What this process and its servers have used."""
-    servers = [server.pid for server in connection._SERVERS.values() if server.alive]
+    servers = [server.pid for server in references._SERVERS.values() if server.alive]
     ticks = 0
     for pid in servers:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -133,7 +133,7 @@ def run(task: Task, way: str, seed: int, options: argparse.Namespace) -> dict[st
     return {"task": task.recipe.name, "way": way, "seed": seed, **found}
 
 
-def _base_loss(base: connection.Connection, out: Path) -> float:
+def _base_loss(base: Connection, out: Path) -> float:
     path = out / "base_loss.json"
     if not path.is_file():
         path.write_text(json.dumps(unrelated_loss(base)))
@@ -208,7 +208,7 @@ def main() -> None:
                         file.write(json.dumps(done[-1]) + "\n")
     print(aligned([*table(done)]))
     if options.plain:
-        folder = connection.find_model(options.model.removeprefix("embedded:"))
+        folder = references.find_model(options.model.removeprefix("embedded:"))
         plain_peft.compare(folder, steps=6)
         server_against_transformers(folder)
 

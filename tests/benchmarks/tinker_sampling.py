@@ -19,10 +19,9 @@ import tinker
 from tinker import types
 
 from distill_datasets.files import pocket_folder
-from distill_datasets.models.connection import Connection
 from distill_datasets.models.processes import ProcessSampler
 from distill_datasets.models.sampler import Sampling
-from distill_datasets.models.tinker import TinkerSampler
+from distill_datasets.models.tinker import Connection, TinkerSampler
 from distill_datasets.schema import Message
 from tests.support import tinker_endpoint
 

@@ -32,7 +32,6 @@ from tinker_cookbook.tokenizer_utils import register_tokenizer
 
 from distill_datasets.embedded.process import Server, launch
 from distill_datasets.files import pocket_folder
-from distill_datasets.models import connection as connections
 from distill_datasets.models import references
 from distill_datasets.training.data import locate, open_splits
 from distill_datasets.training.schedule import plan_steps
@@ -218,7 +217,7 @@ def compare_latency(server: Server, store: Path, work: Path, options: argparse.N
     seconds: dict[Any, float] = {}
     with far_away(server.url, options.latency) as url:
         behind = Behind(url, server.api_key, server.model)
-        connections._server = lambda *_: behind  # type: ignore[assignment, return-value]
+        references._server = lambda *_: behind  # type: ignore[assignment, return-value]
         for ahead in ["one by one", *options.ahead]:
             settings = TrainSettings(
                 epochs=1,
@@ -271,7 +270,7 @@ def main() -> None:
         work, store = Path(folder), Path(folder) / "store"
         with launch(pocket_folder(), name="pocket", store=store) as server:
             os.environ["TINKER_API_KEY"] = server.api_key
-            connections._server = lambda *_: server  # type: ignore[assignment, return-value]
+            references._server = lambda *_: server  # type: ignore[assignment, return-value]
             if options.only != "latency":
                 compare(server, store, work, options)
             if options.only != "cookbook":

@@ -15,7 +15,7 @@ import time
 
 import tinker
 
-from distill_datasets.models import tinker_sdk
+from distill_datasets.models import tinker as sdk
 from tests.support.tinker_endpoint import KEY
 
 REQUESTS = 12
@@ -58,7 +58,7 @@ def main() -> None:
     try:
         requests = ask(url)
         os.write(3, b"!")
-        tinker_sdk.wait(requests[0], lambda: None)
+        sdk.wait(requests[0], lambda: None)
         if number % 2:
             signal.pause()
     except KeyboardInterrupt:

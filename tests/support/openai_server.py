@@ -19,7 +19,7 @@ from typing import Any, Literal
 import pytest
 from aiohttp import web
 
-from distill_datasets.models.openai.client import OpenAISampler
+from distill_datasets.models.openai import OpenAISampler
 from distill_datasets.models.sampler import Reply, Sampling
 from distill_datasets.schema import Message
 from tests.support.openai_batches import Batches

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from distill_datasets.embedded.app import running
 from distill_datasets.embedded.model import ModelCard
-from distill_datasets.models.connection import load_tokenizer
+from distill_datasets.models.renderers import load_tokenizer
 from distill_datasets.serving.answers import ChatFormat
 from distill_datasets.serving.server import mount
 

@@ -60,9 +60,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A reference to the tiny model: while a test file uses it, local models are served here."""
     import datasets
 
-    from distill_datasets.models import connection
+    from distill_datasets.models import references
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection, "_server", lambda name, folder, store, dtype: shared().server)
+        patch.setattr(references, "_server", lambda name, folder, store, dtype: shared().server)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         yield f"embedded:{shared().model}"

@@ -7,9 +7,9 @@ from typing import Any
 from tinker import LoraConfig
 
 from distill_datasets.generation.cache import Journal
-from distill_datasets.models.connection import Connection
 from distill_datasets.models.references import connect
 from distill_datasets.models.sampler import Logprobs, Reply, Sample, Usage, request_digest
+from distill_datasets.models.tinker import Connection
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.release import publish
 from distill_datasets.training.data import locate, open_splits

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distill_datasets.embedded import sources
 from distill_datasets.embedded.sources import SPLITS
 from distill_datasets.errors import ModelError
-from distill_datasets.models.connection import find_model
+from distill_datasets.models.references import find_model
 from distill_datasets.training.export import AdapterBase, Trained, find_base
 from tests.support.tiny_model import CHAT, TEXT, make_tiny_model
 

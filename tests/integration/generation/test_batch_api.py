@@ -23,8 +23,7 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.run import Generated, generate
 from distill_datasets.generation.settings import GenerateSettings
-from distill_datasets.models.openai.batches import OpenAIBatches
-from distill_datasets.models.openai.client import OpenAISampler
+from distill_datasets.models.openai import OpenAIBatches, OpenAISampler
 from distill_datasets.models.sampler import Echo
 from tests.conftest import edit
 from tests.support.openai_batches import End, Lost
@@ -170,7 +169,7 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background parent leaves it ignored
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.settings import GenerateSettings
-from distill_datasets.models.openai.client import OpenAISampler
+from distill_datasets.models.openai import OpenAISampler
 recipe, out, url = sys.argv[1:]
 teacher = OpenAISampler("echo-small", base_url=url)
 generate(recipe, teacher=teacher, out=out, settings=GenerateSettings(batch=True, poll=0))

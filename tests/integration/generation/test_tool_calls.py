@@ -8,7 +8,7 @@ import pytest
 
 from distill_datasets.generation.run import Generated, generate
 from distill_datasets.generation.settings import GenerateSettings
-from distill_datasets.models.openai.client import OpenAISampler
+from distill_datasets.models.openai import OpenAISampler
 from tests.support.openai_server import OpenAIServer
 
 SIZE = {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]}

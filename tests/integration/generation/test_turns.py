@@ -16,7 +16,7 @@ from distill_datasets.generation.pricing import Prices, open_meter
 from distill_datasets.generation.run import Generated, generate
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
-from distill_datasets.models.openai.client import OpenAISampler
+from distill_datasets.models.openai import OpenAISampler
 from distill_datasets.releases.contents import check_release
 from distill_datasets.releases.diff import diff
 from distill_datasets.releases.release import publish

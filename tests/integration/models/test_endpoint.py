@@ -19,7 +19,7 @@ from distill_datasets.errors import (
     ServiceError,
 )
 from distill_datasets.models.endpoint import MOST_BYTES
-from distill_datasets.models.openai.client import OpenAISampler
+from distill_datasets.models.openai import OpenAISampler
 from distill_datasets.models.references import open_sampler
 from distill_datasets.models.sampler import Reply, Sampler, Sampling
 from tests.support.openai_server import Fault, OpenAIServer, ask, serving
@@ -263,7 +263,7 @@ def test_one_sampler_serves_many_event_loops_and_leaves_nothing_open(
     script = f"""
 import asyncio
 from distill_datasets.models.sampler import Sampling
-from distill_datasets.models.openai.client import OpenAISampler
+from distill_datasets.models.openai import OpenAISampler
 sampler = OpenAISampler("echo-small", base_url={server.url!r})
 async def ask():
     for query in "ab":

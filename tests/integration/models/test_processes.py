@@ -14,10 +14,9 @@ from transformers import AutoTokenizer
 
 from distill_datasets.errors import RejectedError, RetryableError, ServiceError, SettingsError
 from distill_datasets.files import pocket_folder
-from distill_datasets.models.connection import Connection
 from distill_datasets.models.processes import ProcessSampler
 from distill_datasets.models.sampler import Reply, Sampling
-from distill_datasets.models.tinker import TinkerSampler
+from distill_datasets.models.tinker import Connection, TinkerSampler
 from distill_datasets.schema import Message
 from tests.support import tinker_endpoint
 

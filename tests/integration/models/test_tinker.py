@@ -22,12 +22,11 @@ from distill_datasets.errors import (
     ServiceError,
 )
 from distill_datasets.files import pocket_folder
-from distill_datasets.models import tinker_sdk as sdk
-from distill_datasets.models.connection import Connection
+from distill_datasets.models import tinker as sdk
 from distill_datasets.models.references import connect
-from distill_datasets.models.renderers import open_renderer
+from distill_datasets.models.renderers import Prompts, open_renderer
 from distill_datasets.models.sampler import Logprobs, Reply, Sample, Sampling
-from distill_datasets.models.tinker import Prompts, TinkerSampler
+from distill_datasets.models.tinker import Connection, TinkerSampler
 from distill_datasets.schema import Message
 from tests.support import tinker_endpoint
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distill_datasets import generate, measure, publish, train
-from distill_datasets.models import connection
+from distill_datasets.models import references
 from distill_datasets.recipes.loading import shipped_recipes
 from distill_datasets.training.settings import TrainSettings
 from tests.support.hub_cards import complaints
@@ -32,7 +32,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = make_tiny_model(home / "model", TOOLS_CHAT, context=8192)
     server = launch(folder, name="tiny", store=home / "store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection, "_server", lambda name, folder, store, dtype: server)
+        patch.setattr(references, "_server", lambda name, folder, store, dtype: server)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
         yield f"embedded:{folder}"
     server.close()

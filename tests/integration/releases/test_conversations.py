@@ -13,7 +13,7 @@ from distill_datasets.errors import DatasetError, RecipeError, ScreeningError
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.hub.screening import require_clean, screen
-from distill_datasets.models.openai.client import OpenAISampler
+from distill_datasets.models.openai import OpenAISampler
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.releases.contents import check_release
 from distill_datasets.releases.diff import diff

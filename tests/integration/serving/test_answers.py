@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from distill_datasets.models.connection import load_tokenizer
+from distill_datasets.models.renderers import load_tokenizer
 from distill_datasets.serving.answers import ChatFormat, ChatReader, Choice, TextReader
 from distill_datasets.serving.protocol import read_text
 from tests.support.tiny_model import make_tiny_model

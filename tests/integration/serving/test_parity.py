@@ -15,7 +15,7 @@ from distill_datasets.cli.main import main
 from distill_datasets.embedded import process
 from distill_datasets.embedded.process import Server
 from distill_datasets.errors import ModelError
-from distill_datasets.models import connection
+from distill_datasets.models import references
 from distill_datasets.serving.export import ExportSettings, export_student, push_student
 from distill_datasets.serving.parity import Certificate, ParityError, certify
 from distill_datasets.training.checkpoints import TrainingFolder
@@ -25,7 +25,7 @@ from tests.support.serving import KEY, serving
 from tests.support.shared_server import shared
 from tests.support.training_runs import QUICK, ROWS, write
 
-LOCAL_SERVER = connection._server  # another stands in its place while the tiny model is served
+LOCAL_SERVER = references._server  # another stands in its place while the tiny model is served
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +79,11 @@ def test_the_server_of_a_certificate_is_its_own_and_ends_with_it(
         return started[-1]
 
     monkeypatch.setattr(process, "launch", noted)
-    monkeypatch.setattr(connection, "_server", LOCAL_SERVER)
+    monkeypatch.setattr(references, "_server", LOCAL_SERVER)
     others: dict[Any, Any] = {
         (shared().model, (students[0] / "checkpoints").resolve(), None): shared().server
     }
-    monkeypatch.setattr(connection, "_SERVERS", others)
+    monkeypatch.setattr(references, "_SERVERS", others)
     assert compare(students, exported).passed
     assert [(one.dtype, one.alive) for one in started] == [("fp32", False)]
     assert list(others.values()) == [shared().server] and shared().server.alive

@@ -18,8 +18,7 @@ from tinker import types
 
 from distill_datasets.cli.main import main
 from distill_datasets.errors import DistillError, ModelError, SettingsError
-from distill_datasets.models.connection import load_tokenizer
-from distill_datasets.models.renderers import open_renderer
+from distill_datasets.models.renderers import load_tokenizer, open_renderer
 from distill_datasets.serving.server import read_names
 from tests.support.releases import release_of
 from tests.support.serving import KEY, serving

@@ -17,10 +17,10 @@ import torch
 from distill_datasets.embedded.wire import pb
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.settings import GenerateSettings
-from distill_datasets.models.connection import Connection, load_tokenizer
 from distill_datasets.models.references import open_sampler
+from distill_datasets.models.renderers import load_tokenizer
 from distill_datasets.models.sampler import Reply, Sampling
-from distill_datasets.models.tinker import TinkerSampler
+from distill_datasets.models.tinker import Connection, TinkerSampler
 from distill_datasets.serving.answers import ChatFormat, ChatReader, Choice, LiveRequest
 from distill_datasets.serving.protocol import read_chat
 from tests.support.recipes import any_recipe

@@ -9,7 +9,7 @@ import pytest
 
 from distill_datasets.embedded.process import launch
 from distill_datasets.files import pocket_folder
-from distill_datasets.models import connection
+from distill_datasets.models import references
 from distill_datasets.training.trainer import TrainSettings, train
 from tests.support.training_runs import metrics
 
@@ -49,7 +49,7 @@ def _one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     store = tmp_path_factory.mktemp("store")
     server = launch(pocket_folder(), name="pocket", store=store)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection, "_server", lambda name, folder, store, dtype: server)
+        patch.setattr(references, "_server", lambda name, folder, store, dtype: server)
         yield
     server.close()
 

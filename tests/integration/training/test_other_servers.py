@@ -9,7 +9,7 @@ from tinker_cookbook.tokenizer_utils import register_tokenizer
 
 from distill_datasets.errors import ModelError
 from distill_datasets.evaluation.report import measure
-from distill_datasets.models import references, tinker_sdk
+from distill_datasets.models import references, tinker
 from distill_datasets.models.references import connect
 from distill_datasets.training.checkpoints import TrainingFolder
 from distill_datasets.training.student import require_trainable
@@ -26,7 +26,7 @@ CHECKPOINT = "training_runs/[^/]+/checkpoints/.+"
 OPTIONAL = {
     f"PUT {CHECKPOINT}/ttl": "how long checkpoints stay on the server can't be changed",
     f"DELETE {CHECKPOINT}": "checkpoints that nobody needs any more stay on the server",
-    "GET get_server_capabilities": tinker_sdk.NOT_STATED,
+    "GET get_server_capabilities": tinker.NOT_STATED,
     "POST sessions/.+/finish": "the session of the training stays open on the server",
     # Nobody asks for these while all goes well, or the SDK goes on without.
     SAMPLER: None,
@@ -52,7 +52,7 @@ def student(server: LackingServer, monkeypatch: pytest.MonkeyPatch) -> str:
     """The reference of a model that somebody else serves, known by its address alone."""
     monkeypatch.setenv("TINKER_BASE_URL", server.url)
     monkeypatch.setenv("TINKER_API_KEY", shared().server.api_key)
-    monkeypatch.setattr(tinker_sdk, "_TOLD", set())
+    monkeypatch.setattr(tinker, "_TOLD", set())
     return f"tinker:{shared().server.model}"
 
 
@@ -120,7 +120,7 @@ def test_each_endpoint_that_training_needs_is_looked_for(
     server: LackingServer, student: str
 ) -> None:
     connection = connect(student, renderer=SETTINGS.renderer)
-    for endpoint in tinker_sdk.TRAINING:
+    for endpoint in tinker.TRAINING:
         with (
             server.without(f"POST {endpoint}"),
             pytest.raises(ModelError, match=f"no endpoint POST /api/v1/{endpoint},"),

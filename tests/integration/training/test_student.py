@@ -16,9 +16,9 @@ from tinker.types import RequestErrorCategory
 
 from distill_datasets.errors import DatasetError, ModelError, OutputError, SettingsError
 from distill_datasets.models import references
-from distill_datasets.models.connection import Connection
 from distill_datasets.models.references import connect
 from distill_datasets.models.sampler import Sampling
+from distill_datasets.models.tinker import Connection
 from distill_datasets.schema import Message
 from distill_datasets.training.data import Example, Rendered, locate, open_splits
 from distill_datasets.training.student import (

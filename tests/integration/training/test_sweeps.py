@@ -10,7 +10,7 @@ import pytest
 
 from distill_datasets.errors import DatasetError, ModelError, OutputError, SettingsError
 from distill_datasets.files import one_writer
-from distill_datasets.models import connection as connections
+from distill_datasets.models import references
 from distill_datasets.training import validation
 from distill_datasets.training.sweeps import Sweep, SweepTrial, sweep
 from tests.support.soft_releases import release
@@ -101,7 +101,7 @@ class Counted:
 def test_every_trials_server_ends_with_it_and_no_other(
     dataset: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, started, shared = Counted(), list[Counted](), connections._server
+    kept, started, shared = Counted(), list[Counted](), references._server
     servers: dict[Any, Any] = {(Path("model"), tmp_path / "elsewhere", None): kept}
 
     def start(name: str, folder: Path, store: Path | None, dtype: str | None) -> Any:
@@ -111,8 +111,8 @@ def test_every_trials_server_ends_with_it_and_no_other(
             servers[folder, store.resolve(), dtype] = started[-1]
         return shared(name, folder, store, dtype)
 
-    monkeypatch.setattr(connections, "_SERVERS", servers)
-    monkeypatch.setattr(connections, "_server", start)
+    monkeypatch.setattr(references, "_SERVERS", servers)
+    monkeypatch.setattr(references, "_server", start)
     settings = replace(QUICK, max_steps=1, internalisation=False)
     sweep(dataset, student=model, out=tmp_path / "out", grid={"rank": [2, 4]}, settings=settings)
     assert [one.closed for one in started] == [1, 1]

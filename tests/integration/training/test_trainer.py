@@ -23,9 +23,8 @@ from distill_datasets.errors import (
     OutputError,
     ServiceError,
 )
-from distill_datasets.models import connection as connections
 from distill_datasets.models import references
-from distill_datasets.models import tinker_sdk as sdk
+from distill_datasets.models import tinker as sdk
 from distill_datasets.training import student as students
 from distill_datasets.training.checkpoints import TrainingFolder, next_folder
 from distill_datasets.training.data import Rendered, locate, open_splits
@@ -37,7 +36,7 @@ from tests.support.soft_releases import release
 from tests.support.training_runs import QUICK, ROWS, Rows, at_step, metrics, write
 
 # As it is before `model` has every connection served by the tests' own.
-_START_SERVER = connections._server
+_START_SERVER = references._server
 
 
 @pytest.fixture
@@ -216,7 +215,7 @@ def test_a_killed_training_and_a_killed_server_change_no_loss(
     assert child.wait() == -signal.SIGKILL
     killed_at = TrainingFolder(out).checkpoints[-1].step
     assert 0 < killed_at < 30
-    monkeypatch.setattr(connections, "_server", _START_SERVER)
+    monkeypatch.setattr(references, "_server", _START_SERVER)
     with monkeypatch.context() as patch:
         patch.setattr(sdk, "GLANCE", 0.1)
         at_step(8, kill_own_server, patch)
@@ -228,11 +227,11 @@ def test_a_killed_training_and_a_killed_server_change_no_loss(
     assert continued.final.scores == whole.final.scores
     mine = trained_batches(out / "checkpoints", continued.final.state)
     assert mine == trained_batches(shared().store, whole.final.state) and len(mine) == 40
-    connections._SERVERS.popitem()[1].close()
+    references._SERVERS.popitem()[1].close()
 
 
 def kill_own_server() -> None:
-    (server,) = connections._SERVERS.values()
+    (server,) = references._SERVERS.values()
     os.kill(server.pid, signal.SIGKILL)
 
 

@@ -15,11 +15,11 @@ from distill_datasets.errors import (
 )
 from distill_datasets.models.endpoint import (
     Endpoint,
-    Standing,
     find_proxy,
     read_address,
     read_key,
 )
+from distill_datasets.models.refusals import Standing
 
 KEY = "sk-mine-0123456789"
 

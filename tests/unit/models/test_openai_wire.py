@@ -8,7 +8,7 @@ import pytest
 
 from distill_datasets.conversations import Call, split_calls, tool_calls
 from distill_datasets.errors import RejectedError, RetryableError, ServiceError
-from distill_datasets.models.openai.wire import CallPieces, parse, read_reply, write_body
+from distill_datasets.models.openai_wire import CallPieces, parse, read_reply, write_body
 from distill_datasets.models.sampler import Logprobs, Reply, Sample, Sampling, Usage
 from distill_datasets.schema import whole_text
 

@@ -11,7 +11,7 @@ from distill_datasets.errors import (
     RetryableError,
     ServiceError,
 )
-from distill_datasets.models.openai.errors import (
+from distill_datasets.models.refusals import (
     explain,
     read_allowance,
     read_refusal,

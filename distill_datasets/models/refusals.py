@@ -1,20 +1,23 @@
-"""What an OpenAI-compatible server's refusals mean: ask again, never again, or stop."""
+"""What a server's refusals mean: ask again, never again, or stop."""
 
+import asyncio
 import json
 import re
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 from distill_datasets.errors import (
+    FATAL,
     AccessError,
     DistillError,
     ModelError,
     RejectedError,
+    RequestError,
     RetryableError,
     ServiceError,
 )
@@ -239,3 +242,57 @@ def _number(text: str | None) -> float | None:
 def _count(text: str | None) -> int | None:
     found = _number(text)
     return None if found is None else int(found)
+
+
+_SETTLE_SECONDS = 10.0  # for which a refusal waits for what becomes of other requests
+_REFUSALS = 10  # of the key, one after the other: then it is no single request's matter
+
+
+@dataclass
+class Standing:
+    """What an endpoint has done so far, which tells a row's refusal from everybody's.
+
+    Before the first answer a refusal that no row would escape ends the run, once the other
+    requests on their way are refused too. After it no status of a single request does.
+    """
+
+    answered: bool = False
+    waiting: int = 0
+    _refused: int = 0
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Counts one request while it is on its way."""
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
+    def accept(self) -> None:
+        """Note an answer."""
+        self.answered, self._refused = True, 0
+
+    async def judge(self, error: DistillError) -> DistillError:
+        """What a failure is, given what other requests have met."""
+        if not isinstance(error, FATAL):
+            return error
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _SETTLE_SECONDS
+        while not self.answered and self.waiting and loop.time() < until:
+            await asyncio.sleep(0.02)
+        return self.judge_now(error)
+
+    def judge_now(self, error: DistillError) -> DistillError:
+        """The same, for one of many answers that came together."""
+        if not isinstance(error, FATAL) or not self.answered:
+            return error
+        self._refused += isinstance(error, AccessError)
+        if isinstance(error, AccessError) and self._refused >= _REFUSALS:
+            return error
+        if isinstance(error.__cause__, RequestError):
+            return error.__cause__
+        status = getattr(error, "status", None)
+        later = RetryableError(str(error), type="refused", status=status)
+        later.most_attempts = 3
+        return later
