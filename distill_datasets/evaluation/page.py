@@ -21,9 +21,9 @@ from markupsafe import Markup
 from distill_datasets.drawing import Mark, curves, short, whisker
 from distill_datasets.evaluation.gate import PASSED, UNSURE
 from distill_datasets.evaluation.money import cost_curves, volume_cells
-from distill_datasets.evaluation.report_text import label_cells
+from distill_datasets.evaluation.report_text import label_cells, rounded_up
 from distill_datasets.evaluation.systems import TrainedStudent
-from distill_datasets.evaluation.verdict import DOES_NOT, REPLACES, about
+from distill_datasets.evaluation.verdict import DOES_NOT, REPLACES
 from distill_datasets.files import (
     calibration_file,
     cards_folder,
@@ -208,7 +208,7 @@ def verdict_facts(report: _Report) -> dict[str, Any] | None:
         scale["unit"] = f"{100 * difference.get('level', 0.95):.0f} % interval"
     needed = verdict.get("rows_needed")
     found = {"kind": kind, "sign": sign, "scale": scale}
-    return {**verdict, **found, "needed": needed and about(needed)}
+    return {**verdict, **found, "needed": needed and rounded_up(needed)}
 
 
 def _scale(

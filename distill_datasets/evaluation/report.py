@@ -13,7 +13,6 @@ from distill_datasets.errors import (
     BudgetReached,
     ModelError,
     PriceError,
-    SettingsError,
 )
 from distill_datasets.evaluation import report_text
 from distill_datasets.evaluation.comparison import Comparison, Texts, metric_names
@@ -152,7 +151,7 @@ def measure(  # noqa: PLR0913 (a release, four models, and the settings)
         base=base,
         names=settings.systems,
     )
-    judging = _open_judge(judge, held_out, settings)
+    judging = open_judge(judge, held_out, settings)
     writer = _open_writer(settings.paraphraser, systems["teacher"])
     others = {"judge": judging and judging.sampler, "paraphraser": writer}
     asked = {**systems, **{name: one for name, one in others.items() if one}}
@@ -454,17 +453,6 @@ class _Measuring:
         write_page(path, self.training.folder if self.training else None, data=data)
         write_file(path, text)
         return data
-
-
-def _open_judge(
-    judge: Sampler | str | None, held_out: HeldOut, settings: MeasureSettings
-) -> AnswerJudge | None:
-    if judge is not None:
-        labels = settings.judge_labels
-        return open_judge(judge, held_out, rubrics=settings.rubrics, labels=labels)
-    if settings.rubrics or settings.judge_labels:
-        raise SettingsError("Rubrics and labels are for a judge: name one (`judge`, --judge).")
-    return None
 
 
 def _open_writer(named: str | None, teacher: Answerer) -> Sampler | None:

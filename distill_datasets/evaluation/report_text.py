@@ -1,21 +1,18 @@
-"""A report's numbers as text: an aligned table for terminals, Markdown for people."""
+"""A report as text: an aligned table for terminals, Markdown for people, and every sentence."""
 
 from collections.abc import Iterator, Mapping
 from math import exp
 from typing import Any
 
-from distill_datasets.evaluation.judge_findings import judge_lines, judge_table
 from distill_datasets.evaluation.money import money_text
-from distill_datasets.evaluation.verdict import lines
+from distill_datasets.statistics import FEW
 from distill_datasets.tables import aligned, interval_text, shortened
 
-_FIRST, _LAST = "expected", "query"  # of the cells of a row; any script may come last
 _RULE = 60  # characters of what a check covers
 _ANSWER, _QUERY = 80, 240  # and of an answer and a query among few rows: the report has them whole
 _ALIKE = 0.95  # of all answers: a system that says one thing
 _SHORT = {"base + short prompt": "base + short"}  # where a table is narrow
-_LIKENESS = ("chrf", "rouge_l")
-_FEW = 4  # systems whose every check has its interval in a table
+_FEW_SYSTEMS = 4  # whose every check has its interval in a table
 _MOST_NATS = 20.0  # whose perplexity means anything
 _ABOUT_TEXTS = (
     "Likeness to the teacher's text is the mean over the rows, from 0 to 1: chrF of runs of "
@@ -23,24 +20,25 @@ _ABOUT_TEXTS = (
     "all texts together, for one of the teacher's; ended is the share that ended by itself; the "
     "commonest text has so many of all answers."
 )
-_Report = Mapping[str, Any]
+_Found = Mapping[str, Any]  # a report, or what stands in it under a key
 
 
-def table(report: _Report) -> str:
+def table(report: _Found) -> str:
     """What matters first, then systems, checks, what sets the student apart, and few rows."""
+    parts = ["\n".join([*_first(report), aligned(_system_cells(report))])]
+    if report.get("free_text"):
+        parts.append(aligned(_text_cells(report)))
+    if report.get("checks"):
+        parts.append(aligned(_check_cells(report)))
+    if judge := report.get("judge"):
+        parts.append("\n".join([judge_table(judge), *judge_lines(judge)]))
     differences = [
         f"{_pair(pair)}: "
         + ", ".join(f"{name} {_interval(value, sign='+')}" for name, value in metrics.items())
         for pair, metrics in report["differences"].items()
     ]
-    systems = "\n".join([*_first(report), aligned(_system_cells(report))])
-    parts = [systems, "\n".join([*differences, *costs(report)])]
-    if report.get("checks"):
-        parts.insert(1, aligned(_check_cells(report)))
-    if report.get("free_text"):
-        parts.insert(1, aligned(text_cells(report)))
-    if judge := report.get("judge"):
-        parts.insert(-1, "\n".join([judge_table(judge), *judge_lines(judge)]))
+    costs = [*_saved(report), *_internalised(report), *_latency(report)]
+    parts.append("\n".join([*differences, *costs]))
     if report["rows"]:
         parts.append(_rows(report))
     return "\n\n".join(parts)
@@ -52,24 +50,22 @@ def _pair(pair: str) -> str:
     return f"{first} - {f'({second})' if '+' in second else second}"
 
 
-def markdown(report: _Report) -> str:
+def markdown(report: _Found) -> str:
     """The comparison that the model card shows too, how to read it, then labels and rows."""
-    from distill_datasets.evaluation.residue import residue_lines
     from distill_datasets.releases.cards import report_markdown
 
     title = f"# {report['recipe']}: may the student replace the prompt?"
-    notes = "\n".join(f"- {note}" for note in [*report["notes"], *_internalised(report)])
-    parts = [title, report_markdown(report).strip(), notes]
+    notes = [*report["notes"], *_internalised(report)]
+    parts = [title, report_markdown(report).strip(), _listed(notes)]
     if report.get("texts"):
-        shown = [] if report["free_text"] else [_code(aligned(text_cells(report)))]
+        shown = [] if report["free_text"] else [_code(aligned(_text_cells(report)))]
         parts += ["## Texts", *shown, _ABOUT_TEXTS]
     if judge := report.get("judge"):
-        said = "\n".join(f"- {line}" for line in judge_lines(judge))
-        parts += ["## Judge", _code(judge_table(judge)), said]
+        parts += ["## Judge", _code(judge_table(judge)), _listed(judge_lines(judge))]
     if "money" in report:
         parts += ["## Money", _code(money_text(report["money"]))]
     if report.get("residue"):
-        parts += ["## Residue of the prompt", residue_lines(report["residue"])]
+        parts += ["## Residue of the prompt", _listed(residue_lines(report["residue"]))]
     if report["labels"]:
         parts += ["## Recall of each label", _code(aligned(label_cells(report)))]
     if report["rows"]:
@@ -77,24 +73,37 @@ def markdown(report: _Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def summary(report: _Report) -> list[str]:
+def residue_lines(residue: _Found) -> list[str]:
+    """A line a test of what the training left behind."""
+    outcomes = {True: "passed", False: "FAILED", None: "not told"}
+    return [f"{name}: {outcomes[one['passed']]}. {one['said']}" for name, one in residue.items()]
+
+
+def _listed(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _code(text: str) -> str:
+    """Indented, since no text can close an indented block."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def summary(report: _Found) -> list[str]:
     """The first lines of a report: what is odd, the verdict, and what the student saves."""
     advice = [report["money"]["advice"]] if "money" in report else []
     return [*_first(report), *advice, *_saved(report), *_latency(report)]
 
 
-def _first(report: _Report) -> Iterator[str]:
-    yield from report["alerts"] if "alerts" in report else one_answer(report)
+def _first(report: _Found) -> Iterator[str]:
+    yield from report["alerts"] if "alerts" in report else _one_answer(report)
     if verdict := report.get("verdict"):
-        yield from lines(verdict)
+        yield from verdict_lines(verdict)
 
 
-def one_answer(report: _Report) -> Iterator[str]:
-    """A warning where the student all but always says one thing, and the teacher doesn't."""
-    if any("answers" not in report["systems"][name] for name in ("student", "teacher")):
-        return  # a report of version 0.1
-    student, teacher = (report["systems"][name]["answers"] for name in ("student", "teacher"))
-    if student["commonest_share"] >= _ALIKE > teacher["commonest_share"]:
+def _one_answer(report: _Found) -> Iterator[str]:
+    """The alert of an older report: the student all but always says one thing, the teacher not."""
+    student, teacher = (report["systems"][name].get("answers") for name in ("student", "teacher"))
+    if student and teacher and student["commonest_share"] >= _ALIKE > teacher["commonest_share"]:
         said = student["commonest"]
         answer = "no answer that can be read" if said is None else f"the answer {said[:80]!r}"
         yield (
@@ -103,12 +112,41 @@ def one_answer(report: _Report) -> Iterator[str]:
         )
 
 
-def costs(report: _Report) -> list[str]:
-    """What the prompt costs in tokens and in time, with the arithmetic."""
-    return [*_saved(report), *_internalised(report), *_latency(report)]
+def verdict_lines(verdict: _Found) -> Iterator[str]:
+    """The verdict, the difference that it goes by, its rule, and who alone is right."""
+    needed = verdict["rows_needed"]
+    missing = f": about {rounded_up(needed):,} more rows" if needed else ""
+    yield f"Verdict: {verdict['outcome']}{missing}."
+    if difference := verdict["difference"]:
+        rows = f"{verdict['rows']:,} rows"
+        if verdict["groups"] < verdict["rows"]:
+            worth = f"worth {round(difference['n']):,} independent ones"
+            rows += f" in {verdict['groups']:,} groups, {worth}"
+        yield (
+            f"{verdict['metric']}: student {verdict['student']:.3f}, teacher "
+            f"{verdict['teacher']:.3f}, difference {_interval(difference, '+')} on {rows}."
+        )
+    yield verdict["rule"]
+    teacher, student = (len(verdict[f"only_{name}"]) for name in ("teacher", "student"))
+    if teacher or student:
+        p = "" if verdict["p"] is None else f" (McNemar's mid-p {verdict['p']:.3f})"
+        yield (
+            f"The teacher alone is right in {_count(teacher)}, the student alone in "
+            f"{_count(student)}{p}."
+        )
 
 
-def _latency(report: _Report) -> Iterator[str]:
+def _count(rows: int) -> str:
+    return "1 row" if rows == 1 else f"{rows:,} rows"
+
+
+def rounded_up(rows: int) -> int:
+    """A number of rows in two digits, and not fewer."""
+    unit: int = 10 ** max(0, len(str(rows)) - 2)
+    return -(-rows // unit) * unit
+
+
+def _latency(report: _Found) -> Iterator[str]:
     times = report.get("latency_ratio")
     if not times:
         return
@@ -121,7 +159,7 @@ def _latency(report: _Report) -> Iterator[str]:
     )
 
 
-def _saved(report: _Report) -> Iterator[str]:
+def _saved(report: _Found) -> Iterator[str]:
     saved, systems = report["prompt_tokens_saved"], report["systems"]
     if not saved:
         yield "Prompt tokens a query: a server doesn't count them."
@@ -139,21 +177,23 @@ def _saved(report: _Report) -> Iterator[str]:
     )
 
 
-def _internalised(report: _Report) -> Iterator[str]:
+def _internalised(report: _Found) -> Iterator[str]:
     found = report.get("internalisation")
     if not found:
         return
-    nats = found["nats_per_token"]
+    nats = {name: found["nats_per_token"][name] for name in ("base", "student", "teacher")}
+    perplexity = {
+        name: f"{exp(one):.2f}" if one < _MOST_NATS else "-" for name, one in nats.items()
+    }
     said = ", ".join(
-        f"{name} {nats[name]:.3f} (perplexity {_perplexity(nats[name])})"
-        for name in ("base", "student", "teacher")
+        f"{name} {one:.3f} (perplexity {perplexity[name]})" for name, one in nats.items()
     )
     rows = f"of {found['rows']} of the teacher's answers"
     yield f"Nats a response token {rows}: {said}. They say how likely, not how good, answers are."
     if "value" not in found:
         yield f"Internalisation is not computed: {found['why']}"
         return
-    base, student, teacher = (f"{nats[name]:.3f}" for name in ("base", "student", "teacher"))
+    base, student, teacher = (f"{one:.3f}" for one in nats.values())
     yield (
         f"Internalisation {_interval(found)} = ({base} - {student}) / ({base} - {teacher}): so "
         "much of what the prompt is worth has the student without it. It is a number of the "
@@ -161,11 +201,7 @@ def _internalised(report: _Report) -> Iterator[str]:
     )
 
 
-def _perplexity(nats: float) -> str:
-    return f"{exp(nats):.2f}" if nats < _MOST_NATS else "-"
-
-
-def _system_cells(report: _Report) -> Iterator[list[str]]:
+def _system_cells(report: _Found) -> Iterator[list[str]]:
     systems = report["systems"]
     names = list(dict.fromkeys(name for one in systems.values() for name in one["metrics"]))
     timed = any("latency_ms" in one for one in systems.values())
@@ -182,74 +218,146 @@ def _system_cells(report: _Report) -> Iterator[list[str]]:
         ]
 
 
-def text_cells(report: _Report) -> Iterator[list[str]]:
+def _text_cells(report: _Found) -> Iterator[list[str]]:
     """The systems' texts: likeness to the teacher's, length, variety."""
-    headings = [f"{name} to teacher" for name in _LIKENESS]
+    likeness = ("chrf", "rouge_l")
+    headings = [f"{name} to teacher" for name in likeness]
     yield ["system", *headings, "same", "length", "ended", "different", "commonest"]
     for name, found in report["texts"].items():
         alike = found.get("teacher", {})
-        length = found.get("length_ratio")
+        shares = (alike.get("exact_match"), found.get("length_ratio"), found["ended"])
         yield [
             _SHORT.get(name, name),
-            *(_interval(alike.get(one)) for one in _LIKENESS),
-            _interval(alike.get("exact_match"), ends=False),
-            _interval(length, ends=False),
-            _interval(found["ended"], ends=False),
+            *(_interval(alike.get(one)) for one in likeness),
+            *(_interval(one, ends=False) for one in shares),
             f"{found['distinct']} of {report['n']}",
             f"{found['commonest_share']['value']:.0%}",
         ]
 
 
-def _check_cells(report: _Report) -> Iterator[list[str]]:
-    systems, pair = report["systems"], "student-teacher"
-    names, ends = [_SHORT.get(name, name) for name in systems], len(systems) <= _FEW
-    yield ["check", "rows", *names, "student - teacher", "covers"]
+def _check_cells(report: _Found) -> Iterator[list[str]]:
+    systems = report["systems"]
+    ends = len(systems) <= _FEW_SYSTEMS
+    yield [
+        *("check", "rows", *(_SHORT.get(name, name) for name in systems)),
+        *("student - teacher", "covers"),
+    ]
     for name, check in report["checks"].items():
-        rows = [system["checks"].get(name, {}).get("rows", 0) for system in systems.values()]
+        passed = [system["checks"].get(name) for system in systems.values()]
+        rows = [one["rows"] if one else 0 for one in passed]
         yield [
             name,
             "/".join(dict.fromkeys(map(str, rows))),
-            *(_interval(one["checks"].get(name), ends=ends) for one in systems.values()),
-            _interval(report["check_differences"][pair].get(name), sign="+"),
+            *(_interval(one, ends=ends) for one in passed),
+            _interval(report["check_differences"]["student-teacher"].get(name), sign="+"),
             (check["covers"] or check["demands"])[:_RULE],
         ]
 
 
-def label_cells(report: _Report) -> Iterator[list[str]]:
+def label_cells(report: _Found) -> Iterator[list[str]]:
     """Each system's share of each label that is right, and what sets student and teacher apart."""
     systems, apart = list(report["systems"]), report.get("subgroups") or {}
     more = ["student - teacher"] if apart else []
     yield ["label", "rows", *(_SHORT.get(name, name) for name in systems), *more]
     for label, found in report["labels"].items():
         shares = [f"{found[one]:.3f}" if one in found else "-" for one in systems]
-        yield [label, f"{found['n']:,}", *shares, *(_apart(apart.get(label) or {}) for _ in more)]
+        subgroup = apart.get(label) or {}
+        beyond = " beyond chance" if subgroup.get("significant") else ""
+        difference = subgroup.get("difference")
+        said = _interval(difference, "+") + beyond if difference else "too few rows"
+        yield [label, f"{found['n']:,}", *shares, *(said for _ in more)]
 
 
-def _apart(subgroup: Mapping[str, Any]) -> str:
-    if not subgroup.get("difference"):
-        return "too few rows"
-    beyond = " beyond chance" if subgroup.get("significant") else ""
-    return interval_text(subgroup["difference"], "+") + beyond
+def _rows(report: _Found) -> str:
+    # The query comes last: any script may stand in it.
+    names = [name for name in ("teacher", "base", "student") if name in report["systems"]]
+    cells = (
+        [
+            *(shortened(row.get(name) or "-", _ANSWER) for name in ("expected", *names)),
+            shortened(row["query"] or "-", _QUERY),
+        ]
+        for row in report["rows"]
+    )
+    return aligned([["expected", *names, "query"], *cells])
 
 
-def _rows(report: _Report) -> str:
-    shown = [name for name in ("teacher", "base", "student") if name in report["systems"]]
-    names = [_FIRST, *shown, _LAST]
-    cells = ([_cell(name, row.get(name) or "-") for name in names] for row in report["rows"])
-    return aligned([names, *cells])
+def judge_table(judge: _Found) -> str:
+    """The mean scores of each system."""
+    cells = [["system", *judge["scales"], "rows"]]
+    for system, scores in judge["scores"].items():
+        rows = "/".join(dict.fromkeys(str(one["rows"]) for one in scores.values()))
+        means = (_interval(scores.get(one), digits=2) for one in judge["scales"])
+        cells.append([system, *means, rows])
+    return aligned(cells)
 
 
-def _cell(name: str, text: str) -> str:
-    return shortened(text, _QUERY if name == _LAST else _ANSWER)
+def judge_lines(judge: _Found) -> list[str]:
+    """A judge's opinions in sentences: who it is, what it finds, and how far it can be trusted."""
+    corrected = "corrected by human labels" if judge["corrected"] else "uncorrected"
+    if judge["n"] < FEW:
+        gaps = f"No gap is named: {judge['n']} rows are too few, {FEW} are the least."
+    elif judge["gaps"]:
+        gaps = f"Gaps that aren't chance: {'; '.join(judge['gaps'])}."
+    else:
+        gaps = "No gap between the student's scores and others' is more than chance."
+    return [
+        f"Judge: {judge['model']}, by {', '.join(judge['rubrics'])}, {corrected}.",
+        *(f"Warning: {one}" for one in judge["warnings"]),
+        gaps,
+        *_preferred(judge["preference"]),
+        *_trusted(judge),
+        _by_labels(judge["labels"]),
+    ]
 
 
-def _interval(number: Mapping[str, float] | None, sign: str = "", *, ends: bool = True) -> str:
-    """A cell with a number, and its interval where the rows can tell one."""
+def _preferred(found: _Found) -> Iterator[str]:
+    unread = f", {found['unread']} can't be read" if found["unread"] else ""
+    yield (
+        f"Preferred, blind and in both orders: student {found['student']}, teacher "
+        f"{found['teacher']}, tie {found['ties']} ({found['equal']} equal texts, "
+        f"{found['flipped']} flip with the order){unread}."
+    )
+    if "difference" in found:
+        p = "p < 0.001" if found["p"] < 0.001 else f"p = {found['p']:.3f}"
+        difference = _interval(found["difference"], "+", digits=2)
+        yield f"Share of wins, student - teacher: {difference}, {p}."
+
+
+def _trusted(judge: _Found) -> Iterator[str]:
+    if same := judge["agreement"]:
+        share = _interval(same, digits=2)
+        yield f"Agrees with itself when asked in the other order: {share} of the pairs."
+    if first := judge["first_shown"]:
+        yield f"Prefers the text shown first: {_interval(first, digits=2)} (0.5 is no bias)."
+    if length := judge["length_bias"]:
+        longer = _interval(length["longer_wins"], digits=2)
+        wins = f"; the longer text wins {longer} of the decided pairs" if longer != "-" else ""
+        yield f"Length bias: {_interval(length, '+', digits=2)} (0 is none){wins}."
+    else:
+        yield (
+            "Length bias can't be told: it takes pairs where the student's text is the longer one, "
+            "and pairs where it is the shorter one."
+        )
+
+
+def _by_labels(found: _Found | None) -> str:
+    if not found:
+        return "No human labels: these numbers are uncorrected (--judge-labels)."
+    if not found["rate"]:
+        return f"These numbers are uncorrected: {found['why']}."
+    names = ("observed", "rate", "sensitivity", "specificity")
+    observed, rate, sensitivity, specificity = (_interval(found[one], digits=2) for one in names)
+    return (
+        f"{found['what']}: the judge says {observed}; corrected by {found['rows']} human labels "
+        f"{rate} (sensitivity {sensitivity}, specificity {specificity})."
+    )
+
+
+def _interval(
+    number: Mapping[str, float] | None, sign: str = "", *, digits: int = 3, ends: bool = True
+) -> str:
+    """A number, and its interval where the rows can tell one; scores have two digits."""
     if number is None:
         return "-"
-    return interval_text(number, sign) if ends else f"{number['value']:{sign}.3f}"
-
-
-def _code(text: str) -> str:
-    """Indented, since no text can close an indented block."""
-    return "\n".join(f"    {line}" for line in text.splitlines())
+    known = number if ends else {"value": number["value"]}
+    return interval_text(known, sign, digits=digits)

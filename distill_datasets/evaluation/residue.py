@@ -146,17 +146,6 @@ def _first_queries(held_out: HeldOut) -> list[tuple[str, str]]:
     return list(zip(rows["id"], rows["query"], strict=True))
 
 
-def residue_lines(residue: Mapping[str, Mapping[str, Any]]) -> str:
-    """The tests as a list in Markdown."""
-    lines = [f"- {name}: {outcome_of(one)}. {one['said']}" for name, one in residue.items()]
-    return "\n".join(lines)
-
-
-def outcome_of(test: Mapping[str, Any]) -> str:
-    """In a word."""
-    return {True: "passed", False: "FAILED", None: "not told"}[test["passed"]]
-
-
 def _asked(systems: Mapping[str, Answerer], name: str) -> PromptedModel | None:
     found = systems.get(name)
     return found if isinstance(found, PromptedModel) else None

@@ -25,7 +25,7 @@ from distill_datasets.statistics import (
     rows_needed,
     rows_needed_of_scores,
 )
-from distill_datasets.tables import interval_text, one_line
+from distill_datasets.tables import one_line
 
 REPLACES = "replaces the prompt"
 DOES_NOT = "does not replace the prompt"
@@ -194,48 +194,6 @@ def _more_rows(apart: Any, groups: Sequence[str], margin: float, binary: bool) -
     if total is None:
         return None
     return max(1, ceil((total - worth) * len(apart) / worth))
-
-
-def lines(verdict: Mapping[str, Any]) -> list[str]:
-    """The verdict for the first lines of a report."""
-    found = [f"Verdict: {verdict['outcome']}{_missing(verdict)}."]
-    if difference := verdict["difference"]:
-        independent = round(difference["n"])
-        rows = f"{verdict['rows']:,} rows" + (
-            f" in {verdict['groups']:,} groups, worth {independent:,} independent ones"
-            if verdict["groups"] < verdict["rows"]
-            else ""
-        )
-        found.append(
-            f"{verdict['metric']}: student {verdict['student']:.3f}, teacher "
-            f"{verdict['teacher']:.3f}, difference "
-            f"{interval_text(difference, '+')} on {rows}."
-        )
-    found.append(verdict["rule"])
-    if verdict["only_teacher"] or verdict["only_student"]:
-        p = "" if verdict["p"] is None else f" (McNemar's mid-p {verdict['p']:.3f})"
-        teacher, student = (len(verdict[f"only_{name}"]) for name in ("teacher", "student"))
-        found.append(
-            f"The teacher alone is right in {_rows(teacher)}, the student alone in "
-            f"{_rows(student)}{p}."
-        )
-    return found
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count:,} rows"
-
-
-def about(rows: int) -> int:
-    """A number of rows in two digits, and not fewer."""
-    unit: int = 10 ** max(0, len(str(rows)) - 2)
-    return ceil(rows / unit) * unit
-
-
-def _missing(verdict: Mapping[str, Any]) -> str:
-    if not (needed := verdict["rows_needed"]):
-        return ""
-    return f": about {about(needed):,} more rows"
 
 
 def judge_rows(texts: Texts, recipe: Recipe, *, free_text: bool) -> dict[str, Any]:

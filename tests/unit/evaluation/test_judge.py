@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import BudgetReached, DatasetError, GenerationError, SettingsError
-from distill_datasets.evaluation.judge import OWN, AnswerJudge, Rubric, Rubrics
-from distill_datasets.evaluation.judge_findings import (
+from distill_datasets.evaluation.judge import (
+    OWN,
+    AnswerJudge,
     HumanLabels,
     JudgedRow,
     Opinions,
     families,
-    find,
-    judge_lines,
-    judge_table,
+    read_scores,
     rogan_gladen,
 )
+from distill_datasets.evaluation.report_text import judge_lines, judge_table
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient
 from distill_datasets.generation.pricing import Meter, Prices
@@ -101,7 +101,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def judge(critic: Critic, recipe: Recipe, *names: str, labels: HumanLabels | None = None) -> Any:
-    judging = AnswerJudge(critic, Rubrics(recipe, names), labels)
+    judging = AnswerJudge(critic, recipe, names, labels)
 
     def ask(asked: Sequence[JudgedRow], path: Path, **options: Any) -> dict[str, Any]:
         models = {"teacher": "openai:big", "student": "pocket", "base": "pocket"}
@@ -158,7 +158,7 @@ def test_length_bias_has_the_interval_that_statsmodels_has() -> None:
             texts = {"student": text, "teacher": "x." if text == "x" else "."}
             asked.append(JudgedRow(name, name, "", name, None, texts, texts))
             pairs.append(("student",) * 2 if place < wins else ("teacher",) * 2)
-    found = find(asked, Opinions({}, {}, pairs))["length_bias"]
+    found = Opinions(asked, {}, {}, pairs).findings()["length_bias"]
     right_ends = confint_proportions_2indep(40, 60, 20, 50, method="newcomb", compare="diff")
     assert (found["low"], found["high"]) == pytest.approx(right_ends)
     assert found["longer_wins"]["value"] == (40 + 30) / 110
@@ -264,9 +264,8 @@ def test_a_judge_that_gives_no_score_is_an_error_that_shows_what_it_says(
     ],
 )
 def test_a_score_is_read_from_its_line(said: str, score: float | None) -> None:
-    rubric = Rubric("own", {"clarity": "It is clear."})
-    assert rubric.read(Sample(said, "stop", 1)) == {"clarity": score}
-    assert rubric.read(Sample(said, "length", 1)) == {"clarity": None}
+    assert read_scores(["clarity"], Sample(said, "stop", 1)) == {"clarity": score}
+    assert read_scores(["clarity"], Sample(said, "length", 1)) == {"clarity": None}
 
 
 def test_rubrics_ship_by_name_and_come_from_a_file(recipe: Recipe, tmp_path: Path) -> None:
@@ -278,12 +277,12 @@ def test_rubrics_ship_by_name_and_come_from_a_file(recipe: Recipe, tmp_path: Pat
     named = ["persona consistency", "period knowledge", "faithfulness", "wit"]
     assert list(found["scales"]) == named
     with pytest.raises(SettingsError, match="no rubric 'persone'.*persona"):
-        Rubrics(recipe, ("persone",))
+        AnswerJudge(Critic(right), recipe, ("persone",))
     with pytest.raises(SettingsError, match="the recipe has no `judge`"):
-        Rubrics(recipe, (OWN,))
+        AnswerJudge(Critic(right), recipe, (OWN,))
     own.write_text("- wit\n")
     with pytest.raises(SettingsError, match="holds no criteria"):
-        Rubrics(recipe, (str(own),))
+        AnswerJudge(Critic(right), recipe, (str(own),))
 
 
 def test_a_recipes_own_judge_prompt_is_the_rubric_where_it_has_one(tmp_path: Path) -> None:

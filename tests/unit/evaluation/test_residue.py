@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from distill_datasets.evaluation import residue
+from distill_datasets.evaluation.report_text import residue_lines
 from distill_datasets.evaluation.residue import (
     TESTS,
     Secret,
@@ -11,7 +12,6 @@ from distill_datasets.evaluation.residue import (
     exposures,
     is_paraphrase,
     last_text,
-    residue_lines,
     reworded,
     secrets_asked,
     task_form,
@@ -136,6 +136,6 @@ def test_what_ships_can_be_read_and_its_checks_can_be_made() -> None:
 
 def test_the_report_has_a_line_for_each_test() -> None:
     test = {"passed": None, "value": None, "said": "No."}
-    lines = residue_lines({name: test for name in TESTS}).splitlines()
-    assert lines[0] == "- leak: not told. No."
+    lines = residue_lines({name: test for name in TESTS})
+    assert lines[0] == "leak: not told. No."
     assert len(lines) == len(TESTS)

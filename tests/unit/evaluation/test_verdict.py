@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from scipy.stats import multinomial
 
+from distill_datasets.evaluation.report_text import verdict_lines
 from distill_datasets.evaluation.verdict import (
     DOES_NOT,
     OPEN,
     REPLACES,
     PairedRows,
     decide,
-    lines,
     main_metric,
 )
 from distill_datasets.statistics import mcnemar, paired, power
@@ -61,7 +61,7 @@ def test_a_student_that_is_much_worse_does_not() -> None:
 def test_few_rows_are_not_enough_evidence_though_all_are_right() -> None:
     found = decide(right(both=60), 0.02)
     assert found["outcome"] == OPEN
-    first, numbers, rule = lines(found)
+    first, numbers, rule = verdict_lines(found)
     needed = found["rows_needed"]
     assert 0 <= int(first.split("about ")[1].split()[0].replace(",", "")) - needed <= 10
     assert first.startswith("Verdict: not enough evidence: about ")
@@ -78,7 +78,7 @@ def test_rows_are_counted_at_the_difference_where_equality_would_be_told_already
     near = decide(right(both=9_400, teacher=400, student=200), 0.02)
     assert (near["outcome"], near["rows_needed"]) == (OPEN, None)
     assert "so near that a million rows might not decide" in near["rule"]
-    assert lines(near)[0] == "Verdict: not enough evidence."
+    assert next(verdict_lines(near)) == "Verdict: not enough evidence."
 
 
 @pytest.mark.parametrize("size", [5, 15])
@@ -88,7 +88,10 @@ def test_rows_of_a_group_are_worth_less(size: int) -> None:
     found = decide(grouped(rows, size), 0.02)
     assert (found["outcome"], found["groups"]) == (OPEN, 300 // size)
     assert found["difference"]["n"] == 300 / size
-    assert f"in {300 // size} groups, worth {300 // size} independent ones" in lines(found)[1]
+    assert (
+        f"in {300 // size} groups, worth {300 // size} independent ones"
+        in [*verdict_lines(found)][1]
+    )
     # What is missing is counted in rows, of groups like these.
     alone = decide(right(both=300 // size), 0.02)
     assert found["rows_needed"] == alone["rows_needed"] * size
@@ -132,14 +135,14 @@ def test_rows_without_a_value_are_left_out() -> None:
     assert decide(rows, 0.02)["rows"] == 1
     none = decide(PairedRows("checks", ["a"], ["a"], [None], [1.0]), 0.02)
     assert (none["outcome"], none["difference"]) == (OPEN, None)
-    assert none["rows_needed"] > 700 and "No row has a value" in lines(none)[1]
+    assert none["rows_needed"] > 700 and "No row has a value" in [*verdict_lines(none)][1]
 
 
 def test_a_metric_that_the_teacher_does_not_meet_can_not_tell() -> None:
     found = decide(right(both=0, neither=900), 0.02)
     assert (found["outcome"], found["rows_needed"]) == (OPEN, None)
     assert "The teacher itself reaches 0.000" in found["rule"]
-    assert lines(found)[0] == "Verdict: not enough evidence."
+    assert next(verdict_lines(found)) == "Verdict: not enough evidence."
 
 
 def test_a_student_is_better_where_that_is_no_chance() -> None:
