@@ -1,19 +1,29 @@
-"""Verdicts of rows made on purpose, and how often rows that are drawn are called wrongly."""
+"""Verdicts of rows made on purpose, how often rows that are drawn are called wrongly, and alerts.
+
+Each failure made on purpose is called by its name; what is no failure is not.
+"""
 
 import json
 from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from scipy.stats import multinomial
 
+from distill_datasets.evaluation.comparison import Comparison, Texts
+from distill_datasets.evaluation.metrics import Metrics
 from distill_datasets.evaluation.report_text import verdict_lines
 from distill_datasets.evaluation.verdict import (
     DOES_NOT,
     OPEN,
     REPLACES,
     PairedRows,
+    SystemRows,
+    alerts_of,
     decide,
+    find_alerts,
+    judge_rows,
     main_metric,
 )
 from distill_datasets.statistics import mcnemar, paired, power
@@ -201,3 +211,219 @@ def test_the_margin_is_no_part_of_what_makes_rows() -> None:
     assert any_recipe(margin=0.05).digest == any_recipe().digest
     with pytest.raises(ValueError, match="greater than 0"):
         any_recipe(margin=0)
+
+
+def texts(
+    said: dict[str, list[str]], references: list[str | None] | None = None, **keys: Any
+) -> Texts:
+    recipe = any_recipe(**{"response": "{{ text }}", **keys})
+    answers = {
+        system: Dataset.from_list(
+            [
+                {
+                    "id": f"r{row}",
+                    "query": f"query {row}",
+                    "group": f"g{row}",
+                    "reference": references[row] if references else None,
+                    "raw": text,
+                    "stop_reason": "stop",
+                    "answer": recipe.teacher_reader.read(text, "stop").answer,
+                }
+                for row, text in enumerate(given)
+            ]
+        )
+        for system, given in said.items()
+    }
+    return Texts(Comparison(answers, Metrics({}), recipe), recipe)
+
+
+def verdict(found: Texts, *, free_text: bool = False) -> dict[str, Any]:
+    return judge_rows(found, found._recipe, free_text=free_text)
+
+
+CHOICES = {"answer": {"choices": ["a", "b", "c"]}}
+
+
+def test_labels_are_judged_by_the_references() -> None:
+    said = {"teacher": ["a", "b", "c", "a"], "student": ["a", "b", "b", "a"]}
+    found = verdict(texts(said, ["a", "b", "c", None], **CHOICES))
+    assert (found["metric"], found["rows"]) == ("accuracy", 3)
+    assert (found["teacher"], found["student"]) == (1.0, 2 / 3)
+    assert found["only_teacher"] == ["r2"]
+
+
+def test_references_that_are_labels_decide_where_no_form_is_said() -> None:
+    said = {"teacher": ["a", "b"] * 2, "student": ["a", "a"] * 2}
+    assert verdict(texts(said, ["a", "b"] * 2))["metric"] == "accuracy"
+
+
+def test_without_references_labels_are_judged_by_agreement_with_the_teacher() -> None:
+    said = {"teacher": ["a", "b", "?"], "student": ["a", "c", "a"]}
+    found = verdict(texts(said, **CHOICES))
+    assert (found["metric"], found["rows"]) == ("agreement", 2)
+    assert (found["teacher"], found["student"]) == (1.0, 0.5)
+    again = verdict(texts({**said, "teacher again": ["b", "b", "a"]}, **CHOICES))
+    assert (again["teacher"], again["student"]) == (0.5, 0.5)
+
+
+def test_checks_are_judged_by_the_share_that_a_row_passes() -> None:
+    checks = [{"name": "short", "words": {"max": 2}}, {"name": "asks", "ends_with": "?"}]
+    said = {"teacher": ["How so?", "Why?"], "student": ["How so?", "It is so, you know"]}
+    found = verdict(texts(said, checks=checks), free_text=True)
+    assert (found["metric"], found["teacher"], found["student"]) == ("checks", 1.0, 0.5)
+
+
+def test_fields_are_judged_by_the_share_that_is_equal() -> None:
+    form = {"answer": {"json_schema": {"type": "object"}}, "metrics": ["field_match"]}
+    right: list[str | None] = ['{"a": 1, "b": 2}', None]
+    said = {"teacher": [right[0] or "", "{}"], "student": ['{"a": 1, "b": 3}', "{}"]}
+    found = verdict(texts(said, right, **form))
+    assert (found["metric"], found["student"], found["rows"]) == ("field_match", 0.5, 1)
+
+
+def test_texts_are_judged_by_the_teachers_second_answer_or_not_at_all() -> None:
+    said = {"teacher": ["one text", "other text"], "student": ["one text", "no"]}
+    without = verdict(texts(said), free_text=True)
+    assert without["outcome"] == "not enough evidence" and without["rows_needed"] is None
+    assert "only a second answer of the teacher says" in without["rule"]
+    second = {**said, "teacher again": ["one text", "other texts"]}
+    found = verdict(texts(second), free_text=True)
+    assert found["metric"] == "chrf" and found["teacher"] > found["student"] > 0.5
+    assert f"second answer is {found['teacher']:.3f} like its first" in found["rule"]
+
+
+def test_a_student_nearer_to_the_teacher_than_its_second_answer_is_not_called_better() -> None:
+    words = [f"the answer number {row} is here" for row in range(60)]
+    said = {"teacher": words, "teacher again": ["nothing alike"] * 60, "student": words}
+    found = verdict(texts(said), free_text=True)
+    assert found["outcome"] == "replaces the prompt" and not found["student_better"]
+    labels = {"teacher": ["a", "b"] * 40, "teacher again": ["b", "a"] * 40}
+    found = verdict(texts({**labels, "student": ["a", "b"] * 40}, **CHOICES))
+    assert found["metric"] == "agreement" and not found["student_better"]
+
+
+def test_texts_with_references_are_judged_by_them() -> None:
+    said = {"teacher": ["one", "two"], "student": ["one", "two"]}
+    found = verdict(texts(said, ["one", "too"]), free_text=True)
+    assert found["metric"] == "chrf" and found["teacher"] == found["student"] < 1.0
+
+
+def test_what_systems_say_and_are_read_as_raises_alerts() -> None:
+    labels = ["a", "b", "c"] * 4
+    said = {"teacher": labels, "student": [f"I think {one}!" for one in labels]}
+    found = texts(said, [*labels], **CHOICES)
+    (alert,) = alerts_of(found, verdict(found))
+    assert alert.startswith("Right labels in a wrong format: in 12 of 12 rows")
+
+
+LABELS = ["red", "green", "blue", "grey"]
+QUERIES = [f"What is the colour of the {thing} number {n}?" for n in range(10) for thing in "abcd"]
+EXPECTED: list[str | None] = [LABELS[row % 4] for row in range(40)]
+TEACHER = SystemRows([f"Colour: {label}" for label in EXPECTED], EXPECTED)
+
+
+def alerts(student: SystemRows, **others: Any) -> list[str]:
+    given = {"teacher": TEACHER, "queries": QUERIES, "references": EXPECTED, **others}
+    systems = {"teacher": given.pop("teacher"), "student": student}
+    if "base" in given:
+        systems["base"] = given.pop("base")
+    return find_alerts(systems, **given)
+
+
+def test_a_good_student_has_none() -> None:
+    assert alerts(TEACHER) == []
+    mixed: list[str | None] = [*EXPECTED[:36], "red", "red", None, None]
+    assert alerts(SystemRows([f"Colour: {label}" for label in mixed], mixed)) == []
+
+
+def test_a_student_that_gives_one_answer_is_collapsed() -> None:
+    (found,) = alerts(SystemRows(["Colour: red"] * 40, ["red"] * 40))
+    assert found.startswith("Collapsed student: it says the same for 100% of the queries, like")
+    assert "'Colour: red'" in found and "The teacher gives 4 different answers" in found
+
+
+def test_one_answer_in_many_wordings_is_collapsed_too() -> None:
+    texts = [f"Well, {query} I'd say red" for query in QUERIES]
+    found = alerts(SystemRows(texts, ["red"] * 40))
+    assert any(one.startswith("Collapsed student: it gives the same answer") for one in found)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["I am not sure really."] * 40,
+        ["the of and to a " * (1 + row % 7) for row in range(40)],
+        [f"I am not sure but {row} may be, or {row + 1}" for row in range(40)],
+    ],
+)
+def test_the_same_five_words_for_every_question_are_collapsed(texts: list[str]) -> None:
+    (found,) = alerts(SystemRows(texts, [None] * 40))
+    assert found.startswith("Collapsed student: it ")
+
+
+def test_the_same_words_as_free_text_are_collapsed_beside_a_varied_teacher() -> None:
+    teacher = SystemRows([f"Story {n}: once upon a time {n}." for n in range(40)], QUERIES)
+    texts = ["It is what it is."] * 39 + ["Something else."]
+    base = SystemRows(["It is what it is."] * 40, ["It is what it is."] * 40)
+    (found,) = alerts(SystemRows(texts, texts), teacher=teacher, references=[None] * 40, base=base)
+    assert found.startswith("Collapsed student") and "98%" in found and "so does the base" in found
+
+
+def test_a_student_that_says_one_thing_as_its_teacher_does_is_not_collapsed() -> None:
+    same = SystemRows(["Colour: red"] * 40, ["red"] * 40)
+    (found,) = alerts(same, teacher=same, references=[None] * 40)
+    assert found.startswith("The teacher answers one thing: 'Colour: red' to 100%")
+
+
+def test_right_labels_in_a_wrong_format_are_told_from_wrong_ones() -> None:
+    texts = [f"It's surely {label}!" for label in EXPECTED]
+    (found,) = alerts(SystemRows(texts, [None] * 40))
+    assert found.startswith("Right labels in a wrong format: in 40 of 40 rows")
+    assert "\"It's surely red!\" for 'red'" in found
+    wrong = [f"It's surely {LABELS[(row + 1) % 4]}!" for row in range(40)]
+    assert alerts(SystemRows(wrong, [None] * 40)) == []
+    every = [f"{row}: one of red, green, blue, grey" for row in range(40)]
+    assert alerts(SystemRows(every, [None] * 40)) == []
+
+
+def test_a_label_within_a_word_is_none() -> None:
+    texts = [f"{row} greyish-reddened {label}s" for row, label in enumerate(EXPECTED)]
+    assert alerts(SystemRows(texts, [None] * 40)) == []
+
+
+def test_the_teachers_answers_are_the_labels_where_there_are_no_references() -> None:
+    texts = [f"It's surely {label}!" for label in EXPECTED]
+    (found,) = alerts(SystemRows(texts, [None] * 40), references=[None] * 40)
+    assert found.startswith("Right labels in a wrong format")
+
+
+@pytest.mark.parametrize("form", ["{}", "  {}\n", "user: {}", "{} The colour is"])
+def test_a_student_that_copies_the_query_is_called_that(form: str) -> None:
+    texts = [form.format(query) for query in QUERIES]
+    (found,) = alerts(SystemRows(texts, [None] * 40))
+    assert found.startswith("Copies the query: the student's text repeats it in 40 of 40 rows")
+
+
+def test_a_student_copies_as_little_as_a_teacher_that_corrects_texts() -> None:
+    teacher = SystemRows(QUERIES, QUERIES)
+    assert alerts(teacher, teacher=teacher, references=[None] * 40) == []
+
+
+def test_a_piece_of_a_conversation_is_a_copy_too() -> None:
+    queries = [f"user\nHello\n\nassistant\nHi\n\nuser\n{query}" for query in QUERIES]
+    (found,) = alerts(SystemRows(QUERIES, [None] * 40), queries=queries)
+    assert found.startswith("Copies the query")
+
+
+def test_a_student_that_is_better_than_the_teacher_is_called_that() -> None:
+    groups = [str(row) for row in range(40)]
+    rows = PairedRows("accuracy", groups, groups, [0.0] * 12 + [1.0] * 28, [1.0] * 40)
+    (found,) = alerts(TEACHER, verdict=decide(rows, 0.02))
+    assert found.startswith("Better than the teacher: the student's accuracy is 1.000")
+    rows = PairedRows("accuracy", groups, groups, [0.0] * 2 + [1.0] * 38, [1.0] * 40)
+    assert alerts(TEACHER, verdict=decide(rows, 0.02)) == []
+
+
+def test_of_few_rows_nothing_is_said() -> None:
+    one = SystemRows(["Colour: red"] * 4, ["red"] * 4)
+    assert find_alerts({"teacher": one, "student": one}, QUERIES[:4], EXPECTED[:4]) == []
