@@ -1,7 +1,7 @@
 """Renders chats by a tokenizer's own chat template, as a renderer of the Tinker Cookbook."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
@@ -74,9 +74,11 @@ class ChatTemplateRenderer(Renderer):
         train_on_what: TrainOnWhat = TrainOnWhat.LAST_ASSISTANT_MESSAGE,
     ) -> tuple[tinker.ModelInput, torch.Tensor]:
         if train_on_what is not TrainOnWhat.LAST_ASSISTANT_MESSAGE:
-            learned = marked(messages, train_on_what)
-            return several_turns(
-                self.build_generation_prompt, self.build_supervised_example, learned
+            raise ModelError(
+                f"The renderer {CHAT_TEMPLATE!r} learns the last message of a conversation: "
+                f"expected {TrainOnWhat.LAST_ASSISTANT_MESSAGE.value!r}; found "
+                f"{train_on_what.value!r}. `DistilledDatasetBuilder(turns='all')` learns every "
+                "message of the assistant."
             )
         asked = self._tokens(messages[:-1])
         text = spoken_text(messages[-1])
@@ -230,64 +232,6 @@ def _declared(name: str) -> dict[str, Any]:
     parameters = {"type": "object", "properties": {"city": city}, "required": ["city"]}
     tool = {"name": name, "description": "what it does", "parameters": parameters}
     return {"role": _TOOLS, "content": json.dumps([tool])}
-
-
-def marked(
-    messages: Sequence[Mapping[str, Any]], train_on_what: TrainOnWhat
-) -> list[Mapping[str, Any]]:
-    """Messages that say which are `trainable`: all of the assistant's, those after the user's
-    last, the very last, or those that say so themselves.
-    """
-    return [
-        {**one, "trainable": one["role"] == "assistant" and _learns(messages, place, train_on_what)}
-        for place, one in enumerate(messages)
-    ]
-
-
-def _learns(messages: Sequence[Mapping[str, Any]], place: int, train_on_what: TrainOnWhat) -> bool:
-    match train_on_what:
-        case TrainOnWhat.ALL_ASSISTANT_MESSAGES:
-            return True
-        case TrainOnWhat.LAST_ASSISTANT_MESSAGE:
-            return place == len(messages) - 1
-        case TrainOnWhat.LAST_ASSISTANT_TURN:
-            return all(one["role"] != "user" for one in messages[place:])
-        case TrainOnWhat.CUSTOMIZED:
-            return bool(messages[place].get("trainable"))
-    raise ValueError(f"Expected messages of the assistant to train on; found {train_on_what}.")
-
-
-def several_turns(
-    build_prompt: Callable[[list[Any]], tinker.ModelInput],
-    build_example: Callable[[list[Any]], tuple[tinker.ModelInput, torch.Tensor]],
-    messages: Sequence[Mapping[str, Any]],
-) -> tuple[tinker.ModelInput, torch.Tensor]:
-    """One example in which each `trainable` message follows the very tokens that ask for it.
-
-    `build_example` gives what a conversation's last message alone teaches. Raises `DatasetError`
-    where the chat format writes an earlier message otherwise than the model does, as formats do
-    that leave out its thoughts.
-    """
-    roles = [message["role"] for message in messages]
-    learned = [place for place, one in enumerate(messages) if one.get("trainable")]
-    if not learned:
-        raise DatasetError(f"No message is learned in a conversation of {roles}.")
-    turns: Any = [{k: v for k, v in one.items() if k != "trainable"} for one in messages]
-    tokens: list[int] = []
-    weights: list[float] = []
-    for place in learned:
-        asked = build_prompt(turns[:place]).to_ints()
-        rendered, weighed = build_example(turns[: place + 1])
-        found = rendered.to_ints()
-        if found[: len(tokens)] != tokens or found[: len(asked)] != asked:
-            raise DatasetError(
-                f"Message {place + 1} of a conversation of {roles} can't be learned together with "
-                "those before it: this chat format writes an earlier answer otherwise than the "
-                "model does, for example without its thoughts. Learn the last message alone, or "
-                "name a renderer that keeps all of them."
-            )
-        tokens, weights = found, weights + weighed.tolist()[len(weights) :]
-    return tinker.ModelInput.from_ints(tokens), torch.tensor(weights)
 
 
 register_renderer(CHAT_TEMPLATE, lambda tokenizer, _: ChatTemplateRenderer(tokenizer))

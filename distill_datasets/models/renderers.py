@@ -24,7 +24,6 @@ from tinker_cookbook.exceptions import TinkerCookbookError
 from tinker_cookbook.renderers import (
     Renderer,
     ToolCall,
-    TrainOnWhat,
     ensure_text,
     get_renderer,
     get_text_content,
@@ -42,7 +41,7 @@ from distill_datasets.conversations import (
 )
 from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.models.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
-from distill_datasets.models.chat_template import marked, several_turns, spoken_text
+from distill_datasets.models.chat_template import spoken_text
 from distill_datasets.models.sampler import split_thoughts
 from distill_datasets.schema import Message
 
@@ -187,25 +186,17 @@ class TextRenderer:
     def build_supervised_example(
         self,
         messages: Sequence[Mapping[str, Any]],
-        train_on_what: TrainOnWhat = TrainOnWhat.LAST_ASSISTANT_MESSAGE,
         *,
         tools: str | None = None,
     ) -> tuple[tinker.ModelInput, torch.Tensor]:
-        """Tokens, and how much each is learned, as `Renderer.build_supervised_example` gives them.
+        """Tokens, and how much each is learned: those of the last message alone.
 
-        Of several messages that are learned, each stands after the very tokens that ask for it;
-        raises `DatasetError` where the format writes it otherwise once it is followed by others.
+        It always ends with what stops it, as a message of calls alone doesn't in the cookbook's
+        format for DeepSeek V3.
         """
-        if train_on_what is TrainOnWhat.LAST_ASSISTANT_MESSAGE:
-            return self._example(self.conversation(messages, tools))
-        learned = self.conversation(marked(messages, train_on_what), tools)
-        return several_turns(self._renderer.build_generation_prompt, self._example, learned)
-
-    def _example(self, conversation: list[Any]) -> tuple[tinker.ModelInput, torch.Tensor]:
-        """What a conversation's last message teaches; it always ends with what stops it, as a
-        message of calls alone doesn't in the cookbook's format for DeepSeek V3.
-        """
-        rendered, weights = self._renderer.build_supervised_example(conversation)
+        rendered, weights = self._renderer.build_supervised_example(
+            self.conversation(messages, tools)
+        )
         tokens, stops = rendered.to_ints(), self._renderer.get_stop_sequences()
         ends = [stop for stop in stops if isinstance(stop, int)]
         if not ends or tokens[-1] in ends:

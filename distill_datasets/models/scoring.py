@@ -217,12 +217,8 @@ def split_conversation(
     connection: "Connection", conversation: Sequence[Mapping[str, Any]], tools: str | None = None
 ) -> tuple[list[int], list[int]]:
     """The tokens before its last message, and that message's own."""
-    from tinker_cookbook.renderers import TrainOnWhat
-
     messages: list[Any] = [dict(message) for message in conversation]
-    rendered, weights = connection.renderer.build_supervised_example(
-        messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE, tools=tools
-    )
+    rendered, weights = connection.renderer.build_supervised_example(messages, tools=tools)
     tokens = [int(token) for token in rendered.to_ints()]
     start, end = response_span(weights.tolist())
     return tokens[:start], tokens[start:end]

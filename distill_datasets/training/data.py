@@ -1,10 +1,12 @@
-"""A dataset as a training reads it: found, pinned to its content, and rendered to tokens."""
+"""A dataset as a training reads it: found, pinned to its content, and rendered to tokens.
+
+Of a row's tokens the response alone is learned: each has a loss weight, 0 for all others.
+"""
 
 import csv
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,7 +24,6 @@ from distill_datasets.conversations import (
 )
 from distill_datasets.errors import DatasetError, OutputError
 from distill_datasets.hub.references import (
-    Pinned,
     fetch_dataset,
     folder_of,
     is_reference,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 _VERSION = 5  # of the rendered columns: raise it when they come out differently
 _NO_ROWS = (IndexError, StopIteration)  # what `datasets` raises for a file without any
-_ALL, _LAST = "all_assistant_messages", "last_assistant_message"
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
@@ -186,16 +186,13 @@ class DatasetSplit:
 
         def key(conversation: Conversation) -> int:
             nonlocal blank
-            blank += is_blank(response_text(conversation.messages[-1]))
-            return _row_key(conversation)
+            messages, tools = conversation
+            blank += is_blank(response_text(messages[-1]))
+            said = [messages, tools] if tools else messages
+            text = json.dumps(said, sort_keys=True, ensure_ascii=False)
+            return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
         return np.fromiter(map(key, self.conversations), np.uint64), blank
-
-    def count(self, learned: "NDArray[np.uint64]") -> int:
-        """How many of the rows have one of these keys."""
-        import numpy as np
-
-        return int(np.isin(self.keys, learned).sum())
 
     def without(self, learned: "NDArray[np.uint64]") -> "DatasetSplit":
         """Only the rows whose key is none of these; raises `DatasetError` where none is left."""
@@ -298,7 +295,12 @@ def locate(dataset: str | Path, config: str | None = None) -> DatasetSource:
         )
     commit = None
     if not path.exists():
-        pinned = _download(str(dataset), config)
+        if not is_reference(str(dataset)):
+            raise DatasetError(
+                f"{str(dataset)!r} is not there: expected a folder, a file, or a Hub dataset like "
+                "'org/name@v1.0.0'."
+            )
+        pinned = fetch_dataset(str(dataset), config)
         path, commit = pinned.path, pinned.commit
     manifest_file = path / folder_of(config) / "manifest.json"
     manifest = _read_manifest(manifest_file) if manifest_file.is_file() else {}
@@ -320,15 +322,6 @@ def _read_manifest(file: Path) -> dict[str, Any]:
             "again."
         ) from error
     return manifest if isinstance(manifest, dict) else {}
-
-
-def _download(reference: str, config: str | None) -> Pinned:
-    if not is_reference(reference):
-        raise DatasetError(
-            f"{reference!r} is not there: expected a folder, a file, or a Hub dataset like "
-            "'org/name@v1.0.0'."
-        )
-    return fetch_dataset(reference, config)
 
 
 def _files_digest(path: Path) -> str:
@@ -433,32 +426,47 @@ def _csv_columns(file: Path) -> list[str]:
 def examples(conversation: Conversation, renderer: Any, turns: Turns, where: str) -> list[Example]:
     """What a conversation teaches: its last assistant message, or all of them.
 
-    All of them are one example where the chat format writes a message alike as an answer and as
-    history, and else one each, which ends with it. Raises `DatasetError` for a conversation that
-    doesn't end with a response, and for one that the renderer can't hold.
+    All of them are one example, in which each follows the very tokens that ask for it, where the
+    chat format writes a message alike as an answer and as history; else one each, which ends with
+    it. Raises `DatasetError` for a conversation that doesn't end with a response, and for one that
+    the renderer can't hold.
     """
     messages, tools = conversation
-    _require_responses(messages, turns, where)
     ends = [place for place, one in enumerate(messages, 1) if one["role"] == "assistant"]
-    if turns == "all" and len(ends) > 1:
-        with suppress(DatasetError):
-            return [_example(messages, tools, renderer, _ALL, where)]
-    else:
+    if turns == "last":
         ends = ends[-1:]
-    return [_example(messages[:end], tools, renderer, _LAST, where) for end in ends]
+    learned = [messages[end - 1] for end in ends]
+    wrong: list[Any] = [one for one in learned if not one["content"] and "tool_calls" not in one]
+    if ends[-1:] != [len(messages)]:
+        wrong = [messages[-1] if messages else {}]
+    if wrong:
+        raise DatasetError(
+            f"{where}: expected a conversation that ends with a message of the assistant, and no "
+            f"response that is empty; found {wrong[0]!r:.300}. Leave such rows out "
+            "(`dataset.filter`)."
+        )
+    apart = [_response_example(messages[:end], tools, renderer, where) for end in ends]
+    if len(apart) == 1:
+        return apart
+    whole = Example([], [])
+    for end, one in zip(ends, apart, strict=True):
+        asked = renderer.build_generation_prompt(messages[: end - 1], tools=tools).to_ints()
+        if any(one.tokens[: len(before)] != before for before in (asked, whole.tokens)):
+            return apart
+        weights = [*whole.weights, *one.weights[len(whole.weights) :]]
+        whole = Example(one.tokens, weights, whole.bytes + one.bytes)
+    return [whole]
 
 
-def _example(
-    messages: list[Message], tools: str | None, renderer: Any, learned: str, where: str
+def _response_example(
+    messages: Sequence[Message], tools: str | None, renderer: Any, where: str
 ) -> Example:
+    """A conversation of which the last message alone is learned, what ends it included."""
     from jinja2 import TemplateError
     from tinker_cookbook.exceptions import TinkerCookbookError
-    from tinker_cookbook.renderers import TrainOnWhat
 
     try:
-        tokens, weights = renderer.build_supervised_example(
-            messages, TrainOnWhat(learned), tools=tools
-        )
+        tokens, weights = renderer.build_supervised_example(messages, tools=tools)
     except DatasetError as error:
         raise DatasetError(f"{where}: {error}") from error
     except (TinkerCookbookError, TemplateError, ValueError, KeyError, TypeError) as error:
@@ -468,31 +476,8 @@ def _example(
         ) from error
     if not float(weights[1:].sum()) > 0:
         raise DatasetError(f"{where}: the renderer gives its response no token to learn.")
-    said = _responses(messages if learned == _ALL else messages[-1:])
-    size = sum(len(response_text(one).encode()) for one in said)
+    size = len(response_text(messages[-1]).encode())
     return Example(tokens.to_ints(), weights.tolist(), size)
-
-
-def _responses(messages: Sequence[Message]) -> list[Message]:
-    return [one for one in messages if one["role"] == "assistant"]
-
-
-def _require_responses(messages: Sequence[Message], turns: Turns, where: str) -> None:
-    last: Mapping[str, Any] = messages[-1] if messages else {}
-    empty = [one for one in _responses(messages) if not one["content"] and "tool_calls" not in one]
-    if last.get("role") != "assistant" or last in empty or (empty and turns == "all"):
-        found = empty[0] if empty and turns == "all" else last
-        raise DatasetError(
-            f"{where}: expected a conversation that ends with a message of the assistant, and no "
-            f"response that is empty; found {found!r:.300}. Leave such rows out "
-            "(`dataset.filter`)."
-        )
-
-
-def _row_key(conversation: Conversation) -> int:
-    messages, tools = conversation
-    text = json.dumps([messages, tools] if tools else messages, sort_keys=True, ensure_ascii=False)
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def cache_folder() -> Path:

@@ -106,6 +106,8 @@ def _train(  # noqa: PLR0913 (what `train` has found)
     validators: "Sequence[MakeValidator]",
 ) -> None:
     """To the end, from wherever the folder's training stands."""
+    import numpy as np
+
     from distill_datasets.training.student import write_learned
 
     only_new = before if request.get("start", {}).get("only_new") else None
@@ -124,9 +126,10 @@ def _train(  # noqa: PLR0913 (what `train` has found)
                     f"warning: {blank:,} of {len(keys):,} training rows have a blank response, "
                     "which teaches to say nothing: leave them out (`dataset.filter`)."
                 )
-            if "validation" in splits and (seen := splits["validation"].count(learned)):
+            held_out = splits["validation"].keys if "validation" in splits else ()
+            if seen := int(np.isin(held_out, learned).sum()):
                 tell(
-                    f"{seen:,} of {len(splits['validation'].rows):,} validation rows are "
+                    f"{seen:,} of {len(held_out):,} validation rows are "
                     "training rows too: what is measured on them says little of new queries."
                 )
         opened = _open_student(folder, _config(request, plan), connection, before)
