@@ -501,7 +501,7 @@ def import_tools(options: argparse.Namespace) -> None:
     """Write a recipe's tools.json of tools that are described in another form."""
     from distill_datasets.errors import OutputError, nearest
     from distill_datasets.files import write_file
-    from distill_datasets.recipes.tool_import import import_tools as read
+    from distill_datasets.recipes.tools import import_tools as read
 
     tools = read(options.source)
     names = [tool["function"]["name"] for tool in tools]

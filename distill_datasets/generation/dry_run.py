@@ -34,7 +34,7 @@ from distill_datasets.generation.teachers import (
 )
 from distill_datasets.models.sampler import Reply, Sampler, Sampling, request_digest, request_parts
 from distill_datasets.progress import Progress, amount_text, interruptible
-from distill_datasets.recipes.evidence import HeldOutRows
+from distill_datasets.recipes.queries import HeldOutRows
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
 from distill_datasets.tables import aligned, html_card, html_preformatted, one_line

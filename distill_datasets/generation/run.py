@@ -47,11 +47,10 @@ from distill_datasets.generation.shards import Share
 from distill_datasets.generation.teachers import Client, PromptedModel, Teachers, open_teachers
 from distill_datasets.models.sampler import Sampler, Sampling, digest
 from distill_datasets.progress import Progress, interruptible
-from distill_datasets.recipes.evidence import keep_for_evidence
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.mix import draw_mix, mixed_messages
 from distill_datasets.recipes.parsing import EMPTY, TRUNCATED, UNKNOWN_TOOL, Reading
-from distill_datasets.recipes.queries import load_queries
+from distill_datasets.recipes.queries import keep_for_evidence, load_queries
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import MixPart
 from distill_datasets.schema import answer_features

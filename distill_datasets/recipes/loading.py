@@ -20,14 +20,17 @@ from distill_datasets.files import TEMPLATES, builders_folder
 from distill_datasets.hub.references import find_release, inside, split_config
 from distill_datasets.recipes.keys import NAME
 from distill_datasets.recipes.prompt import is_jinja
-from distill_datasets.recipes.query_files import TableFormat, read_rows, read_text
 from distill_datasets.recipes.recipe import PROMPT_LIMIT, Recipe
-
-_YAML_LIMIT = 1 << 20  # bytes
-_VALUES, _DEPTH = 100_000, 64  # that a recipe's YAML has at most, and how deep they lie
-_TEXT, _INT, _BOOL, _MERGE = (
-    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "bool", "merge")
+from distill_datasets.recipes.user_files import (
+    TableFormat,
+    compose_yaml,
+    read_rows,
+    read_text,
+    read_yaml,
+    yaml_fields,
 )
+
+_BOOL = "tag:yaml.org,2002:bool"
 
 # What YAML calls the kinds of values that a key takes.
 _WANTED = {
@@ -96,8 +99,8 @@ def is_copy(folder: Path, *beside: str) -> bool:
 
 def _load(folder: Path, prompt: str, variant: str | None = None) -> Recipe:
     path = folder / "recipe.yaml"
-    root = _compose(path)
-    fields = _chosen(folder, _fields(path, root), variant)
+    root = compose_yaml(path)
+    fields = _chosen(folder, yaml_fields(path, root), variant)
     for reserved in ("prompt", "folder", "members"):
         if reserved in fields:
             raise RecipeError(f"{path}: {reserved!r} is not a key; the prompt is in prompt.md.")
@@ -249,67 +252,6 @@ def _find(source: str | Path, config: str | None) -> Path:
         f"No recipe {str(source)!r}: expected one of {names}, a folder with recipe.yaml and "
         f"prompt.md, or a release that carries one{found_in}.{nearest(str(source), names)}"
     )
-
-
-def read_yaml(path: Path, *, limit: int = _YAML_LIMIT) -> dict[str, Any]:
-    """The keys and values of a YAML file of somebody else's; raises `RecipeError`."""
-    return _fields(path, _compose(path, limit))
-
-
-def _compose(path: Path, limit: int = _YAML_LIMIT) -> yaml.Node:
-    """The YAML of a recipe; raises `RecipeError` for what no recipe needs, such as endless aliases.
-
-    Its nodes know where they stand and how they are written.
-    """
-    try:
-        root = yaml.compose(read_text(path, limit=limit), Loader=yaml.SafeLoader)
-        if not isinstance(root, yaml.MappingNode):
-            raise RecipeError(f"{path}: expected keys and values.")
-        if _size(path, root, {}, 0) > _VALUES:
-            raise RecipeError(f"{path} comes to over {_VALUES:,} values with its aliases.")
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    except RecursionError as error:
-        raise RecipeError(f"{path} is nested more than {_DEPTH} levels deep.") from error
-    return root
-
-
-def _size(path: Path, node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """How many values a node comes to with its aliases written out."""
-    if depth > _DEPTH:
-        raise RecipeError(f"{path} is nested more than {_DEPTH} levels deep.")
-    if id(node) not in known:
-        if isinstance(node, yaml.MappingNode):
-            _check_keys(path, node, (_TEXT, _MERGE, _INT) if depth > 1 else (_TEXT, _MERGE))
-        parts = node.value if isinstance(node, yaml.CollectionNode) else []
-        below = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
-        known[id(node)] = 1 + sum(_size(path, one, known, depth + 1) for one in below)
-    return known[id(node)]
-
-
-def _check_keys(path: Path, node: yaml.MappingNode, allowed: Sequence[str]) -> None:
-    seen: dict[str, int] = {}
-    for key, _ in node.value:
-        line, written = key.start_mark.line + 1, str(key.value)
-        if key.tag not in allowed:
-            raise RecipeError(
-                f"Line {line} of {path}: YAML takes the key {written:.80} for something else than "
-                f"text: put it in quotes, '{written:.80}'."
-            )
-        if written in seen and key.tag != _MERGE:
-            raise RecipeError(
-                f"Line {line} of {path}: the key {written!r} stands in line {seen[written]} "
-                "already: keep one of them."
-            )
-        seen[written] = line
-
-
-def _fields(path: Path, root: yaml.Node) -> dict[str, Any]:
-    try:
-        fields: dict[str, Any] = yaml.SafeLoader("").construct_document(root)
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    return fields
 
 
 def _check_words(path: Path, node: yaml.Node | None) -> None:

@@ -32,9 +32,9 @@ from distill_datasets.conversations import (
 )
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.queries import query_id, read_source
-from distill_datasets.recipes.query_files import Rows, without_nulls
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import MixPart
+from distill_datasets.recipes.user_files import Rows, without_nulls
 from distill_datasets.schema import SOURCE, Message
 
 if TYPE_CHECKING:

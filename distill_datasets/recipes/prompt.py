@@ -1,14 +1,16 @@
 """A prompt, the examples behind it and the canaries within; templates, held to limits.
 
 A prompt is text with placeholders, or Jinja where a recipe asks for it. A recipe may have been
-written by anybody. Templates and expressions that can only take as long as
-they are, are computed here; whatever has loops, calls or arithmetic is computed in a process of
-its own (`jinja_process`), which ends when it takes too much time or memory.
+written by anybody. Templates and expressions that can only take as long as they are, are computed
+here; whatever has loops, calls or arithmetic is computed in a process of its own, which ends when
+it takes too much time or memory. Run as a module, with the number of a pipe, this is that process.
 """
 
 import atexit
 import json
+import os
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -16,10 +18,11 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2 import pass_context as with_context
@@ -29,12 +32,9 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from distill_datasets.conversations import assistant_message, read_messages, user_message
 from distill_datasets.errors import RecipeError, nearest
-from distill_datasets.recipes.query_files import TableFormat, read_rows
 from distill_datasets.recipes.tools import check_names
+from distill_datasets.recipes.user_files import TableFormat, read_rows
 from distill_datasets.schema import Message
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
 
 MOST_CANARIES = 10  # sentences in a prompt
 OTHERS = 255  # secrets that might have stood in one of them
@@ -48,8 +48,10 @@ _JINJA = SandboxedEnvironment(
 _LARGEST = 64 << 20  # characters of a filled template
 _LONGEST = 1 << 20  # characters of a Jinja template
 _SECONDS = 5.0  # for one template and row
-# What computing an expression over text may raise.
+_MEMORY = 1 << 30  # bytes of addresses, of which Python itself takes some
+# What computing an expression over text may raise, and what may be raised apart.
 _FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+_FAILURES_APART = (*_FAILURES, MemoryError, RuntimeError)
 
 # Nothing made of these takes longer, or makes more, than the template and its fields are long.
 _CHEAP = (
@@ -236,7 +238,7 @@ class _JinjaProcess:
                 if self._process is None or self._process.poll() is not None:
                     self._start()
                 assert self._pipe is not None
-                self._pipe.send_bytes(json.dumps([kind, text, fields, _LARGEST]).encode())
+                self._pipe.send_bytes(json.dumps([kind, text, fields]).encode())
                 if self._pipe.poll(_SECONDS):
                     found: Mapping[str, Any] = json.loads(self._pipe.recv_bytes())
                     return found
@@ -248,10 +250,14 @@ class _JinjaProcess:
 
     def _start(self) -> None:
         self._pipe, there = Pipe()
-        command = [sys.executable, str(Path(__file__).with_name("jinja_process.py"))]
+        path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         with there:
             number = there.fileno()
-            self._process = subprocess.Popen([*command, str(number)], pass_fds=[number])
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "distill_datasets.recipes.prompt", str(number)],
+                pass_fds=[number],
+                env={**os.environ, "PYTHONPATH": path.removesuffix(os.pathsep)},
+            )
         self._pipe.recv_bytes()  # it says when it has started
 
     def end(self) -> None:
@@ -272,6 +278,38 @@ def _apart(kind: str, text: str, fields: Mapping[str, Any]) -> Any:
     if "error" in found:
         raise _failed(kind, text, str(found["error"]))
     return found["value"]
+
+
+def compute_for(pipe: Connection) -> None:
+    """Say that this process has started, and fill templates until the other end is closed.
+
+    What a template raises is told; anything else ends this process, which is told too.
+    """
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    pipe.send_bytes(b"ready")
+    while True:
+        try:
+            request = pipe.recv_bytes()
+        except (EOFError, OSError):
+            return
+        try:
+            answer: dict[str, Any] = {"value": _computed(*json.loads(request))}
+        except _FAILURES_APART as error:
+            answer = {"error": f"{type(error).__name__}: {error}"[:2_000]}
+        pipe.send_bytes(json.dumps(answer).encode())
+
+
+def _computed(kind: str, text: str, fields: dict[str, Any]) -> str | bool:
+    """The filled template, or whether the expression holds."""
+    if kind == "expression":
+        return bool(_expression(text)(fields))
+    pieces, size = [], 0
+    for piece in _compiled(text).generate(fields):
+        size += len(piece)
+        if size > _LARGEST:
+            raise ValueError(f"it comes to over {_LARGEST:,} characters")
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 @dataclass(frozen=True)
@@ -351,3 +389,7 @@ def _turns(row: dict[str, object], where: str, tools: str | None) -> list[Messag
             f"{where}: expected a query (or messages) and its response, found {row!r:.200}."
         )
     return list(turns)
+
+
+if __name__ == "__main__":
+    compute_for(Connection(int(sys.argv[1])))

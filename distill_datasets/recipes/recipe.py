@@ -46,7 +46,6 @@ from distill_datasets.recipes.prompt import (
     read_examples,
     render,
 )
-from distill_datasets.recipes.query_files import read_text
 from distill_datasets.recipes.sections import (
     Check,
     Queries,
@@ -57,6 +56,7 @@ from distill_datasets.recipes.sections import (
     check_teachers,
 )
 from distill_datasets.recipes.tools import read_tools
+from distill_datasets.recipes.user_files import read_text
 from distill_datasets.schema import EARLIER, SOURCE, Message
 
 PROMPT_LIMIT = 10 << 20  # bytes

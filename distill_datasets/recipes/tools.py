@@ -1,17 +1,21 @@
-"""A recipe's tools: a JSON file of their schemas, in OpenAI's form."""
+"""A recipe's tools: a JSON file of their schemas, in OpenAI's form; made of documents of others.
+
+An OpenAPI document, or what an MCP server lists, becomes such tools.
+"""
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.parsing import check_schema
-from distill_datasets.recipes.query_files import read_text
+from distill_datasets.recipes.user_files import read_text, read_yaml
 
-_LIMIT = 4 << 20  # bytes
+_LIMIT, _DOCUMENT = 4 << 20, 32 << 20  # bytes of tools, and of a document
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
 
@@ -85,3 +89,245 @@ def _tool(given: Any, where: str) -> dict[str, Any]:
             "parameters": parameters,
         },
     }
+
+
+def import_tools(source: Path) -> list[dict[str, Any]]:
+    """The tools in an OpenAPI document (JSON or YAML), or in a list of an MCP server's.
+
+    A list may be what `tools/list` answers, or tools in OpenAI's or Anthropic's form. An operation
+    of OpenAPI becomes a tool: its parameters and the fields of its JSON body are the arguments, and
+    the schemas that these refer to come along as `$defs`. Raises `RecipeError` for anything else.
+    """
+    if not source.is_file():
+        raise RecipeError(f"There is no file {str(source)!r} to import tools from.")
+    given = _document(source)
+    if isinstance(given, Mapping) and isinstance(given.get("result"), Mapping):
+        given = given["result"]
+    if isinstance(given, Mapping) and isinstance(given.get("paths"), Mapping):
+        found = list(_operations(given))
+    elif isinstance(given, Mapping) and isinstance(given.get("tools"), list):
+        if given.get("nextCursor"):
+            warn(
+                f"{str(source)!r} is one page of the server's list: more tools come with its "
+                f"cursor {str(given['nextCursor'])[:80]!r}. Put all pages' `tools` into one list.",
+                stacklevel=2,
+            )
+        found = [_listed(one) for one in given["tools"]]
+    elif isinstance(given, list):
+        found = [_listed(one) for one in given]
+    else:
+        raise RecipeError(
+            f"{str(source)!r}: expected an OpenAPI document (with paths) or a list of tools, as an "
+            f"MCP server's tools/list answers; found {_outline(given)}."
+        )
+    if not found:
+        raise RecipeError(f"{str(source)!r} has no tools.")
+    return checked_tools(found, str(source))
+
+
+def _outline(value: Any) -> str:
+    return (
+        f"the keys {sorted(map(str, value))[:20]}"
+        if isinstance(value, Mapping)
+        else repr(value)[:200]
+    )
+
+
+def _document(path: Path) -> Any:
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return read_yaml(path, limit=_DOCUMENT)
+    text = read_text(path, limit=_DOCUMENT)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{str(path)!r} is not JSON: {error}. YAML ends in .yaml.") from error
+
+
+def _listed(given: Any) -> Any:
+    """A tool of a list, whose schema may have one of three names."""
+    if not isinstance(given, Mapping) or "function" in given:
+        return given
+    schema = next(
+        (given[key] for key in ("parameters", "inputSchema", "input_schema") if key in given), None
+    )
+    about = given.get("description") or given.get("title")
+    return {"name": _plain(str(given.get("name", ""))), "description": about, "parameters": schema}
+
+
+def _plain(name: str) -> str:
+    """A name of the characters that a tool's may have."""
+    return re.sub(r"_*[^A-Za-z0-9_.-]+", "_", name).strip("_")[:64]
+
+
+_METHODS = ("get", "put", "post", "delete", "patch", "head", "options", "trace")
+
+
+def _operations(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    resolve = _Resolver(document)
+    for path, item in document["paths"].items():
+        shared = resolve.whole(item)
+        for method in _METHODS:
+            operation = shared.get(method)
+            if not isinstance(operation, Mapping):
+                continue
+            name = operation.get("operationId") or f"{method}_{path}"
+            said = [operation.get("summary"), operation.get("description")]
+            both = [*shared.get("parameters", ()), *operation.get("parameters", ())]
+            parameters = [resolve.whole(one) for one in both]
+            body = resolve.whole(operation.get("requestBody") or {})
+            yield {
+                "name": _plain(str(name)),
+                "description": "\n".join(dict.fromkeys(str(text).strip() for text in said if text)),
+                "parameters": _arguments(parameters, body, resolve),
+            }
+
+
+def _arguments(
+    parameters: Sequence[Mapping[str, Any]], body: Mapping[str, Any], resolve: "_Resolver"
+) -> dict[str, Any]:
+    """The JSON schema of an operation's arguments."""
+    properties: dict[str, Any] = {}
+    required: list[str] = []
+    for one in parameters:
+        if one.get("in") == "cookie" or "name" not in one:
+            continue
+        inner = one.get("schema") or _first(one.get("content")).get("schema")
+        schema = inner or {k: v for k, v in one.items() if k in _SIMPLE}
+        name = "body" if one.get("in") == "body" else str(one["name"])
+        properties[name] = _described(resolve.schema(schema), one.get("description"))
+        required += [name] if one.get("required") else []
+    contents: Any = body.get("content") or {}
+    content = contents.get("application/json") or _first(contents)
+    if "schema" in content:
+        schema = resolve.schema(content["schema"])
+        whole = resolve.local(schema)
+        fields = whole.get("properties") or {}
+        if whole.get("type") == "object" and fields and not {*fields} & {*properties}:
+            properties |= fields
+            required += list(whole.get("required", ()))
+        else:
+            properties["body"] = _described(schema, body.get("description"))
+            required += ["body"] if body.get("required") else []
+    found: dict[str, Any] = {"type": "object", "properties": properties}
+    if required:
+        found["required"] = list(dict.fromkeys(required))
+    if defs := resolve.definitions(found):
+        found["$defs"] = defs
+    return found
+
+
+def _first(contents: Any) -> Mapping[str, Any]:
+    found = next(iter(contents.values()), None) if isinstance(contents, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+_SIMPLE = ("type", "format", "enum", "default", "items", "minimum", "maximum", "pattern")
+# What a schema of OpenAPI has and a JSON schema doesn't, or that says nothing to a model.
+_LEFT_OUT = (
+    "example",
+    "examples",
+    "xml",
+    "externalDocs",
+    "discriminator",
+    "nullable",
+    "deprecated",
+)
+
+
+def _described(schema: Any, description: Any) -> Any:
+    if not description or not isinstance(schema, Mapping) or schema.get("description"):
+        return schema
+    return {**schema, "description": str(description).strip()}
+
+
+class _Resolver:
+    """Follows the references within an OpenAPI document."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self._document = document
+        self._schemas: Mapping[str, Any] = {
+            **(document.get("definitions") or {}),
+            **((document.get("components") or {}).get("schemas") or {}),
+        }
+
+    def whole(self, part: Any) -> Mapping[str, Any]:
+        """What a part of the document is, where it may be a reference to another."""
+        for _ in range(10):
+            reference = part.get("$ref") if isinstance(part, Mapping) else None
+            if not isinstance(reference, str):
+                return part if isinstance(part, Mapping) else {}
+            part = self._document
+            for name in reference.removeprefix("#/").split("/"):
+                name = name.replace("~1", "/").replace("~0", "~")
+                part = part.get(name) if isinstance(part, Mapping) else None
+            if part is None or not reference.startswith("#/"):
+                raise RecipeError(
+                    f"The document refers to {reference!r}, which isn't in it: bundle it into one."
+                )
+        raise RecipeError("The document's references go in a circle.")
+
+    def schema(self, given: Any) -> Any:
+        """A schema as JSON Schema has it, whose references are to `$defs`."""
+        if isinstance(given, list):
+            return [self.schema(one) for one in given]
+        if not isinstance(given, Mapping):
+            return given
+        found = {
+            key: self._part(key, value)
+            for key, value in given.items()
+            if key not in _LEFT_OUT and not str(key).startswith("x-")
+        }
+        if isinstance(found.get("$ref"), str):
+            found["$ref"] = f"#/$defs/{found['$ref'].rsplit('/', 1)[-1]}"
+        if given.get("nullable") is True and isinstance(found.get("type"), str):
+            found["type"] = [found["type"], "null"]
+        for bound in ("exclusiveMinimum", "exclusiveMaximum"):
+            plain = bound.removeprefix("exclusive").lower()
+            if found.get(bound) is True and plain in found:
+                found[bound] = found.pop(plain)
+            elif isinstance(found.get(bound), bool):
+                del found[bound]
+        return found
+
+    def _part(self, key: str, value: Any) -> Any:
+        """What stands at a key of a schema: values as they are, schemas by whatever names."""
+        if key == "type" and value == "file":  # of Swagger 2
+            return "string"
+        if key in ("enum", "const", "default"):
+            return value
+        if key in ("properties", "patternProperties", "$defs") and isinstance(value, Mapping):
+            return {name: self.schema(one) for name, one in value.items()}
+        return self.schema(value)
+
+    def local(self, schema: Any) -> Mapping[str, Any]:
+        """The schema that a reference to `$defs` stands for."""
+        name = schema.get("$ref", "") if isinstance(schema, Mapping) else ""
+        known = self._schemas.get(name.rsplit("/", 1)[-1]) if name else schema
+        found = self.schema(known)
+        return found if isinstance(found, Mapping) else {}
+
+    def definitions(self, schema: Any) -> dict[str, Any]:
+        """Every schema that this one refers to, directly or not."""
+        found: dict[str, Any] = {}
+        waiting = _references(schema)
+        while waiting:
+            name = waiting.pop()
+            if name in found:
+                continue
+            if name not in self._schemas:
+                raise RecipeError(f"The document refers to the schema {name!r}, which it lacks.")
+            found[name] = self.schema(self._schemas[name])
+            waiting += _references(found[name])
+        return dict(sorted(found.items()))
+
+
+def _references(schema: Any) -> list[str]:
+    if isinstance(schema, list):
+        return [name for one in schema for name in _references(one)]
+    if not isinstance(schema, Mapping):
+        return []
+    own = schema.get("$ref")
+    return [
+        *([own.rsplit("/", 1)[-1]] if isinstance(own, str) else []),
+        *(name for value in schema.values() for name in _references(value)),
+    ]

@@ -22,8 +22,8 @@ from distill_datasets.releases.show import print_rows, show
 from distill_datasets.training.data import locate, open_splits
 from distill_datasets.training.settings import TrainSettings
 from tests.support.openai_server import OpenAIServer
+from tests.unit.recipes.test_loading import write
 from tests.unit.recipes.test_mix import FIND, GENERAL, chat, mixing, user
-from tests.unit.recipes.test_variants import write
 
 ASKED = {"name": "beyond", "share": 0.2, "file": "beyond.jsonl", "model": "openai:echo-large"}
 TRAIN = {"split": {"train": 0.5, "validation": 0.25, "test": 0.25}}

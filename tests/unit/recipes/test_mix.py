@@ -20,7 +20,7 @@ from distill_datasets.recipes.mix import (
 )
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe
-from tests.unit.recipes.test_variants import write
+from tests.unit.recipes.test_loading import write
 
 GENERAL = {"name": "general", "share": 0.2, "file": "general.jsonl"}
 QUERIES = "".join(json.dumps({"query": f"q{number}"}) + "\n" for number in range(10))

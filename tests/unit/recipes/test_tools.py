@@ -10,8 +10,12 @@ from jsonschema import Draft202012Validator
 
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.parsing import Reader
-from distill_datasets.recipes.tool_import import import_tools
-from distill_datasets.recipes.tools import _check_parameters, checked_tools, read_tools
+from distill_datasets.recipes.tools import (
+    _check_parameters,
+    checked_tools,
+    import_tools,
+    read_tools,
+)
 
 ORDER = {
     "name": "find_order",

@@ -15,7 +15,7 @@ from openpyxl import Workbook
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries
-from distill_datasets.recipes.query_files import TableFormat, read_rows
+from distill_datasets.recipes.user_files import TableFormat, read_rows
 
 
 def recipe_with(folder: Path, name: str, more: str = "", answer: str = "{}") -> Path:

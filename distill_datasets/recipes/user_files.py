@@ -1,4 +1,6 @@
-"""Rows of a file as they are written: CSV, JSON, lines of JSON or of text, Parquet, Excel.
+"""Files of somebody else's, read within bounds: text, YAML, and the rows of tables.
+
+Rows are as they are written: CSV, JSON, lines of JSON or of text, Parquet, Excel.
 
 Readers such as those of pandas and `datasets` make numbers, dates and missing values of text that
 looks like them; nothing is changed here. Every reader gives some rows at a time, as dictionaries
@@ -15,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NoReturn
 from zipfile import BadZipFile, ZipFile
+
+import yaml
 
 from distill_datasets.errors import RecipeError
 from distill_datasets.schema import whole_text
@@ -36,6 +40,11 @@ _SAMPLE = 1 << 16  # characters that show which separator a file has
 # A compressed file may become this many bytes, or so many times its own size: a packed bomb is
 # refused long before memory ends, and no file of real text comes near.
 _UNPACKED, _TIMES = 256 << 20, 200
+
+
+_YAML_LIMIT = 1 << 20  # bytes
+_VALUES, _DEPTH = 100_000, 64  # that a recipe's YAML has at most, and how deep they lie
+_TEXT, _INT, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "int", "merge"))
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,68 @@ def _is_utf8(content: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def read_yaml(path: Path, *, limit: int = _YAML_LIMIT) -> dict[str, Any]:
+    """The keys and values of a YAML file of somebody else's; raises `RecipeError`."""
+    return yaml_fields(path, compose_yaml(path, limit))
+
+
+def compose_yaml(path: Path, limit: int = _YAML_LIMIT) -> yaml.Node:
+    """The YAML of a recipe; raises `RecipeError` for what no recipe needs, such as endless aliases.
+
+    Its nodes know where they stand and how they are written.
+    """
+    try:
+        root = yaml.compose(read_text(path, limit=limit), Loader=yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode):
+            raise RecipeError(f"{path}: expected keys and values.")
+        if _size(path, root, {}, 0) > _VALUES:
+            raise RecipeError(f"{path} comes to over {_VALUES:,} values with its aliases.")
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{path} is nested more than {_DEPTH} levels deep.") from error
+    return root
+
+
+def _size(path: Path, node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """How many values a node comes to with its aliases written out."""
+    if depth > _DEPTH:
+        raise RecipeError(f"{path} is nested more than {_DEPTH} levels deep.")
+    if id(node) not in known:
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(path, node, (_TEXT, _MERGE, _INT) if depth > 1 else (_TEXT, _MERGE))
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        below = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
+        known[id(node)] = 1 + sum(_size(path, one, known, depth + 1) for one in below)
+    return known[id(node)]
+
+
+def _check_keys(path: Path, node: yaml.MappingNode, allowed: Sequence[str]) -> None:
+    seen: dict[str, int] = {}
+    for key, _ in node.value:
+        line, written = key.start_mark.line + 1, str(key.value)
+        if key.tag not in allowed:
+            raise RecipeError(
+                f"Line {line} of {path}: YAML takes the key {written:.80} for something else than "
+                f"text: put it in quotes, '{written:.80}'."
+            )
+        if written in seen and key.tag != _MERGE:
+            raise RecipeError(
+                f"Line {line} of {path}: the key {written!r} stands in line {seen[written]} "
+                "already: keep one of them."
+            )
+        seen[written] = line
+
+
+def yaml_fields(path: Path, root: yaml.Node) -> dict[str, Any]:
+    """The keys and values of what `compose_yaml` gives; raises `RecipeError`."""
+    try:
+        fields: dict[str, Any] = yaml.SafeLoader("").construct_document(root)
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    return fields
 
 
 def _csv_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
