@@ -34,8 +34,6 @@ NONE_PARSED = "no sample parsed"
 NO_MAJORITY = "no majority"
 REFUSED = "verifier refused"
 NO_SCORE = "judge gave no score"
-
-
 CALLS = "calls a tool before the last turn"  # and nobody knows what the tool returns
 
 
@@ -227,102 +225,6 @@ class PromptedModel:
 
 
 @dataclass(frozen=True)
-class TeacherSample:
-    """One sample of one teacher: its columns if it is kept, and how much its vote counts.
-
-    The weight is exact: of 0.1 + 0.2 binary fractions make more than 0.3.
-    """
-
-    row: Mapping[str, Any]
-    weight: Fraction
-
-    @property
-    def text(self) -> str:
-        """As the teacher said it."""
-        return str(self.row["raw"])
-
-    @property
-    def answer(self) -> str | None:
-        """As it was read; None where it didn't parse."""
-        answer: str | None = self.row["answer"]
-        return answer
-
-
-@dataclass(frozen=True)
-class Case:
-    """A query with everything that was answered, in the teachers' order."""
-
-    query: str
-    prompt: str
-    reference: str | None
-    samples: Sequence[TeacherSample]
-
-    @property
-    def parsed(self) -> list[TeacherSample]:
-        """Those that can be used."""
-        return [one for one in self.samples if one.answer is not None]
-
-    @property
-    def unusable(self) -> str:
-        """Why none of the samples can be used."""
-        reasons = [str(one.row["rejection"]) for one in self.samples]
-        return next((reason for reason in reasons if reason.startswith(FAILED)), NONE_PARSED)
-
-    def fields(self, one: TeacherSample) -> dict[str, str | None]:
-        """What a verifier's expression and a judge's template are over."""
-        return {
-            "query": self.query,
-            "text": one.text,
-            "answer": one.answer,
-            "reference": self.reference,
-        }
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Which sample is kept, or why none is."""
-
-    chosen: TeacherSample | None = None
-    rejection: str | None = None
-    agreement: float | None = None
-    score: float | None = None
-
-
-@dataclass(frozen=True)
-class Majority:
-    """Keeps the answer with most votes; a tie, or a share of all samples below `least`, is none.
-
-    Each sample votes with its teacher's weight; one that didn't parse votes for nobody. Kept is
-    the first sample that gave the answer, of the heaviest teacher that did.
-    """
-
-    least: Fraction = Fraction(0)
-
-    @property
-    def parts(self) -> Sequence[Any]:
-        """JSON values that name everything a choice depends on but the samples."""
-        return ["majority", str(self.least)]
-
-    async def choose(self, case: Case, requests: RowRequests) -> Verdict:
-        """Count; asks nobody."""
-        votes: dict[str, Fraction] = {}
-        for one in case.parsed:
-            votes[str(one.answer)] = votes.get(str(one.answer), Fraction(0)) + one.weight
-        if not votes:
-            return Verdict(rejection=case.unusable)
-        most = max(votes.values())
-        share = most / sum(one.weight for one in case.samples)
-        winners = [answer for answer, weight in votes.items() if weight == most]
-        if len(winners) > 1 or share < self.least:
-            return Verdict(rejection=NO_MAJORITY, agreement=float(share))
-        # Of equals `max` takes the first.
-        chosen = max(
-            (one for one in case.samples if one.answer == winners[0]), key=lambda one: one.weight
-        )
-        return Verdict(chosen, agreement=float(share))
-
-
-@dataclass(frozen=True)
 class ScoringModel:
     """A judge: whom to ask for a score, with which template, and how to read what it says.
 
@@ -349,68 +251,11 @@ class ScoringModel:
         """The score in what the judge said; what was cut off holds none."""
         try:
             found = [match["score"] for match in find_all(self.pattern, said.text)]
-        except TimeoutError:
-            return None
-        if said.stop_reason == "length" or not found:
-            return None
-        try:
             score = float(found[-1])
-        except (TypeError, ValueError):
+        except (TimeoutError, IndexError, TypeError, ValueError):
             return None
         low, high = self.scale
-        return score if low <= score <= high else None
-
-
-@dataclass(frozen=True)
-class Best:
-    """Keeps, of the samples that parse and that the verifier holds for, the judge's favourite.
-
-    Without a judge, and of equal scores, the first. The judge is asked once for each different
-    text.
-    """
-
-    verifier: str | None = None
-    judge: ScoringModel | None = None
-
-    @property
-    def parts(self) -> Sequence[Any]:
-        """JSON values that name everything a choice depends on but the samples."""
-        return ["best", self.verifier, list(self.judge.parts) if self.judge else None]
-
-    async def choose(self, case: Case, requests: RowRequests) -> Verdict:
-        """Sift, then ask the judge; what it is asked goes through `requests`."""
-        if not case.parsed:
-            return Verdict(rejection=case.unusable)
-        accepted = [
-            one
-            for one in case.parsed
-            if self.verifier is None or holds(self.verifier, **case.fields(one))
-        ]
-        if not accepted:
-            return Verdict(rejection=REFUSED)
-        if self.judge is None:
-            return Verdict(accepted[0])
-        scores = await self._scores(self.judge, case, accepted, requests)
-        if not scores:
-            return Verdict(rejection=NO_SCORE)
-        text = max(scores, key=scores.__getitem__)
-        chosen = next(one for one in accepted if one.text == text)
-        return Verdict(chosen, score=scores[text])
-
-    @staticmethod
-    async def _scores(
-        judge: ScoringModel, case: Case, accepted: Sequence[TeacherSample], requests: RowRequests
-    ) -> dict[str, float]:
-        """By text, in the samples' order; texts without a score are absent."""
-        texts = {one.text: one for one in accepted}
-        asked = [judge.messages(**case.fields(one), prompt=case.prompt) for one in texts.values()]
-        replies = await all_of(
-            requests.sample(judge.sampler, messages, judge.sampling) for messages in asked
-        )
-        scores = {
-            text: judge.score(reply.samples[0]) for text, reply in zip(texts, replies, strict=True)
-        }
-        return {text: score for text, score in scores.items() if score is not None}
+        return score if low <= score <= high and said.stop_reason != "length" else None
 
 
 @dataclass(frozen=True)
@@ -418,15 +263,21 @@ class Teachers:
     """Whoever answers a recipe's queries, which names them as they name themselves.
 
     Without a `choice` a query goes to one of the `members`, whatever other queries there are.
-    With one, all are asked every query, at once, and one answer is kept. When one of them fails
-    the row fails, since the others alone might choose otherwise: what they said is kept, and the
-    next run asks only for what is missing. Such a row's token columns count everything that was
-    asked for it, the judge's requests too.
+    With one, all are asked every query, at once, and one answer is kept: that of the `majority`, or
+    the `best` of those that parse and that the recipe's verifier holds for, by the `judge`. When
+    one of them fails the row fails, since the others alone might choose otherwise: what they said
+    is kept, and the next run asks only for what is missing. Such a row's token columns count
+    everything that was asked for it, the judge's requests too.
     """
 
     recipe: Recipe
     members: tuple[PromptedModel, ...]
-    choice: Majority | Best | None = None
+    judge: ScoringModel | None = None
+
+    @property
+    def choice(self) -> str | None:
+        """How one of several answers is chosen."""
+        return None if self.recipe.choose == "route" else self.recipe.choose
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -444,7 +295,12 @@ class Teachers:
         if not self.several:
             return self.members[0].parts
         parts: list[Any] = [[*one.parts, one.weight, one.key] for one in self.members]
-        return [*parts, list(self.choice.parts)] if self.choice else parts
+        if self.choice == "majority":
+            parts.append(["majority", str(self._agreement)])
+        elif self.choice == "best":
+            judging = list(self.judge.parts) if self.judge else None
+            parts.append(["best", self.recipe.verifier, judging])
+        return parts
 
     @property
     def model(self) -> str:
@@ -475,7 +331,7 @@ class Teachers:
         teachers = [
             {"model": one.model, "weight": one.weight, **_asked_facts(one)} for one in self.members
         ]
-        judge = self.choice.judge if isinstance(self.choice, Best) else None
+        judge = self.judge
         judging = {"model": judge.sampler.model, **_asked_facts(judge)} if judge else None
         panel = {"choose": self.recipe.choose, "teachers": teachers, "judge": judging}
         return {**facts, "panel": panel}
@@ -498,46 +354,108 @@ class Teachers:
         `reference` is the answer known beforehand, for those who check answers against it.
         """
         if self.choice:
-            return [await self._chosen(self.choice, query, client, reference)]
+            return [await self._chosen(query, client, reference)]
         (teacher,) = self.asked(query)
         first, *others = await teacher.answer(query, client, reference)
         if self.several:
             first = {"requests": [teacher.request_key(query)], **first}
         return [first, *others]
 
-    async def _chosen(
-        self, choice: Majority | Best, query: str, client: Client, reference: str | None
-    ) -> dict[str, Any]:
+    async def _chosen(self, query: str, client: Client, reference: str | None) -> dict[str, Any]:
+        """Ask everybody; the row that is kept, or one that says why none is."""
         requests = RowRequests(client)
         replies = await all_of(
             requests.sample(one.sampler, *one.request(query)) for one in self.members
         )
-        samples = [
-            TeacherSample(one.row(query, reference, sample, reply, 0), Fraction(str(one.weight)))
+        votes = [
+            # Exact: of 0.1 + 0.2 binary fractions make more than 0.3.
+            (one.row(query, reference, sample, reply, 0), Fraction(str(one.weight)))
             for one, reply in zip(self.members, replies, strict=True)
             for sample in reply.samples
         ]
-        prompt = self.members[0].messages(query)[0]["content"]
-        case = Case(readable(query), prompt, reference, samples)
-        verdict = await choice.choose(case, requests)
-        if verdict.chosen is not None:
-            decided = dict(verdict.chosen.row)
+        parsed = [(row, weight) for row, weight in votes if row["answer"] is not None]
+        if not parsed:
+            reasons = [str(row["rejection"]) for row, _ in votes]
+            failed = next((one for one in reasons if one.startswith(FAILED)), NONE_PARSED)
+            chosen: dict[str, Any] = {"rejection": failed}
+        elif self.choice == "majority":
+            chosen = self._most_voted(parsed, sum(weight for _, weight in votes))
         else:
-            texts = [f"{one.row['teacher']}:\n{one.text}" for one in samples]
-            decided = {
-                "teacher": self.model,
-                "sample": 0,
-                "raw": "\n\n".join(texts),
-                "rejection": verdict.rejection,
-            }
+            chosen = await self._best([row for row, _ in parsed], query, reference, requests)
+        said = "\n\n".join(f"{row['teacher']}:\n{row['raw']}" for row, _ in votes)
         return {
-            **decided,
+            **{"teacher": self.model, "sample": 0, "raw": said, "agreement": None, "score": None},
+            **chosen,
             **requests.tokens(),
-            "candidates": len(samples),
-            "agreement": verdict.agreement,
-            "score": verdict.score,
+            "candidates": len(votes),
             "requests": requests.requests,
         }
+
+    @property
+    def _agreement(self) -> Fraction:
+        """The least share of the votes that a majority has."""
+        return Fraction(str(self.recipe.agreement or 0))
+
+    def _most_voted(
+        self, parsed: Sequence[tuple[dict[str, Any], Fraction]], whole: Fraction | int
+    ) -> dict[str, Any]:
+        """The first row with the answer of most votes, of the heaviest teacher that gave it.
+
+        A tie is no majority. What didn't parse counts in the `whole`, and votes for nobody.
+        """
+        votes: dict[str, Fraction] = {}
+        for row, weight in parsed:
+            votes[row["answer"]] = votes.get(row["answer"], Fraction(0)) + weight
+        most = max(votes.values())
+        winners = [answer for answer, weight in votes.items() if weight == most]
+        share = most / whole
+        if len(winners) > 1 or share < self._agreement:
+            return {"rejection": NO_MAJORITY, "agreement": float(share)}
+        # Of equals `max` takes the first.
+        row, _ = max(
+            (one for one in parsed if one[0]["answer"] == winners[0]), key=lambda one: one[1]
+        )
+        return {**row, "agreement": float(share)}
+
+    async def _best(
+        self,
+        parsed: Sequence[dict[str, Any]],
+        query: str,
+        reference: str | None,
+        requests: RowRequests,
+    ) -> dict[str, Any]:
+        """The judge's favourite among the rows that the verifier holds for.
+
+        Without a judge, and of equal scores, the first. The judge is asked once for each text.
+        """
+        shown = {"query": readable(query), "reference": reference}
+        fields = [{**shown, "text": row["raw"], "answer": row["answer"]} for row in parsed]
+        verifier, judge = self.recipe.verifier, self.judge
+        accepted = [
+            (row, seen)
+            for row, seen in zip(parsed, fields, strict=True)
+            if verifier is None or holds(verifier, **seen)
+        ]
+        if not accepted:
+            return {"rejection": REFUSED}
+        if judge is None:
+            return accepted[0][0]
+        prompt = self.members[0].messages(query)[0]["content"]
+        by_text = {row["raw"]: seen for row, seen in accepted}
+        replies = await all_of(
+            requests.sample(judge.sampler, judge.messages(**seen, prompt=prompt), judge.sampling)
+            for seen in by_text.values()
+        )
+        scores = {
+            text: score
+            for text, reply in zip(by_text, replies, strict=True)
+            if (score := judge.score(reply.samples[0])) is not None
+        }
+        if not scores:
+            return {"rejection": NO_SCORE}
+        text = max(scores, key=scores.__getitem__)
+        row = next(row for row, _ in accepted if row["raw"] == text)
+        return {**row, "score": scores[text]}
 
 
 Answerer = PromptedModel | Teachers  # answers queries with rows
@@ -584,9 +502,13 @@ def open_teachers(
     if recipe.judge and recipe.judge.model == OWN_TEACHER:
         own = recipe.judge.model_copy(update={"model": named[0].model})
         recipe = recipe.replace(judge=own)
-    judge = opened_sampler(recipe.judge) if recipe.judge else None
+    judge = None
+    if recipe.judge:
+        sampling = recipe.judge.sampling_over(SamplingSection()).parameters()
+        rest = recipe.judge_prompt, recipe.judge.pattern, recipe.judge.scale
+        judge = ScoringModel(opened_sampler(recipe.judge), sampling, *rest)
     members = [_member(recipe, *one) for one in zip(named, samplers, strict=True)]
-    return Teachers(recipe, tuple(members), _choice(recipe, judge))
+    return Teachers(recipe, tuple(members), judge)
 
 
 def _models_of(recipe: Recipe) -> list[str]:
@@ -607,19 +529,6 @@ def _member(recipe: Recipe, teacher: Teacher, sampler: Sampler) -> PromptedModel
         digest([recipe.name, own]),
         recipe.turns_of if recipe.turns == "all" else None,
     )
-
-
-def _choice(recipe: Recipe, judge: Sampler | None) -> Majority | Best | None:
-    if recipe.choose == "majority":
-        return Majority(Fraction(str(recipe.agreement or 0)))
-    if recipe.choose != "best":
-        return None
-    section = recipe.judge
-    if judge is None or section is None:
-        return Best(recipe.verifier)
-    sampling = section.sampling_over(SamplingSection()).parameters()
-    scoring = ScoringModel(judge, sampling, recipe.judge_prompt, section.pattern, section.scale)
-    return Best(recipe.verifier, scoring)
 
 
 def _pull(teacher: PromptedModel, query: str) -> float:
