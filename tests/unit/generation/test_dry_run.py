@@ -8,7 +8,7 @@ import pytest
 
 from distill_datasets.errors import AccessError, PriceError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.dry_run import DryRun, SampledRow, Span, dry_run, scaled, total
+from distill_datasets.generation.dry_run import SampledRow, Span, dry_run, scaled, total
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.settings import GenerateSettings
@@ -223,7 +223,7 @@ def test_what_the_test_split_can_decide_is_said_and_no_more_of_it_is_asked(
     tested = every["split"].count("test")
     found = dry_run(wide, teacher=Wordy())
     assert f"evidence  {tested} test rows; where teacher" in found.text()
-    assert found.data["evidence"] == found.evidence and len(found.evidence) == 5
+    assert len(found.evidence) == 5
     settings = GenerateSettings(for_evidence=True)
     few = dry_run(wide, teacher=Wordy(), settings=settings)
     assert few.queries == 50 - tested + needed
@@ -311,15 +311,13 @@ def test_every_teacher_has_a_line_of_its_own_and_the_judge_one_once_it_was_asked
     assert judge.source == "as in the 6 rows asked"
 
 
-def test_the_text_is_a_table_and_the_data_is_json(recipe: Recipe) -> None:
+def test_the_text_is_a_table(recipe: Recipe) -> None:
     found = dry_run(recipe, teacher=Wordy(), prices=PRICES, sample=2)
     lines = found.text().splitlines()
     assert lines[0].startswith("colours: 50 queries, 50 requests, 0 of them answered already")
     assert "cost (USD)" in lines[2] and lines[3].startswith("wordy")
     assert any("at the prices of 2026-11-01" in line for line in lines)
-    read = json.loads(json.dumps(found.data))
-    assert read["cost"]["expected"] == pytest.approx(found.loads[0].cost.expected)  # type: ignore[union-attr]
-    assert isinstance(found, DryRun)
+    assert found.cost == found.loads[0].cost
 
 
 def test_a_forecast_from_some_holds_for_all() -> None:
