@@ -7,7 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -39,33 +39,28 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 T = TypeVar("T")
+
 _MOST = 1_000_000_000  # requests in a batch, where only the provider bounds them
 _FRUITLESS = 2  # batches in a row that may come back without one answer
 _ROWS_AT_ONCE = 1_000
-
-
 _ATTEMPTS = 8
-_TABLES = (
-    """
-    CREATE TABLE IF NOT EXISTS batches (
-        key TEXT NOT NULL PRIMARY KEY,
-        identity TEXT NOT NULL,
-        sampling TEXT NOT NULL,
-        requests INTEGER NOT NULL,
-        file TEXT,
-        sent INTEGER NOT NULL DEFAULT 0,
-        name TEXT,
-        closed INTEGER NOT NULL DEFAULT 0,
-        planned_at REAL NOT NULL
-    )
-    """,
-    """
-    CREATE TABLE IF NOT EXISTS batch_requests (
-        digest TEXT NOT NULL PRIMARY KEY,
-        key TEXT NOT NULL
-    )
-    """,
-)
+_TABLES = """
+CREATE TABLE IF NOT EXISTS batches (
+    key TEXT NOT NULL PRIMARY KEY,
+    identity TEXT NOT NULL,
+    sampling TEXT NOT NULL,
+    requests INTEGER NOT NULL,
+    file TEXT,
+    sent INTEGER NOT NULL DEFAULT 0,
+    name TEXT,
+    closed INTEGER NOT NULL DEFAULT 0,
+    planned_at REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS batch_requests (
+    digest TEXT NOT NULL PRIMARY KEY,
+    key TEXT NOT NULL
+);
+"""
 
 
 def buy_in_batches(
@@ -89,9 +84,23 @@ def buy_in_batches(
             "A budget can't stop a batch that was sent. Leave out the budget and bound the run "
             "with a limit of queries, or ask one by one."
         )
-    with BatchTable(journal.path) as table, one_writer(table.folder, "batch"), _noted(table):
+    with BatchTable(journal.path) as table, one_writer(table.folder, "batch"):
         rounds = _Rounds(journal, table, settings, meter)
-        run_in_thread(lambda: rounds.run(queries, teachers))
+        try:
+            run_in_thread(lambda: rounds.run(queries, teachers))
+        except KeyboardInterrupt as interrupt:
+            if started := [batch for batch in table.open if batch.name]:
+                interrupt.add_note(_pending(started))
+            raise
+
+
+def _pending(batches: Sequence[BatchJob]) -> str:
+    names = ", ".join(str(batch.name) for batch in batches[:3]) + ", …" * (len(batches) > 3)
+    return (
+        f"{len(batches)} batches ({names}) with {sum(batch.requests for batch in batches):,} "
+        "requests are being worked on at the provider, usually for less than a day, whether or "
+        "not anyone waits. Run the same command again, on any day, to read them and go on."
+    )
 
 
 class BatchTable:
@@ -100,13 +109,12 @@ class BatchTable:
     def __init__(self, path: Path) -> None:
         """Open the tables; raises `OutputError` where they can't be written."""
         self.path, self.folder = path, path.parent / "batches"
-        with _kept(path):
+        with self._kept():
             self._database = sqlite3.connect(
                 path, timeout=60, isolation_level=None, check_same_thread=False
             )
             self._database.execute("PRAGMA journal_mode = WAL")
-            for table in _TABLES:
-                self._database.execute(table)
+            self._database.executescript(_TABLES)
 
     def plan(self, key: str, identity: str, sampling: Sampling, digests: Iterable[str]) -> None:
         """Put requests, none of them in another batch, into a new one."""
@@ -125,7 +133,7 @@ class BatchTable:
         and may be worked on from now on, or the `name` under which it is.
         """
         columns = ", ".join(f"{column} = ?" for column in said)
-        with _kept(self.path):
+        with self._kept():
             self._database.execute(
                 f"UPDATE batches SET {columns} WHERE key = ?",  # noqa: S608 (named in this file)
                 (*said.values(), key),
@@ -156,14 +164,26 @@ class BatchTable:
             "SELECT key, identity, sampling, requests, file, sent, name FROM batches"
             " WHERE NOT closed ORDER BY planned_at, key"
         )
-        return [
-            BatchJob(key, identity, _sampling(text), requests, file, bool(sent), name)
-            for key, identity, text, requests, file, sent, name in rows
-        ]
+        jobs = []
+        for key, identity, text, requests, file, sent, name in rows:
+            fields = json.loads(text)
+            sampling = Sampling(**{**fields, "stop": tuple(fields["stop"])})
+            jobs.append(BatchJob(key, identity, sampling, requests, file, bool(sent), name))
+        return jobs
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise OutputError(
+                f"Can't write the batches to {str(self.path)!r}: {error}. Free some space, and run "
+                "again: what was sent is found again."
+            ) from error
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        with _kept(self.path), self._database:
+        with self._kept(), self._database:
             self._database.execute("BEGIN IMMEDIATE")
             yield
 
@@ -176,185 +196,6 @@ class BatchTable:
         self._database.close()
 
 
-@dataclass(frozen=True)
-class BatchOutcome:
-    """How many requests a batch answered or rejected, and what is wrong with the others.
-
-    `problem` may be gone another time, `fatal` ends the run.
-    """
-
-    answered: int = 0
-    problem: str = ""
-    fatal: DistillError | None = None
-
-    def with_(self, other: "BatchOutcome") -> "BatchOutcome":
-        """Both together; the first problem stands."""
-        return BatchOutcome(
-            self.answered + other.answered,
-            self.problem or other.problem,
-            self.fatal or other.fatal,
-        )
-
-
-class BatchWorker:
-    """Handles one provider's batches; whatever it does can be done again after a crash.
-
-    `bought` is told of every reply that is journaled. `rejected` has the requests that the
-    provider rejects, by digest, as long as it has answered no other: they aren't final.
-    """
-
-    def __init__(
-        self,
-        provider: OpenAIBatches,
-        journal: Journal,
-        table: BatchTable,
-        *,
-        rest_seconds: float,
-        bought: Callable[[Reply], None],
-    ) -> None:
-        """`rest_seconds` lie between two attempts at a call that failed."""
-        self.provider, self.journal, self.table = provider, journal, table
-        self.rest_seconds, self.bought = rest_seconds, bought
-        self.rejected: dict[str, RejectedError] = {}
-        self._unread: defaultdict[str, set[str]] = defaultdict(set)  # batches by request
-        self._answered = False
-
-    async def recover(self, batch: BatchJob) -> None:
-        """Find out whether a batch of an earlier process was ever started; forget it if not."""
-        name = await self._insist(lambda: self.provider.find(batch.key)) if batch.sent else None
-        if name is None:
-            self.table.close_batch(batch.key)
-        else:
-            self.table.note(batch.key, sent=True, name=name)
-
-    async def submit(self, batch: BatchJob) -> BatchJob:
-        """Have the provider work on a planned batch, once, whatever is lost on the way."""
-        if batch.name is not None:
-            return batch
-        try:
-            name = await self._insist(lambda: self._start(batch.key))
-        except RejectedError as error:
-            self.table.close_batch(batch.key)
-            raise ServiceError(f"The provider refuses a batch: {error}") from error
-        self.table.note(batch.key, sent=True, name=name)
-        self._file(batch.key).unlink(missing_ok=True)
-        return replace(batch, name=name)
-
-    async def look(self, batch: BatchJob) -> BatchState:
-        """How far a batch is."""
-        name = batch.name
-        assert name is not None
-        return await self._insist(lambda: self.provider.look(name))
-
-    async def settle(self, batch: BatchJob, state: BatchState) -> BatchOutcome:
-        """Journal all that a batch which is over has answered, and free its other requests.
-
-        Raises what ends a run, such as `AccessError`, when all else is done.
-        """
-        whole = BatchOutcome()
-        digests = self.table.digests(batch.key)
-        for file in state.files:
-            read = partial(self._read, file, batch, digests)
-            try:
-                whole = whole.with_(await self._insist(read))
-            except RejectedError as error:
-                whole = whole.with_(BatchOutcome(problem=f"its answers can't be had: {error}"))
-        if self._answered:
-            for digest, rejection in self.rejected.items():
-                self.journal.reject(digest, batch.identity, rejection)
-            self.rejected.clear()
-        self.table.close_batch(batch.key)
-        if whole.fatal is not None:
-            raise whole.fatal
-        return whole
-
-    async def _start(self, key: str) -> str:
-        (batch,) = (one for one in self.table.open if one.key == key)
-        # The answer to an earlier attempt may have been lost, and its batch cost money.
-        if batch.sent and (name := await self.provider.find(key)):
-            return name
-        if batch.file is None:
-            file = await self.provider.upload(self._file(key))
-            self.table.note(key, file=file)
-        else:
-            file = batch.file
-        self.table.note(key, sent=True)
-        return await self.provider.create(file, key)
-
-    async def _read(self, file: str, batch: BatchJob, digests: frozenset[str]) -> BatchOutcome:
-        """Journal one of a batch's files."""
-        found, replies = BatchOutcome(), list[tuple[str, Reply]]()
-        try:
-            async for line in self.provider.lines(file):
-                digest, answer = self.provider.read(line, batch.sampling)
-                if digest is not None and digest not in digests:
-                    raise ServiceError(f"The batch {batch.name} answers what it was not asked.")
-                if isinstance(answer, Reply):
-                    replies.append((str(digest), answer))
-                answer = self._given_up(batch, digest, answer)
-                if isinstance(answer, RejectedError):
-                    self.rejected[str(digest)] = answer
-                if isinstance(answer, Reply | RejectedError):
-                    found = found.with_(BatchOutcome(answered=1))
-                elif isinstance(answer, RequestError):  # a damaged line has no digest
-                    found = found.with_(BatchOutcome(problem=str(answer)))
-                else:
-                    found = found.with_(BatchOutcome(fatal=answer))
-        finally:
-            self._keep(batch, replies)
-        return found
-
-    def _given_up(
-        self, batch: BatchJob, digest: str | None, answer: Reply | DistillError
-    ) -> Reply | DistillError:
-        """What can't be read again and again is rejected, in as many batches as the error says."""
-        if digest is None or not isinstance(answer, RetryableError) or not answer.most_attempts:
-            return answer
-        self._unread[digest].add(batch.key)
-        if len(self._unread[digest]) < answer.most_attempts:
-            return answer
-        return RejectedError(str(answer), type=answer.type, status=answer.status)
-
-    def _keep(self, batch: BatchJob, replies: Sequence[tuple[str, Reply]]) -> None:
-        # A file is read again where its first reading broke off.
-        new = [(key, reply) for key, reply in replies if self.journal.entry(key) is None]
-        self.journal.put_all(batch.identity, new, batch=True)
-        for _, reply in new:
-            self.bought(reply)
-        self._answered = self._answered or bool(replies)
-
-    def _file(self, key: str) -> Path:
-        return self.table.folder / f"{key}.jsonl"
-
-    async def _insist(self, make: Callable[[], Awaitable[T]]) -> T:
-        """Try again what may succeed later: none of it is paid for twice."""
-        for _ in range(_ATTEMPTS - 1):
-            try:
-                return await make()
-            except RetryableError as error:
-                await asyncio.sleep(max(self.rest_seconds, error.retry_after or 0.0))
-        return await make()
-
-
-@contextmanager
-def _noted(table: BatchTable) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        if started := [batch for batch in table.open if batch.name]:
-            interrupt.add_note(_pending(started))
-        raise
-
-
-def _pending(batches: Sequence[BatchJob]) -> str:
-    names = ", ".join(str(batch.name) for batch in batches[:3]) + ", …" * (len(batches) > 3)
-    return (
-        f"{len(batches)} batches ({names}) with {sum(batch.requests for batch in batches):,} "
-        "requests are being worked on at the provider, usually for less than a day, whether or "
-        "not anyone waits. Run the same command again, on any day, to read them and go on."
-    )
-
-
 class _Rounds:
     """Writes files, has them worked on, reads the answers; again until nothing is missing."""
 
@@ -364,7 +205,7 @@ class _Rounds:
         self.journal, self.table, self.settings, self.meter = journal, table, settings, meter
         self._most = _MOST
         self._fruitless = 0
-        self._workers: dict[str, BatchWorker] = {}  # by the sampler's identity
+        self._workers: dict[str, _BatchWorker] = {}  # by the sampler's identity
         self._progress: Progress
 
     async def run(self, queries: "Dataset", teachers: Answerer) -> None:
@@ -372,14 +213,14 @@ class _Rounds:
         for file in self.table.folder.glob("*.jsonl"):
             file.unlink()  # of a process that ended before it sent them
         while True:
+            rejected = {
+                digest: error
+                for worker in self._workers.values()
+                for digest, error in worker.rejected.items()
+            }
+            files = _BatchFiles(self.journal, self.table, self._most, rejected)
             with Progress("look for answers", len(queries)) as progress:
-                files = _BatchFiles(self.journal, self.table, progress, most=self._most)
-                files.rejected = {
-                    digest: error
-                    for worker in self._workers.values()
-                    for digest, error in worker.rejected.items()
-                }
-                await files.fill(queries, teachers)
+                await files.fill(queries, teachers, progress)
             if files.others and not files.samplers:
                 raise ModelError(
                     f"{teachers.model!r} has no batches: only 'openai:' models do, where their "
@@ -396,29 +237,24 @@ class _Rounds:
         with Progress("batches", requests, unit="requests", meter=self.meter) as self._progress:
             for identity, sampler in files.samplers.items():
                 if identity not in self._workers:
-                    self._workers[identity] = self._worker(sampler)
+                    bought = partial(self._bought, sampler)
+                    self._workers[identity] = _BatchWorker(
+                        sampler, self.journal, self.table, self.settings.poll, bought
+                    )
             for batch in lost:
                 await self._workers[batch.identity].recover(batch)
-            if lost:
-                return
-            await self._attend([await self._workers[b.identity].submit(b) for b in batches])
+            if not lost:
+                await self._attend([await self._workers[b.identity].submit(b) for b in batches])
 
-    def _worker(self, sampler: Sampler) -> BatchWorker:
-        provider = _provider_of(sampler)
-        assert provider is not None
-
-        def bought(reply: Reply) -> None:
-            self._progress.advance(0, tokens=reply.tokens)
-            if self.meter:
-                self.meter.count(sampler, reply, batch=True)
-
-        rest = self.settings.poll
-        return BatchWorker(provider, self.journal, self.table, rest_seconds=rest, bought=bought)
+    def _bought(self, sampler: Sampler, reply: Reply) -> None:
+        self._progress.advance(0, tokens=reply.tokens)
+        if self.meter:
+            self.meter.count(sampler, reply, batch=True)
 
     async def _attend(self, batches: Sequence[BatchJob]) -> None:
         """Look after batches until all are over."""
         waiting, seen = list(batches), Counter[str]()
-        whole, refused = BatchOutcome(), 0
+        answered, problem, refused = 0, "", 0
         while waiting:
             for batch in list(waiting):
                 worker = self._workers[batch.identity]
@@ -428,17 +264,18 @@ class _Rounds:
                 seen[batch.key] = state.done
                 if state.over:
                     waiting.remove(batch)
-                    whole = whole.with_(await _end(batch, state, worker))
+                    more, why = await worker.settle(batch, state)
+                    answered, problem = answered + more, problem or why
                     refused = max(refused, batch.requests if state.too_much else 0)
             if waiting and not self.settings.wait:
                 raise PendingError(_pending(waiting))
-            if waiting or whole.problem:
+            if waiting or problem:
                 await asyncio.sleep(self.settings.poll)
-        self._learn(whole, refused)
+        self._learn(answered, problem, refused)
 
-    def _learn(self, whole: BatchOutcome, refused: int) -> None:
+    def _learn(self, answered: int, problem: str, refused: int) -> None:
         """Make batches smaller that the provider finds too large; give up what bears no fruit."""
-        if whole.answered:
+        if answered:
             self._fruitless = 0
         elif refused > 1:
             self._most = refused // 2
@@ -446,37 +283,9 @@ class _Rounds:
             self._fruitless += 1
         if self._fruitless == _FRUITLESS:
             raise ServiceError(
-                f"Batches come back without one answer ({whole.problem}). Run without --batch, or "
+                f"Batches come back without one answer ({problem}). Run without --batch, or "
                 "later again: nothing is paid twice."
             )
-
-
-async def _end(batch: BatchJob, state: BatchState, worker: BatchWorker) -> BatchOutcome:
-    """Read what a batch that is over has answered; explain one that was stopped."""
-    found = await worker.settle(batch, state)
-    if state.status == "cancelled":
-        raise ServiceError(
-            f"The batch {batch.name} was cancelled at the provider; the {found.answered} answers "
-            "that it had are kept. Run again to have the others worked on."
-        )
-    if state.status == "failed" and not state.too_much:
-        raise ServiceError(
-            f"The batch {batch.name} failed at the provider: {state.problem or 'no reason given'}. "
-            "Mend the cause and run again: nothing is paid twice."
-        )
-    missing = batch.requests - found.answered
-    why = (
-        found.problem
-        or state.problem
-        or f"{missing} requests of a batch that is {state.status} have no answer"
-    )
-    return replace(found, problem=why if missing else "")
-
-
-def _provider_of(sampler: Sampler) -> OpenAIBatches | None:
-    """Whoever takes a sampler's requests in batches, if its provider does."""
-    provider: OpenAIBatches | None = getattr(sampler, "batches", None)
-    return provider
 
 
 class _BatchFiles:
@@ -489,16 +298,30 @@ class _BatchFiles:
     """
 
     def __init__(
-        self, journal: Journal, table: BatchTable, progress: Progress, *, most: int
+        self,
+        journal: Journal,
+        table: BatchTable,
+        most: int,
+        rejected: Mapping[str, RejectedError],
     ) -> None:
         """`most` requests go into one file, or fewer where the provider says so."""
-        self.journal, self.progress, self.table, self.most = journal, progress, table, most
+        self.journal, self.table, self.most, self.rejected = journal, table, most, rejected
         self.samplers: dict[str, Sampler] = {}
         self.needed: set[str] = set()
         self.planned: set[str] = set()
         self.others = 0
-        self.rejected: Mapping[str, RejectedError] = {}
         self._files: dict[tuple[str, Sampling], _BatchFile] = {}
+
+    async def fill(self, queries: "Dataset", teachers: Answerer, progress: Progress) -> None:
+        """Write whatever answering these queries needs, as far as it can be known now."""
+        columns = queries.select_columns(["query", "reference"])
+        for batch in columns.iter(batch_size=_ROWS_AT_ONCE):
+            for query, reference in zip(batch["query"], batch["reference"], strict=True):
+                with suppress(InterruptedError, RequestError):
+                    await teachers.answer(query, self, reference)
+                progress.advance(1)
+        for place in list(self._files):
+            self._plan(place)
 
     async def sample(
         self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
@@ -520,17 +343,6 @@ class _BatchFiles:
                 line = provider.line(key, messages, sampling)
                 self._add(key, line, (sampler.identity, sampling), provider)
         raise InterruptedError("waits for its batch")
-
-    async def fill(self, queries: "Dataset", teachers: Answerer) -> None:
-        """Write whatever answering these queries needs, as far as it can be known now."""
-        columns = queries.select_columns(["query", "reference"])
-        for batch in columns.iter(batch_size=_ROWS_AT_ONCE):
-            for query, reference in zip(batch["query"], batch["reference"], strict=True):
-                with suppress(InterruptedError, RequestError):
-                    await teachers.answer(query, self, reference)
-                self.progress.advance(1)
-        for place in list(self._files):
-            self._plan(place)
 
     def _add(
         self, key: str, line: bytes, place: tuple[str, Sampling], provider: OpenAIBatches
@@ -574,17 +386,164 @@ class _BatchFile:
         self.digests.add(key)
 
 
-def _sampling(text: str) -> Sampling:
-    fields = json.loads(text)
-    return Sampling(**{**fields, "stop": tuple(fields["stop"])})
+def _provider_of(sampler: Sampler) -> OpenAIBatches | None:
+    """Whoever takes a sampler's requests in batches, if its provider does."""
+    provider: OpenAIBatches | None = getattr(sampler, "batches", None)
+    return provider
 
 
-@contextmanager
-def _kept(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise OutputError(
-            f"Can't write the batches to {str(path)!r}: {error}. Free some space, and run again: "
-            "what was sent is found again."
-        ) from error
+class _BatchWorker:
+    """Handles one provider's batches; whatever it does can be done again after a crash.
+
+    `rejected` has the requests that the provider rejects, by digest, as long as it has answered
+    no other: they aren't final.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        journal: Journal,
+        table: BatchTable,
+        rest: float,
+        bought: Callable[[Reply], None],
+    ) -> None:
+        """`rest` seconds lie between two attempts at a call that failed; `bought` is told of every
+        reply that is journaled.
+        """
+        provider = _provider_of(sampler)
+        assert provider is not None
+        self.provider, self.journal, self.table = provider, journal, table
+        self.rest, self.bought = rest, bought
+        self.rejected: dict[str, RejectedError] = {}
+        self._unread: defaultdict[str, set[str]] = defaultdict(set)  # batches by request
+        self._answered = False
+
+    async def recover(self, batch: BatchJob) -> None:
+        """Find out whether a batch of an earlier process was ever started; forget it if not."""
+        name = await self._insist(lambda: self.provider.find(batch.key)) if batch.sent else None
+        if name is None:
+            self.table.close_batch(batch.key)
+        else:
+            self.table.note(batch.key, sent=True, name=name)
+
+    async def submit(self, batch: BatchJob) -> BatchJob:
+        """Have the provider work on a planned batch, once, whatever is lost on the way."""
+        if batch.name is not None:
+            return batch
+        path = self.table.folder / f"{batch.key}.jsonl"
+        try:
+            name = await self._insist(lambda: self._start(batch.key, path))
+        except RejectedError as error:
+            self.table.close_batch(batch.key)
+            raise ServiceError(f"The provider refuses a batch: {error}") from error
+        self.table.note(batch.key, sent=True, name=name)
+        path.unlink(missing_ok=True)
+        return replace(batch, name=name)
+
+    async def _start(self, key: str, path: Path) -> str:
+        (batch,) = (one for one in self.table.open if one.key == key)
+        # The answer to an earlier attempt may have been lost, and its batch cost money.
+        if batch.sent and (name := await self.provider.find(key)):
+            return name
+        file = batch.file or await self.provider.upload(path)
+        self.table.note(key, file=file)
+        self.table.note(key, sent=True)
+        return await self.provider.create(file, key)
+
+    async def look(self, batch: BatchJob) -> BatchState:
+        """How far a batch is."""
+        name = batch.name
+        assert name is not None
+        return await self._insist(lambda: self.provider.look(name))
+
+    async def settle(self, batch: BatchJob, state: BatchState) -> tuple[int, str]:
+        """Journal all that a batch which is over has answered, and free its other requests.
+
+        Returns how many of them were answered or rejected, and why the others were not. Raises
+        what ends a run, such as `AccessError`, when all else is done, and `ServiceError` for a
+        batch that was stopped.
+        """
+        answers, problem = list[Reply | DistillError](), ""
+        digests = self.table.digests(batch.key)
+        for file in state.files:
+            try:
+                answers += await self._insist(partial(self._read, file, batch, digests))
+            except RejectedError as error:
+                problem = f"its answers can't be had: {error}"
+        if self._answered:
+            for digest, rejection in self.rejected.items():
+                self.journal.reject(digest, batch.identity, rejection)
+            self.rejected.clear()
+        self.table.close_batch(batch.key)
+        others = [one for one in answers if not isinstance(one, Reply | RejectedError)]
+        for one in others:
+            if not isinstance(one, RequestError):
+                raise one
+        answered = len(answers) - len(others)
+        _require_ended(batch, state, answered)
+        missing = batch.requests - answered
+        if not missing:
+            return answered, ""
+        said = problem or "".join(map(str, others[:1])) or state.problem
+        default = f"{missing} requests of a batch that is {state.status} have no answer"
+        return answered, said or default
+
+    async def _read(
+        self, file: str, batch: BatchJob, digests: frozenset[str]
+    ) -> list[Reply | DistillError]:
+        """What one of a batch's files says of each request; replies are journaled in any case."""
+        answers, replies = list[Reply | DistillError](), list[tuple[str, Reply]]()
+        try:
+            async for line in self.provider.lines(file):
+                digest, answer = self.provider.read(line, batch.sampling)
+                if digest is not None and digest not in digests:
+                    raise ServiceError(f"The batch {batch.name} answers what it was not asked.")
+                if digest is None and isinstance(answer, Reply):
+                    continue  # nobody knows to what
+                answers.append(answer := self._given_up(batch, digest, answer))
+                if isinstance(answer, Reply):
+                    replies.append((str(digest), answer))
+                elif isinstance(answer, RejectedError):
+                    self.rejected[str(digest)] = answer
+        finally:
+            # A file is read again where its first reading broke off.
+            new = [(key, reply) for key, reply in replies if self.journal.entry(key) is None]
+            self.journal.put_all(batch.identity, new, batch=True)
+            for _, reply in new:
+                self.bought(reply)
+            self._answered = self._answered or bool(replies)
+        return answers
+
+    def _given_up(
+        self, batch: BatchJob, digest: str | None, answer: Reply | DistillError
+    ) -> Reply | DistillError:
+        """What can't be read again and again is rejected, in as many batches as the error says."""
+        if digest is None or not isinstance(answer, RetryableError) or not answer.most_attempts:
+            return answer
+        self._unread[digest].add(batch.key)
+        if len(self._unread[digest]) < answer.most_attempts:
+            return answer
+        return RejectedError(str(answer), type=answer.type, status=answer.status)
+
+    async def _insist(self, make: Callable[[], Awaitable[T]]) -> T:
+        """Try again what may succeed later: none of it is paid for twice."""
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return await make()
+            except RetryableError as error:
+                await asyncio.sleep(max(self.rest, error.retry_after or 0.0))
+        return await make()
+
+
+def _require_ended(batch: BatchJob, state: BatchState, answered: int) -> None:
+    """Raises for a batch that was stopped."""
+    if state.status == "cancelled":
+        raise ServiceError(
+            f"The batch {batch.name} was cancelled at the provider; the {answered} answers "
+            "that it had are kept. Run again to have the others worked on."
+        )
+    if state.status == "failed" and not state.too_much:
+        raise ServiceError(
+            f"The batch {batch.name} failed at the provider: {state.problem or 'no reason given'}. "
+            "Mend the cause and run again: nothing is paid twice."
+        )

@@ -45,6 +45,7 @@ class Batches:
         self.looks, self.absent = 1, False
         self.lost, self.ends = list[Lost](), deque[End]()
         self.expires: Counter[str] = Counter()
+        self.nameless = ""  # a text in the request whose answer comes once without its name
         self.worked: Counter[str] = Counter()
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
@@ -141,6 +142,8 @@ class Batches:
         if (fault := self.server.fault(text)) is not None:
             body = json.loads(fault.body) if fault.body else {"error": dict(fault.error)}
             return {**row, "response": {"status_code": fault.status or 200, "body": body}}
+        if self.nameless and self.nameless in text:
+            self.nameless, row["custom_id"] = "", None
         self.worked[text] += 1
         status, body = self.server.complete(line["body"])
         return {**row, "response": {"status_code": status, "body": body}}

@@ -99,6 +99,15 @@ def test_only_what_expired_is_sent_again(server: OpenAIServer, bought: Any, tmp_
     assert times_bought(tmp_path) == [1] * 6
 
 
+def test_an_answer_that_does_not_say_to_what_is_nobodys(
+    server: OpenAIServer, bought: Any, tmp_path: Path
+) -> None:
+    server.batches.nameless = "rose"
+    assert bought().errors == 0
+    assert server.batches.sizes() == [6, 1]
+    assert times_bought(tmp_path) == [1] * 6
+
+
 def test_an_expired_batch_keeps_what_it_has_answered(server: OpenAIServer, bought: Any) -> None:
     server.batches.ends.append(End("expired"))
     assert bought().errors == 0
