@@ -153,15 +153,11 @@ class CachedClient:
         self._stopped = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asked: dict[str, asyncio.Event] = {}
-        self._resting: set[asyncio.Future[None]] = set()
+        self._stopping = asyncio.Event()  # wakes those that rest
+        self._resting = 0
         self._answered: set[str] = set()  # identities
         self._rejected: dict[str, tuple[str, RejectedError]] = {}  # not in the journal, by digest
         self._timeouts: dict[str, _LearnedTimeout] = {}
-
-    @property
-    def stopped(self) -> bool:
-        """Whether nothing more is asked."""
-        return self._stopped
 
     def stop(self) -> None:
         """Ask nothing more: `sample` raises `InterruptedError` from now on; from any thread.
@@ -172,7 +168,8 @@ class CachedClient:
         in_flight = sum(limit.in_flight for limit in self.limits.samplers.values())
         self.progress.advance(0, note=f"stopping: {in_flight} requests under way")
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._end_waiting)
+            for wake in (self._stopping.set, *(one.close for one in self.limits.samplers.values())):
+                self._loop.call_soon_threadsafe(wake)
 
     async def sample(
         self, sampler: Sampler, messages: Sequence[Message], sampling: Sampling
@@ -258,7 +255,10 @@ class CachedClient:
             limit.accept(ticket, reply.tokens, reply.allowance)
             await self.journal.store(key, sampler.identity, reply)
             if sampler.identity not in self._answered:
-                self._remember_rejections(sampler.identity)
+                self._answered.add(sampler.identity)
+                for rejected, (whose, why) in list(self._rejected.items()):
+                    if whose == sampler.identity:
+                        self._reject(rejected, whose, why)
             if meter:
                 meter.count(sampler, reply)
         return reply
@@ -276,16 +276,10 @@ class CachedClient:
     def _reject(self, key: str, identity: str, error: RejectedError) -> None:
         """Remember what is rejected; for later runs only if the sampler answers others."""
         if identity in self._answered:
+            self._rejected.pop(key, None)
             self.journal.reject(key, identity, error)
         else:
             self._rejected[key] = identity, error
-
-    def _remember_rejections(self, identity: str) -> None:
-        self._answered.add(identity)
-        for key, (whose, error) in list(self._rejected.items()):
-            if whose == identity:
-                self.journal.reject(key, identity, error)
-                del self._rejected[key]
 
     def _check_wait(self, limit: RateLimit, sampler: Sampler, error: RetryableError) -> None:
         """Raises what ends a run, where the sampler refuses everybody for too long."""
@@ -307,28 +301,21 @@ class CachedClient:
 
     async def _rest(self, seconds: float) -> None:
         """Wait between two attempts; the place is another's meanwhile, unless too many rest."""
-        assert self._loop is not None
-        lent = len(self._resting) < _RESTING * self.limits.concurrency
-        resting = self._loop.create_future()
-        self._resting.add(resting)
-        timer = self._loop.call_later(seconds, _finish, resting)
-        try:
-            with self.places.lent() if lent else nullcontext():
-                await resting
-        finally:
-            timer.cancel()
-            self._resting.discard(resting)
+        self._resting += 1
+        lent = self._resting <= _RESTING * self.limits.concurrency
+        with self.places.lent() if lent else nullcontext():
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._stopping.wait()
+            except TimeoutError:
+                pass
+            finally:
+                self._resting -= 1
         self._check()
 
     def _check(self) -> None:
         if self._stopped:
             raise InterruptedError("stopped before this was asked")
-
-    def _end_waiting(self) -> None:
-        for limit in self.limits.samplers.values():
-            limit.close()
-        for resting in self._resting:
-            _finish(resting)
 
 
 @dataclass(frozen=True)
@@ -483,11 +470,6 @@ def _rest(attempt: int, retry_after: float | None) -> float:
     if retry_after:
         longest = min(longest, retry_after / 4)
     return (retry_after or 0.0) + random.uniform(0, longest)
-
-
-def _finish(waiting: "asyncio.Future[None]") -> None:
-    if not waiting.done():
-        waiting.set_result(None)
 
 
 def estimated_tokens(messages: Sequence[Message], sampling: Sampling) -> float:
