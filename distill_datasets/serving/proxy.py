@@ -13,19 +13,18 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 import aiohttp
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
+from markupsafe import Markup
 from yarl import URL
 
 from distill_datasets.conversations import to_text
 from distill_datasets.errors import DatasetError, DistillError
 from distill_datasets.generation.pricing import Price
 from distill_datasets.models.sampler import digest
-from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
 from distill_datasets.serving.protocol import (
     Exchange,
@@ -45,8 +44,9 @@ from distill_datasets.serving.rollout import (
     RolloutState,
     by_name,
     fraction,
-    read_moves,
+    read_lines,
 )
+from distill_datasets.tables import html_facts, html_table
 
 if TYPE_CHECKING:
     from prometheus_client import Counter, Gauge
@@ -57,16 +57,19 @@ _LARGEST = 16 << 20  # bytes of a request, and of an answer
 _SECONDS = 600.0
 BROKEN, GONE = "broken", "gone"  # a stream that its model left, or its reader
 _REMEMBERED = 10_000  # answers of the teacher, so that none is paid twice
-_JSON, _EVENTS = "application/json", {"Content-Type": "text/event-stream"}
+_EVENTS = {"Content-Type": "text/event-stream"}
 _REST = (0.5, 30.0)  # seconds
 _MOST_SHADOWS = 256  # at once; more traffic than that is told enough by a part of it
 # A status that says nothing of the request: the other model may answer it.
 _ELSEWHERE = frozenset({401, 403, 404, 408, 409, 425, 429, *range(500, 600)})
 _BUCKETS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
-_STYLE = (
-    "body{font:15px system-ui;margin:2rem auto;max-width:52rem;padding:0 1rem;color-scheme:light "
-    "dark}table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .6rem;"
-    "border-bottom:1px solid #8884}h1{font-size:1.3rem}"
+_PAGE = Markup(
+    '<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="5">'
+    '<meta name="viewport" content="width=device-width"><title>Rollout</title><style>'
+    "body{{font:15px system-ui;margin:2rem auto;max-width:52rem;padding:0 1rem;color-scheme:light "
+    "dark}}table{{border-collapse:collapse;width:100%}}td{{padding:.3rem .6rem;"
+    "border-bottom:1px solid #8884}}h1{{font-size:1.3rem}}</style><h1>Rollout of {}</h1>{}"
+    "<h1>Changes of stage ({})</h1>{}</html>"
 )
 _SHOWN_MOVES = 20
 
@@ -79,12 +82,6 @@ class Backend:
     model: str
     key: str | None = None
     price: Price | None = None
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """What goes there and nowhere else."""
-        key = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        return {"Content-Type": "application/json", **key}
 
 
 @dataclass(frozen=True)
@@ -151,23 +148,12 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request as it came, and as each model is asked; its messages are without the prompt."""
+    """A request, its conversation without the prompt, and the body that each model gets of it."""
 
+    request: web.Request
     body: Mapping[str, Any]
     messages: Sequence[Message]
-    recipe: Recipe
-    top_logprobs: int
-
-    @classmethod
-    def read(cls, body: Any, recipe: Recipe) -> "_Asked":
-        """Raises `ValueError` that says what the request lacks."""
-        messages = without_prompt(recipe, messages_of(body))
-        wanted = body.get("top_logprobs") or 0
-        if not isinstance(wanted, int) or wanted < 0:
-            raise ValueError(
-                f"expected top_logprobs as a whole number from 0; found {wanted!r:.80}"
-            )
-        return cls(body, messages, recipe, wanted)
+    bodies: Mapping[Arm, Mapping[str, Any]]
 
     @property
     def name(self) -> str:
@@ -182,18 +168,6 @@ class _Asked:
             return f"user {user}"
         asked = [one["content"] for one in self.messages if one["role"] == "user"]
         return digest(asked[:1])
-
-    def body_for(self, arm: Arm, model: str) -> dict[str, Any]:
-        """The body that a model gets: the teacher's with the prompt, the student's without."""
-        bare, tools = self.messages, self.body.get("tools")
-        if arm == "teacher":
-            shown, known = with_prompt(self.recipe, bare, json.dumps(tools) if tools else None)
-            more = {"tools": json.loads(known)} if known else {}
-        else:
-            own = self.recipe.student_prompt
-            shown = [{"role": "system", "content": own}, *bare] if own else list(bare)
-            more = {}
-        return {**self.body, **more, "model": model, "messages": list(shown)}
 
 
 class RolloutProxy:
@@ -225,8 +199,8 @@ class RolloutProxy:
         app = web.Application(client_max_size=_LARGEST)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/metrics", self._metrics)
-        app.router.add_get("/", self._page)
+        app.router.add_get("/metrics", self.monitor.metrics)
+        app.router.add_get("/", self.monitor.page)
         app.router.add_post("/rollout/stage", self._move)
         app.cleanup_ctx.append(self._connected)
         return app
@@ -248,45 +222,68 @@ class RolloutProxy:
             await asyncio.gather(*self._shadows, return_exceptions=True)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        if refusal := self._locked_out(request, self._api_key):
+        if refusal := _locked_out(request, self._api_key):
             return refusal
         try:
-            body = json.loads(await request.read())
-            asked = _Asked.read(body, self.rollout.judgement.recipe)
-            bodies = {arm: asked.body_for(arm, self.backends[arm].model) for arm in self.backends}
+            asked = self._read(request, json.loads(await request.read()))
         except web.HTTPRequestEntityTooLarge:
             return refused(413, f"expected at most {_LARGEST} bytes in a request; found more")
         except (ValueError, RecursionError) as error:  # ours that say what a request lacks are too
             return refused(400, f"the request can't be read: {error}")
         try:
-            return await self._reply(request, asked, bodies)
+            return await self._reply(asked)
         except RefusedError as error:
             self.monitor.requests.labels(error.arm, error.status).inc()
-            return web.Response(status=error.status, body=error.body, content_type=_JSON)
+            return web.Response(
+                status=error.status, body=error.body, content_type="application/json"
+            )
 
-    async def _reply(
-        self, request: web.Request, asked: _Asked, bodies: Mapping[Arm, Mapping[str, Any]]
-    ) -> web.StreamResponse:
+    def _read(self, request: web.Request, body: Any) -> _Asked:
+        """A request for both: the teacher's with the prompt, the student's without.
+
+        Raises `ValueError` that says what it lacks.
+        """
+        recipe = self.rollout.judgement.recipe
+        bare = without_prompt(recipe, messages_of(body))
+        top, tools = body.get("top_logprobs") or 0, body.get("tools")
+        if not isinstance(top, int) or top < 0:
+            raise ValueError(f"expected top_logprobs as a whole number from 0; found {top!r:.80}")
+        shown, known = with_prompt(recipe, bare, json.dumps(tools) if tools else None)
+        own = recipe.student_prompt
+        said: dict[Arm, dict[str, Any]] = {
+            "student": {"messages": [{"role": "system", "content": own}, *bare] if own else bare},
+            "teacher": {"messages": shown, **({"tools": json.loads(known)} if known else {})},
+        }
+        bodies: dict[Arm, Mapping[str, Any]] = {
+            arm: {**body, **said[arm], "model": one.model} for arm, one in self.backends.items()
+        }
+        return _Asked(request, body, bare, bodies)
+
+    async def _reply(self, asked: _Asked) -> web.StreamResponse:
         """The answer of the model whose turn it is, or of the other one where that fails."""
-        chosen: Arm = "student" if self.rollout.takes(asked.key) else "teacher"
         failed: list[BackendError] = []
-        order = (chosen, _other(chosen))
-        if self._rests[chosen].lasts and not self._rests[_other(chosen)].lasts:
-            order = order[::-1]
+        order: list[Arm] = ["student", "teacher"]
+        if not self.rollout.takes(asked.key):
+            order.reverse()
+        if self._rests[order[0]].lasts and not self._rests[order[1]].lasts:
+            order.reverse()
         for arm in order:
             began = time.perf_counter()
             try:
                 if arm == "student" and self.chooser is not None:
-                    response, said, arm = await self._choose(request, asked, bodies)
+                    response, said, arm = await self._choose(asked, self.chooser)
                 else:
-                    response, said = await self._answer(request, arm, bodies[arm], asked.name)
+                    response, said = await self._answer(asked, arm, asked.bodies[arm])
             except BackendError as error:
                 failed.append(error)
                 self._count_failed(error, other=len(failed) == 1)
                 continue
             self.monitor.count_answer(arm, time.perf_counter() - began, said)
-            if arm == "student":
-                self._judge(asked, bodies["teacher"], said)
+            if arm == "student" and said.stop_reason == BROKEN:
+                self.rollout.count_failed()
+            elif arm == "student" and said.stop_reason != GONE:
+                self.rollout.count_answer(asked.messages, said)
+                self._shadow(asked, said)
             return response
         return refused(failed[0].status, failed[0].said, kind="server_error")
 
@@ -314,106 +311,94 @@ class RolloutProxy:
         )
 
     async def _choose(
-        self, request: web.Request, asked: _Asked, bodies: Mapping[Arm, Mapping[str, Any]]
+        self, asked: _Asked, chooser: Chooser
     ) -> tuple[web.StreamResponse, Exchange, Arm]:
         """The student's answer where it is sure enough; else the teacher's, or for a share of such
         queries the student's with the prompt.
         """
-        assert self.chooser is not None
-        plain = {key: one for key, one in bodies["student"].items() if not key.startswith("stream")}
-        wanted = max(self.chooser.likeliest, asked.top_logprobs)
+        wanted = max(chooser.likeliest, asked.body.get("top_logprobs") or 0)
         told = {"logprobs": True, **({"top_logprobs": wanted} if wanted else {})}
-        answer = await self._fetch("student", {**plain, **told})
+        answer, said = await self._fetch("student", {**_whole(asked.bodies["student"]), **told})
         try:
             query, choices = to_text(asked.messages), answer["choices"]
-            serves = all(self.chooser.serves(query, read_places(one)) for one in choices)
+            serves = all(chooser.serves(query, read_places(one)) for one in choices)
         except DatasetError as error:
             raise BackendError("student", 502, f"student: {error}") from error
         self._rests["student"].end()
         if serves:
-            return await self._give(request, asked, answer), read_exchange(answer), "student"
+            return await self._give(asked, answer), said, "student"
         self.rollout.keep_query(asked.messages, "low confidence")
         self.monitor.unsure.inc()
         # With the prompt the student is another system: no answer of that is evidence.
-        blends = fraction(f"blend {asked.key}") < self.chooser.blend
+        blends = fraction(f"blend {asked.key}") < chooser.blend
         arm: Arm = "student" if blends else "teacher"
-        body = {**bodies["teacher"], "model": self.backends[arm].model}
+        body = {**asked.bodies["teacher"], "model": self.backends[arm].model}
         self.monitor.blended.inc(float(blends))
         try:
-            return (*await self._answer(request, arm, body, asked.name), "teacher")
+            return (*await self._answer(asked, arm, body), "teacher")
         except BackendError as error:
             # An answer of little confidence is better than none.
             self._count_failed(error, other=True)
-            return await self._give(request, asked, answer), read_exchange(answer), "student"
+            return await self._give(asked, answer), said, "student"
 
-    async def _give(
-        self, request: web.Request, asked: _Asked, answer: dict[str, Any]
-    ) -> web.StreamResponse:
+    async def _give(self, asked: _Asked, answer: dict[str, Any]) -> web.StreamResponse:
         """A whole answer that was held back, in the form that was asked for."""
         for choice in answer["choices"]:
             if not asked.body.get("logprobs"):
                 choice.pop("logprobs", None)
             elif self.chooser is not None and self.chooser.likeliest:
                 for place in choice["logprobs"]["content"]:
-                    place["top_logprobs"] = place["top_logprobs"][: asked.top_logprobs]
+                    del place["top_logprobs"][asked.body.get("top_logprobs") or 0 :]
         answer["model"] = asked.name or answer.get("model")
         if not asked.body.get("stream"):
             return web.json_response(answer)
         response = web.StreamResponse(headers=_EVENTS)
-        await response.prepare(request)
+        await response.prepare(asked.request)
         options = asked.body.get("stream_options")
         counts = isinstance(options, Mapping) and bool(options.get("include_usage"))
         for event in as_events(answer, counts=counts):
             await response.write(event)
         return response
 
-    def _judge(self, asked: _Asked, body: Mapping[str, Any], said: Exchange) -> None:
-        """Take what the student said into account, and have it compared."""
-        if said.stop_reason == BROKEN:
-            self.rollout.count_failed()
-        elif said.stop_reason != GONE:
-            self.rollout.count_answer(asked.messages, said)
-            self._shadow(asked, body, said)
-
     async def _answer(
-        self, request: web.Request, arm: Arm, body: Mapping[str, Any], name: str
+        self, asked: _Asked, arm: Arm, body: Mapping[str, Any]
     ) -> tuple[web.StreamResponse, Exchange]:
         """One model's answer, on its way to the client; raises before anything was sent."""
+        response: web.StreamResponse
         if body.get("stream"):
-            found = await self._pass_on(request, arm, body, name)
-            self._rests[arm].end()
-            return found
-        answer = await self._fetch(arm, body)
-        said = read_exchange(answer)
+            response, said = await self._pass_on(asked, arm, body)
+        else:
+            answer, said = await self._fetch(arm, body)
+            response = web.json_response({**answer, "model": asked.name or answer.get("model")})
         self._rests[arm].end()
-        return web.json_response({**answer, "model": name or answer.get("model")}), said
+        return response, said
 
     async def _pass_on(
-        self, request: web.Request, arm: Arm, body: Mapping[str, Any], name: str
+        self, asked: _Asked, arm: Arm, body: Mapping[str, Any]
     ) -> tuple[web.StreamResponse, Exchange]:
         """A stream as it comes; one that breaks off breaks off for the client too."""
-        began, stream = web.StreamResponse(headers=_EVENTS), SpokenStream(name)
+        began, stream = web.StreamResponse(headers=_EVENTS), SpokenStream(asked.name)
         try:
             async with self._post(arm, body) as upstream:
                 if upstream.status != 200:
                     await _read_whole(upstream, arm)
                 async for line in upstream.content:
                     if not began.prepared:
-                        await began.prepare(request)
+                        await began.prepare(asked.request)
                     await began.write(stream.passed(line))
         except (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError) as error:
             if not began.prepared:
                 raise BackendError(arm, 502, f"{arm}: {type(error).__name__}: {error}") from error
-            if request.transport is not None:
-                request.transport.abort()
+            if asked.request.transport is not None:
+                asked.request.transport.abort()
             gone = isinstance(error, ConnectionResetError)  # raised where the client is written to
             return began, Exchange("", GONE if gone else BROKEN)
         if not began.prepared:
             raise BackendError(arm, 502, f"{arm}: an empty stream")
         return began, stream.exchange if stream.done else Exchange("", BROKEN)
 
-    async def _fetch(self, arm: Arm, body: Mapping[str, Any]) -> dict[str, Any]:
-        """A whole answer."""
+    async def _fetch(self, arm: Arm, body: Mapping[str, Any]) -> tuple[dict[str, Any], Exchange]:
+        """A whole answer, and what it says."""
         try:
             async with self._post(arm, body) as upstream:
                 return await _read_whole(upstream, arm)
@@ -422,32 +407,28 @@ class RolloutProxy:
 
     def _post(self, arm: Arm, body: Mapping[str, Any]) -> Any:
         assert self._session is not None
+        backend = self.backends[arm]
         return self._session.post(
-            self.backends[arm].url / "chat/completions",
+            backend.url / "chat/completions",
             json=body,
-            headers=self.backends[arm].headers,
+            headers={"Authorization": f"Bearer {backend.key}"} if backend.key else None,
             timeout=aiohttp.ClientTimeout(total=_SECONDS, sock_connect=5),
             allow_redirects=False,
         )
 
-    def _shadow(self, asked: _Asked, body: Mapping[str, Any], said: Exchange) -> None:
+    def _shadow(self, asked: _Asked, said: Exchange) -> None:
         """Have the teacher answer too, later, if it is this one's turn and there is money left."""
         wanted = self.rollout.shadows(digest([asked.key, to_text(asked.messages)]))
         affordable = self.budget is None or self.rollout.spent < self.budget
-        if not (wanted and affordable) or len(self._shadows) >= _MOST_SHADOWS:
-            return
-        plain = {key: value for key, value in body.items() if not key.startswith("stream")}
-        stage = self.rollout.stage
-        task = asyncio.create_task(self._compare(asked, {**plain, "n": 1}, said, stage.name))
-        self._shadows.add(task)
-        task.add_done_callback(self._shadows.discard)
+        if wanted and affordable and len(self._shadows) < _MOST_SHADOWS:
+            task = asyncio.create_task(self._compare(asked, said, self.rollout.stage.name))
+            self._shadows.add(task)
+            task.add_done_callback(self._shadows.discard)
 
-    async def _compare(
-        self, asked: _Asked, body: Mapping[str, Any], said: Exchange, stage: str
-    ) -> None:
+    async def _compare(self, asked: _Asked, said: Exchange, stage: str) -> None:
         """Score the student's answer by the teacher's; one of an earlier stage is no evidence."""
         try:
-            theirs = await self._teacher_says(body)
+            theirs = await self._teacher_says({**_whole(asked.bodies["teacher"]), "n": 1})
         except (BackendError, RefusedError) as error:
             self.monitor.shadowed.labels(f"failed {error.status}").inc()
             self._say_failed(error)
@@ -470,27 +451,21 @@ class RolloutProxy:
             raise
 
     async def _ask_teacher(self, body: Mapping[str, Any]) -> Exchange:
-        said = read_exchange(await self._fetch("teacher", body))
+        _, said = await self._fetch("teacher", body)
         if (price := self.backends["teacher"].price) is not None:
             counts = (said.prompt_tokens, said.cached_tokens, said.response_tokens)
-            self.rollout.spend(price.of(*counts))
+            self.rollout.spent += price.of(*counts)
         return said
 
     async def _models(self, request: web.Request) -> web.Response:
-        if refusal := self._locked_out(request, self._api_key):
+        if refusal := _locked_out(request, self._api_key):
             return refusal
         names = [backend.model for backend in self.backends.values()]
         listed = [{"id": one, "object": "model", "owned_by": "rollout"} for one in names]
         return web.json_response({"object": "list", "data": listed})
 
-    async def _metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=self.monitor.metrics(), headers=self.monitor.headers)
-
-    async def _page(self, _: web.Request) -> web.Response:
-        return web.Response(text=self.monitor.page(), content_type="text/html")
-
     async def _move(self, request: web.Request) -> web.Response:
-        if refusal := self._locked_out(request, self._admin_key):
+        if refusal := _locked_out(request, self._admin_key):
             return refusal
         try:
             target = by_name(str((await request.json())["to"]), self.rollout.stages)
@@ -501,17 +476,22 @@ class RolloutProxy:
         self.rollout.move(Move(target.name, "by hand", interval))
         return web.json_response({"stage": target.name})
 
-    @staticmethod
-    def _locked_out(request: web.Request, key: str | None) -> web.Response | None:
-        if key is None:
-            return None
-        found = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if hmac.compare_digest(found.encode("utf-8", "surrogateescape"), key.encode()):
-            return None
-        return refused(401, "expected this proxy's key as 'Authorization: Bearer <key>'")
+
+def _locked_out(request: web.Request, key: str | None) -> web.Response | None:
+    found = request.headers.get("Authorization", "").removeprefix("Bearer ")
+    if key is None or hmac.compare_digest(found.encode("utf-8", "surrogateescape"), key.encode()):
+        return None
+    return refused(401, "expected this proxy's key as 'Authorization: Bearer <key>'")
 
 
-async def _read_whole(upstream: aiohttp.ClientResponse, arm: Arm) -> dict[str, Any]:
+def _whole(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The same request for an answer that is no stream."""
+    return {key: value for key, value in body.items() if not key.startswith("stream")}
+
+
+async def _read_whole(
+    upstream: aiohttp.ClientResponse, arm: Arm
+) -> tuple[dict[str, Any], Exchange]:
     """Raises `BackendError` for what another model may answer, and for an answer that is none."""
     text = bytearray()
     async for piece in upstream.content.iter_chunked(1 << 16):
@@ -524,14 +504,9 @@ async def _read_whole(upstream: aiohttp.ClientResponse, arm: Arm) -> dict[str, A
         raise RefusedError(arm, upstream.status, bytes(text))
     try:
         answer = json.loads(text)
-        read_exchange(answer)
-        return dict(answer)
+        return dict(answer), read_exchange(answer)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise BackendError(arm, 502, f"an answer that can't be read: {error!r}") from error
-
-
-def _other(arm: Arm) -> Arm:
-    return "teacher" if arm == "student" else "student"
 
 
 class Monitor:
@@ -562,14 +537,15 @@ class Monitor:
             registry=self.registry,
             buckets=_BUCKETS,
         )
-        self.share = gauge("share", "Share of the traffic that the student gets")
-        self.agreement = {
-            end: gauge(f"agreement_{end}", "Agreement with the teacher in this stage, 95 %")
-            for end in ("low", "high")
+        agreement = "Agreement with the teacher in this stage, 95 %"
+        self.gauges = {
+            "share": gauge("share", "Share of the traffic that the student gets"),
+            "low": gauge("agreement_low", agreement),
+            "high": gauge("agreement_high", agreement),
+            "labels": gauge("labels_apart", "Total variation of answers from held-out rows'"),
+            "length": gauge("length_ratio", "Length of answers, by that on held-out rows"),
+            "spent": gauge("spent", "What shadowing cost, in the currency of the prices"),
         }
-        self.labels = gauge("labels_apart", "Total variation of answers from held-out rows'")
-        self.length = gauge("length_ratio", "Length of answers, by that on held-out rows")
-        self.spent = gauge("spent", "What shadowing cost, in the currency of the prices")
 
     def count_answer(self, arm: str, seconds: float, said: Exchange) -> None:
         """Take an answer into account."""
@@ -578,31 +554,23 @@ class Monitor:
         self.tokens.labels(arm, "prompt").inc(said.prompt_tokens)
         self.tokens.labels(arm, "response").inc(said.response_tokens)
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """The content type of `metrics`."""
-        from prometheus_client import CONTENT_TYPE_LATEST
-
-        return {"Content-Type": CONTENT_TYPE_LATEST}
-
-    def metrics(self) -> bytes:
+    async def metrics(self, _: web.Request) -> web.Response:
         """All numbers in Prometheus' text format."""
-        from prometheus_client import generate_latest
+        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-        self.share.set(self.rollout.stage.share)
-        for end, value in zip(("low", "high"), self.rollout.evidence.interval, strict=True):
-            self.agreement[end].set(value)
-        usual = self.rollout.judgement.usual
-        self.labels.set(usual.labels[0] if usual.labels else 0.0)
-        self.length.set(usual.length_ratio or 0.0)
-        self.spent.set(self.rollout.spent)
-        return generate_latest(self.registry)
+        usual, (low, high) = self.rollout.judgement.usual, self.rollout.evidence.interval
+        labels = usual.labels[0] if usual.labels else 0.0
+        found = {"low": low, "high": high, "labels": labels, "length": usual.length_ratio or 0.0}
+        found |= {"share": self.rollout.stage.share, "spent": self.rollout.spent}
+        for name, value in found.items():
+            self.gauges[name].set(value)
+        headers = {"Content-Type": CONTENT_TYPE_LATEST}
+        return web.Response(body=generate_latest(self.registry), headers=headers)
 
-    def page(self) -> str:
+    async def page(self, _: web.Request) -> web.Response:
         """The stage, its evidence, and the changes of stage, on one page."""
-        stage, found = self.rollout.stage, self.rollout.evidence
-        low, high = found.interval
-        rules = self.rollout.rules
+        stage, found, rules = self.rollout.stage, self.rollout.evidence, self.rollout.rules
+        (low, high), usual = found.interval, self.rollout.judgement.usual
         odd = ", ".join(f"{name} {count:,}" for name, count in sorted(found.odd.items()))
         facts = {
             "stage": f"{stage.name}: {stage.share:.0%} of the traffic, {stage.shadow:.0%} shadowed",
@@ -610,31 +578,15 @@ class Monitor:
             f"(at least {rules.least:.3f}; held-out rows had {rules.expected:.3f})",
             "answers of the student": f"{found.answers:,} of {found.requests:,} requests",
             "odd answers": odd or "none",
-            **self._drift(),
+            "labels, against held-out rows": usual.labels
+            and "{:.3f} of the shares lie elsewhere; chance alone makes about {:.3f}".format(
+                *usual.labels
+            ),
+            "length, against held-out rows": usual.length_ratio
+            and f"{usual.length_ratio:.2f} times",
             "spent on shadowing": f"{self.rollout.spent:.4f}",
         }
-        rows = "".join(
-            f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>"
-            for name, text in facts.items()
-        )
-        moves = "".join(
-            f"<tr><td>{escape(one['at'])}</td><td>{escape(one['from'])} → {escape(one['to'])}</td>"
-            f"<td>{escape(one['why'])}</td></tr>"
-            for one in reversed(read_moves(self.rollout.folder)[-_SHOWN_MOVES:])
-        )
-        return (
-            '<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" '
-            'content="5"><meta name="viewport" content="width=device-width"><title>Rollout</title>'
-            f"<style>{_STYLE}</style><h1>Rollout of {escape(str(self.rollout.folder.parent))}</h1>"
-            f"<table>{rows}</table><h1>Changes of stage ({MOVES})</h1><table>{moves}</table></html>"
-        )
-
-    def _drift(self) -> dict[str, str]:
-        usual, found = self.rollout.judgement.usual, {}
-        if usual.labels:
-            apart, chance = usual.labels
-            said = f"{apart:.3f} of the shares lie elsewhere; chance alone makes about {chance:.3f}"
-            found["labels, against held-out rows"] = said
-        if usual.length_ratio:
-            found["length, against held-out rows"] = f"{usual.length_ratio:.2f} times"
-        return found
+        moves = reversed(read_lines(self.rollout.folder / MOVES)[-_SHOWN_MOVES:])
+        lines = [(one["at"], f"{one['from']} → {one['to']}", one["why"]) for one in moves]
+        page = _PAGE.format(self.rollout.folder.parent, html_facts(facts), MOVES, html_table(lines))
+        return web.Response(text=page, content_type="text/html")

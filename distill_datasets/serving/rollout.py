@@ -40,6 +40,7 @@ from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
 from distill_datasets.serving.protocol import Exchange
+from distill_datasets.serving.settings import RolloutSettings
 from distill_datasets.statistics import LEVEL, confidence_sequence, excludes, rows_to_tell
 
 OFF = "off"
@@ -95,11 +96,10 @@ class StageRules:
         """
         if rules.quality_drop is None:
             raise SettingsError("A rollout needs the rule quality_drop: set it in the gate's file.")
-        limits = {
-            name: limit for name in ODD_PATTERNS if (limit := getattr(rules, name)) is not None
-        }
+        limits = {name: getattr(rules, name) for name in ODD_PATTERNS}
         if rules.answered_drop is not None:
             limits[UNANSWERED] = min(1.0, 1 - answered + rules.answered_drop)
+        limits = {name: limit for name, limit in limits.items() if limit is not None}
         least = max(0.0, expected - rules.quality_drop)
         return cls(expected, least, {**limits, FAILED: _MOST_FAILED})
 
@@ -126,16 +126,20 @@ class Evidence:
         """Between which agreements the true one lies."""
         return confidence_sequence(self.agreement, self.shadowed, LEVEL)
 
-    def count_odd(self, said: Mapping[str, Any], answered: bool) -> None:
+    def count_answer(self, said: Mapping[str, Any], answered: bool) -> None:
         """Take one of the student's answers into account, as a gate would."""
         self.answers += 1
         hits = [name for name, odd in ODD_PATTERNS.items() if odd(said)]
-        for name in [*hits, *([] if answered else [UNANSWERED])]:
-            self.odd[name] = self.odd.get(name, 0) + 1
+        self._count(*hits, *([] if answered else [UNANSWERED]))
 
     def count_failed(self) -> None:
         """Take a request into account that the student did not answer."""
-        self.odd[FAILED] = self.odd.get(FAILED, 0) + 1
+        self._count(FAILED)
+
+    def _count(self, *odd: str) -> None:
+        self.requests += 1
+        for name in odd:
+            self.odd[name] = self.odd.get(name, 0) + 1
 
     def count_shadowed(self, score: float, rules: StageRules) -> None:
         """Take an answer's agreement, from 0 to 1, into account; drift by a CUSUM of it (Page)."""
@@ -233,12 +237,10 @@ def _above(total: float, n: int, limit: float) -> bool:
 
 def by_name(name: str, stages: Sequence[Stage]) -> Stage:
     """A stage; raises `SettingsError` that says which there are."""
-    for stage in stages:
-        if stage.name == name:
-            return stage
-    raise SettingsError(
-        f"There is no stage {name!r}: expected {', '.join(s.name for s in stages)}."
-    )
+    known = {one.name: one for one in stages}
+    if name not in known:
+        raise SettingsError(f"There is no stage {name!r}: expected {', '.join(known)}.")
+    return known[name]
 
 
 @dataclass(frozen=True)
@@ -277,28 +279,6 @@ def read_run(run: Path) -> tuple[Recipe, Mapping[str, Any]]:
     return load_recipe(release / "recipe", trust=True), read_report(run)
 
 
-def rules_of(report: Mapping[str, Any], rules: GateRules) -> StageRules:
-    """What held-out rows and a gate's rules ask of a student in front of traffic."""
-    student = report["systems"]["student"].get("metrics", {})
-    answered = float(student.get("answered", {}).get("value", 1.0))
-    measured = student.get("agreement")
-    if report.get("free_text"):
-        measured = report.get("texts", {}).get("student", {}).get("teacher", {}).get("chrf")
-    if not measured:
-        raise DatasetError("The report says nothing of the student's agreement: measure again.")
-    return StageRules.of(float(measured["value"]), answered, rules)
-
-
-def usual_of(run: Path) -> Usual:
-    """What the student said on the held-out rows of a run's report, as far as it was kept."""
-    report = report_file(run)
-    said = []
-    if rows_file(report).is_file():
-        said = [row["systems"].get("student") for row in read_rows(report)]
-    known = [one for one in said if one]
-    return Usual([one["answer"] for one in known], [len(one["text"] or "") for one in known])
-
-
 class RolloutState:
     """Decides who answers, counts what comes of it, and moves between stages."""
 
@@ -318,13 +298,32 @@ class RolloutState:
         self.folder = writable_folder(run / "rollout")
         self.judgement, self.rules = judgement, rules
         self.automatic, self.keep_texts = automatic, keep_texts
-        known = read_state(self.folder)
-        kept = [Stage(**one) for one in known.get("stages", ())]
-        self.stages = tuple(stages or kept or STAGES)
+        known = _read_state(self.folder / STATE)
+        self.stages = tuple(stages or known.get("stages") or STAGES)
         self.stage = by_name(known.get("stage", self.stages[1].name), self.stages)
-        self.evidence = Evidence(**known.get("evidence", {}))
-        self.spent, self.moves = float(known.get("spent", 0.0)), int(known.get("moves", 0))
-        self._saved = 0.0
+        self.evidence: Evidence = known.get("evidence", Evidence())
+        self.spent, self._saved = float(known.get("spent", 0.0)), 0.0
+
+    @classmethod
+    def of(cls, run: Path, settings: RolloutSettings) -> "RolloutState":
+        """That of a run, by what its report says of held-out rows, as far as that was kept."""
+        recipe, report = read_run(run)
+        free_text, student = bool(report.get("free_text")), report["systems"]["student"]
+        metrics, measured = student.get("metrics", {}), student.get("metrics", {}).get("agreement")
+        if free_text:
+            measured = report.get("texts", {}).get("student", {}).get("teacher", {}).get("chrf")
+        if not measured:
+            raise DatasetError("The report says nothing of the student's agreement: measure again.")
+        answered = float(metrics.get("answered", {}).get("value", 1.0))
+        gate = GateRules.load(settings.rules) if settings.rules else GateRules()
+        rules = StageRules.of(float(measured["value"]), answered, gate)
+        file, said = report_file(run), []
+        if rows_file(file).is_file():
+            said = [one for row in read_rows(file) if (one := row["systems"].get("student"))]
+        usual = Usual([one["answer"] for one in said], [len(one["text"] or "") for one in said])
+        stages = parse_stages(settings.stages) if settings.stages else ()
+        kept = {"automatic": not settings.manual, "keep_texts": settings.keep_texts}
+        return cls(run, Judgement(recipe, free_text, usual), rules, stages, **kept)
 
     def takes(self, key: str) -> bool:
         """Whether the student answers who has this key: the same at every time of a stage, and
@@ -338,16 +337,14 @@ class RolloutState:
 
     def count_answer(self, messages: Sequence[Message], said: Exchange) -> None:
         """Take what the student said into account."""
-        self.evidence.requests += 1
         answer = self.judgement.answer(messages, said, student=True)
         self.judgement.usual.add(answer, len(said.text))
         text = {"text": said.text, "stop_reason": said.stop_reason}
-        self.evidence.count_odd(text, answer is not None)
+        self.evidence.count_answer(text, answer is not None)
         self._look()
 
     def count_failed(self) -> None:
         """Take a request into account that the student did not answer."""
-        self.evidence.requests += 1
         self.evidence.count_failed()
         self._look()
 
@@ -368,10 +365,6 @@ class RolloutState:
         if self.keep_texts and not (file.is_file() and file.stat().st_size > _MOST_TEXTS):
             _append_line(file, {"messages": list(messages), "why": why})
 
-    def spend(self, amount: float) -> None:
-        """Count what shadowing cost."""
-        self.spent += amount
-
     def _look(self) -> None:
         move = decide(self.stage.name, self.stages, self.evidence, self.rules)
         # By hand, only what is broken moves by itself: back.
@@ -387,7 +380,6 @@ class RolloutState:
         line = {"at": at, "from": self.stage.name, **asdict(move)}
         _append_line(self.folder / MOVES, line)
         self.stage, self.evidence = target, Evidence()
-        self.moves += 1
         self.save()
         print(f"rollout: {line['from']} -> {move.to}: {move.why}", file=sys.stderr)
 
@@ -399,33 +391,25 @@ class RolloutState:
             "stages": [asdict(one) for one in self.stages],
             "evidence": asdict(self.evidence),
             "spent": self.spent,
-            "moves": self.moves,
         }
         write_file(self.folder / STATE, json.dumps(state, indent=2) + "\n")
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """A rollout's state; empty before the first. Raises `OutputError` for a damaged one."""
-    file = folder / STATE
+def _read_state(file: Path) -> dict[str, Any]:
+    """Empty before the first; raises `OutputError` for a damaged one."""
     if not file.is_file():
         return {}
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        Evidence(**state["evidence"])
-        [Stage(**one) for one in state.get("stages", ())]
-        return dict(state)
+        stages = [Stage(**one) for one in state.get("stages", ())]
+        return {**state, "evidence": Evidence(**state["evidence"]), "stages": stages}
     except (ValueError, TypeError, KeyError) as error:
         raise OutputError(
             f"{str(file)!r} is damaged ({error!r}): delete it, and name the stage with --to."
         ) from error
 
 
-def read_moves(folder: Path) -> list[dict[str, Any]]:
-    """Every change of stage, oldest first."""
-    return _read_lines(folder / MOVES)
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path) -> list[dict[str, Any]]:
     """The lines of a file of JSON; one that a crash cut is left out."""
     found = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
@@ -463,11 +447,10 @@ def harvest(run: Path, out: Path) -> int:
             f"No queries were kept in {str(folder)!r}: start the rollout with --keep-texts."
         )
     rows: dict[str, dict[str, Any]] = {}
-    for found in _read_lines(kept):
-        text = to_text(found["messages"])
-        single = not recipe.holds_conversations and len(found["messages"]) == 1
-        asked = {"query": found["messages"][0]["content"]} if single else found
-        rows[text] = {key: value for key, value in asked.items() if key != "why"}
+    for messages in (line["messages"] for line in read_lines(kept)):
+        single = not recipe.holds_conversations and len(messages) == 1
+        row = {"query": messages[0]["content"]} if single else {"messages": messages}
+        rows[to_text(messages)] = row
     if out.exists():
         raise OutputError(f"{str(out)!r} is there already: name another file.")
     harvested = writable_folder(folder / "harvest")
@@ -491,10 +474,8 @@ def parse_stages(texts: Sequence[str]) -> tuple[Stage, ...]:
                 f"Expected a stage as name=share:shadow, such as alpha=0.01:1; found {text!r} "
                 f"({error})."
             ) from error
-    names = [one.name for one in found]
-    if len(set(names)) < len(names) or [one.share for one in found] != sorted(
-        one.share for one in found
-    ):
+    rising = sorted(found, key=lambda one: one.share)
+    if len({one.name for one in found}) < len(found) or rising != found:
         raise SettingsError(f"Stages have names of their own and rising shares; found {texts}.")
     return tuple(found)
 

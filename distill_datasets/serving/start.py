@@ -16,7 +16,6 @@ from distill_datasets.errors import (
     ServiceError,
     SettingsError,
 )
-from distill_datasets.evaluation.gate import GateRules
 from distill_datasets.files import one_writer, read_report, write_file
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.models.endpoint import read_address, read_key
@@ -24,14 +23,9 @@ from distill_datasets.recipes.prompt import fields_of
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.serving.proxy import Arm, Backend, Chooser, RolloutProxy
 from distill_datasets.serving.rollout import (
-    Judgement,
     Move,
     RolloutState,
     by_name,
-    parse_stages,
-    read_run,
-    rules_of,
-    usual_of,
 )
 from distill_datasets.serving.settings import RolloutSettings
 
@@ -45,10 +39,24 @@ def rollout(run: Path | str, settings: RolloutSettings | None = None) -> None:
     Raises `DatasetError` for a run without release or report, `ModelError` where no address of a
     model is known, `SettingsError` and `ServiceError`.
     """
-    settings, folder = settings or RolloutSettings(), Path(run)
-    admin = secrets.token_urlsafe(24)
-    proxy = _open(folder, settings, admin)
-    with one_writer(proxy.rollout.folder, "rollout"):
+    try:
+        import prometheus_client  # noqa: F401
+    except ImportError as error:
+        raise SettingsError(
+            "A rollout counts with prometheus-client: pip install 'distill-datasets[serve]'."
+        ) from error
+    settings, folder, admin = settings or RolloutSettings(), Path(run), secrets.token_urlsafe(24)
+    state = RolloutState.of(folder, settings)
+    recipe = state.judgement.recipe
+    proxy = RolloutProxy(
+        state,
+        backends_of(folder, recipe, settings),
+        chooser=_chooser(folder, recipe, settings),
+        budget=settings.budget,
+        api_key=settings.api_key,
+        admin_key=admin,
+    )
+    with one_writer(state.folder, "rollout"):
         asyncio.run(_serve(proxy, admin, settings))
 
 
@@ -58,64 +66,28 @@ def move(run: Path | str, to: str, settings: RolloutSettings | None = None) -> s
     Raises `SettingsError` for a stage that it does not have, `ServiceError` where a running proxy
     refuses.
     """
-    settings, folder = settings or RolloutSettings(), Path(run)
-    controlled = _controlled(folder, settings)
-    by_name(to, controlled.stages)
-    try:
-        with one_writer(controlled.folder, "rollout"):
-            controlled.move(Move(to, "by hand", {}))
-            return f"{folder} is at stage {to}; no proxy runs."
-    except OutputError:
-        return _tell(controlled.folder, to)
-
-
-def _tell(folder: Path, to: str) -> str:
     import httpx
 
+    state = RolloutState.of(Path(run), settings or RolloutSettings())
+    by_name(to, state.stages)
     try:
-        url, key = (folder / _ADMIN).read_text(encoding="utf-8").split()
+        with one_writer(state.folder, "rollout"):
+            state.move(Move(to, "by hand", {}))
+            return f"{run} is at stage {to}; no proxy runs."
+    except OutputError:
+        pass  # a proxy runs
+    try:
+        url, key = (state.folder / _ADMIN).read_text(encoding="utf-8").split()
         headers = {"Authorization": f"Bearer {key}"}
         answer = httpx.post(f"{url}/rollout/stage", json={"to": to}, headers=headers, timeout=10)
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise ServiceError(
-            f"The rollout in {str(folder)!r} can't be reached: {error}. Stop its proxy, and name "
-            "the stage as it starts."
+            f"The rollout in {str(state.folder)!r} can't be reached: {error}. Stop its proxy, and "
+            "name the stage as it starts."
         ) from error
     if answer.status_code != 200:
-        raise ServiceError(f"The proxy of {str(folder)!r} refuses: {answer.text[:300]}")
+        raise ServiceError(f"The proxy of {str(state.folder)!r} refuses: {answer.text[:300]}")
     return f"The proxy at {url} is at stage {to}."
-
-
-def _controlled(run: Path, settings: RolloutSettings) -> RolloutState:
-    recipe, report = read_run(run)
-    gate = GateRules.load(settings.rules) if settings.rules else GateRules()
-    judgement = Judgement(recipe, bool(report.get("free_text")), usual_of(run))
-    return RolloutState(
-        run,
-        judgement,
-        rules_of(report, gate),
-        parse_stages(settings.stages) if settings.stages else (),
-        automatic=not settings.manual,
-        keep_texts=settings.keep_texts,
-    )
-
-
-def _open(run: Path, settings: RolloutSettings, admin: str) -> RolloutProxy:
-    try:
-        import prometheus_client  # noqa: F401
-    except ImportError as error:
-        raise SettingsError(
-            "A rollout counts with prometheus-client: pip install 'distill-datasets[serve]'."
-        ) from error
-    controlled = _controlled(run, settings)
-    return RolloutProxy(
-        controlled,
-        backends_of(run, controlled.judgement.recipe, settings),
-        chooser=_chooser(run, controlled.judgement.recipe, settings),
-        budget=settings.budget,
-        api_key=settings.api_key,
-        admin_key=admin,
-    )
 
 
 def _chooser(run: Path, recipe: Recipe, settings: RolloutSettings) -> Chooser | None:

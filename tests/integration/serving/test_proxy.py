@@ -37,7 +37,7 @@ from distill_datasets.serving.rollout import (
     Stage,
     StageRules,
     harvest,
-    read_moves,
+    read_lines,
 )
 from distill_datasets.serving.settings import RolloutSettings
 from distill_datasets.serving.start import backends_of, rollout
@@ -310,7 +310,7 @@ def test_a_worse_student_is_taken_off_and_one_as_good_is_promoted(place: Place) 
         ask(client, f"de{number}")
     place.settle()
     assert place.rollout.stage.name == "rest"
-    moves = read_moves(place.rollout.folder)
+    moves = read_lines(place.rollout.folder / "moves.jsonl")
     assert [(one["from"], one["to"]) for one in moves] == [
         ("try", OFF),
         (OFF, "try"),
