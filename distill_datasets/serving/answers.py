@@ -8,10 +8,11 @@ import re
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,8 +20,7 @@ from distill_datasets.conversations import Call, assistant_message, tool_calls
 from distill_datasets.embedded.scheduler import Payload, SampleJob
 from distill_datasets.embedded.wire import DrawnSample, InvalidRequestError, SampleRequest, pb
 from distill_datasets.errors import ModelError, ServiceError
-from distill_datasets.schema import Message
-from distill_datasets.serving.protocol import RequestSettings
+from distill_datasets.serving.protocol import ChatRequest, RequestSettings
 
 if TYPE_CHECKING:
     from distill_datasets.embedded.engine import Service
@@ -39,18 +39,8 @@ _LONGEST_MARK = 16
 # many times its tokens, so that whatever a model writes takes time in proportion.
 _NEAR, _MORE, _MOST = 8, 1.25, 16
 CALL_OPENING = "<tool_call>\n"
-_PROBE = json.dumps(
-    [
-        {
-            "type": "function",
-            "function": {
-                "name": "f",
-                "description": "",
-                "parameters": {"type": "object", "properties": {}},
-            },
-        }
-    ]
-)
+_TOOL = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
+_PROBE = json.dumps([{"type": "function", "function": _TOOL}])
 # The likeliest tokens of one place and their logprobs.
 Top = tuple[list[int], list[float]]
 
@@ -166,13 +156,14 @@ class LiveRequest:
 
     async def drawn(self) -> list[tuple[int, int, float]]:
         """Samples, tokens and logprobs since the last call, at least one; none at the end."""
-        while not self._drawn:
-            if self._payload is not None:
-                return []
-            await self._changed.wait()
-            self._changed.clear()
-            self._told = False
+        while not self._drawn and self._payload is None:
+            await self._wait()
         return [self._drawn.popleft() for _ in range(len(self._drawn))]
+
+    async def _wait(self) -> None:
+        await self._changed.wait()
+        self._changed.clear()
+        self._told = False
 
     async def outcome(self) -> Outcome:
         """Wait for the end.
@@ -181,9 +172,7 @@ class LiveRequest:
         own failure, or where nobody waits any more.
         """
         while self._payload is None:
-            await self._changed.wait()
-            self._changed.clear()
-            self._told = False
+            await self._wait()
         if self._left():
             raise ServiceError("the client went away")
         if isinstance(self._payload, bytes):
@@ -227,77 +216,41 @@ class SpokenMessage:
     reasoning: str | None = None
 
 
-class DecodedTokens:
-    """The tokens of a sample with their text: each is decoded a few times, however many follow.
+@dataclass(frozen=True)
+class TextReader:
+    """Reads a plain continuation, and says how much of it can't change any more."""
 
-    `marked` counts the tokens up to the last control token. Of what a format's renderer read whole,
-    its reader keeps how many tokens (`whole`) and characters (`seen`) those were, in all readings
-    together too (`spent`), the `words`, and where these end in the `text`: None where they are not
-    the end of it.
-    """
-
-    def __init__(self, tokenizer: Any, controls: Collection[int]) -> None:
-        self._decode, self._controls = tokenizer.decode, controls
-        self.tokens, self.text = list[int](), ""
-        self._begin, self._end, self._tried = 0, 0, 0
-        self.marked, self.whole, self.seen, self.spent, self.words = 0, 0, 0, 0, ""
-        self.behind: int | None = None
-
-    def add(self, tokens: Iterable[int]) -> None:
-        """Take note of tokens; half a character at their end is not yet part of the text."""
-        for token in tokens:
-            self.tokens.append(token)
-            if token in self._controls:
-                self.marked = len(self.tokens)
-        waiting = len(self.tokens) - self._end
-        if not waiting or (waiting > _LONGEST_CHARACTER and waiting < 2 * self._tried):
-            return
-        # What was decoded last stands before what is new: blanks may depend on it.
-        before = len(self._decode(self.tokens[self._begin : self._end]))
-        shortest = max(self._end, len(self.tokens) - _LONGEST_CHARACTER)
-        for end in range(len(self.tokens), shortest, -1):
-            new = str(self._decode(self.tokens[self._begin : end]))[before:]
-            if not new.endswith(_HALF):
-                self.text += new
-                self._begin, self._end, self._tried = self._end, end, 0
-                return
-        self._tried = waiting
-
-
-class ResponseReader(Protocol):
-    """Reads tokens as one kind of response, and says how much of it can't change any more."""
-
-    @property
-    def format(self) -> ChatFormat:
-        """Of the model whose tokens these are."""
-        ...
+    format: ChatFormat
+    asked: RequestSettings
 
     def read(self, tokens: Sequence[int]) -> SpokenMessage:
-        """The whole response."""
-        ...
+        """The text without the token that ended it, up to a stop."""
+        ended = tokens[-1:] and tokens[-1] in self.format.ends
+        text = str(self.format.tokenizer.decode(tokens[:-1] if ended else tokens))
+        return SpokenMessage(*_cut(text, self.asked.stop))
 
-    def settled(self, said: DecodedTokens) -> str:
-        """The part of its words that holds whatever follows."""
-        ...
+    def settled(self, said: Choice) -> str:
+        """The text but for what may be the beginning of a character or of a stop."""
+        text = said.text
+        if said.tokens[-1:] and said.tokens[-1] in self.format.ends:
+            text = text.removesuffix(str(self.format.tokenizer.decode(said.tokens[-1:])))
+        return _settled(_cut(text, self.asked.stop)[0], self.asked.stop)
 
     def plain(self, tokens: Sequence[int]) -> str:
-        """The response as it was drawn, without the token that ended it."""
-        ...
+        """All of it, with whatever a chat format writes around words."""
+        return TextReader.read(self, tokens).content
 
 
 @dataclass(frozen=True)
-class ChatReader:
+class ChatReader(TextReader):
     """Reads messages as a chat format writes them; `thinks` where its prompt opens the thoughts.
 
     Where the prompt opened a call of a tool, an answer is the JSON of this one.
     """
 
-    format: ChatFormat
-    asked: RequestSettings
-    messages: Sequence[Message]
+    asked: ChatRequest
     tools: str | None
     thinks: bool
-    calls: bool = False
 
     def read(self, tokens: Sequence[int]) -> SpokenMessage:
         """The message that the renderer reads, up to a stop."""
@@ -306,24 +259,22 @@ class ChatReader:
         if self.tools is None:
             return SpokenMessage(text, cut, (), reasoning)
         try:
-            whole = f"{CALL_OPENING}{text}\n</tool_call>" if self.calls else text
-            message = assistant_message(whole, calls=True, after=self.messages)
+            whole = f"{CALL_OPENING}{text}\n</tool_call>" if self.asked.calls else text
+            message = assistant_message(whole, calls=True, after=self.asked.messages)
         except ValueError:  # a call that can't be read is what the model said
             return SpokenMessage(text, cut, (), reasoning)
         return SpokenMessage(message["content"], cut, message.get("tool_calls", ()), reasoning)
 
-    def settled(self, said: DecodedTokens) -> str:
+    def settled(self, said: Choice) -> str:
         """Its words before any call, once its thoughts are over."""
-        if self.calls:
-            return ""
         raw = said.text.lstrip()
         opens = self.thinks or raw.startswith(_OPENED) or _OPENED.startswith(raw)
-        if opens and _CLOSED not in raw:
+        if self.asked.calls or (opens and _CLOSED not in raw):
             return ""
         marks = (*self.asked.stop, *((_CALL,) if self.tools else ()))
         return _settled(_cut(self._words(said), marks)[0], marks)
 
-    def _words(self, said: DecodedTokens) -> str:
+    def _words(self, said: Choice) -> str:
         """The words as the renderer reads them, which reads all of them only where it must: behind
         them text is words too, until a token or a text comes that may mean something to it.
         """
@@ -341,35 +292,6 @@ class ChatReader:
             ends = bool(said.words) and said.text[:place].endswith(said.words)
             said.behind = place if ends else None
         return said.words
-
-    def plain(self, tokens: Sequence[int]) -> str:
-        """With whatever the format writes around words."""
-        return TextReader(self.format, self.asked).read(tokens).content
-
-
-@dataclass(frozen=True)
-class TextReader:
-    """Reads a plain continuation."""
-
-    format: ChatFormat
-    asked: RequestSettings
-
-    def read(self, tokens: Sequence[int]) -> SpokenMessage:
-        """The text without the token that ended it, up to a stop."""
-        ended = tokens[-1:] and tokens[-1] in self.format.ends
-        text = str(self.format.tokenizer.decode(tokens[:-1] if ended else tokens))
-        return SpokenMessage(*_cut(text, self.asked.stop))
-
-    def settled(self, said: DecodedTokens) -> str:
-        """The text but for what may be the beginning of a character or of a stop."""
-        text = said.text
-        if said.tokens[-1:] and said.tokens[-1] in self.format.ends:
-            text = text.removesuffix(str(self.format.tokenizer.decode(said.tokens[-1:])))
-        return _settled(_cut(text, self.asked.stop)[0], self.asked.stop)
-
-    def plain(self, tokens: Sequence[int]) -> str:
-        """All of it."""
-        return self.read(tokens).content
 
 
 def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
@@ -389,32 +311,58 @@ def _settled(text: str, marks: Sequence[str]) -> str:
 
 
 class Choice:
-    """One sample in a stream: what was drawn, and how much of it was sent."""
+    """One sample in a stream: its tokens with their text, and how many of both were sent.
 
-    def __init__(self, reader: ResponseReader) -> None:
-        self.reader, known = reader, reader.format
-        self.said = DecodedTokens(known.tokenizer, known.controls)
-        self.logprobs = list[float]()
-        self.text, self.told = "", 0
+    Each token is decoded a few times, however many follow. `marked` counts the tokens up to the
+    last control token. Of what a chat's renderer read whole, the reader keeps how many tokens
+    (`whole`) and characters (`seen`) those were, in all readings together too (`spent`), the
+    `words`, and where these end in the `text`: None where they are not the end of it.
+    """
+
+    def __init__(self, reader: TextReader) -> None:
+        self.reader, self._decode = reader, reader.format.tokenizer.decode
+        self.tokens, self.logprobs, self.text = list[int](), list[float](), ""
+        self._begin, self._end, self._tried = 0, 0, 0
+        self.marked, self.whole, self.seen, self.spent, self.words = 0, 0, 0, 0, ""
+        self.behind: int | None = None
+        self.sent, self.told = "", 0
 
     def add(self, drawn: Sequence[tuple[int, float]]) -> None:
-        """Take note of tokens and their log-probabilities."""
-        self.said.add(token for token, _ in drawn)
-        self.logprobs += [logprob for _, logprob in drawn]
+        """Take note of tokens and their log-probabilities; half a character at their end is not
+        yet part of the text.
+        """
+        for token, logprob in drawn:
+            self.tokens.append(token)
+            self.logprobs.append(logprob)
+            if token in self.reader.format.controls:
+                self.marked = len(self.tokens)
+        waiting = len(self.tokens) - self._end
+        if not waiting or (waiting > _LONGEST_CHARACTER and waiting < 2 * self._tried):
+            return
+        # What was decoded last stands before what is new: blanks may depend on it.
+        before = len(self._decode(self.tokens[self._begin : self._end]))
+        shortest = max(self._end, len(self.tokens) - _LONGEST_CHARACTER)
+        for end in range(len(self.tokens), shortest, -1):
+            new = str(self._decode(self.tokens[self._begin : end]))[before:]
+            if not new.endswith(_HALF):
+                self.text += new
+                self._begin, self._end, self._tried = self._end, end, 0
+                return
+        self._tried = waiting
 
     def news(self) -> str:
         """Words that can be sent now."""
-        settled = self.reader.settled(self.said)
-        if not settled.startswith(self.text):
+        settled = self.reader.settled(self)
+        if not settled.startswith(self.sent):
             return ""
-        self.text, new = settled, settled[len(self.text) :]
+        self.sent, new = settled, settled[len(self.sent) :]
         return new
 
     def rest(self, whole: str, plain: str) -> str | None:
         """Words that are still to be sent, of the `whole` or, where that begins otherwise, as in
         thoughts that nothing opened, of the `plain` text; None where others were sent before.
         """
-        texts = (one[len(self.text) :] for one in (whole, plain) if one.startswith(self.text))
+        texts = (one[len(self.sent) :] for one in (whole, plain) if one.startswith(self.sent))
         return next(texts, None)
 
 
@@ -441,36 +389,28 @@ class BodyWriter:
             "choices": list(choices),
         }
 
-    def choice(self, index: int, reader: ResponseReader, sample: DrawnSample) -> dict[str, Any]:
-        """A whole sample as a choice."""
-        said = reader.read(sample.tokens)
-        found: dict[str, Any] = {"index": index, "finish_reason": finish(said, sample)}
+    def choice(self, index: int, said: SpokenMessage, sample: DrawnSample) -> dict[str, Any]:
+        """A whole sample as a choice; `said` is how it is read."""
+        places = self.logprobs(sample.tokens, sample.logprobs, sample.top)
+        found = {"index": index, "finish_reason": _finish(said, sample), "logprobs": places}
         if not self.chat:
-            places = self.text_logprobs(sample.tokens, sample.logprobs, sample.top)
-            return {**found, "text": said.content, "logprobs": places}
+            return {**found, "text": said.content}
         message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
         if said.reasoning:
             message["reasoning_content"] = said.reasoning
         if said.calls:
             message |= {"content": said.content or None, "tool_calls": list(said.calls)}
-        places = self.chat_logprobs(sample.tokens, sample.logprobs, sample.top)
-        return {**found, "message": message, "logprobs": places}
+        return {**found, "message": message}
 
     def echo(
-        self,
-        index: int,
-        reader: ResponseReader,
-        prompt: Sequence[int],
-        outcome: Outcome,
-        sample: DrawnSample,
+        self, choice: dict[str, Any], prompt: Sequence[int], outcome: Outcome, sample: DrawnSample
     ) -> dict[str, Any]:
-        """A sample behind its prompt, with the log-probabilities of both."""
-        found = self.choice(index, reader, sample)
+        """A choice behind its prompt, with the log-probabilities of both."""
         logprobs = [*outcome.prompt_logprobs, *sample.logprobs]
         top = [*outcome.prompt_top, *sample.top] if self.asked.top else []
-        places = self.text_logprobs([*prompt, *sample.tokens], logprobs, top)
-        text = f"{self.format.tokenizer.decode(prompt)}{found['text']}"
-        return {**found, "text": text, "logprobs": places}
+        places = self._text_logprobs([*prompt, *sample.tokens], logprobs, top)
+        text = f"{self.format.tokenizer.decode(prompt)}{choice['text']}"
+        return {**choice, "text": text, "logprobs": places}
 
     def first_delta(self, index: int) -> dict[str, Any]:
         """How a choice begins in a stream of a chat."""
@@ -479,74 +419,62 @@ class BodyWriter:
 
     def delta(self, index: int, choice: Choice, text: str) -> dict[str, Any]:
         """More words of a choice, with the log-probabilities of all tokens since the last."""
-        tokens, logprobs = choice.said.tokens[choice.told :], choice.logprobs[choice.told :]
-        choice.told = len(choice.said.tokens)
-        found: dict[str, Any] = {"index": index, "finish_reason": None}
-        if self.chat:
-            places = self.chat_logprobs(tokens, logprobs, [])
-            return {**found, "delta": {"content": text}, "logprobs": places}
-        return {**found, "text": text, "logprobs": self.text_logprobs(tokens, logprobs, [])}
+        places = self.logprobs(choice.tokens[choice.told :], choice.logprobs[choice.told :], [])
+        choice.told = len(choice.tokens)
+        said = {"delta": {"content": text}} if self.chat else {"text": text}
+        return {"index": index, "finish_reason": None, "logprobs": places, **said}
 
     def last_delta(
         self, index: int, choice: Choice, said: SpokenMessage, text: str, sample: DrawnSample
     ) -> dict[str, Any]:
         """The end of a choice: all that was not sent before."""
-        place = choice.told
-        parts = sample.tokens[place:], sample.logprobs[place:], sample.top[place:]
-        found: dict[str, Any] = {"index": index, "finish_reason": finish(said, sample)}
+        new = slice(choice.told, None)
+        places = self.logprobs(sample.tokens[new], sample.logprobs[new], sample.top[new])
+        found = {"index": index, "finish_reason": _finish(said, sample), "logprobs": places}
         if not self.chat:
-            return {**found, "text": text, "logprobs": self.text_logprobs(*parts)}
+            return {**found, "text": text}
         delta: dict[str, Any] = {"content": text} if text else {}
         if said.reasoning:
             delta["reasoning_content"] = said.reasoning
         if said.calls:
             delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(said.calls)]
-        return {**found, "delta": delta, "logprobs": self.chat_logprobs(*parts)}
+        return {**found, "delta": delta}
 
-    def chat_logprobs(
+    def logprobs(
         self, tokens: Sequence[int], logprobs: Sequence[float], top: Sequence[Top]
     ) -> dict[str, Any] | None:
-        """Log-probabilities as chats have them; None where they were not asked for."""
-        if self.asked.top is None:
-            return None
-        rows = top or [([], [])] * len(tokens)
+        """Log-probabilities as chats or texts have them; None where they were not asked for."""
+        if not self.chat or self.asked.top is None:
+            return self._text_logprobs(tokens, logprobs, top)
         places = []
+        rows = top or [([], [])] * len(tokens)
         for token, logprob, row in zip(tokens, logprobs, rows, strict=True):
             likeliest = [self._place(*one) for one in zip(*row, strict=True)]
             places.append({**self._place(token, logprob), "top_logprobs": likeliest})
         return {"content": places, "refusal": None}
 
-    def text_logprobs(
+    def _text_logprobs(
         self,
         tokens: Sequence[int],
         logprobs: Sequence[float | None],
         top: Sequence[Top | None],
     ) -> dict[str, Any] | None:
-        """Log-probabilities as texts have them; None where they were not asked for."""
         if self.asked.top is None:
             return None
-        names, offsets, end = [self._name(token) for token in tokens], [], 0
-        for token in tokens:
-            offsets.append(end)
-            end += len(self._text(token))
         rows = [
             row and {self._name(id): value for id, value in zip(*row, strict=True)} for row in top
         ]
         return {
-            "tokens": names,
+            "tokens": [self._name(token) for token in tokens],
             "token_logprobs": list(logprobs),
             "top_logprobs": rows or None,
-            "text_offset": offsets,
+            "text_offset": [0, *accumulate(len(self._text(token)) for token in tokens)][:-1],
         }
 
     def _place(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._text(token)
-        whole = "\ufffd" not in text
-        return {
-            "token": self._name(token),
-            "logprob": logprob,
-            "bytes": list(text.encode()) if whole else None,
-        }
+        known = None if _HALF in text else list(text.encode())
+        return {"token": self._name(token), "logprob": logprob, "bytes": known}
 
     def _name(self, token: int) -> str:
         return f"token_id:{token}" if self.asked.by_id else self._text(token)
@@ -555,19 +483,20 @@ class BodyWriter:
         return str(self.format.tokenizer.decode([token]))
 
 
-def finish(said: SpokenMessage, sample: DrawnSample) -> str:
+def _finish(said: SpokenMessage, sample: DrawnSample) -> str:
     """Why a choice ended, in the protocol's words."""
     if said.calls:
         return "tool_calls"
     return "stop" if sample.stopped or said.cut else "length"
 
 
-def usage(prompts: Sequence[int], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The token counts of requests; `prompts` are the lengths of their prompts."""
+def usage(prompts: Sequence[Sequence[int]], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The token counts of requests, by their prompts and what they came to."""
+    read = sum(map(len, prompts))
     drawn = sum(len(one.tokens) for outcome in outcomes for one in outcome.samples)
     return {
-        "prompt_tokens": sum(prompts),
+        "prompt_tokens": read,
         "completion_tokens": drawn,
-        "total_tokens": sum(prompts) + drawn,
+        "total_tokens": read + drawn,
         "prompt_tokens_details": {"cached_tokens": sum(one.cached for one in outcomes)},
     }

@@ -38,12 +38,12 @@ _LARGE = 2**31
 _SAMPLING = ("temperature", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty")
 _SHARED = {"model", "n", "stop", "stream", "stream_options", "logprobs", "max_tokens", *_SAMPLING}
 _SHARED |= {"return_tokens_as_token_ids"}
+# These change no answer.
+_SHARED |= {"user", "metadata", "service_tier", "store", "prompt_cache_key", "safety_identifier"}
+_SHARED |= {"prompt_cache_retention"}
 _CHAT = _SHARED | {"messages", "tools", "tool_choice", "top_logprobs", "response_format"}
 _CHAT |= {"max_completion_tokens"}
 _TEXT = _SHARED | {"prompt", "echo"}
-# These change no answer.
-_SILENT = {"user", "metadata", "service_tier", "store", "prompt_cache_key", "safety_identifier"}
-_SILENT |= {"prompt_cache_retention"}
 # And these change none at the value that clients send.
 _NEUTRAL: Mapping[str, Any] = {
     **{"logit_bias": {}, "best_of": 1, "parallel_tool_calls": True, "modalities": ["text"]},
@@ -72,30 +72,28 @@ class RequestSettings:
 
 
 @dataclass(frozen=True)
-class ChatAsked:
+class ChatRequest(RequestSettings):
     """A conversation to go on with; `tools` is JSON text, `schema` what the answer is held to.
 
     Where it `calls`, the answer is a call of a tool, and the schema that of the call.
     """
 
-    asked: RequestSettings
     messages: Sequence[Message]
     tools: str | None
     schema: Any
-    calls: bool = False
+    calls: bool
 
 
 @dataclass(frozen=True)
-class TextAsked:
+class TextRequest(RequestSettings):
     """Texts, or their token ids, to go on with; with `echo` each is part of its answer."""
 
-    asked: RequestSettings
     prompts: Sequence[str | list[int]]
     echo: bool
     only_echo: bool
 
 
-def read_chat(body: Body) -> ChatAsked:
+def read_chat(body: Body) -> ChatRequest:
     """The body of `/chat/completions`; raises `InvalidRequestError` or another of ours."""
     _refuse_others(body, _CHAT)
     given = body.get("messages")
@@ -117,13 +115,16 @@ def read_chat(body: Body) -> ChatAsked:
         raise InvalidRequestError(
             "expected tools or a response_format of JSON; found both: a call is not of that form"
         )
-    limit = whole(body, most, 1, _LARGE, None)
-    told = json.dumps(tools, ensure_ascii=False) if tools else None
-    schema = schema if called is None else called
-    return ChatAsked(_asked(body, top, limit), messages, told, schema, called is not None)
+    return ChatRequest(
+        **_read_settings(body, top, whole(body, most, 1, _LARGE, None)),
+        messages=messages,
+        tools=json.dumps(tools, ensure_ascii=False) if tools else None,
+        schema=schema if called is None else called,
+        calls=called is not None,
+    )
 
 
-def read_text(body: Body) -> TextAsked:
+def read_text(body: Body) -> TextRequest:
     """The body of `/completions`; raises `InvalidRequestError`."""
     _refuse_others(body, _TEXT)
     most = whole(body, "max_tokens", 0, _LARGE, 16)
@@ -132,30 +133,37 @@ def read_text(body: Body) -> TextAsked:
         raise InvalidRequestError("expected max_tokens of 1 or more, or echo; found neither")
     if echo and body.get("stream"):
         raise InvalidRequestError("expected echo or stream; found both")
-    top = whole(body, "logprobs", 0, MOST_TOP, None)
-    asked = _asked(body, top, most or 1)
-    return TextAsked(asked, _read_prompts(body.get("prompt")), echo, not most)
+    settings = _read_settings(body, whole(body, "logprobs", 0, MOST_TOP, None), most or 1)
+    prompts = _read_prompts(body.get("prompt"))
+    return TextRequest(**settings, prompts=prompts, echo=echo, only_echo=not most)
 
 
-def _asked(body: Body, top: int | None, most: int | None) -> RequestSettings:
+def _read_settings(body: Body, top: int | None, most: int | None) -> dict[str, Any]:
+    """The fields of `RequestSettings`."""
     sampling = {name: body[name] for name in _SAMPLING if body.get(name) is not None}
     number(body, "temperature", 0.0, 2.0, 1.0)
-    return RequestSettings(
-        model=text(body, "model"),
-        n=whole(body, "n", 1, MOST_CHOICES, 1),
-        sampling={**sampling, "max_tokens": most},
-        stop=_read_stop(body.get("stop")),
-        top=top,
-        by_id=_flag(body, "return_tokens_as_token_ids"),
-        stream=_flag(body, "stream"),
-        usage=_flag(section(body, "stream_options"), "include_usage"),
-    )
+    stop = body.get("stop")
+    stops = [stop] if isinstance(stop, str) else stop or []
+    if not isinstance(stops, list) or len(stops) > MOST_STOPS or "" in stops:
+        raise InvalidRequestError(
+            f"expected stop as a text or at most {MOST_STOPS}, none empty; found {shown(stop)}"
+        )
+    return {
+        "model": text(body, "model"),
+        "n": whole(body, "n", 1, MOST_CHOICES, 1),
+        "sampling": {**sampling, "max_tokens": most},
+        "stop": tuple(text({"stop": one}, "stop") for one in stops),
+        "top": top,
+        "by_id": _flag(body, "return_tokens_as_token_ids"),
+        "stream": _flag(body, "stream"),
+        "usage": _flag(section(body, "stream_options"), "include_usage"),
+    }
 
 
 def _refuse_others(body: Body, known: set[str]) -> None:
     """Refuse what would change the answer and isn't done."""
     for name, value in body.items():
-        if value is None or name in known or name in _SILENT:
+        if value is None or name in known:
             continue
         if name not in _NEUTRAL:
             found = f"this server has no {name[:80]!r}; found {shown(value)}: leave it out"
@@ -172,15 +180,6 @@ def _flag(body: Body, name: str) -> bool:
     if found is not None and not isinstance(found, bool):
         raise InvalidRequestError(f"expected {name} as true or false; found {shown(found)}")
     return bool(found)
-
-
-def _read_stop(given: Any) -> tuple[str, ...]:
-    stops = [given] if isinstance(given, str) else given or []
-    if not isinstance(stops, list) or len(stops) > MOST_STOPS or "" in stops:
-        raise InvalidRequestError(
-            f"expected stop as a text or at most {MOST_STOPS}, none empty; found {shown(given)}"
-        )
-    return tuple(text({"stop": one}, "stop") for one in stops)
 
 
 def _read_tools(body: Body) -> list[dict[str, Any]]:
@@ -224,38 +223,34 @@ def _called(choice: Any, tools: Sequence[Mapping[str, Any]]) -> Any:
 def _read_form(body: Body) -> Any:
     """The schema that an answer is held to; None for none."""
     form = section(body, "response_format")
-    kind = form.get("type", "text")
-    if kind == "json_object":
-        return {"type": "object"}
-    if kind == "json_schema":
-        schema = section(form, "json_schema").get("schema")
-        if not isinstance(schema, dict | bool):
-            raise InvalidRequestError(
-                f"expected response_format.json_schema.schema as an object; found {shown(schema)}"
-            )
-        return schema
-    if kind != "text":
+    kind, schema = form.get("type", "text"), section(form, "json_schema").get("schema")
+    if kind not in ("text", "json_object", "json_schema"):
         raise InvalidRequestError(
             "expected response_format.type of 'text', 'json_object' or 'json_schema'; found "
             f"{shown(kind)}"
         )
-    return None
+    if kind == "json_schema" and not isinstance(schema, dict | bool):
+        raise InvalidRequestError(
+            f"expected response_format.json_schema.schema as an object; found {shown(schema)}"
+        )
+    return {"text": None, "json_object": {"type": "object"}, "json_schema": schema}[kind]
 
 
 def _read_prompts(given: Any) -> list[str | list[int]]:
     """One text, several, the token ids of one, or those of several."""
-    single = isinstance(given, str) or (
-        isinstance(given, list) and bool(given) and all(type(one) is int for one in given)
-    )
-    prompts = [given] if single else given
+
+    def is_prompt(one: Any) -> bool:
+        ids = isinstance(one, list) and all(type(id) is int for id in one)
+        return bool(one) and (ids or isinstance(one, str))
+
+    prompts = [given] if is_prompt(given) else given
     if not isinstance(prompts, list) or not 1 <= len(prompts) <= MOST_PROMPTS:
         raise InvalidRequestError(
             f"expected prompt as a text, token ids, or at most {MOST_PROMPTS} of them; found "
             f"{shown(given)}"
         )
     for one in prompts:
-        ids = isinstance(one, list) and bool(one) and all(type(id) is int for id in one)
-        if not ids and not (isinstance(one, str) and one):
+        if not is_prompt(one):
             raise InvalidRequestError(f"expected a prompt with a text or ids; found {shown(one)}")
     return list(prompts)
 
@@ -361,30 +356,27 @@ def read_exchange(answer: Mapping[str, Any]) -> Exchange:
     """The first choice of an answer; raises what reading something else raises."""
     choice = answer["choices"][0]
     message = choice["message"]
-    calls = [
-        Call(one["function"]["name"], json.loads(one["function"]["arguments"] or "{}"))
-        for one in message.get("tool_calls") or ()
-    ]
+    calls = [_call(one["function"]) for one in message.get("tool_calls") or ()]
     text = str(message.get("content") or "")
     text = write_calls(text, calls) if calls else text
     return Exchange(text, _reason(choice.get("finish_reason")), *_counts(answer.get("usage")))
 
 
+def _call(function: Mapping[str, Any]) -> Call:
+    return Call(function["name"], json.loads(function["arguments"] or "{}"))
+
+
 def read_places(choice: Mapping[str, Any]) -> list[Place]:
     """The tokens of a choice with their log-probabilities; none where none are given."""
-    found = choice.get("logprobs")
-    places = found.get("content") if isinstance(found, Mapping) else None
+
+    def named(found: Mapping[str, Any]) -> tuple[str, float]:
+        return str(found["token"]), float(found["logprob"])
+
     try:
-        return [
-            Place(*_named(one), [*map(_named, one.get("top_logprobs") or ())])
-            for one in places or ()
-        ]
+        places = (choice.get("logprobs") or {}).get("content") or ()
+        return [Place(*named(one), [*map(named, one.get("top_logprobs") or ())]) for one in places]
     except (TypeError, ValueError, KeyError, AttributeError):
         return []
-
-
-def _named(found: Mapping[str, Any]) -> tuple[str, float]:
-    return str(found["token"]), float(found["logprob"])
 
 
 def as_events(answer: Mapping[str, Any], *, counts: bool) -> Iterator[bytes]:
@@ -393,19 +385,20 @@ def as_events(answer: Mapping[str, Any], *, counts: bool) -> Iterator[bytes]:
     """
     shared = {key: answer[key] for key in ("id", "created", "model") if key in answer}
     shared["object"] = "chat.completion.chunk"
+
+    def event(*choices: Mapping[str, Any], **more: Any) -> bytes:
+        said = {**shared, "choices": choices, **more}
+        return f"data: {json.dumps(said, ensure_ascii=False)}\n\n".encode()
+
     for index, choice in enumerate(answer["choices"]):
-        calls = choice["message"].get("tool_calls") or ()
         delta = dict(choice["message"])
-        if calls:
+        if calls := delta.get("tool_calls"):
             delta["tool_calls"] = [{"index": place, **one} for place, one in enumerate(calls)]
-        first = {"index": index, "delta": delta, "finish_reason": None}
-        last = {"index": index, "delta": {}, "finish_reason": choice.get("finish_reason")}
-        if choice.get("logprobs"):
-            first["logprobs"] = choice["logprobs"]
-        for event in ({"choices": [first]}, {"choices": [last]}):
-            yield f"data: {json.dumps({**shared, **event}, ensure_ascii=False)}\n\n".encode()
+        known = {"logprobs": choice["logprobs"]} if choice.get("logprobs") else {}
+        yield event({"index": index, "delta": delta, "finish_reason": None, **known})
+        yield event({"index": index, "delta": {}, "finish_reason": choice.get("finish_reason")})
     if counts and (usage := answer.get("usage")):
-        yield f"data: {json.dumps({**shared, 'choices': [], 'usage': usage})}\n\n".encode()
+        yield event(usage=usage)
     yield b"data: [DONE]\n\n"
 
 
@@ -454,7 +447,7 @@ class SpokenStream:
         if event.get("usage"):
             self._counts = _counts(event["usage"])
         for choice in event.get("choices", ()):
-            if not choice.get("index"):  # the first, of several
+            if not choice.get("index"):  # of several the first is read
                 self._add(choice.get("delta") or {})
                 if said := choice.get("finish_reason"):
                     self._reason = _reason(said)
@@ -471,19 +464,15 @@ class SpokenStream:
 
     @property
     def exchange(self) -> Exchange:
-        """What was said, once it is done."""
-        text = "".join(self._text)
-        if self._calls:
-            text = write_calls(text, [_stream_call(one) for _, one in sorted(self._calls.items())])
+        """What was said, once it is done; a call that can't be read as it was written."""
+        text, calls = "".join(self._text), list[Call | str]()
+        for _, one in sorted(self._calls.items()):
+            try:
+                calls.append(_call(one))
+            except (ValueError, RecursionError):
+                calls.append(one["arguments"])
+        text = write_calls(text, calls) if calls else text
         return Exchange(text, self._reason, *self._counts)
-
-
-def _stream_call(said: Mapping[str, str]) -> Call | str:
-    """A call; its arguments as they were written where those can't be read."""
-    try:
-        return Call(said["name"], json.loads(said["arguments"] or "{}"))
-    except (ValueError, RecursionError):
-        return said["arguments"]
 
 
 def refused(

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,6 @@ from distill_datasets.hub.references import find_release
 from distill_datasets.models.references import find_served, find_training, read_training
 from distill_datasets.models.renderers import load_tokenizer
 from distill_datasets.recipes.loading import load_recipe
-from distill_datasets.schema import Message
 from distill_datasets.serving.answers import (
     BodyWriter,
     ChatFormat,
@@ -58,7 +58,6 @@ from distill_datasets.serving.answers import (
     Choice,
     LiveRequest,
     Outcome,
-    ResponseReader,
     TextReader,
     usage,
 )
@@ -105,13 +104,9 @@ def serve(model: str, settings: ServeSettings) -> None:
     students = read_names(settings.students)
     if said := card.foretold():
         print(said, file=sys.stderr)
-    models: list[Catalogue] = []
-
-    def extend(app: web.Application) -> None:
-        models.append(mount(app, key, format, students, recipe))
-
+    mounted = partial(mount, api_key=key, format=format, students=students, recipe=recipe)
     try:
-        asyncio.run(_until_interrupted(card, key, settings, extend, models))
+        asyncio.run(_until_interrupted(card, key, settings, mounted))
     except DistillError:
         raise
     except OSError as error:
@@ -125,13 +120,33 @@ def mount(
     app: web.Application,
     api_key: str,
     format: ChatFormat,
-    students: dict[str, str],
+    students: Mapping[str, str],
     recipe: Recipe | None,
-) -> Catalogue:
-    """Add OpenAI's protocol to an embedded server's application."""
+) -> Mapping[str, Served]:
+    """Add OpenAI's protocol to an embedded server's application; its models by their names.
+
+    They are the base and `students`, by name and reference, and each of them with its prompt, where
+    that is known: by the release that a student was trained on, or else by `recipe`. Raises
+    `ModelError` for what can't be served here.
+    """
     service = app[SERVICE]
-    models = open_models(service, format, students, recipe)
-    app.add_subapp(OTHER.rstrip("/"), openai_app(service, models, api_key))
+    base = service.card.name
+    plain = {base: (Served(base, BASE, format), recipe)}
+    for name, reference in students.items():
+        if name in plain:
+            raise SettingsError(f"Two models are called {name!r}: name one, NAME=PATH.")
+        plain[name] = _open_student(service, name, reference, format, recipe)
+    models = {name: model for name, (model, _) in plain.items()}
+    for name, (model, prompt) in plain.items():
+        if prompt is not None:
+            prompted = name + WITH_PROMPT
+            models[prompted] = replace(model, name=prompted, recipe=prompt)
+    openai, endpoints = web.Application(middlewares=[_gate(api_key)]), _Endpoints(service, models)
+    openai.router.add_get("/models", endpoints.list_models)
+    openai.router.add_get("/models/{name:.+}", endpoints.get_model)
+    openai.router.add_post("/chat/completions", endpoints.chat)
+    openai.router.add_post("/completions", endpoints.text)
+    app.add_subapp(OTHER.rstrip("/"), openai)
     return models
 
 
@@ -150,14 +165,20 @@ async def _until_interrupted(
     card: ModelCard,
     api_key: str,
     settings: ServeSettings,
-    extend: Callable[[web.Application], None],
-    models: Sequence[Catalogue],
+    mounted: Callable[[web.Application], Mapping[str, Served]],
 ) -> None:
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    stop, loop, names = asyncio.Event(), asyncio.get_running_loop(), list[str]()
     for sign in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(sign, stop.set)
     host, store = settings.host, settings.store
-    served = running(card, store, api_key, host=host, port=settings.port, extend=extend)
+    served = running(
+        card,
+        store,
+        api_key,
+        host=host,
+        port=settings.port,
+        extend=lambda app: names.extend(mounted(app)),
+    )
     async with served as port:
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(
@@ -165,7 +186,7 @@ async def _until_interrupted(
             f"export OPENAI_API_KEY={api_key}\n"
             f"export TINKER_BASE_URL={address}\n"
             f"export TINKER_API_KEY={api_key}\n"
-            f"# models:    {', '.join(name for one in models for name in one.models)}\n"
+            f"# models:    {', '.join(names)}\n"
             f"# context:   {card.max_context} tokens, computed in {card.dtype}\n"
             f"# tokenizer: {card.folder} (for the Tinker Cookbook the model_name too)\n"
             f"# store:     {store or 'temporary, removed at the end'}\n"
@@ -183,57 +204,6 @@ class Served:
     weights: str
     format: ChatFormat
     recipe: Recipe | None = None
-
-    def asked(
-        self, messages: Sequence[Message], tools: str | None
-    ) -> tuple[Sequence[Message], str | None]:
-        """The messages and the tools that this model sees; see `WITH_PROMPT`."""
-        if self.recipe is None:
-            return messages, tools
-        return with_prompt(self.recipe, messages, tools)
-
-
-class Catalogue:
-    """All models of a server, by their names; a checkpoint of its store goes by its path too."""
-
-    def __init__(self, service: Service, format: ChatFormat, models: Sequence[Served]) -> None:
-        self._service, self._format = service, format
-        self.models: Mapping[str, Served] = {one.name: one for one in models}
-        self.created = int(time.time())
-
-    def find(self, name: str) -> Served:
-        """A model; raises `MissingError` that says which there are."""
-        if name not in self.models and name.startswith(SCHEME):
-            return Served(name, self._service.engine.weights_of(name), self._format)
-        if name not in self.models:
-            known = list(self.models)[:20]
-            raise MissingError(f"found no model {name[:200]!r}; this server has {known}")
-        return self.models[name]
-
-
-def open_models(
-    service: Service,
-    format: ChatFormat,
-    students: Mapping[str, str],
-    recipe: Recipe | None,
-) -> Catalogue:
-    """The served base and `students`, by name and reference.
-
-    Each is there with its prompt too, where that is known: by the release that a student was
-    trained on, or else by `recipe`. Raises `ModelError` for what can't be served here.
-    """
-    base = service.card.name
-    plain = [(Served(base, BASE, format), recipe)]
-    for name, reference in students.items():
-        if name in (known.name for known, _ in plain):
-            raise SettingsError(f"Two models are called {name!r}: name one, NAME=PATH.")
-        plain.append(_open_student(service, name, reference, format, recipe))
-    prompted = [
-        replace(model, name=model.name + WITH_PROMPT, recipe=prompt)
-        for model, prompt in plain
-        if prompt is not None
-    ]
-    return Catalogue(service, format, [*(model for model, _ in plain), *prompted])
 
 
 def read_names(references: Sequence[str]) -> dict[str, str]:
@@ -299,17 +269,6 @@ def _recipe_of(config: Mapping[str, Any]) -> Recipe | None:
     return load_recipe(release.path / "recipe", trust=True)
 
 
-def openai_app(service: Service, models: Catalogue, api_key: str) -> web.Application:
-    """An application for `/v1`, for the same key as the one around it."""
-    app = web.Application(middlewares=[_gate(api_key)])
-    endpoints = _Endpoints(service, models)
-    app.router.add_get("/models", endpoints.list_models)
-    app.router.add_get("/models/{name:.+}", endpoints.get_model)
-    app.router.add_post("/chat/completions", endpoints.chat)
-    app.router.add_post("/completions", endpoints.text)
-    return app
-
-
 def _gate(api_key: str) -> Middleware:
     expected = api_key.encode()
 
@@ -359,58 +318,52 @@ def _explained(error: Exception) -> web.Response:
 
 @dataclass(frozen=True)
 class _Completion:
-    """One answer in the making: its requests, and how they are read and written."""
+    """One answer in the making: its requests with their prompts, and how they are read and
+    written.
+    """
 
     writer: BodyWriter
-    reader: ResponseReader
+    reader: TextReader
     requests: Sequence[LiveRequest]
-    lengths: Sequence[int]
+    prompts: Sequence[Sequence[int]]
 
-    @property
-    def asked(self) -> RequestSettings:
-        return self.writer.asked
-
-    async def whole(self) -> web.Response:
-        """The answer in one body."""
-        outcomes = [await one.outcome() for one in self.requests]
-        samples = [sample for one in outcomes for sample in one.samples]
-        choices = [self.writer.choice(n, self.reader, one) for n, one in enumerate(samples)]
-        body = {**self.writer.body(choices), "usage": usage(self.lengths, outcomes)}
-        return web.json_response(body)
-
-    async def echo(self, prompts: Sequence[list[int]], *, only: bool) -> web.Response:
-        """The answer in one body, each choice behind its prompt; with `only` that alone."""
+    async def whole(self, *, echo: bool = False, only_echo: bool = False) -> web.Response:
+        """The answer in one body; with `echo` each choice behind its prompt, or that alone."""
         outcomes = [await one.outcome() for one in self.requests]
         choices: list[dict[str, Any]] = []
-        for tokens, outcome in zip(prompts, outcomes, strict=True):
-            if only:
-                outcome.samples[:] = [DrawnSample([], [], [], False)] * self.asked.n
+        for prompt, outcome in zip(self.prompts, outcomes, strict=True):
+            if only_echo:
+                outcome.samples[:] = [DrawnSample([], [], [], False)] * self.writer.asked.n
             for sample in outcome.samples:
-                choices.append(self.writer.echo(len(choices), self.reader, tokens, outcome, sample))
-        body = {**self.writer.body(choices), "usage": usage(self.lengths, outcomes)}
+                said = self.reader.read(sample.tokens)
+                choice = self.writer.choice(len(choices), said, sample)
+                choice = self.writer.echo(choice, prompt, outcome, sample) if echo else choice
+                choices.append(choice)
+        body = {**self.writer.body(choices), "usage": usage(self.prompts, outcomes)}
         return web.json_response(body)
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """The answer in events; what fails before the first is a plain refusal."""
-        stream, outcomes = _Events(request, self.writer), list[Outcome]()
+        stream, outcomes, asked = _Events(request, self.writer), list[Outcome](), self.writer.asked
         try:
-            for first, live in zip(count(0, self.asked.n), self.requests):
+            for first, live in zip(count(0, asked.n), self.requests):
                 outcomes.append(await self._stream_one(first, live, stream))
-            if self.asked.usage:
-                await stream.send([], usage=usage(self.lengths, outcomes))
-            await stream.close()
+            if asked.usage:
+                await stream.send([], usage=usage(self.prompts, outcomes))
+            await stream.write("[DONE]")
         except DistillError as error:
             if not stream.begun:
                 raise
             with suppress(ConnectionResetError):
-                await stream.fail(str(error))
+                body = error_body(str(error), kind="server_error")
+                await stream.write(json.dumps({"error": body}))
         except ConnectionResetError:  # the client went away
             pass
         return stream.response
 
     async def _stream_one(self, first: int, live: LiveRequest, stream: _Events) -> Outcome:
         """Send what one request draws, its samples numbered from `first`."""
-        choices = [Choice(self.reader) for _ in range(self.asked.n)]
+        choices = [Choice(self.reader) for _ in range(self.writer.asked.n)]
         while drawn := await live.drawn():
             for sample in {sample for sample, *_ in drawn}:
                 choice = choices[sample]
@@ -446,17 +399,10 @@ class _Events:
             self._roles.update(news)
             await self.send([self._writer.first_delta(index) for index in news])
         told: dict[str, Any] = {"usage": None} if self._writer.asked.usage else {}
-        await self._write(json.dumps(self._writer.body(choices, chunk=True) | told | extra))
+        await self.write(json.dumps(self._writer.body(choices, chunk=True) | told | extra))
 
-    async def close(self) -> None:
-        """End a whole answer."""
-        await self._write("[DONE]")
-
-    async def fail(self, message: str) -> None:
-        """End an answer that broke off."""
-        await self._write(json.dumps({"error": error_body(message, kind="server_error")}))
-
-    async def _write(self, data: str) -> None:
+    async def write(self, data: str) -> None:
+        """Send an event."""
         if not self.begun:
             self.begun = True
             await self.response.prepare(self._request)
@@ -464,22 +410,36 @@ class _Events:
 
 
 class _Endpoints:
-    def __init__(self, service: Service, models: Catalogue) -> None:
+    def __init__(self, service: Service, models: Mapping[str, Served]) -> None:
         self._service, self._models, self._waiting = service, models, 0
+        self._created = int(time.time())
+
+    def _find(self, name: str) -> Served:
+        """A model; raises `MissingError` that says which there are.
+
+        A checkpoint of the store goes by its path too.
+        """
+        if name in self._models:
+            return self._models[name]
+        if name.startswith(SCHEME):
+            base = self._models[self._service.card.name]
+            return Served(name, self._service.engine.weights_of(name), base.format)
+        known = list(self._models)[:20]
+        raise MissingError(f"found no model {name[:200]!r}; this server has {known}")
 
     async def list_models(self, _: web.Request) -> web.Response:
-        found = [self._told(one) for one in self._models.models.values()]
+        found = [self._told(one) for one in self._models.values()]
         return web.json_response({"object": "list", "data": found})
 
     async def get_model(self, request: web.Request) -> web.Response:
-        return web.json_response(self._told(self._models.find(request.match_info["name"])))
+        return web.json_response(self._told(self._find(request.match_info["name"])))
 
     def _told(self, model: Served) -> dict[str, Any]:
         base = self._service.card.name
         return {
             "id": model.name,
             "object": "model",
-            "created": self._models.created,
+            "created": self._created,
             "owned_by": "local",
             "root": base,
             "parent": None if model.name == base else base,
@@ -487,50 +447,51 @@ class _Endpoints:
         }
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        read = read_chat(read_json(await request.read()))
-        model, asked = self._models.find(read.asked.model), read.asked
-        messages, tools = model.asked(read.messages, read.tools)
+        asked = read_chat(read_json(await request.read()))
+        model = self._find(asked.model)
+        messages, tools = asked.messages, asked.tools
+        if model.recipe is not None:
+            messages, tools = with_prompt(model.recipe, messages, tools)
         tokens = model.format.prompts.tokens(messages, tools)
-        thinks = _thinks(model, tokens)
-        if read.calls and thinks:
+        thinks = str(model.format.tokenizer.decode(tokens[-4:])).rstrip().endswith("<think>")
+        if asked.calls and thinks:
             raise InvalidRequestError(
                 "expected tool_choice of 'auto' or 'none': this model thinks before it calls a tool"
             )
-        if read.calls:
+        if asked.calls:
             tokens = [*tokens, *model.format.call_opening]
         constrain = None
-        if read.schema is not None:
-            constrain = await self._service.hold(read.schema, model.format.ends)
+        if asked.schema is not None:
+            constrain = await self._service.hold(asked.schema, model.format.ends)
         sampled = _sampled(model, asked, tokens, (*asked.stop, *model.format.end_texts))
-        reader = ChatReader(model.format, asked, read.messages, tools, thinks, read.calls)
+        reader = ChatReader(model.format, asked, tools, thinks)
         writer = BodyWriter(True, asked, model.format, self._service.card.fingerprint)
         with self._admitted():
             live = self._live(request, model, asked, sampled, constrain)
-            answer = _Completion(writer, reader, [live], [len(tokens)])
+            answer = _Completion(writer, reader, [live], [tokens])
             return await (answer.stream(request) if asked.stream else answer.whole())
 
     async def text(self, request: web.Request) -> web.StreamResponse:
-        read = read_text(read_json(await request.read()))
-        model, asked = self._models.find(read.asked.model), read.asked
+        asked = read_text(read_json(await request.read()))
+        model = self._find(asked.model)
         if model.recipe is not None:
             raise InvalidRequestError(
                 f"{model.name!r} puts its prompt before a conversation: ask chat/completions"
             )
         encode = model.format.tokenizer.encode
-        prompts = [encode(one) if isinstance(one, str) else one for one in read.prompts]
+        prompts = [encode(one) if isinstance(one, str) else one for one in asked.prompts]
         scored: dict[str, Any] = {}
-        if read.echo and asked.top is not None:
+        if asked.echo and asked.top is not None:
             scored = {"prompt_logprobs": True, "topk_prompt_logprobs": asked.top}
         sampled = [_sampled(model, asked, tokens, asked.stop, **scored) for tokens in prompts]
+        reader = TextReader(model.format, asked)
         writer = BodyWriter(False, asked, model.format, self._service.card.fingerprint)
         with self._admitted():
             live = [self._live(request, model, asked, one) for one in sampled]
-            answer = _Completion(
-                writer, TextReader(model.format, asked), live, list(map(len, prompts))
-            )
-            if read.echo:
-                return await answer.echo(prompts, only=read.only_echo)
-            return await (answer.stream(request) if asked.stream else answer.whole())
+            answer = _Completion(writer, reader, live, prompts)
+            if asked.stream:
+                return await answer.stream(request)
+            return await answer.whole(echo=asked.echo, only_echo=asked.only_echo)
 
     def _live(
         self,
@@ -571,8 +532,3 @@ def _sampled(
         **scored,
     }
     return replace(read_sample_request(body), stop=(*model.format.ends, *stops))
-
-
-def _thinks(model: Served, tokens: Sequence[int]) -> bool:
-    """Whether a prompt opens the thoughts of its answer."""
-    return str(model.format.tokenizer.decode(tokens[-4:])).rstrip().endswith("<think>")

@@ -8,10 +8,11 @@ import pytest
 
 from distill_datasets.models.renderers import load_tokenizer
 from distill_datasets.serving.answers import ChatFormat, ChatReader, Choice, TextReader
-from distill_datasets.serving.protocol import read_text
+from distill_datasets.serving.protocol import read_chat, read_text
 from tests.support.tiny_model import make_tiny_model
 
-ASKED = read_text({"model": "m", "prompt": "p", "stop": ["END"]}).asked
+TEXT = read_text({"model": "m", "prompt": "p", "stop": ["END"]})
+CHAT = read_chat({"model": "m", "messages": [{"role": "user", "content": "p"}], "stop": ["END"]})
 TEXTS = (
     "Der Himmel ist blau. <b>Le ciel</b> est bleu, 77 < 78.",
     "日本語のテキスト、🙂🙂 e\u0301 und नमस्ते दुनिया",
@@ -42,7 +43,7 @@ def format(tmp_path_factory: pytest.TempPathFactory) -> ChatFormat:
 
 
 def readers(format: ChatFormat) -> list[Any]:
-    return [TextReader(format, ASKED), ChatReader(format, ASKED, [], None, False)]
+    return [TextReader(format, TEXT), ChatReader(format, CHAT, None, False)]
 
 
 def drawn(text: str, tokenizer: Any, generator: random.Random) -> list[int]:
@@ -68,7 +69,7 @@ def test_what_is_sent_is_the_whole_however_characters_and_marks_are_cut(
             sent += choice.news()
         whole = reader.read(tokens).content
         rest = choice.rest(whole, reader.plain(tokens))
-        assert sent == choice.text and rest is not None and sent + rest == whole
+        assert sent == choice.sent and rest is not None and sent + rest == whole
         assert len(rest) < 12, "all but the end is sent on the way"
 
 

@@ -404,7 +404,7 @@ def test_words_thoughts_and_calls_are_told_apart_while_they_come(model: Path, th
     call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
     text = f"{opened}\nThe user asks ü.\n</think>\n\nLet me see ü 🙂.\n{call}<|im_end|>"
     tokens = tokenizer.encode(text, add_special_tokens=False)
-    reader = ChatReader(format, read.asked, read.messages, "[]", thinks)
+    reader = ChatReader(format, read, "[]", thinks)
     choice, pieces = Choice(reader), []
     for token in tokens:
         choice.add([(token, 0.0)])
@@ -421,7 +421,7 @@ def test_thoughts_that_nothing_opened_are_sent_as_they_were_drawn(model: Path) -
     tokenizer = load_tokenizer(str(model))
     format = ChatFormat(tokenizer, "distill_datasets/chat_template")
     read = read_chat({"model": "tiny", "messages": [{"role": "user", "content": "a"}]})
-    reader = ChatReader(format, read.asked, read.messages, None, thinks=False)
+    reader = ChatReader(format, read, None, thinks=False)
     choice, sent = Choice(reader), ""
     text = "It is blue.\n</think>\nNo: it is red."
     tokens = tokenizer.encode(f"{text}<|im_end|>", add_special_tokens=False)
