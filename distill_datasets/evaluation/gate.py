@@ -6,9 +6,10 @@ What a rule names and nobody measured fails too.
 
 import json
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill_datasets.errors import GateError, SettingsError, nearest
-from distill_datasets.evaluation.metrics import mean_of, ratio_of
+from distill_datasets.evaluation.metrics import CALIBRATIONS, mean_of, ratio_of
 from distill_datasets.files import (
     gate_file,
     read_report,
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 PASSED, FAILED, UNSURE, MISSING = "passed", "FAILED", "unsure", "NOT MEASURED"
-_LOWER_IS_BETTER = ("ece", "brier")
-_ALWAYS = ("answered", "agreement")
 _LARGEST = 2_000_000_000  # bytes of rows.jsonl
 _TAIL = 1200  # characters in which a loop shows
 _LONGEST_UNIT = 400
@@ -136,11 +135,11 @@ class GateResult:
 
     def keep(self) -> Path:
         """Write what was found beside the report, for its page; the file's path."""
-        file = report_file(self.run)
-        found = {"report": read_report(file).get("digest"), **self.to_json()}
-        text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-        write_file(gate_file(file), text)
-        return gate_file(file)
+        report = report_file(self.run)
+        found = {"report": read_report(report).get("digest"), **self.to_json()}
+        file = gate_file(report)
+        write_file(file, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        return file
 
     def require(self) -> None:
         """Raise `GateError` with the reasons where a rule fails."""
@@ -167,76 +166,89 @@ def gate(
         gate("runs/support", against="runs/support-1").require()
     """
     known = GateRules.load(rules) if isinstance(rules, (str, Path)) else rules or GateRules()
-    look = _Look(known, _Measured.read(run), _Measured.read(against) if against else None)
-    return GateResult(str(run), [*look.findings()])
+    mine = _Side.read(run, "student", f"the student of {run}")
+    if against:
+        other = _Side.read(against, "student", f"the student of {against}")
+    else:
+        other = replace(mine, system="teacher", called="the teacher")
+    return GateResult(str(run), [*_Look(known, mine, other).findings()])
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """A run's report, and its rows by their ids; none where they aren't there, or are too many."""
+class _Side:
+    """A system of a report, how it is `called`, and the rows by their ids.
 
-    name: str
+    There are no rows where they aren't beside the report, or are too many.
+    """
+
+    system: str
+    called: str
     report: Mapping[str, Any]
     rows: Mapping[str, Mapping[str, Any]]
 
     @classmethod
-    def read(cls, run: Path | str) -> "_Measured":
+    def read(cls, run: Path | str, system: str, called: str) -> "_Side":
         report, file = read_report(run), report_file(run)
         rows = rows_file(file)
         known = rows.is_file() and rows.stat().st_size <= _LARGEST
         found = {str(row["id"]): row for row in read_rows(file)} if known else {}
-        return cls(str(run), report, found)
+        return cls(system, called, report, found)
+
+    @property
+    def numbers(self) -> Mapping[str, Any]:
+        """What the report says of the system."""
+        found: Mapping[str, Any] = self.report["systems"][self.system]
+        return found
+
+    @property
+    def verdict(self) -> Mapping[str, Any]:
+        """That of the report, if it has one."""
+        return self.report.get("verdict") or {}
 
     @cached_property
-    def groups(self) -> dict[str, str]:
-        """Which rows are related, by their ids."""
-        return {id_: str(row.get("group") or id_) for id_, row in self.rows.items()}
+    def said(self) -> dict[str, Mapping[str, Any]]:
+        """What the system said, by the rows' ids."""
+        rows = ((id_, row["systems"].get(self.system)) for id_, row in self.rows.items())
+        return {id_: said for id_, said in rows if said}
 
-    def said(self, system: str) -> dict[str, Mapping[str, Any]]:
-        """What a system said, by the rows' ids."""
-        return {
-            id_: row["systems"][system]
-            for id_, row in self.rows.items()
-            if system in row["systems"]
-        }
+    def groups(self, ids: Iterable[str]) -> list[str]:
+        """Which of the rows are related."""
+        return [str(self.rows[id_].get("group") or id_) for id_ in ids]
 
-    def metric(self, system: str, name: str) -> Mapping[str, float] | None:
-        """A system's metric, with its interval where it has one."""
-        if found := self.report["systems"][system].get("metrics", {}).get(name):
-            return dict(found)
-        texts = self.report.get("texts", {}).get(system, {})
-        for target in ("teacher", "reference"):  # what texts are compared with
-            if found := texts.get(target, {}).get(name):
-                return dict(found)
-        verdict = self.report.get("verdict") or {}
-        value = verdict.get(system) if verdict.get("metric") == name else None
+    def metric(self, name: str) -> Mapping[str, float] | None:
+        """A metric, with its interval where it has one."""
+        texts = self.report.get("texts", {}).get(self.system, {})
+        # Texts are compared with the teacher's, or with references.
+        for found in (self.numbers.get("metrics"), texts.get("teacher"), texts.get("reference")):
+            if found and name in found:
+                return dict(found[name])
+        value = self.verdict.get(self.system) if self.verdict.get("metric") == name else None
         return None if value is None else {"value": value}
 
 
 @dataclass(frozen=True)
 class _Look:
-    """One student's numbers beside the other's, by the rules."""
+    """One student's numbers beside the other's, its teacher's or another student's."""
 
     rules: GateRules
-    mine: _Measured
-    against: _Measured | None
+    mine: _Side
+    other: _Side
 
-    @cached_property
-    def other(self) -> tuple[_Measured, str, str]:
-        """Where the other was measured, as which system, and how it is called."""
-        if self.against:
-            return self.against, "student", f"the student of {self.against.name}"
-        return self.mine, "teacher", "the teacher"
+    @property
+    def beside_teacher(self) -> bool:
+        """Whether both are in one report, which compares them."""
+        return self.other.system == "teacher"
 
     def findings(self) -> Iterator[GateFinding]:
         """Every rule that is not None."""
         rules = self.rules
         if rules.quality_drop is not None:
             yield self._quality(rules.quality_drop)
-        if rules.answered_drop is not None and self._measures("answered"):
+        if rules.answered_drop is not None and self.mine.metric("answered"):
             yield self._drop("answered", "answered", rules.answered_drop)
+        checks = self.mine.numbers.get("checks") or {}
         if rules.check_drop is not None:
-            yield from self._checks_beside_the_other(rules.check_drop)
+            yield from (self._check_beside(name, rules.check_drop) for name in checks)
         yield from (self._check(name, least) for name, least in rules.checks.items())
         yield from self._patterns()
         if rules.commonest_rise is not None:
@@ -245,110 +257,105 @@ class _Look:
         yield from self._judge()
         yield from self._residue()
 
-    def _measures(self, metric: str) -> bool:
-        return self.mine.metric("student", metric) is not None
-
-    @property
-    def _metric(self) -> str | None:
-        """The quality: what the rules name, or the verdict, or the report's first metric."""
-        verdict = self.mine.report.get("verdict") or {}
-        if decisive := self.rules.metric or verdict.get("metric"):
-            return str(decisive)
-        names = list(self.mine.report["systems"]["student"].get("metrics", {}))
-        found = [name for name in names if name not in _ALWAYS] or [
-            n for n in names if n == "agreement"
-        ]
-        return found[0] if found else None
-
     def _quality(self, most: float) -> GateFinding:
-        name = self._metric
-        if name is None or not self._measures(name):
-            known = list(self.mine.report["systems"]["student"].get("metrics", {}))
+        """What the rules name, or the verdict, or the report's first metric."""
+        known = list(self.mine.numbers.get("metrics", {}))
+        named = self.rules.metric or self.mine.verdict.get("metric")
+        others = [name for name in known if name != "answered"]
+        name = named or min(others, key="agreement".__eq__, default=None)
+        if name is None or self.mine.metric(name) is None:
             hint = nearest(name or "", known)
             said = f"the report has no metric {name!r}, only {known}.{hint}"
             return GateFinding("quality", MISSING, said)
         return self._drop("quality", name, most, relative=True)
 
-    def _values(self, name: str) -> Callable[[str, Mapping[str, Any]], float | None]:
-        """A row's share of a metric, where that is a share of rows."""
-
-        def value(id_: str, answer: Mapping[str, Any]) -> float | None:
-            if name == "answered":
-                return float(answer["answer"] is not None)
-            if name == "checks":  # the share of those that say something of the row
-                passed = [one for one in answer["checks"].values() if one is not None]
-                return sum(passed) / len(passed) if passed else None
-            if name != "accuracy":
-                return None
-            reference = self.mine.rows[id_].get("reference")
-            return None if reference is None else float(answer["answer"] == reference)
-
-        return value
-
     def _drop(self, rule: str, name: str, most: float, *, relative: bool = False) -> GateFinding:
         """A metric, which may lie so far below the other's."""
-        measured, system, called = self.other
-        mine, theirs = self.mine.metric("student", name), measured.metric(system, name)
-        if name == "agreement" and not self.against:
+        mine, theirs = self.mine.metric(name), self.other.metric(name)
+        if name == "agreement" and self.beside_teacher:
             theirs = {"value": 1.0}
         if mine is None or theirs is None:
-            return GateFinding(rule, MISSING, f"{called} was measured without {name}")
-        found = self._apart("differences", name, mine, theirs, self._values(name))
+            return GateFinding(rule, MISSING, f"{self.other.called} was measured without {name}")
+        found = self._apart("differences", name, mine, theirs)
         limit = most * abs(theirs["value"]) if relative else most
-        said = f"{name} {_beside(mine, theirs, found, called)}, at most {limit:.3f} may be lost" + (
-            f" ({100 * most:g} %)" if relative else ""
-        )
-        lost = name not in _LOWER_IS_BETTER
-        return self._judged(rule, found, limit, said, lost=lost, doubt=True)
+        said = f"{name} {self._beside(mine, theirs, found)}, at most {limit:.3f} may be lost"
+        said += f" ({100 * most:g} %)" if relative else ""
+        return self._judged(rule, found, limit, said, lost=name not in CALIBRATIONS, doubt=True)
+
+    def _check_beside(self, name: str, most: float) -> GateFinding:
+        """A check, which may pass in so much fewer rows than the other's."""
+        theirs, rule = (self.other.numbers.get("checks") or {}).get(name), f"check {name}"
+        if theirs is None:
+            return GateFinding(rule, MISSING, f"{self.other.called} was measured without it")
+        mine = self.mine.numbers["checks"][name]
+        found = self._apart("check_differences", name, mine, theirs)
+        said = f"{self._beside(mine, theirs, found)}, at most {most:g} may be lost"
+        return self._judged(rule, found, most, said, lost=True, doubt=True)
 
     def _apart(
-        self,
-        key: str,
-        name: str,
-        mine: Mapping[str, float],
-        theirs: Mapping[str, float],
-        value: Callable[[str, Mapping[str, Any]], float | None],
+        self, key: str, name: str, mine: Mapping[str, float], theirs: Mapping[str, float]
     ) -> Mapping[str, float]:
         """Student minus the other: as the report has it, or row by row where both have the same."""
-        if not self.against:
+        if self.beside_teacher:
             known = self.mine.report.get(key, {}).get("student-teacher", {}).get(name)
-            verdict = self.mine.report.get("verdict") or {}
-            if known is None and verdict.get("metric") == name and key == "differences":
-                known = verdict.get("difference")
+            if known is None and key == "differences" and self.mine.verdict.get("metric") == name:
+                known = self.mine.verdict.get("difference")
             if known is not None:
                 return dict(known)
             if name == "agreement":
                 return {end: mine[end] - 1.0 for end in ("value", "low", "high") if end in mine}
-        measured, system, _ = self.other
-        said = self.mine.said("student"), measured.said(system)
-        return _paired(*said, self.mine.groups, value) or independent_difference(mine, theirs)
+        return self._paired(key, name) or independent_difference(mine, theirs)
 
-    def _checks_beside_the_other(self, most: float) -> Iterator[GateFinding]:
-        measured, system, called = self.other
-        others = measured.report["systems"][system].get("checks") or {}
-        for name, mine in (self.mine.report["systems"]["student"].get("checks") or {}).items():
-            rule, theirs = f"check {name}", others.get(name)
-            if theirs is None:
-                yield GateFinding(rule, MISSING, f"{called} was measured without it")
-                continue
-            found = self._apart("check_differences", name, mine, theirs, _passes(name))
-            said = f"{_beside(mine, theirs, found, called)}, at most {most:g} may be lost"
-            yield self._judged(rule, found, most, said, lost=True, doubt=True)
+    def _paired(self, key: str, name: str) -> dict[str, float] | None:
+        """The difference on the rows that both have; None where they have others."""
+        if not self.mine.said or self.mine.said.keys() != self.other.said.keys():
+            return None
+        rows = {
+            id_: (self._value(key, name, id_, said), self._value(key, name, id_, beside))
+            for id_, said in self.mine.said.items()
+            for beside in [self.other.said[id_]]
+        }
+        both = {id_: pair for id_, pair in rows.items() if None not in pair}
+        if not both:
+            return None
+        groups = self.mine.groups(both)
+        one, other = ([float(pair[k] or 0) for pair in both.values()] for k in (0, 1))
+        if {*one, *other} <= {0.0, 1.0}:
+            return (Proportion(one, groups) - Proportion(other, groups)).interval()
+        return mean_difference(one, other, groups)
+
+    def _value(self, key: str, name: str, id_: str, said: Mapping[str, Any]) -> float | None:
+        """A row's share of a metric or a check, where that is a share of rows."""
+        if key == "check_differences" or name == "checks":
+            wanted = said.get("checks") or {}
+            wanted = wanted if name == "checks" else {name: wanted.get(name)}
+            passed = [one for one in wanted.values() if one is not None]
+            return sum(passed) / len(passed) if passed else None
+        reference = self.mine.rows[id_].get("reference")
+        if name == "accuracy" and reference is not None:
+            return float(said["answer"] == reference)
+        return float(said["answer"] is not None) if name == "answered" else None
+
+    def _beside(
+        self, mine: Mapping[str, float], theirs: Mapping[str, float], found: Mapping[str, float]
+    ) -> str:
+        return (
+            f"{mine['value']:.3f} against {theirs['value']:.3f} of {self.other.called}: "
+            f"{found['value']:+.3f}{ends_text(found)}"
+        )
 
     def _check(self, name: str, least: float) -> GateFinding:
-        known = self.mine.report["systems"]["student"].get("checks") or {}
-        rule = f"check {name}, at least"
+        """A check, which so many rows must pass."""
+        known, rule = self.mine.numbers.get("checks") or {}, f"check {name}, at least"
         if name not in known:
             hint = nearest(name, list(known))
             return GateFinding(rule, MISSING, f"the report has no such check.{hint}")
-        found = known[name]
-        said = f"{interval_text(found)} of the rows, expected {least:g}"
-        return self._judged(rule, found, -least, said, lost=True)
+        said = f"{interval_text(known[name])} of the rows, expected {least:g}"
+        return self._judged(rule, known[name], -least, said, lost=True)
 
     def _patterns(self) -> Iterator[GateFinding]:
         """What no good answer looks like, by the share of rows."""
-        said = self.mine.said("student")
-        answers, groups = list(said.values()), [self.mine.groups[id_] for id_ in said]
+        answers, groups = list(self.mine.said.values()), self.mine.groups(self.mine.said)
         for rule, odd in ODD_PATTERNS.items():
             limit = getattr(self.rules, rule)
             if limit is None:
@@ -359,34 +366,31 @@ class _Look:
                 continue
             hits = [odd(answer) for answer in answers]
             share = Proportion(list(map(float, hits)), groups).interval()
-            counted = f"{sum(hits):,} of {len(hits):,} answers{_example(answers, hits)}"
+            shown = next((one["text"] for one in compress(answers, hits)), None)
+            example = f", such as {shown[-60:]!r}" if shown else ""
+            counted = f"{sum(hits):,} of {len(hits):,} answers{example}"
             text = f"{interval_text(share)}, at most {limit:g}: {counted}"
             yield self._judged(rule, share, limit, text)
 
     def _commonest(self, most: float) -> GateFinding:
-        measured, system, called = self.other
-        one, other = (
-            found.report["systems"][name].get("answers")
-            for found, name in ((self.mine, "student"), (measured, system))
-        )
-        if not one or not other:
-            return GateFinding("commonest answer", MISSING, "the report doesn't count answers")
+        rule, sides = "commonest answer", (self.mine, self.other)
+        if not all(side.numbers.get("answers") for side in sides):
+            return GateFinding(rule, MISSING, "the report doesn't count answers")
         shares = []
-        for counted, n in ((one, self.mine.report["n"]), (other, measured.report["n"])):
-            low, high = wilson(counted["commonest_share"], n)
-            shares.append({"value": counted["commonest_share"], "low": low, "high": high})
+        for side in sides:
+            share = side.numbers["answers"]["commonest_share"]
+            low, high = wilson(share, side.report["n"])
+            shares.append({"value": share, "low": low, "high": high})
         found = independent_difference(*shares)
         said = (
-            f"{str(one['commonest'])[:60]!r} is {shares[0]['value']:.3f} of the answers, the "
-            f"commonest of {called} {shares[1]['value']:.3f}: {found['value']:+.3f}"
-            f"{ends_text(found)}, at most {most:+g}"
+            f"{str(self.mine.numbers['answers']['commonest'])[:60]!r} is {shares[0]['value']:.3f} "
+            f"of the answers, the commonest of {self.other.called} {shares[1]['value']:.3f}: "
+            f"{found['value']:+.3f}{ends_text(found)}, at most {most:+g}"
         )
-        return self._judged("commonest answer", found, most, said)
+        return self._judged(rule, found, most, said)
 
     def _ratios(self) -> Iterator[GateFinding]:
         """Mean response tokens and median latency, as multiples of the other's."""
-        measured, system, called = self.other
-        mine, theirs = self.mine.report["systems"]["student"], measured.report["systems"][system]
         pairs = (
             ("response tokens", self.rules.response_ratio, "tokens", "response_mean"),
             ("latency", self.rules.latency_ratio, "latency_ms", "p50"),
@@ -394,7 +398,9 @@ class _Look:
         for rule, most, key, name in pairs:
             if most is None:
                 continue
-            one, other = (_number(found.get(key) or {}, name) for found in (mine, theirs))
+            one, other = (
+                _number(side.numbers.get(key) or {}, name) for side in (self.mine, self.other)
+            )
             if one is None or not other or not other["value"]:
                 said = f"the report lacks {key}.{name}: measure it, or set the rule to null"
                 yield GateFinding(rule, MISSING, said)
@@ -403,47 +409,47 @@ class _Look:
             ratio = ratio or {"value": one["value"] / other["value"]}
             said = (
                 f"{one['value']:.1f}, {ratio['value']:.2f}{ends_text(ratio, digits=2)} times the "
-                f"{other['value']:.1f} of {called}, at most {most:g}"
+                f"{other['value']:.1f} of {self.other.called}, at most {most:g}"
             )
             yield self._judged(rule, ratio, most, said, doubt=True)
         if (limit := self.rules.latency_p95_ms) is not None:
-            late = (mine.get("latency_ms") or {}).get("p95")
+            late = _number(self.mine.numbers.get("latency_ms") or {}, "p95")
             if late is None:
                 yield GateFinding("latency p95", MISSING, "the report has no latency_ms.p95")
             else:
-                said = f"{late:.1f} ms, at most {limit:g}"
-                yield self._judged("latency p95", {"value": late}, limit, said)
+                said = f"{late['value']:.1f} ms, at most {limit:g}"
+                yield self._judged("latency p95", late, limit, said)
 
     def _longer(self) -> dict[str, float] | None:
         """How many times the other's response tokens the student's are, where rows say so."""
-        measured, system, _ = self.other
+        sides = (self.mine, self.other)
         mine, theirs = (
-            {id_: one["tokens"] for id_, one in said.items() if one.get("tokens") is not None}
-            for said in (self.mine.said("student"), measured.said(system))
+            {id_: one["tokens"] for id_, one in side.said.items() if one.get("tokens") is not None}
+            for side in sides
         )
         if not mine or not any(theirs.values()):
             return None
         if mine.keys() == theirs.keys():
-            groups = [self.mine.groups[id_] for id_ in mine]
-            return ratio_of([*mine.values()], [theirs[id_] for id_ in mine], groups).interval()
+            other = [theirs[id_] for id_ in mine]
+            return ratio_of([*mine.values()], other, self.mine.groups(mine)).interval()
         means = [
-            mean_of(np.array([*one.values()], float), [run.groups[id_] for id_ in one])
-            for run, one in ((self.mine, mine), (measured, theirs))
+            mean_of(np.array([*counts.values()], float), side.groups(counts))
+            for side, counts in zip(sides, (mine, theirs), strict=True)
         ]
         return ratio_of_intervals(*(one.interval() for one in means))
 
     def _judge(self) -> Iterator[GateFinding]:
         """What a judge said, where one was asked: who is better, and by how much scores differ."""
         wins, drop = self.rules.judge_wins, self.rules.judge_drop
-        judge = self.mine.report.get("judge")
+        judge, other = (side.report.get("judge") or {} for side in (self.mine, self.other))
         if not judge or (wins is None and drop is None):
             return
-        other = (self.against.report.get("judge") or {}) if self.against else None
-        if other is not None and other.get("identity") != judge["identity"]:
-            said = f"{self.other[2]} was not judged by {judge['model']}: set judge_* to null"
+        if other.get("identity") != judge["identity"]:
+            said = f"{self.other.called} was not judged by {judge['model']}: set judge_* to null"
             yield GateFinding("judge", MISSING, said)
             return
-        if wins is not None and other is None and (found := judge["preference"].get("difference")):
+        found = judge["preference"].get("difference") if self.beside_teacher else None
+        if wins is not None and found:
             said = (
                 f"share of wins, student minus teacher: {interval_text(found, '+')}, at most "
                 f"{wins:g} may be lost"
@@ -451,42 +457,37 @@ class _Look:
             yield self._judged("judge wins", found, wins, said, lost=True, doubt=True)
         if drop is None:
             return
-        for criterion, found in self._scored(judge, other):
+        if self.beside_teacher:
+            apart = judge["differences"].get("student-teacher", {})
+        else:
+            mine, theirs = (one["scores"].get("student", {}) for one in (judge, other))
+            both = [name for name in mine if name in theirs]
+            apart = {name: independent_difference(mine[name], theirs[name]) for name in both}
+        for criterion, found in apart.items():
             low, high = judge["scales"][criterion]
             most = drop * (high - low)
             said = (
-                f"{criterion}: {interval_text(found, '+', digits=2)} against {self.other[2]}, at "
-                f"most {most:.2f} may be lost ({100 * drop:g} % of the scale)"
+                f"{criterion}: {interval_text(found, '+', digits=2)} against {self.other.called}, "
+                f"at most {most:.2f} may be lost ({100 * drop:g} % of the scale)"
             )
             rule = f"judge {criterion}"
             yield self._judged(rule, found, most, said, lost=True, doubt=True)
 
-    def _scored(
-        self, judge: Mapping[str, Any], other: Mapping[str, Any] | None
-    ) -> Iterator[tuple[str, Mapping[str, float]]]:
-        """By criterion how far the student's mean score is from the other's."""
-        if other is None:
-            yield from judge["differences"].get("student-teacher", {}).items()
-            return
-        theirs = other["scores"].get("student", {})
-        for criterion, mine in judge["scores"].get("student", {}).items():
-            if criterion in theirs:
-                yield criterion, independent_difference(mine, theirs[criterion])
-
     def _residue(self) -> Iterator[GateFinding]:
+        """The tests of what the training left behind: those that are named, or that told."""
         named = self.rules.residue
-        known = _residue_tests(self.mine.report)
+        tests = self.mine.report.get("residue") or {}
+        known = {name: one for name, one in tests.items() if one.get("passed") is not None}
         if not known and named == "all":
             yield GateFinding("residue", MISSING, "the report has no tests of what is left")
-        wanted = [*known] if isinstance(named, str) else named
-        for name in wanted:
+        for name in known if isinstance(named, str) else named:
             rule = f"residue {name}"
-            if name not in known:
+            if name in known:
+                outcome = PASSED if known[name]["passed"] else FAILED
+                yield GateFinding(rule, outcome, str(known[name].get("said") or ""))
+            else:
                 hint = nearest(name, list(known))
                 yield GateFinding(rule, MISSING, f"the report has no such test of residue.{hint}")
-            else:
-                passed, said = known[name]
-                yield GateFinding(rule, PASSED if passed else FAILED, said)
 
     def _judged(
         self,
@@ -513,68 +514,12 @@ class _Look:
         return GateFinding(rule, UNSURE, f"{said}; these rows can't tell")
 
 
-def _beside(
-    mine: Mapping[str, float], theirs: Mapping[str, float], found: Mapping[str, float], called: str
-) -> str:
-    return (
-        f"{mine['value']:.3f} against {theirs['value']:.3f} of {called}: "
-        f"{found['value']:+.3f}{ends_text(found)}"
-    )
-
-
-def _passes(check: str) -> Callable[[str, Mapping[str, Any]], float | None]:
-    """Whether a row passes a check."""
-
-    def value(_: str, answer: Mapping[str, Any]) -> float | None:
-        passed = (answer.get("checks") or {}).get(check)
-        return None if passed is None else float(passed)
-
-    return value
-
-
 def _number(found: Mapping[str, Any], name: str) -> dict[str, float] | None:
     """A number with its interval, where it has one."""
     if found.get(name) is None:
         return None
     ends = {end: found[f"{name}_{end}"] for end in ("low", "high") if f"{name}_{end}" in found}
     return {"value": found[name], **ends}
-
-
-def _residue_tests(report: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
-    """By name whether each test of residue passed, and what it found."""
-    found = report.get("residue") or {}
-    tests = found.get("tests", found)
-    return {
-        name: (bool(one["passed"]), str(one.get("said") or ""))
-        for name, one in tests.items()
-        if isinstance(one, Mapping) and one.get("passed") is not None
-    }
-
-
-def _paired(
-    mine: Mapping[str, Mapping[str, Any]],
-    theirs: Mapping[str, Mapping[str, Any]],
-    groups: Mapping[str, str],
-    value: Callable[[str, Mapping[str, Any]], float | None],
-) -> dict[str, float] | None:
-    """The difference on the rows that both have; None where they have others."""
-    if not mine or set(mine) != set(theirs):
-        return None
-    pairs = {id_: (value(id_, mine[id_]), value(id_, theirs[id_])) for id_ in mine}
-    rows = [id_ for id_, pair in pairs.items() if None not in pair]
-    if not rows:
-        return None
-    names = [groups[id_] for id_ in rows]
-    one, other = ([float(pairs[id_][k] or 0) for id_ in rows] for k in (0, 1))
-    if {*one, *other} <= {0.0, 1.0}:
-        return (Proportion(one, names) - Proportion(other, names)).interval()
-    return mean_difference(one, other, names)
-
-
-def _example(answers: Sequence[Mapping[str, Any]], hits: Sequence[bool]) -> str:
-    """The first that was hit, which says more than a share."""
-    found = next((one["text"] for one, hit in zip(answers, hits, strict=True) if hit), None)
-    return f", such as {found[-60:]!r}" if found else ""
 
 
 def _expected() -> str:
