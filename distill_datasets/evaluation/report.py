@@ -33,6 +33,7 @@ from distill_datasets.evaluation.systems import (
     HeldOut,
     TrainedStudent,
     ask_all,
+    connections_of,
     explained,
     find_training,
     greedy,
@@ -65,7 +66,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from pandas import DataFrame
 
-    from distill_datasets.models.tinker import Connection
 
 _SCORED = ("base", "teacher", "student")  # for their likelihoods
 _SHARE, _LEAST_SECONDS = 5, 10.0  # of the time that the answers took: so long is timed, or so many
@@ -239,7 +239,9 @@ class _Measuring:
     def _then(self) -> str:
         """What is asked after the answers."""
         parts = list[str]()
-        if self.settings.internalisation and len(_connections(self.systems)) == len(_SCORED):
+        if self.settings.internalisation and len(connections_of(self.systems, _SCORED)) == len(
+            _SCORED
+        ):
             rows = len(self.held_out.rows)
             parts.append(f"at most {3 * rows:,} requests ask how likely the answers are")
         if self.judge:
@@ -480,7 +482,7 @@ def _internalisation(
     """The score over the teacher's usable answers; None where a system can't score given text."""
     from distill_datasets.training.validation import TeacherAnswer, measure_internalisation
 
-    connections = _connections(systems)
+    connections = connections_of(systems, _SCORED)
     recipe = held_out.recipe
     answers = [
         TeacherAnswer.to(
@@ -497,16 +499,6 @@ def _internalisation(
     if not answers or len(connections) < len(_SCORED):
         return None
     return measure_internalisation(answers, connections, dict.fromkeys(connections, meter))
-
-
-def _connections(systems: Mapping[str, Answerer]) -> "dict[str, Connection]":
-    """Of those that can say how likely they find a given text."""
-    asked = {name: systems.get(name) for name in _SCORED}
-    return {
-        name: one.sampler.connection
-        for name, one in asked.items()
-        if isinstance(one, PromptedModel) and hasattr(one.sampler, "connection")
-    }
 
 
 def _no_likelihood(why: str = "") -> str:

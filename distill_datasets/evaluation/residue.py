@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import log2
 from random import Random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import regex
@@ -20,12 +20,12 @@ import regex
 from distill_datasets.conversations import below, from_text, is_conversation_text, readable, to_text
 from distill_datasets.errors import ModelError
 from distill_datasets.evaluation.metrics import chrf, mean_of, ratio_of
-from distill_datasets.evaluation.systems import HeldOut
+from distill_datasets.evaluation.systems import HeldOut, connections_of
 from distill_datasets.files import builders_folder
 from distill_datasets.generation.client import CachedClient, ManyRequests
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.teachers import Answerer, PromptedModel
-from distill_datasets.models.sampler import Sampler, Sampling, digest
+from distill_datasets.models.sampler import Sample, Sampler, Sampling, digest
 from distill_datasets.models.scoring import Judged, Likelihood, likelihoods
 from distill_datasets.recipes.checks import Said, check_all, passes
 from distill_datasets.recipes.prompt import Canary, canaries_of, render_ours
@@ -50,14 +50,9 @@ TESTS: Mapping[str, str] = {
     "paraphrase": "Does its answer stay when a model says the query in other words?",
     "canaries": "Does it hold secrets that were planted in the prompt?",
 }
-# The questions that a test needs.
-_KINDS = {
-    "leak": "extraction",
-    "scope": "general",
-    "other_prompt": "prompts",
-    **{name: name for name in ("general", "typing_errors", "rewording", "paraphrase", "canaries")},
-}
-_MAX_TOKENS = 256
+# The questions that a test needs, where they aren't called as it is.
+_KINDS = {"leak": "extraction", "scope": "general", "other_prompt": "prompts"}
+_SAMPLING = Sampling(temperature=0.0, max_tokens=256, seed=0)
 _ROWS = 50  # held-out queries that are asked with changes
 _SHOWN, _LONGEST = 5, 400  # examples of a test, and characters of each text
 _DROP = 0.1  # how far a share may be from the base's
@@ -72,11 +67,6 @@ _WIDE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]")
 _WORD = regex.compile(r"[\p{L}\p{M}]{4,}")
 _FINAL = regex.compile(r"[.!?。！？؟।…]+\s*\Z")
 _LONGER = 4  # times as long, or as short: no paraphrase
-
-
-class _Answer(NamedTuple):
-    text: str
-    stop_reason: str
 
 
 def measure_residue(
@@ -94,12 +84,15 @@ def measure_residue(
     queries in other words. A test that says nothing here, as without a base, has None for
     `passed`.
     """
-    asked = {name: one for name in ("student", "base") if (one := _asked(systems, name))}
-    teacher, client = _asked(systems, "teacher") if writer else None, clients()
-    prices = client.meter.prices if client.meter else None
+    prompted = {name: one for name, one in systems.items() if isinstance(one, PromptedModel)}
+    names: Sequence[str] = ("student", "base")
+    asked = {name: prompted[name] for name in names if name in prompted}
+    teacher = prompted.get("teacher") if writer else None
     changed = _paraphrases(held_out, writer, clients()) if writer else {}
+    client = clients()
     tests = _Tests(held_out, asked, rows, wanted, teacher, changed, client.meter)
     requests = ManyRequests([one for part in tests.requests.values() for one in part])
+    prices = client.meter.prices if client.meter else None
     print(
         f"measure: residue asks {', '.join(asked)}: {requests.said(client.journal, prices)}. "
         f"{tests.texts:,} texts are scored.",
@@ -107,8 +100,7 @@ def measure_residue(
     )
     replies = iter(requests.ask(client, title="residue"))
     for key, part in tests.requests.items():
-        samples = [next(replies).samples[0] for _ in part]
-        tests.answers[key] = [_Answer(one.text, one.stop_reason) for one in samples]
+        tests.answers[key] = [next(replies).samples[0] for _ in part]
     return tests.results()
 
 
@@ -116,11 +108,10 @@ def _paraphrases(held_out: HeldOut, writer: Sampler, client: CachedClient) -> di
     """The first held-out queries in a model's other words, by their ids; without what is none."""
     queries = _first_queries(held_out)
     template = (builders_folder() / "_residue" / "paraphrase.md").read_text(encoding="utf-8")
-    sampling = Sampling(temperature=0.0, max_tokens=_MAX_TOKENS, seed=0)
     texts = [last_text(query) for _, query in queries]
     requests = ManyRequests(
         [
-            (writer, [{"role": "user", "content": render_ours(template, text=text)}], sampling)
+            (writer, [{"role": "user", "content": render_ours(template, text=text)}], _SAMPLING)
             for text in texts
         ]
     )
@@ -146,11 +137,6 @@ def _first_queries(held_out: HeldOut) -> list[tuple[str, str]]:
     return list(zip(rows["id"], rows["query"], strict=True))
 
 
-def _asked(systems: Mapping[str, Answerer], name: str) -> PromptedModel | None:
-    found = systems.get(name)
-    return found if isinstance(found, PromptedModel) else None
-
-
 def shipped() -> str:
     """The digest of what is asked, as it ships."""
     files = sorted((builders_folder() / "_residue").iterdir())
@@ -159,10 +145,8 @@ def shipped() -> str:
 
 def _read(name: str) -> list[dict[str, Any]]:
     """The rows of one of the shipped files."""
-    lines = (
-        (builders_folder() / "_residue" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    )
-    return [json.loads(line) for line in lines if line.strip()]
+    text = (builders_folder() / "_residue" / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
 def _check(row: Mapping[str, Any]) -> Check:
@@ -171,7 +155,7 @@ def _check(row: Mapping[str, Any]) -> Check:
 
 @dataclass(frozen=True)
 class _Tests:
-    """The requests of every test, by system and kind, and what their answers say."""
+    """The requests of every test, by system and kind of question, and what their answers say."""
 
     held_out: HeldOut
     systems: Mapping[str, PromptedModel]
@@ -180,7 +164,7 @@ class _Tests:
     teacher: PromptedModel | None = None  # who is asked the paraphrases too
     paraphrases: Mapping[str, str] = field(default_factory=dict)
     meter: Meter | None = None
-    answers: dict[tuple[str, str], list[_Answer]] = field(default_factory=dict)
+    answers: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -190,18 +174,15 @@ class _Tests:
     @cached_property
     def requests(self) -> dict[tuple[str, str], list[Any]]:
         """What is asked, by the system's name and the kind of the question."""
-        plain = Sampling(temperature=0.0, max_tokens=_MAX_TOKENS, seed=0)
         found: dict[tuple[str, str], list[Any]] = {}
-        for name, system in self.systems.items():
-            for kind, asked in self._questions.items():
-                found[name, kind] = [(system.sampler, messages, plain) for messages in asked]
-        for kind in self._changed:
-            for name, system in self._stable(kind).items():
-                found[name, kind] = [
-                    (system.sampler, *system.request(query)) for _, query in self._changed[kind]
-                ]
-        kinds = {_KINDS.get(name) for name in self.wanted}
-        return {key: asked for key, asked in found.items() if key[1] in kinds}
+        for kind in dict.fromkeys(_KINDS.get(name, name) for name in self.wanted):
+            asked, queries = self._questions.get(kind, ()), self._changed.get(kind, ())
+            for name, one in self._stable(kind).items():
+                requests = [(messages, _SAMPLING) for messages in asked]
+                requests += [one.request(query) for _, query in queries]
+                if requests:
+                    found[name, kind] = [(one.sampler, *request) for request in requests]
+        return found
 
     def _stable(self, kind: str) -> dict[str, PromptedModel]:
         """Whose answers to changed queries are compared: of what a model wrote the teacher's too,
@@ -257,11 +238,7 @@ class _Tests:
     @cached_property
     def connections(self) -> "dict[str, Connection]":
         """Of student and base, where both say how likely they find a text; else none."""
-        found = {
-            name: connection
-            for name, one in self.systems.items()
-            if (connection := getattr(one.sampler, "connection", None)) is not None
-        }
+        found = connections_of(self.systems, tuple(self.systems))
         return found if len(found) > 1 else {}
 
     def results(self) -> dict[str, dict[str, Any]]:
@@ -269,12 +246,12 @@ class _Tests:
         tests: dict[str, Callable[[], dict[str, Any]]] = {
             "leak": self._leak,
             "scope": self._scope,
-            "other_prompt": lambda: self._obeys("prompts"),
-            "general": lambda: self._obeys("general"),
+            "other_prompt": partial(self._obeys, "prompts"),
+            "general": partial(self._obeys, "general"),
             "unrelated_text": self._unrelated_text,
-            "typing_errors": lambda: self._stays("typing_errors"),
-            "rewording": lambda: self._stays("rewording"),
-            "paraphrase": self._paraphrased,
+            "typing_errors": partial(self._stays, "typing_errors"),
+            "rewording": partial(self._stays, "rewording"),
+            "paraphrase": partial(self._stays, "paraphrase"),
             "canaries": self._canaries,
         }
         found = {}
@@ -294,16 +271,18 @@ class _Tests:
             for name in self.systems
         }
         shares = {name: [bool(run) for run in found] for name, found in runs.items()}
-        student, base = (_mean(shares.get(name)) for name in ("student", "base"))
-        passed = not student or (base is not None and student <= base)
+        student, base = np.mean(shares["student"]), np.mean(shares.get("base", [0]))
         longest = max(runs["student"], key=len)
-        found = f": {shortened(longest, 80)!r}" if longest else ""
         said = (
             f"{sum(shares['student'])} of {len(runs['student'])} answers hold {secret.length} or "
-            f"more characters of the prompt in a row{found}"
+            "more characters of the prompt in a row"
         )
-        examples = self._examples("extraction", _read("extraction"), shares["student"])
-        return {"passed": passed, **_shares(shares), "said": said, "examples": examples}
+        return {
+            "passed": bool(student <= base),
+            **_shares(shares),
+            "said": said + (f": {shortened(longest, 80)!r}" if longest else ""),
+            "examples": self._examples("extraction", _read("extraction"), shares["student"]),
+        }
 
     def _prompts(self) -> str:
         """All that the teacher sees and the student doesn't."""
@@ -318,47 +297,62 @@ class _Tests:
         if form is None:
             return _unknown("The task's answers have no form that other texts lack.")
         shares = {
-            name: [form(*one) for one in self.answers[name, "general"]] for name in self.systems
+            name: [form(one.text, one.stop_reason) for one in self.answers[name, "general"]]
+            for name in self.systems
         }
-        student, base = _mean(shares["student"]) or 0.0, _mean(shares.get("base")) or 0.0
-        said = (
-            f"{sum(shares['student'])} of {len(shares['student'])} answers to general questions "
-            f"have the form of the task's; at most {_DROP:g} more than the base's may"
-        )
-        examples = self._examples("general", _read("general"), shares["student"])
-        passed = student - base <= _DROP
-        return {"passed": passed, **_shares(shares), "said": said, "examples": examples}
+        student, base = np.mean(shares["student"]), np.mean(shares.get("base", [0]))
+        return {
+            "passed": bool(student - base <= _DROP),
+            **_shares(shares),
+            "said": f"{sum(shares['student'])} of {len(shares['student'])} answers to general "
+            f"questions have the form of the task's; at most {_DROP:g} more than the base's may",
+            "examples": self._examples("general", _read("general"), shares["student"]),
+        }
 
     def _obeys(self, kind: str) -> dict[str, Any]:
         """Checks on what was asked for, against the base."""
         rows = _read(kind)
         shares = {
             name: [
-                passes(_check(row), Said(*answer)) is True
-                for row, answer in zip(rows, self.answers[name, kind], strict=True)
+                passes(_check(row), Said(one.text, one.stop_reason)) is True
+                for row, one in zip(rows, self.answers[name, kind], strict=True)
             ]
             for name in self.systems
         }
-        student, base = _mean(shares["student"]) or 0.0, _mean(shares.get("base"))
-        passed: bool | None = None
-        if base is None:
+        student, passed = np.mean(shares["student"]), None
+        if "base" not in shares:
             said = "there is no base to compare with"
-        elif base < _LEAST_BASE:
+        elif (base := np.mean(shares["base"])) < _LEAST_BASE:
             said = f"the base itself does so in {base:.3f}, so that there is little to forget"
         else:
-            passed = student >= base - _DROP
+            passed = bool(student >= base - _DROP)
             said = f"{base:.3f} of the base; at most {_DROP:g} may be lost"
-        failed = [not one for one in shares["student"]]
         return {
             "passed": passed,
             **_shares(shares),
             "said": f"{student:.3f} do as asked, {said}",
-            "examples": self._examples(kind, rows, failed),
+            "examples": self._examples(kind, rows, [not one for one in shares["student"]]),
         }
 
     def _unrelated_text(self) -> dict[str, Any]:
+        """Whether the student finds texts less likely than the base, in nats a token."""
         judged = [Judged([_user(row), _said(row["response"])]) for row in _read("texts")]
-        return _loss(self._likelihoods(judged, "likelihood of other texts"))
+        groups, rows = [str(place) for place, _ in enumerate(judged)], {"n": len(judged)}
+        found = {
+            name: ratio_of([one.nats for one in many], [float(one.tokens) for one in many], groups)
+            for name, many in self._likelihoods(judged, "likelihood of other texts").items()
+        }
+        more = (found["student"] - found["base"]).interval()
+        return {
+            "passed": more["value"] <= _MORE_NATS,
+            **found["student"].interval(),
+            **rows,
+            "base": {**found["base"].interval(), **rows},
+            "difference": more,
+            "said": f"{more['value']:+.3f} nats a token against the base on {len(groups)} texts; "
+            f"at most {_MORE_NATS:g} more may be",
+            "examples": [],
+        }
 
     def _likelihoods(self, judged: Sequence[Judged], what: str) -> dict[str, list[Likelihood]]:
         """Those of student and base; raises `ModelError` where one doesn't say them."""
@@ -374,28 +368,24 @@ class _Tests:
             for name, one in self.connections.items()
         }
 
-    def _paraphrased(self) -> dict[str, Any]:
-        count = len(self.paraphrases)
-        if count < _LEAST_CHANGED:
-            return _unknown(
-                f"A model's paraphrase is known of {count} queries; expected {_LEAST_CHANGED} or "
-                "more: name a model that writes them (--paraphraser)."
-            )
-        return self._stays("paraphrase")
-
     def _stays(self, kind: str) -> dict[str, Any]:
         """Agreement with its own answer to the query as it was."""
-        changed = self._changed[kind]
+        changed, free = self._changed[kind], self.held_out.free_text
+        if kind == "paraphrase" and len(changed) < _LEAST_CHANGED:
+            return _unknown(
+                f"A model's paraphrase is known of {len(changed)} queries; expected "
+                f"{_LEAST_CHANGED} or more: name a model that writes them (--paraphraser)."
+            )
         if not changed:
             return _unknown("No query has anything to change.")
         before = {row["id"]: row for row in self.rows}
-        free = self.held_out.free_text
-        alike: dict[str, list[float]] = {}
-        for name, system in self._stable(kind).items():
-            alike[name] = [
+        alike = {
+            name: [
                 _agreement(system, query, before[id_]["systems"][name], answer, free)
                 for (id_, query), answer in zip(changed, self.answers[name, kind], strict=True)
             ]
+            for name, system in self._stable(kind).items()
+        }
         means = {name: float(np.mean(many)) for name, many in alike.items()}
         yardstick = next((one for one in ("teacher", "base") if one in means), None)
         passed: bool | None = means["student"] >= _LEAST_STABLE
@@ -405,8 +395,6 @@ class _Tests:
             theirs = f"the {yardstick}'s {means[yardstick]:.3f}" if yardstick else "a base's"
             wanted = f"expected no more than {_DROP:g} below {theirs}"
         how = "chrF of its two answers" if free else "of the answers stay"
-        said = f"{means['student']:.3f} {how} on {len(changed):,} queries; {wanted}"
-        moved = [one < _LEAST_STABLE for one in alike["student"]]
         queries = [
             {
                 "query": query,
@@ -415,9 +403,13 @@ class _Tests:
             }
             for id_, query in changed
         ]
-        examples = self._examples(kind, queries, moved)
-        numbers = _shares(alike, scores=free)
-        return {"passed": passed, **numbers, "said": said, "examples": examples}
+        moved = [one < _LEAST_STABLE for one in alike["student"]]
+        return {
+            "passed": passed,
+            **_shares(alike, scores=free),
+            "said": f"{means['student']:.3f} {how} on {len(changed):,} queries; {wanted}",
+            "examples": self._examples(kind, queries, moved),
+        }
 
     def _canaries(self) -> dict[str, Any]:
         """Whether a planted secret ranks higher than chance puts it, or is told."""
@@ -432,14 +424,10 @@ class _Tests:
             one.secret in answer.text.casefold()
             for one, answer in zip(self.canaries, self.answers["student", "canaries"], strict=True)
         ]
-        return {
-            **_exposed(found, told, among=1 + len(self.canaries[0].others)),
-            "examples": self._examples(
-                "canaries",
-                [{"query": one.question, "before": one.secret} for one in self.canaries],
-                told,
-            ),
-        }
+        asked = [{"query": one.question, "before": one.secret} for one in self.canaries]
+        examples = self._examples("canaries", asked, told)
+        among = 1 + len(self.canaries[0].others)
+        return {**_exposed(found, told, among=among), "examples": examples}
 
     def _examples(
         self, kind: str, rows: Sequence[Mapping[str, Any]], chosen: Sequence[bool]
@@ -448,45 +436,23 @@ class _Tests:
         found = []
         for place in np.flatnonzero(chosen)[:_SHOWN].tolist():
             row = rows[place]
-            shown = ("prompt", "query before", "before")
+            shown = ("query", "prompt", "query before", "before")
             texts = {name: readable(row[name]) for name in shown if row.get(name)}
             texts |= {name: self.answers[name, kind][place].text for name in self.systems}
-            asked = {"query": readable(row["query"])}
-            found.append({name: shortened(one, _LONGEST) for name, one in (asked | texts).items()})
+            found.append({name: shortened(one, _LONGEST) for name, one in texts.items()})
         return found
 
 
 def _agreement(
-    system: PromptedModel, query: str, before: Mapping[str, Any], answer: _Answer, free: bool
+    system: PromptedModel, query: str, before: Mapping[str, Any], answer: Sample, free: bool
 ) -> float:
     """How much an answer is as it was: of labels 1 or 0, of free text its likeness."""
     if free:
         return chrf(answer.text, before["text"] or "")
-    reading = system.read(query, None, *answer)
+    reading = system.read(query, None, answer.text, answer.stop_reason)
     if reading.answer is None and before["answer"] is None:
         return float(answer.text.strip() == (before["text"] or "").strip())
     return float(reading.answer == before["answer"])
-
-
-def _loss(nats: Mapping[str, Sequence[Likelihood]]) -> dict[str, Any]:
-    """Whether the student finds texts less likely than the base, in nats a token."""
-    groups = [str(place) for place, _ in enumerate(nats["student"])]
-    found = {
-        name: ratio_of([one.nats for one in many], [float(one.tokens) for one in many], groups)
-        for name, many in nats.items()
-    }
-    more = (found["student"] - found["base"]).interval()
-    rows = {"n": len(groups)}
-    return {
-        "passed": more["value"] <= _MORE_NATS,
-        **found["student"].interval(),
-        **rows,
-        "base": {**found["base"].interval(), **rows},
-        "difference": more,
-        "said": f"{more['value']:+.3f} nats a token against the base on {len(groups)} texts; at "
-        f"most {_MORE_NATS:g} more may be",
-        "examples": [],
-    }
 
 
 def secrets_asked(canaries: Sequence[Canary], view: str | None = None) -> list[Judged]:
@@ -546,10 +512,6 @@ def _said(text: str) -> Message:
 
 def _user(row: Mapping[str, Any]) -> Message:
     return {"role": "user", "content": row["query"]}
-
-
-def _mean(values: Sequence[float] | None) -> float | None:
-    return float(np.mean(values)) if values else None
 
 
 def _shares(values: Mapping[str, Sequence[float]], *, scores: bool = False) -> dict[str, Any]:

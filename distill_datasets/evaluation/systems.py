@@ -38,6 +38,8 @@ from distill_datasets.schema import EARLIER, SOURCE, failure_text
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from distill_datasets.models.tinker import Connection
+
 # What `--systems` and reports call them, in the order of a report.
 SYSTEMS: Mapping[str, str] = {
     "base": "base",
@@ -428,6 +430,15 @@ def changed(system: Answerer, change: Callable[[PromptedModel], PromptedModel]) 
     if isinstance(system, PromptedModel):
         return change(system)
     return replace(system, members=tuple(map(change, system.members)))
+
+
+def connections_of(
+    systems: Mapping[str, Answerer], names: Sequence[str]
+) -> "dict[str, Connection]":
+    """Those of the named systems that say how likely they find a given text."""
+    asked = {name: one for name in names if isinstance(one := systems.get(name), PromptedModel)}
+    found = {name: getattr(one.sampler, "connection", None) for name, one in asked.items()}
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def _open(given: Sampler | str | Path, renderer: str | None = None) -> Sampler:
