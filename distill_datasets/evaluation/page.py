@@ -47,7 +47,8 @@ _MOST_ROWS = 20_000
 _MOST_TEXT = 20_000  # characters of a text
 _MOST_FLIPS, _FLIP_TEXT = 5, 300
 _MOST_LABELS = 30
-_SHOWN = ("teacher", "student", "base")  # side by side, in this order
+_PAIR = ("teacher", "student")
+_SIGNS = {True: "1", False: "0", None: "-"}  # of a check in the rows
 _OUTCOMES = {REPLACES: ("good", "✔"), DOES_NOT: ("bad", "✘")}
 _Row = Mapping[str, Any]
 _Report = Mapping[str, Any]
@@ -92,14 +93,14 @@ def summary_html(report: _Report, page_file: Path) -> str:
             [[line["name"], html_plot(line["drawing"]), line["said"]] for line in scale["lines"]],
             [scale["caption"], f"{scale['low']} to {scale['high']}", scale["unit"]],
         )
-        for scale in metrics_facts(report)
+        for scale in _metrics(report)
     ]
     return html_card(
         verdict.get("outcome") or f"{report['recipe']}: {report['n']:,} rows",
         verdict.get("rule"),
         *(f"⚠ {one}" for one in report.get("alerts") or ()),
         *plots,
-        *(f"{one['number']} {one['said']}" for one in tiles_facts(report)),
+        *(f"{one['number']} {one['said']}" for one in _tiles(report)),
         f"More: {page_file}",
     )
 
@@ -132,31 +133,37 @@ def page(
     script = (cards_folder() / "report.js").read_text(encoding="utf-8")
     digest = hashlib.sha256(script.encode()).digest()
     best = training.checkpoint.get("step") if training else None
+    gate, coverage, calibration = (
+        (beside or {}).get(name) for name in ("gate", "coverage", "calibration")
+    )
+    money = report.get("money")
     known = {
         "report": report,
-        "verdict": verdict_facts(report),
-        "alerts": report.get("alerts") or [],
-        "tiles": list(tiles_facts(report)),
-        "metrics": list(metrics_facts(report)),
-        "differences": list(differences_facts(report)),
-        "internalisation": inner_keys(report.get("internalisation")),
-        "texts": texts_facts(report),
-        "flips": flips_facts(report, kept),
-        "checks": list(checks_facts(report)),
-        "judge": judge_facts(report.get("judge")),
-        "residue": list(residue_facts(report.get("residue"))),
-        "gate": gate_facts((beside or {}).get("gate")),
-        "coverage": coverage_facts((beside or {}).get("coverage")),
-        "calibration": calibration_facts((beside or {}).get("calibration")),
-        "rows": rows_facts(report, kept, cut) if kept else None,
+        "verdict": _verdict(report),
+        "tiles": list(_tiles(report)),
+        "metrics": list(_metrics(report)),
+        "differences": [
+            _scale(pair.replace("-", " minus ", 1), metrics, across=(0.0,), around=True)
+            for pair, metrics in report.get("differences", {}).items()
+            if metrics
+        ],
+        "texts": _texts(report),
+        "flips": _flips(report, kept),
+        "checks": list(_checks(report)),
+        "residue": _residue(report.get("residue") or {}),
+        "gate": _gate(gate) if gate else None,
+        "coverage": _coverage(coverage) if coverage else None,
+        "calibration": _calibration(calibration) if calibration else None,
+        "rows": _rows(report, kept, cut) if kept else None,
         "curves": panels_html(training.metrics, best) if training else [],
-        "training_said": training_said(training),
-        "confusion": list(confusions_facts(report, kept)),
+        "training_said": _trained(training),
+        "confusion": list(_confusions(report, kept)),
         "labels": list(label_cells(report)) if report.get("labels") else None,
-        "money": money_facts(report.get("money")),
-        "latency": latency_facts(report),
-        "commands": commands(report, training),
-        "provenance": provenance(report, training),
+        "money": money
+        and {**money, "cells": list(volume_cells(money)), "drawing": cost_curves(money)},
+        "latency": _latency(report),
+        "commands": _commands(report, training),
+        "provenance": _provenance(report, training),
         "script": Markup(script),
         "script_hash": base64.b64encode(digest).decode(),
     }
@@ -179,12 +186,13 @@ def _environment() -> "Environment":
         count="{:,}".format,
         amount=amount_text,
         plain=lambda name: str(name).replace("_", " "),
-        shown=shown,
+        shown=_shown,
+        without=lambda value, *names: {key: one for key, one in value.items() if key not in names},
     )
     return environment
 
 
-def shown(value: Any) -> str:
+def _shown(value: Any) -> str:
     """A value of a table, as people read it."""
     if value is None or isinstance(value, bool):
         return {None: "", True: "yes", False: "no"}[value]
@@ -193,17 +201,16 @@ def shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)[:_MOST_TEXT]
 
 
-def verdict_facts(report: _Report) -> dict[str, Any] | None:
+def _verdict(report: _Report) -> dict[str, Any] | None:
     """The verdict with its sign, its interval drawn, and the rows that it lacks."""
     verdict = report.get("verdict")
     if not verdict:
         return None
     kind, sign = _OUTCOMES.get(verdict["outcome"], ("open", "?"))
-    difference, margin = verdict.get("difference"), verdict.get("margin")
-    scale = None
+    difference, margin, scale = verdict.get("difference"), verdict.get("margin"), None
     if difference and margin is not None:
-        lines = [(str(verdict["metric"]), difference)]
         caption = f"Student minus teacher; the dashed lines are 0 and the margin, -{margin:g}"
+        lines = {str(verdict["metric"]): difference}
         scale = _scale(caption, lines, across=(0.0, -margin), around=True)
         scale["unit"] = f"{100 * difference.get('level', 0.95):.0f} % interval"
     needed = verdict.get("rows_needed")
@@ -213,19 +220,21 @@ def verdict_facts(report: _Report) -> dict[str, Any] | None:
 
 def _scale(
     caption: str,
-    values: Iterable[tuple[str, Mapping[str, float]]],
+    values: Mapping[str, Mapping[str, float]],
     *,
     across: Sequence[float] = (),
     around: bool = False,
 ) -> dict[str, Any]:
     """Values with their intervals on one scale, from 0 to 1 or wider, or `around` 0."""
-    known = [(name, value) for name, value in values if isfinite(value["value"])]
-    numbers = [value[end] for _, value in known for end in ("value", "low", "high") if end in value]
+    known = {name: value for name, value in values.items() if isfinite(value["value"])}
+    ends = ("value", "low", "high")
+    numbers = [value[end] for value in known.values() for end in ends if end in value]
     if around:
         far = max(map(abs, [*numbers, *across]), default=1.0) or 1.0
         bounds = -far, far
     else:
         bounds = min(0.0, *numbers, 0.0), max(1.0, *numbers)
+    low, high = (short(float(f"{bound:.2g}")) for bound in bounds)
     lines = [
         {
             "name": name,
@@ -239,13 +248,12 @@ def _scale(
                 colour=place,
             ),
         }
-        for place, (name, value) in enumerate(known)
+        for place, (name, value) in enumerate(known.items())
     ]
-    low, high = map(short, (float(f"{bounds[0]:.2g}"), float(f"{bounds[1]:.2g}")))
     return {"caption": caption, "low": low, "high": high, "unit": "95 % interval", "lines": lines}
 
 
-def tiles_facts(report: _Report) -> Iterator[dict[str, str]]:
+def _tiles(report: _Report) -> Iterator[dict[str, str]]:
     """What the student saves, a number each."""
     systems, saved = report["systems"], report.get("prompt_tokens_saved")
     if saved:
@@ -274,28 +282,16 @@ def tiles_facts(report: _Report) -> Iterator[dict[str, str]]:
         }
 
 
-def metrics_facts(report: _Report) -> Iterator[dict[str, Any]]:
+def _metrics(report: _Report) -> Iterator[dict[str, Any]]:
     """A scale a metric, every system's interval on it."""
     systems = report["systems"]
-    names = dict.fromkeys(name for system in systems.values() for name in system["metrics"])
-    for name in names:
-        found = [
-            (system, one["metrics"][name])
-            for system, one in systems.items()
-            if name in one["metrics"]
-        ]
-        yield _scale(name.replace("_", " "), found)
+    for name in dict.fromkeys(name for one in systems.values() for name in one["metrics"]):
+        values = {system: one["metrics"].get(name) for system, one in systems.items()}
+        known = {system: value for system, value in values.items() if value is not None}
+        yield _scale(name.replace("_", " "), known)
 
 
-def differences_facts(report: _Report) -> Iterator[dict[str, Any]]:
-    """A scale for each system that the student is compared with."""
-    for pair, metrics in report.get("differences", {}).items():
-        if metrics:
-            caption = pair.replace("-", " minus ", 1)
-            yield _scale(caption, metrics.items(), across=(0.0,), around=True)
-
-
-def texts_facts(report: _Report) -> list[dict[str, Any]]:
+def _texts(report: _Report) -> list[dict[str, Any]]:
     """A line a system: its likeness to the teacher's texts, then all that is a number or a text."""
     found = {}
     for name, texts in (report.get("texts") or {}).items():
@@ -308,11 +304,6 @@ def texts_facts(report: _Report) -> list[dict[str, Any]]:
     ]
 
 
-def inner_keys(value: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What comes with a number and its interval."""
-    return {key: one for key, one in (value or {}).items() if key not in ("value", "low", "high")}
-
-
 def _answer(row: _Row, system: str) -> str | None:
     found = row["systems"].get(system, {}).get("answer")
     return None if found is None else str(found)
@@ -322,44 +313,35 @@ def _sides(report: _Report, rows: Sequence[_Row]) -> dict[str, str]:
     """Who alone is right, by row: as the verdict says, or by the references of labels."""
     verdict = report.get("verdict") or {}
     if "only_teacher" in verdict:
-        sides = {one: "teacher" for one in verdict["only_teacher"] or ()}
-        return sides | {one: "student" for one in verdict.get("only_student") or ()}
-    if report.get("free_text"):
-        return {}
+        return {one: who for who in _PAIR for one in verdict.get(f"only_{who}") or ()}
     found = {}
-    for row in rows:
+    for row in () if report.get("free_text") else rows:
         right = row.get("reference")
-        correct = [name for name in ("teacher", "student") if _answer(row, name) == right]
+        correct = [name for name in _PAIR if _answer(row, name) == right]
         if right and len(correct) == 1:
             found[row["id"]] = correct[0]
     return found
 
 
-def flips_facts(report: _Report, rows: Sequence[_Row]) -> list[dict[str, Any]]:
+def _flips(report: _Report, rows: Sequence[_Row]) -> list[dict[str, Any]]:
     """The rows where one of teacher and student alone is right."""
-    sides = _sides(report, rows)
-    found = []
-    for who in ("teacher", "student"):
+    sides, found = _sides(report, rows), []
+    for who in _PAIR if sides else ():
         shown = [row for row in rows if sides.get(row["id"]) == who][:_MOST_FLIPS]
-        cells = [
-            [_cut(text) for text in (row["query"], row.get("reference") or "", *_both(row))]
+        texts = [
+            [row["query"], row.get("reference"), *(row["systems"][one]["text"] for one in _PAIR)]
             for row in shown
         ]
-        count = sum(one == who for one in sides.values())
-        found.append({"who": who, "count": count, "rows": cells})
-    return found if sides else []
+        cells = [[_cut(text or "", _FLIP_TEXT) for text in row] for row in texts]
+        found.append({"who": who, "count": [*sides.values()].count(who), "rows": cells})
+    return found
 
 
-def _both(row: _Row) -> Iterator[str]:
-    for name in ("teacher", "student"):
-        yield row["systems"].get(name, {}).get("text") or ""
-
-
-def _cut(text: str, most: int = _FLIP_TEXT) -> str:
+def _cut(text: str, most: int = _MOST_TEXT) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
 
 
-def checks_facts(report: _Report) -> Iterator[dict[str, Any]]:
+def _checks(report: _Report) -> Iterator[dict[str, Any]]:
     """A scale a check, with what it demands."""
     for name, check in (report.get("checks") or {}).items():
         found = {
@@ -368,68 +350,54 @@ def checks_facts(report: _Report) -> Iterator[dict[str, Any]]:
             if name in one.get("checks", {})
         }
         if found:
+            scale = _scale("Share of the rows that pass", found)
             rows = found.get("student", {}).get("rows")
-            scale = _scale("Share of the rows that pass", found.items())
             yield {"name": name, **check, "rows": rows, "scale": scale}
 
 
-def judge_facts(judge: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What a judge says, and all of its numbers."""
-    if not judge:
-        return None
-    more = {name: value for name, value in judge.items() if name != "summary"}
-    return {"summary": judge.get("summary", ()), "more": more}
-
-
-def residue_facts(residue: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+def _residue(residue: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A line a test, with its outcome."""
-    signs = {True: ("good", "✔ passed"), False: ("bad", "✘ failed")}
-    for name, test in (residue or {}).items():
-        if isinstance(test, Mapping) and "passed" in test:
-            kind, outcome = signs.get(test["passed"], ("", "? not told"))
-            found = {"said": "", "what": "", "examples": None, **test}
-            yield {**found, "name": name, "kind": kind, "outcome": outcome}
+    signs = {True: ("good", "✔ passed"), False: ("bad", "✘ failed"), None: ("", "? not told")}
+    return [
+        {"examples": None, **test, "name": name, "kind": kind, "outcome": outcome}
+        for name, test in residue.items()
+        for kind, outcome in [signs[test["passed"]]]
+    ]
 
 
-def gate_facts(gate: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
     """Every rule that was looked at, those that fail first."""
-    if not gate:
-        return None
     kinds = {PASSED: ("good", "✔"), UNSURE: ("", "?")}
     rules = [
-        {**one, "bad": one["outcome"] not in kinds, "kind": kind, "sign": sign}
-        for one in gate["rules"]
+        {**one, "kind": kind, "sign": sign}
+        for one in sorted(gate["rules"], key=lambda one: one["outcome"] in kinds)
         for kind, sign in [kinds.get(one["outcome"], ("bad", "✘"))]
     ]
-    failed = sum(one["bad"] for one in rules)
+    failed = sum(one["kind"] == "bad" for one in rules)
     said = f"{failed} of {len(rules)} rules fail" if failed else f"none of {len(rules)} rules fails"
-    rules.sort(key=lambda one: not one["bad"])
     return {"passed": gate["passed"], "said": said, "rules": rules}
 
 
-def calibration_facts(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _calibration(found: Mapping[str, Any]) -> dict[str, Any]:
     """How much a student may serve alone, by the share in which it may disagree."""
-    if not found:
-        return None
-    curve = [(one["epsilon"], one["served"]) for one in found["curve"]]
-    marks = [Mark(one["epsilon"], one["served"], f"{one['served']:.0%}") for one in found["points"]]
     names = {"x": "disagreements allowed", "y": "share served by the student"}
-    drawing = curves({names["y"]: curve}, **names, log=(True, False), marks=marks)
+    line = {names["y"]: [(one["epsilon"], one["served"]) for one in found["curve"]]}
+    marks = [Mark(one["epsilon"], one["served"], f"{one['served']:.0%}") for one in found["points"]]
+    drawing = curves(line, **names, log=(True, False), marks=marks)
     return {**found, "drawing": drawing, "paid": any(one["saved"] for one in found["points"])}
 
 
-def coverage_facts(coverage: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _coverage(coverage: Mapping[str, Any]) -> dict[str, Any]:
     """The rules of the prompt: those that no query exercises, then the others by their effect."""
-    if not coverage:
-        return None
     rules = sorted(coverage["rules"], key=lambda one: -one["changed"])
     missed = [one["rule"] for one in rules if not one["changed"]]
     return {**coverage, "missed": missed, "rules": [one for one in rules if one["changed"]]}
 
 
-def rows_facts(report: _Report, rows: Sequence[_Row], cut: bool) -> dict[str, Any]:
+def _rows(report: _Report, rows: Sequence[_Row], cut: bool) -> dict[str, Any]:
     """The rows as JSON that no HTML can hide in: short, for there may be many."""
-    systems = sorted(rows[0]["systems"], key=_first_shown)
+    first = {name: place for place, name in enumerate(("teacher", "student", "base"))}
+    systems = sorted(rows[0]["systems"], key=lambda name: first.get(name, len(first)))
     checks = list(report.get("checks") or {})
     sides = _sides(report, rows)
     found = {
@@ -439,7 +407,7 @@ def rows_facts(report: _Report, rows: Sequence[_Row], cut: bool) -> dict[str, An
         "rows": [
             [
                 row["id"],
-                _cut(row["query"], _MOST_TEXT),
+                _cut(row["query"]),
                 row.get("group"),
                 row.get("reference"),
                 sides.get(row["id"], ""),
@@ -453,24 +421,18 @@ def rows_facts(report: _Report, rows: Sequence[_Row], cut: bool) -> dict[str, An
     return {"cut": cut, "shown": len(rows), "json": Markup(safe)}
 
 
-def _first_shown(system: str) -> int:
-    return _SHOWN.index(system) if system in _SHOWN else len(_SHOWN)
-
-
 def _part(said: Mapping[str, Any], checks: Sequence[str]) -> list[Any]:
-    text, answer = said.get("text") or "", said.get("answer")
-    signs = {True: "1", False: "0", None: "-"}
-    passed = "".join(signs[said.get("checks", {}).get(name)] for name in checks)
+    text, answer, passed = said.get("text") or "", said.get("answer"), said.get("checks", {})
     return [
-        _cut(text, _MOST_TEXT),
-        0 if answer == text else None if answer is None else _cut(str(answer), _MOST_TEXT),
+        _cut(text),
+        0 if answer == text else None if answer is None else _cut(str(answer)),
         said.get("stop_reason"),
         said.get("tokens"),
-        passed,
+        "".join(_SIGNS[passed.get(name)] for name in checks),
     ]
 
 
-def training_said(training: TrainedStudent | None) -> str:
+def _trained(training: TrainedStudent | None) -> str:
     """What was trained, in a line."""
     if training is None or not training.metrics:
         return ""
@@ -481,47 +443,32 @@ def training_said(training: TrainedStudent | None) -> str:
     return f"{student}, {steps:,} steps{on}.{warned}"
 
 
-def confusions_facts(report: _Report, rows: Sequence[_Row]) -> Iterator[dict[str, Any]]:
+def _confusions(report: _Report, rows: Sequence[_Row]) -> Iterator[dict[str, Any]]:
     """What student and teacher answer for each label, where there are few."""
     labels = list(report.get("labels") or {})
     known = [row for row in rows if row.get("reference")]
     if not known or len(labels) > _MOST_LABELS or {row["reference"] for row in known} - {*labels}:
         return
     for system in ("student", "teacher"):
-        counts = Counter((row["reference"], _answer(row, system)) for row in known)
-        others = sum(n for (_, answer), n in counts.items() if answer not in labels)
-        names = [*labels, *(["(other)"] if others else [])]
-        yield {
-            "system": system,
-            "names": names,
-            "lines": [_confusion_line(counts, label, names) for label in labels],
-        }
+        answers = [(row["reference"], _answer(row, system)) for row in known]
+        counts = Counter((right, one if one in labels else "(other)") for right, one in answers)
+        names = [*labels, *(["(other)"] if any(one == "(other)" for _, one in counts) else [])]
+        totals = Counter(right for right, _ in answers)
+        lines = [
+            {
+                "name": label,
+                "cells": [
+                    {"n": n, "share": round(n / (totals[label] or 1), 3), "right": right and n > 0}
+                    for name in names
+                    for n, right in [(counts[label, name], name == label)]
+                ],
+            }
+            for label in labels
+        ]
+        yield {"system": system, "names": names, "lines": lines}
 
 
-def _confusion_line(
-    counts: Mapping[tuple[str, str | None], int], label: str, names: Sequence[str]
-) -> dict[str, Any]:
-    mine = {answer: n for (right, answer), n in counts.items() if right == label}
-    total = sum(mine.values())
-    other = total - sum(n for answer, n in mine.items() if answer in names)
-    cells = [mine.get(name, 0) if name != "(other)" else other for name in names]
-    return {
-        "name": label,
-        "cells": [
-            {"n": n, "share": round(n / (total or 1), 3), "right": name == label and n > 0}
-            for name, n in zip(names, cells, strict=True)
-        ],
-    }
-
-
-def money_facts(money: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What queries cost, and the drawing of it."""
-    if not money:
-        return None
-    return {**money, "cells": list(volume_cells(money)), "drawing": cost_curves(money)}
-
-
-def latency_facts(report: _Report) -> dict[str, Any] | None:
+def _latency(report: _Report) -> dict[str, Any] | None:
     """A scale of the median and the 95th percentile of each system."""
     timed = {
         (name if key == "latency_ms" else f"{name}, prompt read anew"): system[key]
@@ -547,7 +494,7 @@ def latency_facts(report: _Report) -> dict[str, Any] | None:
     return {"caption": caption, "low": "0", "high": high, "unit": "p50 / p95", "lines": lines}
 
 
-def commands(report: _Report, training: TrainedStudent | None) -> str:
+def _commands(report: _Report, training: TrainedStudent | None) -> str:
     """What trains and measures the same again."""
     dataset = report["dataset"]
     commit = dataset.get("commit")
@@ -565,7 +512,7 @@ def commands(report: _Report, training: TrainedStudent | None) -> str:
     )
 
 
-def provenance(report: _Report, training: TrainedStudent | None) -> dict[str, str]:
+def _provenance(report: _Report, training: TrainedStudent | None) -> dict[str, str]:
     """What the report is of, by names and digests."""
     from distill_datasets import __version__
 
