@@ -62,8 +62,6 @@ _POINTS = 40  # of the curve
 _CURVE = (0.002, 0.3)
 _ROUNDED = 1e-6  # of a sum of parts of groups
 _LEAST = -1e3  # a log-probability
-
-
 _CONCURRENCY = 64
 _LIKELIEST = 20  # tokens of a place, as many as OpenAI's protocol gives
 
@@ -171,7 +169,11 @@ def calibrate(
 
         print(calibrate("runs/demo", epsilons=[0.02]).text())
     """
-    _require_settings(epsilons, score)
+    if not epsilons or not all(0 < one < 1 for one in epsilons) or score not in SCORES:
+        raise SettingsError(
+            "Expected epsilons above 0 and below 1, and a score of "
+            f"{', '.join(SCORES)}; found {', '.join(map(str, epsilons)) or 'none'} and {score!r}."
+        )
     path = split_report(report_file(run).parent, split)
     report, training = read_report(path), find_training(path.parent)
     if training is None:
@@ -202,14 +204,6 @@ def calibrate(
     return found
 
 
-def _require_settings(epsilons: Sequence[float], score: str) -> None:
-    if not epsilons or not all(0 < one < 1 for one in epsilons) or score not in SCORES:
-        raise SettingsError(
-            "Expected epsilons above 0 and below 1, and a score of "
-            f"{', '.join(SCORES)}; found {', '.join(map(str, epsilons)) or 'none'} and {score!r}."
-        )
-
-
 def _require_form(held_out: HeldOut) -> None:
     if held_out.free_text:
         raise DatasetError(
@@ -227,22 +221,11 @@ def choose(
         raise DatasetError("There are no queries to calibrate on.")
     scores = [one.confidence for one in pairs]
     wrong, groups = [not one.agrees for one in pairs], [one.group for one in pairs]
-    found = []
-    for epsilon in epsilons:
-        chosen = certify(scores, wrong, groups, epsilon)
-        point = Point(epsilon, 0.0)
-        if chosen is not None:
-            whole = chosen.threshold == -float("inf")
-            point = Point(
-                epsilon,
-                chosen.rows / len(pairs),
-                None if whole else chosen.threshold,
-                chosen.rows,
-                chosen.wrong,
-                chosen.bound,
-            )
-        found.append(replace(point, saved=_saved(point.served, costs)))
-    return found
+    found = [certify(scores, wrong, groups, epsilon) for epsilon in epsilons]
+    if costs is None or not costs[TEACHER]:
+        return found
+    asked = costs[STUDENT] / costs[TEACHER]  # the student is asked every query
+    return [replace(one, saved=one.served - asked) for one in found]
 
 
 class Confidence:
@@ -351,13 +334,6 @@ def _pairs(
         yield Pair(row["id"], row["group"], known.of(row["query"], places), agrees)
 
 
-def _saved(served: float, costs: Mapping[str, float] | None) -> float | None:
-    """The share of the teacher's cost that is saved, where the student is asked every query."""
-    if costs is None or not costs[TEACHER]:
-        return None
-    return served - costs[STUDENT] / costs[TEACHER]
-
-
 def _cells(point: Point) -> list[str]:
     saved = "" if point.saved is None else f"{point.saved:.1%}"
     if not point.served:
@@ -413,28 +389,14 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
     return front * found
 
 
-@dataclass(frozen=True)
-class Certified:
-    """A threshold: of what scores above it, at most the share asked for is wrong.
-
-    `rows` of the calibration score above it, `wrong` of them are; `bound` is the most that the
-    share of those can be, at the level that was asked for.
-    """
-
-    threshold: float
-    rows: int
-    wrong: int
-    bound: float
-
-
 def certify(
     scores: Sequence[float],
     wrong: Sequence[bool],
     groups: Sequence[str],
     most: float,
     level: float = LEVEL,
-) -> Certified | None:
-    """The lowest threshold above which at most a share of `most` is wrong; None where none is.
+) -> Point:
+    """The lowest threshold above which at most a share of `most` is wrong.
 
     It holds with a probability of `level` over the groups that it was chosen by. Those are a sample
     of all groups, so that a binomial test says whether too many of what scores above a score are
@@ -450,7 +412,7 @@ def certify(
     parts = np.array([1 / sizes[group] for group in groups])[order]
     served = np.concatenate([[0], np.cumsum(parts)])
     failed = np.concatenate([[0], np.cumsum(parts * errors)])
-    starts, level = _starts(len(sizes), most, level)
+    starts, each = _starts(len(sizes), most, level)
     n, best = len(order), 0
     for start in starts:
         first = int(np.searchsorted(served, start - _ROUNDED))
@@ -458,14 +420,14 @@ def certify(
         # Rows that tie with the next one are not above it.
         tested = {*np.searchsorted(falling, falling[ranks]).tolist(), n}
         for rows in sorted(size for size in tested if size >= first):
-            if binomial_tail(failed[rows], served[rows], most) > 1 - level:
+            if binomial_tail(failed[rows], served[rows], most) > 1 - each:
                 break
             best = max(best, rows)
     if not best:
-        return None
-    threshold = -float("inf") if best == n else float(-falling[best])
-    bound = share_at_most(failed[best], served[best], level)
-    return Certified(threshold, best, int(errors[:best].sum()), bound)
+        return Point(most, 0.0)
+    threshold = None if best == n else float(-falling[best])
+    bound = share_at_most(failed[best], served[best], each)
+    return Point(most, best / n, threshold, best, int(errors[:best].sum()), bound)
 
 
 def rows_to_certify(most: float, level: float = LEVEL) -> int:

@@ -122,42 +122,38 @@ def test_as_few_rows_as_are_said_tell_and_one_fewer_does_not() -> None:
         n = rows_to_certify(most)
         rows = list(range(n))
         found = certify(rows, [False] * n, alone(n), most)
-        assert found is not None
-        assert (found.rows, found.wrong, found.threshold) == (n, 0, -np.inf)
-        assert found.bound <= most
-        assert certify(rows[1:], [False] * (n - 1), alone(n - 1), most) is None
+        assert (found.rows, found.disagreements, found.threshold) == (n, 0, None)
+        assert found.bound is not None and found.bound <= most
+        assert not certify(rows[1:], [False] * (n - 1), alone(n - 1), most).served
 
 
 def test_a_threshold_leaves_out_where_the_student_is_wrong() -> None:
     scores = [number / 1000 for number in range(1000)]
     wrong = [score < 0.3 for score in scores]
     found = certify(scores, wrong, alone(1000), 0.02)
-    assert found is not None
     assert 650 < found.rows <= 720
-    assert 0.27 < found.threshold < 0.35
-    assert found.rows == sum(score > found.threshold for score in scores)
-    assert found.wrong == sum(
-        is_wrong for score, is_wrong in zip(scores, wrong, strict=True) if score > found.threshold
-    )
+    assert found.threshold is not None and 0.27 < found.threshold < 0.35
+    served = [found.serves(score) for score in scores]
+    assert found.rows == sum(served)
+    assert found.disagreements == sum(a and b for a, b in zip(served, wrong, strict=True))
 
 
 def test_rows_that_score_alike_are_served_together_or_not_at_all() -> None:
     scores = [1.0] * 400 + [0.5] * 400
     wrong = [False] * 400 + [number % 3 == 0 for number in range(400)]
     found = certify(scores, wrong, alone(800), 0.05)
-    assert found is not None
     assert (found.rows, found.threshold) == (400, 0.5)
 
 
 def test_the_rows_of_a_group_count_as_one() -> None:
     scores, right = [float(n) for n in range(300)], [False] * 300
-    assert certify(scores, right, alone(300), 0.05) is not None
-    assert certify(scores, right, [f"g{n // 5}" for n in range(300)], 0.05) is not None
-    assert certify(scores, right, [f"g{n // 6}" for n in range(300)], 0.05) is None
+    assert certify(scores, right, alone(300), 0.05).served
+    assert certify(scores, right, [f"g{n // 5}" for n in range(300)], 0.05).served
+    assert not certify(scores, right, [f"g{n // 6}" for n in range(300)], 0.05).served
 
 
 def test_nothing_is_certified_of_no_rows() -> None:
-    assert certify([], [], [], 0.05) is None
+    assert not certify([], [], [], 0.05).served
 
 
 @pytest.mark.parametrize(
@@ -175,7 +171,7 @@ def test_the_promise_holds_in_95_of_100_calibrations(most: float, above: float) 
     for _ in range(trials):
         rows = generator.integers(size, size=500)
         found = certify(scores[rows].tolist(), wrong[rows].tolist(), alone(500), most)
-        serves = scores > found.threshold if found else np.zeros(size, bool)
+        serves = bool(found.served) & (scores > (found.threshold or -1.0))
         held += not serves.any() or wrong[serves].mean() <= most
         served += bool(serves.any())
     # 95 % hold; of 120 trials fewer than 107 would by chance in one of a thousand cases.
@@ -201,7 +197,7 @@ def test_the_promise_holds_in_95_of_100_splits_of_rows_that_are_wrong_together(
         of_group = (generator.random(common.shape) < risk).astype(float)
     wrong = own[0] < of_group.repeat(size, axis=1)
     scores = np.where(own[1] < 0.8, common.repeat(size, axis=1), own[1])
-    held = sum(certify(*one, names, most) is None for one in zip(scores, wrong, strict=True))
+    held = sum(not certify(*one, names, most).served for one in zip(scores, wrong, strict=True))
     assert held >= 0.95 * splits
 
 
@@ -213,7 +209,7 @@ def test_of_groups_too_what_a_good_student_says_is_served() -> None:
         at_risk = (generator.random(500) < 0.3).repeat(4)
         wrong = at_risk & (generator.random(2_000) < (1 - scores) ** 2)
         found = certify(scores, wrong, names, 0.05)
-        threshold = 1.0 if found is None else max(found.threshold, 0.0)
+        threshold = max(found.threshold or 0.0, 0.0) if found.served else 1.0
         held += 0.3 * (1 - threshold) ** 2 / 3 <= 0.05  # the mean risk above the threshold
         served += (1 - threshold) / splits
     assert held >= 0.95 * splits and served > 0.3
