@@ -246,8 +246,12 @@ def push_student(  # noqa: PLR0913 (what is pushed, where to, and what goes alon
     from distill_datasets.hub import client as hub
     from distill_datasets.hub.screening import require_clean, screen
 
-    if not private:
-        _require_license(read_training(train))
+    recipe = None if private else read_training(train).recipe
+    if not private and (recipe is None or recipe.license is None):
+        raise RepositoryError(
+            "A public student needs the licence of its training data, and the recipe states none: "
+            "add `license:` to recipe.yaml and publish the dataset again, or push it privately."
+        )
     hub.require_token()
     with tempfile.TemporaryDirectory(prefix="distill-adapter-") as scratch:
         folder = Path(scratch) / "student"
@@ -257,15 +261,6 @@ def push_student(  # noqa: PLR0913 (what is pushed, where to, and what goes alon
         with hub.explained(repo):
             hub.ensure_repository(repo, kind="model", private=private)
             return push_folder(folder, repo)
-
-
-def _require_license(trained: Trained) -> None:
-    recipe = trained.recipe
-    if recipe is None or recipe.license is None:
-        raise RepositoryError(
-            "A public student needs the licence of its training data, and the recipe states none: "
-            "add `license:` to recipe.yaml and publish the dataset again, or push it privately."
-        )
 
 
 def push_folder(folder: Path, repo: str) -> PushedStudent:
@@ -278,13 +273,12 @@ def push_folder(folder: Path, repo: str) -> PushedStudent:
 
     from distill_datasets.hub import client as hub
 
-    api = HfApi()
-    first, tries = "", 0
+    api, first, tries = HfApi(), "", 0
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     while True:
         head = str(hub.patiently(api.model_info, repo).sha)
         first = first or head
         card = _kept_card(api, repo, head, (folder / "README.md").read_text(encoding="utf-8"))
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         operations = [
             CommitOperationAdd(
                 path.relative_to(folder).as_posix(),
@@ -298,11 +292,10 @@ def push_folder(folder: Path, repo: str) -> PushedStudent:
             )
             return PushedStudent(repo, commit.oid, commit.oid != first)
         except (HTTPError, RuntimeError) as error:
-            tries += 1
-            if hub.overtaken(error) and tries < _MOST_TRIES:
-                continue
-            if not hub.wait_after(error, tries - 1):
+            overtaken = hub.overtaken(error) and tries + 1 < _MOST_TRIES
+            if not overtaken and not hub.wait_after(error, tries):
                 raise
+            tries += 1
 
 
 def _kept_card(api: "HfApi", repo: str, head: str, card: str) -> str:

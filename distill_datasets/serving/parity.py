@@ -452,25 +452,23 @@ class _AddressedModel:
 
         from distill_datasets.models.endpoint import read_address
 
-        url, key = (
-            str(read_address(url, "--served-at")).rstrip("/"),
-            os.environ.get("OPENAI_API_KEY"),
-        )
+        url = str(read_address(url, "--served-at")).rstrip("/")
+        key = os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         with httpx.Client(timeout=_ANSWER_SECONDS, headers=headers) as client:
             found = cls(url, model or "", client)
-            yield found if model else replace(found, model=found._only_model())
-
-    def _only_model(self) -> str:
-        found = self._ask("models").get("data")
-        models = found if isinstance(found, list) else []
-        names = [str(one.get("id")) for one in models if isinstance(one, Mapping)]
-        if len(names) != 1:
-            raise ModelError(
-                f"{self.url} has {len(names)} models, {names[:20]}: name the student among them "
-                "with --served-as."
-            )
-        return names[0]
+            if model:
+                yield found
+                return
+            listed = found._ask("models").get("data")
+            models = [one for one in listed if isinstance(one, Mapping)] if listed else []
+            names = [str(one.get("id")) for one in models]
+            if len(names) != 1:
+                raise ModelError(
+                    f"{url} has {len(names)} models, {names[:20]}: name the student among them "
+                    "with --served-as."
+                )
+            yield replace(found, model=names[0])
 
     def scores(self, rows: Sequence[RenderedRow]) -> tuple[Scores, Scores]:
         """Of the tokens of the rows' responses, and the least that was told in the place of each.

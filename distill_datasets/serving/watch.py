@@ -38,7 +38,7 @@ _USES = ("inference", "fine_tune")
 _PRICES_AGE = 90  # days after which prices are to be looked up again
 _CHEAPER, _DEARER = 0.95, 1.05  # between which a sum of money is the same
 _PAID = ("openai:", "tinker:")
-_OTHER = "its weights are others"
+
 _WIDEST = 160  # characters of what is said of one
 _PROBE = Sampling(temperature=0.0, max_tokens=1)
 
@@ -124,42 +124,30 @@ def check(
         check("runs/support", days=60).require()
     """
     now = today or datetime.now(UTC).date()
-    training, release = _find(str(target))
-    subjects = _subjects(Path(target), training, release)
+    training, known = find_training(target), find_release(str(target), ())
+    config = {} if training is None else read_training(training)[0]
+    trained_on = str(config.get("dataset", {}).get("path", ""))
+    if known is None and trained_on:
+        known = find_release(trained_on, ())
+    if training is None and known is None:
+        raise DatasetError(
+            f"{str(target)!r} is no release, training or run: expected a folder that `publish`, "
+            "`train` or `run` wrote, or a Hub dataset as name@revision."
+        )
+    release = None if known is None else known.path
+    subjects = list[_Subject]()
+    if training is not None:
+        subjects += [_Subject("base", config["student"], config.get("identity"))]
+        subjects += [_Subject("student", str(training))]
+    subjects += _of_release(release) if release else ()
+    if (file := report_file(target)).name == "report.json" and file.is_file():
+        judge = (read_report(target).get("judge") or {}).get("model")
+        subjects += [_Subject("judge", judge)] if judge else []
+    subjects = list({(one.role, one.reference): one for one in subjects}.values())
     found = [_look(one, now + timedelta(days=days)) for one in subjects]
     if prices is not None:
         found += _priced(prices, {one.reference for one in subjects}, release, now)
-    return Inspection(str(target), tuple(found), _rebuild(found, training, release))
-
-
-def _find(target: str) -> tuple[Path | None, Path | None]:
-    """The training folder and the release's folder that a path or a name leads to."""
-    training = find_training(target)
-    release = find_release(target, ())
-    if training is not None and release is None:
-        config, _ = read_training(training)
-        trained_on = str(config.get("dataset", {}).get("path", ""))
-        release = find_release(trained_on, ()) if trained_on else None
-    if training is None and release is None:
-        raise DatasetError(
-            f"{target!r} is no release, training or run: expected a folder that `publish`, `train` "
-            "or `run` wrote, or a Hub dataset as name@revision."
-        )
-    return training, None if release is None else release.path
-
-
-def _subjects(target: Path, training: Path | None, release: Path | None) -> list[_Subject]:
-    found: list[_Subject] = []
-    if training is not None:
-        config, _ = read_training(training)
-        found += [_Subject("base", config["student"], config.get("identity"))]
-        found += [_Subject("student", str(training))]
-    if release is not None:
-        found += _of_release(release)
-    if report_file(target).name == "report.json" and report_file(target).is_file():
-        judge = read_report(target).get("judge") or {}
-        found += [_Subject("judge", judge["model"])] if judge.get("model") else []
-    return list({(one.role, one.reference): one for one in found}.values())
+    return Inspection(str(target), tuple(found), _rebuild(found, training, config, release))
 
 
 def _of_release(release: Path) -> Iterator[_Subject]:
@@ -178,31 +166,25 @@ def _of_release(release: Path) -> Iterator[_Subject]:
 
 def _look(subject: _Subject, horizon: date) -> Inspected:
     """What became of one model."""
-    role, reference = subject.role, subject.reference
+    role, reference, written = subject.role, subject.reference, subject.identity
+    said, until = "is there", None
     try:
-        said, until = _asked(subject)
+        if role == "student":
+            said, until = _answers(reference)
+        elif reference.startswith("openai:"):
+            until = _listed(reference)
+        elif weights := connect(reference).weights:
+            own = f"{reference}/{weights}"
+            if written and not f"{written}/".startswith(f"{own}/"):
+                said = f"its weights are others: they were {written}, and are {own}"
+                return Inspected(role, reference, "changed", said)
     except (AccessError, ServiceError) as error:
         return Inspected(role, reference, "unknown", str(error))
     except (ModelError, RequestError) as error:
         return Inspected(role, reference, "gone", str(error))
-    if said.startswith(_OTHER):
-        return Inspected(role, reference, "changed", said)
     if until is not None and until <= horizon:
         return Inspected(role, reference, "ends", f"is switched off on {until}", until)
     return Inspected(role, reference, "holds", said, until)
-
-
-def _asked(subject: _Subject) -> tuple[str, date | None]:
-    """What a model's server says of it, and the day on which it ends, if there is one."""
-    reference = subject.reference
-    if subject.role == "student":
-        return _answers(reference)
-    if reference.startswith("openai:"):
-        return "is there", _listed(reference)
-    weights, written = connect(reference).weights, subject.identity
-    if weights and written and not f"{written}/".startswith(f"{reference}/{weights}/"):
-        return f"{_OTHER}: they were {written}, and are {reference}/{weights}", None
-    return "is there", None
 
 
 def _answers(training: str) -> tuple[str, date | None]:
@@ -299,13 +281,14 @@ def _costs(
     yield Inspected("price", teacher, state, said)
 
 
-def _rebuild(found: list[Inspected], training: Path | None, release: Path | None) -> str | None:
+def _rebuild(
+    found: list[Inspected], training: Path | None, config: Mapping[str, Any], release: Path | None
+) -> str | None:
     """The one command that renews what fails, None where nothing does."""
     failing = {one.role for one in found if one.state in ("ends", "changed", "gone")}
     if "teacher" in failing and release is not None:
         return f"distill-datasets generate {release} --teacher MODEL --out {release}-next"
     if failing & {"base", "student"} and training is not None:
-        config, _ = read_training(training)
         base = "MODEL" if "base" in failing else config["student"]
         dataset = release or config.get("dataset", {}).get("path", "DATASET")
         return f"distill-datasets train {dataset} --student {base} --out {training}-next"
