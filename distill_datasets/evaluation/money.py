@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,27 +68,37 @@ def money(
     """
     paid = spending or SpendingRecord()
     teacher = _price(prices, "teacher", report["systems"]["teacher"]["model"])
-    names = _student_models(report, paid)
-    student = _price(prices, "student", *names)
-    costs = _Costs(report, teacher, student, *_cached(report, paid.generation, cached_share))
-    spent = dict(_spent(report, prices, paid, costs))
-    total = sum(one["amount"] or 0.0 for one in spent.values())
+    student = _price(prices, "student", *_student_models(report, paid))
+    share, source = _cached(report, paid.generation, cached_share)
+    long, short = (_tokens(report, name) for name in ("teacher", "student"))
+    ways = {
+        TEACHER: _Way(teacher, *long),
+        CACHED: _Way(teacher, *long, share),
+        STUDENT: _Way(student, *short),
+    }
+    parts = {
+        "generation": _generated(paid.generation, prices, teacher),
+        **{f"training ({folder.name})": _trained(folder, prices) for folder in paid.trainings},
+        "measuring": _measured(report, prices, teacher, student),
+        **({"other": {"amount": paid.other, "said": "as given"}} if paid.other else {}),
+    }
+    total = sum(one["amount"] or 0.0 for one in parts.values())
     found = {
         "currency": prices.currency,
         "priced_at": prices.date.isoformat(),
-        "per_query": costs.per_query,
+        "per_query": {name: way.each for name, way in ways.items()},
         "hosting_per_month": {TEACHER: teacher.hosting, STUDENT: student.hosting},
-        "cached_share": costs.share,
-        "spent": {"total": total, "parts": spent},
-        "savings": {name: costs.saving(name, total) for name in (TEACHER, CACHED)},
-        "volumes": [costs.month(queries, total) for queries in volumes],
+        "cached_share": share,
+        "spent": {"total": total, "parts": parts},
+        "savings": {name: _saving(ways[name], ways[STUDENT], total) for name in (TEACHER, CACHED)},
+        "volumes": [_month(ways, queries, total) for queries in volumes],
         "latency_ms": _latencies(report),
     }
     return {
         **found,
         "advice": _advice(found),
-        "arithmetic": [*costs.arithmetic(prices.currency), *_sums(found)],
-        "notes": [*_notes(found, teacher, costs)],
+        "arithmetic": [*_arithmetic(ways, prices.currency), *_sums(found)],
+        "notes": [*_notes(found, teacher, source)],
     }
 
 
@@ -193,102 +204,92 @@ def _price(prices: Prices, role: str, *models: str) -> Price:
 
 
 @dataclass(frozen=True)
-class _Costs:
-    """What a query and a month cost; `share` of the teacher's prompt is read from a cache."""
+class _Way:
+    """A way to answer a query: mean tokens, their price, the share of the prompt that is cached."""
 
-    report: Mapping[str, Any]
-    teacher: Price
-    student: Price
-    share: float
-    source: str
-
-    def tokens(self, system: str) -> tuple[float, float]:
-        """Mean tokens of a query: of its prompt and of its response."""
-        counted = self.report["systems"][system]["tokens"]
-        prompt, response = counted["prompt_mean"], counted["response_mean"]
-        if prompt is None or response is None:
-            raise PriceError(
-                f"The server of the {system} doesn't count tokens, so nobody can say what a query "
-                "costs. Measure with a server that counts (`usage`)."
-            )
-        return prompt, response
+    price: Price
+    prompt: float
+    response: float
+    cached: float = 0.0
 
     @property
-    def per_query(self) -> dict[str, float]:
-        """What a query costs by each way to answer it, hosting aside."""
-        prompt, response = self.tokens("teacher")
-        own = self.tokens("student")
-        return {
-            TEACHER: self.teacher.of(prompt, 0, response),
-            CACHED: self.teacher.of(prompt, prompt * self.share, response),
-            STUDENT: self.student.of(own[0], 0, own[1]),
-        }
-
-    def saving(self, other: str, spent: float) -> dict[str, float | None]:
-        """What a query saves, hosting aside, and the queries after which what was spent is back.
-
-        `pays_from` is the number of queries a month that pays for hosting.
-        """
-        costs = self.per_query
-        saved = costs[other] - costs[STUDENT]
-        hosting = self.student.hosting - self.teacher.hosting
-        ends = hosting <= 0 < saved
-        return {
-            "per_query": saved,
-            "percent": 100 * saved / costs[other] if costs[other] else None,
-            "break_even_queries": math.ceil(round(spent / saved, 6)) if ends else None,
-            "pays_from": math.ceil(round(hosting / saved, 6)) if saved > 0 < hosting else None,
-        }
-
-    def month(self, queries: int, spent: float) -> dict[str, Any]:
-        """A month of so many queries, hosting included, and when what was spent is back."""
-        costs = {
-            name: queries * each + (self.student if name == STUDENT else self.teacher).hosting
-            for name, each in self.per_query.items()
-        }
-        return {
-            "queries": queries,
-            "cost": costs,
-            "cheapest": min((TEACHER, CACHED, STUDENT), key=lambda name: costs[name]),
-            "against": {
-                name: _against(costs[name], costs[STUDENT], queries, spent)
-                for name in (TEACHER, CACHED)
-            },
-        }
-
-    def arithmetic(self, currency: str) -> Iterator[str]:
-        """How each cost of a query comes about."""
-        ways = [(TEACHER, "teacher", self.teacher, 0.0), (STUDENT, "student", self.student, 0.0)]
-        if self.teacher.cached is not None:
-            ways.append((CACHED, "teacher", self.teacher, self.share))
-        for name, system, of, share in ways:
-            prompt, response = self.tokens(system)
-            read = prompt * share
-            cached = f"{_n(read, 2)} cached x {_n(of.cached or 0)} + " if name == CACHED else ""
-            yield (
-                f"{name}: ({_n(prompt - read, 2)} prompt x {_n(of.prompt)} + {cached}"
-                f"{_n(response, 2)} response x {_n(of.response)}) / 1M = "
-                f"{_money(self.per_query[name])} {currency} a query"
-            )
-        for name, of in ((TEACHER, self.teacher), (STUDENT, self.student)):
-            if of.hosting_per_hour is not None:
-                each = f"{_n(of.hosting_per_hour)} x {HOURS_A_MONTH} hours = "
-                yield f"hosting of the {name}: {each}{_n(of.hosting)} {currency} a month"
-            elif of.hosting:
-                yield f"hosting of the {name}: {_n(of.hosting)} {currency} a month"
+    def each(self) -> float:
+        """What a query costs, hosting aside."""
+        return self.price.of(self.prompt, self.prompt * self.cached, self.response)
 
 
-def _against(other: float, own: float, queries: int, spent: float) -> dict[str, float | None]:
-    """What a month saves, when what was spent is back, and what a year returns of it."""
-    saved = other - own
-    days = spent / saved * _DAYS if saved > 0 else None
+def _tokens(report: Mapping[str, Any], system: str) -> tuple[float, float]:
+    """Mean tokens of a query: of its prompt and of its response."""
+    counted = report["systems"][system]["tokens"]
+    prompt, response = counted["prompt_mean"], counted["response_mean"]
+    if prompt is None or response is None:
+        raise PriceError(
+            f"The server of the {system} doesn't count tokens, so nobody can say what a query "
+            "costs. Measure with a server that counts (`usage`)."
+        )
+    return prompt, response
+
+
+def _saving(other: _Way, own: _Way, spent: float) -> dict[str, float | None]:
+    """What a query saves, hosting aside, and the queries after which what was spent is back.
+
+    `pays_from` is the number of queries a month that pays for hosting.
+    """
+    saved = other.each - own.each
+    hosting = own.price.hosting - other.price.hosting
     return {
-        "saving": saved,
-        "percent": 100 * saved / other if other else None,
-        "break_even_days": days,
-        "break_even_queries": None if days is None else math.ceil(round(days / _DAYS * queries, 6)),
-        "first_year_return": (_MONTHS * saved - spent) / spent if spent else None,
+        "per_query": saved,
+        "percent": 100 * saved / other.each if other.each else None,
+        "break_even_queries": _whole(spent / saved) if hosting <= 0 < saved else None,
+        "pays_from": _whole(hosting / saved) if saved > 0 < hosting else None,
     }
+
+
+def _whole(queries: float) -> int:
+    """As many queries as that takes."""
+    return math.ceil(round(queries, 6))
+
+
+def _month(ways: Mapping[str, _Way], queries: int, spent: float) -> dict[str, Any]:
+    """A month of so many queries, hosting included, when what was spent is back, and what a year
+    returns of it.
+    """
+    costs = {name: queries * way.each + way.price.hosting for name, way in ways.items()}
+    against = {}
+    for name in (TEACHER, CACHED):
+        saved = costs[name] - costs[STUDENT]
+        days = spent / saved * _DAYS if saved > 0 else None
+        against[name] = {
+            "saving": saved,
+            "percent": 100 * saved / costs[name] if costs[name] else None,
+            "break_even_days": days,
+            "break_even_queries": None if days is None else _whole(days / _DAYS * queries),
+            "first_year_return": (_MONTHS * saved - spent) / spent if spent else None,
+        }
+    cheapest = min(costs, key=costs.__getitem__)
+    return {"queries": queries, "cost": costs, "cheapest": cheapest, "against": against}
+
+
+def _arithmetic(ways: Mapping[str, _Way], currency: str) -> Iterator[str]:
+    """How each cost of a query comes about."""
+    for name in (TEACHER, STUDENT, CACHED):
+        way, price = ways[name], ways[name].price
+        if name == CACHED and price.cached is None:
+            continue
+        read = way.prompt * way.cached
+        cached = f"{_n(read, 2)} cached x {_n(price.cached or 0)} + " if name == CACHED else ""
+        yield (
+            f"{name}: ({_n(way.prompt - read, 2)} prompt x {_n(price.prompt)} + {cached}"
+            f"{_n(way.response, 2)} response x {_n(price.response)}) / 1M = "
+            f"{_money(way.each)} {currency} a query"
+        )
+    for name in (TEACHER, STUDENT):
+        price = ways[name].price
+        if price.hosting_per_hour is not None:
+            each = f"{_n(price.hosting_per_hour)} x {HOURS_A_MONTH} hours = "
+            yield f"hosting of the {name}: {each}{_n(price.hosting)} {currency} a month"
+        elif price.hosting:
+            yield f"hosting of the {name}: {_n(price.hosting)} {currency} a month"
 
 
 def _cached(
@@ -309,40 +310,10 @@ def _cached(
     return share, "nobody measured it: all that the student's prompt lacks"
 
 
-def _spent(
-    report: Mapping[str, Any], prices: Prices, paid: SpendingRecord, costs: _Costs
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What each stage cost, with how that is known; an amount of None is one that nobody knows."""
-    yield "generation", _generated(paid.generation, prices, costs.teacher)
-    for folder in paid.trainings:
-        yield f"training ({folder.name})", _trained(folder, prices)
-    yield "measuring", _measured(report, prices, costs)
-    if paid.other:
-        yield "other", {"amount": paid.other, "said": "as given"}
-
-
-def _measured(report: Mapping[str, Any], prices: Prices, costs: _Costs) -> dict[str, Any]:
-    counted = report.get("spent")
-    if counted and counted["currency"] == prices.currency:
-        return {"amount": counted["amount"], "said": "as counted while measuring"}
-    systems, rows = report["systems"], report["n"]
-    each = [
-        _asked(system, costs.teacher if name.startswith(TEACHER) else costs.student)
-        for name, system in systems.items()
-    ]
-    said = f"at most: {rows:,} rows to {len(systems)} systems, those answered before too"
-    return {"amount": rows * sum(each), "said": said}
-
-
-def _asked(system: Mapping[str, Any], price: Price) -> float:
-    """What a query of a system costs, as far as its tokens are counted."""
-    tokens = system["tokens"]
-    return price.of(tokens["prompt_mean"] or 0, 0, tokens["response_mean"] or 0)
-
-
 def _generated(
     generation: Mapping[str, Any] | None, prices: Prices, teacher: Price
 ) -> dict[str, Any]:
+    """What the answers cost, with how that is known; an amount of None is one that nobody knows."""
     cost = (generation or {}).get("cost")
     if cost and cost["currency"] == prices.currency:
         day = f", prices of {cost['priced_at']}" if cost.get("priced_at") else ""
@@ -356,11 +327,15 @@ def _generated(
 
 
 def _trained(folder: Path, prices: Prices) -> dict[str, Any]:
-    lines = [*_lines(folder / "metrics.jsonl")]
-    student = (read_object(folder / "config.json") or {}).get("student", "")
-    tokens = sum(line.get("tokens", 0) for line in lines)
+    """What a training cost, by its metrics; a killed process may have left a broken line."""
+    lines, file = list[dict[str, Any]](), folder / "metrics.jsonl"
+    for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else ():
+        with suppress(ValueError, TypeError):
+            lines.append(dict(json.loads(line)))
     if spent := [line["spent"] for line in lines if "spent" in line]:
         return {"amount": spent[-1], "said": "as counted while training"}
+    student = (read_object(folder / "config.json") or {}).get("student", "")
+    tokens = sum(line.get("tokens", 0) for line in lines)
     price = prices.models.get(student) or prices.models.get("student")
     if price is None or price.train is None:
         said = f"{tokens:,} tokens, and no price for training {student!r} (`train`)"
@@ -369,24 +344,29 @@ def _trained(folder: Path, prices: Prices) -> dict[str, Any]:
     return {"amount": amount, "said": f"{tokens:,} tokens x {_n(price.train)} / 1M"}
 
 
-def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The lines of a training's metrics; a killed process may have left one that is broken."""
-    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, Mapping):
-            yield found
+def _measured(
+    report: Mapping[str, Any], prices: Prices, teacher: Price, student: Price
+) -> dict[str, Any]:
+    """What measuring cost, as far as the systems' tokens are counted."""
+    counted = report.get("spent")
+    if counted and counted["currency"] == prices.currency:
+        return {"amount": counted["amount"], "said": "as counted while measuring"}
+    systems, rows, each = report["systems"], report["n"], 0.0
+    for name, system in systems.items():
+        price = teacher if name.startswith(TEACHER) else student
+        tokens = system["tokens"]
+        each += price.of(tokens["prompt_mean"] or 0, 0, tokens["response_mean"] or 0)
+    said = f"at most: {rows:,} rows to {len(systems)} systems, those answered before too"
+    return {"amount": rows * each, "said": said}
 
 
 def _latencies(report: Mapping[str, Any]) -> dict[str, float]:
     """Median latencies, where they were measured."""
-    systems = report["systems"]
+    teacher, student = (report["systems"][name] for name in ("teacher", "student"))
     found = {
-        TEACHER: systems["teacher"].get("latency_uncached_ms"),
-        CACHED: systems["teacher"].get("latency_ms"),
-        STUDENT: systems["student"].get("latency_ms"),
+        TEACHER: teacher.get("latency_uncached_ms"),
+        CACHED: teacher.get("latency_ms"),
+        STUDENT: student.get("latency_ms"),
     }
     return {name: timed["p50"] for name, timed in found.items() if timed}
 
@@ -419,48 +399,54 @@ def _sums(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _advice(found: Mapping[str, Any]) -> str:
-    cheapest = [month["cheapest"] for month in found["volumes"]]
-    costs = found["per_query"]
-    if not cheapest:
-        return f"The student costs {_money(costs[STUDENT])} a query, the teacher " + (
+    costs, months = found["per_query"], found["volumes"]
+    if not months:
+        return (
+            f"The student costs {_money(costs[STUDENT])} a query, the teacher "
             f"{_money(costs[TEACHER])}, {_money(costs[CACHED])} with its prompt cached."
         )
-    if set(cheapest) == {STUDENT}:
+    dear = [month for month in months if month["cheapest"] != STUDENT]
+    if not dear:
         return "The student is the cheapest at every volume." + _pay_back(found)
-    instead = "Cache the prompt instead" if CACHED in cheapest else "Keep the prompt"
-    if STUDENT not in cheapest:
+    cached = any(month["cheapest"] == CACHED for month in dear)
+    instead = "Cache the prompt instead" if cached else "Keep the prompt"
+    if len(dear) == len(months):
         return f"{instead}: the student is dearer at every volume."
-    dear = [month["queries"] for month in found["volumes"] if month["cheapest"] != STUDENT]
+    where = ", ".join(f"{month['queries']:,}" for month in dear)
     return (
-        f"{instead} at {', '.join(f'{one:,}' for one in dear)} queries a month; the student is "
-        + ("the cheapest at the other volumes." + _pay_back(found))
+        f"{instead} at {where} queries a month; the student is the cheapest at the other volumes."
+        + _pay_back(found)
     )
 
 
 def _pay_back(found: Mapping[str, Any]) -> str:
     """A remark where the student takes long to be worth what it cost."""
-    won = [month for month in found["volumes"] if month["cheapest"] == STUDENT]
     rival = CACHED if found["per_query"][CACHED] < found["per_query"][TEACHER] else TEACHER
-    late = [m for m in won if (m["against"][rival]["break_even_days"] or 0) > _LONG]
+    late = [
+        (month["queries"], days)
+        for month in found["volumes"]
+        if month["cheapest"] == STUDENT
+        and (days := month["against"][rival]["break_even_days"] or 0) > _LONG
+    ]
     if not late:
         return ""
-    slow = late[-1]
-    days = slow["against"][rival]["break_even_days"]
+    queries, days = late[-1]
     cure = "caching the prompt" if rival == CACHED else "keeping the prompt"
     return (
-        f" But at {slow['queries']:,} queries a month it takes {days:,.0f} days to be back what "
-        f"was spent, against {cure}."
+        f" But at {queries:,} queries a month it takes {days:,.0f} days to be back what was spent, "
+        f"against {cure}."
     )
 
 
-def _notes(found: Mapping[str, Any], teacher: Price, costs: _Costs) -> Iterator[str]:
+def _notes(found: Mapping[str, Any], teacher: Price, source: str) -> Iterator[str]:
     if teacher.cached is None:
         yield (
             "The price file names no price for the teacher's cached tokens (`cached`): where its "
             "provider has one, caching the prompt may be the cheapest."
         )
     else:
-        yield f"Cached: {100 * costs.share:.1f} % of the teacher's prompt tokens, {costs.source}."
+        share = 100 * found["cached_share"]
+        yield f"Cached: {share:.1f} % of the teacher's prompt tokens, {source}."
     unknown = [name for name, part in found["spent"]["parts"].items() if part["amount"] is None]
     if unknown:
         yield f"Left out, since nobody says what it cost: {', '.join(unknown)}."
