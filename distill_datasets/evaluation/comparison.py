@@ -12,7 +12,6 @@ from distill_datasets.conversations import read_calls, readable
 from distill_datasets.evaluation.metrics import (
     ALWAYS,
     CALIBRATIONS,
-    Metric,
     Metrics,
     chrf,
     equal,
@@ -50,7 +49,7 @@ class Comparison:
 
     answers: Mapping[str, "Dataset"]
     metrics: Metrics
-    recipe: Recipe | None = None
+    recipe: Recipe
 
     @cached_property
     def references(self) -> list[str | None]:
@@ -80,28 +79,24 @@ class Comparison:
     @cached_property
     def estimates(self) -> dict[str, dict[str, Estimate]]:
         """Each system's metrics; those that need references are absent where there are none."""
-        return {system: self._estimates(system) for system in self.predictions}
-
-    def _estimates(self, system: str) -> dict[str, Estimate]:
-        answers, rows = self.predictions[system], self.labelled
+        found: dict[str, dict[str, Estimate]] = {}
+        rows = self.labelled
         groups = [self.groups[row] for row in rows]
-        given, right = ([texts[row] for row in rows] for texts in (answers, self.references))
-        found: dict[str, Estimate] = {}
-        for name, metric in self.metrics.ours.items():
-            if name in ALWAYS:
-                found[name] = metric(answers, self.predictions[TEACHER], self.groups)
-            elif name in CALIBRATIONS:
-                if estimate := self._calibration(metric, system):
-                    found[name] = estimate
-            elif rows:
-                found[name] = metric(given, right, groups)
-        for own in self.metrics.own if rows else ():
-            found |= own.estimates(given, right, groups)
+        for system, answers in self.predictions.items():
+            given, right = ([texts[row] for row in rows] for texts in (answers, self.references))
+            mine = found[system] = {}
+            for name, metric in self.metrics.ours.items():
+                if name in ALWAYS:
+                    mine[name] = metric(answers, self.predictions[TEACHER], self.groups)
+                elif name not in CALIBRATIONS and rows:
+                    mine[name] = metric(given, right, groups)
+                elif estimate := self._calibration(name, system):
+                    mine[name] = estimate
+            for own in self.metrics.own if rows else ():
+                mine |= own.estimates(given, right, groups)
         return found
 
-    def _calibration(
-        self, metric: Metric, system: str, beside: str | None = None
-    ) -> Estimate | None:
+    def _calibration(self, name: str, system: str, beside: str | None = None) -> Estimate | None:
         """A system's calibration, on the rows where it, and another `beside` it, is confident."""
         mine, others = self.confidences[system], self.confidences[beside or system]
         said = [None if others[row] is None else mine[row] for row in self.labelled]
@@ -109,7 +104,8 @@ class Comparison:
             return None
         answers = self.predictions[system]
         correct = [float(answers[row] == self.references[row]) for row in self.labelled]
-        return metric(said, correct, [self.groups[row] for row in self.labelled])
+        groups = [self.groups[row] for row in self.labelled]
+        return self.metrics.ours[name](said, correct, groups)
 
     @property
     def _others(self) -> list[str]:
@@ -125,12 +121,11 @@ class Comparison:
         for other in self._others:
             pairs = found[f"{STUDENT}-{other}"] = {}
             for name, mine in self.estimates[STUDENT].items():
-                theirs = self.estimates[other].get(name)
                 if name in CALIBRATIONS:
-                    metric, both = self.metrics.ours[name], [(STUDENT, other), (other, STUDENT)]
-                    first, second = (self._calibration(metric, *pair) for pair in both)
+                    pair = (STUDENT, other), (other, STUDENT)
+                    first, second = (self._calibration(name, *systems) for systems in pair)
                 else:
-                    first, second = mine, theirs
+                    first, second = mine, self.estimates[other].get(name)
                 # A teacher always agrees with itself where it answers.
                 if first and second and (other, name) != (TEACHER, "agreement"):
                     pairs[name] = (first - second).interval()
@@ -139,31 +134,25 @@ class Comparison:
     @cached_property
     def confidences(self) -> dict[str, list[float | None]]:
         """Each system's confidence in its answers; None where it gave none."""
-        return {system: list(self._confidences(system)) for system in self.answers}
-
-    def _confidences(self, system: str) -> Iterator[float | None]:
-        for row in self._texts(system):
-            part, _ = self.recipe.part(row["query"]) if self.recipe else (None, "")
-            if part is None or part.answer.confidence is None or row["answer"] is None:
-                yield None
-            else:
-                prompted = system in PROMPTED
-                reader = part.teacher_reader if prompted else part.student_reader
-                yield reader.confidence(row["raw"], part.answer.confidence)
-
-    def _texts(self, system: str) -> Iterator[dict[str, Any]]:
-        yield from self.answers[system].select_columns([*_CHECKED])
+        found = {}
+        for system, rows in self.answers.items():
+            said = found[system] = list[float | None]()
+            for row in rows.select_columns(["query", "raw", "answer"]):
+                part, _ = self.recipe.part(row["query"])
+                reader = part.teacher_reader if system in PROMPTED else part.student_reader
+                asked = part.answer.confidence if row["answer"] is not None else None
+                said.append(None if asked is None else reader.confidence(row["raw"], asked))
+        return found
 
     @cached_property
     def checked(self) -> dict[str, dict[str, list[bool | None]]]:
         """By system and check, whether each row passes; None where the check says nothing of it."""
-        recipe = self.recipe
-        if recipe is None or not recipe.all_checks:
-            return {}
         found = {}
-        for system in self.answers:
-            rows = [recipe.check(*(row[one] for one in _CHECKED)) for row in self._texts(system)]
-            found[system] = {name: [row.get(name) for row in rows] for name in recipe.all_checks}
+        for system, said in self.answers.items() if self.recipe.all_checks else ():
+            asked = zip(*(said[column] for column in _CHECKED), strict=True)
+            rows = [self.recipe.check(*row) for row in asked]
+            names = self.recipe.all_checks
+            found[system] = {name: [row.get(name) for row in rows] for name in names}
         return found
 
     def checks_of(self, system: str) -> dict[str, dict[str, float]]:
@@ -248,7 +237,7 @@ class Comparison:
 
     def _label(self, row: int) -> str:
         reference = str(self.references[row])
-        if not self.recipe or not self.recipe.part(self.queries[row])[0].tools:
+        if not self.recipe.part(self.queries[row])[0].tools:
             return reference
         return " + ".join(sorted(call.name for call in read_calls(reference))) or "no call"
 
@@ -371,6 +360,7 @@ def metric_names(recipe: Recipe, references: Sequence[str | None]) -> tuple[list
     return list(recipe.metrics), ["answered", "agreement"]
 
 
+@dataclass(frozen=True)
 class Texts:
     """The texts of each system, row by row, and their numbers: how alike, how long, how varied.
 
@@ -378,24 +368,21 @@ class Texts:
     response that the recipe makes of its answer; of any other, its own words.
     """
 
-    def __init__(self, comparison: Comparison, recipe: Recipe) -> None:
-        """`comparison` has the rows of every system."""
-        self.comparison, self._recipe = comparison, recipe
-        self._groups = comparison.groups
+    comparison: Comparison
 
     @cached_property
     def said(self) -> dict[str, list[str]]:
         """What each system says, as the student would."""
-        return {name: list(self._said(name)) for name in self.comparison.answers}
-
-    def _said(self, system: str) -> Iterator[str]:
-        rows = self.comparison.answers[system].select_columns(["query", "raw", "answer"])
-        for row in rows:
-            if system in PROMPTED and row["answer"] is not None:
-                part, _ = self._recipe.part(row["query"])
-                yield part.write_response(row["raw"], row["answer"]).strip()
-            else:
-                yield (row["raw"] or "").strip()
+        part = self.comparison.recipe.part
+        return {
+            system: [
+                part(row["query"])[0].write_response(row["raw"], row["answer"]).strip()
+                if system in PROMPTED and row["answer"] is not None
+                else (row["raw"] or "").strip()
+                for row in rows.select_columns(["query", "raw", "answer"])
+            ]
+            for system, rows in self.comparison.answers.items()
+        }
 
     @cached_property
     def _targets(self) -> dict[str, list[str | None]]:
@@ -411,67 +398,53 @@ class Texts:
     @cached_property
     def scores(self) -> dict[tuple[str, str, str], list[float]]:
         """Of each row, by system, what it is compared with, and how; NaN without that."""
-        scores: dict[tuple[str, str, str], list[float]] = {}
-        for row in range(len(self._groups)):
-            for name, texts in self.said.items():
-                found = {
-                    "teacher": texts[row],
-                    "reference": self.comparison.predictions[name][row] or "",
-                }
-                for target, wanted in self._targets.items():
-                    right = wanted[row]
-                    for how, score in _LIKENESS.items():
-                        known = np.nan if right is None else score(found[target], right)
-                        scores.setdefault((name, target, how), []).append(known)
-        return scores
+        found = {}
+        for system, texts in self.said.items():
+            answers = [answer or "" for answer in self.comparison.predictions[system]]
+            mine = {"teacher": texts, "reference": answers}
+            for target, wanted in self._targets.items():
+                pairs = list(zip(mine[target], wanted, strict=True))
+                for how, score in _LIKENESS.items():
+                    found[system, target, how] = [
+                        np.nan if right is None else score(text, right) for text, right in pairs
+                    ]
+        return found
 
     @cached_property
     def _alike(self) -> dict[tuple[str, str, str], Bootstrap]:
         return {
-            key: mean_of(np.array(values), self._groups)
+            key: mean_of(np.array(values), self.comparison.groups)
             for key, values in self.scores.items()
             if np.isfinite(values).any() and key[:2] != (TEACHER, TEACHER)
         }
 
     def section(self) -> dict[str, dict[str, Any]]:
         """By system: likeness to the teacher's texts and to the references, length, variety."""
-        return {name: self._of(name) for name in self.said}
-
-    def _of(self, system: str) -> dict[str, Any]:
-        texts = self.said[system]
-        (commonest, times), *_ = Counter(texts).most_common(1)
-        ended = self.comparison.answers[system]["stop_reason"]
-        shares = {
-            "ended": [float(reason == "stop") for reason in ended],
-            "commonest_share": [float(text == commonest) for text in texts],
-        }
-        found: dict[str, Any] = {
-            **self._length_ratio(system),
-            **{
-                name: {**Proportion(share, self._groups).interval(), "rows": len(share)}
-                for name, share in shares.items()
-            },
-            "distinct": len(set(texts)),
-            "commonest": commonest,
-            "commonest_rows": times,
-        }
-        for (name, target, how), estimate in self._alike.items():
-            if name == system:
-                rows = sum(one is not None for one in self._targets[target])
-                found.setdefault(target, {})[how] = {**estimate.interval(), "rows": rows}
+        found = {name: self._of(name) for name in self.said}
+        for (system, target, how), estimate in self._alike.items():
+            rows = sum(one is not None for one in self._targets[target])
+            found[system].setdefault(target, {})[how] = {**estimate.interval(), "rows": rows}
         return found
 
-    def _length_ratio(self, system: str) -> dict[str, dict[str, float]]:
-        """Characters of all texts, for one of the teacher's; nothing where it says nothing."""
+    def _of(self, system: str) -> dict[str, Any]:
+        texts, groups = self.said[system], self.comparison.groups
+        ended = [one == "stop" for one in self.comparison.answers[system]["stop_reason"]]
+        (commonest, times), *_ = Counter(texts).most_common(1)
+        found: dict[str, Any] = {}
         taught = self._targets["teacher"]
-        rows = [row for row, text in enumerate(taught) if text]
-        if not rows:
-            return {}
-        lengths = [float(len(self.said[system][row])) for row in rows]
-        theirs = [float(len(taught[row] or "")) for row in rows]
-        groups = [self._groups[row] for row in rows]
-        ratio = ratio_of(lengths, theirs, groups).interval()
-        return {"length_ratio": {**ratio, "rows": len(rows)}}
+        if rows := [row for row, text in enumerate(taught) if text]:
+            # Characters of all texts, for one of the teacher's.
+            mine, theirs = (
+                [float(len(many[row] or "")) for row in rows] for many in (texts, taught)
+            )
+            ratio = ratio_of(mine, theirs, [groups[row] for row in rows])
+            found["length_ratio"] = {**ratio.interval(), "rows": len(rows)}
+        shares = {"ended": ended, "commonest_share": [text == commonest for text in texts]}
+        for name, share in shares.items():
+            interval = Proportion([*map(float, share)], groups).interval()
+            found[name] = {**interval, "rows": len(share)}
+        counted = {"commonest": commonest, "commonest_rows": times}
+        return {**found, "distinct": len(set(texts)), **counted}
 
     def differences(self) -> dict[str, dict[str, dict[str, float]]]:
         """How much nearer the student is to the teacher's texts than others are, row by row.

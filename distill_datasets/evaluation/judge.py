@@ -41,7 +41,7 @@ from distill_datasets.statistics import (
 from distill_datasets.tables import interval_text
 
 if TYPE_CHECKING:
-    from distill_datasets.evaluation.comparison import Comparison, Texts
+    from distill_datasets.evaluation.comparison import Texts
 
 OWN = "recipe"  # the rubric that is the recipe's judge prompt
 STUDENT, TEACHER = "student", "teacher"
@@ -213,8 +213,9 @@ class AnswerJudge:
         """So many are asked about so many rows, where no two texts are equal."""
         return rows * (len({*systems} & {*_SCORED}) * len(self.rubrics) + 2)
 
-    def rows(self, comparison: "Comparison", texts: "Texts") -> list[JudgedRow]:
+    def rows(self, texts: "Texts") -> list[JudgedRow]:
         """What is judged: of each row what its systems say, as the student would."""
+        comparison = texts.comparison
         systems = [name for name in _SCORED if name in texts.said]
         ids = comparison.answers[TEACHER]["id"]
         return [

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,6 @@ from distill_datasets.generation.teachers import Answerer, PromptedModel
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.progress import interruptible
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.recipes.sections import Check
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -69,6 +68,10 @@ if TYPE_CHECKING:
 
 _SCORED = ("base", "teacher", "student")  # for their likelihoods
 _SHARE, _LEAST_SECONDS = 5, 10.0  # of the time that the answers took: so long is timed, or so many
+_NO_LIKELIHOOD = (
+    "Internalisation and perplexity are not known: they take base, teacher and student that all "
+    "say how likely they find a given text, and usable answers of the teacher."
+)
 _VERSION = 4  # goes into every report's digest: raise it when reports come out differently
 
 
@@ -154,81 +157,103 @@ def measure(  # noqa: PLR0913 (a release, four models, and the settings)
     judging = open_judge(judge, held_out, settings)
     writer = _open_writer(settings.paraphraser, systems["teacher"])
     others = {"judge": judging and judging.sampler, "paraphraser": writer}
-    asked = {**systems, **{name: one for name, one in others.items() if one}}
-    meter = open_meter(settings, asked)
-    measuring = _Measuring(held_out, systems, settings, metrics, training, judging, writer, meter)
-    with one_writer(Path(out), "report"):
-        return measuring.report(split_report(Path(out), settings.split))
+    meter = open_meter(settings, {**systems, **{name: one for name, one in others.items() if one}})
+    path = split_report(Path(out), settings.split)
+    with one_writer(path.parent, "report"):
+        return _Measuring(
+            path, held_out, systems, settings, metrics, training, judging, writer, meter
+        ).report()
 
 
-@dataclass(frozen=True)
+def _open_writer(named: str | None, teacher: Answerer) -> Sampler | None:
+    """The model that says queries in other words: the release's teacher, or another."""
+    from distill_datasets.models.references import open_sampler
+
+    if named != "teacher":
+        return open_sampler(named) if named else None
+    members = [teacher] if isinstance(teacher, PromptedModel) else teacher.members
+    return members[0].sampler
+
+
+@dataclass
 class _Measuring:
-    """All that a report is made of."""
+    """All that a report is made of, and the `data` that is written as it grows."""
 
+    path: Path
     held_out: HeldOut
     systems: Mapping[str, Answerer]
     settings: MeasureSettings
     metrics: Metrics
     training: TrainedStudent | None
-    judge: AnswerJudge | None = None
-    paraphraser: Sampler | None = None
-    meter: Meter | None = None
+    judge: AnswerJudge | None
+    paraphraser: Sampler | None
+    meter: Meter | None
 
-    def report(self, path: Path) -> Report:
+    def __post_init__(self) -> None:
+        """Reads what is known already."""
+        self.known: Mapping[str, Any] = read_object(self.path) or {}
+        self.data = dict(self.known)
+
+    def report(self) -> Report:
         """The report that is there, or a new one: written before the timing and after it."""
-        known = read_object(path) or {}
-        enough = known.get("timed") or not self.settings.latency
-        enough = enough and ("judge" in known or not self.judge) and not known.get("unpaid")
-        if enough and known.get("digest") == self.key and rows_file(path).is_file():
-            if self._tests_left(known):
-                rows = list(read_rows(path))
-                known = self._add(path, known, known, lambda: self._residue(rows, path, known))
-            elif self.settings.prices:  # what those say of it costs no request
-                known = self._write(path, known)
-            return self._report(path, known)
+        known = self.known
+        whole = not known.get("unpaid") and (known.get("timed") or not self.settings.latency)
+        whole = whole and ("judge" in known or not self.judge) and rows_file(self.path).is_file()
+        if not whole or known.get("digest") != self.key:
+            self._measure()
+        elif self._tests_left:
+            self._add(self._residue)
+        elif self.settings.prices:  # what those say of it costs no request
+            self._write()
+        return Report(self.path, self.data, self.meter.spent if self.meter else 0.0)
+
+    def _measure(self) -> None:
         began = monotonic()
-        with self._clients(path) as clients:
+        with self._clients() as clients:
             answers = ask_all(self.held_out, self.systems, clients, self._then())
         seconds = monotonic() - began
-        comparison = Comparison(answers, self.metrics, self.held_out.recipe)
-        data = self._data(comparison, known)
-        rows = list(comparison.lines())
-        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-        write_file(rows_file(path), "".join(f"{line}\n" for line in lines))
-        data = self._write(path, data)
-        if judge := self.judge:
-            data = self._add(path, data, known, lambda: self._judged(judge, comparison, path))
+        texts = Texts(Comparison(answers, self.metrics, self.held_out.recipe))
+        self.data = self._compared(texts)
+        lines = (json.dumps(row, ensure_ascii=False) for row in texts.comparison.lines())
+        write_file(rows_file(self.path), "".join(f"{line}\n" for line in lines))
+        self._write()
+        if self.judge:
+            self._add(partial(self._judged, self.judge, texts))
         if self.settings.residue:
-            data = self._add(path, data, known, lambda: self._residue(rows, path, known))
+            self._add(self._residue)
         if self.settings.latency:
-            data = self._add(path, data, known, lambda: self._times(data, seconds))
-        return self._report(path, data)
+            self._add(partial(self._times, seconds))
 
-    def _report(self, path: Path, data: Mapping[str, Any]) -> Report:
-        return Report(path, data, self.meter.spent if self.meter else 0.0)
-
-    def _add(
-        self,
-        path: Path,
-        data: Mapping[str, Any],
-        known: Mapping[str, Any],
-        find: Callable[[], dict[str, Any]],
-    ) -> dict[str, Any]:
-        """The report with what is found, and with what was spent even where nothing is."""
-        found = {}
+    def _add(self, find: Callable[[], dict[str, Any]]) -> None:
+        """Write the report with what is found, and what was spent even where nothing is."""
         try:
-            found = find()
+            self.data |= find()
         finally:
-            written = self._write(path, {**data, **found, "spent": self._spent(known)})
-        return written
+            self.data["spent"] = self._spent()
+            self._write()
+
+    def _write(self) -> None:
+        """The report's file comes last: where it stands, the others do."""
+        from distill_datasets.releases import cards
+
+        data, path = self.data, self.path
+        data |= self._money()
+        data["summary"] = report_text.summary(data)
+        write_file(path.with_suffix(".md"), report_text.markdown(data))
+        if self.training and self.held_out.split == "test":
+            facts = {**self.training.config, "checkpoint": self.training.checkpoint}
+            card = cards.model_card(data, facts, self.held_out.recipe)
+            write_file(path.with_name("model_card.md"), card)
+        write_page(path, self.training.folder if self.training else None, data=data)
+        write_file(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     @contextmanager
-    def _clients(self, path: Path) -> Iterator[Callable[[], CachedClient]]:
+    def _clients(self) -> Iterator[Callable[[], CachedClient]]:
         """Makes clients of the journal beside a report: each asks on one event loop.
 
         There is no report without all answers, so what was rejected before is asked again.
         """
-        with Journal(path.with_name("journal.sqlite")) as journal:
+        with Journal(self.path.with_name("journal.sqlite")) as journal:
             yield lambda: CachedClient(
                 journal,
                 limits=Limits(self.settings.concurrency),
@@ -238,14 +263,12 @@ class _Measuring:
 
     def _then(self) -> str:
         """What is asked after the answers."""
-        parts = list[str]()
-        if self.settings.internalisation and len(connections_of(self.systems, _SCORED)) == len(
-            _SCORED
-        ):
-            rows = len(self.held_out.rows)
+        parts, rows = list[str](), len(self.held_out.rows)
+        scored = connections_of(self.systems, _SCORED)
+        if self.settings.internalisation and len(scored) == len(_SCORED):
             parts.append(f"at most {3 * rows:,} requests ask how likely the answers are")
         if self.judge:
-            requests = self.judge.most_requests(self.systems, len(self.held_out.rows))
+            requests = self.judge.most_requests(self.systems, rows)
             parts.append(f"at most {requests:,} requests go to the judge")
         if self.settings.latency:
             timed = timed_systems(self.held_out, self.systems)
@@ -253,81 +276,29 @@ class _Measuring:
             parts.append(f"at most {requests:,} requests time some of them")
         return f"then {', and '.join(parts)}." if parts else ""
 
-    def _judged(self, judge: AnswerJudge, comparison: Comparison, path: Path) -> dict[str, Any]:
-        rows = judge.rows(comparison, Texts(comparison, self.held_out.recipe))
-        models = {name: one.model for name, one in self.systems.items()}
-        with self._clients(path) as clients:
-            return {"judge": judge.judge(rows, models, clients())}
-
-    def _residue(
-        self, rows: list[dict[str, Any]], path: Path, known: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """What the training left behind beside the task."""
-        tests = self._tests_left(known)
-        if not tests:
-            return {name: known[name] for name in ("residue", "residue_of")}
-        writer = self.paraphraser
-        with self._clients(path) as clients:
-            found = measure_residue(self.held_out, self.systems, rows, clients, writer, tests)
-        return {
-            "residue": {**known.get("residue", {}), **found},
-            "residue_of": {"key": self._tests_key, "paraphraser": writer and writer.identity},
+    def _compared(self, texts: Texts) -> dict[str, Any]:
+        """What the answers alone say."""
+        held_out, comparison = self.held_out, texts.comparison
+        recipe, manifest, sampling = held_out.recipe, held_out.manifest, greedy(held_out.recipe)
+        systems = {name: self._system(name, comparison) for name in self.systems}
+        long, short = (systems[name]["tokens"]["prompt_mean"] for name in ("teacher", "student"))
+        verdict = judge_rows(texts, free_text=held_out.free_text)
+        warned = self.training.warnings if self.training else ()
+        internalisation = self._internalisation(comparison.answers["teacher"])
+        checks = {
+            name: {"demands": one.demand, "covers": one.covers}
+            for name, one in recipe.all_checks.items()
         }
-
-    def _tests_left(self, known: Mapping[str, Any]) -> Sequence[str]:
-        """The tests that a report lacks: all of other models or rows; that of another paraphraser.
-
-        A test that told nothing is none of them: the same models on the same rows tell no more.
-        """
-        of = known.get("residue_of") or {}
-        if not self.settings.residue:
-            return ()
-        if of.get("key") != self._tests_key:
-            return [*TESTS]
-        writer = self.paraphraser
-        return ["paraphrase"] if writer and writer.identity != of["paraphraser"] else ()
-
-    @cached_property
-    def _tests_key(self) -> str:
-        """The digest of all that tests of residue depend on but the paraphraser."""
-        return digest([self.asked, _measured_by(self.held_out.recipe), shipped()])
-
-    @cached_property
-    def asked(self) -> str:
-        """The digest of the rows and of those whose likelihoods are compared on them."""
-        systems = {name: self.systems[name].identity for name in _SCORED if name in self.systems}
-        checkpoint = self.training.checkpoint if self.training else None
-        rows = list(self.held_out.rows["id"])
-        return digest([self.held_out.manifest["content_digest"], rows, systems, checkpoint])
-
-    def _money(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """What the student saves by the price file; a note where that lacks a price."""
-        if self.settings.prices is None:
-            return {}
-        prices = Prices.load(self.settings.prices)
-        trainings = [self.training.folder] if self.training else []
-        try:
-            found = money(data, prices, spending=SpendingRecord(self.held_out.manifest, trainings))
-        except PriceError as error:
-            why = f"No comparison of costs: {error}"
-            return {"notes": [*(note for note in data["notes"] if note != why), why]}
-        return {"money": found}
-
-    def _data(self, comparison: Comparison, known: Mapping[str, Any]) -> dict[str, Any]:
-        held_out, systems = self.held_out, self.systems
-        manifest, sampling = held_out.manifest, greedy(held_out.recipe)
-        checks = held_out.recipe.all_checks
-        texts = Texts(comparison, held_out.recipe)
-        measured = {name: self._system(name, comparison) for name in systems}
-        verdict = judge_rows(texts, held_out.recipe, free_text=held_out.free_text)
-        against = self.training.warnings if self.training else ()
-        warned = [f"Its training warns: {one}." for one in against]
-        data = {
-            "alerts": [*warned, *alerts_of(texts, verdict)],
+        pushed = {"path": held_out.reference, "commit": held_out.commit}
+        return {
+            "alerts": [
+                *(f"Its training warns: {one}." for one in warned),
+                *alerts_of(texts, verdict),
+            ],
             "verdict": verdict,
-            "recipe": held_out.recipe.name,
+            "recipe": recipe.name,
             "dataset": {
-                **_place(held_out),
+                **(pushed if held_out.commit else {"path": str(held_out.path)}),
                 "version": manifest["version"],
                 "revision": manifest["content_digest"],
                 "rows": sum(manifest["splits"].values()),
@@ -336,15 +307,18 @@ class _Measuring:
             "n": len(held_out.rows),
             "groups": len(set(comparison.groups)),
             "free_text": held_out.free_text,
-            "systems": measured,
+            "systems": systems,
             "differences": comparison.differences(),
             "texts": texts.section(),
             "text_differences": texts.differences(),
-            **(_checks(checks, comparison) if checks else {}),
-            **self._internalisation(comparison.answers["teacher"], known),
-            "prompt_tokens_saved": _saved(measured),
+            **({"checks": checks} if checks else {}),
+            **({"check_differences": comparison.check_differences()} if checks else {}),
+            **internalisation,
+            "prompt_tokens_saved": {"per_query": long - short, "ratio": long / short}
+            if long and short
+            else None,
             "latency_ratio": None,
-            "spent": self._spent(known),
+            "spent": self._spent(),
             "labels": comparison.labels(),
             "subgroups": comparison.subgroups,
             "rows": comparison.rows(),
@@ -352,9 +326,12 @@ class _Measuring:
             "timed": False,
             "asked": self.asked,
             "digest": self.key,
+            "notes": [
+                *comparison.notes(),
+                *explained(self.systems, held_out),
+                *internalisation["notes"],
+            ],
         }
-        notes = [*comparison.notes(), *explained(systems, held_out), *data["notes"]]
-        return {**data, "notes": notes}
 
     def _system(self, name: str, comparison: Comparison) -> dict[str, Any]:
         """What a report says of a system."""
@@ -370,9 +347,77 @@ class _Measuring:
             "tokens": comparison.tokens(name),
         }
 
-    def _times(self, data: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    def _internalisation(self, rows: "Dataset") -> dict[str, Any]:
+        """The key `internalisation`, as it is known, or asked for; notes where it is None."""
+        found, said, unpaid = None, "Internalisation was not asked for.", {}
+        if self.settings.internalisation:
+            said = _NO_LIKELIHOOD
+            try:
+                same = self.known.get("asked") == self.asked
+                found = same and self.known.get("internalisation") or self._likelihoods(rows)
+            except BudgetReached as error:
+                said, unpaid = f"Internalisation is not computed: {error}", {"unpaid": True}
+            except ModelError as error:
+                said += f" {str(error).partition(': ')[0]}."
+        return {"internalisation": found, "notes": [] if found else [said], **unpaid}
+
+    def _likelihoods(self, rows: "Dataset") -> dict[str, Any] | None:
+        """The score over the teacher's usable answers; None where a system can't score text."""
+        from distill_datasets.training.validation import TeacherAnswer, measure_internalisation
+
+        connections = connections_of(self.systems, _SCORED)
+        recipe = self.held_out.recipe
+        answers = [
+            TeacherAnswer.to(
+                recipe,
+                row,
+                row["raw"],
+                part.write_response(row["raw"], row["answer"]),
+                stop_reason=row["stop_reason"],
+            )
+            for row in rows
+            if row["answer"] is not None
+            for part, _ in [recipe.part(row["query"])]
+        ]
+        if not answers or len(connections) < len(_SCORED):
+            return None
+        meters = dict.fromkeys(connections, self.meter)
+        return measure_internalisation(answers, connections, meters)
+
+    def _judged(self, judge: AnswerJudge, texts: Texts) -> dict[str, Any]:
+        models = {name: one.model for name, one in self.systems.items()}
+        with self._clients() as clients:
+            return {"judge": judge.judge(judge.rows(texts), models, clients())}
+
+    def _residue(self) -> dict[str, Any]:
+        """What the training left behind beside the task."""
+        tests, writer = self._tests_left, self.paraphraser
+        if not tests:
+            return {name: self.known[name] for name in ("residue", "residue_of")}
+        rows = list(read_rows(self.path))
+        with self._clients() as clients:
+            found = measure_residue(self.held_out, self.systems, rows, clients, writer, tests)
+        return {
+            "residue": {**self.known.get("residue", {}), **found},
+            "residue_of": {"key": self._tests_key, "paraphraser": writer and writer.identity},
+        }
+
+    @property
+    def _tests_left(self) -> Sequence[str]:
+        """The tests that are not known: all of other models or rows; that of another paraphraser.
+
+        A test that told nothing is none of them: the same models on the same rows tell no more.
+        """
+        of, writer = self.known.get("residue_of") or {}, self.paraphraser
+        if not self.settings.residue:
+            return ()
+        if of.get("key") != self._tests_key:
+            return [*TESTS]
+        return ["paraphrase"] if writer and writer.identity != of["paraphraser"] else ()
+
+    def _times(self, seconds: float) -> dict[str, Any]:
         """The keys of a report that timing decides; the answers took so many seconds."""
-        timed = timed_systems(self.held_out, self.systems, self.meter)
+        timed, data = timed_systems(self.held_out, self.systems, self.meter), self.data
         try:
             found = measure_latency(timed, seconds=max(_LEAST_SECONDS, seconds / _SHARE))
         except BudgetReached as error:
@@ -394,33 +439,45 @@ class _Measuring:
             "timed": True,
         }
 
-    def _internalisation(self, rows: "Dataset", known: Mapping[str, Any]) -> dict[str, Any]:
-        """The key `internalisation`, as it is known, or asked for; a note where it is None."""
-        if not self.settings.internalisation:
-            return {"internalisation": None, "notes": ["Internalisation was not asked for."]}
-        found = known.get("internalisation") if known.get("asked") == self.asked else None
+    def _money(self) -> dict[str, Any]:
+        """What the student saves by the price file; a note where that lacks a price."""
+        if self.settings.prices is None:
+            return {}
+        prices = Prices.load(self.settings.prices)
+        trainings = [self.training.folder] if self.training else []
+        spending = SpendingRecord(self.held_out.manifest, trainings)
         try:
-            found = found or _internalisation(self.held_out, self.systems, rows, self.meter)
-        except BudgetReached as error:
-            said = f"Internalisation is not computed: {error}"
-            return {"internalisation": None, "notes": [said], "unpaid": True}
-        except ModelError as error:
-            return {"internalisation": None, "notes": [_no_likelihood(str(error))]}
-        return {"internalisation": found, "notes": [] if found else [_no_likelihood()]}
+            return {"money": money(self.data, prices, spending=spending)}
+        except PriceError as error:
+            why = f"No comparison of costs: {error}"
+            return {"notes": [*(note for note in self.data["notes"] if note != why), why]}
 
-    def _spent(self, known: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _spent(self) -> dict[str, Any] | None:
         """What was paid for the same rows and models, now and for the report that is known."""
+        known, meter = self.known, self.meter
         same = known.get("asked") == self.asked or known.get("digest") == self.key
         before = (known.get("spent") if same else None) or {}
-        if self.meter is None:
+        if meter is None:
             return before or None
-        meter = self.meter
         earlier = before["amount"] if before.get("currency") == meter.currency else 0.0
         return {
             "amount": earlier + meter.spent,
             "currency": meter.currency,
             "priced_at": meter.priced_at,
         }
+
+    @cached_property
+    def asked(self) -> str:
+        """The digest of the rows and of those whose likelihoods are compared on them."""
+        systems = {name: self.systems[name].identity for name in _SCORED if name in self.systems}
+        checkpoint = self.training.checkpoint if self.training else None
+        rows = list(self.held_out.rows["id"])
+        return digest([self.held_out.manifest["content_digest"], rows, systems, checkpoint])
+
+    @cached_property
+    def _tests_key(self) -> str:
+        """The digest of all that tests of residue depend on but the paraphraser."""
+        return digest([self.asked, _measured_by(self.held_out.recipe), shipped()])
 
     @cached_property
     def key(self) -> str:
@@ -439,87 +496,6 @@ class _Measuring:
                 **({"judge": self.judge.key} if self.judge else {}),
             }
         )
-
-    def _write(self, path: Path, data: dict[str, Any]) -> dict[str, Any]:
-        """The report's file comes last: where it stands, the others do."""
-        from distill_datasets.releases import cards
-
-        data |= self._money(data)
-        data |= {"summary": report_text.summary(data)}
-        write_file(path.with_suffix(".md"), report_text.markdown(data))
-        if self.training and self.held_out.split == "test":
-            facts = {**self.training.config, "checkpoint": self.training.checkpoint}
-            card = cards.model_card(data, facts, self.held_out.recipe)
-            write_file(path.with_name("model_card.md"), card)
-        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write_page(path, self.training.folder if self.training else None, data=data)
-        write_file(path, text)
-        return data
-
-
-def _open_writer(named: str | None, teacher: Answerer) -> Sampler | None:
-    """The model that says queries in other words: the release's teacher, or another."""
-    from distill_datasets.models.references import open_sampler
-
-    if named != "teacher":
-        return open_sampler(named) if named else None
-    members = [teacher] if isinstance(teacher, PromptedModel) else teacher.members
-    return members[0].sampler
-
-
-def _checks(checks: Mapping[str, Check], comparison: Comparison) -> dict[str, Any]:
-    """What each check demands and which rule it covers, and what sets the student apart."""
-    said = {name: {"demands": one.demand, "covers": one.covers} for name, one in checks.items()}
-    return {"checks": said, "check_differences": comparison.check_differences()}
-
-
-def _internalisation(
-    held_out: HeldOut,
-    systems: Mapping[str, Answerer],
-    rows: "Dataset",
-    meter: Meter | None,
-) -> dict[str, Any] | None:
-    """The score over the teacher's usable answers; None where a system can't score given text."""
-    from distill_datasets.training.validation import TeacherAnswer, measure_internalisation
-
-    connections = connections_of(systems, _SCORED)
-    recipe = held_out.recipe
-    answers = [
-        TeacherAnswer.to(
-            recipe,
-            row,
-            row["raw"],
-            part.write_response(row["raw"], row["answer"]),
-            stop_reason=row["stop_reason"],
-        )
-        for row in rows
-        if row["answer"] is not None
-        for part, _ in [recipe.part(row["query"])]
-    ]
-    if not answers or len(connections) < len(_SCORED):
-        return None
-    return measure_internalisation(answers, connections, dict.fromkeys(connections, meter))
-
-
-def _no_likelihood(why: str = "") -> str:
-    return (
-        "Internalisation and perplexity are not known: they take base, teacher and student that "
-        "all say how likely they find a given text, and usable answers of the teacher."
-        + (f" {why.partition(': ')[0]}." if why else "")
-    )
-
-
-def _place(held_out: HeldOut) -> dict[str, str]:
-    """Where the rows are: a folder here, or a commit on the Hub."""
-    if held_out.commit is None:
-        return {"path": str(held_out.path)}
-    return {"path": held_out.reference, "commit": held_out.commit}
-
-
-def _saved(systems: Mapping[str, Any]) -> dict[str, float] | None:
-    """What leaving the prompt out saves in prompt tokens a query; None where nobody counts."""
-    long, short = (systems[name]["tokens"]["prompt_mean"] for name in ("teacher", "student"))
-    return {"per_query": long - short, "ratio": long / short} if long and short else None
 
 
 def _measured_by(recipe: Recipe) -> dict[str, Any]:

@@ -196,9 +196,9 @@ def _more_rows(apart: Any, groups: Sequence[str], margin: float, binary: bool) -
     return max(1, ceil((total - worth) * len(apart) / worth))
 
 
-def judge_rows(texts: Texts, recipe: Recipe, *, free_text: bool) -> dict[str, Any]:
+def judge_rows(texts: Texts, *, free_text: bool) -> dict[str, Any]:
     """Whether the student replaces the prompt, by the recipe's margin on its main metric."""
-    comparison = texts.comparison
+    comparison, recipe = texts.comparison, texts.comparison.recipe
     metric = main_metric(recipe, comparison.references)
     if metric == "chrf" and not free_text:
         metric = "accuracy"  # the references are labels, whatever the recipe says of the answer

@@ -27,6 +27,7 @@ from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
 from distill_datasets.releases.release import publish
 from distill_datasets.schema import Message
 from tests.conftest import edit
+from tests.support.recipes import any_recipe
 
 TEST = {  # query: what is right, what the teacher says, and the student
     "rose": ("red", "red", "red"),
@@ -980,7 +981,7 @@ def test_tokens_that_no_server_counts_are_unknown() -> None:
     kinds = {"prompt": [None], "cached": [0], "response": [3]}
     counts = {f"teacher_{kind}_tokens": counted for kind, counted in kinds.items()}
     answers = {"teacher": Dataset.from_dict(rows | counts)}
-    found = Comparison(answers, Metrics({})).tokens("teacher")
+    found = Comparison(answers, Metrics({}), any_recipe()).tokens("teacher")
     assert found == {"prompt_mean": None, "cached_mean": 0.0, "response_mean": 3.0}
 
 

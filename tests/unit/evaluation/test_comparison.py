@@ -39,7 +39,7 @@ def texts(
                 for row, text in enumerate(given)
             ]
         )
-    return Texts(Comparison(answers, Metrics({}), asked), asked)
+    return Texts(Comparison(answers, Metrics({}), asked))
 
 
 def test_texts_are_compared_with_the_teachers_row_by_row() -> None:

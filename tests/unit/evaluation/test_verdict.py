@@ -234,11 +234,11 @@ def texts(
         )
         for system, given in said.items()
     }
-    return Texts(Comparison(answers, Metrics({}), recipe), recipe)
+    return Texts(Comparison(answers, Metrics({}), recipe))
 
 
 def verdict(found: Texts, *, free_text: bool = False) -> dict[str, Any]:
-    return judge_rows(found, found._recipe, free_text=free_text)
+    return judge_rows(found, free_text=free_text)
 
 
 CHOICES = {"answer": {"choices": ["a", "b", "c"]}}
