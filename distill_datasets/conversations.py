@@ -61,14 +61,13 @@ def write_calls(content: str, calls: Iterable[Call | str]) -> str:
 
     A call that can't be read stands as the text that it is, and `split_calls` raises for it.
     """
-    blocks = [_block(call if isinstance(call, str) else call.text) for call in calls]
-    return "\n".join([content.rstrip(), *blocks] if content.strip() else blocks)
-
-
-def _block(text: str) -> str:
-    for mark in (_OPEN, _CLOSE):  # inside of a JSON string, where an escape is the same text
-        text = text.replace(mark, f"\\u003c{mark[1:]}")
-    return f"{_OPEN}\n{text}\n{_CLOSE}"
+    blocks = [content.rstrip()] if content.strip() else []
+    for call in calls:
+        text = call if isinstance(call, str) else call.text
+        for mark in (_OPEN, _CLOSE):  # inside of a JSON string, where an escape is the same text
+            text = text.replace(mark, f"\\u003c{mark[1:]}")
+        blocks.append(f"{_OPEN}\n{text}\n{_CLOSE}")
+    return "\n".join(blocks)
 
 
 def is_blank(text: str) -> bool:
@@ -144,19 +143,19 @@ def fitted_calls(calls: Iterable[Call], tools: str) -> list[Call]:
 
     For calls out of chat formats that write a text, a number and a truth value alike.
     """
-    known = {one["function"]["name"]: one["function"] for one in json.loads(tools)}
-    return [_fitted(call, known.get(call.name, {})) for call in calls]
+    known = {
+        one["function"]["name"]: one["function"].get("parameters") for one in json.loads(tools)
+    }
+    found = []
+    for name, arguments in calls:
+        parameters = known.get(name)
+        schemas = parameters.get("properties", {}) if isinstance(parameters, Mapping) else {}
+        typed = {key: _typed(value, _types(schemas.get(key))) for key, value in arguments.items()}
+        found.append(Call(name, typed))
+    return found
 
 
-def _fitted(call: Call, function: Mapping[str, Any]) -> Call:
-    parameters = function.get("parameters")
-    schemas = parameters.get("properties", {}) if isinstance(parameters, Mapping) else {}
-    given = call.arguments.items()
-    return Call(call.name, {name: _typed(value, schemas.get(name)) for name, value in given})
-
-
-def _typed(value: Any, schema: Any) -> Any:
-    wanted = _types(schema)
+def _typed(value: Any, wanted: set[str]) -> Any:
     if not wanted or wanted & _kinds(value):
         return value
     if not isinstance(value, str):
@@ -406,29 +405,24 @@ def _said(given: Mapping[str, Any], role: str, calling: bool) -> tuple[str, Any]
     text = _content(content, role, empty=bool(calls) or role == "tool")
     if role == "tool" and (answer := _ANSWER.fullmatch(text)):
         text = answer[1]
-    return (
-        split_calls(text)
-        if role == "assistant" and has_calls(text) and not calls
-        else (text, calls)
-    )
+    if role == "assistant" and not calls and has_calls(text):
+        return split_calls(text)
+    return text, calls
 
 
 def _with_ids(calls: Any) -> list[dict[str, Any]]:
     """Calls with the ids that they have, or an empty one."""
     given = json.loads(calls) if isinstance(calls, str) else calls
     given = [given] if isinstance(given, Mapping | Call) else given
-    read: list[Call] = [one if isinstance(one, Call) else _call(_parsed(one)) for one in given]
+    given = [json.loads(one) if isinstance(one, str) else one for one in given]
+    read: list[Call] = [one if isinstance(one, Call) else _call(one) for one in given]
     for one in read:
         _check_numbers(one.arguments)
     made = tool_calls(read)
-    for call, old in zip(made, map(_parsed, given), strict=True):
+    for call, old in zip(made, given, strict=True):
         known = old.get("id") if isinstance(old, Mapping) else None
         call["id"] = known if isinstance(known, str) else ""
     return made
-
-
-def _parsed(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
 
 
 def _numbered(messages: list[Message]) -> list[Message]:

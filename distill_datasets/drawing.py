@@ -126,26 +126,13 @@ def curves(
     up = _Axis.over((one for _, one in everything), log=log[1], zero=not log[1])
     height = _HEIGHT + _FOOT
     parts = [*_grid(across, up), _lines(drawn, across, up), *_marks(marks, across, up)]
-    scales = _scale(across), _scale(up)
+    along, over = (" (logarithmic)" if axis.logarithmic else "" for axis in (across, up))
+    legend = _legend(drawn) if [*drawn] != [y] else ""
     return Markup(
-        '<figure class="curves"><figcaption>{}{} over {}{} {}</figcaption>'
-        '<svg role="img" aria-label="{} over {}" width="100%" height="{}" overflow="visible">'
-        "{}</svg></figure>"
-    ).format(
-        y,
-        scales[1],
-        x,
-        scales[0],
-        _legend(drawn) if [*drawn] != [y] else "",
-        y,
-        x,
-        height,
-        Markup("").join(parts),
-    )
-
-
-def _scale(axis: _Axis) -> str:
-    return " (logarithmic)" if axis.logarithmic else ""
+        f'<figure class="curves"><figcaption>{{y}}{over} over {{x}}{along} {{}}</figcaption>'
+        f'<svg role="img" aria-label="{{y}} over {{x}}" width="100%" height="{height}" '
+        'overflow="visible">{}</svg></figure>'
+    ).format(legend, Markup("").join(parts), x=x, y=y)
 
 
 def _thinned(points: Points) -> Points:

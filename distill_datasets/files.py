@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -239,7 +239,7 @@ def read_report(run: Path | str) -> dict[str, Any]:
         raise DatasetError(
             f"There is no report {str(path)!r}: run `distill-datasets measure {path.parent}` first."
         )
-    known = (read_object(path) if path.stat().st_size <= _LARGEST_REPORT else None) or {}
+    known = read_object(path) if path.stat().st_size <= _LARGEST_REPORT else {}
     systems = known.get("systems")
     if not isinstance(systems, dict) or not {"teacher", "student"} <= set(systems):
         raise DatasetError(f"{str(path)!r} is no report of `measure`: measure the run again.")
@@ -252,7 +252,13 @@ def read_rows(report: Path) -> Iterator[dict[str, Any]]:
     try:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                yield _report_row(line, f"{str(file)!r}, line {number}")
+                row = as_object(line)
+                if not {"id", "systems"} <= row.keys() or not isinstance(row["systems"], dict):
+                    raise DatasetError(
+                        f"{str(file)!r}, line {number} is no row of a report: measure the run "
+                        "again."
+                    )
+                yield row
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(
             f"{str(file)!r} can't be read ({error}): expected the rows of a report, which "
@@ -260,20 +266,18 @@ def read_rows(report: Path) -> Iterator[dict[str, Any]]:
         ) from error
 
 
-def _report_row(line: str, place: str) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none, or no such file."""
     try:
-        row = json.loads(line)
+        return as_object(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return {}
+
+
+def as_object(text: str) -> dict[str, Any]:
+    """The object that a text is as JSON; empty where it is none."""
+    try:
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict) or not isinstance(row.get("systems"), Mapping) or "id" not in row:
-        raise DatasetError(f"{place} is no row of a report: measure the run again.")
-    return row
-
-
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is none, or no such file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -57,26 +57,22 @@ class Shards:
 
     def _write_row_group(self) -> None:
         import pyarrow as pa
+        from pyarrow.parquet import ParquetWriter
 
         if self._writer is None or self._shard_bytes >= _SHARD_BYTES:
             self._close_file()
-            self._open_file()
+            path = self._folder / f"{self._split}-{len(self._paths):05d}.parquet"
+            self._paths.append(path)
+            # Content-defined chunks let the Hub store only what a new version changed.
+            self._writer = ParquetWriter(
+                str(path), self._schema, use_content_defined_chunking=True, write_page_index=True
+            )
+            self._shard_bytes = 0
         rows = pa.concat_tables(self._waiting)
         self._writer.write_table(rows)
         self._rows += len(rows)
         self._shard_bytes += self._waiting_bytes
         self._waiting, self._waiting_bytes = [], 0
-
-    def _open_file(self) -> None:
-        from pyarrow.parquet import ParquetWriter
-
-        path = self._folder / f"{self._split}-{len(self._paths):05d}.parquet"
-        self._paths.append(path)
-        # Content-defined chunks let the Hub store only what a new version changed.
-        self._writer = ParquetWriter(
-            str(path), self._schema, use_content_defined_chunking=True, write_page_index=True
-        )
-        self._shard_bytes = 0
 
     def _close_file(self) -> None:
         if self._writer is not None:
@@ -96,11 +92,13 @@ def open_parquet(path: Path) -> "ParquetFile":
         file = ParquetFile(path)
     except (ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
-    about = file.metadata
-    groups = (about.row_group(number) for number in range(about.num_row_groups))
-    _check(path, about.num_rows, "rows", _MOST_ROWS)
-    _check(path, sum(group.total_byte_size for group in groups), "bytes", _MOST_STORED)
+    _check(path, file.metadata.num_rows, "rows", _MOST_ROWS)
+    _check(path, sum(one.total_byte_size for one in _row_groups(file)), "bytes", _MOST_STORED)
     return file
+
+
+def _row_groups(file: "ParquetFile") -> Iterator[Any]:
+    return map(file.metadata.row_group, range(file.metadata.num_row_groups))
 
 
 def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator["pa.RecordBatch"]:
@@ -108,7 +106,10 @@ def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator["
     from pyarrow import ArrowException
 
     file, read = open_parquet(path), 0
-    rows = max(1, min(ROWS_PER_BATCH, _BATCH_BYTES // _largest_column(file)))
+    chunks = (one.column(at) for one in _row_groups(file) for at in range(one.num_columns))
+    # No value exceeds its column.
+    largest = max((one.total_uncompressed_size for one in chunks), default=0) or 1
+    rows = max(1, min(ROWS_PER_BATCH, _BATCH_BYTES // largest))
     try:
         for batch in file.iter_batches(rows, columns=list(columns) if columns else None):
             read += batch.nbytes
@@ -116,18 +117,6 @@ def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator["
             yield batch
     except (ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
-
-
-def _largest_column(file: "ParquetFile") -> int:
-    """The bytes of a row group's largest column, which no value in it exceeds."""
-    about = file.metadata
-    groups = (about.row_group(number) for number in range(about.num_row_groups))
-    sizes = (
-        group.column(number).total_uncompressed_size
-        for group in groups
-        for number in range(group.num_columns)
-    )
-    return max(sizes, default=1) or 1
 
 
 def _check(path: Path, found: int, what: str, limit: tuple[int, int]) -> None:

@@ -11,7 +11,7 @@ The command line derives its flags, their help and their defaults from such a cl
 """
 
 import math
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -53,7 +53,8 @@ def described(settings: type) -> dict[str, tuple[Setting, type, tuple[Any, ...],
     for one in fields(settings):
         if _KEY in one.metadata:
             kind, choices = _value_type(hints[one.name])
-            found[one.name] = (one.metadata[_KEY], kind, choices, _default(one))
+            default = None if one.default is MISSING else one.default
+            found[one.name] = (one.metadata[_KEY], kind, choices, default)
     return found
 
 
@@ -95,7 +96,3 @@ def _value_type(hint: Any) -> tuple[type, tuple[Any, ...]]:
     if get_origin(hint) is tuple and get_origin(parts[0]) is Literal:
         return tuple, get_args(parts[0])
     return get_origin(hint) or hint, ()
-
-
-def _default(one: "Field[Any]") -> Any:
-    return None if one.default is MISSING else one.default

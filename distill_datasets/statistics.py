@@ -159,14 +159,15 @@ def paired(
 
 
 def _paired_low(up: float, down: float, n: float, z: float, correction: float) -> float:
-    low, high = -1.0, (up - down) / n
+    return boundary(-1.0, (up - down) / n, lambda at: bool(_score(up, down, n, at, correction) > z))
+
+
+def boundary(inside: float, outside: float, holds: Callable[[float], bool]) -> float:
+    """Where what holds `inside`, and not `outside`, ends between them."""
     for _ in range(60):
-        middle = (low + high) / 2
-        if _score(up, down, n, middle, correction) > z:
-            low = middle
-        else:
-            high = middle
-    return low
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if holds(middle) else (inside, middle)
+    return inside
 
 
 def _score(up: Any, down: Any, n: float, at: float, correction: float = _CORRECTION) -> Any:
@@ -197,10 +198,7 @@ def mean_difference(
     tail = _tail(level, float(len(set(groups))))
     low, high = (float(end) for end in np.quantile(np.concatenate(chunks), [tail, 1 - tail]))
     unseen = paired(0.0, 0.0, n, level)[1]
-    low, high = (
-        value - sqrt((value - low) ** 2 + unseen**2),
-        value + sqrt((high - value) ** 2 + unseen**2),
-    )
+    low, high = value - hypot(value - low, unseen), value + hypot(high - value, unseen)
     return {"value": value, "low": max(-1.0, low), "high": min(1.0, high), "n": n}
 
 
@@ -361,8 +359,10 @@ def rows_needed(margin: float, discordance: float, difference: float = 0.0) -> i
     if distance <= 0:
         return None
     spread = discordance - difference**2
-    deviates = _NORMAL.inv_cdf(LEVEL) + _NORMAL.inv_cdf(POWER)
-    least = _least_rows(margin)
+    z = _NORMAL.inv_cdf(LEVEL)
+    deviates = z + _NORMAL.inv_cdf(POWER)
+    # So many show it at the least: where no row differs.
+    least = _first(lambda n: bool(_score(0.0, 0.0, n, -abs(margin)) > z), _MOST_ROWS)
     about = max(float(least), deviates**2 * spread / distance**2)
     if about > _MOST_ROWS:
         return None
@@ -393,12 +393,6 @@ def rows_needed_of_scores(margin: float, spread: float, difference: float = 0.0)
         return end + _NORMAL.inv_cdf(POWER) * error <= distance
 
     return _first(enough, _MOST_ROWS) if enough(_MOST_ROWS) else None
-
-
-def _least_rows(margin: float) -> int:
-    """So many show it at the least: where no row differs."""
-    z = _NORMAL.inv_cdf(LEVEL)
-    return _first(lambda n: bool(_score(0.0, 0.0, n, -abs(margin)) > z), _MOST_ROWS)
 
 
 def least_margin(n: int, discordance: float) -> float:
@@ -513,18 +507,13 @@ def confidence_sequence(total: float, n: int, level: float = LEVEL) -> tuple[flo
     [0.844, 0.993]
     """
 
-    def end(outside: float) -> float:
-        inside = total / n
-        for _ in range(40):
-            middle = (inside + outside) / 2
-            inside, outside = (
-                (inside, middle) if excludes(total, n, middle, level) else (middle, outside)
-            )
-        return inside
+    def possible(mean: float) -> bool:
+        return not excludes(total, n, mean, level)
 
     if n <= 0:
         return 0.0, 1.0
-    return (end(0.0) if total > 0 else 0.0), (end(1.0) if total < n else 1.0)
+    low, high = (boundary(total / n, end, possible) for end in (0.0, 1.0))
+    return (low if total > 0 else 0.0), (high if total < n else 1.0)
 
 
 def excludes(total: float, n: int, mean: float, level: float = LEVEL) -> bool:

@@ -124,7 +124,7 @@ def money_of_run(run: Path | str, prices: Prices, **options: Any) -> RunCosts:
     manifest = Path(report["dataset"]["path"]) / "manifest.json"
     places = (folder / "answers" / "generation.json", folder / "release" / "manifest.json")
     known = next((one for one in (*places, manifest) if one.is_file()), None)
-    generation = read_object(known) if known else None
+    generation = (read_object(known) or None) if known else None
     spending = SpendingRecord(generation, _trainings(folder), other)
     return RunCosts(money(report, prices, spending=spending, **options))
 

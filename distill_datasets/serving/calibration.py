@@ -40,7 +40,7 @@ from distill_datasets.models.sampler import Logprobs
 from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.progress import Progress, interruptible
 from distill_datasets.serving.protocol import Place
-from distill_datasets.statistics import LEVEL
+from distill_datasets.statistics import LEVEL, boundary
 from distill_datasets.tables import aligned
 
 if TYPE_CHECKING:
@@ -362,11 +362,7 @@ def share_at_most(k: float, n: float, level: float = LEVEL) -> float:
     >>> round(share_at_most(0, 299), 4)
     0.01
     """
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if binomial_tail(k, n, middle) > 1 - level else (low, middle)
-    return high
+    return boundary(1.0, 0.0, lambda share: binomial_tail(k, n, share) <= 1 - level)
 
 
 def _incomplete_beta(a: float, b: float, x: float) -> float:

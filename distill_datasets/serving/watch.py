@@ -1,6 +1,5 @@
 """Whether what a release or a student stands on is still there: its models, weights and prices."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -17,7 +16,7 @@ from distill_datasets.errors import (
     RequestError,
     ServiceError,
 )
-from distill_datasets.files import read_report, report_file
+from distill_datasets.files import as_object, read_report, report_file
 from distill_datasets.generation.client import run_in_thread
 from distill_datasets.generation.pricing import Prices
 from distill_datasets.hub.references import find_release
@@ -214,11 +213,11 @@ def _listed(reference: str) -> date | None:
     sampler = OpenAISampler(name)
     sampler.reach()
     status, text = sampler.endpoint.look(f"models/{quote(name, safe='')}", reference)
-    found = _object(text) if status == 200 else {}
+    found = as_object(text) if status == 200 else {}
     if found.get("id") != name:
         # Some servers have a list, and no address for each of its models.
         status, text = sampler.endpoint.look("models", reference)
-        listed = _object(text).get("data") if status == 200 else None
+        listed = as_object(text).get("data") if status == 200 else None
         if not isinstance(listed, list):
             raise ServiceError(f"{sampler.endpoint} has no list of models that names {name!r}")
         own = [one for one in listed if isinstance(one, Mapping) and one.get("id") == name]
@@ -226,14 +225,6 @@ def _listed(reference: str) -> date | None:
             raise ModelError(f"{sampler.endpoint} has {len(listed)} models, and none of that name")
         found = dict(own[0])
     return _day(next((found[key] for key in _ENDS if found.get(key)), None))
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _day(said: Any) -> date | None:
