@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import RecipeError, RejectedError
+from distill_datasets.files import one_writer
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient, all_of, run_in_thread
 from distill_datasets.generation.pricing import Meter
@@ -65,21 +66,24 @@ def choices(examples: Examples, available: int) -> list[Choice]:
 
 
 def choose_examples(
-    teachers: Teachers, journal: Path, settings: GenerateSettings, meter: Meter | None
+    teachers: Teachers, folder: Path, settings: GenerateSettings, meter: Meter | None
 ) -> tuple[Teachers, dict[str, Any]]:
-    """Teachers whose recipe has the best of the choices tried, and what was found.
+    """Teachers whose recipe has the best of the choices tried, and what the summary says of it.
 
     Every choice answers the first development rows, and the best of them, with the file's own
     order, answer all. A choice's score is the share of rows whose answer is the reference; of
     equals the earlier is kept. Every answer is journaled: another call asks for nothing, and the
-    rows of the split `validation` are not paid again.
+    rows of the split `validation` are not paid again. Those of a recipe that names its examples, or
+    has none, are returned as they are.
     """
     recipe = teachers.recipe
-    assert recipe.examples is not None
+    if recipe.examples is None or recipe.examples.choose is None:
+        return teachers, {}
     rows = development_rows(recipe)
     tried = choices(recipe.examples, len(recipe.all_examples))
     with (
-        Journal(journal) as kept,
+        one_writer(folder, "run"),
+        Journal(folder / "journal.sqlite") as kept,
         Progress("choose examples", _most(len(tried), len(rows)), meter=meter) as progress,
     ):
         client = CachedClient(kept, progress, limits=settings.limits, meter=meter)
@@ -111,7 +115,7 @@ def choose_examples(
         f"({len(tried)} choices tried)",
         file=sys.stderr,
     )
-    return _with(teachers, chosen), facts
+    return _with(teachers, chosen), {"examples": facts}
 
 
 def _most(tried: int, rows: int) -> int:

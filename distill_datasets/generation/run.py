@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import version
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +43,7 @@ from distill_datasets.generation.rows import (
 )
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
-from distill_datasets.generation.teachers import Client, PromptedModel, Teachers, open_teachers
+from distill_datasets.generation.teachers import PromptedModel, Teachers, open_teachers
 from distill_datasets.models.sampler import Sampler, Sampling, digest
 from distill_datasets.progress import Progress, interruptible
 from distill_datasets.recipes.loading import load_recipe
@@ -138,7 +137,7 @@ def generate(
     untouched = open_untouched(teachers.recipe, settings)
     if meter is not None:
         meter.check([*teachers.models, *(one.model for one in untouched.values())])
-    teachers, found = _with_examples(teachers, folder, settings, meter)
+    teachers, found = choose_examples(teachers, folder, settings, meter)
     fingerprint = _fingerprint(teachers, untouched, settings, share)
     if meter is None and (summary := _finished(folder, fingerprint, settings)):
         return _generated(folder, summary)
@@ -149,48 +148,17 @@ def generate(
         with Journal(folder / "journal.sqlite", bought_only=not settings.ledger) as journal:
             verified = verify_answers(chosen.queries, teachers, journal, settings, meter)
             rows = _answer(chosen, teachers, journal, settings, meter, building)
-            summary = _summary(teachers, rows, journal, meter) | chosen.facts
-        summary |= {"fingerprint": fingerprint, **found}
-        summary["first_token"] = summary["first_token"] if settings.stream else None
+            summary = _summary(teachers, rows, journal, settings, meter) | chosen.facts | found
         if verified and "from_ledger" in summary:
             summary["from_ledger"]["verified"] = verified
-        _write(building, rows, teachers.recipe, summary)
+        finish(rows, building)
+        teachers.recipe.dump(building / "recipe")
+        summary["fingerprint"] = fingerprint
+        text = json.dumps(summary, indent=2, ensure_ascii=False)
+        (building / "generation.json").write_text(text + "\n", encoding="utf-8")
         if share:
             share.record(chosen.queries, building, whole=chosen.whole, more=chosen.more)
     return _generated(folder, summary)
-
-
-def _with_examples(
-    teachers: Teachers, folder: Path, settings: GenerateSettings, meter: Meter | None
-) -> tuple[Teachers, dict[str, Any]]:
-    """Teachers whose recipe has its examples chosen, and what the summary says of the choice."""
-    if teachers.recipe.examples is None or teachers.recipe.examples.choose is None:
-        return teachers, {}
-    with one_writer(folder, "run"):
-        chosen, found = choose_examples(teachers, folder / "journal.sqlite", settings, meter)
-    return chosen, {"examples": found}
-
-
-def _answer(
-    chosen: "ChosenRows",
-    teachers: Teachers,
-    journal: Journal,
-    settings: GenerateSettings,
-    meter: Meter | None,
-    folder: Path,
-) -> "Dataset":
-    """The rows of the queries, and behind them those of the mix, in files of a folder."""
-    from datasets import concatenate_datasets
-
-    if settings.batch:
-        buy_in_batches(chosen.queries, teachers, journal, settings=settings, meter=meter)
-    again = settings.ask_again
-    client = CachedClient(journal, limits=settings.limits, meter=meter, ask_rejected_again=again)
-    look = FirstRows(teachers.recipe, settings.stop_after_rejected).look
-    file = folder / ROWS_FILE
-    rows = ask(chosen.queries, teachers, client, title="generate", file=file, look=look)
-    more = answer_mix(chosen.mixed, teachers, journal, settings, meter, folder)
-    return concatenate_datasets([rows, *more]) if more else rows
 
 
 def _finished(
@@ -208,64 +176,13 @@ def _finished(
 
 
 def _generated(folder: Path, summary: Mapping[str, Any]) -> Generated:
-    return Generated(
-        folder,
-        summary["kept"],
-        summary["rejected"],
-        summary["errors"],
-        summary["first_token"],
-        summary.get("from_ledger"),
-    )
-
-
-@dataclass(frozen=True)
-class ChosenRows:
-    """The queries to ask, and the rows of the recipe's mix; of a share, out of the `whole` run's
-    number of queries.
-    """
-
-    queries: "Dataset"
-    mixed: "Sequence[MixedRows]"
-    whole: int
-
-    @property
-    def more(self) -> int:
-        """How many rows stand behind those of the queries."""
-        return sum(len(one.rows) for one in self.mixed)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What `generation.json` says of the mix."""
-        return {"mix": [one.facts for one in self.mixed]} if self.mixed else {}
-
-
-def select_queries(recipe: Recipe, settings: GenerateSettings) -> "Dataset":
-    """A recipe's queries, those of them that the settings ask for."""
-    return _asked(recipe, load_queries(recipe), settings)
-
-
-def select_rows(
-    recipe: Recipe,
-    untouched: "Mapping[str, UntouchedModel]",
-    settings: GenerateSettings,
-    share: Share | None,
-) -> ChosenRows:
-    """What `generate` answers: of the queries asked for the share, then the mix beside them."""
-    every = load_queries(recipe)
-    asked = _asked(recipe, every, settings)
-    mixed = draw_rows(recipe, untouched, every, asked, share)
-    return ChosenRows(share.of(asked) if share else asked, mixed, len(asked))
-
-
-def _asked(recipe: Recipe, queries: "Dataset", settings: GenerateSettings) -> "Dataset":
-    if settings.limit is not None:
-        queries = queries.select(range(min(settings.limit, len(queries))))
-    return keep_for_evidence(recipe, queries) if settings.for_evidence else queries
+    counts = summary["kept"], summary["rejected"], summary["errors"]
+    return Generated(folder, *counts, summary["first_token"], summary.get("from_ledger"))
 
 
 def _fingerprint(
     teachers: Teachers,
-    untouched: "Mapping[str, UntouchedModel]",
+    untouched: Mapping[str, PromptedModel],
     settings: GenerateSettings,
     share: Share | None,
 ) -> str | None:
@@ -295,15 +212,159 @@ def _new_answers(folder: Path) -> Iterator[Path]:
             ) from error
 
 
-def _write(answers: Path, rows: "Dataset", recipe: Recipe, summary: Mapping[str, Any]) -> None:
-    finish(rows, answers)
-    recipe.dump(answers / "recipe")
-    text = json.dumps(summary, indent=2, ensure_ascii=False)
-    (answers / "generation.json").write_text(text + "\n", encoding="utf-8")
+@dataclass(frozen=True)
+class MixedRows:
+    """The rows of one part of a mix, as `draw_mix` gives them; `model` answers them, if any."""
+
+    part: MixPart
+    rows: "Dataset"
+    model: PromptedModel | None = None
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """The queries to ask, and the rows of the recipe's mix; of a share, out of the `whole` run's
+    number of queries.
+    """
+
+    queries: "Dataset"
+    whole: int
+    mixed: Sequence[MixedRows] = ()
+
+    @property
+    def more(self) -> int:
+        """How many rows stand behind those of the queries."""
+        return sum(len(one.rows) for one in self.mixed)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `generation.json` says of the mix."""
+        parts = [
+            {
+                "name": one.part.name,
+                "share": one.part.share,
+                "rows": len(one.rows),
+                **({"identity": one.model.identity} if one.model else {}),
+            }
+            for one in self.mixed
+        ]
+        return {"mix": parts} if parts else {}
+
+
+def select_queries(
+    recipe: Recipe, settings: GenerateSettings, queries: "Dataset | None" = None
+) -> "Dataset":
+    """A recipe's queries, those of them that the settings ask for."""
+    queries = load_queries(recipe) if queries is None else queries
+    if settings.limit is not None:
+        queries = queries.select(range(min(settings.limit, len(queries))))
+    return keep_for_evidence(recipe, queries) if settings.for_evidence else queries
+
+
+def select_rows(
+    recipe: Recipe,
+    untouched: Mapping[str, PromptedModel],
+    settings: GenerateSettings,
+    share: Share | None,
+) -> ChosenRows:
+    """What `generate` answers: of the queries asked for the share, then the mix beside them.
+
+    No row of the mix is among the recipe's queries. A run in several shares has it in the first.
+    """
+    every = load_queries(recipe)
+    asked = select_queries(recipe, settings, every)
+    chosen = share.of(asked) if share else asked
+    if not recipe.mix or (share and share.number > 1):
+        return ChosenRows(chosen, len(asked))
+    samples = recipe.sampling.n if recipe.choose == "route" else 1
+    own = samples * sum(split == "train" for split in asked["split"])
+    drawn = zip(recipe.mix, draw_mix(recipe, every, own), strict=True)
+    mixed = [MixedRows(part, rows, untouched.get(part.name)) for part, rows in drawn]
+    return ChosenRows(chosen, len(asked), mixed)
+
+
+def open_untouched(recipe: Recipe, settings: GenerateSettings) -> dict[str, PromptedModel]:
+    """The models that answer rows of a recipe's mix, by the parts' names; asks nobody.
+
+    They answer without a prompt and without tools, and their text is taken as it is.
+    """
+    from distill_datasets.models.references import open_sampler
+
+    sampling = Sampling(temperature=0.0, max_tokens=recipe.sampling.max_tokens)
+    return {
+        part.name: PromptedModel(
+            open_sampler(part.model, lazily=True, timeout=settings.timeout),
+            sampling,
+            mixed_messages,
+            _as_it_is,
+            ["as it is"],
+            lambda query, sampling: sampling,
+            columns=recipe.answer_columns,
+            says_request=True,
+        )
+        for part in recipe.mix
+        if part.model
+    }
+
+
+def _as_it_is(query: str, reference: str | None, text: str, stop_reason: str) -> Reading:
+    """A text that is the response; calls of tools that nobody offered are none."""
+    if stop_reason == "length":
+        return Reading(rejection=TRUNCATED)
+    if not text.strip():
+        return Reading(rejection=EMPTY)
+    return Reading(rejection=UNKNOWN_TOOL) if has_calls(text) else Reading(response=text)
+
+
+def _answer(
+    chosen: ChosenRows,
+    teachers: Teachers,
+    journal: Journal,
+    settings: GenerateSettings,
+    meter: Meter | None,
+    folder: Path,
+) -> "Dataset":
+    """The rows of the queries, and behind them those of the mix, in files of a folder."""
+    from datasets import Dataset, concatenate_datasets
+
+    again = settings.ask_again
+    client = CachedClient(journal, limits=settings.limits, meter=meter, ask_rejected_again=again)
+    look = FirstRows(teachers.recipe, settings.stop_after_rejected).look
+    if settings.batch:
+        buy_in_batches(chosen.queries, teachers, journal, settings=settings, meter=meter)
+    file = folder / ROWS_FILE
+    found = [ask(chosen.queries, teachers, client, title="generate", file=file, look=look)]
+    for number, one in enumerate(chosen.mixed):
+        file = folder / MIX_FILES.replace("*", f"{number:05d}")
+        if not len(one.rows):
+            continue
+        if one.model is None:
+            _write_answered(one.rows, teachers.columns, file)
+            found.append(Dataset.from_file(str(file)))
+            continue
+        if settings.batch and getattr(one.model.sampler, "batches", None) is not None:
+            buy_in_batches(one.rows, one.model, journal, settings=settings, meter=meter)
+        found.append(ask(one.rows, one.model, client, title="generate mix", file=file))
+    return concatenate_datasets(found) if len(found) > 1 else found[0]
+
+
+def _write_answered(rows: "Dataset", columns: Sequence[str], file: Path) -> None:
+    """Write rows that have their response as rows of answers, which nobody was asked for."""
+    import pyarrow as pa
+
+    schema = answer_features(columns).arrow_schema
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for batch in rows.with_format("arrow").iter(batch_size=1_000):
+            lines = [{**row, "sample": 0} for row in batch.to_pylist()]
+            writer.write_table(pa.Table.from_pylist(lines, schema=schema))
 
 
 def _summary(
-    teachers: Teachers, rows: "Dataset", journal: Journal, meter: Meter | None
+    teachers: Teachers,
+    rows: "Dataset",
+    journal: Journal,
+    settings: GenerateSettings,
+    meter: Meter | None,
 ) -> dict[str, Any]:
     tally = Tally.of(rows)
     summary = {
@@ -317,7 +378,7 @@ def _summary(
         "tokens": dict(tally.tokens),
         "created": datetime.now(UTC).date().isoformat(),
         "versions": {"distill-datasets": __version__, "datasets": version("datasets")},
-        "first_token": _quantiles(journal.first_tokens()),
+        "first_token": _quantiles(journal.first_tokens() if settings.stream else ()),
     }
     if taken := reused(journal, rows, teachers):
         summary["from_ledger"] = taken
@@ -336,130 +397,6 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float] | None:
 
 
 @dataclass(frozen=True)
-class UntouchedModel(PromptedModel):
-    """A model that answers without a prompt and without tools, and whose text is taken as it is."""
-
-    added: tuple[str, ...] = ()
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Those of the recipe's own rows."""
-        return self.added
-
-    async def answer(
-        self, query: str, client: Client, reference: str | None = None
-    ) -> list[dict[str, Any]]:
-        """One row, which says what was asked for it: no recipe tells."""
-        rows = await super().answer(query, client, reference)
-        return [{**row, "requests": [self.request_key(query)]} for row in rows]
-
-
-@dataclass(frozen=True)
-class MixedRows:
-    """The rows of one part of a mix, as `draw_mix` gives them; `model` answers them, if any."""
-
-    part: MixPart
-    rows: "Dataset"
-    model: UntouchedModel | None = None
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What `generation.json` says of them."""
-        identity = {"identity": self.model.identity} if self.model else {}
-        part = self.part
-        return {"name": part.name, "share": part.share, "rows": len(self.rows), **identity}
-
-
-def open_untouched(recipe: Recipe, settings: GenerateSettings) -> dict[str, UntouchedModel]:
-    """The models that answer rows of a recipe's mix, by the parts' names; asks nobody."""
-    from distill_datasets.models.references import open_sampler
-
-    sampling = Sampling(temperature=0.0, max_tokens=recipe.sampling.max_tokens)
-    return {
-        part.name: UntouchedModel(
-            open_sampler(part.model, lazily=True, timeout=settings.timeout),
-            sampling,
-            mixed_messages,
-            _as_it_is,
-            ["as it is"],
-            lambda query, sampling: sampling,
-            added=recipe.answer_columns,
-        )
-        for part in recipe.mix
-        if part.model
-    }
-
-
-def draw_rows(
-    recipe: Recipe,
-    untouched: "Mapping[str, UntouchedModel]",
-    every: "Dataset",
-    asked: "Dataset",
-    share: Share | None,
-) -> list[MixedRows]:
-    """The rows of each part beside the queries that are `asked`, none of which is among `every`.
-
-    A run in several shares has them in the first.
-    """
-    if not recipe.mix or (share and share.number > 1):
-        return []
-    samples = recipe.sampling.n if recipe.choose == "route" else 1
-    own = samples * sum(split == "train" for split in asked["split"])
-    drawn = zip(recipe.mix, draw_mix(recipe, every, own), strict=True)
-    return [MixedRows(part, rows, untouched.get(part.name)) for part, rows in drawn]
-
-
-def answer_mix(  # noqa: PLR0913 (what `generate` has)
-    mixed: Sequence[MixedRows],
-    teachers: Teachers,
-    journal: Journal,
-    settings: GenerateSettings,
-    meter: Meter | None,
-    folder: Path,
-) -> "list[Dataset]":
-    """The answered rows of each part that has some, each in a file of the folder."""
-    from datasets import Dataset
-
-    found = []
-    for number, one in enumerate(mixed):
-        if not len(one.rows):
-            continue
-        file = folder / MIX_FILES.replace("*", f"{number:05d}")
-        if one.model is None:
-            _write_answered(one.rows, teachers.columns, file)
-            found.append(Dataset.from_file(str(file)))
-            continue
-        if settings.batch and getattr(one.model.sampler, "batches", None) is not None:
-            buy_in_batches(one.rows, one.model, journal, settings=settings, meter=meter)
-        again = settings.ask_again
-        client = CachedClient(
-            journal, limits=settings.limits, meter=meter, ask_rejected_again=again
-        )
-        found.append(ask(one.rows, one.model, client, title="generate mix", file=file))
-    return found
-
-
-def _as_it_is(query: str, reference: str | None, text: str, stop_reason: str) -> Reading:
-    """A text that is the response; calls of tools that nobody offered are none."""
-    if stop_reason == "length":
-        return Reading(rejection=TRUNCATED)
-    if not text.strip():
-        return Reading(rejection=EMPTY)
-    return Reading(rejection=UNKNOWN_TOOL) if has_calls(text) else Reading(response=text)
-
-
-def _write_answered(rows: "Dataset", columns: Sequence[str], file: Path) -> None:
-    """Write rows that have their response as rows of answers, which nobody was asked for."""
-    import pyarrow as pa
-
-    schema = answer_features(columns).arrow_schema
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for batch in rows.with_format("arrow").iter(batch_size=1_000):
-            lines = [{**row, "sample": 0} for row in batch.to_pylist()]
-            writer.write_table(pa.Table.from_pylist(lines, schema=schema))
-
-
-@dataclass(frozen=True)
 class RayRun:
     """The folder of the parts, for `publish`; how many rows they have, and how many failed."""
 
@@ -475,16 +412,14 @@ def generate_on_ray(
     parts: int,
     teacher: Sampler | str | None = None,
     settings: GenerateSettings | None = None,
-    workers: int | None = None,
 ) -> RayRun:
     """Ask the recipe's teachers every query, in so many `parts` on the Ray cluster that is joined.
 
     `out` must be one folder for all machines; each part writes its own there, with a journal that
     one worker at a time holds. A later call skips parts that are done and goes on with the
-    others, where nothing is asked twice. `settings` are those of a part, and at most `workers`
-    parts run at once (a part takes one CPU). A `teacher` is pickled, or opened by each worker.
-    Needs the extra `ray`. Raises `GenerationError` that names the parts that failed, once all
-    others are done.
+    others, where nothing is asked twice. `settings` are those of a part, which takes one CPU. A
+    `teacher` is pickled, or opened by each worker. Needs the extra `ray`. Raises `GenerationError`
+    that names the parts that failed, once all others are done.
     """
     if parts < 1:
         raise SettingsError(f"A run has at least one part, found parts={parts!r}.")
@@ -494,35 +429,28 @@ def generate_on_ray(
     asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, trust=settings.trust)
     if teacher is not None:
         asked = asked.with_teacher(teacher if isinstance(teacher, str) else teacher.model)
-    shares = [Share(number, parts) for number in range(1, parts + 1)]
-    known = [found for share in shares if (found := _finished_part(share, folder, asked))]
-    done = {one["number"] for one in known}
-
-    part = {
-        "recipe": source,
-        "teacher": teacher,
-        "out": folder,
-        "settings": settings,
-        "parts": parts,
-    }
-    with Progress("ray", parts, unit="parts", start=len(known)) as progress:
-        left = [share.number for share in shares if share.number not in done]
-        for outcome in _answer_parts(left, part, workers):
-            known.append(outcome)
-            note = f"part {outcome['number']}: {outcome['problem'] or 'done'}"
-            progress.advance(1, note=note)
-    failed = sorted((one for one in known if one["problem"]), key=itemgetter("number"))
-    if failed:
-        raise GenerationError(_explain_failures(failed, parts))
-    return RayRun(folder, sum(one["rows"] for one in known), sum(one["errors"] for one in known))
-
-
-def _finished_part(share: Share, folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """What a part holds that needs no other look; None where rows are missing or failed."""
-    summary = read_summary(share.folder(folder))
-    if summary is None or summary["errors"] or summary["recipe_digest"] != recipe.digest:
-        return None
-    return {"number": share.number, "rows": summary["rows"], "errors": 0, "problem": ""}
+    left, rows, errors, problems = list[int](), 0, 0, dict[int, str]()
+    for number in range(1, parts + 1):
+        summary = read_summary(Share(number, parts).folder(folder))
+        if summary and not summary["errors"] and summary["recipe_digest"] == asked.digest:
+            rows += summary["rows"]
+        else:
+            left.append(number)
+    part = {"recipe": source, "teacher": teacher, "out": folder, "settings": settings}
+    with Progress("ray", parts, unit="parts", start=parts - len(left)) as progress:
+        for one in _answer_parts(left, {**part, "parts": parts}):
+            rows, errors = rows + one["rows"], errors + one["errors"]
+            if one["problem"]:
+                problems[one["number"]] = one["problem"]
+            progress.advance(1, note=f"part {one['number']}: {one['problem'] or 'done'}")
+    if problems:
+        said = [f"part {number}: {problem}" for number, problem in sorted(problems.items())]
+        more = f"; and {len(said) - _FAILURES} more" if len(said) > _FAILURES else ""
+        raise GenerationError(
+            f"{len(said)} of {parts} parts failed: {'; '.join(said[:_FAILURES])}{more}. What they "
+            "bought is kept: run again to go on with them."
+        )
+    return RayRun(folder, rows, errors)
 
 
 def _answer_part(numbers: "pa.Table", *, parts: int, **asked: Any) -> "pa.Table":
@@ -540,28 +468,12 @@ def _answer_part(numbers: "pa.Table", *, parts: int, **asked: Any) -> "pa.Table"
     return pa.Table.from_pylist([found])
 
 
-def _answer_parts(
-    numbers: Sequence[int], asked: Mapping[str, Any], workers: int | None
-) -> Iterator[dict[str, Any]]:
+def _answer_parts(numbers: Sequence[int], asked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What becomes of parts, as they come; a block a part: Ray can run any part anywhere."""
     if not numbers:
         return
     import pyarrow as pa
 
-    data = _ray_data()
-    outcomes = data.from_arrow([pa.table({"number": [one]}) for one in numbers]).map_batches(
-        _answer_part,
-        fn_kwargs=dict(asked),
-        batch_size=1,
-        # The default makes pickled objects of nested columns, which `datasets` can't read.
-        batch_format="pyarrow",
-        compute=data.TaskPoolStrategy(size=workers),
-    )
-    for table in outcomes.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-        yield from table.to_pylist()
-
-
-def _ray_data() -> Any:
     try:
         data = import_module("ray.data")
     except ImportError as error:
@@ -569,13 +481,12 @@ def _ray_data() -> Any:
             "Running on Ray needs the extra: `pip install 'distill-datasets[ray]'`."
         ) from error
     data.DataContext.get_current().enable_progress_bars = False
-    return data
-
-
-def _explain_failures(failed: Sequence[Mapping[str, Any]], parts: int) -> str:
-    said = "; ".join(f"part {one['number']}: {one['problem']}" for one in failed[:_FAILURES])
-    more = f"; and {len(failed) - _FAILURES} more" if len(failed) > _FAILURES else ""
-    return (
-        f"{len(failed)} of {parts} parts failed: {said}{more}. What they bought is kept: run again "
-        "to go on with them."
+    outcomes = data.from_arrow([pa.table({"number": [one]}) for one in numbers]).map_batches(
+        _answer_part,
+        fn_kwargs=dict(asked),
+        batch_size=1,
+        # The default makes pickled objects of nested columns, which `datasets` can't read.
+        batch_format="pyarrow",
     )
+    for table in outcomes.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+        yield from table.to_pylist()

@@ -128,7 +128,8 @@ class PromptedModel:
     is given a query and the sampling, of which a query's prompt may change the tools and the form.
     `weight` is its share of the queries or of the votes, where it is one of several teachers, and
     `key` names it to the queries. Where every turn of a conversation is answered, `turns` counts
-    those of a query, and `messages` is also given the responses to the turns before.
+    those of a query, and `messages` is also given the responses to the turns before. Its rows have
+    `columns` beyond those of every other, and say which request they come from if `says_request`.
     """
 
     sampler: Sampler
@@ -140,11 +141,8 @@ class PromptedModel:
     weight: float = 1.0
     key: str = ""
     turns: Callable[[str], int] | None = None
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns that its rows have beyond those of every other."""
-        return (EARLIER,) if self.turns else ()
+    columns: tuple[str, ...] = ()
+    says_request: bool = False
 
     @property
     def parts(self) -> Sequence[Any]:
@@ -181,10 +179,13 @@ class PromptedModel:
         if self.turns:
             return [await self._answer_turns(self.turns(query), query, client, reference)]
         reply = await client.sample(self.sampler, *self.request(query))
-        return [
+        first, *others = (
             self.row(query, reference, sample, reply, index)
             for index, sample in enumerate(reply.samples)
-        ]
+        )
+        if self.says_request:
+            first["requests"] = [self.request_key(query)]
+        return [first, *others]
 
     async def _answer_turns(
         self, turns: int, query: str, client: Client, reference: str | None
@@ -356,10 +357,7 @@ class Teachers:
         if self.choice:
             return [await self._chosen(query, client, reference)]
         (teacher,) = self.asked(query)
-        first, *others = await teacher.answer(query, client, reference)
-        if self.several:
-            first = {"requests": [teacher.request_key(query)], **first}
-        return [first, *others]
+        return await teacher.answer(query, client, reference)
 
     async def _chosen(self, query: str, client: Client, reference: str | None) -> dict[str, Any]:
         """Ask everybody; the row that is kept, or one that says why none is."""
@@ -528,6 +526,8 @@ def _member(recipe: Recipe, teacher: Teacher, sampler: Sampler) -> PromptedModel
         teacher.weight,
         digest([recipe.name, own]),
         recipe.turns_of if recipe.turns == "all" else None,
+        recipe.answer_columns,
+        says_request=bool(recipe.teachers),
     )
 
 

@@ -83,9 +83,9 @@ def test_parts_made_on_ray_publish_as_one_run_and_are_continued_one_by_one(
     (asked / "broken").touch()
     teacher = Marked(folder=str(asked))
     with pytest.raises(GenerationError, match="of 4 parts failed: part .*ModelError: gone"):
-        generate_on_ray(recipe, out=tmp_path / "run", parts=4, teacher=teacher, workers=2)
+        generate_on_ray(recipe, out=tmp_path / "run", parts=4, teacher=teacher)
     (asked / "broken").unlink()
-    made = generate_on_ray(recipe, out=tmp_path / "run", parts=4, teacher=teacher, workers=2)
+    made = generate_on_ray(recipe, out=tmp_path / "run", parts=4, teacher=teacher)
     assert (made.rows, made.errors) == (40, 0)
     assert {path.read_text() for path in asked.iterdir()} == {"1"}  # nothing was bought twice
     generate(recipe, teacher=Echo(), out=tmp_path / "whole")
