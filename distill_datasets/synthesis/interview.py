@@ -43,7 +43,7 @@ class ParsedReply(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Question:
+class QueryRequest:
     """Asks for queries of some attributes, or for a rule; `again` counts requests of one kind."""
 
     attributes: Mapping[str, str]
@@ -106,7 +106,7 @@ class Interview:
         reply = await self._ask(self._request("rules"), self._listing, texts())
         return _needed(reply, "the prompt's rules", "synthesis.rules", empty=True)
 
-    def request(self, question: Question) -> str:
+    def request(self, question: QueryRequest) -> str:
         """What the teacher is told for one question."""
         return self._request(
             "queries",
@@ -122,7 +122,7 @@ class Interview:
         """A query by hand as the teacher shall write others."""
         return [response_text(one) for one in from_text(query)] if self._chat else query
 
-    async def queries(self, question: Question) -> ParsedReply[list[str]]:
+    async def queries(self, question: QueryRequest) -> ParsedReply[list[str]]:
         """The queries that a question brings."""
         form = conversations() if self._chat else texts()
         return await self._ask(self.request(question), self._writing, form)

@@ -1,10 +1,9 @@
 """Queries from a prompt: the teacher writes them, varied, distinct, and for every rule."""
 
-import asyncio
 import json
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from math import ceil, prod
 from pathlib import Path
@@ -15,7 +14,7 @@ from warnings import warn
 from distill_datasets.errors import GenerationError, RecipeError
 from distill_datasets.files import one_writer, writable_folder, write_file
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import CachedClient, run_in_thread
+from distill_datasets.generation.client import CachedClient, all_of, run_in_thread
 from distill_datasets.generation.pricing import Meter
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.sampler import Sampler, digest
@@ -26,7 +25,7 @@ from distill_datasets.synthesis.duplicates import NearDuplicates
 from distill_datasets.synthesis.interview import (
     Interview,
     ParsedReply,
-    Question,
+    QueryRequest,
     explained,
     open_teacher,
 )
@@ -61,19 +60,13 @@ class Synthesized:
     kept: int
     new: int
     dropped: Mapping[str, int]
-    uncovered_rules: tuple[str, ...]
     stopped: str | None
     summary: Mapping[str, Any]
 
     @property
-    def duplicates(self) -> int:
-        """How many repeated an earlier one, nearly or wholly."""
-        return self.dropped.get(NEAR_DUPLICATE, 0)
-
-    @property
-    def off_topic(self) -> int:
-        """How many were nothing that the prompt is for."""
-        return self.dropped.get(OFF_TOPIC, 0)
+    def uncovered_rules(self) -> tuple[str, ...]:
+        """The rules that no query exercises."""
+        return tuple(row["rule"] for row in self.summary["rules"] if not row["queries"])
 
     def sentence(self) -> str:
         """What became of the teacher's queries, in one line."""
@@ -85,7 +78,7 @@ class Synthesized:
         )
         return (
             f"{self.kept} queries by the teacher, {self.new} of them new, behind "
-            f"{self.summary['by_hand']} by hand" + (f"; dropped: {lost}" if lost else "") + short
+            f"{self.summary['by_hand']} by hand{f'; dropped: {lost}' if lost else ''}{short}"
         )
 
     def to_pandas(self) -> "DataFrame":
@@ -214,17 +207,6 @@ class NewQuery:
     rules: Exercised | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class DroppedQuery:
-    """A query that is not kept, why, and for a near-duplicate of which one."""
-
-    query: str
-    group: str
-    reason: str
-    like: str | None = None
-    similarity: float | None = None
-
-
 @dataclass
 class QueryRounds:
     """What a teacher wrote so far: `kept` in the order of the questions, and `dropped`.
@@ -242,7 +224,7 @@ class QueryRounds:
     def __post_init__(self) -> None:
         """Nothing is asked yet."""
         self.kept: list[NewQuery] = []
-        self.dropped: list[DroppedQuery] = []
+        self.dropped: list[dict[str, Any]] = []  # as the file of them has them
         self.asked = self.unreadable = self.failed = 0
         self.stopped: str | None = None
         self._read = self._new = 0
@@ -250,12 +232,12 @@ class QueryRounds:
     async def judge(self, queries: Sequence[str]) -> None:
         """Count which rules are exercised by queries that lie in the file already."""
         parts = [queries[place : place + _JUDGED] for place in range(0, len(queries), _JUDGED)]
-        replies = await _all(self._exercised(part) for part in parts)
+        replies = await all_of(self._exercised(part) for part in parts)
         for part, found in zip(parts, replies, strict=True):
             for rules in found or [None] * len(part):
                 self.coverage.add(rules if found is None else rules or ())
 
-    async def fill(self, questions: Iterator[Question], n: int) -> int:
+    async def fill(self, questions: Iterator[QueryRequest], n: int) -> int:
         """Ask until `n` are kept, or too few are new; returns how many questions are used up."""
         used = dry = 0
         while len(self.kept) < n:
@@ -276,7 +258,7 @@ class QueryRounds:
                 return used
         return used
 
-    async def aim(self, ask: Callable[[int, int], Question], n: int) -> None:
+    async def aim(self, ask: Callable[[int, int], QueryRequest], n: int) -> None:
         """Ask for queries of the rules that have none; of `n`, each rule gets a share at most."""
         share = max(1, n // max(1, len(self.coverage.rules)))
         for attempt in range(1, _AIMED + 1):
@@ -295,10 +277,10 @@ class QueryRounds:
         return max(_LEAST, ceil(missing / expected))
 
     async def _round(
-        self, questions: Sequence[Question], *, needed: bool = False
+        self, questions: Sequence[QueryRequest], *, needed: bool = False
     ) -> list[list[NewQuery]]:
         """New queries of each question; where they are `needed`, raises if the teacher can't."""
-        replies = await _all(self.interview.queries(question) for question in questions)
+        replies = await all_of(self.interview.queries(question) for question in questions)
         unread = [one for one in replies if one.value is None]
         failed = sum(one.error is not None for one in unread)
         if needed and len(unread) == len(replies) and (failed == len(replies) or not self.asked):
@@ -307,11 +289,11 @@ class QueryRounds:
         self.failed += failed
         self.unreadable += len(unread) - failed
         fresh = [self._fresh(*pair) for pair in zip(questions, replies, strict=True)]
-        found = await _all(self._judged(rows) for rows in fresh)
+        found = await all_of(self._judged(rows) for rows in fresh)
         self._new += sum(map(len, found))
         return found
 
-    def _fresh(self, question: Question, reply: ParsedReply[list[str]]) -> list[NewQuery]:
+    def _fresh(self, question: QueryRequest, reply: ParsedReply[list[str]]) -> list[NewQuery]:
         """What a question brought that was not there."""
         group = f"synthesis-{digest(self.interview.request(question))[:12]}"
         known = self.known.get(group, set())
@@ -380,16 +362,8 @@ class QueryRounds:
         self.note(len(rows))
 
     def _drop(self, row: NewQuery, reason: str, **why: Any) -> None:
-        self.dropped.append(DroppedQuery(row.query, row.group, reason, **why))
-
-
-def more_rules(recipe: Recipe) -> list[str]:
-    """What queries shall exercise beside the prompt's rules: each tool, and what checks cover."""
-    tools = [one["function"] for one in json.loads(recipe.tools_text or "[]")]
-    return [
-        *(f"Calls the tool {one['name']}: {one['description']}".strip(": ") for one in tools),
-        *(check.covers for check in recipe.checks if check.covers),
-    ]
+        why = {"like": None, "similarity": None, **why}
+        self.dropped.append({"query": row.query, "group": row.group, "reason": reason, **why})
 
 
 class _SynthesisRun:
@@ -404,18 +378,22 @@ class _SynthesisRun:
 
     async def run(self, n: int, progress: Progress) -> QueryRounds:
         """Everything that is asked."""
-        given = list(self.recipe.synthesis.rules) or await self.interview.rules()
-        rules = list(dict.fromkeys([*given, *more_rules(self.recipe)]))
+        given = self.recipe.synthesis.rules or await self.interview.rules()
+        tools = [one["function"] for one in json.loads(self.recipe.tools_text or "[]")]
+        calls = [f"Calls the tool {one['name']}: {one['description']}".strip(": ") for one in tools]
+        checked = [check.covers for check in self.recipe.checks if check.covers]
+        rules = list(dict.fromkeys([*given, *calls, *checked]))
         duplicates = NearDuplicates(self.recipe.synthesis.similarity)
         for row in self.file.rows:
             duplicates.add(self.file.query(row))
-        rounds = QueryRounds(
-            self.interview, duplicates, Coverage(rules), self._known(), progress.advance
-        )
+        known: defaultdict[str, set[str]] = defaultdict(set)
+        for row in self.file.written:
+            known[str(row.get(self.file.columns["group"]))].add(self.file.query(row))
+        rounds = QueryRounds(self.interview, duplicates, Coverage(rules), known, progress.advance)
         await self._judge(rounds, rules)
         missing = n - len(self.file.written)
         if missing > 0:
-            topics = list(self.recipe.synthesis.topics) or await self.interview.topics()
+            topics = self.recipe.synthesis.topics or await self.interview.topics()
             await self._write(rounds, axes_of(self.recipe, topics), missing)
         return rounds
 
@@ -441,40 +419,42 @@ class _SynthesisRun:
         self._place += await rounds.fill(questions, missing)
         rules = rounds.coverage.rules
 
-        def aimed(number: int, attempt: int) -> Question:
+        def aimed(number: int, attempt: int) -> QueryRequest:
             rule = rules[number - 1]
             seed = f"{self.seed} {rule}"
             chosen = next(islice(combinations(axes, seed), attempt - 1, None))
-            return Question(chosen, self._examples(f"{seed} {attempt}"), rule)
+            return QueryRequest(chosen, self._examples(f"{seed} {attempt}"), rule)
 
         await rounds.aim(aimed, missing)
 
-    def _questions(self, axes: Mapping[str, Sequence[str]]) -> Iterator[Question]:
+    def _questions(self, axes: Mapping[str, Sequence[str]]) -> Iterator[QueryRequest]:
         """One after the other, each decided by its place alone, whatever the replies are."""
         size = prod(map(len, axes.values()))
         for place, chosen in zip(count(), combinations(axes, self.seed), strict=False):
             examples = self._examples(f"{self.seed} {place}")
-            yield Question(chosen, examples, again=place // size + 1)
+            yield QueryRequest(chosen, examples, again=place // size + 1)
 
     def _examples(self, seed: str) -> Sequence[str]:
         short = [one for one in self.file.queries_by_hand if len(one) <= _EXAMPLE_LENGTH]
         return Random(seed).sample(short, min(_EXAMPLES, len(short)))
 
-    def _known(self) -> Mapping[str, set[str]]:
-        known: dict[str, set[str]] = {}
-        for row in self.file.written:
-            group = str(row.get(self.file.columns["group"]))
-            known.setdefault(group, set()).add(self.file.query(row))
-        return known
-
     def save(self, rounds: QueryRounds, n: int) -> Synthesized:
         """The rows, and then what is to be said of them."""
-        rows = [_fields(row) for row in rounds.kept]
+        rows = [
+            {
+                "query": row.query,
+                "group": row.group,
+                **row.attributes,
+                "rules": None if row.rules is None else list(row.rules),
+                "origin": ORIGIN,
+            }
+            for row in rounds.kept
+        ]
         if rows or self.file.written:
             self.file.append(rows)
-        columns = self.file.columns.items()
+        columns, coverage = self.file.columns.items(), rounds.coverage
         written = [{name: row.get(own) for name, own in columns} for row in self.file.written]
-        facts = {
+        summary = {
             "recipe": self.recipe.name,
             "teacher": self.interview.sampler.model,
             "seed": self.seed,
@@ -485,19 +465,19 @@ class _SynthesisRun:
             "balance": balance([*written, *rows]),
             "order": self._order or self._before.get("order"),
             "questions": self._place if self._order else self._before.get("questions", 0),
+            "dropped": _save_dropped(self.recipe.folder / _DROPPED, rounds.dropped),
+            "unreadable": rounds.unreadable,
+            "failed": rounds.failed,
+            "unjudged": coverage.unjudged,
+            "stopped": rounds.stopped,
+            "rules": coverage.table(),
+            "uncovered": coverage.uncovered,
         }
-        return _save_summary(self.recipe.folder, facts, rounds)
-
-
-def _fields(row: NewQuery) -> dict[str, Any]:
-    rules = None if row.rules is None else list(row.rules)
-    return {
-        "query": row.query,
-        "group": row.group,
-        **row.attributes,
-        "rules": rules,
-        "origin": ORIGIN,
-    }
+        text = json.dumps(summary, ensure_ascii=False, indent=2)
+        write_file(self.recipe.folder / _SUMMARY, text + "\n")
+        dropped = Counter(row["reason"] for row in rounds.dropped)
+        kept, new = len(written) + len(rows), len(rows)
+        return Synthesized(self.recipe.folder, kept, new, dropped, rounds.stopped, summary)
 
 
 def _read_summary(folder: Path) -> dict[str, Any]:
@@ -512,36 +492,10 @@ def _read_summary(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _save_summary(folder: Path, facts: Mapping[str, Any], rounds: QueryRounds) -> Synthesized:
-    """Write `synthesis.json`, and to `synthesis/dropped.jsonl` what was dropped."""
-    coverage = rounds.coverage
-    summary = {
-        **facts,
-        "dropped": _save_dropped(folder, rounds),
-        "unreadable": rounds.unreadable,
-        "failed": rounds.failed,
-        "unjudged": coverage.unjudged,
-        "stopped": rounds.stopped,
-        "rules": coverage.table(),
-        "uncovered": coverage.uncovered,
-    }
-    write_file(folder / _SUMMARY, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
-    return Synthesized(
-        path=folder,
-        kept=facts["kept"],
-        new=facts["new"],
-        dropped=Counter(row.reason for row in rounds.dropped),
-        uncovered_rules=tuple(coverage.rules[number - 1] for number in coverage.uncovered),
-        stopped=rounds.stopped,
-        summary=summary,
-    )
-
-
-def _save_dropped(folder: Path, rounds: QueryRounds) -> dict[str, int]:
+def _save_dropped(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """All that was ever dropped, counted by reason."""
-    path = folder / _DROPPED
     before = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    now = [json.dumps(asdict(row), ensure_ascii=False) for row in rounds.dropped]
+    now = [json.dumps(row, ensure_ascii=False) for row in rows]
     lines = [line for line in dict.fromkeys([*before, *now]) if line]
     if now:
         write_file(path, "".join(f"{line}\n" for line in lines))
@@ -595,15 +549,6 @@ def balance(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
             if row.get(name) is not None:
                 counts[name][row[name]] += 1
     return {name: dict(found.most_common()) for name, found in counts.items() if found}
-
-
-async def _all(tasks: Iterable[Awaitable[T]]) -> list[T]:
-    """All results in order; an error is raised when every request in flight has ended."""
-    found = await asyncio.gather(*tasks, return_exceptions=True)
-    errors = [one for one in found if isinstance(one, BaseException)]
-    for error in sorted(errors, key=lambda one: type(one) is InterruptedError):
-        raise error
-    return [one for one in found if not isinstance(one, BaseException)]
 
 
 def _nothing(replies: Sequence[ParsedReply[Any]]) -> GenerationError:

@@ -82,7 +82,7 @@ def test_synthesized_queries_are_shown_with_the_rules_they_exercise(tmp_path: Pa
         "unreadable": 0, "failed": 0, "wanted": 5, "by_hand": 2,
         "rules": [{"number": 1, "rule": EVIL, "queries": 4}],
     }  # fmt: skip
-    made = Synthesized(tmp_path, 5, 5, {}, (), None, summary)
+    made = Synthesized(tmp_path, 5, 5, {}, None, summary)
     assert "5 queries by the teacher" in shown(made)
     assert made.to_pandas()["queries"].tolist() == [4]
 

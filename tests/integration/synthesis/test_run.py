@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from distill_datasets.errors import (
-    AccessError,
     BudgetReached,
     GenerationError,
     OutputError,
@@ -27,7 +26,7 @@ from distill_datasets.models.sampler import Echo, Reply, Sampler, Sampling
 from distill_datasets.recipes.loading import load_recipe, new_recipe
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.schema import Message
-from distill_datasets.synthesis.run import _all, synthesize
+from distill_datasets.synthesis.run import synthesize
 from tests.conftest import edit
 from tests.support.openai_server import OpenAIServer
 from tests.support.synthesis_author import RULES, TOPICS, Author, kind_of
@@ -170,7 +169,7 @@ def test_what_a_person_wrote_is_not_written_again(recipe: Path) -> None:
     wrote = json.dumps(["What colour is a tomato at noon?", "what  COLOUR is a tomato at dawn?"])
     made = synthesize(recipe, n=1, teacher=Author(says={"Write 10 inputs": wrote}))
     assert made.kept == 0
-    assert made.duplicates >= 2
+    assert made.dropped["near-duplicate"] >= 2
 
 
 def test_what_a_person_changes_or_removes_stays_so(recipe: Path) -> None:
@@ -277,8 +276,9 @@ def test_a_teacher_that_repeats_itself_is_left_and_that_is_said(recipe: Path) ->
     assert made.kept < 100
     assert author.kinds["queries"] == 8 + 2 * 18
     assert "under 5% of the queries were new in 2 rounds" in (made.stopped or "")
-    assert made.duplicates > 100
-    assert f"dropped: {made.duplicates} near-duplicate; stopped short of 100" in made.sentence()
+    repeated = made.dropped["near-duplicate"]
+    assert repeated > 100
+    assert f"dropped: {repeated} near-duplicate; stopped short of 100" in made.sentence()
     dropped = [
         json.loads(line)
         for line in (recipe / "synthesis" / "dropped.jsonl").read_text().splitlines()
@@ -286,17 +286,6 @@ def test_a_teacher_that_repeats_itself_is_left_and_that_is_said(recipe: Path) ->
     assert made.summary["dropped"]["near-duplicate"] == len(dropped)
     kept = {row["query"] for row in rows_of(recipe)}
     assert all(row["like"] in kept and row["similarity"] >= 0.6 for row in dropped)
-
-
-def test_the_cause_is_raised_and_not_what_follows_from_it() -> None:
-    async def fail(error: Exception) -> None:
-        raise error
-
-    async def both() -> None:
-        await _all([fail(InterruptedError("stopped")), fail(AccessError("no key"))])
-
-    with pytest.raises(AccessError, match="no key"):
-        asyncio.run(both())
 
 
 def test_rules_that_nothing_exercises_are_aimed_at(recipe: Path) -> None:
@@ -343,7 +332,7 @@ def test_a_prompt_without_rules_has_nothing_to_cover(recipe: Path) -> None:
 def test_what_no_user_would_send_is_dropped(recipe: Path) -> None:
     remark = json.dumps(["a remark about the task", "what colour is a tomato at dawn?"])
     made = synthesize(recipe, n=1, teacher=Author(says={"Write 10 inputs": remark}))
-    assert (made.off_topic, made.kept) == (1, 1)
+    assert (made.dropped["off topic"], made.kept) == (1, 1)
     assert rows_of(recipe)[0]["query"] == "what colour is a tomato at dawn?"
 
 
