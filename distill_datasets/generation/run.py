@@ -148,12 +148,10 @@ def generate(
         with Journal(folder / "journal.sqlite", bought_only=not settings.ledger) as journal:
             verified = verify_answers(chosen.queries, teachers, journal, settings, meter)
             rows = _answer(chosen, teachers, journal, settings, meter, building)
-            summary = _summary(teachers, rows, journal, settings, meter) | chosen.facts | found
-        if verified and "from_ledger" in summary:
-            summary["from_ledger"]["verified"] = verified
+            summary = _summary(teachers, rows, journal, settings, meter, verified)
+        summary |= {**chosen.facts, **found, "fingerprint": fingerprint}
         finish(rows, building)
         teachers.recipe.dump(building / "recipe")
-        summary["fingerprint"] = fingerprint
         text = json.dumps(summary, indent=2, ensure_ascii=False)
         (building / "generation.json").write_text(text + "\n", encoding="utf-8")
         if share:
@@ -365,6 +363,7 @@ def _summary(
     journal: Journal,
     settings: GenerateSettings,
     meter: Meter | None,
+    verified: Mapping[str, int] | None,
 ) -> dict[str, Any]:
     tally = Tally.of(rows)
     summary = {
@@ -381,7 +380,7 @@ def _summary(
         "first_token": _quantiles(journal.first_tokens() if settings.stream else ()),
     }
     if taken := reused(journal, rows, teachers):
-        summary["from_ledger"] = taken
+        summary["from_ledger"] = {**taken, **({"verified": verified} if verified else {})}
     if meter is not None:
         answers = raw_answers([JournaledRows(rows, journal.path)], teachers.recipe, summary)
         summary["cost"] = meter.statement(answers, journal)

@@ -14,6 +14,7 @@ from distill_datasets.models.sampler import Sampler, Sampling
 from distill_datasets.recipes.prompt import render_ours
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import Message
+from distill_datasets.tables import shortened
 
 T = TypeVar("T")
 
@@ -22,6 +23,7 @@ _SHOWN = 300  # characters of what a teacher said, in an error
 _FENCE = re.compile(r"^[ \t]*```[\w-]*[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 _NUMBERED = re.compile(r"[ \t]*(\d{1,3})[.):][ \t]+(\S.*?)[ \t]*")
 _HALF = re.compile("[\ud800-\udfff]")  # half of a character, which no file can hold
+_OPENING = re.compile(r"[\[{]")
 _DECODER = json.JSONDecoder()
 
 
@@ -98,29 +100,36 @@ class Interview:
 
     async def topics(self) -> list[str]:
         """What inputs are about, as the teacher sees it."""
-        reply = await self._ask(self._request("topics", count=TOPICS), self._listing, texts())
-        return _needed(reply, "topics", "synthesis.topics")
+        return await self._list("topics", "topics", count=TOPICS)
 
     async def rules(self) -> list[str]:
-        """What the prompt demands, in its order."""
-        reply = await self._ask(self._request("rules"), self._listing, texts())
-        return _needed(reply, "the prompt's rules", "synthesis.rules", empty=True)
+        """What the prompt demands, in its order; there may be no rules."""
+        return await self._list("rules", "the prompt's rules", empty=True)
+
+    async def _list(self, key: str, what: str, *, empty: bool = False, **fields: Any) -> list[str]:
+        reply = await self._ask(self._request(key, **fields), self._listing, texts())
+        found = None if reply.value is None else [text for text in reply.value if text]
+        if found is None or not (found or empty):
+            raise GenerationError(
+                f"The teacher was asked for {what}: {explained(reply)}. What is written into the "
+                f"recipe as synthesis.{key} is not asked for."
+            )
+        return list(dict.fromkeys(found))
 
     def request(self, question: QueryRequest) -> str:
-        """What the teacher is told for one question."""
+        """What the teacher is told for one question; examples are as it shall write queries."""
+        examples: Sequence[Any] = question.examples
+        if self._chat:
+            examples = [[response_text(one) for one in from_text(query)] for query in examples]
         return self._request(
             "queries",
             count=self.count,
             attributes=list(question.attributes.items()),
             rule=None if question.rule is None else _json(question.rule),
-            examples=_json([*map(self._shown, question.examples)]) if question.examples else None,
+            examples=_json(examples) if examples else None,
             again=question.again,
             chat=self._chat,
         )
-
-    def _shown(self, query: str) -> Any:
-        """A query by hand as the teacher shall write others."""
-        return [response_text(one) for one in from_text(query)] if self._chat else query
 
     async def queries(self, question: QueryRequest) -> ParsedReply[list[str]]:
         """The queries that a question brings."""
@@ -136,14 +145,15 @@ class Interview:
         return await self._ask(text, self._listing, numbers(len(queries), len(rules)))
 
     def _request(self, template: str, **fields: Any) -> str:
-        return render_ours(_template(template), **self._shared, **fields)
+        path = builders_folder() / "_synthesis" / f"{template}.md"
+        return render_ours(path.read_text(encoding="utf-8").strip(), **self._shared, **fields)
 
     async def _ask(self, text: str, sampling: Sampling, form: ReplyForm[T]) -> ParsedReply[T]:
         messages = [user_message(text)]
         reply, problem = await self._read(messages, sampling, form)
         if reply.value is not None or reply.error is not None or not reply.said:
             return reply
-        told = render_ours(_template("again"), problem=problem, form=form.words)
+        told = self._request("again", problem=problem, form=form.words)
         messages.append({"role": "assistant", "content": reply.said})
         messages.append(user_message(told))
         again, _ = await self._read(messages, sampling, form)
@@ -173,29 +183,11 @@ def explained(reply: ParsedReply[Any]) -> str:
     """What came in the place of a list, and what to do about it."""
     if reply.error is not None:
         return f"the request failed: {reply.error}. Mend the cause and run again"
-    shown = reply.said if len(reply.said) <= _SHOWN else reply.said[:_SHOWN] + "…"
     return (
-        f"expected a JSON list of strings, it said {shown!r}. Take a larger teacher (--teacher): "
-        "a model as small as the pocket model can't do this. Where the reply was cut off, raise "
-        "synthesis.max_tokens in the recipe"
+        f"expected a JSON list of strings, it said {shortened(reply.said, _SHOWN)!r}. Take a "
+        "larger teacher (--teacher): a model as small as the pocket model can't do this. Where the "
+        "reply was cut off, raise synthesis.max_tokens in the recipe"
     )
-
-
-def _needed(
-    reply: ParsedReply[list[str]], what: str, key: str, *, empty: bool = False
-) -> list[str]:
-    found = None if reply.value is None else [text for text in reply.value if text]
-    if found is None or not (found or empty):
-        raise GenerationError(
-            f"The teacher was asked for {what}: {explained(reply)}. What is written into the "
-            f"recipe as {key} is not asked for."
-        )
-    return list(dict.fromkeys(found))
-
-
-def _template(name: str) -> str:
-    path = builders_folder() / "_synthesis" / f"{name}.md"
-    return path.read_text(encoding="utf-8").strip()
 
 
 def _numbered(texts: Sequence[str]) -> str:
@@ -226,13 +218,12 @@ def conversations() -> ReplyForm[list[str]]:
     """
 
     def fitting(value: Any) -> list[str] | None:
-        if isinstance(value, dict) and len(value) == 1:
-            value = next(iter(value.values()))
-        lists = [[one] if isinstance(one, str) else one for one in value or ()]
-        turns = [_strings(one) for one in lists] if isinstance(value, list) else [None]
-        if not turns or None in turns:
+        value = _unwrapped(value)
+        if not isinstance(value, list):
             return None
-        return [_conversation(one or []) for one in turns]
+        found = [_strings([one] if isinstance(one, str) else one) for one in value]
+        turns = [one for one in found if one is not None]
+        return [*map(_conversation, turns)] if turns and len(turns) == len(found) else None
 
     return ReplyForm("a JSON list of lists of strings", lambda text: _only(text, fitting))
 
@@ -278,7 +269,7 @@ def _only(text: str, fitting: Callable[[Any], T | None]) -> T | None:
 def _values(text: str) -> Iterator[Any]:
     """Every outermost JSON list and object in a text."""
     place = 0
-    while match := re.compile(r"[\[{]").search(text, place):
+    while match := _OPENING.search(text, place):
         try:
             value, place = _DECODER.raw_decode(text, match.start())
             yield value
@@ -286,19 +277,17 @@ def _values(text: str) -> Iterator[Any]:
             place = match.end()
 
 
+def _unwrapped(value: Any) -> Any:
+    """What an object with one key holds; anything else as it is."""
+    return next(iter(value.values())) if isinstance(value, dict) and len(value) == 1 else value
+
+
 def _strings(value: Any) -> list[str] | None:
-    if isinstance(value, dict) and len(value) == 1:
-        value = next(iter(value.values()))
-    if not isinstance(value, list):
+    value = _unwrapped(value)
+    items: list[Any] = [_unwrapped(item) for item in value] if isinstance(value, list) else [None]
+    if not all(isinstance(item, str) and not _HALF.search(item) for item in items):
         return None
-    found = [_string(item) for item in value]
-    return None if None in found else [item for item in found if item is not None]
-
-
-def _string(item: Any) -> str | None:
-    if isinstance(item, dict) and len(item) == 1:
-        item = next(iter(item.values()))
-    return item.strip() if isinstance(item, str) and not _HALF.search(item) else None
+    return [item.strip() for item in items]
 
 
 def _lines(text: str) -> list[str] | None:

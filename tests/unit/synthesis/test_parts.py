@@ -8,7 +8,7 @@ import yaml
 
 from distill_datasets.errors import RecipeError
 from distill_datasets.synthesis.duplicates import NearDuplicates, _plain, _shingles
-from distill_datasets.synthesis.interview import numbers, texts
+from distill_datasets.synthesis.interview import conversations, numbers, texts
 from distill_datasets.synthesis.query_file import set_keys
 from distill_datasets.synthesis.run import Coverage, combinations
 
@@ -73,6 +73,11 @@ def test_a_list_is_read_in_any_usual_form(text: str) -> None:
 )
 def test_what_could_be_several_things_is_not_guessed(text: str) -> None:
     assert texts().read(text) is None
+
+
+@pytest.mark.parametrize("text", ["42", "true", '{"count": 3}', '[["a", 3]]'])
+def test_what_holds_no_conversations_is_none(text: str) -> None:
+    assert conversations().read(text) is None
 
 
 def test_an_empty_list_is_a_list() -> None:
