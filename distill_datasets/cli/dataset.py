@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.cli.flags import add_settings, count, flags_of, read_settings
-from distill_datasets.errors import DistillError, RecipeError
+from distill_datasets.errors import (
+    GenerationError,
+    OutputError,
+    RecipeError,
+    SettingsError,
+    nearest,
+)
 from distill_datasets.files import TEMPLATES
 from distill_datasets.generation.settings import GenerateSettings
 
@@ -36,8 +42,7 @@ def for_each_variant(work: Callable[[argparse.Namespace], None]) -> Callable[...
             planted = _with_canaries(named, options)
             work(argparse.Namespace(**{**vars(options), "recipe": planted}))
             return
-        from distill_datasets.errors import SettingsError
-        from distill_datasets.recipes.loading import variants_of
+            from distill_datasets.recipes.loading import variants_of
 
         names = variants_of(options.recipe)
         if not names:
@@ -73,22 +78,30 @@ def _with_canaries(recipe: str, options: argparse.Namespace) -> "Recipe | str":
 
 def generate(options: argparse.Namespace) -> None:
     """Ask the teachers, or only say what that would take."""
+    from distill_datasets.generation.dry_run import dry_run
+    from distill_datasets.generation.run import generate_on_ray
     from distill_datasets.generation.shards import Share
 
     _require_fitting(options)
     share = Share.parse(options.shard) if options.shard else None
+    how: dict[str, Any] = {
+        "out": options.out,
+        "teacher": options.teacher,
+        "settings": read_settings(options, GenerateSettings),
+    }
     if options.dry_run:
-        _dry_run(options, share)
+        how |= {"prices": options.prices, "sample": options.sample or 0, "share": share}
+        print(dry_run(options.recipe, **how).text())
     elif options.ray:
-        _generate_on_ray(options)
+        made = generate_on_ray(options.recipe, parts=options.ray, **how)
+        counts = f"{made.rows} rows in {options.ray} parts, {made.errors} failed"
+        print(f"answers: {counts} ({made.path})")
     else:
         report_answers(ask_teachers(options, share))
 
 
 def _require_fitting(options: argparse.Namespace) -> None:
     """Refuse flags that would have no effect beside the others."""
-    from distill_datasets.errors import SettingsError
-
     if options.sample and not options.dry_run:
         raise SettingsError(
             "--sample asks rows for the forecast of a --dry-run: add that, or ask for the first "
@@ -134,32 +147,22 @@ def report_answers(made: "Generated") -> None:
         late = f"95 % within {first['p95']:.2f} s"
         print(f"first token: {first['median']:.2f} s (median of {first['answers']:,}), {late}")
     if made.errors:
-        raise _incomplete(made)
+        from distill_datasets.schema import failure_text
+
+        failed = next(error for error in made.rows["error"] if error)
+        raise GenerationError(
+            f"{made.errors} of {len(made.rows)} rows failed, the first with: "
+            f"{failure_text(failed).removesuffix('.')}. Run the same command again: it asks only "
+            "for those that may yet succeed; --ask-again asks those too that were rejected for "
+            "good."
+        )
     if made.rejected and not made.kept:
-        raise _useless(made)
+        from distill_datasets.generation.rows import explain_rejections
+        from distill_datasets.recipes.loading import load_recipe
 
-
-def _useless(made: "Generated") -> DistillError:
-    from distill_datasets.errors import GenerationError
-    from distill_datasets.generation.rows import explain_rejections
-    from distill_datasets.recipes.loading import load_recipe
-
-    recipe = load_recipe(made.path / "answers")
-    rejected = made.rows.select_columns(["query", "raw", "rejection"]).to_list()
-    return GenerationError(f"No row can be used. {explain_rejections(rejected, recipe)}")
-
-
-def _incomplete(made: "Generated") -> DistillError:
-    from distill_datasets.errors import GenerationError
-    from distill_datasets.schema import failure_text
-
-    first = next(error for error in made.rows["error"] if error)
-    return GenerationError(
-        f"{made.errors} of {len(made.rows)} rows failed, the first with: "
-        f"{failure_text(first).removesuffix('.')}. Run the same command "
-        "again: it asks only for those that may yet succeed; --ask-again asks those too that were "
-        "rejected for good."
-    )
+        recipe = load_recipe(made.path / "answers")
+        rows = made.rows.select_columns(["query", "raw", "rejection"]).to_list()
+        raise GenerationError(f"No row can be used. {explain_rejections(rows, recipe)}")
 
 
 def _meter(options: argparse.Namespace, folder: Path) -> "Meter | None":
@@ -167,34 +170,6 @@ def _meter(options: argparse.Namespace, folder: Path) -> "Meter | None":
 
     journal = folder / "journal.sqlite"
     return open_meter(options.prices, budget=options.budget, journal=journal)
-
-
-def _dry_run(options: argparse.Namespace, share: "Share | None") -> None:
-    from distill_datasets.generation.dry_run import dry_run
-
-    found = dry_run(
-        options.recipe,
-        teacher=options.teacher,
-        out=options.out,
-        prices=options.prices,
-        sample=options.sample or 0,
-        settings=read_settings(options, GenerateSettings),
-        share=share,
-    )
-    print(found.text())
-
-
-def _generate_on_ray(options: argparse.Namespace) -> None:
-    from distill_datasets.generation.run import generate_on_ray
-
-    made = generate_on_ray(
-        options.recipe,
-        out=options.out,
-        parts=options.ray,
-        teacher=options.teacher,
-        settings=read_settings(options, GenerateSettings),
-    )
-    print(f"answers: {made.rows} rows in {options.ray} parts, {made.errors} failed ({made.path})")
 
 
 def synthesize(options: argparse.Namespace) -> None:
@@ -218,8 +193,6 @@ def synthesize(options: argparse.Namespace) -> None:
 
 def publish(options: argparse.Namespace) -> None:
     """Make a release of a run, and push it where a repository is named."""
-    from distill_datasets.errors import SettingsError
-
     for run in options.run:
         if (run / "checkpoints.jsonl").is_file():
             raise SettingsError(
@@ -499,7 +472,6 @@ def add_tools(parser: argparse.ArgumentParser) -> None:
 
 def import_tools(options: argparse.Namespace) -> None:
     """Write a recipe's tools.json of tools that are described in another form."""
-    from distill_datasets.errors import OutputError, nearest
     from distill_datasets.files import write_file
     from distill_datasets.recipes.tools import import_tools as read
 

@@ -5,11 +5,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill_datasets import __version__
 from distill_datasets.cli import dataset, evidence, serving, student
@@ -54,7 +54,6 @@ class _Verb:
     work: Callable[[argparse.Namespace], None]
     flags: tuple[Callable[[argparse.ArgumentParser], None], ...]
     examples: tuple[str, str]
-    usage: str | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +98,6 @@ def build_parser() -> argparse.ArgumentParser:
             name,
             help=verb.meaning,
             description=f"{verb.meaning[0].upper()}{verb.meaning[1:]}.",
-            usage=f"distill-datasets {name} {verb.usage}" if verb.usage else None,
             epilog="examples:\n" + "\n".join(f"  distill-datasets {one}" for one in verb.examples),
             formatter_class=_HelpFormatter,
         )
@@ -113,9 +111,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Says of what kind a flag's value is, where argparse would repeat the flag's name."""
+    """Says what a verb can't do without, and of what kind a flag's value is."""
+
+    def add_usage(
+        self, usage: str | None, actions: Iterable[argparse.Action], *more: Any, **how: Any
+    ) -> None:
+        """The arguments and the required flags; the others are listed below."""
+        words = [self._prog]
+        for one in sorted(actions, key=lambda one: bool(one.option_strings)):
+            if not one.option_strings:
+                words.append(self._format_args(one, one.dest))
+            elif one.required:
+                kind = self._format_args(one, self._get_default_metavar_for_optional(one))
+                words.append(f"{one.option_strings[0]} {kind}")
+        super().add_usage(" ".join([*words, "[flags]"]), (), *more, **how)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        """The kind, where argparse would repeat the flag's name."""
         return next((shown for kind, shown in METAVARS.items() if action.type is kind), "NAME")
 
 
@@ -221,17 +233,8 @@ def _train_in_run(options: argparse.Namespace, folders: Sequence[Path]) -> Path:
 
 def _list_files(out: Path, trained: Path) -> None:
     print(f"\nwrote to {out}/:")
-    for name in (
-        "journal.sqlite",
-        "answers/",
-        "release/",
-        f"{trained.name}/",
-        "report.json",
-        "report.md",
-        "report.html",
-        "rows.jsonl",
-        "model_card.md",
-    ):
+    made = ("journal.sqlite", "answers/", "release/", f"{trained.name}/", "report.json")
+    for name in (*made, "report.md", "report.html", "rows.jsonl", "model_card.md"):
         if (out / name).exists():
             print(f"  {out / name}")
 
@@ -251,7 +254,6 @@ _VERBS = {
             "run language_id --teacher pocket --student pocket --out runs/demo",
             "run support --teacher openai:gpt-5 --student tinker:Qwen/Qwen3-8B --out runs/support",
         ),
-        usage="recipe --out PATH [flags]",
     ),
     "generate": _Verb(
         "ask the teachers every query, once",
@@ -261,14 +263,12 @@ _VERBS = {
             "generate support --out runs/support --prices prices.yaml --budget 5.00",
             "generate support --out runs/support --dry-run --sample 5",
         ),
-        usage="recipe --out PATH [flags]",
     ),
     "synthesize": _Verb(
         "let the teacher write queries for a prompt",
         dataset.synthesize,
         (dataset.add_synthesize, _add_progress),
         ("synthesize support --n 2000", "synthesize language_id --n 100 --out mine"),
-        usage="recipe --n N [flags]",
     ),
     "coverage": _Verb(
         "leave out each rule of a prompt in turn, and say which no query exercises",
@@ -284,7 +284,6 @@ _VERBS = {
         dataset.publish,
         (dataset.add_publish,),
         ("publish runs/support", "publish runs/support --push-to-hub me/support"),
-        usage="run [run ...] [flags]",
     ),
     "train": _Verb(
         "train a student on a release or any dataset",
@@ -294,7 +293,6 @@ _VERBS = {
             "train runs/support/release --student tinker:Qwen/Qwen3-8B --out runs/qwen",
             "train me/support@v1.1.0 --from runs/qwen --only-new --out runs/qwen-2",
         ),
-        usage="dataset --out PATH [flags]",
     ),
     "sweep": _Verb(
         "train once for every combination of settings",
@@ -304,7 +302,6 @@ _VERBS = {
             "sweep runs/support/release --rank 8 16 32 --out runs/sweep",
             "sweep me/support@v1.0.0 --learning-rate 1e-4 5e-4 --seed 0 1 --out runs/sweep",
         ),
-        usage="dataset --out PATH [flags]",
     ),
     "measure": _Verb(
         "compare base, teacher and student on held-out rows",
@@ -314,7 +311,6 @@ _VERBS = {
             "measure runs/support",
             "measure --dataset me/support@v1.0.0 --student runs/qwen --out runs/report",
         ),
-        usage="[run] [flags]",
     ),
     "cost": _Verb(
         "say what a student saves, what was spent, and when that is back",
@@ -324,7 +320,6 @@ _VERBS = {
             "cost runs/support --prices prices.yaml --queries-per-month 10k 100k 1m",
             "cost runs/support --import model_prices.json > prices.yaml",
         ),
-        usage="[run] --prices PATH [flags]",
     ),
     "gate": _Verb(
         "let a student pass or not, by rules over its report",
@@ -334,7 +329,6 @@ _VERBS = {
             "gate runs/support --rules gate.yaml",
             "gate runs/support-2 --against runs/support --strict",
         ),
-        usage="[run] [flags]",
     ),
     "page": _Verb(
         "write report.html, one page that says whether the student may replace the prompt",
@@ -359,14 +353,12 @@ _VERBS = {
         student.export,
         (student.add_export,),
         ("export runs/qwen --out qwen", "export runs/qwen --out qwen-merged --merge"),
-        usage="training --out PATH [flags]",
     ),
     "push": _Verb(
         "push a trained student to the Hub, with its card",
         student.push,
         (student.add_push,),
         ("push runs/qwen me/student", "push runs/qwen me/student --public --yes"),
-        usage="training repo [flags]",
     ),
     "show": _Verb(
         "show rows: query, the teacher's words, answer, reason, tokens",
@@ -412,7 +404,6 @@ _VERBS = {
             "calibrate runs/support --epsilon 0.01 0.02 0.05 --prices prices.yaml",
             "calibrate runs/demo --score mean",
         ),
-        usage="run [flags]",
     ),
     "serve": _Verb(
         "serve a local model and its students over OpenAI's protocol, and over Tinker's",
@@ -428,7 +419,6 @@ _VERBS = {
         serving.rollout,
         (serving.add_rollout,),
         ("rollout runs/support --prices prices.yaml --budget 5", "rollout runs/support --to off"),
-        usage="run [flags]",
     ),
 }
 
