@@ -44,6 +44,7 @@ from distill_datasets.recipes.parsing import (
 )
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.schema import answer_features, failure_text
+from distill_datasets.tables import shortened
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -270,9 +271,13 @@ def finish(rows: "Dataset", folder: Path) -> None:
     """Make a folder that `load_from_disk` reads of the rows, which are in its files already: its
     `ROWS_FILE`, which there is none of without queries, and its `MIX_FILES` behind it.
     """
+    import pyarrow as pa
+
     mixed = sorted(path.name for path in folder.glob(MIX_FILES))
     if not (folder / ROWS_FILE).is_file():
-        _write_nothing(rows, folder / ROWS_FILE)
+        schema = rows.features.arrow_schema
+        with pa.OSFile(str(folder / ROWS_FILE), "wb") as file, pa.ipc.new_stream(file, schema):
+            pass
     # A dataset can't be saved over its own file: one without rows has the same description.
     empty = type(rows).from_dict({name: [] for name in rows.features}, features=rows.features)
     with without_bars(), TemporaryDirectory(dir=folder) as description:
@@ -311,15 +316,6 @@ def _has_its_end(rows: Path) -> bool:
         return file.read() == _END
 
 
-def _write_nothing(rows: "Dataset", path: Path) -> None:
-    """A file without rows, which `save_to_disk` leaves out and `load_from_disk` wants."""
-    import pyarrow as pa
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, rows.features.arrow_schema):
-        pass
-
-
 @dataclass
 class Tally:
     """What became of rows; rejections by their reason, and tokens as they were paid for."""
@@ -337,23 +333,20 @@ class Tally:
     @classmethod
     def of(cls, rows: "Dataset") -> "Tally":
         """Count all rows, in one pass."""
-        tally = cls(tokens=Counter(dict.fromkeys(_TOKENS, 0)))
-        for some in stream(rows):
-            tally._add(some)
-        return tally
-
-    def _add(self, some: "pa.Table") -> None:
         import pyarrow.compute as pc
 
-        self.rows += len(some)
-        self.errors += len(some) - some["error"].null_count
-        for reason in pc.value_counts(some["rejection"].drop_null()).to_pylist():
-            self.rejected[reason["values"]] += reason["counts"]
-        # All samples of one request share its prompt.
-        first = some.filter(pc.equal(some["sample"], 0))
-        for kind in _TOKENS:
-            counted = some if kind == "response" else first
-            self.tokens[kind] += pc.sum(counted[f"teacher_{kind}_tokens"]).as_py() or 0
+        tally = cls(tokens=Counter(dict.fromkeys(_TOKENS, 0)))
+        for some in stream(rows):
+            tally.rows += len(some)
+            tally.errors += len(some) - some["error"].null_count
+            for reason in pc.value_counts(some["rejection"].drop_null()).to_pylist():
+                tally.rejected[reason["values"]] += reason["counts"]
+            # All samples of one request share its prompt.
+            first = some.filter(pc.equal(some["sample"], 0))
+            for kind in _TOKENS:
+                counted = some if kind == "response" else first
+                tally.tokens[kind] += pc.sum(counted[f"teacher_{kind}_tokens"]).as_py() or 0
+        return tally
 
 
 class FirstRows:
@@ -386,59 +379,43 @@ def explain_rejections(rejected: Sequence[Mapping[str, Any]], recipe: Recipe) ->
     """Why rows were rejected, what was said in two of them, and what would help."""
     reasons = Counter(str(row["rejection"]) for row in rejected)
     counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    shown = "".join(
-        f"\n  {_short(readable(row['query']))}\n    -> {_short(row['raw'])}"
-        for row in rejected[:_SHOWN]
-    )
-    help = "; ".join(filter(None, (_remedy(reason, recipe) for reason in reasons)))
+    shown = ""
+    for row in rejected[:_SHOWN]:
+        # A `repr` is one line, and nothing in it steers a terminal.
+        texts = (shortened(repr(text), _LONGEST) for text in (readable(row["query"]), row["raw"]))
+        shown += "\n  {}\n    -> {}".format(*texts)
+    help = "; ".join(_remedy(reason, recipe) for reason in reasons)
     return f"Rejected: {counted}. The teacher said:{shown}\nWhat would help: {help}."
 
 
 def _remedy(reason: str, recipe: Recipe) -> str:
-    reason = re.sub(r"^turn \d+: ", "", reason)
-    answer = recipe.answer
-    if reason == TRUNCATED:
-        return f"raise sampling.max_tokens, which is {recipe.sampling.max_tokens}"
+    reason, answer = re.sub(r"^turn \d+: ", "", reason), recipe.answer
     if reason.startswith(FAILED):
-        return _failed_check(reason.removeprefix(FAILED), recipe)
-    if reason == OUTSIDE_CHOICES:
+        name = reason.removeprefix(FAILED)
+        check = recipe.all_checks[name]
+        rule = f" ({check.covers})" if check.covers else ""
         return (
-            f"ask in prompt.md for one of answer.choices {list(answer.choices)} word for word, or "
-            "add what is said to them"
+            f"ask for what the check {name} demands{rule} in prompt.md, mend the check, "
+            f"{check.demand}, or leave it out of `keep`"
         )
-    if reason == OFF_SCHEMA:
-        return "ask in prompt.md for JSON of the form in answer.json_schema, or change the schema"
-    if reason in (UNPARSABLE, NONE_PARSED):
-        if answer.pattern:
-            return (
-                f"answer.pattern {answer.pattern!r} never matches: change it, or ask in prompt.md "
-                "for that form"
-            )
-        return "ask in prompt.md for nothing but the JSON, or change answer.json_schema"
-    return _OTHERS.get(reason, "look at prompt.md and at `answer:` in recipe.yaml")
-
-
-def _failed_check(name: str, recipe: Recipe) -> str:
-    """The checks of that name, of this recipe's or of those behind its handles."""
-    every = {check.name: check for check in recipe.all_checks.values()}
-    check = every[name]
-    rule = f" ({check.covers})" if check.covers else ""
-    return (
-        f"ask for what the check {name} demands{rule} in prompt.md, mend the check, "
-        f"{check.demand}, or leave it out of `keep`"
-    )
-
-
-_OTHERS = {
-    EMPTY: "look at prompt.md, and raise sampling.max_tokens where the model thinks first",
-    CALLS: "say `turns: last`, or leave out such rows: what the tool returns isn't known",
-    NO_MAJORITY: "lower `agreement`, or ask more teachers",
-    REFUSED: "look at `verifier`, which holds for none of them",
-    NO_SCORE: "look at `judge.pattern`, `judge.scale` and the judge's prompt",
-}
-
-
-def _short(text: Any) -> str:
-    """A text on one line, without what could steer a terminal."""
-    shown = repr(str(text))
-    return shown if len(shown) <= _LONGEST else shown[:_LONGEST] + "…"
+    unread = "ask in prompt.md for nothing but the JSON, or change answer.json_schema"
+    if answer.pattern:
+        unread = (
+            f"answer.pattern {answer.pattern!r} never matches: change it, or ask in prompt.md for "
+            "that form"
+        )
+    remedies = {
+        TRUNCATED: f"raise sampling.max_tokens, which is {recipe.sampling.max_tokens}",
+        OUTSIDE_CHOICES: f"ask in prompt.md for one of answer.choices {list(answer.choices or ())} "
+        "word for word, or add what is said to them",
+        OFF_SCHEMA: "ask in prompt.md for JSON of the form in answer.json_schema, or change the "
+        "schema",
+        UNPARSABLE: unread,
+        NONE_PARSED: unread,
+        EMPTY: "look at prompt.md, and raise sampling.max_tokens where the model thinks first",
+        CALLS: "say `turns: last`, or leave out such rows: what the tool returns isn't known",
+        NO_MAJORITY: "lower `agreement`, or ask more teachers",
+        REFUSED: "look at `verifier`, which holds for none of them",
+        NO_SCORE: "look at `judge.pattern`, `judge.scale` and the judge's prompt",
+    }
+    return remedies.get(reason, "look at prompt.md and at `answer:` in recipe.yaml")
