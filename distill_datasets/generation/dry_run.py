@@ -18,7 +18,7 @@ from distill_datasets.conversations import readable
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient, all_of, outcome, run_in_thread
 from distill_datasets.generation.examples import most_answers
-from distill_datasets.generation.ledger import ledger_digests, replay
+from distill_datasets.generation.ledger import take_over
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.run import ChosenRows, open_untouched, select_rows
 from distill_datasets.generation.settings import GenerateSettings
@@ -268,8 +268,8 @@ def dry_run(  # noqa: PLR0913 (what `generate` takes, and how much to find out)
     journal = None if folder is None else Path(folder) / "journal.sqlite"
     sampled, made = _ask_some(teachers, _draw(chosen.queries, sample), journal, settings, meter)
     release = None if isinstance(recipe, Recipe) or not settings.ledger else recipe
-    with _known_answers(journal, release, teachers.recipe) as answered:
-        plan = _Plan.of(teachers, chosen, answered)
+    with _open_journals(journal, release) as journals:
+        plan = _Plan.of(teachers, chosen, journals)
     bought = _stated([one for one in made if one.bought])
     in_dollars = any(one.reply.usage.cost is not None for one in made)
     return DryRun(
@@ -383,40 +383,15 @@ def _ask_some(
     return asked, made
 
 
-@dataclass
-class _KnownAnswers:
-    """What needs no asking: requests by their digests, and journals that have their answers."""
-
-    digests: set[str]
-    journals: Sequence[Journal]
-
-    def hold(self, key: str) -> bool:
-        """Whether a request was answered, or rejected for good."""
-        return key in self.digests or any(
-            one.entry(key) is not None or one.rejection(key) is not None for one in self.journals
-        )
-
-    def get(self, key: str) -> Reply | None:
-        """The answer to a request, where a journal has it."""
-        return next(filter(None, (one.get(key) for one in self.journals)), None)
-
-
 @contextmanager
-def _known_answers(
-    journal: Path | None, release: str | Path | None, recipe: Recipe
-) -> Iterator[_KnownAnswers]:
-    """What a run's journal, and the ledger of the release that its recipe is of, hold.
-
-    The answers in a ledger are read only where they decide what else is asked.
-    """
-    digests = ledger_digests(release) if release is not None else set()
+def _open_journals(journal: Path | None, release: str | Path | None) -> Iterator[list[Journal]]:
+    """What a run will find: its journal, and the ledger of the release that its recipe is of."""
     with ExitStack() as stack:
         paths = [journal] if journal and journal.is_file() else []
-        if digests and release is not None and recipe.turns == "all":
+        if release is not None:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            replay(release, scratch)
-            paths.append(scratch / "journal.sqlite")
-        yield _KnownAnswers(digests, [stack.enter_context(Journal(path)) for path in paths])
+            paths += [scratch / "journal.sqlite"] if take_over(release, scratch) else []
+        yield [stack.enter_context(Journal(path)) for path in paths]
 
 
 @dataclass
@@ -490,25 +465,26 @@ class _PlannedRequests:
 
 @dataclass
 class _Plan:
-    """All requests, those answered already, and the rows left to ask.
+    """All requests, those that are `known` from the journals, and the rows left to ask.
 
     What is left is planned by the sampler's identity, and apart for rows of a `mix`. One prompt in
     `every` so many is counted.
     """
 
-    answered: _KnownAnswers
+    journals: Sequence[Journal]
     every: int
+    asked: set[str] = field(default_factory=set)
     planned: dict[tuple[str, bool], _PlannedRequests] = field(default_factory=dict)
     requests: int = 0
     known: int = 0
     rows_left: int = 0
 
     @classmethod
-    def of(cls, teachers: Teachers, chosen: ChosenRows, answered: _KnownAnswers) -> "_Plan":
+    def of(cls, teachers: Teachers, chosen: ChosenRows, journals: Sequence[Journal]) -> "_Plan":
         """Render every request."""
         asked = [(one.model, one.rows) for one in chosen.mixed if one.model]
         rows = len(chosen.queries) + sum(len(some) for _, some in asked)
-        plan = cls(answered, max(1, -(-rows // _COUNTED)))
+        plan = cls(journals, max(1, -(-rows // _COUNTED)))
         with Progress("dry run", rows) as progress:
             for query in _texts(chosen.queries):
                 left = False
@@ -532,11 +508,11 @@ class _Plan:
         Empty ones are in the place of those.
         """
         asked, found = (model.identity, model.sampling), list[Request]()
-        for request in known_requests(recipe, asked, query, self.answered.get):
+        for request in known_requests(recipe, asked, query, self._reply):
             yield request, 0
             found.append(request)
         turns = recipe.turns_of(query)
-        if len(found) < turns and self.answered.get(found[-1].key) is None:
+        if len(found) < turns and self._reply(found[-1].key) is None:
             for turn in range(len(found), turns):
                 asks = model.request(query, [""] * turn)
                 yield Request(request_digest(found[-1].key, *asks), *asks), turn - len(found) + 1
@@ -546,15 +522,22 @@ class _Plan:
         left = False
         for request, unknown in asks:
             self.requests += 1
-            if self.answered.hold(request.key):
+            if request.key in self.asked or self._is_over(request.key):
                 self.known += 1
                 continue
-            self.answered.digests.add(request.key)  # who asks it again shares the answer
+            self.asked.add(request.key)  # who asks it again shares the answer
             planned = _PlannedRequests(model.sampler)
             planned = self.planned.setdefault((model.identity, mix), planned)
             planned.add(request, unknown, count=int(request.key[:8], 16) % self.every == 0)
             left = True
         return left
+
+    def _reply(self, key: str) -> Reply | None:
+        return next(filter(None, (one.get(key) for one in self.journals)), None)
+
+    def _is_over(self, key: str) -> bool:
+        """Whether a request was answered, or rejected for good."""
+        return any(one.entry(key) or one.rejection(key) for one in self.journals)
 
     def loads(
         self, made: Sequence[_SampledRequest], asked: int, prices: Prices | None

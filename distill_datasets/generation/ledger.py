@@ -23,7 +23,7 @@ from distill_datasets.generation.teachers import (
     Teachers,
     known_requests,
 )
-from distill_datasets.hub.references import Pinned, find_release
+from distill_datasets.hub.references import find_release
 from distill_datasets.models.sampler import Reply, Sampling, request_digest
 from distill_datasets.parquet import ROWS_PER_BATCH, read_batches
 from distill_datasets.recipes.recipe import Recipe
@@ -60,59 +60,54 @@ def raw_answers(
     sources: Iterable[JournaledRows], recipe: Recipe, generation: Mapping[str, Any]
 ) -> Iterator["pa.Table"]:
     """What the sources' journals hold of their rows, each answer once; see `ledger_features`."""
-    seen: set[bytes] = set()
+    import pyarrow as pa
+
+    schema, seen = ledger_features().arrow_schema, set[bytes]()
     for source in sources:
         with Journal(source.journal) as journal:
-            asked = asked_requests(source.rows, recipe, generation, journal)
-            yield from _entries(journal, asked, seen)
+            for keys in asked_requests(source.rows, recipe, generation, journal):
+                new = [key for key in dict.fromkeys(keys) if bytes.fromhex(key) not in seen]
+                entries = [entry for key in new if (entry := journal.entry(key)) is not None]
+                seen.update(bytes.fromhex(key) for key, *_ in entries)
+                if entries:
+                    columns = map(list, zip(*entries, strict=True))
+                    yield pa.Table.from_arrays([pa.array(one) for one in columns], schema=schema)
 
 
-def replay(source: Path | str, out: Path | str, *, config: str | None = None) -> int:
-    """Let a run in `out` start with the answers of the release that its recipe comes from.
+def take_over(source: Path | str, folder: Path) -> int:
+    """Put the answers in a release's ledger into a run's journal, and note where they are from.
 
-    `source` and `config` are what `load_recipe` takes; one that carries no ledger gives none.
-    Returns how many answers were new to the run, whose own stay. Nothing in `out` is made without
-    any. Raises `DatasetError` for a ledger that can't be read.
+    Of a `source` that `load_recipe` takes and that carries no ledger there are none, and nothing
+    is made in the folder. Returns how many answers were new to the run, whose own stay. Raises
+    `DatasetError` for a ledger that can't be read.
     """
-    release = _find(source, config)
-    return _replayed(release, Path(out)) if release else 0
-
-
-def _replayed(release: Pinned, out: Path) -> int:
-    with Journal(out / "journal.sqlite") as journal:
-        return sum(journal.add(_checked(batch, path)) for path, batch in _batches(release.path))
+    try:
+        release = find_release(source, (LEDGER,))
+    except DatasetError as error:
+        raise DatasetError(f"{error} Run without the ledger to buy every answer.") from error
+    if release is None or not any((release.path / LEDGER).glob("*.parquet")):
+        return 0
+    with Journal(folder / "journal.sqlite") as journal:
+        new = sum(journal.add(_checked(batch, path)) for path, batch in _batches(release.path))
+    if new or not (folder / _ORIGIN).exists():
+        manifest = json.loads((release.path / "manifest.json").read_text(encoding="utf-8"))
+        named = str(source).split("@")[0] if release.commit else str(source)
+        origin = {"source": named, "revision": release.commit or manifest["version"]}
+        write_file(folder / _ORIGIN, json.dumps(origin, ensure_ascii=False) + "\n")
+    return new
 
 
 def find_replies(release: Path, digests: Collection[str]) -> dict[str, Reply]:
     """Those of the raw answers in a release's folder that its ledger holds."""
-    found = {}
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    wanted, found = pa.array(sorted(digests), pa.string()), {}
     for path, batch in _batches(release):
-        for digest, _, reply in _checked(batch.filter(_within(batch["digest"], digests)), path):
+        held = batch.filter(pc.is_in(batch["digest"], value_set=wanted))
+        for digest, _, reply in _checked(held, path):
             found[digest] = Reply.from_json(reply)
     return found
-
-
-def _within(column: "pa.Array", wanted: Collection[str]) -> "pa.Array":
-    import pyarrow as pa
-    import pyarrow.compute as compute
-
-    return compute.is_in(column, value_set=pa.array(sorted(wanted), pa.string()))
-
-
-def ledger_digests(source: Path | str, *, config: str | None = None) -> set[str]:
-    """The requests whose answers `replay` would bring; empty for one without a ledger."""
-    release = _find(source, config)
-    batches = _batches(release.path) if release else ()
-    return {digest for _, batch in batches for digest in batch["digest"].to_pylist()}
-
-
-def _find(source: Path | str, config: str | None = None) -> Pinned | None:
-    """The release that a source is, where it carries a ledger."""
-    try:
-        release = find_release(source, (LEDGER,), config)
-    except DatasetError as error:
-        raise DatasetError(f"{error} Run without the ledger to buy every answer.") from error
-    return release if release and any((release.path / LEDGER).glob("*.parquet")) else None
 
 
 def answering_requests(
@@ -175,20 +170,6 @@ def who_was_asked(recipe: Recipe, generation: Mapping[str, Any]) -> Sequence[tup
     return list(zip(identities, sampling, strict=True))
 
 
-def take_over(release: Path | str, folder: Path) -> None:
-    """Put the answers in a release's ledger into a run's journal, and note where they are from."""
-    found = _find(release)
-    if found is None:
-        return
-    new = _replayed(found, folder)
-    if not new and (folder / _ORIGIN).exists():
-        return
-    manifest = json.loads((found.path / "manifest.json").read_text(encoding="utf-8"))
-    source = str(release).split("@")[0] if found.commit else str(release)
-    origin = {"source": source, "revision": found.commit or manifest["version"]}
-    write_file(folder / _ORIGIN, json.dumps(origin, ensure_ascii=False) + "\n")
-
-
 def reused(journal: Journal, rows: "Dataset", teachers: Teachers) -> dict[str, Any] | None:
     """How many of the answers behind rows came out of which ledger, and how many were bought.
 
@@ -226,8 +207,20 @@ def verify_answers(
     """
     if not settings.verify_ledger:
         return None
-    takeable = _takeable(queries, teachers, journal)
-    drawn = nsmallest(settings.verify_ledger, takeable, key=lambda one: one[0].key)
+
+    def takeable() -> Iterator[tuple[Request, PromptedModel, str]]:
+        taken = _taken(journal)
+        for batch in queries.select_columns(["query"]).iter(batch_size=1_000):
+            for query, model in (
+                (one, who) for one in batch["query"] for who in teachers.asked(one)
+            ):
+                asked = model.identity, model.sampling
+                for request in known_requests(teachers.recipe, asked, query, journal.get):
+                    if request.key in taken:
+                        taken.discard(request.key)  # turns of several rows may be the same
+                        yield request, model, query
+
+    drawn = nsmallest(settings.verify_ledger, takeable(), key=lambda one: one[0].key)
     if not drawn:
         return {"asked": 0, "agree": 0}
     requests = ManyRequests(
@@ -253,23 +246,6 @@ def reuse_text(found: Mapping[str, Any]) -> str:
     if checked := found.get("verified"):
         text += f"; of {checked['asked']:,} asked again {checked['agree']:,} agree"
     return text
-
-
-def _entries(
-    journal: Journal, requests: Iterable[list[str]], seen: set[bytes]
-) -> Iterator["pa.Table"]:
-    import pyarrow as pa
-
-    schema = ledger_features().arrow_schema
-    for batch in requests:
-        found = []
-        for key in batch:
-            entry = None if bytes.fromhex(key) in seen else journal.entry(key)
-            if entry is not None:
-                seen.add(bytes.fromhex(key))
-                found.append(dict(zip(_COLUMNS, entry, strict=True)))
-        if found:
-            yield pa.Table.from_pylist(found, schema=schema)
 
 
 def _batches(release: Path) -> Iterator[tuple[Path, "pa.RecordBatch"]]:
@@ -301,20 +277,6 @@ def _unreadable(path: Path, error: Exception) -> DatasetError:
 def _taken(journal: Journal) -> set[str]:
     """The requests of which the answer was never bought here."""
     return {digest for digest, times in journal if not times}
-
-
-def _takeable(
-    queries: "Dataset", teachers: Teachers, journal: Journal
-) -> Iterator[tuple[Request, PromptedModel, str]]:
-    taken = _taken(journal)
-    for some in queries.select_columns(["query"]).iter(batch_size=1_000):
-        for query in some["query"]:
-            for model in teachers.asked(query):
-                asked = model.identity, model.sampling
-                for request in known_requests(teachers.recipe, asked, query, journal.get):
-                    if request.key in taken:
-                        taken.discard(request.key)  # turns of several rows may be the same
-                        yield request, model, query
 
 
 def _answers(model: PromptedModel, query: str, reply: Reply | None) -> list[str | None]:

@@ -9,7 +9,7 @@ from pyarrow.parquet import read_table
 
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.ledger import replay, reuse_text
+from distill_datasets.generation.ledger import reuse_text, take_over
 from distill_datasets.generation.run import Generated, generate
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.models.sampler import Echo, Reply, Sampling
@@ -30,7 +30,7 @@ def ledger_of(release: Release) -> list[dict[str, str]]:
 
 def asked(recipe: Path | str, run: Path) -> int:
     """The requests that a run needs once it has the ledger of its recipe's release."""
-    replay(recipe, run)
+    take_over(recipe, run)
     teacher = Echo()
     generate(recipe, teacher=teacher, out=run)
     return teacher.calls
@@ -102,8 +102,8 @@ def test_after_a_change_of_the_prompt_everything_is_asked(
 
 def test_restored_answers_do_not_count_as_bought(tmp_path: Path, recipe_folder: Path) -> None:
     release = release_of(recipe_folder, tmp_path / "run")
-    assert replay(release.path, tmp_path / "mine") == 6
-    assert replay(release.path, tmp_path / "mine") == 0
+    assert take_over(release.path, tmp_path / "mine") == 6
+    assert take_over(release.path, tmp_path / "mine") == 0
     with Journal(tmp_path / "mine" / "journal.sqlite") as journal:
         assert {times for _, times in journal} == {0}
 
@@ -113,7 +113,7 @@ def test_an_answer_of_ones_own_stays(tmp_path: Path, recipe_folder: Path) -> Non
     key, own = ledger_of(release)[0]["digest"], Reply((), usage=next(iter(replies(release))).usage)
     with Journal(tmp_path / "mine" / "journal.sqlite") as journal:
         journal.put(key, "m", own)
-    assert replay(release.path, tmp_path / "mine") == 5
+    assert take_over(release.path, tmp_path / "mine") == 5
     with Journal(tmp_path / "mine" / "journal.sqlite") as journal:
         assert journal.get(key) == own
         assert dict(journal)[key] == 1
@@ -127,7 +127,7 @@ def test_the_ledger_can_be_left_out_and_put_back(tmp_path: Path, recipe_folder: 
     without = release_of(recipe_folder, tmp_path / "run", ledger=False)
     assert not (without.path / "ledger").exists()
     assert "ledger" not in (without.path / "README.md").read_text(encoding="utf-8")
-    assert replay(without.path, tmp_path / "mine") == 0
+    assert take_over(without.path, tmp_path / "mine") == 0
     assert not (tmp_path / "mine").exists()
     with_it = publish(tmp_path / "run")
     assert len(ledger_of(with_it)) == 6
@@ -169,8 +169,8 @@ def test_answers_that_the_journal_has_and_the_release_does_not_stay_at_home(
 def test_a_recipe_that_is_no_release_has_nothing_to_replay(
     tmp_path: Path, recipe_folder: Path
 ) -> None:
-    assert replay("language_id", tmp_path / "mine") == 0
-    assert replay(recipe_folder, tmp_path / "mine") == 0
+    assert take_over("language_id", tmp_path / "mine") == 0
+    assert take_over(recipe_folder, tmp_path / "mine") == 0
 
 
 @pytest.mark.parametrize("damage", [b"PAR1 not really", None])
@@ -182,7 +182,7 @@ def test_a_ledger_that_cannot_be_read_says_what_to_do(
     other = next((release.path / "data").iterdir()).read_bytes()
     path.write_bytes(damage or other)
     with pytest.raises(DatasetError, match="Run without the ledger"):
-        replay(release.path, tmp_path / "mine")
+        take_over(release.path, tmp_path / "mine")
 
 
 class Liar(Echo):

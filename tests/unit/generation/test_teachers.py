@@ -8,7 +8,7 @@ from datasets import load_dataset
 
 from distill_datasets.errors import AccessError, ModelError
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.ledger import replay
+from distill_datasets.generation.ledger import take_over
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.teachers import ScoringModel, open_teachers
@@ -232,7 +232,7 @@ def test_a_rebuilt_release_buys_nothing_and_is_the_same(
     run(tmp_path, **KEYS[choose])
     release = publish(tmp_path / "run")
     bought = models.requests
-    replay(release.path, tmp_path / "mine")
+    take_over(release.path, tmp_path / "mine")
     generate(release.path, out=tmp_path / "mine")
     again = publish(tmp_path / "mine")
     assert models.requests == bought
