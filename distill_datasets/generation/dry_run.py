@@ -20,6 +20,7 @@ from distill_datasets.generation.client import CachedClient, all_of, outcome, ru
 from distill_datasets.generation.examples import most_answers
 from distill_datasets.generation.ledger import take_over
 from distill_datasets.generation.pricing import Meter, Prices
+from distill_datasets.generation.rows import query_texts
 from distill_datasets.generation.run import ChosenRows, open_untouched, select_rows
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
@@ -338,7 +339,7 @@ class _RowClient:
 
 def _draw(queries: "Dataset", count: int) -> list[dict[str, Any]]:
     """Some rows, by the hashes of their queries: queries often come in cycles."""
-    drawn = ((sha256(text.encode()).digest(), n) for n, text in enumerate(_texts(queries)))
+    drawn = ((sha256(text.encode()).digest(), n) for n, text in enumerate(query_texts(queries)))
     places = sorted(place for _, place in nsmallest(count, drawn))
     rows: list[dict[str, Any]] = queries.select(places).to_list()
     return rows
@@ -486,7 +487,7 @@ class _Plan:
         rows = len(chosen.queries) + sum(len(some) for _, some in asked)
         plan = cls(journals, max(1, -(-rows // _COUNTED)))
         with Progress("dry run", rows) as progress:
-            for query in _texts(chosen.queries):
+            for query in query_texts(chosen.queries):
                 left = False
                 for one in teachers.asked(query):
                     asks = plan._asks(teachers.recipe, one, query)
@@ -494,7 +495,7 @@ class _Plan:
                 plan.rows_left += left
                 progress.advance(1)
             for model, some in asked:
-                for query in _texts(some):
+                for query in query_texts(some):
                     request = Request(model.request_key(query), *model.request(query))
                     plan._add(model, [(request, 0)], mix=True)
                     progress.advance(1)
@@ -612,11 +613,6 @@ def _connection(sampler: Sampler) -> Any:
     Nothing is downloaded for others.
     """
     return getattr(sampler, "connection", None)
-
-
-def _texts(queries: "Dataset") -> Iterator[str]:
-    for some in queries.select_columns(["query"]).iter(batch_size=1_000):
-        yield from some["query"]
 
 
 def _notes(recipe: Recipe, plan: _Plan, sampled: Sequence[SampledRow]) -> Iterator[str]:

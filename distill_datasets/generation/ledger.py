@@ -16,6 +16,7 @@ from distill_datasets.files import write_file
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient, ManyRequests
 from distill_datasets.generation.pricing import Meter
+from distill_datasets.generation.rows import query_texts
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.teachers import (
     PromptedModel,
@@ -210,10 +211,8 @@ def verify_answers(
 
     def takeable() -> Iterator[tuple[Request, PromptedModel, str]]:
         taken = _taken(journal)
-        for batch in queries.select_columns(["query"]).iter(batch_size=1_000):
-            for query, model in (
-                (one, who) for one in batch["query"] for who in teachers.asked(one)
-            ):
+        for query in query_texts(queries):
+            for model in teachers.asked(query):
                 asked = model.identity, model.sampling
                 for request in known_requests(teachers.recipe, asked, query, journal.get):
                     if request.key in taken:

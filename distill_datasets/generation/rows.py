@@ -250,6 +250,12 @@ def _failure(error: Exception) -> dict[str, Any]:
     return {"type": facts[0], "status": facts[1], "message": str(error), "attempts": facts[2]}
 
 
+def query_texts(queries: "Dataset") -> Iterator[str]:
+    """The queries in their order, a few of them in memory."""
+    for some in queries.select_columns(["query"]).iter(batch_size=_ROWS_AT_ONCE):
+        yield from some["query"]
+
+
 def stream(rows: "Dataset") -> Iterator["pa.Table"]:
     """The rows in their order, a few at a time and without mapping the files into memory.
 
