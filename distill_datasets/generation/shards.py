@@ -2,21 +2,19 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from distill_datasets.errors import DatasetError, RecipeError
-from distill_datasets.generation.rows import read_summary, stream
+from distill_datasets.generation.rows import read_summary
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow as pa
     from datasets import Dataset
 
-_ROWS_PER_BATCH = 1_000
 _COUNTS = ("rows", "kept", "rejected", "errors", "tokens")
 _SHARE = "share.json"
 _PLACES = "places.npy"
@@ -99,7 +97,21 @@ def find_parts(runs: Sequence[Path]) -> list[Path]:
             raise _damaged(part)
     if len(found) == 1 and not (found[0] / "answers" / _SHARE).is_file():
         return found
-    by_share = _by_share(found)
+    by_share: dict[Share, Path] = {}
+    for part in found:
+        share = _share_of(part)
+        other = next(iter(by_share), share)
+        if share.count != other.count:
+            raise DatasetError(
+                f"{str(part)!r} is share {share}, but {str(by_share[other])!r} is {other}: "
+                "expected parts of one whole. Name those of one run."
+            )
+        if share in by_share:
+            raise DatasetError(
+                f"Share {share} is there twice: {str(by_share[share])!r} and {str(part)!r}. Name "
+                "one."
+            )
+        by_share[share] = part
     count = next(iter(by_share)).count
     missing = [share for n in range(1, count + 1) if (share := Share(n, count)) not in by_share]
     if missing:
@@ -111,67 +123,22 @@ def find_parts(runs: Sequence[Path]) -> list[Path]:
     return [by_share[Share(n, count)] for n in range(1, count + 1)]
 
 
-@dataclass(frozen=True)
-class Joined:
+def join_parts(parts: Sequence[Path], rows: Sequence["Dataset"]) -> "Dataset":
     """The rows of all parts in the order of the queries; the files stay where they are.
 
-    `origin` says for each row which part it is in; within a part the rows are in their order.
+    Raises `DatasetError` for a whole that has gaps.
     """
-
-    parts: Sequence["Dataset"]
-    origin: "np.ndarray[Any, Any]"
-
-    def __len__(self) -> int:
-        return len(self.origin)
-
-    def stream(self) -> Iterator["pa.Table"]:
-        """A thousand rows at a time; holds about as many of every part."""
-        import numpy as np
-        import pyarrow as pa
-
-        readers = [_PartRows(stream(part)) for part in self.parts]
-        for start in range(0, len(self), _ROWS_PER_BATCH):
-            origin = self.origin[start : start + _ROWS_PER_BATCH]
-            counts = np.bincount(origin, minlength=len(readers)).tolist()
-            pieces = [reader.take(n) for reader, n in zip(readers, counts, strict=True) if n]
-            by_part = np.argsort(origin, kind="stable")
-            yield pa.concat_tables(pieces).combine_chunks().take(np.argsort(by_part))
-
-
-class _PartRows:
-    """Rows of one part, as many as are wanted next."""
-
-    def __init__(self, tables: Iterator["pa.Table"]) -> None:
-        self._tables = tables
-        self._rest: pa.Table | None = None
-
-    def take(self, count: int) -> "pa.Table":
-        import pyarrow as pa
-
-        pieces = []
-        while count:
-            if not self._rest:
-                self._rest = next(self._tables)
-            pieces.append(self._rest.slice(0, count))
-            count -= len(pieces[-1])
-            self._rest = self._rest.slice(len(pieces[-1]))
-        return pa.concat_tables(pieces)
-
-
-def join_parts(parts: Sequence[Path], rows: Sequence["Dataset"]) -> Joined:
-    """The whole that parts are of; raises `DatasetError` where it has gaps."""
     import numpy as np
+    from datasets import concatenate_datasets
 
-    places = [_places(part, one) for part, one in zip(parts, rows, strict=True)]
-    whole = np.concatenate(places)
+    whole = np.concatenate([_places(part, one) for part, one in zip(parts, rows, strict=True)])
     seen = np.unique(whole)
     if len(seen) and seen[-1] != len(seen) - 1:
         raise DatasetError(
             f"The parts answer {len(seen)} of {seen[-1] + 1} queries: they were made from other "
             "queries or with another --limit. Run `generate --shard` again for each."
         )
-    origin = np.repeat(np.arange(len(parts)), [len(one) for one in places])
-    return Joined(rows, origin[np.argsort(whole, kind="stable")])
+    return concatenate_datasets(list(rows)).select(np.argsort(whole, kind="stable"))
 
 
 def join_summaries(parts: Sequence[Path], summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -219,30 +186,16 @@ def _parts_in(run: Path) -> list[Path]:
     return sorted(finished)
 
 
-def _by_share(parts: Sequence[Path]) -> dict[Share, Path]:
-    found: dict[Share, Path] = {}
-    for part in parts:
-        path = part / "answers" / _SHARE
-        if not path.is_file():
-            raise DatasetError(
-                f"{str(part)!r} is a whole run, not a part of one: publish it by itself."
-            )
-        try:
-            share = Share(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise _damaged(part) from error
-        other = next(iter(found), share)
-        if share.count != other.count:
-            raise DatasetError(
-                f"{str(part)!r} is share {share}, but {str(found[other])!r} is {other}: expected "
-                "parts of one whole. Name those of one run."
-            )
-        if share in found:
-            raise DatasetError(
-                f"Share {share} is there twice: {str(found[share])!r} and {str(part)!r}. Name one."
-            )
-        found[share] = part
-    return found
+def _share_of(part: Path) -> Share:
+    path = part / "answers" / _SHARE
+    if not path.is_file():
+        raise DatasetError(
+            f"{str(part)!r} is a whole run, not a part of one: publish it by itself."
+        )
+    try:
+        return Share(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise _damaged(part) from error
 
 
 def _damaged(part: Path) -> DatasetError:

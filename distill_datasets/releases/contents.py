@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from distill_datasets.conversations import assistant_message, read_calls, readable
 from distill_datasets.errors import DatasetError
 from distill_datasets.generation.rows import stream
-from distill_datasets.generation.shards import Joined
 from distill_datasets.hub.references import check_files, remembered
 from distill_datasets.models.sampler import digest
 from distill_datasets.recipes.checks import FAILED
@@ -53,7 +52,7 @@ _TAKEN_NAMES = ("all", REJECTED)
 
 
 def answered_contents(
-    answers: Dataset | Joined, recipe: Recipe
+    answers: Dataset, recipe: Recipe
 ) -> Iterator[tuple[tuple[str, ...], pa.Table]]:
     """The rows of a release with the parts that they are in, made from answers.
 
@@ -62,7 +61,7 @@ def answered_contents(
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    for rows in _tables(answers):
+    for rows in stream(answers):
         if pa.types.is_string(rows["error"].type):
             raise DatasetError(
                 "The answers were written by an earlier version: expected `error` with a type, "
@@ -84,24 +83,20 @@ def answered_contents(
             yield (REJECTED,), dropped.select(schema.names).cast(schema)
 
 
-def _tables(answers: Dataset | Joined) -> Iterator[pa.Table]:
-    return answers.stream() if isinstance(answers, Joined) else stream(answers)
-
-
-def tally_checks(answers: Dataset | Joined, recipe: Recipe) -> CheckTally:
+def tally_checks(answers: Dataset, recipe: Recipe) -> CheckTally:
     """How many of the rows that a release keeps pass each of the recipe's checks."""
     tally = CheckTally(recipe)
     if tally.facts:
-        for rows in _tables(answers):
+        for rows in stream(answers):
             own, _ = _parted(rows)
             for row in own.to_pylist():
                 tally.add(row)
     return tally
 
 
-def mixed_rows(answers: Dataset | Joined, part: str) -> Iterator[dict[str, Any]]:
+def mixed_rows(answers: Dataset, part: str) -> Iterator[dict[str, Any]]:
     """The rows of a part of the recipe's mix, those that can't be used too."""
-    for rows in _tables(answers):
+    for rows in stream(answers):
         _, mixed = _parted(rows)
         yield from (row for row in mixed.to_pylist() if row[SOURCE] == part)
 

@@ -18,7 +18,7 @@ from distill_datasets.generation.ledger import (
     ledger_features,
     raw_answers,
 )
-from distill_datasets.generation.shards import Joined, find_parts, join_parts, join_summaries
+from distill_datasets.generation.shards import find_parts, join_parts, join_summaries
 from distill_datasets.hub.references import inside
 from distill_datasets.parquet import Shards
 from distill_datasets.progress import interruptible
@@ -178,7 +178,7 @@ class _Answers:
     `carried` is the recipe as the release carries it.
     """
 
-    rows: "Dataset | Joined"
+    rows: "Dataset"
     generation: Mapping[str, Any]
     recipe: Recipe
     carried: Recipe
@@ -249,7 +249,7 @@ def _carried(recipe: Recipe, scratch: Path) -> Recipe:
     return recipe.replace(queries={"file": name, **columns}, folder=scratch)
 
 
-def _with_mix(recipe: Recipe, rows: "Dataset | Joined", scratch: Path) -> Recipe:
+def _with_mix(recipe: Recipe, rows: "Dataset", scratch: Path) -> Recipe:
     """The recipe with the rows of its mix that were drawn, whatever their source."""
     if not recipe.mix:
         return recipe
