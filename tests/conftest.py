@@ -1,20 +1,21 @@
 """What every test shares: an environment with no key, no network and no progress bars."""
 
+from __future__ import annotations
+
+import gc
 import json
 import logging
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pyqwest._errors  # noqa: F401 - see sdk.py
 import pytest
 
-from distill_datasets.recipes.loading import load_recipe
-from distill_datasets.recipes.recipe import Recipe
-from tests.support.hub_fixture import hub  # noqa: F401 - a fixture
-from tests.support.openai_server import named_server, server  # noqa: F401 - fixtures
 from tests.support.panels import models  # noqa: F401 - a fixture
-from tests.support.shared_server import model, undrawn  # noqa: F401 - fixtures
+
+if TYPE_CHECKING:
+    from distill_datasets.recipes.recipe import Recipe
 
 # Sessions of servers that have ended would go on complaining until the last line is printed.
 logging.getLogger("tinker.lib.internal_client_holder").setLevel(logging.CRITICAL)
@@ -29,6 +30,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # one worker a core is busy enough
 _MEMORY = Path("/dev/shm")
 if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 8 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
+
+
+def pytest_collection_finish() -> None:
+    """No collection of garbage looks again through everything that was imported."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +54,8 @@ def edit(folder: Path, name: str, old: str, new: str) -> None:
 
 def many(folder: Path, count: int) -> Recipe:
     """The recipe of `recipe_folder` with so many other queries, each a group of its own."""
+    from distill_datasets.recipes.loading import load_recipe
+
     rows = (json.dumps({"query": f"thing {n}, colour red"}) for n in range(count))
     (folder / "queries.jsonl").write_text("\n".join(rows))
     recipe = (folder / "recipe.yaml").read_text()

@@ -55,9 +55,9 @@ def open_sampler(  # noqa: PLR0913 (a reference, and how to ask what it names)
         return _open_openai(name, renderer, stream, lazily, timeout)
     if stream:
         raise ModelError(f"Only 'openai:' models are streamed, not {str(reference)!r}.")
+    connection = connect(reference, renderer=renderer)
     from distill_datasets.models.tinker import TinkerSampler
 
-    connection = connect(reference, renderer=renderer)
     _ = connection.renderer  # what the model can't be asked for is said before anything is paid
     sampler = TinkerSampler(connection, timeout=timeout)
     if processes == 1:

@@ -303,7 +303,7 @@ def _hint(problem: Any, root: yaml.Node) -> str:
         node = _child(node, part)
     if not isinstance(node, yaml.ScalarNode):
         return ""
-    if problem["type"] == "string_type" and node.style is None:
+    if problem["type"] == "string_type" and not node.style:
         return f" Text that YAML takes for something else stands in quotes: '{node.value:.80}'."
     if problem["type"] == "tuple_type":
         return f" Write a list: [{node.value:.80}]."

@@ -37,7 +37,6 @@ from distill_datasets.generation.client import CachedClient, all_of, run_in_thre
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.references import connect, find_training
 from distill_datasets.models.sampler import Logprobs
-from distill_datasets.models.tinker import TinkerSampler
 from distill_datasets.progress import Progress, interruptible
 from distill_datasets.serving.protocol import Place
 from distill_datasets.statistics import LEVEL, boundary
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from distill_datasets.evaluation.systems import HeldOut
     from distill_datasets.generation.pricing import Prices
     from distill_datasets.models.sampler import Sample, Sampler
+    from distill_datasets.models.tinker import TinkerSampler
     from distill_datasets.recipes.recipe import Recipe
 
 Score = Literal["least", "mean", "sum", "choices"]
@@ -169,6 +169,8 @@ def calibrate(
 
         print(calibrate("runs/demo", epsilons=[0.02]).text())
     """
+    from distill_datasets.models.tinker import TinkerSampler
+
     if not epsilons or not all(0 < one < 1 for one in epsilons) or score not in SCORES:
         raise SettingsError(
             "Expected epsilons above 0 and below 1, and a score of "

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from zipfile import ZipFile
 
+import distill_datasets
 from tests.support.forks import ROOT, forks
 
 HEAVY = {"torch", "transformers", "tinker", "tinker_cookbook", "evaluate", "peft", "matplotlib"}
@@ -47,6 +48,11 @@ def test_a_model_loads_without_torchs_compiler_which_is_there_when_it_is_wanted(
     assert run.returncode == 0, run.stderr
     number, file = run.stdout.split()
     assert number == "2.0" and file.endswith("_dynamo/__init__.py")
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in distill_datasets.__all__:
+        assert getattr(distill_datasets, name).__module__.startswith("distill_datasets.")
 
 
 def test_the_wheel_adds_one_top_level_name_and_ships_its_data(tmp_path: Path) -> None:

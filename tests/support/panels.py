@@ -1,18 +1,22 @@
 """Recipes of several teachers to run in tests, and models that answer as they are told."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
 from distill_datasets.errors import ModelError
-from distill_datasets.generation.run import Generated, generate
 from distill_datasets.models.sampler import Reply, Sample, Sampling, Usage
 from distill_datasets.schema import Message
+
+if TYPE_CHECKING:
+    from distill_datasets.generation.run import Generated
 
 QUERIES = {"rose": "red", "sky": "blue", "sea": "blue", "plum": None}
 Speech = Callable[[str, int], str]
@@ -103,6 +107,8 @@ def recipe_of(folder: Path, *, template: str | None = None, **keys: Any) -> Path
 
 
 def run(tmp_path: Path, *, template: str | None = None, **keys: Any) -> Generated:
+    from distill_datasets.generation.run import generate
+
     recipe = recipe_of(tmp_path / "recipe", template=template, **keys)
     return generate(recipe, out=tmp_path / "run")
 

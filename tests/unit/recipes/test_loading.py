@@ -45,7 +45,8 @@ def add(folder: Path, line: str) -> None:
         ("variables: {query: x}", "can't name the query"),
         ("variables: {'a b': x}", "variables"),
         ("attribution: " + "[" * 90 + "]" * 90, "nested more than 64 levels"),
-        ("attribution: " + "[" * 1_500, "nested more than 64 levels"),
+        ("attribution: " + "[" * 100_000, "nested more than 64 levels"),
+        ("attribution: one: two", r"not YAML: .*\n.*line 9, column 17:\n.*one: two\n +\^"),
     ],
 )
 def test_what_a_recipe_cannot_say_is_named(recipe_folder: Path, line: str, says: str) -> None:

@@ -1,0 +1,7 @@
+"""What tests with real servers share: a Hub, an OpenAI-compatible server, and an embedded one."""
+
+import pyqwest._errors  # noqa: F401 - see distill_datasets/models/tinker.py
+
+from tests.support.hub_fixture import hub  # noqa: F401 - a fixture
+from tests.support.openai_server import named_server, server  # noqa: F401 - fixtures
+from tests.support.shared_server import model, undrawn  # noqa: F401 - fixtures
