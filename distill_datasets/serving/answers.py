@@ -67,15 +67,23 @@ class ChatFormat:
         return Prompts(self.renderer)
 
     @cached_property
+    def _stops(self) -> Sequence[Any]:
+        try:
+            return list(self.renderer.get_stop_sequences())
+        except ModelError:
+            return ()
+
+    @cached_property
     def ends(self) -> tuple[int, ...]:
         """The tokens that end an answer."""
-        own = self.tokenizer.eos_token_id
-        try:
-            stops = self.renderer.get_stop_sequences()
-        except ModelError:
-            stops = []
-        found = [one for one in stops if isinstance(one, int)] or [own]
+        found = [one for one in self._stops if isinstance(one, int)]
+        found = found or [self.tokenizer.eos_token_id]
         return tuple(one for one in dict.fromkeys(found) if one is not None)
+
+    @cached_property
+    def end_texts(self) -> tuple[str, ...]:
+        """The texts that end an answer, in formats that end it so."""
+        return tuple(one for one in self._stops if isinstance(one, str))
 
     @cached_property
     def call_opening(self) -> tuple[int, ...]:
@@ -83,15 +91,13 @@ class ChatFormat:
 
         Raises `InvalidRequestError` for another format.
         """
-        call: Any = tool_calls([Call("f", {})])
+        said = Call("f", {})
         turns: Any = [
             {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "", "tool_calls": call},
+            {"role": "assistant", "content": "", "tool_calls": tool_calls([said])},
         ]
         example, _ = self.renderer.build_supervised_example(turns, tools=_PROBE)
-        if CALL_OPENING + '{"name": "f", "arguments": {}}' not in self.tokenizer.decode(
-            example.to_ints()
-        ):
+        if CALL_OPENING + said.text not in self.tokenizer.decode(example.to_ints()):
             raise InvalidRequestError(
                 "expected tool_choice of 'auto' or 'none': this model's chat format does not write "
                 f"calls as JSON behind {CALL_OPENING.strip()}, to which an answer can be held"
@@ -102,11 +108,6 @@ class ChatFormat:
     def controls(self) -> frozenset[int]:
         """The tokens that may mean something to the renderer."""
         return frozenset([*self.ends, *self.tokenizer.all_special_ids])
-
-    @cached_property
-    def end_texts(self) -> tuple[str, ...]:
-        """The texts that end an answer, in formats that end it so."""
-        return tuple(one for one in self.renderer.get_stop_sequences() if isinstance(one, str))
 
 
 @dataclass(frozen=True)
@@ -175,28 +176,23 @@ class LiveRequest:
             await self._wait()
         if self._left():
             raise ServiceError("the client went away")
-        if isinstance(self._payload, bytes):
-            return _read(pb.SampleResponse.FromString(self._payload))
-        message = str(self._payload.get("error"))
-        if self._payload.get("category") == "server":
-            raise ServiceError(message)
-        raise InvalidRequestError(message)
-
-
-def _read(found: pb.SampleResponse) -> Outcome:
-    samples = [
-        DrawnSample(
-            np.frombuffer(one.tokens, np.int32).tolist(),
-            np.frombuffer(one.logprobs, np.float32).tolist(),
-            _read_top(one.topk_sampled_logprobs),
-            one.stop_reason == pb.STOP_REASON_STOP,
-        )
-        for one in found.sequences
-    ]
-    known = np.frombuffer(found.prompt_logprobs, np.float32).tolist()
-    prompt: list[float | None] = [None, *known[1:]] if known else []
-    top: list[Top | None] = [*_read_top(found.topk_prompt_logprobs)]
-    return Outcome(samples, found.prompt_cache_hit_tokens, prompt, [None, *top[1:]] if top else [])
+        if not isinstance(self._payload, bytes):
+            failed = self._payload.get("category") == "server"
+            raise (ServiceError if failed else InvalidRequestError)(str(self._payload.get("error")))
+        found = pb.SampleResponse.FromString(self._payload)
+        samples = [
+            DrawnSample(
+                np.frombuffer(one.tokens, np.int32).tolist(),
+                np.frombuffer(one.logprobs, np.float32).tolist(),
+                _read_top(one.topk_sampled_logprobs),
+                one.stop_reason == pb.STOP_REASON_STOP,
+            )
+            for one in found.sequences
+        ]
+        known = np.frombuffer(found.prompt_logprobs, np.float32).tolist()
+        prompt, top = [None, *known[1:]] if known else [], _read_top(found.topk_prompt_logprobs)
+        known_top = [None, *top[1:]] if top else []
+        return Outcome(samples, found.prompt_cache_hit_tokens, prompt, known_top)
 
 
 def _read_top(found: pb.TopkLogprobs) -> list[Top]:
@@ -411,11 +407,6 @@ class BodyWriter:
         places = self._text_logprobs([*prompt, *sample.tokens], logprobs, top)
         text = f"{self.format.tokenizer.decode(prompt)}{choice['text']}"
         return {**choice, "text": text, "logprobs": places}
-
-    def first_delta(self, index: int) -> dict[str, Any]:
-        """How a choice begins in a stream of a chat."""
-        delta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def delta(self, index: int, choice: Choice, text: str) -> dict[str, Any]:
         """More words of a choice, with the log-probabilities of all tokens since the last."""

@@ -527,13 +527,10 @@ class _AddressedModel:
     def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         import httpx
 
-        url = f"{self.url}/{path}"
+        url, method = f"{self.url}/{path}", "GET" if body is None else "POST"
+        sent = None if body is None else {"model": self.model, **body}
         try:
-            if body is None:
-                answer = self.client.get(url)
-            else:
-                answer = self.client.post(url, json={"model": self.model, **body})
-            found = answer.raise_for_status().json()
+            found = self.client.request(method, url, json=sent).raise_for_status().json()
         except (httpx.HTTPError, ValueError) as error:
             raise ServiceError(f"{url} can't be asked: {error}") from error
         if not isinstance(found, dict):

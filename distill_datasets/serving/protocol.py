@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from aiohttp import web
 
@@ -205,18 +205,12 @@ def _called(choice: Any, tools: Sequence[Mapping[str, Any]]) -> Any:
             "expected tool_choice of 'auto', 'none', 'required' or the function of one of the "
             f"tools, {sorted(known)[:20]}; found {shown(choice)}"
         )
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": one["name"]},
-                "arguments": one.get("parameters") or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for one in wanted
-    ]
+    calls = []
+    for one in wanted:
+        parts = {"name": {"const": one["name"]}}
+        parts["arguments"] = one.get("parameters") or {"type": "object"}
+        said = {"type": "object", "properties": parts, "required": [*parts]}
+        calls.append({**said, "additionalProperties": False})
     return calls[0] if len(calls) == 1 else {"anyOf": calls}
 
 
@@ -292,18 +286,16 @@ def without_prompt(recipe: Recipe, messages: Sequence[Message]) -> Sequence[Mess
     """A conversation without the recipe's prompt, where the application still sends it."""
     if recipe.members or not messages:
         return messages
+    first, *rest = messages
     if recipe.asks_in_one_message:
-        mark = "\x00"
+        mark, text = "\x00", first["content"]
         before, _, after = recipe.messages(mark)[0]["content"].partition(mark)
-        text = messages[0]["content"]
-        whole = len(messages) == 1 and len(text) >= len(before) + len(after)
-        if whole and text.startswith(before) and text.endswith(after):
-            return [{**messages[0], "content": text[len(before) : len(text) - len(after)]}]
-        return messages
-    first, prompt = messages[0], recipe.system_text.strip()
-    if first["role"] == "system" and first["content"].strip() == prompt:
-        shown, rest = list(recipe.example_turns), list(messages[1:])
-        return rest[len(shown) :] if shown and rest[: len(shown)] == shown else rest
+        around = text.startswith(before) and text.endswith(after)
+        if not rest and around and len(text) >= len(before) + len(after):
+            return [{**first, "content": text[len(before) : len(text) - len(after)]}]
+    elif first["role"] == "system" and first["content"].strip() == recipe.system_text.strip():
+        shown = list(recipe.example_turns)
+        return rest[len(shown) :] if rest[: len(shown)] == shown else rest
     return messages
 
 
@@ -331,21 +323,15 @@ def messages_of(body: Any) -> list[Message]:
     messages = body.get("messages") if isinstance(body, Mapping) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError("expected a JSON object with `messages`, a list of at least one")
-    found: list[Message] = []
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError("expected each message as an object with `role` and `content`")
-        read: Any = {**message, "content": _text(message.get("content"))}
-        found.append(read)
-    return found
+    if not all(isinstance(one, Mapping) and isinstance(one.get("role"), str) for one in messages):
+        raise ValueError("expected each message as an object with `role` and `content`")
+    return [cast(Message, {**one, "content": _text(one.get("content"))}) for one in messages]
 
 
 def _text(content: Any) -> str:
     """A message's content; parts of text are joined, as models see them."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
+    if content is None or isinstance(content, str):
+        return content or ""
     parts = content if isinstance(content, list) else [content]
     if not all(isinstance(one, Mapping) and isinstance(one.get("text"), str) for one in parts):
         raise ValueError("expected `content` as text, or as a list of parts of text")

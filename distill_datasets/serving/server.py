@@ -255,13 +255,10 @@ def _open_student(
 
 def _recipe_of(config: Mapping[str, Any]) -> Recipe | None:
     """The recipe in the release that a student was trained on, if it is here with its prompt."""
-    dataset, settings = config.get("dataset"), config.get("settings")
-    path = Path(str(dataset.get("path") if isinstance(dataset, dict) else "")).expanduser()
-    chosen = settings.get("config") if isinstance(settings, dict) else None
-    if not path.exists():
-        return None
+    path = Path(str(config.get("dataset", {}).get("path", ""))).expanduser()
     try:
-        release = find_release(path, ("recipe",), chosen)
+        chosen = config.get("settings", {}).get("config")
+        release = find_release(path, ("recipe",), chosen) if path.exists() else None
     except DatasetError:
         return None  # it was changed since: its prompt may be another one
     if release is None or not (release.path / "recipe" / "prompt.md").is_file():
@@ -397,7 +394,8 @@ class _Events:
         news = [one["index"] for one in choices if one["index"] not in self._roles]
         if self._writer.chat and news:
             self._roles.update(news)
-            await self.send([self._writer.first_delta(index) for index in news])
+            first = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            await self.send([{"index": index, **first, "logprobs": None} for index in news])
         told: dict[str, Any] = {"usage": None} if self._writer.asked.usage else {}
         await self.write(json.dumps(self._writer.body(choices, chunk=True) | told | extra))
 

@@ -407,7 +407,9 @@ def test_each_of_several_answers_must_be_sure_and_comes_as_it_was_asked_for(
     place: Place, stream: bool
 ) -> None:
     sure = iter([True, True, True, False])
-    client = place.start(chooser=Chooser(lambda _, places: bool(places) and next(sure)))
+    unshadowed = (STAGES[0], Stage("all", 1.0, 0.0))
+    chooser = Chooser(lambda _, places: bool(places) and next(sure))
+    client = place.start(stages=unshadowed, chooser=chooser)
     asked: Any = {"model": "mine", "messages": [{"role": "user", "content": "one two"}], "n": 2}
     if stream:
         chunks = list(client.chat.completions.create(**asked, stream=True))
