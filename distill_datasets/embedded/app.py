@@ -9,7 +9,7 @@ import hmac
 import json
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -22,7 +22,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from distill_datasets.errors import DistillError
 
-from .engine import Promise, SamplingSession, Service, Session
+from .engine import Promise, SamplingSession, Service
 from .model import MOST_RANK, ModelCard
 from .scheduler import Payload
 from .store import SCHEME, Kind, Store, StoredCheckpoint, StoredRun
@@ -44,6 +44,17 @@ from .wire import (
     whole,
 )
 
+SERVICE: web.AppKey[Service] = web.AppKey("service", Service)
+# The SDK gives a collecting request 45 s before it calls the connection broken.
+HOLD_SECONDS = 30.0
+PROTOBUF = "application/x-protobuf"
+ADAM = {"type": "adamw"}
+OWNER = "local"
+MOST_SEQUENCE = 2**53
+routes = web.RouteTableDef()
+# Random per process: an idempotency key names one session of one server.
+_SESSIONS = uuid.uuid4()
+_CHECKPOINT = "/api/v1/training_runs/{run_id}/checkpoints/{checkpoint_id:.+?}"
 # Where another protocol may be spoken.
 OTHER = "/v1/"
 
@@ -117,23 +128,6 @@ async def running(
             service.engine.close()
 
 
-SERVICE: web.AppKey[Service] = web.AppKey("service", Service)
-# The SDK gives a collecting request 45 s before it calls the connection broken.
-HOLD_SECONDS = 30.0
-PROTOBUF = "application/x-protobuf"
-ADAM = {"type": "adamw"}
-OWNER = "local"
-MOST_SEQUENCE = 2**53
-routes = web.RouteTableDef()
-# Random per process: an idempotency key names one session of one server.
-_SESSIONS = uuid.uuid4()
-_SLOTS: dict[Kind, str] = {
-    "weights": "last_checkpoint",
-    "sampler_weights": "last_sampler_checkpoint",
-}
-_CHECKPOINT = "/api/v1/training_runs/{run_id}/checkpoints/{checkpoint_id:.+?}"
-
-
 async def _read(request: web.Request) -> tuple[Service, dict[str, Any]]:
     return request.app[SERVICE], read_json(await request.read())
 
@@ -185,34 +179,11 @@ async def capabilities(request: web.Request) -> web.Response:
 @routes.post("/api/v1/create_session")
 async def create_session(request: web.Request) -> web.Response:
     """Start a session; its random id keeps run ids apart across restarts."""
-    service, body = await _read(request)
+    service, _ = await _read(request)
     key = request.headers.get("X-Idempotency-Key") or uuid.uuid4().hex
     session_id = str(uuid.uuid5(_SESSIONS, key))
-    name = text(body, "display_name", None)
-    session = Session(session_id, dict(section(body, "user_metadata")) or None, name)
-    service.sessions.setdefault(session_id, session)
+    service.sessions.add(session_id)
     return web.json_response({"type": "create_session", "session_id": session_id})
-
-
-@routes.get("/api/v1/sessions")
-async def sessions(request: web.Request) -> web.Response:
-    """List the sessions since the server started."""
-    found, _ = _page(request, list(request.app[SERVICE].sessions), 20)
-    return web.json_response({"sessions": found})
-
-
-@routes.get("/api/v1/sessions/{session_id}")
-async def session(request: web.Request) -> web.Response:
-    """Describe a session."""
-    found = request.app[SERVICE].session(request.match_info["session_id"])
-    return web.json_response(
-        {
-            "training_run_ids": found.models,
-            "sampler_ids": found.samplers,
-            "user_metadata": found.user_metadata,
-            "display_name": found.display_name,
-        }
-    )
 
 
 # Sampling
@@ -222,18 +193,21 @@ async def session(request: web.Request) -> web.Response:
 async def create_sampling_session(request: web.Request) -> web.Response:
     """Choose the weights that answer: the base model or a saved checkpoint."""
     service, body = await _read(request)
-    session = service.session(text(body, "session_id"))
+    sampler_id = _sampler_id(service, text(body, "session_id"), body)
     base_model, path = text(body, "base_model", None), text(body, "model_path", None)
     if base_model is None and path is None:
         raise InvalidRequestError("expected base_model or model_path; found neither")
     if base_model is not None:
         service.card.require(base_model)
-    sampler_id = f"{session.session_id}:sample:{_sequence(body, 'sampling_session_seq_id')}"
     if sampler_id not in service.samplers:
         weights = service.engine.weights_of(path)
         service.samplers[sampler_id] = SamplingSession(sampler_id, path, weights)
-        session.samplers.append(sampler_id)
     return web.json_response({"type": "create_sampling_session", "sampling_session_id": sampler_id})
+
+
+def _sampler_id(service: Service, session_id: str, body: Body) -> str:
+    service.require_session(session_id)
+    return f"{session_id}:sample:{_sequence(body, 'sampling_session_seq_id')}"
 
 
 @routes.get("/api/v1/samplers/{sampler_id}")
@@ -283,7 +257,7 @@ async def retrieve_future(request: web.Request) -> web.Response:
     """Hand over a result, waiting for it at most HOLD_SECONDS."""
     service, body = await _read(request)
     request_id = text(body, "request_id")
-    promise = service.promises.get(request_id)
+    promise = service.known(request_id)
     if promise is None:
         raise web.HTTPNotFound(
             text=json.dumps({"error": f"found no request {request_id!r}: the server restarted"}),
@@ -298,7 +272,7 @@ async def retrieve_future(request: web.Request) -> web.Response:
     if promise.payload is None:
         again = {"type": "try_again", "request_id": request_id, "queue_state": "active"}
         return web.json_response(again, status=408)
-    service.promises.collected(promise)
+    service.collected(promise)
     if isinstance(promise.payload, bytes):
         return web.Response(body=promise.payload, content_type=PROTOBUF)
     return web.json_response(promise.payload)
@@ -322,10 +296,9 @@ def _promise_in_order(
 
 def _new_model(service: Service, body: Body) -> str:
     """The id that the SDK derives by itself when it creates a model by loading one."""
-    session = service.session(text(body, "session_id"))
-    model_id = f"{session.session_id}:train:{_sequence(body, 'model_seq_id')}"
-    if model_id not in session.models:
-        session.models.append(model_id)
+    session_id = text(body, "session_id")
+    service.require_session(session_id)
+    model_id = f"{session_id}:train:{_sequence(body, 'model_seq_id')}"
     service.expect_requests(model_id)
     return model_id
 
@@ -353,9 +326,9 @@ async def create_model(request: web.Request) -> web.Response:
     def run() -> dict[str, Any]:
         from .lora import LoraSpec
 
-        spec = LoraSpec.read(section(body, "lora_config"))
+        lora = LoraSpec.read(section(body, "lora_config")).dump()
         service.card.require(text(body, "base_model"))
-        return service.engine.create(_new_run(service, model_id, spec.dump(), body), spec)
+        return service.engine.create(_new_run(service, model_id, lora, body))
 
     return _promised(service.promise(f"{model_id}:create", run))
 
@@ -365,8 +338,7 @@ async def get_info(request: web.Request) -> web.Response:
     """Describe a model; the tokenizer is the local folder, so that nobody asks the Hub."""
     service, body = await _read(request)
     record, card = service.store.run(text(body, "model_id")), service.card
-    tokenizer = str(card.folder)
-    names = {"model_name": card.name, "tokenizer_id": tokenizer, "arch": "causal-lm"}
+    names = {"model_name": card.name, "tokenizer_id": str(card.folder), "arch": "causal-lm"}
     return web.json_response(
         {
             "type": "get_info",
@@ -439,23 +411,17 @@ async def save_weights_for_sampler(request: web.Request) -> web.Response:
     def run(model_id: str, seq_id: int) -> dict[str, Any]:
         if body.get("path"):
             return _save(service, {**body, "overwrite": False}, "sampler_weights", seq_id)
-        return _save_for_session(service, model_id, body)
+        if text(body, "kind", "snapshot") != "snapshot":
+            raise InvalidRequestError(
+                f"the embedded server saves snapshots; found kind={body['kind']!r}: its weights "
+                "would change under a running sample"
+            )
+        sampler_id = _sampler_id(service, model_id.split(":")[0], body)
+        service.engine.save_for_session(model_id, sampler_id)
+        service.samplers[sampler_id] = SamplingSession(sampler_id, None, sampler_id)
+        return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
 
     return _promise_in_order(service, body, run)
-
-
-def _save_for_session(service: Service, model_id: str, body: Body) -> dict[str, Any]:
-    if text(body, "kind", "snapshot") != "snapshot":
-        raise InvalidRequestError(
-            f"the embedded server saves snapshots; found kind={body['kind']!r}: its weights "
-            "would change under a running sample"
-        )
-    session = service.session(model_id.split(":")[0])
-    sampler_id = f"{session.session_id}:sample:{_sequence(body, 'sampling_session_seq_id')}"
-    service.engine.save_for_session(model_id, sampler_id)
-    service.samplers[sampler_id] = SamplingSession(sampler_id, None, sampler_id)
-    session.samplers.append(sampler_id)
-    return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
 
 
 @routes.post("/api/v1/load_weights")
@@ -475,27 +441,13 @@ async def load_weights(request: web.Request) -> web.Response:
 
     def create() -> dict[str, Any]:
         saved, _ = engine.training_checkpoint(path)
-        record = _new_run(service, model_id, saved.lora, body)
-        return engine.create_from(record, path, optimizer=optimizer)
+        engine.create(_new_run(service, model_id, saved.lora, body))
+        return engine.load_into(model_id, 0, path, optimizer=optimizer)
 
     return _promised(service.promise(f"{model_id}:create", create))
 
 
 # What is stored
-
-
-def _page(
-    request: web.Request, found: Sequence[Any], limit: int
-) -> tuple[Sequence[Any], dict[str, int]]:
-    # What is no number is refused by name.
-    asked = {
-        name: int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else value
-        for name, value in request.query.items()
-    }
-    offset = whole(asked, "offset", 0, MOST_SEQUENCE, 0)
-    limit = whole(asked, "limit", 0, MOST_SEQUENCE, limit)
-    cursor = {"offset": offset, "limit": limit, "total_count": len(found)}
-    return found[offset : offset + limit], cursor
 
 
 def _describe(checkpoint: StoredCheckpoint) -> dict[str, Any]:
@@ -511,11 +463,16 @@ def _describe(checkpoint: StoredCheckpoint) -> dict[str, Any]:
     }
 
 
-def _describe_run(service: Service, run: StoredRun) -> dict[str, Any]:
-    saved = service.store.checkpoints(run.run_id)
-    newest = {kind: next((one for one in saved if one.kind == kind), None) for kind in _SLOTS}
+@routes.get("/api/v1/training_runs/{run_id}")
+async def training_run(request: web.Request) -> web.Response:
+    """Describe one run, with its newest checkpoint of each kind."""
+    store = request.app[SERVICE].store
+    run = store.run(request.match_info["run_id"])
+    saved = store.checkpoints(run.run_id)
+    slots = {"weights": "last_checkpoint", "sampler_weights": "last_sampler_checkpoint"}
+    newest = {slots[one.kind]: _describe(one) for one in reversed(saved)}
     last = max([run.created, *(one.created for one in saved)], key=datetime.fromisoformat)
-    return {
+    described = {
         "training_run_id": run.run_id,
         "base_model": run.base_model,
         "model_owner": OWNER,
@@ -523,25 +480,8 @@ def _describe_run(service: Service, run: StoredRun) -> dict[str, Any]:
         "lora_rank": run.lora["rank"],
         "last_request_time": last,
         "user_metadata": run.user_metadata,
-        **{_SLOTS[kind]: _describe(one) for kind, one in newest.items() if one is not None},
     }
-
-
-@routes.get("/api/v1/training_runs")
-async def training_runs(request: web.Request) -> web.Response:
-    """List runs, newest first."""
-    service = request.app[SERVICE]
-    runs, cursor = _page(request, service.store.runs(), 20)
-    described = [_describe_run(service, run) for run in runs]
-    return web.json_response({"training_runs": described, "cursor": cursor})
-
-
-@routes.get("/api/v1/training_runs/{run_id}")
-async def training_run(request: web.Request) -> web.Response:
-    """Describe one run."""
-    service = request.app[SERVICE]
-    run = service.store.run(request.match_info["run_id"])
-    return web.json_response(_describe_run(service, run))
+    return web.json_response(described | newest)
 
 
 @routes.get("/api/v1/training_runs/{run_id}/checkpoints")
@@ -555,8 +495,17 @@ async def run_checkpoints(request: web.Request) -> web.Response:
 @routes.get("/api/v1/checkpoints")
 async def checkpoints(request: web.Request) -> web.Response:
     """List the checkpoints of all runs."""
-    found, cursor = _page(request, request.app[SERVICE].store.checkpoints(), 100)
-    return web.json_response({"checkpoints": list(map(_describe, found)), "cursor": cursor})
+    found = request.app[SERVICE].store.checkpoints()
+    # What is no number is refused by name.
+    asked = {
+        name: int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else value
+        for name, value in request.query.items()
+    }
+    offset = whole(asked, "offset", 0, MOST_SEQUENCE, 0)
+    limit = whole(asked, "limit", 0, MOST_SEQUENCE, 100)
+    cursor = {"offset": offset, "limit": limit, "total_count": len(found)}
+    listed = list(map(_describe, found[offset : offset + limit]))
+    return web.json_response({"checkpoints": listed, "cursor": cursor})
 
 
 def _path(request: web.Request) -> str:

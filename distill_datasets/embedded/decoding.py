@@ -67,11 +67,11 @@ def check_context(request: SampleRequest, base: LoadedModel) -> None:
         )
     require_tokens(request.prompt, base, "prompt")
     if (targets := request.scoring.targets) is not None:
-        require_tokens(targets.ids[targets.ids >= 0], base, "target")
-        if targets.ids.shape[1] > base.vocabulary:
+        require_tokens(targets[targets >= 0], base, "target")
+        if targets.shape[1] > base.vocabulary:
             raise InvalidRequestError(
                 f"expected at most {base.vocabulary} targets a position, the vocabulary; found "
-                f"{targets.ids.shape[1]}"
+                f"{targets.shape[1]}"
             )
     drawn = request.num_samples * limit_of(request, base)
     scored = min(request.scoring.top, base.vocabulary) * request.scoring.own(length)
@@ -168,17 +168,14 @@ class Row:
         watch = self.request.job.watch
         if watch is not None and not watch(self.newcomer.index, token, logprob):
             return True
-        self.drawn.stopped = token in self.ends or self._at_stop_text(tokenizer)
-        return self.drawn.stopped or len(self.drawn.tokens) >= self.request.limit
-
-    def _at_stop_text(self, tokenizer: Any) -> bool:
         texts = [text for text in self.request.request.stop or () if isinstance(text, str)]
-        if not texts:
-            return False
-        # A token holds at least one byte, so that a stop text can't reach further back.
-        reach = max(len(text.encode()) for text in texts) + 4
-        tail = tokenizer.decode(self.drawn.tokens[-reach:], skip_special_tokens=False)
-        return any(text in tail for text in texts)
+        if texts:
+            # A token holds at least one byte, so that a stop text can't reach further back.
+            reach = max(len(text.encode()) for text in texts) + 4
+            tail = tokenizer.decode(self.drawn.tokens[-reach:], skip_special_tokens=False)
+            self.drawn.stopped = any(text in tail for text in texts)
+        self.drawn.stopped = self.drawn.stopped or token in self.ends
+        return self.drawn.stopped or len(self.drawn.tokens) >= self.request.limit
 
 
 class Group:
@@ -274,7 +271,10 @@ class RunningBatch:
 
     def __init__(self, base: LoadedModel, weights: SampledWeights) -> None:
         self._base, self._shape, self._weights = base, CacheShape.of(base.network), weights
-        self._longest, self._most_bytes = longest_reading(base), held_bytes(base)
+        # How many tokens of prompts a step reads at most: rows that run wait for them.
+        work = STEP_WORK * (1 if base.device.type == "cpu" else GPU_FACTOR)
+        self._longest = max(LEAST_READ, min(MOST_READ, work // base.card.size.active))
+        self._most_bytes = held_bytes(base)
         self._admissions: dict[str, Admission] = {}
         # Weights that make place for others.
         self._leaving: str | None = None
@@ -563,25 +563,17 @@ class RunningBatch:
         """Tell of the tokens that were drawn; complete rows leave."""
         while self._drawn:
             row, token, logprob, rivals = self._drawn.popleft()
-            self._blamed = [row.request]
+            request = row.request
+            self._blamed = [request]
             if rivals is not None:
                 row.drawn.top.append(rivals)
-            if row.add(token, logprob, self._base.tokenizer):
-                next(group for group in self._groups.values() if row in group.rows).remove(row)
-                self._complete(row)
+            if not row.add(token, logprob, self._base.tokenizer):
+                continue
+            next(group for group in self._groups.values() if row in group.rows).remove(row)
+            request.samples[row.newcomer.index] = row.drawn
+            if len(request.samples) == request.request.num_samples:
+                samples = [request.samples[index] for index in range(len(request.samples))]
+                result = SampleResult(samples, request.scores, request.cache_hit)
+                request.job.resolve(write_sample_result(request.request, result))
         self._blamed = []
         self._forget_idle()
-
-    def _complete(self, row: Row) -> None:
-        request = row.request
-        request.samples[row.newcomer.index] = row.drawn
-        if len(request.samples) == request.request.num_samples:
-            samples = [request.samples[index] for index in range(len(request.samples))]
-            result = SampleResult(samples, request.scores, request.cache_hit)
-            request.job.resolve(write_sample_result(request.request, result))
-
-
-def longest_reading(base: LoadedModel) -> int:
-    """How many tokens of prompts a step reads at most: rows that run wait for them."""
-    work = STEP_WORK * (1 if base.device.type == "cpu" else GPU_FACTOR)
-    return max(LEAST_READ, min(MOST_READ, work // base.card.size.active))

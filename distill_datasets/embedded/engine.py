@@ -39,7 +39,6 @@ from .wire import Body, InvalidRequestError, SampleRequest, pb
 if TYPE_CHECKING:
     from .decoding import RunningBatch
     from .logits import Constrain, Grammars
-    from .lora import LoraSpec
     from .trainer import Trainee
 
 # Collected results stay for clients whose connection broke while they were sent.
@@ -50,52 +49,22 @@ MOST_EARLY = 4096
 
 @dataclass
 class Promise:
-    """A request that was accepted; its result is collected later."""
+    """A request that was accepted; its result is collected later, on the event loop `loop`."""
 
     request_id: str
+    loop: asyncio.AbstractEventLoop
     done: asyncio.Event = field(default_factory=asyncio.Event)
     payload: Payload | None = None
 
-    def resolve(self, payload: Payload) -> None:
+    def settle(self, payload: Payload) -> None:
         """Hand over the result and wake whoever waits; the first result stands."""
         if self.payload is None:
             self.payload = payload
             self.done.set()
 
-
-class Promises:
-    """All promises of the server, by request id."""
-
-    def __init__(self) -> None:
-        self._open: dict[str, Promise] = {}
-        self._collected: OrderedDict[str, Promise] = OrderedDict()
-
-    def get(self, request_id: str) -> Promise | None:
-        """A promise made earlier: a repeated request must not be computed again."""
-        return self._open.get(request_id) or self._collected.get(request_id)
-
-    def make(self, request_id: str) -> Promise:
-        """Promise a result."""
-        promise = self._open[request_id] = Promise(request_id)
-        return promise
-
-    def collected(self, promise: Promise) -> None:
-        """Let a delivered result go once enough newer ones were delivered."""
-        self._open.pop(promise.request_id, None)
-        self._collected[promise.request_id] = promise
-        while len(self._collected) > KEPT:
-            self._collected.popitem(last=False)
-
-
-@dataclass
-class Session:
-    """A client's connection: what it named itself, and what it made."""
-
-    session_id: str
-    user_metadata: dict[str, Any] | None
-    display_name: str | None
-    models: list[str] = field(default_factory=list)
-    samplers: list[str] = field(default_factory=list)
+    def resolve(self, payload: Payload) -> None:
+        """Hand over the result from another thread."""
+        self.loop.call_soon_threadsafe(self.settle, payload)
 
 
 @dataclass(frozen=True)
@@ -123,20 +92,20 @@ class Service:
         self.card, self.store = card, store
         self.engine = Engine(card, store)
         self.compute = ComputeThread(self.engine, self.engine.load)
-        self.promises = Promises()
-        self.sessions: dict[str, Session] = {}
+        self.sessions: set[str] = set()
         self.samplers: dict[str, SamplingSession] = {}
+        self._open: dict[str, Promise] = {}
+        self._collected: OrderedDict[str, Promise] = OrderedDict()
         self._orders: dict[str, _RequestOrder] = {}
         self._loop = asyncio.get_running_loop()
 
-    def session(self, session_id: str) -> Session:
-        """A session that was created on this server."""
+    def require_session(self, session_id: str) -> None:
+        """Refuse a session that was not created on this server."""
         if session_id not in self.sessions:
             raise InvalidRequestError(
                 f"found no session {session_id!r}: the server was restarted; create a new "
                 "ServiceClient"
             )
-        return self.sessions[session_id]
 
     def sampler(self, sampler_id: str) -> SamplingSession:
         """A sampling session that was created on this server."""
@@ -158,8 +127,8 @@ class Service:
             held.append(self.engine.hold(schema, tuple(ends)))
             return {}
 
-        found = Promise("constraint")
-        self.compute.submit(Job(run, self._resolver(found)))
+        found = Promise("constraint", self._loop)
+        self.compute.submit(Job(run, found.resolve))
         await found.done.wait()
         if held:
             return held[0]
@@ -167,30 +136,43 @@ class Service:
         kind = ServiceError if told.get("category") == "server" else InvalidRequestError
         raise kind(str(told.get("error")))
 
+    def known(self, request_id: str) -> Promise | None:
+        """A promise made earlier: a repeated request must not be computed again."""
+        return self._open.get(request_id) or self._collected.get(request_id)
+
+    def collected(self, promise: Promise) -> None:
+        """Let a delivered result go once enough newer ones were delivered."""
+        self._open.pop(promise.request_id, None)
+        self._collected[promise.request_id] = promise
+        while len(self._collected) > KEPT:
+            self._collected.popitem(last=False)
+
+    def _make(self, request_id: str) -> Promise:
+        promise = self._open[request_id] = Promise(request_id, self._loop)
+        return promise
+
     def promise(self, request_id: str, run: Callable[[], Payload]) -> Promise:
         """Compute; a repeated request gets the first one's promise."""
-        known = self.promises.get(request_id)
-        if known is not None:
-            return known
-        promise = self.promises.make(request_id)
-        self.compute.submit(Job(run, self._resolver(promise)))
+        promise = self.known(request_id)
+        if promise is None:
+            promise = self._make(request_id)
+            self.compute.submit(Job(run, promise.resolve))
         return promise
 
     def promise_in_order(self, model_id: str, seq_id: int, run: Callable[[], Payload]) -> Promise:
         """Compute after all earlier requests of a model, in whatever order they arrive."""
         order = self._orders.get(model_id)
         request_id = f"{model_id}:{seq_id}"
-        known = self.promises.get(request_id)
         # The engine's answer says that a model is not here.
-        if known is not None or order is None:
-            return known or self.promise(request_id, run)
+        if order is None or self.known(request_id) is not None:
+            return self.promise(request_id, run)
         if len(order.early) >= MOST_EARLY:
             raise InvalidRequestError(
                 f"expected request {order.due} of this model; found {MOST_EARLY} later ones that "
                 "wait for it: send it first"
             )
-        promise = self.promises.make(request_id)
-        order.early[seq_id] = (promise, Job(run, self._resolver(promise)))
+        promise = self._make(request_id)
+        order.early[seq_id] = (promise, Job(run, promise.resolve))
         while order.due in order.early:
             self.compute.submit(order.early.pop(order.due)[1])
             order.due += 1
@@ -200,17 +182,17 @@ class Service:
         self, request_id: str, read: Callable[[], tuple[SamplingSession, SampleRequest]]
     ) -> Promise:
         """Sample; `read` gives session and request, and may refuse it."""
-        known = self.promises.get(request_id)
+        known = self.known(request_id)
         if known is not None:
             return known
-        promise = self.promises.make(request_id)
+        promise = self._make(request_id)
         try:
             sampler, request = read()
         except InvalidRequestError as error:
-            promise.resolve(failure(str(error)))
+            promise.settle(failure(str(error)))
         else:
-            resolve, constrain = self._resolver(promise), sampler.constrain
-            self.compute.submit(SampleJob(sampler.weights, request, resolve, constrain=constrain))
+            asked = sampler.weights, request, promise.resolve
+            self.compute.submit(SampleJob(*asked, constrain=sampler.constrain))
         return promise
 
     def expect_requests(self, model_id: str) -> None:
@@ -227,15 +209,9 @@ class Service:
             "it never arrived, so these were not executed; send them again"
         )
         for early, _ in order.early.values():
-            early.resolve(failure(message))
+            early.settle(failure(message))
         order.due = max(order.early) + 1
         order.early.clear()
-
-    def _resolver(self, promise: Promise) -> Resolve:
-        def resolve(payload: Payload) -> None:
-            self._loop.call_soon_threadsafe(promise.resolve, payload)
-
-        return resolve
 
 
 def failure(message: str, *, category: str = "user") -> Payload:
@@ -279,36 +255,31 @@ class ComputeThread:
         # A model that can't be loaded is every request's answer.
         self._attempt(self._prepare, self._break)
         while True:
-            self._accept()
-            began, jobs, samples = time.perf_counter(), bool(self._jobs), self._sampler.busy
-            if jobs and not (samples and self._ahead > 0):
-                self._serve(self._jobs.popleft())
-                self._ahead += time.perf_counter() - began
-            elif samples:
-                self._attempt(self._sampler.step, self._sampler.fail)
-                self._ahead -= time.perf_counter() - began
-            if not (jobs and samples):
-                self._ahead = 0.0
+            with self._changed:
+                self._changed.wait_for(lambda: self._arrived or self._jobs or self._sampler.busy)
+                arrived = list(self._arrived)
+                self._arrived.clear()
+            for job in arrived:
+                if self._broken is not None:
+                    job.resolve(self._broken)
+                elif isinstance(job, Job):
+                    self._jobs.append(job)
+                else:
+                    self._attempt(partial(self._sampler.add, job), job.resolve)
+            self._compute()
 
-    def _accept(self) -> None:
-        """Take in what arrived; waits while there is nothing to do."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._arrived or self._jobs or self._sampler.busy)
-            arrived = list(self._arrived)
-            self._arrived.clear()
-        for job in arrived:
-            if isinstance(job, Job):
-                self._jobs.append(job)
-            elif self._broken is not None:
-                job.resolve(self._broken)
-            else:
-                self._attempt(partial(self._sampler.add, job), job.resolve)
-
-    def _serve(self, job: Job) -> None:
-        if self._broken is not None:
-            job.resolve(self._broken)
-        else:
+    def _compute(self) -> None:
+        """A job or a step of the samples, whichever has had less of the time that both wait."""
+        began, jobs, samples = time.perf_counter(), bool(self._jobs), self._sampler.busy
+        if jobs and not (samples and self._ahead > 0):
+            job = self._jobs.popleft()
             self._attempt(lambda: job.resolve(job.run()), job.resolve)
+            self._ahead += time.perf_counter() - began
+        elif samples:
+            self._attempt(self._sampler.step, self._sampler.fail)
+            self._ahead -= time.perf_counter() - began
+        if not (jobs and samples):
+            self._ahead = 0.0
 
     def _break(self, found: Payload) -> None:
         said = found["error"] if isinstance(found, dict) else ""
@@ -410,12 +381,13 @@ class Engine:
         """Answer the requests that made the last step fail, and go on without them."""
         self._model[2].fail(payload)
 
-    def create(self, run: StoredRun, spec: LoraSpec) -> dict[str, Any]:
+    def create(self, run: StoredRun) -> dict[str, Any]:
         """Start a run with a fresh adapter."""
+        from .lora import LoraSpec
         from .trainer import Trainee
 
         base, weights, _ = self._model
-        self._trainees[run.run_id] = Trainee(base, weights.adapters, spec)
+        self._trainees[run.run_id] = Trainee(base, weights.adapters, LoraSpec.read(run.lora))
         self.store.add_run(run)
         self._log.add(run.run_id, 0, "create_model", **run.lora)
         return {"model_id": run.run_id, "type": "create_model"}
@@ -479,13 +451,6 @@ class Engine:
         trainee.restore(folder, optimizer=optimizer)
         self._log.add(model_id, seq_id, "load_weights", path=path, optimizer=optimizer)
         return {"path": path, "model_id": model_id, "type": "load_weights"}
-
-    def create_from(self, run: StoredRun, path: str, *, optimizer: bool) -> dict[str, Any]:
-        """Start a run from a checkpoint."""
-        from .lora import LoraSpec
-
-        self.create(run, LoraSpec.read(run.lora))
-        return self.load_into(run.run_id, 0, path, optimizer=optimizer)
 
     def training_checkpoint(self, path: str) -> tuple[StoredRun, Path]:
         """The run and the folder of a training checkpoint that belongs to the served model."""

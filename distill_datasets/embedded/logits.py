@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,15 @@ from .wire import Array, Ints, InvalidRequestError, PromptScores, SampleRequest
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+# From hidden states to logits.
+Project = Callable[[Tensor], Tensor]
+# Logits that exist at once: few enough that they are still in a core's cache when they are
+# read again.
+MOST_LOGITS = 1 << 20
+LONGEST_SCHEMA = 1 << 17
+# Between the parts of a JSON text: without a limit, a small model writes blanks for ever.
+_BLANKS = r"[\x20\x0A\x0D\x09]{1,16}"
 
 
 def uniforms(seed: int, sample: int, count: int) -> NDArray[np.float64]:
@@ -48,14 +57,18 @@ def choose(logits: Tensor, requests: Sequence[SampleRequest], numbers: Sequence[
 
 
 def _draw(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, drawn: Tensor
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, numbers: Tensor
 ) -> Tensor:
     # Scaling and sums in float64 keep a draw at a boundary from depending on the batch.
     weights = torch.softmax(logits.double() / temperature.unsqueeze(-1), dim=-1)
     filtered = ((top_k > 0) | (top_p < 1)).nonzero().squeeze(-1)
     if len(filtered):
         weights[filtered] = _keep_top(weights[filtered], top_k[filtered], top_p[filtered])
-    return _invert(weights, drawn)
+    totals = weights.cumsum(dim=-1)
+    found = torch.searchsorted(totals, (numbers * totals[:, -1]).unsqueeze(-1), right=True)
+    # Rounding may land beyond the last token with any weight.
+    last = (totals < totals[:, -1:]).sum(dim=-1, keepdim=True)
+    return torch.minimum(found, last).squeeze(-1)
 
 
 def _keep_top(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -70,22 +83,6 @@ def _keep_top(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     return torch.zeros_like(weights).scatter(-1, order, ordered)
 
 
-def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
-    """Invert the cumulative distribution at one uniform number per row."""
-    totals = weights.cumsum(dim=-1)
-    found = torch.searchsorted(totals, (numbers * totals[:, -1]).unsqueeze(-1), right=True)
-    # Rounding may land beyond the last token with any weight.
-    last = (totals < totals[:, -1:]).sum(dim=-1, keepdim=True)
-    return torch.minimum(found, last).squeeze(-1)
-
-
-# From hidden states to logits.
-Project = Callable[[Tensor], Tensor]
-# Logits that exist at once: few enough that they are still in a core's cache when they are
-# read again.
-MOST_LOGITS = 1 << 20
-
-
 def score(
     requests: Sequence[SampleRequest], states: Sequence[Tensor], project: Project
 ) -> list[PromptScores]:
@@ -93,50 +90,35 @@ def score(
 
     Only these are projected to logits; those of requests that ask for about as much, together.
     """
-    found: list[PromptScores] = [PromptScores()] * len(requests)
-    order = sorted(range(len(requests)), key=lambda index: _asked(requests[index]))
-    for _, same in groupby(order, key=lambda index: _asked(requests[index])):
-        alike = list(same)
-        scores = _score_alike(
-            [requests[index] for index in alike], [states[index] for index in alike], project
-        )
-        for index, one in zip(alike, scores, strict=True):
-            found[index] = one
-    return found
+    groups = defaultdict[tuple[int, int], list[int]](list)
+    for index, request in enumerate(requests):
+        # As many of the likeliest, and targets to a power of two.
+        width = _targets(request).shape[1].bit_length()
+        groups[request.scoring.top, width].append(index)
+    found: dict[int, PromptScores] = {}
+    for (top, _), alike in groups.items():
+        most = max(_targets(requests[index]).shape[1] for index in alike)
+        named = [_named(requests[index], len(states[index]), most) for index in alike]
+        ids = torch.from_numpy(np.concatenate(named)).to(states[0].device)
+        rows = _look_up(torch.cat([states[index] for index in alike]), ids, top, project)
+        end = 0
+        for index in alike:
+            start, end = end, end + len(states[index])
+            found[index] = _told(requests[index], *(array[start:end] for array in rows))
+    return [found[index] for index in range(len(requests))]
 
 
-def _asked(request: SampleRequest) -> tuple[int, int]:
-    """How much is asked at each token: the likeliest, and the targets to a power of two."""
+def _targets(request: SampleRequest) -> Ints:
     targets = request.scoring.targets
-    return request.scoring.top, 0 if targets is None else targets.ids.shape[1].bit_length()
+    return np.zeros((len(request.prompt) - 1, 0), np.int64) if targets is None else targets
 
 
-def _score_alike(
-    requests: Sequence[SampleRequest], states: Sequence[Tensor], project: Project
-) -> list[PromptScores]:
-    reaches = [len(before) for before in states]
-    ids = torch.from_numpy(_wanted(requests, reaches)).to(states[0].device)
-    found = _look_up(torch.cat(list(states)), ids, requests[0].scoring.top, project)
-    ends = np.cumsum(reaches)
-    return [
-        _told(request, *(array[end - reach : end] for array in found))
-        for request, reach, end in zip(requests, reaches, ends, strict=True)
-    ]
-
-
-def _wanted(requests: Sequence[SampleRequest], reaches: Sequence[int]) -> Ints:
+def _named(request: SampleRequest, reach: int, most: int) -> Ints:
     """The ids to look up at each position: the prompt's own, then the targets."""
-    targets = [one.scoring.targets for one in requests]
-    most = max((one.ids.shape[1] for one in targets if one is not None), default=0)
-    ids = np.zeros((sum(reaches), 1 + most), np.int64)
-    end = 0
-    for request, reach in zip(requests, reaches, strict=True):
-        part = ids[end : end + reach]
-        end += reach
-        part[:, 0] = request.prompt[len(request.prompt) - reach :]
-        if request.scoring.targets is not None:
-            named = request.scoring.targets.ids
-            part[:, 1 : 1 + named.shape[1]] = named[len(named) - reach :].clip(min=0)
+    targets = _targets(request)
+    ids = np.zeros((reach, 1 + most), np.int64)
+    ids[:, 0] = request.prompt[len(request.prompt) - reach :]
+    ids[:, 1 : 1 + targets.shape[1]] = targets[len(targets) - reach :].clip(min=0)
     return ids
 
 
@@ -159,33 +141,16 @@ def _told(
     request: SampleRequest, named: Array, top_ids: Array, top_logprobs: Array
 ) -> PromptScores:
     """Cut what was found for all requests to what one of them asked for."""
-    scoring = request.scoring
+    scoring, columns = request.scoring, _targets(request).shape[1]
     own = slice(len(named) - scoring.own(len(request.prompt)), None)
-    columns = 0 if scoring.targets is None else scoring.targets.ids.shape[1]
     return PromptScores(
         named[own, 0] if scoring.logprobs else None,
-        (top_ids[own, : scoring.top], top_logprobs[own, : scoring.top]) if scoring.top else None,
+        (top_ids[own], top_logprobs[own]) if scoring.top else None,
         named[:, 1 : 1 + columns] if columns else None,
     )
 
 
-LONGEST_SCHEMA = 1 << 17
-# Between the parts of a JSON text: without a limit, a small model writes blanks for ever.
-_BLANKS = r"[\x20\x0A\x0D\x09]{1,16}"
-
-
-class Constraint(Protocol):
-    """Which tokens one sample may be made of; `allowed` and `accept` alternate."""
-
-    def allowed(self) -> NDArray[np.bool_]:
-        """Which tokens of the vocabulary may be drawn next; at least one."""
-
-    def accept(self, token: int) -> None:
-        """Take note of the token that was drawn."""
-
-
-# Makes the constraint of each sample.
-Constrain = Callable[[], Constraint]
+# A sample that is held to a JSON schema: before each token, which ones may come.
 
 
 class Grammars:
@@ -223,18 +188,18 @@ class Grammars:
             raise InvalidRequestError(
                 f"expected a JSON schema that an answer can be held to: {matcher.get_error()}"
             )
-        return lambda: SchemaConstraint(matcher.deep_copy(), self._tokenizer.vocab_size)
+        return lambda: Constraint(matcher.deep_copy(), self._tokenizer.vocab_size)
 
 
-class SchemaConstraint:
-    """The state of one sample that is held to a schema."""
+class Constraint:
+    """The state of one sample that is held to a schema; `allowed` and `accept` alternate."""
 
     def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
         self._bits = np.zeros((1, (vocabulary + 31) // 32), np.int32)
 
     def allowed(self) -> NDArray[np.bool_]:
-        """Which tokens of the vocabulary may come next."""
+        """Which tokens of the vocabulary may be drawn next."""
         from llguidance.numpy import fill_next_token_bitmask
 
         fill_next_token_bitmask(self._matcher, self._bits)
@@ -243,7 +208,7 @@ class SchemaConstraint:
         return bits[: self._vocabulary].astype(bool)
 
     def accept(self, token: int) -> None:
-        """Go on with the token that was drawn."""
+        """Take note of the token that was drawn."""
         if not self._matcher.is_stopped():  # else nothing but an end may come
             self._matcher.consume_token(token)
             self._require_sound()
@@ -253,3 +218,7 @@ class SchemaConstraint:
             raise InvalidRequestError(
                 f"the schema can't be held any further: {self._matcher.get_error()}: simplify it"
             )
+
+
+# Makes the constraint of each sample.
+Constrain = Callable[[], Constraint]

@@ -24,10 +24,30 @@ if TYPE_CHECKING:
     from .model import AdapterLayout, LoadedModel
     from .prefix_attention import KeyValues, Slots
 
+# Requests looked at when rows join a batch.
+WINDOW = 256
+# Tokens that the smallest slots of a row hold; the others are twice as wide as the ones before.
+NARROWEST = 64
+# Tokens of an answer that slots have place for from the start.
+USUAL_ANSWER = 64
+# The first request of an idle server is slowed by others to this many times what it takes alone,
+# while its first tokens are drawn.
+PROMISE = 1.75
+PROMISED_TOKENS = 128
+# The key of the base model's own weights.
+BASE = "base"
+# Adapters kept in memory for sampling; others are read again when needed.
+MOST_SAMPLERS = 8
+# Unnamed weights kept for sampling; a training that samples at every step makes one each time.
+MOST_SNAPSHOTS = 64
+# Below this length a prefix costs more to keep apart than to compute again.
+SHORTEST = 24
+RECENT_PROMPTS = 64
+MOST_PREFIXES = 32
+MOST_HEADS = 1024
 # A finished request: protobuf bytes or JSON.
 Payload = bytes | dict[str, Any]
 Resolve = Callable[[Payload], None]
-
 # Called on the compute thread with a sample's index, each token as it is drawn, and its logprob.
 Watch = Callable[[int, int, float], bool]
 
@@ -45,14 +65,6 @@ class SampleJob:
     resolve: Resolve
     watch: Watch | None = None
     constrain: Constrain | None = None
-
-
-# Requests looked at when rows join a batch.
-WINDOW = 256
-# Tokens that the smallest slots of a row hold; the others are twice as wide as the ones before.
-NARROWEST = 64
-# Tokens of an answer that slots have place for from the start.
-USUAL_ANSWER = 64
 
 
 def worthwhile(shared: int, cached: int) -> bool:
@@ -157,19 +169,14 @@ class Room:
     token: TokenBytes
     joined: int = 0
 
-    def admits(self, one: Newcomer) -> bool:
-        """Whether a sample finds place; the first does however long its prompt is."""
-        fits = len(one.suffix) <= self.reading or not self.joined
-        return fits and self._bytes(one) <= self.holding
-
-    def take(self, one: Newcomer) -> None:
-        """Give a sample its place."""
+    def take(self, one: Newcomer) -> bool:
+        """Give a sample its place, if there is one; the first has however long its prompt is."""
+        needed = self.token.kept * one.reserved + self.token.computed * len(one.suffix)
+        if needed > self.holding or (len(one.suffix) > self.reading and self.joined):
+            return False
         self.rows, self.reading = self.rows - 1, self.reading - len(one.suffix)
-        self.holding -= self._bytes(one)
-        self.joined += 1
-
-    def _bytes(self, one: Newcomer) -> int:
-        return self.token.kept * one.reserved + self.token.computed * len(one.suffix)
+        self.holding, self.joined = self.holding - needed, self.joined + 1
+        return True
 
     def build(self, tokens: int, reading: int) -> bool:
         """Give a prefix its place, if there is one; so much of it is read at once."""
@@ -204,9 +211,8 @@ class Admission:
                 continue
             while request.waiting and room.rows:
                 one = Newcomer(request, request.joined, *place)
-                if not room.admits(one):
+                if not room.take(one):
                     return
-                room.take(one)
                 request.cache_hit = one.shared if not one.index else request.cache_hit
                 request.joined += 1
                 yield one
@@ -243,7 +249,6 @@ class Admission:
             return None
         if prefix is None or cached < SHORTEST:
             return None, 0
-        self._prefixes.touch(self.weights, prefix)
         return prefix, self._length(prefix, cached)
 
     def _missing(self, request: OpenRequest, usable: int, cached: int) -> int:
@@ -270,12 +275,6 @@ class Admission:
         length = min([shared, *(one for one in common if 4 * one >= 3 * shared)])
         prefix.lengths.append(length)
         return length
-
-
-# The first request of an idle server is slowed by others to this many times what it takes alone,
-# while its first tokens are drawn.
-PROMISE = 1.75
-PROMISED_TOKENS = 128
 
 
 class Pace:
@@ -315,19 +314,6 @@ class Pace:
         done = len(self._first.samples) == self._first.request.num_samples
         if done or self._steps > PROMISED_TOKENS:
             self._first = None
-
-
-# The key of the base model's own weights.
-BASE = "base"
-# Adapters kept in memory for sampling; others are read again when needed.
-MOST_SAMPLERS = 8
-# Unnamed weights kept for sampling; a training that samples at every step makes one each time.
-MOST_SNAPSHOTS = 64
-# Below this length a prefix costs more to keep apart than to compute again.
-SHORTEST = 24
-RECENT_PROMPTS = 64
-MOST_PREFIXES = 32
-MOST_HEADS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,13 +357,14 @@ class Prefixes:
 
     def best(self, weights: str, prompt: Ints) -> tuple[Prefix | None, int]:
         """The cached prefix that shares most with a prompt, and how much it shares."""
-        found: tuple[Prefix | None, int] = (None, 0)
-        for (owner, _), prefix in self._kept.items():
-            if owner == weights:
-                shared = common_length(prefix.tokens, prompt)
-                if shared > found[1]:
-                    found = (prefix, shared)
-        return found if found[1] >= SHORTEST else (None, 0)
+        best, most = None, SHORTEST - 1
+        for key, prefix in self._kept.items():
+            if key[0] == weights and (shared := common_length(prefix.tokens, prompt)) > most:
+                best, most = key, shared
+        if best is None:
+            return None, 0
+        self._kept.move_to_end(best)
+        return self._kept[best], most
 
     def repeated(self, weights: str, prompt: Ints, others: Sequence[Ints]) -> int:
         """How much a prompt shares with others, and with those seen a moment ago."""
@@ -400,12 +387,6 @@ class Prefixes:
             or sum(one.size for one in self._kept.values()) > self._most_bytes
         ):
             self._kept.popitem(last=False)
-
-    def touch(self, weights: str, prefix: Prefix) -> None:
-        """Mark a prefix as used."""
-        key = (weights, prefix.tokens.tobytes())
-        if key in self._kept:
-            self._kept.move_to_end(key)
 
     def keeps(self, weights: str, prefix: Prefix) -> bool:
         """Whether a prefix is cached, rather than only used by rows that stand behind it."""

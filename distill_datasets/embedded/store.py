@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -50,6 +51,7 @@ LEAST_TTL, MOST_TTL = 3600, 10 * 365 * 86_400
 # A folder that nobody has finished for so long was left behind by a killed server.
 STALE_SECONDS = 3600
 Clock = Callable[[], datetime]
+UTC_NOW: Clock = partial(datetime.now, UTC)
 Record = TypeVar("Record", "StoredRun", "StoredCheckpoint")
 
 
@@ -85,18 +87,13 @@ class StoredCheckpoint:
         return f"{SCHEME}{self.run_id}/{self.kind}/{self.name}"
 
 
-def utc_now() -> datetime:
-    """The current time."""
-    return datetime.now(UTC)
-
-
 def copy_checkpoint(path: str, source: Path, target: Path) -> None:
     """Put one checkpoint of a store, with the record of its run, into another; none is changed.
 
     Raises `FileNotFoundError` for one that isn't there.
     """
-    run, kind, name = _parts(path)
-    place = Path(run) / kind / name
+    place = _place(*path.removeprefix(SCHEME).split("/"))
+    run = place.parts[0]
     recover(source / place)
     found = [source / run / "run.json", *(source / place).glob("*")]
     if not (source / place / RECORD).is_file() or any(file.is_symlink() for file in found):
@@ -113,10 +110,19 @@ def copy_checkpoint(path: str, source: Path, target: Path) -> None:
 class Store:
     """The folder of runs; several servers may read it, one at a time should write to a run."""
 
-    def __init__(self, folder: Path, clock: Clock = utc_now) -> None:
+    def __init__(self, folder: Path, clock: Clock = UTC_NOW) -> None:
         self.folder, self.clock = folder, clock
         folder.mkdir(parents=True, exist_ok=True)
-        self._recover()
+        # Put back what a killed server had moved aside, and remove what it left unfinished.
+        for kept in folder.glob("*/*/.*.old"):
+            # Held by a server that is saving there: nothing was left behind.
+            with suppress(OutputError), one_writer(kept.parent.parent, "training"):
+                recover(kept.with_name(kept.name[1 : -len(".old")]))
+        for draft in folder.glob("*/*/.*"):
+            with suppress(FileNotFoundError):
+                age = clock().timestamp() - draft.stat().st_mtime
+                if draft.is_dir() and age > STALE_SECONDS:
+                    shutil.rmtree(draft)
         self.checkpoints()
 
     def now(self) -> str:
@@ -136,7 +142,7 @@ class Store:
 
     def add_run(self, run: StoredRun) -> None:
         """Record a run."""
-        folder = self.folder / _folder_name(run.run_id)
+        folder = self.folder / _run_folder(run.run_id)
         for kind in KINDS:
             (folder / kind).mkdir(parents=True, exist_ok=True)
         write_file(folder / "run.json", json.dumps(asdict(run), indent=2))
@@ -149,7 +155,7 @@ class Store:
 
     def run(self, run_id: str) -> StoredRun:
         """One run."""
-        file = self.folder / _folder_name(run_id) / "run.json"
+        file = self.folder / _run_folder(run_id) / "run.json"
         if not file.is_file():
             names = [run.run_id for run in self.runs()[:5]]
             raise MissingError(f"found no training run {run_id!r}; the newest are {names}")
@@ -162,8 +168,7 @@ class Store:
 
         Raises `OutputError` where they can't be written, or another process saves to this run.
         """
-        _require_name(checkpoint.name)
-        place = self._folder(checkpoint)
+        place = self.folder / _place(checkpoint.run_id, checkpoint.kind, checkpoint.name)
         with one_writer(place.parent.parent, "training"):
             recover(place)
             if place.exists() and not overwrite:
@@ -180,7 +185,7 @@ class Store:
 
     def checkpoints(self, run_id: str | None = None) -> list[StoredCheckpoint]:
         """The checkpoints of one run or of all, newest first, without those that are damaged."""
-        run = "*" if run_id is None else _folder_name(run_id)
+        run = "*" if run_id is None else _run_folder(run_id)
         files = [
             file
             for kind in KINDS
@@ -198,8 +203,7 @@ class Store:
         """The checkpoint at a `tinker://` path, and its folder."""
         parts = path.removeprefix(SCHEME).split("/")
         if path.startswith(SCHEME) and len(parts) == 3 and parts[1] in KINDS:
-            run, kind, name = _parts(path)
-            folder = self.folder / run / kind / name
+            folder = self.folder / _place(*parts)
             if (folder / RECORD).is_file():
                 checkpoint = _read(StoredCheckpoint, folder / RECORD)
                 if not self._expire(checkpoint, folder):
@@ -221,8 +225,7 @@ class Store:
 
     def delete(self, path: str) -> None:
         """Remove a checkpoint; deleting twice is an error that says what exists."""
-        _, folder = self.find(path)
-        _remove(folder)
+        _remove(self.find(path)[1])
 
     def set_expiry(self, path: str, ttl_seconds: int | None) -> None:
         """Let a checkpoint expire so long from now, or never."""
@@ -239,23 +242,6 @@ class Store:
             with suppress(FileNotFoundError):
                 _remove(folder)
         return over
-
-    def _recover(self) -> None:
-        """Put back what a killed server had moved aside, and remove what it left unfinished."""
-        for kept in self.folder.glob("*/*/.*.old"):
-            # Held by a server that is saving there: nothing was left behind.
-            with suppress(OutputError), one_writer(kept.parent.parent, "training"):
-                recover(kept.with_name(kept.name[1 : -len(".old")]))
-        for draft in self.folder.glob("*/*/.*"):
-            with suppress(FileNotFoundError):
-                if (
-                    draft.is_dir()
-                    and self.clock().timestamp() - draft.stat().st_mtime > STALE_SECONDS
-                ):
-                    shutil.rmtree(draft)
-
-    def _folder(self, checkpoint: StoredCheckpoint) -> Path:
-        return self.folder / _folder_name(checkpoint.run_id) / checkpoint.kind / checkpoint.name
 
 
 class ExecutionLog:
@@ -305,25 +291,22 @@ def _readable(kind: type[Record], files: Iterable[Path]) -> Iterator[tuple[Path,
             print(error, file=sys.stderr)
 
 
-def _parts(path: str) -> tuple[str, str, str]:
-    """Run folder, kind and name of a checkpoint's path."""
-    run_id, kind, name = path.removeprefix(SCHEME).split("/")
-    _require_name(name)
-    return _folder_name(run_id), kind, name
+def _place(run_id: str, kind: str, name: str) -> Path:
+    """A checkpoint's folder in a store."""
+    return Path(_run_folder(run_id)) / kind / _checked(name)
 
 
-def _folder_name(run_id: str) -> str:
-    name = run_id.replace(":", "_")
-    _require_name(name)
-    return name
+def _run_folder(run_id: str) -> str:
+    return _checked(run_id.replace(":", "_"))
 
 
-def _require_name(name: str) -> None:
+def _checked(name: str) -> str:
     """Names become folders: nothing that could lead out of the store."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
         raise InvalidRequestError(
             f"expected a name of letters, digits, '.', '_' and '-', at most 200; found {name!r}"
         )
+    return name
 
 
 def _remove(folder: Path) -> None:

@@ -40,8 +40,6 @@ from .wire import (
 MOST_ROWS = 16_384
 # Only here does a position have more than one target.
 SOFT = "cross_entropy"
-_CLIPPING = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
-DEFAULTS: Mapping[str, Mapping[str, float]] = {"ppo": _CLIPPING, "cispo": _CLIPPING}
 # Logits held at once, a few times over: more are computed in parts, and again for their gradients.
 MOST_LOGITS = 1 << 26
 MOST_PART = 1 << 27
@@ -54,8 +52,8 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 # Settings of Adam stay within float32, and its betas below one.
 MOST_RATE, BELOW_ONE = 1e30, math.nextafter(1.0, 0.0)
 recomputed = partial(checkpoint, use_reentrant=False)
-# From the logprobs of the targets, the loss's inputs and its settings to an objective per target.
-Objective = Callable[[Tensor, Sequence[Tensor], Mapping[str, float]], Tensor]
+# From the logprobs of the targets and the loss's inputs to an objective per target.
+Objective = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,6 @@ class TrainRequest:
 
     data: list[Datum]
     loss: str
-    config: Mapping[str, float]
     forward_only: bool
 
     @property
@@ -104,25 +101,17 @@ def read_train_request(message: pb.ForwardBackwardRequest) -> TrainRequest:
         raise InvalidRequestError(
             f"expected at least one datum and at most {MOST_ROWS}; found {len(message.data)}"
         )
+    if message.loss_fn_config or message.loss_fn_config_v2:
+        names = sorted({*message.loss_fn_config, *message.loss_fn_config_v2})
+        raise InvalidRequestError(
+            f"{loss} has no settings: expected no loss_fn_config; found "
+            f"{', '.join(map(shown, names[:5]))}"
+        )
     left, rows = MOST_VALUES, []
     for datum in message.data:
         rows.append(_read_datum(datum, loss, left))
         left -= rows[-1].targets.size
-    return TrainRequest(rows, loss, _read_config(message), message.forward_only)
-
-
-def _read_config(message: pb.ForwardBackwardRequest) -> dict[str, float]:
-    known = DEFAULTS.get(message.loss_fn, {})
-    sent = dict(message.loss_fn_config)
-    sent |= {name: value.number for name, value in message.loss_fn_config_v2.items()}
-    if unknown := sorted(set(sent) - set(known)):
-        raise InvalidRequestError(
-            f"expected loss_fn_config of {message.loss_fn} with {sorted(known) or 'no keys'}; "
-            f"found {', '.join(map(shown, unknown[:5]))}"
-        )
-    if odd := [name for name, value in sent.items() if not math.isfinite(value)]:
-        raise InvalidRequestError(f"expected finite loss_fn_config; found {sent[odd[0]]} in {odd}")
-    return {**known, **sent}
+    return TrainRequest(rows, loss, message.forward_only)
 
 
 def _read_datum(datum: pb.Datum, loss: str, left: int) -> Datum:
@@ -184,43 +173,20 @@ def write_train_result(logprobs: Sequence[Floats], metrics: Mapping[str, float])
     return bytes(message.SerializeToString())
 
 
-def cross_entropy(logprobs: Tensor, inputs: Sequence[Tensor], _: Mapping[str, float]) -> Tensor:
-    """The logprob, weighted."""
+def _cross_entropy(logprobs: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     (weights,) = inputs
     return logprobs * weights
 
 
-def importance_sampling(
-    logprobs: Tensor, inputs: Sequence[Tensor], _: Mapping[str, float]
-) -> Tensor:
+def _importance_sampling(logprobs: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """The advantage, times how much likelier the token is than where it was sampled."""
     advantages, sampled = inputs
     return (logprobs - sampled).exp() * advantages
 
 
-def ppo(logprobs: Tensor, inputs: Sequence[Tensor], config: Mapping[str, float]) -> Tensor:
-    """Importance sampling that gains nothing by leaving the clipping range."""
-    advantages, sampled = inputs
-    ratio = (logprobs - sampled).exp()
-    return (ratio * advantages).minimum(_clip(ratio, config) * advantages)
-
-
-def cispo(logprobs: Tensor, inputs: Sequence[Tensor], config: Mapping[str, float]) -> Tensor:
-    """The logprob, weighted by the advantage and the clipped ratio, which is held constant."""
-    advantages, sampled = inputs
-    ratio = (logprobs - sampled).exp().detach()
-    return _clip(ratio, config) * logprobs * advantages
-
-
-def _clip(ratio: Tensor, config: Mapping[str, float]) -> Tensor:
-    return ratio.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
-
-
 OBJECTIVES: Mapping[str, Objective] = {
-    "cross_entropy": cross_entropy,
-    "importance_sampling": importance_sampling,
-    "ppo": ppo,
-    "cispo": cispo,
+    "cross_entropy": _cross_entropy,
+    "importance_sampling": _importance_sampling,
 }
 
 
@@ -239,12 +205,11 @@ class AdamParams:
     def read(cls, body: Mapping[str, Any]) -> AdamParams:
         """Read and check what the SDK sends."""
         most = {"beta1": BELOW_ONE, "beta2": BELOW_ONE}
-        names = {field.name: field.default for field in fields(cls)}
         return cls(
-            **{
-                name: number(body, name, 0.0, most.get(name, MOST_RATE), default)
-                for name, default in names.items()
-            }
+            *(
+                number(body, one.name, 0.0, most.get(one.name, MOST_RATE), one.default)
+                for one in fields(cls)
+            )
         )
 
 
@@ -256,12 +221,8 @@ class Trainee:
         self.name = adapters.create(spec)
         self._base, self._adapters = base, adapters
         self._weights = adapters.parameters(self.name)
+        self._parameters = list(self._weights.values())
         self._adam = torch.optim.AdamW(self._parameters, lr=0.0)
-        self._has_gradients = False
-
-    @property
-    def _parameters(self) -> list[nn.Parameter]:
-        return list(self._weights.values())
 
     def forward_backward(self, request: TrainRequest) -> tuple[list[Floats], dict[str, float]]:
         """Logprobs of the targets and metrics; adds gradients unless `forward_only`.
@@ -272,25 +233,34 @@ class Trainee:
         for row in request.data:
             self._check(row, request)
         self._adapters.train(self.name)
-        logprobs: list[Floats | None] = [None] * len(request.data)
+        backwards, memory, token = not request.forward_only, self._base.memory, self._base.token
+        held = token.learned if backwards else token.kept + token.computed
+        logprobs: dict[int, Floats] = {}
         sums: list[Tensor] | None = None
         total = 0.0
-        for part in _parts(request.data, self._base.vocabulary, self._part_tokens(request)):
+        # Products are in the base's number format; the adapter itself keeps all its digits.
+        mixed = self._base.dtype != torch.float32
+        precision = torch.autocast(self._base.device.type, self._base.dtype, enabled=mixed)
+        for part in _parts(request.data, self._base.vocabulary, memory // PART_SHARE // held):
             rows = [request.data[index] for index in part]
-            again = not request.forward_only and not self._holds(max(map(_length, rows)))
-            learning = torch.set_grad_enabled(not request.forward_only)
-            with learning, self._precision(), checkpointing(self._base.network, again):
+            longest = max(len(row.tokens) for row in rows)
+            again = backwards and longest * token.learned > memory // ROW_SHARE
+            with (
+                torch.set_grad_enabled(backwards),
+                precision,
+                checkpointing(self._base.network, again),
+            ):
                 scored, loss = self._score(rows, request)
             total += float(loss.detach())
-            for index, values in zip(part, scored, strict=True):
-                logprobs[index] = values
-            if not request.forward_only:
-                found = torch.autograd.grad(loss, self._parameters)
-                sums = list(found if sums is None else torch._foreach_add(sums, found))
+            logprobs |= zip(part, scored, strict=True)
+            if backwards:
+                own = torch.autograd.grad(loss, self._parameters)
+                sums = list(own if sums is None else torch._foreach_add(sums, own))
         _require_finite(total, "the loss")
         if sums is not None:
-            self._accumulate(sums)
-        return [values for values in logprobs if values is not None], {"loss:sum": total}
+            for one, found in zip(self._parameters, sums, strict=True):
+                one.grad = found if one.grad is None else one.grad + found
+        return [logprobs[index] for index in range(len(request.data))], {"loss:sum": total}
 
     @property
     def _least_bytes(self) -> int:
@@ -300,26 +270,17 @@ class Trainee:
         inputs = layers * int(config.hidden_size) * self._base.dtype.itemsize
         return self._base.token.learned // layers + inputs
 
-    def _part_tokens(self, request: TrainRequest) -> int:
-        """How many tokens, padding with them, are computed together."""
-        token = self._base.token
-        held = token.kept + token.computed if request.forward_only else token.learned
-        return self._base.memory // PART_SHARE // held
-
-    def _holds(self, tokens: int) -> bool:
-        """Whether a row's states of all layers fit until its gradients are there."""
-        return tokens * self._base.token.learned <= self._base.memory // ROW_SHARE
-
     def step(self, params: AdamParams) -> dict[str, float]:
         """Apply the gradients gathered since the last step."""
-        if not self._has_gradients:
+        gradients = [one.grad for one in self._parameters if one.grad is not None]
+        if not gradients:
             raise InvalidRequestError(
                 "expected a forward_backward before optim_step; found no gradients since the "
                 "last step: send data first"
             )
-        norm = float(nn.utils.get_total_norm([_gradient(one) for one in self._parameters]))
+        norm = float(nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
-            self._clear()
+            self._adam.zero_grad()
             _require_finite(norm, "the gradient norm")
         if params.grad_clip_norm > 0:
             nn.utils.clip_grad_norm_(self._parameters, params.grad_clip_norm)
@@ -330,7 +291,7 @@ class Trainee:
             weight_decay=params.weight_decay,
         )
         self._adam.step()
-        self._clear()
+        self._adam.zero_grad()
         return {"grad_norm": norm}
 
     def save(self, folder: Path, *, optimizer: bool) -> None:
@@ -357,7 +318,7 @@ class Trainee:
             )
         self._adapters.restore(self.name, folder)
         self._adam.state.clear()
-        self._clear()
+        self._adam.zero_grad()
         for key, value in moments.items():
             kind, name = key.split("/", 1)
             weight = self._weights[name]
@@ -410,18 +371,13 @@ class Trainee:
         learned = (inputs[0] != 0).any(dim=-1)
         logprobs = self._project(hidden[learned], targets[learned])
         objective = OBJECTIVES[request.loss]
-        loss = -objective(logprobs, [one[learned] for one in inputs], request.config).sum()
+        loss = -objective(logprobs, [one[learned] for one in inputs]).sum()
         values = torch.zeros_like(inputs[0])
         values[learned] = logprobs.detach()
         rest = ~learned & _asked(learned, rows, request)
         with torch.no_grad():
             values[rest] = self._project(hidden[rest], targets[rest])
         return _unpad(values.cpu().numpy(), rows), loss
-
-    def _precision(self) -> torch.autocast:
-        """Products in the base's number format; the adapter itself keeps all its digits."""
-        dtype = self._base.dtype
-        return torch.autocast(self._base.device.type, dtype, enabled=dtype != torch.float32)
 
     def _project(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Logprob of each of the (n, K) targets from the hidden state before it."""
@@ -437,15 +393,6 @@ class Trainee:
         if targets.shape[1] == 1:
             return -F.cross_entropy(logits, targets[:, 0], reduction="none").unsqueeze(1)
         return torch.log_softmax(logits, dim=-1).gather(1, targets)
-
-    def _accumulate(self, sums: Sequence[Tensor]) -> None:
-        for parameter, gradient in zip(self._parameters, sums, strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        self._has_gradients = True
-
-    def _clear(self) -> None:
-        self._adam.zero_grad(set_to_none=True)
-        self._has_gradients = False
 
 
 @contextmanager
@@ -473,10 +420,6 @@ def _asked(learned: Tensor, rows: Sequence[Datum], request: TrainRequest) -> Ten
         return inside
     whole = ~learned.any(dim=1, keepdim=True)
     return inside & (whole | (learned.cumsum(dim=1) > 0))
-
-
-def _length(row: Datum) -> int:
-    return len(row.tokens)
 
 
 def _parts(rows: Sequence[Datum], vocabulary: int, most: int) -> Iterator[list[int]]:
@@ -513,12 +456,6 @@ def _unpad(values: Floats, rows: Sequence[Datum]) -> list[Floats]:
         own[:, 0] if row.hard else own[:, : row.targets.shape[1]]
         for own, row in zip(kept, rows, strict=True)
     ]
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    if parameter.grad is None:
-        raise RuntimeError("expected a gradient after forward_backward; found none")
-    return parameter.grad
 
 
 def _require_finite(value: float, name: str) -> None:

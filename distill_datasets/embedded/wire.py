@@ -24,22 +24,15 @@ from distill_datasets.errors import DistillError
 if TYPE_CHECKING:
     from tinker.proto import tinker_public_pb2 as pb
 else:
-
-    def _public_proto() -> Any:
-        """Load the SDK's messages alone: importing `tinker` itself takes seconds."""
-        loaded = sys.modules.get("tinker.proto.tinker_public_pb2")
-        if loaded is not None:
-            return loaded
-        package = importlib.util.find_spec("tinker")
-        file = Path(package.submodule_search_locations[0]) / "proto" / "tinker_public_pb2.py"
-        name = f"{__package__}._tinker_public_pb2"
-        spec = importlib.util.spec_from_file_location(name, file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
-
-    pb = _public_proto()
+    pb = sys.modules.get("tinker.proto.tinker_public_pb2")
+    if pb is None:
+        # The SDK's messages alone: importing `tinker` itself takes seconds.
+        _package = importlib.util.find_spec("tinker")
+        _file = Path(_package.submodule_search_locations[0]) / "proto" / "tinker_public_pb2.py"
+        _name = f"{__package__}._tinker_public_pb2"
+        _spec = importlib.util.spec_from_file_location(_name, _file)
+        pb = sys.modules[_name] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(pb)
 
 __all__ = ["pb"]  # beside what is defined here
 
@@ -65,8 +58,6 @@ LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-6, 1e6
 LOSSES: Mapping[str, tuple[str, ...]] = {
     "cross_entropy": ("weights",),
     "importance_sampling": ("advantages", "logprobs"),
-    "ppo": ("advantages", "logprobs"),
-    "cispo": ("advantages", "logprobs"),
 }
 # As the SDK reads it: a row of the top-k matrix that was not asked for.
 NO_TOKEN, NO_LOGPROB = 0, -99999.0
@@ -119,14 +110,12 @@ def number(body: Body, name: str, low: float, high: float, default: Any = _REQUI
 
 
 def _number(body: Body, name: str, limits: tuple[float, float], default: Any, *types: type) -> Any:
-    found = body.get(name)
+    found: Any = body.get(name)
     if found is None and default is not _REQUIRED:
         return default
-    low, high = limits
-    if found is None or type(found) not in types or not low <= found <= high:
-        kind = (
-            "" if type(found) in types else ", a whole number" if types == (int,) else ", a number"
-        )
+    (low, high), wrong = limits, ", a whole number" if types == (int,) else ", a number"
+    kind = "" if type(found) in types else wrong
+    if kind or not low <= found <= high:
         raise InvalidRequestError(f"expected {name} in {low}..{high}{kind}; found {shown(found)}")
     return found
 
@@ -187,43 +176,6 @@ def token_ids(values: Any, name: str) -> Ints:
 # Tensors
 
 
-@dataclass(frozen=True)
-class SparseLayout:
-    """Where the listed values of a sparse (CSR) tensor lie; the others have no value."""
-
-    shape: tuple[int, int]
-    row_starts: Ints
-    columns: Ints
-
-    @property
-    def rows(self) -> Ints:
-        """The row of each listed value."""
-        return np.repeat(np.arange(self.shape[0]), np.diff(self.row_starts))
-
-    def spread(self, values: Array, filler: int, name: str) -> Array:
-        """The dense matrix, with `filler` where nothing is listed.
-
-        Refuses indices that lead out of the matrix, or that don't number the values.
-        """
-        (rows, columns), starts = self.shape, self.row_starts
-        sound = (
-            len(starts) == rows + 1
-            and starts[0] == 0
-            and starts[-1] == len(values) == len(self.columns)
-            and bool((np.diff(starts) >= 0).all())
-            and bool(((self.columns >= 0) & (self.columns < columns)).all())
-        )
-        if not sound:
-            raise InvalidRequestError(
-                f"expected {name} in CSR: {rows + 1} ascending row pointers that end at the number "
-                f"of values, and columns below {columns}; found {len(starts)} row pointers, "
-                f"{len(values)} values and {len(self.columns)} columns"
-            )
-        dense = np.full(self.shape, filler, values.dtype)
-        dense[self.rows, self.columns] = values
-        return dense
-
-
 def _require_shape(shape: Sequence[Any], name: str) -> tuple[int, ...]:
     """A shape of one or two dimensions whose values fit into a request."""
     if not 1 <= len(shape) <= 2 or not all(type(one) is int and one >= 0 for one in shape):
@@ -248,6 +200,7 @@ def _shaped(values: Array, shape: tuple[int, ...], name: str) -> Array:
 
 
 def read_buffer(content: bytes, kind: Any, name: str) -> Array:
+    """The numbers in a field of bytes."""
     size = np.dtype(kind).itemsize
     if len(content) % size:
         raise InvalidRequestError(
@@ -269,47 +222,46 @@ def read_tensor(tensor: pb.Tensor, name: str) -> Array:
     shape, kind = tensor_shape(tensor, name), _KINDS[tensor.dtype]
     if not tensor.HasField("sparse_csr"):
         return _shaped(read_buffer(tensor.dense, kind, name), shape, name)
-    part = tensor.sparse_csr
-    starts = read_buffer(part.crow_indices, np.int64, name)
-    layout = SparseLayout(
-        _matrix(shape, name), starts, read_buffer(part.col_indices, np.int64, name)
-    )
-    return layout.spread(read_buffer(part.values, kind, name), 0, name)
-
-
-def _matrix(shape: tuple[int, ...], name: str) -> tuple[int, int]:
     if len(shape) != 2:
         raise InvalidRequestError(f"expected {name} of shape (N, K); found shape {shape}")
-    return shape[0], shape[1]
+    part, (rows, width) = tensor.sparse_csr, shape
+    values = read_buffer(part.values, kind, name)
+    starts = read_buffer(part.crow_indices, np.int64, name)
+    columns = read_buffer(part.col_indices, np.int64, name)
+    # Indices lead nowhere outside the matrix, and number the values.
+    sound = (
+        len(starts) == rows + 1
+        and starts[0] == 0
+        and starts[-1] == len(values) == len(columns)
+        and bool((np.diff(starts) >= 0).all())
+        and bool(((columns >= 0) & (columns < width)).all())
+    )
+    if not sound:
+        raise InvalidRequestError(
+            f"expected {name} in CSR: {rows + 1} ascending row pointers that end at the number of "
+            f"values, and columns below {width}; found {len(starts)} row pointers, {len(values)} "
+            f"values and {len(columns)} columns"
+        )
+    dense = np.zeros(shape, kind)
+    dense[np.repeat(np.arange(rows), np.diff(starts)), columns] = values
+    return dense
 
 
 # Sampling
 
 
 @dataclass(frozen=True)
-class PromptTargets:
-    """Token ids to score at each prompt position but the first, (len(prompt) - 1, K).
-
-    -1 asks for nothing; a sparse request is answered in its own layout.
-    """
-
-    ids: Ints
-    layout: SparseLayout | None
-
-    @cached_property
-    def first(self) -> int:
-        """The first row that names an id."""
-        return int((self.ids >= 0).any(axis=1).argmax())
-
-
-@dataclass(frozen=True)
 class PromptScoring:
-    """What to say of the prompt's own tokens: of all, or of the last `last_n`."""
+    """What to say of the prompt's own tokens, of all or of the last `last_n`, and of others.
+
+    `targets` are token ids to score at each position but the first, (len(prompt) - 1, K); -1 asks
+    for nothing.
+    """
 
     logprobs: bool = False
     top: int = 0
     last_n: int | None = None
-    targets: PromptTargets | None = None
+    targets: Ints | None = None
 
     @property
     def asked(self) -> bool:
@@ -324,9 +276,13 @@ class PromptScoring:
 
     def reach(self, length: int) -> int:
         """How many at the end are scored, or have a target named for them."""
-        if self.targets is None:
-            return self.own(length)
-        return max(self.own(length), length - 1 - self.targets.first)
+        own = self.own(length)
+        return own if self.targets is None else max(own, length - 1 - self._first)
+
+    @cached_property
+    def _first(self) -> int:
+        """The first row of targets that names an id."""
+        return 0 if self.targets is None else int((self.targets >= 0).any(axis=1).argmax())
 
 
 @dataclass(frozen=True)
@@ -402,7 +358,7 @@ def read_sample_request(body: Body) -> SampleRequest:
     return SampleRequest(
         prompt=prompt,
         num_samples=whole(body, "num_samples", 1, MOST_SAMPLES, 1),
-        max_tokens=_max_tokens(params),
+        max_tokens=whole(params, "max_tokens", 1, 2**31, None),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -414,13 +370,6 @@ def read_sample_request(body: Body) -> SampleRequest:
         frequency_penalty=number(params, "frequency_penalty", -2.0, 2.0, 0.0),
         presence_penalty=number(params, "presence_penalty", -2.0, 2.0, 0.0),
     )
-
-
-def _max_tokens(params: Body) -> int | None:
-    found: int | None = whole(params, "max_tokens", -(2**31), 2**31, None)
-    if found is not None and found < 1:
-        raise InvalidRequestError(f"expected max_tokens of 1 or more; found {found}")
-    return found
 
 
 def _prompt_tokens(prompt: Body) -> Ints:
@@ -473,35 +422,36 @@ def _read_scoring(body: Body, length: int) -> PromptScoring:
     )
 
 
-def _read_targets(body: Body, length: int) -> PromptTargets:
-    """A matrix of ids in the SDK's JSON, -1 where none is; its layout if it came sparse."""
+def _read_targets(body: Body, length: int) -> Ints:
+    """A matrix of ids, -1 where none is, in the SDK's JSON."""
     name, shape = "target_prompt_logprobs", body.get("shape")
-    shape = _matrix(_require_shape(shape if isinstance(shape, list) else [], name), name)
-    if shape[0] != length - 1 or not shape[1] or math.prod(shape) > MOST_SCORES:
+    shape = _require_shape(shape if isinstance(shape, list) else [], name)
+    wide = len(shape) == 2 and shape[0] == length - 1 and shape[1]
+    if not wide or math.prod(shape) > MOST_SCORES or body.get("sparse_crow_indices") is not None:
         raise InvalidRequestError(
-            f"expected {name} of {length - 1} rows, one for each prompt token but the first, and "
-            f"of at most {MOST_SCORES} values; found shape {shape}"
+            f"expected {name}, not sparse, of {length - 1} rows, one for each prompt token but the "
+            f"first, and of at most {MOST_SCORES} values; found shape {shape}"
         )
-    values, layout = token_ids(body.get("data"), name), None
-    if body.get("sparse_crow_indices") is None:
-        ids = _shaped(values, shape, name)
-    else:
-        starts = token_ids(body.get("sparse_crow_indices"), name)
-        layout = SparseLayout(shape, starts, token_ids(body.get("sparse_col_indices"), name))
-        ids = layout.spread(values, -1, name)
+    ids = _shaped(token_ids(body.get("data"), name), shape, name)
     if not (ids >= 0).any() or ids.min() < -1:
         raise InvalidRequestError(
             f"expected {name} of token ids or -1, and at least one id; found "
             f"{int((ids >= 0).sum())} ids, the lowest {int(ids.min())}"
         )
-    return PromptTargets(ids, layout)
+    return ids
 
 
 def write_sample_result(request: SampleRequest, result: SampleResult) -> bytes:
     """Encode samples and scores as the SDK expects them."""
     message = pb.SampleResponse(prompt_cache_hit_tokens=result.cache_hit_tokens)
     for sequence in result.sequences:
-        _write_sequence(message.sequences.add(), sequence)
+        part = message.sequences.add()
+        part.stop_reason = pb.STOP_REASON_STOP if sequence.stopped else pb.STOP_REASON_LENGTH
+        part.tokens = np.array(sequence.tokens, np.int32).tobytes()
+        part.logprobs = np.array(sequence.logprobs, np.float32).tobytes()
+        if sequence.top:
+            ids, logprobs = map(np.array, zip(*sequence.top, strict=True))
+            _write_top(part.topk_sampled_logprobs, ids, logprobs)
     scores, length = result.scores, len(request.prompt)
     if scores.logprobs is not None:
         message.prompt_logprobs = _behind(length, scores.logprobs, np.nan).tobytes()
@@ -513,37 +463,18 @@ def write_sample_result(request: SampleRequest, result: SampleResult) -> bytes:
             _behind(length, logprobs, NO_LOGPROB),
         )
     if scores.targets is not None and request.scoring.targets is not None:
-        values = _behind(length - 1, scores.targets, 0.0)
-        _write_targets(message.target_prompt_logprobs, values, request.scoring.targets)
+        values, found = _behind(length - 1, scores.targets, 0.0), message.target_prompt_logprobs
+        found.dtype = pb.DTYPE_FLOAT32
+        found.shape.extend(values.shape)
+        asked = request.scoring.targets >= 0
+        found.dense = np.where(asked, values, 0.0).astype(np.float32).tobytes()
     return bytes(message.SerializeToString())
-
-
-def _write_sequence(part: pb.SampledSequence, sequence: DrawnSample) -> None:
-    part.stop_reason = pb.STOP_REASON_STOP if sequence.stopped else pb.STOP_REASON_LENGTH
-    part.tokens = np.array(sequence.tokens, np.int32).tobytes()
-    part.logprobs = np.array(sequence.logprobs, np.float32).tobytes()
-    if sequence.top:
-        ids, logprobs = zip(*sequence.top, strict=True)
-        _write_top(part.topk_sampled_logprobs, np.array(ids), np.array(logprobs))
 
 
 def _write_top(part: pb.TopkLogprobs, ids: Array, logprobs: Array) -> None:
     part.token_ids = ids.astype(np.int32).tobytes()
     part.logprobs = logprobs.astype(np.float32).tobytes()
     part.length, part.k = ids.shape
-
-
-def _write_targets(part: pb.Tensor, values: Floats, targets: PromptTargets) -> None:
-    """In the layout of the request; 0 where it asked for nothing."""
-    part.dtype = pb.DTYPE_FLOAT32
-    part.shape.extend(values.shape)
-    layout = targets.layout
-    if layout is None:
-        part.dense = np.where(targets.ids >= 0, values, 0.0).astype(np.float32).tobytes()
-        return
-    part.sparse_csr.values = values[layout.rows, layout.columns].astype(np.float32).tobytes()
-    part.sparse_csr.crow_indices = layout.row_starts.tobytes()
-    part.sparse_csr.col_indices = layout.columns.tobytes()
 
 
 def _behind(length: int, known: Array, filler: float) -> Array:

@@ -545,7 +545,7 @@ def test_a_run_learns_the_same_while_adapters_are_sampled_come_and_go(
         between()
         run, found = Trainee(base, sampled.adapters, LoraSpec(4, seed=1)), []
         for _ in range(3):
-            rows, _ = run.forward_backward(TrainRequest([row], "cross_entropy", {}, False))
+            rows, _ = run.forward_backward(TrainRequest([row], "cross_entropy", False))
             found.append(float(rows[0].sum()))
             between()
             run.step(AdamParams(learning_rate=1e-2))

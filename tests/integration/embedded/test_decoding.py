@@ -107,7 +107,7 @@ def test_named_tokens_are_scored_where_they_are_named(
     )
 
 
-def test_sparse_targets_come_back_in_their_own_layout(
+def test_targets_of_the_last_place_are_scored_behind_a_cached_prefix(
     client: tinker.SamplingClient, network: torch.nn.Module
 ) -> None:
     """As for a closed set of labels behind a prompt; the prefix is read from the cache."""
@@ -117,12 +117,10 @@ def test_sparse_targets_come_back_in_their_own_layout(
         prompt = [*prefix, end, 9]
         ids = torch.full((len(prompt) - 1, 13), -1)
         ids[-1] = torch.arange(0, 13)
-        sparse = types.TensorData.from_torch_sparse(ids, pad_value=-1)
-        assert sparse.sparse_crow_indices is not None
-        response = ask(client, prompt, own=False, target_prompt_logprobs=sparse).result(60)
+        targets = types.TensorData.from_torch(ids)
+        response = ask(client, prompt, own=False, target_prompt_logprobs=targets).result(60)
         found = response.target_prompt_logprobs
         assert found is not None
-        assert found.sparse_col_indices == sparse.sparse_col_indices
         expected = direct(network, prompt)[-1, :13]
         np.testing.assert_allclose(found.to_numpy()[-1], expected, atol=1e-4)
         assert not found.to_numpy()[:-1].any()
@@ -188,7 +186,7 @@ def test_what_cannot_be_scored_is_refused(client: tinker.SamplingClient) -> None
         with pytest.raises(tinker.RequestFailedError, match=said):
             ask(client, PROMPT, target_prompt_logprobs=target(ids)).result(60)
     torn = types.TensorData([5], "int64", [5, 1], [0, 0, 0, 0, 0, 1], [3])
-    with pytest.raises(tinker.RequestFailedError, match="columns below 1"):
+    with pytest.raises(tinker.RequestFailedError, match="not sparse"):
         ask(client, PROMPT, target_prompt_logprobs=torn).result(60)
     with pytest.raises(tinker.RequestFailedError, match=r"last_n in 1\.\.5"):
         ask(client, PROMPT, prompt_logprobs_last_n=6).result(60)

@@ -143,7 +143,7 @@ def trained(folder: Path, dtype: str) -> tuple[list[float], Trainee]:
         rows.append(Datum(tokens[:-1], tokens[1:, None], (weights,), hard=True))
     losses = []
     for _ in range(12):
-        _, metrics = trainee.forward_backward(TrainRequest(rows, "cross_entropy", {}, False))
+        _, metrics = trainee.forward_backward(TrainRequest(rows, "cross_entropy", False))
         trainee.step(AdamParams(learning_rate=4e-3))
         losses.append(metrics["loss:sum"])
     return losses, trainee
@@ -170,7 +170,7 @@ def test_little_memory_changes_no_gradient_and_too_little_is_said(
         Datum(ids[:length], ids[1 : length + 1, None], (np.ones((length, 1), np.float32),), True)
         for length in (64, 40, 12)
     ]
-    asked = TrainRequest(rows, "cross_entropy", {}, False)
+    asked = TrainRequest(rows, "cross_entropy", False)
     found, computed = [], []
     recomputed, adapters = trainer.recomputed, Adapters(base)
 

@@ -123,21 +123,9 @@ def importance_sampling(logprobs: torch.Tensor, row: types.Datum) -> torch.Tenso
     return -(ratio(logprobs, row) * tensor(row, "advantages")).sum()
 
 
-def ppo(logprobs: torch.Tensor, row: types.Datum, low: float = 0.8) -> torch.Tensor:
-    own, advantages = ratio(logprobs, row), tensor(row, "advantages")
-    return -torch.min(own * advantages, own.clamp(low, 1.2) * advantages).sum()
-
-
-def cispo(logprobs: torch.Tensor, row: types.Datum) -> torch.Tensor:
-    clipped = ratio(logprobs, row).detach().clamp(0.8, 1.2)
-    return -(clipped * logprobs * tensor(row, "advantages")).sum()
-
-
 LOSSES = [
     ("cross_entropy", cross_entropy, soft_batch),
     ("importance_sampling", importance_sampling, sampled_batch),
-    ("ppo", ppo, sampled_batch),
-    ("cispo", cispo, sampled_batch),
 ]
 
 
@@ -216,15 +204,6 @@ def test_rows_with_one_two_and_three_targets_go_together(client: tinker.Training
     assert [one["logprobs"].shape for one in found] == [[2], [2, 2], [2, 3], [2, 2]]
 
 
-def test_the_clipping_range_can_be_set(client: tinker.TrainingClient) -> None:
-    (_, row) = sampled_batch(0)
-    config = {"clip_low_threshold": 0.1}
-    found = client.forward([row], "ppo", config).result(60)
-    logprobs = found.loss_fn_outputs[0]["logprobs"].to_torch()
-    np.testing.assert_allclose(found.metrics["loss:sum"], ppo(logprobs, row, low=0.1), rtol=1e-5)
-    assert found.metrics != client.forward([row], "ppo").result(60).metrics
-
-
 def test_a_custom_loss_trains_on_soft_targets(client: tinker.TrainingClient) -> None:
     """The SDK computes it from our logprobs, and sends back its gradients as weights."""
 
@@ -250,24 +229,24 @@ def refusal(client: tinker.TrainingClient, row: types.Datum, loss: str, **config
 def test_what_a_loss_lacks_is_named(client: tinker.TrainingClient) -> None:
     (sampled, _), (soft, *_) = sampled_batch(0), soft_batch(0)
     said = refusal(client, soft, "gspo")
-    assert "cross_entropy, importance_sampling, ppo, cispo; found loss_fn='gspo'" in said
+    assert "cross_entropy, importance_sampling; found loss_fn='gspo'" in said
     assert "expects loss_fn_inputs target_tokens, advantages, logprobs" in refusal(
         client, soft, "importance_sampling"
     )
     flat = {name: value.to_numpy() for name, value in sampled.loss_fn_inputs.items()}
     two = {name: np.stack([value, value], 1) for name, value in flat.items()}
     tokens = sampled.model_input.to_ints()
-    assert "one shape, (N,) for" in refusal(client, datum(tokens, **two), "ppo")
+    assert "one shape, (N,) for" in refusal(client, datum(tokens, **two), "importance_sampling")
     short = datum(tokens, **{**flat, "advantages": flat["advantages"][1:]})
-    assert "found N=4" in refusal(client, short, "ppo")
+    assert "found N=4" in refusal(client, short, "importance_sampling")
     masked = types.Datum(
         sampled.model_input,
         {**sampled.loss_fn_inputs, "mask": types.TensorData.from_numpy(flat["logprobs"])},
     )
     assert "and no others" in refusal(client, masked, "importance_sampling")
-    assert "no keys" in refusal(client, sampled, "importance_sampling", beta=1.0)
+    assert "no settings" in refusal(client, sampled, "importance_sampling", beta=1.0)
     nan = datum(tokens, **{**flat, "logprobs": flat["logprobs"] * np.nan})
-    assert "expected finite logprobs" in refusal(client, nan, "ppo")
+    assert "expected finite logprobs" in refusal(client, nan, "importance_sampling")
 
 
 KINDS = {
@@ -324,19 +303,6 @@ def test_weights_may_be_whole_numbers_and_targets_of_32_bits() -> None:
     (row,) = read_train_request(asked).data
     assert row.targets.tolist() == [[7], [8]]
     assert row.inputs[0].tolist() == [[0.0], [1.0]]
-
-
-def test_settings_of_a_loss_are_finite() -> None:
-    asked = message(loss="ppo")
-    asked.loss_fn_config_v2["clip_low_threshold"].number = float("nan")
-    asked.data.pop()
-    asked.data.extend(sampled_message().data)
-    with pytest.raises(InvalidRequestError, match="finite loss_fn_config; found nan"):
-        read_train_request(asked)
-
-
-def sampled_message() -> object:
-    return message(target_tokens=TARGETS, advantages=WEIGHTS, logprobs=WEIGHTS)
 
 
 @pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0, 1e38, "fast", True, [1]])
