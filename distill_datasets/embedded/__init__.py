@@ -4,8 +4,8 @@ process.py    launch(): the server as a child process that ends with its parent
 app.py        the HTTP application: keys, refusals, and what each endpoint answers
 wire.py       protobuf and JSON to plain dataclasses, and back; the limits of a request
 engine.py     sessions and promised results; all that is computed, on one thread
-model.py      the frozen base model; lora.py: adapters over it; machine.py: what it does well here
-sources.py    a GGUF file, or an adapter over its base, as a model folder
+model.py      the frozen base model, and what it takes on this machine; lora.py: adapters over it
+sources.py    an adapter's layout; a GGUF file, or an adapter over its base, as a model folder
 scheduler.py  which requests run together, with which weights, and behind which cached prefix
 decoding.py   batched sampling and the logprobs of prompts; prefix_attention.py: shared prefixes
 logits.py     the next token, a JSON schema that it is held to, and how likely a prompt is

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,7 +21,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from distill_datasets.errors import DistillError
 
-from .engine import Promise, SamplingSession, Service
+from .engine import SamplingSession, Service
 from .model import MOST_RANK, ModelCard
 from .scheduler import Payload
 from .store import SCHEME, Kind, Store, StoredCheckpoint, StoredRun
@@ -49,12 +48,11 @@ SERVICE: web.AppKey[Service] = web.AppKey("service", Service)
 HOLD_SECONDS = 30.0
 PROTOBUF = "application/x-protobuf"
 ADAM = {"type": "adamw"}
-OWNER = "local"
 MOST_SEQUENCE = 2**53
 routes = web.RouteTableDef()
 # Random per process: an idempotency key names one session of one server.
 _SESSIONS = uuid.uuid4()
-_CHECKPOINT = "/api/v1/training_runs/{run_id}/checkpoints/{checkpoint_id:.+?}"
+_CHECKPOINT = "training_runs/{run_id}/checkpoints/{checkpoint_id:.+?}"
 # Where another protocol may be spoken.
 OTHER = "/v1/"
 
@@ -128,8 +126,29 @@ async def running(
             service.engine.close()
 
 
-async def _read(request: web.Request) -> tuple[Service, dict[str, Any]]:
-    return request.app[SERVICE], read_json(await request.read())
+# Answers an endpoint with JSON from the service and what is asked; None is an answer without any.
+Answer = Callable[[Service, dict[str, Any]], Any]
+
+
+def _endpoint(method: str, path: str) -> Callable[[Answer], Answer]:
+    """Answer requests by a function of the service and of what is asked.
+
+    That is the JSON in the body, the query, and the named parts of the path.
+    """
+
+    def register(answer: Answer) -> Answer:
+        async def handle(request: web.Request) -> web.Response:
+            sent = method in ("POST", "PUT")
+            asked = read_json(await request.read()) if sent else dict(request.query)
+            found = answer(request.app[SERVICE], {**asked, **request.match_info})
+            if isinstance(found, Awaitable):
+                found = await found
+            return web.Response(status=204) if found is None else web.json_response(found)
+
+        routes.route(method, f"/api/v1/{path}")(handle)
+        return answer
+
+    return register
 
 
 def _sequence(body: Body, name: str = "seq_id") -> int:
@@ -160,10 +179,10 @@ for _place, _said in {
 routes.get("/api/v1/healthz")(_answer_always({"status": "ok"}))
 
 
-@routes.get("/api/v1/get_server_capabilities")
-async def capabilities(request: web.Request) -> web.Response:
+@_endpoint("GET", "get_server_capabilities")
+def capabilities(service: Service, _: Body) -> dict[str, Any]:
     """Name the model, and what it is trained with: limits that the SDK's type leaves out."""
-    card = request.app[SERVICE].card
+    card = service.card
     known = {
         "max_context_length": card.max_context,
         "trainable": True,
@@ -173,26 +192,25 @@ async def capabilities(request: web.Request) -> web.Response:
     }
     # By the folder's name the Tinker Cookbook finds the tokenizer too.
     names = dict.fromkeys((card.name, str(card.folder)))
-    return web.json_response({"supported_models": [{"model_name": n, **known} for n in names]})
+    return {"supported_models": [{"model_name": name, **known} for name in names]}
 
 
 @routes.post("/api/v1/create_session")
 async def create_session(request: web.Request) -> web.Response:
     """Start a session; its random id keeps run ids apart across restarts."""
-    service, _ = await _read(request)
+    read_json(await request.read())
     key = request.headers.get("X-Idempotency-Key") or uuid.uuid4().hex
     session_id = str(uuid.uuid5(_SESSIONS, key))
-    service.sessions.add(session_id)
+    request.app[SERVICE].sessions.add(session_id)
     return web.json_response({"type": "create_session", "session_id": session_id})
 
 
 # Sampling
 
 
-@routes.post("/api/v1/create_sampling_session")
-async def create_sampling_session(request: web.Request) -> web.Response:
+@_endpoint("POST", "create_sampling_session")
+def create_sampling_session(service: Service, body: Body) -> dict[str, Any]:
     """Choose the weights that answer: the base model or a saved checkpoint."""
-    service, body = await _read(request)
     sampler_id = _sampler_id(service, text(body, "session_id"), body)
     base_model, path = text(body, "base_model", None), text(body, "model_path", None)
     if base_model is None and path is None:
@@ -202,7 +220,7 @@ async def create_sampling_session(request: web.Request) -> web.Response:
     if sampler_id not in service.samplers:
         weights = service.engine.weights_of(path)
         service.samplers[sampler_id] = SamplingSession(sampler_id, path, weights)
-    return web.json_response({"type": "create_sampling_session", "sampling_session_id": sampler_id})
+    return {"type": "create_sampling_session", "sampling_session_id": sampler_id}
 
 
 def _sampler_id(service: Service, session_id: str, body: Body) -> str:
@@ -210,37 +228,32 @@ def _sampler_id(service: Service, session_id: str, body: Body) -> str:
     return f"{session_id}:sample:{_sequence(body, 'sampling_session_seq_id')}"
 
 
-@routes.get("/api/v1/samplers/{sampler_id}")
-async def get_sampler(request: web.Request) -> web.Response:
+@_endpoint("GET", "samplers/{sampler_id}")
+def get_sampler(service: Service, body: Body) -> dict[str, Any]:
     """Say what a sampling session samples from."""
-    service = request.app[SERVICE]
-    sampler = service.sampler(request.match_info["sampler_id"])
-    body = {"sampler_id": sampler.sampler_id, "base_model": service.card.name}
-    if sampler.model_path is not None:
-        body["model_path"] = sampler.model_path
-    return web.json_response(body)
+    sampler = service.sampler(body["sampler_id"])
+    trained = {} if sampler.model_path is None else {"model_path": sampler.model_path}
+    return {"sampler_id": sampler.sampler_id, "base_model": service.card.name, **trained}
 
 
-@routes.post("/api/v1/samplers/{sampler_id}/json_schema")
-async def hold_to_schema(request: web.Request) -> web.Response:
+@_endpoint("POST", "samplers/{sampler_id}/json_schema")
+async def hold_to_schema(service: Service, body: Body) -> dict[str, Any]:
     """Hold what a sampling session samples from now on to a JSON schema; Tinker has no such thing.
 
     `ends` are the tokens that may stand behind an answer.
     """
-    service, body = await _read(request)
-    sampler = service.sampler(request.match_info["sampler_id"])
+    sampler = service.sampler(body["sampler_id"])
     ends = token_ids(body.get("ends"), "ends").tolist()
     if "json_schema" not in body or not ends:
         raise InvalidRequestError("expected json_schema, and ends of at least one token")
     constrain = await service.hold(body["json_schema"], ends)
     service.samplers[sampler.sampler_id] = replace(sampler, constrain=constrain)
-    return web.json_response({"sampler_id": sampler.sampler_id})
+    return {"sampler_id": sampler.sampler_id}
 
 
-@routes.post("/api/v1/asample")
-async def asample(request: web.Request) -> web.Response:
+@_endpoint("POST", "asample")
+def asample(service: Service, body: Body) -> dict[str, Any]:
     """Accept a sample request."""
-    service, body = await _read(request)
     sampler_id = text(body, "sampling_session_id")
     request_id = f"{sampler_id}:{_sequence(body)}"
     service.promise_sample(
@@ -249,20 +262,18 @@ async def asample(request: web.Request) -> web.Response:
     count = body.get("num_samples", 1)
     # A count out of range is refused with the result.
     ids = [f"{request_id}:{n}" for n in range(count if count in range(MOST_SAMPLES + 1) else 1)]
-    return web.json_response({"request_id": request_id, "sample_sequence_ids": ids})
+    return {"request_id": request_id, "sample_sequence_ids": ids}
 
 
 @routes.post("/api/v1/retrieve_future")
 async def retrieve_future(request: web.Request) -> web.Response:
     """Hand over a result, waiting for it at most HOLD_SECONDS."""
-    service, body = await _read(request)
+    service, body = request.app[SERVICE], read_json(await request.read())
     request_id = text(body, "request_id")
     promise = service.known(request_id)
     if promise is None:
-        raise web.HTTPNotFound(
-            text=json.dumps({"error": f"found no request {request_id!r}: the server restarted"}),
-            content_type="application/json",
-        )
+        said = {"error": f"found no request {request_id!r}: the server restarted"}
+        return web.json_response(said, status=404)
     if not promise.done.is_set():
         try:
             async with asyncio.timeout(HOLD_SECONDS):
@@ -281,26 +292,25 @@ async def retrieve_future(request: web.Request) -> web.Response:
 # Training: each answers with a promise
 
 
-def _promised(promise: Promise, **extra: Any) -> web.Response:
-    return web.json_response({"request_id": promise.request_id, **extra})
-
-
 def _promise_in_order(
     service: Service, body: Body, run: Callable[[str, int], Payload]
-) -> web.Response:
+) -> dict[str, Any]:
     """Promise what `run` gives for a model's id and the number of its request."""
     model_id, seq_id = text(body, "model_id"), _sequence(body)
     promise = service.promise_in_order(model_id, seq_id, lambda: run(model_id, seq_id))
-    return _promised(promise, model_id=model_id)
+    return {"request_id": promise.request_id, "model_id": model_id}
 
 
-def _new_model(service: Service, body: Body) -> str:
-    """The id that the SDK derives by itself when it creates a model by loading one."""
+def _promise_new(
+    service: Service, body: Body, create: Callable[[str], dict[str, Any]]
+) -> dict[str, Any]:
+    """Promise a model, by the id that the SDK derives by itself when it loads one."""
     session_id = text(body, "session_id")
     service.require_session(session_id)
     model_id = f"{session_id}:train:{_sequence(body, 'model_seq_id')}"
     service.expect_requests(model_id)
-    return model_id
+    promise = service.promise(f"{model_id}:create", lambda: create(model_id))
+    return {"request_id": promise.request_id}
 
 
 def _new_run(service: Service, model_id: str, lora: dict[str, Any], body: Body) -> StoredRun:
@@ -317,39 +327,37 @@ def _new_run(service: Service, model_id: str, lora: dict[str, Any], body: Body) 
     return StoredRun(*facts, card.weights)
 
 
-@routes.post("/api/v1/create_model")
-async def create_model(request: web.Request) -> web.Response:
+@_endpoint("POST", "create_model")
+def create_model(service: Service, body: Body) -> dict[str, Any]:
     """Start a training run."""
-    service, body = await _read(request)
-    model_id = _new_model(service, body)
 
-    def run() -> dict[str, Any]:
+    def create(model_id: str) -> dict[str, Any]:
         from .lora import LoraSpec
 
         lora = LoraSpec.read(section(body, "lora_config")).dump()
         service.card.require(text(body, "base_model"))
         return service.engine.create(_new_run(service, model_id, lora, body))
 
-    return _promised(service.promise(f"{model_id}:create", run))
+    return _promise_new(service, body, create)
 
 
-@routes.post("/api/v1/get_info")
-async def get_info(request: web.Request) -> web.Response:
+@_endpoint("POST", "get_info")
+def get_info(service: Service, body: Body) -> dict[str, Any]:
     """Describe a model; the tokenizer is the local folder, so that nobody asks the Hub."""
-    service, body = await _read(request)
     record, card = service.store.run(text(body, "model_id")), service.card
-    names = {"model_name": card.name, "tokenizer_id": str(card.folder), "arch": "causal-lm"}
-    return web.json_response(
-        {
-            "type": "get_info",
-            "model_id": record.run_id,
-            "model_data": names,
+    return {
+        "type": "get_info",
+        "model_id": record.run_id,
+        "model_data": {
             "model_name": card.name,
-            "is_lora": True,
-            "lora_rank": record.lora["rank"],
-            "optimizer_config": ADAM,
-        }
-    )
+            "tokenizer_id": str(card.folder),
+            "arch": "causal-lm",
+        },
+        "model_name": card.name,
+        "is_lora": True,
+        "lora_rank": record.lora["rank"],
+        "optimizer_config": ADAM,
+    }
 
 
 @routes.post("/api/v1/forward_backward")
@@ -365,13 +373,13 @@ async def forward_backward(request: web.Request) -> web.Response:
             f"expected a ForwardBackwardRequest in protobuf; found what can't be read: {error}"
         ) from None
     body = {"model_id": message.model_id, "seq_id": message.seq_id}
-    return _promise_in_order(service, body, lambda *_: service.engine.forward_backward(message))
+    run = service.engine.forward_backward
+    return web.json_response(_promise_in_order(service, body, lambda *_: run(message)))
 
 
-@routes.post("/api/v1/optim_step")
-async def optim_step(request: web.Request) -> web.Response:
+@_endpoint("POST", "optim_step")
+def optim_step(service: Service, body: Body) -> dict[str, Any]:
     """Take a step of Adam."""
-    service, body = await _read(request)
 
     def run(model_id: str, seq_id: int) -> dict[str, Any]:
         if "adam_params" not in body:
@@ -391,26 +399,26 @@ def _save(service: Service, body: Body, kind: Kind, seq_id: int) -> dict[str, An
         expires_at=service.store.expiry(body.get("ttl_seconds")),
         has_optimizer=kind == "weights",
     )
-    return service.engine.save(checkpoint, seq_id, overwrite=bool(body.get("overwrite")))
+    # Weights to sample from are never written over: someone may sample from them.
+    overwrite = kind == "weights" and bool(body.get("overwrite"))
+    return service.engine.save(checkpoint, seq_id, overwrite=overwrite)
 
 
-@routes.post("/api/v1/save_weights")
-async def save_weights(request: web.Request) -> web.Response:
+@_endpoint("POST", "save_weights")
+def save_weights(service: Service, body: Body) -> dict[str, Any]:
     """Save weights and optimizer, to resume from."""
-    service, body = await _read(request)
     return _promise_in_order(
         service, body, lambda _, seq_id: _save(service, body, "weights", seq_id)
     )
 
 
-@routes.post("/api/v1/save_weights_for_sampler")
-async def save_weights_for_sampler(request: web.Request) -> web.Response:
+@_endpoint("POST", "save_weights_for_sampler")
+def save_weights_for_sampler(service: Service, body: Body) -> dict[str, Any]:
     """Save weights to sample from: under a name, or for one sampling session only."""
-    service, body = await _read(request)
 
     def run(model_id: str, seq_id: int) -> dict[str, Any]:
         if body.get("path"):
-            return _save(service, {**body, "overwrite": False}, "sampler_weights", seq_id)
+            return _save(service, body, "sampler_weights", seq_id)
         if text(body, "kind", "snapshot") != "snapshot":
             raise InvalidRequestError(
                 f"the embedded server saves snapshots; found kind={body['kind']!r}: its weights "
@@ -424,10 +432,9 @@ async def save_weights_for_sampler(request: web.Request) -> web.Response:
     return _promise_in_order(service, body, run)
 
 
-@routes.post("/api/v1/load_weights")
-async def load_weights(request: web.Request) -> web.Response:
+@_endpoint("POST", "load_weights")
+def load_weights(service: Service, body: Body) -> dict[str, Any]:
     """Load a checkpoint into a model, or start a model from one."""
-    service, body = await _read(request)
     path, optimizer, engine = text(body, "path"), bool(body.get("optimizer")), service.engine
     if "model_id" in body:
         return _promise_in_order(
@@ -437,14 +444,13 @@ async def load_weights(request: web.Request) -> web.Response:
         )
     # Here rather than in the promise, for the status that other servers give: 404.
     service.store.find(path)
-    model_id = _new_model(service, body)
 
-    def create() -> dict[str, Any]:
+    def create(model_id: str) -> dict[str, Any]:
         saved, _ = engine.training_checkpoint(path)
         engine.create(_new_run(service, model_id, saved.lora, body))
         return engine.load_into(model_id, 0, path, optimizer=optimizer)
 
-    return _promised(service.promise(f"{model_id}:create", create))
+    return _promise_new(service, body, create)
 
 
 # What is stored
@@ -463,76 +469,67 @@ def _describe(checkpoint: StoredCheckpoint) -> dict[str, Any]:
     }
 
 
-@routes.get("/api/v1/training_runs/{run_id}")
-async def training_run(request: web.Request) -> web.Response:
+@_endpoint("GET", "training_runs/{run_id}")
+def training_run(service: Service, body: Body) -> dict[str, Any]:
     """Describe one run, with its newest checkpoint of each kind."""
-    store = request.app[SERVICE].store
-    run = store.run(request.match_info["run_id"])
-    saved = store.checkpoints(run.run_id)
+    run = service.store.run(body["run_id"])
+    saved = service.store.checkpoints(run.run_id)
     slots = {"weights": "last_checkpoint", "sampler_weights": "last_sampler_checkpoint"}
-    newest = {slots[one.kind]: _describe(one) for one in reversed(saved)}
-    last = max([run.created, *(one.created for one in saved)], key=datetime.fromisoformat)
-    described = {
+    times = [run.created, *(one.created for one in saved)]
+    return {
         "training_run_id": run.run_id,
         "base_model": run.base_model,
-        "model_owner": OWNER,
+        "model_owner": "local",
         "is_lora": True,
         "lora_rank": run.lora["rank"],
-        "last_request_time": last,
+        "last_request_time": max(times, key=datetime.fromisoformat),
         "user_metadata": run.user_metadata,
+        **{slots[one.kind]: _describe(one) for one in reversed(saved)},
     }
-    return web.json_response(described | newest)
 
 
-@routes.get("/api/v1/training_runs/{run_id}/checkpoints")
-async def run_checkpoints(request: web.Request) -> web.Response:
+@_endpoint("GET", "training_runs/{run_id}/checkpoints")
+def run_checkpoints(service: Service, body: Body) -> dict[str, Any]:
     """List the checkpoints of one run."""
-    store = request.app[SERVICE].store
-    run = store.run(request.match_info["run_id"])
-    return web.json_response({"checkpoints": list(map(_describe, store.checkpoints(run.run_id)))})
+    run = service.store.run(body["run_id"])
+    return {"checkpoints": list(map(_describe, service.store.checkpoints(run.run_id)))}
 
 
-@routes.get("/api/v1/checkpoints")
-async def checkpoints(request: web.Request) -> web.Response:
+@_endpoint("GET", "checkpoints")
+def checkpoints(service: Service, body: Body) -> dict[str, Any]:
     """List the checkpoints of all runs."""
-    found = request.app[SERVICE].store.checkpoints()
+    found = service.store.checkpoints()
     # What is no number is refused by name.
-    asked = {
+    page = {
         name: int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else value
-        for name, value in request.query.items()
+        for name, value in body.items()
     }
-    offset = whole(asked, "offset", 0, MOST_SEQUENCE, 0)
-    limit = whole(asked, "limit", 0, MOST_SEQUENCE, 100)
+    offset = whole(page, "offset", 0, MOST_SEQUENCE, 0)
+    limit = whole(page, "limit", 0, MOST_SEQUENCE, 100)
     cursor = {"offset": offset, "limit": limit, "total_count": len(found)}
-    listed = list(map(_describe, found[offset : offset + limit]))
-    return web.json_response({"checkpoints": listed, "cursor": cursor})
+    return {"checkpoints": list(map(_describe, found[offset : offset + limit])), "cursor": cursor}
 
 
-def _path(request: web.Request) -> str:
-    return f"{SCHEME}{request.match_info['run_id']}/{request.match_info['checkpoint_id']}"
+def _path(body: Body) -> str:
+    return f"{SCHEME}{body['run_id']}/{body['checkpoint_id']}"
 
 
-@routes.delete(_CHECKPOINT)
-async def delete_checkpoint(request: web.Request) -> web.Response:
+@_endpoint("DELETE", _CHECKPOINT)
+def delete_checkpoint(service: Service, body: Body) -> None:
     """Delete a checkpoint."""
-    request.app[SERVICE].store.delete(_path(request))
-    return web.Response(status=204)
+    service.store.delete(_path(body))
 
 
-@routes.put(_CHECKPOINT + "/ttl")
-async def set_ttl(request: web.Request) -> web.Response:
+@_endpoint("PUT", _CHECKPOINT + "/ttl")
+def set_ttl(service: Service, body: Body) -> None:
     """Change when a checkpoint expires."""
-    service, body = await _read(request)
-    service.store.set_expiry(_path(request), body.get("ttl_seconds"))
-    return web.Response(status=204)
+    service.store.set_expiry(_path(body), body.get("ttl_seconds"))
 
 
-@routes.post("/api/v1/weights_info")
-async def weights_info(request: web.Request) -> web.Response:
+@_endpoint("POST", "weights_info")
+def weights_info(service: Service, body: Body) -> dict[str, Any]:
     """Say what a checkpoint was trained as."""
-    service, body = await _read(request)
     checkpoint, _ = service.store.find(text(body, "tinker_path"))
     run = service.store.run(checkpoint.run_id)
     flags = {name: run.lora[name] for name in ("train_unembed", "train_mlp", "train_attn")}
-    described = {"base_model": run.base_model, "is_lora": True, "lora_rank": run.lora["rank"]}
-    return web.json_response({**described, **flags})
+    return {"base_model": run.base_model, "is_lora": True, "lora_rank": run.lora["rank"], **flags}

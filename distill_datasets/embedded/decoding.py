@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .logits import Constraint, choose, penalize, score, uniforms
-from .model import LoadedModel
+from .model import LoadedModel, heads_of
 from .prefix_attention import CacheShape, NextTokens, PromptTokens, Segment, Slots
 from .scheduler import (
     Admission,
@@ -53,6 +53,13 @@ LOGIT_BYTES = 40
 STEP_WORK = 7 * 10**10
 GPU_FACTOR = 100
 LEAST_READ, MOST_READ = 256, 8192
+
+
+def cache_shape(base: LoadedModel) -> CacheShape:
+    """What the keys and values of a model's tokens take."""
+    config = base.network.config
+    _, heads, width = heads_of(config.to_dict())
+    return CacheShape(config.num_hidden_layers, heads, width, base.network.dtype, base.device)
 
 
 def check_context(request: SampleRequest, base: LoadedModel) -> None:
@@ -270,7 +277,7 @@ class RunningBatch:
     """
 
     def __init__(self, base: LoadedModel, weights: SampledWeights) -> None:
-        self._base, self._shape, self._weights = base, CacheShape.of(base.network), weights
+        self._base, self._shape, self._weights = base, cache_shape(base), weights
         # How many tokens of prompts a step reads at most: rows that run wait for them.
         work = STEP_WORK * (1 if base.device.type == "cpu" else GPU_FACTOR)
         self._longest = max(LEAST_READ, min(MOST_READ, work // base.card.size.active))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DistillError, ServiceError
 
-from .model import ADAPTER_FILE, AdapterLayout, LoadedModel, ModelCard, load_model
+from .model import LoadedModel, ModelCard, load_model
 from .scheduler import (
     BASE,
     MOST_SNAPSHOTS,
@@ -33,6 +33,7 @@ from .scheduler import (
     SampleJob,
     SavedWeights,
 )
+from .sources import ADAPTER_FILE, AdapterLayout
 from .store import ExecutionLog, Kind, Store, StoredCheckpoint, StoredRun
 from .wire import Body, InvalidRequestError, SampleRequest, pb
 

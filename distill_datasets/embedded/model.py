@@ -1,19 +1,21 @@
-"""The frozen base model: checks a model folder, and loads its network.
+"""The frozen base model: what its folder may hold, what it takes on this machine, and its network.
 
-A model folder is data from somebody else: nothing in it runs, and no file outside it is read.
+A model folder is data from somebody else: nothing in it runs, and no file outside it is read. Its
+number format and its threads are measured: a laptop and a server differ by an order of magnitude in
+both, and neither the processor's name nor its number of cores tells, since another process may
+hold the cores.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import re
+import platform
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,19 +24,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.errors import ModelError, OutputError
+from distill_datasets.errors import OutputError
 from distill_datasets.files import write_file
 
-from .machine import (
-    ModelSize,
-    TokenBytes,
-    choose_dtype,
-    choose_threads,
-    foretell,
-    memory_of,
-    torch_dtypes,
-    user_cache,
-)
 from .wire import InvalidRequestError, shown
 
 if TYPE_CHECKING:
@@ -42,6 +34,20 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
 
+DTYPES = ("fp32", "bf16")
+BYTES = {"fp32": 4, "bf16": 2}
+# Below this number of parameters most time goes elsewhere than into products of matrices: one
+# thread and fp32 are best, whatever is measured.
+SMALL_MODEL = 50_000_000
+# Rows of a product that is measured: what a batch of samples has.
+ROWS = 64
+# How much faster bf16 must be to be worth its digits, and two threads to be worth both cores.
+WORTH = 1.3
+TRIES, SECONDS = 5, 0.02
+# Prompt tokens a second, below which a model's pace is said before it starts.
+SLOW = 200
+# Weights beside what the system, the client and the keys and values take.
+MOST_MEMORY = 0.9
 # The widest layers of the models that run here are a few times wider; beyond, a typing error is
 # likelier than a wish.
 MOST_RANK = 512
@@ -59,18 +65,239 @@ MOST_OF = {
     "moe_intermediate_size": 1 << 18,
 }
 SETTLED_SECONDS = 2.0  # after which a file that changes again has another time
-ADAPTER_FILE = "adapter_model.safetensors"
-FACTOR = "base_model.model.{}.lora_{}.weight"
-_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
-# Keys of an adapter's configuration that change no weight, or are read.
-_ADAPTER_KEYS = {
-    "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "task_type", "lora_dropout",
-    "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "init_lora_weights",
-    "peft_version", "runtime_config", "loftq_config", "eva_config", "corda_config",
-    "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying",
-    "megatron_core", "qalora_group_size",
-}  # fmt: skip
 NEEDED_FILES = ("config.json", "*.safetensors", "tokenizer_config.json", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters of a model by its config: all, those that one token uses, a layer's widths."""
+
+    parameters: int
+    active: int
+    widths: tuple[int, int]
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> ModelSize:
+        """Estimate what a checked config describes, within a hundredth for models of usual form."""
+        hidden, layers = (config.get(name) or 0 for name in ("hidden_size", "num_hidden_layers"))
+        inner = config.get("intermediate_size") or 4 * hidden
+        heads, pairs, width = heads_of(config)
+        ends = (config.get("vocab_size") or 0) * hidden
+        outer = ends if config.get("tie_word_embeddings") else 2 * ends
+        attention = 2 * hidden * width * (heads + pairs)
+        experts = config.get("num_experts") or config.get("num_local_experts") or 0
+        if experts:
+            inner = config.get("moe_intermediate_size") or inner
+        each = 3 * hidden * inner
+        used = min(config.get("num_experts_per_tok") or 1, experts) if experts else 1
+        return cls(
+            outer + layers * (attention + max(experts, 1) * each),
+            ends + layers * (attention + used * each),
+            # What is measured takes little memory, and larger products are as fast.
+            (min(max(hidden, 1), 2048), min(max(inner, 1), 8192)),
+        )
+
+
+def heads_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Heads of the queries, heads of keys and values, and the width of one."""
+    heads = config.get("num_attention_heads") or 1
+    pairs = config.get("num_key_value_heads") or heads
+    return heads, pairs, config.get("head_dim") or (config.get("hidden_size") or 0) // heads
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """What a token takes: its keys and values, the layer's states while it is computed, and all
+    layers' while it is learned from."""
+
+    kept: int
+    computed: int
+    learned: int
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], size: int) -> TokenBytes:
+        """Estimate it from a model's config, for numbers of so many bytes."""
+        layers, hidden, inner = (
+            config[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size")
+        )
+        heads, pairs, width = heads_of(config)
+        states = 4 * hidden + 5 * inner + (5 * heads + 4 * pairs) * width
+        return cls(
+            2 * size * layers * pairs * width,
+            4 * (8 * hidden + 4 * inner),
+            # Norms keep their inputs in fp32.
+            layers * (size * states + 16 * hidden),
+        )
+
+
+def user_cache() -> Path:
+    """Where this package remembers what took long to find."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path("~/.cache").expanduser()) / "distill-datasets"
+
+
+def choose_dtype(asked: str, size: ModelSize) -> str:
+    """`fp32` or `bf16`: what was asked for, or what is faster for a model of this size.
+
+    On a GPU that is bf16 wherever the GPU has it. A CPU's speeds are measured once, and remembered
+    so that a model answers the same tomorrow.
+    """
+    if asked not in ("auto", *DTYPES):
+        raise InvalidRequestError(f"expected a dtype of auto, fp32 or bf16; found {asked!r}")
+    if asked != "auto":
+        return asked
+    if size.parameters < SMALL_MODEL:
+        return "fp32"
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    speeds = measured_speeds(size.widths)
+    return "bf16" if speeds["bf16"] >= WORTH * speeds["fp32"] else "fp32"
+
+
+def measured_speeds(widths: tuple[int, int]) -> dict[str, float]:
+    """Billions of operations a second of one thread, by number format, in a layer's product."""
+    import torch
+
+    key = f"{_processor()} torch {torch.__version__} {widths[0]}x{widths[1]}"
+    file = user_cache() / "speeds.json"
+    known: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        read = json.loads(file.read_text("utf-8"))
+        known = read if isinstance(read, dict) else {}
+    found = known.get(key)
+    if not (isinstance(found, dict) and all(type(found.get(one)) is float for one in DTYPES)):
+        known[key] = found = _measure_speeds(widths)
+        with suppress(OutputError):
+            write_file(file, json.dumps(known, indent=1))
+    return {one: found[one] for one in DTYPES}
+
+
+def choose_threads(asked: int | None, size: ModelSize) -> int:
+    """How many threads compute: what was asked for, else as many as are measured to help.
+
+    Each product waits for the last of its threads, so that one that has to share its core with
+    another process slows all of them.
+    """
+    import torch
+
+    if asked is not None:
+        return asked
+    most = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ or most == 1:
+        return most
+    if size.parameters < SMALL_MODEL:
+        return 1
+    product = _product(size.widths, torch.float32)
+    # In turns: what comes and goes on the machine slows both.
+    seconds = {1: float("inf"), most: float("inf")}
+    slowest = 0.0
+    for _ in range(TRIES):
+        for threads in seconds:
+            torch.set_num_threads(threads)
+            took = _seconds(product)
+            seconds[threads] = min(seconds[threads], took)
+            slowest = max(slowest, took) if threads == most else slowest
+    return most if slowest * WORTH <= seconds[1] else 1
+
+
+def foretell(size: ModelSize, dtype: str, name: str) -> str:
+    """What a large model takes on this machine, empty for others.
+
+    Raises `InvalidRequestError` for one whose weights don't fit into its memory.
+    """
+    if size.parameters < SMALL_MODEL:
+        return ""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    needed, memory = BYTES[dtype] * size.parameters, memory_of(device)
+    said = f"{name!r} has about {size.parameters / 1e9:.1f} billion parameters"
+    if needed > MOST_MEMORY * memory:
+        other = " (bf16 takes half)" if dtype == "fp32" else ""
+        raise InvalidRequestError(
+            f"{said}, which take {needed / 1e9:.0f} GB in {dtype}{other}; this "
+            f"{'GPU' if device == 'cuda' else 'machine'} has {memory / 1e9:.0f} GB: use a smaller "
+            "model, or a server elsewhere (tinker:, openai:)"
+        )
+    if device == "cuda":
+        return ""
+    speed = 1e9 * measured_speeds(size.widths)[dtype]
+    # A product multiplies and adds; learning computes backwards too, each layer's states twice.
+    reads = speed / (2 * size.active)
+    if reads > SLOW:
+        return ""
+    return (
+        f"{said} ({needed / 1e9:.0f} GB in {dtype}): a core of this machine reads at most "
+        f"{_rate(reads)} of a prompt and learns from at most {_rate(reads / 3)}"
+    )
+
+
+def _rate(tokens: float) -> str:
+    if tokens >= 1:
+        return f"{tokens:.0f} tokens a second"
+    return f"one token in {1 / tokens:.0f} seconds"
+
+
+def memory_of(device: str) -> int:
+    """Bytes of the machine's memory, or of the GPU's: at most what this process may use."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # "max" is no limit
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text("utf-8")))
+    return memory
+
+
+def _measure_speeds(widths: tuple[int, int]) -> dict[str, float]:
+    import torch
+
+    kept = torch.get_num_threads()
+    torch.set_num_threads(1)
+    products = {one: _product(widths, dtype) for one, dtype in torch_dtypes().items()}
+    fastest = dict.fromkeys(products, float("inf"))
+    for _ in range(TRIES):
+        for one, product in products.items():
+            fastest[one] = min(fastest[one], _seconds(product))
+    torch.set_num_threads(kept)
+    operations = 2 * ROWS * widths[0] * widths[1]
+    return {one: operations / seconds / 1e9 for one, seconds in fastest.items()}
+
+
+def torch_dtypes() -> dict[str, torch.dtype]:
+    """The number formats, as torch names them."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _product(widths: tuple[int, int], dtype: torch.dtype) -> Callable[[], object]:
+    import torch
+
+    states = torch.ones(ROWS, widths[0], dtype=dtype)
+    weights = torch.ones(widths[1], widths[0], dtype=dtype)
+    return lambda: torch.nn.functional.linear(states, weights)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Seconds of one call, over as many as take a while."""
+    run()
+    start, calls = time.perf_counter(), 0
+    while (took := time.perf_counter() - start) < SECONDS:
+        run()
+        calls += 1
+    return took / calls
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)
@@ -119,13 +346,9 @@ class ModelCard:
         """
         return foretell(self.size, self.dtype, self.name)
 
-    def answers_to(self, name: str) -> bool:
-        """Whether a client means this model."""
-        return name in (self.name, str(self.folder))
-
     def require(self, name: str) -> None:
         """Refuse a model that is not served here."""
-        if not self.answers_to(name):
+        if name not in (self.name, str(self.folder)):
             raise InvalidRequestError(
                 f"this server has one model, {self.name!r} (also {str(self.folder)!r}); "
                 f"found base_model={name!r}"
@@ -141,65 +364,6 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InvalidRequestError(f"expected a JSON object in {str(file)!r}; found {shown(found)}")
     return found
-
-
-@dataclass(frozen=True)
-class AdapterLayout:
-    """What a LoRA adapter that anybody may have saved in PEFT's format adds to which layers."""
-
-    rank: int
-    scale: float
-    layers: tuple[str, ...]
-
-    @classmethod
-    def read(cls, folder: Path) -> AdapterLayout:
-        """Read it; raises `ModelError` for one that does more than add to linear layers' products,
-        by its configuration or its weights.
-        """
-        config = read_object(folder / "adapter_config.json")
-        others = {key for key, value in config.items() if value and key not in _ADAPTER_KEYS}
-        if config.get("bias") in (None, "none"):
-            others.discard("bias")
-        if config.get("peft_type") != "LORA" or others:
-            raise ModelError(
-                f"Expected a plain LoRA adapter in {str(folder)!r}; found "
-                f"peft_type={config.get('peft_type')!r} with {sorted(others)[:5]}, which can't be "
-                "applied: merge it into its base with PEFT first."
-            )
-        rank: Any = config.get("r")
-        alpha: Any = config.get("lora_alpha")
-        known = type(rank) is int and 1 <= rank <= MOST_RANK
-        if not known or type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise ModelError(
-                f"Expected a rank r in 1..{MOST_RANK} and a number lora_alpha in "
-                f"{str(folder / 'adapter_config.json')!r}; found r={rank!r}, lora_alpha={alpha!r}."
-            )
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        return cls(rank, scale, _adapted_layers(folder / ADAPTER_FILE))
-
-
-def _adapted_layers(file: Path) -> tuple[str, ...]:
-    """The layers that the factors in an adapter's file belong to."""
-    from safetensors import SafetensorError, safe_open
-
-    if not file.is_file():
-        raise ModelError(
-            f"Expected {ADAPTER_FILE} in {str(file.parent)!r}, as PEFT saves it; found none."
-        )
-    try:
-        with safe_open(file, framework="np") as weights:
-            named = {key: _FACTOR.fullmatch(key) for key in weights.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{str(file)!r} can't be read: {error}. Save it again.") from error
-    layers = tuple(sorted({match[1] for match in named.values() if match}))
-    if odd := [key for key, match in named.items() if match is None]:
-        raise ModelError(
-            f"Expected the weights lora_A and lora_B of linear layers in {str(file)!r}; found "
-            f"{odd[:3]}, which can't be applied: merge it into its base with PEFT first."
-        )
-    if len(named) != 2 * len(layers):
-        raise ModelError(f"Expected lora_A and lora_B of each layer in {str(file)!r}; one lacks.")
-    return layers
 
 
 def _require_own_files(folder: Path) -> None:
@@ -420,7 +584,7 @@ def load_model(card: ModelCard) -> LoadedModel:
     _require_plain_head(network)
     # Read by the library of tokenizers alone: a class of transformers' may be any model's own.
     tokenizer = Tokenizer.from_file(str(card.folder / "tokenizer.json"))
-    ends = frozenset(_end_tokens(network, tokenizer, card.folder))
+    ends = _end_tokens(network, tokenizer, card.folder)
     weights = card.size.parameters * dtype.itemsize
     memory = 3 * max(0, memory_of(device.type) - weights) // 4
     token = TokenBytes.read(config.to_dict(), dtype.itemsize)
@@ -456,9 +620,9 @@ def _require_plain_head(network: Any) -> None:
         )
 
 
-def _end_tokens(network: Any, tokenizer: Tokenizer, folder: Path) -> set[int]:
+def _end_tokens(network: Any, tokenizer: Tokenizer, folder: Path) -> frozenset[int]:
     found = network.generation_config.eos_token_id or network.config.eos_token_id or []
     ends = {found} if isinstance(found, int) else set(found)
     end = read_object(folder / "tokenizer_config.json").get("eos_token")
     written = end.get("content") if isinstance(end, dict) else end
-    return ends | ({tokenizer.token_to_id(str(written))} - {None})
+    return frozenset(ends | ({tokenizer.token_to_id(str(written))} - {None}))

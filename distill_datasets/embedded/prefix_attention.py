@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from .machine import heads_of
-
 NAME = "distill_shared_prefix"
 # Keys and values of a layer: (rows, tokens, heads, width), so that a token's lie side by side.
 KeyValues = tuple[Tensor, Tensor]
@@ -34,13 +32,6 @@ class CacheShape:
     width: int
     dtype: torch.dtype
     device: torch.device
-
-    @classmethod
-    def of(cls, network: Any) -> CacheShape:
-        """Read it from a model's configuration."""
-        _, heads, width = heads_of(network.config.to_dict())
-        layers = network.config.num_hidden_layers
-        return cls(layers, heads, width, network.dtype, network.device)
 
 
 class Slots:

@@ -88,6 +88,8 @@ def launch(
     command = [sys.executable, "-m", f"{__package__}.process", str(model.resolve()), "--name", name]
     if store is not None:
         command += ["--store", str(store.resolve())]
+    # This package is importable there; the model is local, so the Hub stays out.
+    path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
     # Lives as long as the server, hence no context manager.
     errors = tempfile.NamedTemporaryFile("w+", prefix="distill-embedded-")  # noqa: SIM115
     child = subprocess.Popen(
@@ -96,12 +98,22 @@ def launch(
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
-        env=_environment() | ({"EMBEDDED_DTYPE": dtype} if dtype else {}),
+        env={
+            **os.environ,
+            **({"EMBEDDED_DTYPE": dtype} if dtype else {}),
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            "HF_HUB_OFFLINE": "1",
+        },
         # Ctrl-C is the parent's to handle: it closes the child when it ends.
         start_new_session=True,
     )
     api_key = new_api_key()
-    said = _handshake(child, api_key)
+    assert child.stdin is not None and child.stdout is not None
+    # The key goes through the pipe: arguments and environment can be read by others.
+    with suppress(BrokenPipeError):
+        child.stdin.write(f"{api_key}\n")
+        child.stdin.flush()
+    said = child.stdout.readline().strip()
     if not said:
         child.communicate()
         said = Path(errors.name).read_text("utf-8", errors="replace").strip()
@@ -115,24 +127,6 @@ def launch(
         print(ready["said"], file=sys.stderr)
     url = f"http://{HOST}:{ready['port']}"
     return Server(child, errors, url=url, api_key=api_key, model=name, dtype=ready["dtype"])
-
-
-def _environment() -> dict[str, str]:
-    """The parent's, with this package importable; the model is local, so the Hub stays out."""
-    here = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-
-
-def _handshake(child: subprocess.Popen[str], api_key: str) -> str:
-    """Give the child its key, and read where and how it serves; empty if it died."""
-    if child.stdin is None or child.stdout is None:
-        raise RuntimeError("expected pipes to the child; found none")
-    # The key goes through the pipe: arguments and environment can be read by others.
-    with suppress(BrokenPipeError):
-        child.stdin.write(f"{api_key}\n")
-        child.stdin.flush()
-    return child.stdout.readline().strip()
 
 
 def main() -> int:

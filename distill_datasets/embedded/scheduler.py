@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .machine import TokenBytes
+from .model import TokenBytes
 from .wire import DrawnSample, Ints, MissingError, PromptScores, SampleRequest
 
 if TYPE_CHECKING:
     from .logits import Constrain
     from .lora import Adapters
-    from .model import AdapterLayout, LoadedModel
+    from .model import LoadedModel
     from .prefix_attention import KeyValues, Slots
+    from .sources import AdapterLayout
 
 # Requests looked at when rows join a batch.
 WINDOW = 256

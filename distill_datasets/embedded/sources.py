@@ -7,21 +7,33 @@ the file says. The folder is made once, in the user's cache, under a name that i
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import ModelError
 from distill_datasets.files import one_writer, replacing
 
-from .machine import user_cache
-from .model import ADAPTER_FILE, FACTOR, AdapterLayout, digest_files, read_object
+from .model import MOST_RANK, digest_files, read_object, user_cache
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+ADAPTER_FILE = "adapter_model.safetensors"
+FACTOR = "base_model.model.{}.lora_{}.weight"
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
+# Keys of an adapter's configuration that change no weight, or are read.
+_ADAPTER_KEYS = {
+    "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "task_type", "lora_dropout",
+    "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "init_lora_weights",
+    "peft_version", "runtime_config", "loftq_config", "eva_config", "corda_config",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying",
+    "megatron_core", "qalora_group_size",
+}  # fmt: skip
 # Weights in one file of a folder; twice as much is in memory at once.
 SHARD_BYTES = 2 << 30
 ARCHITECTURES = {
@@ -293,6 +305,65 @@ def save_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
     _write_json(folder / "model.safetensors.index.json", index)
 
 
+@dataclass(frozen=True)
+class AdapterLayout:
+    """What a LoRA adapter that anybody may have saved in PEFT's format adds to which layers."""
+
+    rank: int
+    scale: float
+    layers: tuple[str, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterLayout:
+        """Read it; raises `ModelError` for one that does more than add to linear layers' products,
+        by its configuration or its weights.
+        """
+        config = read_object(folder / "adapter_config.json")
+        others = {key for key, value in config.items() if value and key not in _ADAPTER_KEYS}
+        if config.get("bias") in (None, "none"):
+            others.discard("bias")
+        if config.get("peft_type") != "LORA" or others:
+            raise ModelError(
+                f"Expected a plain LoRA adapter in {str(folder)!r}; found "
+                f"peft_type={config.get('peft_type')!r} with {sorted(others)[:5]}, which can't be "
+                "applied: merge it into its base with PEFT first."
+            )
+        rank: Any = config.get("r")
+        alpha: Any = config.get("lora_alpha")
+        known = type(rank) is int and 1 <= rank <= MOST_RANK
+        if not known or type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise ModelError(
+                f"Expected a rank r in 1..{MOST_RANK} and a number lora_alpha in "
+                f"{str(folder / 'adapter_config.json')!r}; found r={rank!r}, lora_alpha={alpha!r}."
+            )
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        return cls(rank, scale, _adapted_layers(folder / ADAPTER_FILE))
+
+
+def _adapted_layers(file: Path) -> tuple[str, ...]:
+    """The layers that the factors in an adapter's file belong to."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise ModelError(
+            f"Expected {ADAPTER_FILE} in {str(file.parent)!r}, as PEFT saves it; found none."
+        )
+    try:
+        with safe_open(file, framework="np") as weights:
+            named = {key: _FACTOR.fullmatch(key) for key in weights.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{str(file)!r} can't be read: {error}. Save it again.") from error
+    layers = tuple(sorted({match[1] for match in named.values() if match}))
+    if odd := [key for key, match in named.items() if match is None]:
+        raise ModelError(
+            f"Expected the weights lora_A and lora_B of linear layers in {str(file)!r}; found "
+            f"{odd[:3]}, which can't be applied: merge it into its base with PEFT first."
+        )
+    if len(named) != 2 * len(layers):
+        raise ModelError(f"Expected lora_A and lora_B of each layer in {str(file)!r}; one lacks.")
+    return layers
+
+
 def open_adapter(folder: Path, find_base: Callable[[str], Path]) -> Path:
     """A LoRA adapter as PEFT saves it, added to its base: a model folder of its own.
 
@@ -308,9 +379,9 @@ def open_adapter(folder: Path, find_base: Callable[[str], Path]) -> Path:
 
 def _pairs(folder: Path, layout: AdapterLayout) -> dict[str, tuple[Tensor, Tensor]]:
     """The two factors of each layer's change, by the layer's name."""
-    from .lora import load_tensors
+    from safetensors.torch import load_file
 
-    found = load_tensors(folder / ADAPTER_FILE)
+    found = load_file(folder / ADAPTER_FILE)
     return {
         one: (found[FACTOR.format(one, "A")], found[FACTOR.format(one, "B")])
         for one in layout.layers

@@ -24,7 +24,7 @@ from distill_datasets.embedded.decoding import RunningBatch
 from distill_datasets.embedded.engine import ComputeThread, Engine, Job
 from distill_datasets.embedded.lora import LoraSpec
 from distill_datasets.embedded.model import ModelCard, load_model
-from distill_datasets.embedded.prefix_attention import CacheShape, Slots
+from distill_datasets.embedded.prefix_attention import Slots
 from distill_datasets.embedded.scheduler import BASE, Payload, SampleJob
 from distill_datasets.embedded.store import Store
 from distill_datasets.embedded.trainer import AdamParams, Datum, Trainee, TrainRequest
@@ -491,7 +491,7 @@ def test_slots_are_as_large_as_they_say_where_memory_ends_amid_them() -> None:
                 raise MemoryError
             return super()._allocate(rows)
 
-    slots = Full(CacheShape.of(base.network), 64, 3)
+    slots = Full(decoding.cache_shape(base), 64, 3)
     for rows in (5, 2):
         slots.left = 1
         with pytest.raises(MemoryError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distill_datasets.embedded.machine import TokenBytes
+from distill_datasets.embedded.model import TokenBytes
 from distill_datasets.embedded.scheduler import (
     SHORTEST,
     Admission,

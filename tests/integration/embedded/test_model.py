@@ -10,10 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill_datasets.embedded import machine, trainer
+from distill_datasets.embedded import model, trainer
 from distill_datasets.embedded.lora import Adapters, LoraSpec
-from distill_datasets.embedded.machine import ModelSize, choose_dtype, choose_threads, foretell
-from distill_datasets.embedded.model import ModelCard, load_model
+from distill_datasets.embedded.model import (
+    ModelCard,
+    ModelSize,
+    choose_dtype,
+    choose_threads,
+    foretell,
+    load_model,
+)
 from distill_datasets.embedded.trainer import AdamParams, Datum, Trainee, TrainRequest
 from distill_datasets.embedded.wire import InvalidRequestError
 from distill_datasets.errors import ModelError
@@ -41,7 +47,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def measured(monkeypatch: pytest.MonkeyPatch, fp32: float, bf16: float) -> None:
     speeds = {"fp32": fp32, "bf16": bf16}
-    monkeypatch.setattr(machine, "_measure_speeds", lambda widths: speeds)
+    monkeypatch.setattr(model, "_measure_speeds", lambda widths: speeds)
 
 
 def test_a_models_size_is_read_from_its_config() -> None:
@@ -81,9 +87,9 @@ def test_bf16_is_chosen_where_it_is_measured_to_be_faster(
 def test_a_damaged_note_of_the_speeds_is_measured_anew(kept: str, cache: Path) -> None:
     cache.parent.mkdir(parents=True)
     cache.write_text(kept)
-    found = machine.measured_speeds((64, 128))
+    found = model.measured_speeds((64, 128))
     assert min(found.values()) > 0
-    assert machine.measured_speeds((64, 128)) == found
+    assert model.measured_speeds((64, 128)) == found
 
 
 def test_a_small_model_stays_in_fp32_on_one_thread_whatever_is_measured(
@@ -101,7 +107,7 @@ def test_what_a_large_model_takes_is_said_and_one_that_cannot_fit_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     measured(monkeypatch, 100.0, 400.0)
-    monkeypatch.setattr(machine, "memory_of", lambda device: 24_000_000_000)
+    monkeypatch.setattr(model, "memory_of", lambda device: 24_000_000_000)
     said = foretell(LARGE, "bf16", "llama")
     assert said == (
         "'llama' has about 8.0 billion parameters (16 GB in bf16): a core of this machine reads "
@@ -126,7 +132,7 @@ def test_a_model_in_bf16_answers_and_is_another_than_in_fp32(
 
 def test_weights_are_loaded_in_the_number_format_that_was_asked_for(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "tiny")
-    for dtype, expected in machine.torch_dtypes().items():
+    for dtype, expected in model.torch_dtypes().items():
         loaded = load_model(ModelCard.read(folder, "tiny", dtype, threads=1))
         assert loaded.dtype == expected
         assert {one.dtype for one in loaded.network.parameters()} == {expected}
@@ -160,7 +166,7 @@ def test_training_in_bf16_learns_as_in_fp32_with_an_adapter_of_all_digits(tmp_pa
         assert {one.dtype for one in saved.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("dtype", machine.DTYPES)
+@pytest.mark.parametrize("dtype", model.DTYPES)
 def test_little_memory_changes_no_gradient_and_too_little_is_said(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
