@@ -198,12 +198,16 @@ class Group:
         parts, slots = [], self.slots if self.kind.width else None
         if self.rows:
             lengths = [row.length for row in self.rows]
-            parts.append(Part.of(self, NextTokens(self.slots, lengths, self._prefix), self.rows))
+            parts.append(self._part(NextTokens(self.slots, lengths, self._prefix), self.rows))
         if joining:
             lengths = [len(row.unread) for row in joining]
             segment = PromptTokens(lengths, self._prefix, slots, device, first=len(self.rows))
-            parts.append(Part.of(self, segment, joining))
+            parts.append(self._part(segment, joining))
         return parts
+
+    def _part(self, segment: Segment, rows: Sequence[Row]) -> Part:
+        starts = [row.newcomer.shared + row.length for row in rows]
+        return Part(self.kind.weights, segment, [row.unread for row in rows], starts, rows)
 
     def take(self, row: Row, source: Group) -> None:
         """Move a row here, where there is place for it."""
@@ -228,12 +232,6 @@ class Part(NamedTuple):
     ids: Sequence[Ints]
     starts: Sequence[int]
     rows: Sequence[Row] = ()
-
-    @classmethod
-    def of(cls, group: Group, segment: Segment, rows: Sequence[Row]) -> Part:
-        """What is unread of rows."""
-        starts = [row.newcomer.shared + row.length for row in rows]
-        return cls(group.kind.weights, segment, [row.unread for row in rows], starts, rows)
 
 
 class _Pass:
@@ -537,7 +535,7 @@ class RunningBatch:
             ]
             self._weights.use([(weights, sum(map(len, states)))])
             scores = score(requests, states, self._project)
-            found |= {row: scores[index] for index, (row, _) in enumerate(alike)}
+            found |= zip((row for row, _ in alike), scores, strict=True)
         return found
 
     def _choose(

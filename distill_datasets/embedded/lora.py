@@ -190,7 +190,14 @@ class Adapters:
     def _config(self, spec: LoraSpec | AdapterLayout) -> LoraConfig:
         alpha: Any = ALPHA
         if isinstance(spec, LoraSpec):
-            targets = self._targets(spec)
+            wanted = {"attn": spec.train_attn, "mlp": spec.train_mlp, "unembed": spec.train_unembed}
+            found = {path.rsplit(".", 1)[-1] for kind, path in self._layers if wanted[kind]}
+            if not found:
+                raise InvalidRequestError(
+                    f"found no linear layers for {[kind for kind, on in wanted.items() if on]} "
+                    f"in {type(self._network).__name__}"
+                )
+            targets = sorted(found)
         else:
             alpha, targets = spec.scale * spec.rank, list(spec.layers)
             if unknown := sorted({*targets} - {path for _, path in self._layers}):
@@ -237,16 +244,6 @@ class Adapters:
         if self._peft is None:
             raise RuntimeError("expected an adapter to exist; found none")
         return self._peft
-
-    def _targets(self, spec: LoraSpec) -> list[str]:
-        wanted = {"attn": spec.train_attn, "mlp": spec.train_mlp, "unembed": spec.train_unembed}
-        found = [path.rsplit(".", 1)[-1] for kind, path in self._layers if wanted[kind]]
-        if not found:
-            raise InvalidRequestError(
-                f"found no linear layers for {[kind for kind, on in wanted.items() if on]} "
-                f"in {type(self._network).__name__}"
-            )
-        return sorted(set(found))
 
 
 def _linear_layers(network: Any) -> list[tuple[str, str]]:

@@ -41,11 +41,6 @@ class Slots:
         self.shape, self.width, self.rows = shape, width, rows
         self.layers = [self._allocate(rows) for _ in range(shape.layers)]
 
-    @property
-    def tokens(self) -> int:
-        """The tokens that it has place for."""
-        return self.rows * self.width
-
     def _allocate(self, rows: int) -> KeyValues:
         one = self.shape
         sizes = (2, rows, self.width, one.heads, one.width)

@@ -248,18 +248,15 @@ def _named(tensor: str) -> str:
 def _write_gguf(folder: Path, content: _Gguf, tensors: Mapping[str, Any]) -> None:
     config = content.config(tensors)
     _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", {"eos_token_id": _ends(content)})
+    ends = dict.fromkeys(content.token(name) for name in ("eos", "eot", "eom"))
+    known = [one for one in ends if one is not None]
+    _write_json(folder / "generation_config.json", {"eos_token_id": known})
     _write_json(folder / "tokenizer_config.json", content.tokenizer_config())
     content.tokenizer().save(str(folder / "tokenizer.json"))
     template = content.fields.get("tokenizer.chat_template")
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, "utf-8")
     save_shards(folder, _dequantized(config, tensors))
-
-
-def _ends(content: _Gguf) -> list[int]:
-    ends = [content.token(name) for name in ("eos", "eot", "eom")]
-    return [one for one in dict.fromkeys(ends) if one is not None]
 
 
 def _dequantized(
@@ -374,21 +371,18 @@ def open_adapter(folder: Path, find_base: Callable[[str], Path]) -> Path:
     base = find_base(str(config.get("base_model_name_or_path") or ""))
     weights = sorted([*base.glob("*.safetensors"), *_texts(base)])
     parts = [*weights, folder / ADAPTER_FILE, folder / "adapter_config.json"]
-    return _made(folder, parts, lambda new: _merge(new, base, _pairs(folder, layout), layout.scale))
+    return _made(folder, parts, lambda new: _merge(new, base, folder, layout))
 
 
-def _pairs(folder: Path, layout: AdapterLayout) -> dict[str, tuple[Tensor, Tensor]]:
-    """The two factors of each layer's change, by the layer's name."""
+def _merge(folder: Path, base: Path, adapter: Path, layout: AdapterLayout) -> None:
     from safetensors.torch import load_file
 
-    found = load_file(folder / ADAPTER_FILE)
-    return {
-        one: (found[FACTOR.format(one, "A")], found[FACTOR.format(one, "B")])
+    factors = load_file(adapter / ADAPTER_FILE)
+    # The two factors of each layer's change, by the layer's name.
+    pairs = {
+        one: (factors[FACTOR.format(one, "A")], factors[FACTOR.format(one, "B")])
         for one in layout.layers
     }
-
-
-def _merge(folder: Path, base: Path, pairs: dict[str, tuple[Tensor, Tensor]], scale: float) -> None:
     config = read_object(base / "config.json")
     untied = "lm_head" in pairs and bool(config.get("tie_word_embeddings"))
     if untied:
@@ -398,8 +392,8 @@ def _merge(folder: Path, base: Path, pairs: dict[str, tuple[Tensor, Tensor]], sc
         if "index" not in file.name:
             shutil.copyfile(file, folder / file.name)
     _write_json(folder / "config.json", config)
-    tensors = _untied(base) if untied else _tensors(base)
-    save_shards(folder, ((name, _changed(name, one, pairs, scale)) for name, one in tensors))
+    tensors = _tensors(base, untied=untied)
+    save_shards(folder, ((name, _changed(name, one, pairs, layout.scale)) for name, one in tensors))
     if pairs:
         raise ModelError(
             f"The adapter changes layers that its base {str(base)!r} lacks: {sorted(pairs)[:3]}. "
@@ -407,22 +401,18 @@ def _merge(folder: Path, base: Path, pairs: dict[str, tuple[Tensor, Tensor]], sc
         )
 
 
-def _untied(base: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors, with the input's matrix once more as the output's."""
-    for name, values in _tensors(base):
-        if name != "lm_head.weight":
-            yield name, values
-        if name == "model.embed_tokens.weight":
-            yield "lm_head.weight", values.clone()
-
-
-def _tensors(base: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(base: Path, *, untied: bool) -> Iterator[tuple[str, Tensor]]:
+    """The tensors; `untied` gives the input's matrix once more as the output's."""
     from safetensors import safe_open
 
     for file in sorted(base.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (not a mapping)
-                yield name, weights.get_tensor(name)
+                values = weights.get_tensor(name)
+                if not (untied and name == "lm_head.weight"):
+                    yield name, values
+                if untied and name == "model.embed_tokens.weight":
+                    yield "lm_head.weight", values.clone()
 
 
 def _changed(

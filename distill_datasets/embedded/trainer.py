@@ -130,16 +130,6 @@ def _read_datum(datum: pb.Datum, loss: str, left: int) -> Datum:
             f"{', '.join(map(shown, sorted(datum.loss_fn_inputs)[:8]))}"
         )
     tensors = {name: datum.loss_fn_inputs[name] for name in names}
-    _require_shapes(tokens, tensors, loss, left)
-    arrays = [read_tensor(tensor, name) for name, tensor in tensors.items()]
-    if arrays[0].dtype.kind != "i":
-        raise InvalidRequestError("expected target_tokens as int64; found float32")
-    targets, *inputs = (array.reshape(len(tokens), -1) for array in arrays)
-    floats = tuple(array.astype(np.float32) for array in inputs)
-    return Datum(tokens, targets.astype(np.int64), floats, arrays[0].ndim == 1)
-
-
-def _require_shapes(tokens: Ints, tensors: Mapping[str, pb.Tensor], loss: str, left: int) -> None:
     found = {name: tensor_shape(tensor, name) for name, tensor in tensors.items()}
     shape = found["target_tokens"]
     most = 2 if loss == SOFT else 1
@@ -155,6 +145,12 @@ def _require_shapes(tokens: Ints, tensors: Mapping[str, pb.Tensor], loss: str, l
             f"expected at most {MOST_VALUES} targets in a request; found more: send fewer rows, "
             "or fewer targets a token"
         )
+    arrays = [read_tensor(tensor, name) for name, tensor in tensors.items()]
+    if arrays[0].dtype.kind != "i":
+        raise InvalidRequestError("expected target_tokens as int64; found float32")
+    targets, *inputs = (array.reshape(len(tokens), -1) for array in arrays)
+    floats = tuple(array.astype(np.float32) for array in inputs)
+    return Datum(tokens, targets.astype(np.int64), floats, arrays[0].ndim == 1)
 
 
 def write_train_result(logprobs: Sequence[Floats], metrics: Mapping[str, float]) -> bytes:

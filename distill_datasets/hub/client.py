@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from distill_datasets.errors import DistillError, HubError, OutputError, RepositoryError
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
 Found = TypeVar("Found")
@@ -42,6 +41,9 @@ def resolve(reference: str) -> HubDataset:
     A Hub that can't be reached leaves the commit that the same revision meant the last time it
     was resolved on this machine. Raises `HubError` or `RepositoryError`.
     """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
     repo, _, revision = reference.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or (revision == "" and "@" in reference):
         raise RepositoryError(
@@ -50,10 +52,13 @@ def resolve(reference: str) -> HubDataset:
         )
     if _COMMIT.fullmatch(revision):
         return HubDataset(repo, revision, revision)
-    known = _known_commit(repo, revision or "main")
+    # The client's cache keeps the commit that a revision meant.
+    folder = repo_folder_name(repo_id=repo, repo_type="dataset")
+    refs = Path(constants.HF_HUB_CACHE).expanduser() / folder / "refs"
+    known = refs / (revision or "main")
     try:
         with explained(repo, revision or None):
-            commit = str(patiently(_api().dataset_info, repo, revision=revision or None).sha)
+            commit = str(patiently(HfApi().dataset_info, repo, revision=revision or None).sha)
     except RepositoryError:
         raise
     except HubError:
@@ -61,7 +66,9 @@ def resolve(reference: str) -> HubDataset:
             raise
         commit = known.read_text(encoding="utf-8").strip()
     else:
-        _remember(known, commit)
+        with suppress(OSError):  # a cache that can't be written costs a request, not the answer
+            known.parent.mkdir(parents=True, exist_ok=True)
+            known.write_text(commit, encoding="utf-8")
     return HubDataset(repo, revision or None, commit)
 
 
@@ -149,15 +156,22 @@ def ensure_repository(repo: str, *, kind: Kind, private: bool) -> None:
 
     An existing one keeps its visibility, which must be the one asked for.
     """
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    api = _api()
+    api = HfApi()
     with explained(repo):
         require_token()
         try:
             info = patiently(api.repo_info, repo, repo_type=kind, expand=["private"])
-            _check_visibility(repo, private=private, found=bool(info.private))
-            return
+            if bool(info.private) == private:
+                return
+            is_, wanted = ("private", "public") if info.private else ("public", "private")
+            raise RepositoryError(
+                f"{repo!r} is {is_} on the Hub and the release is to be {wanted}: publish with "
+                f"--{is_}, choose another repository, or change its visibility at {endpoint()} "
+                "first."
+            )
         except RepositoryNotFoundError:
             pass  # it is made
         other = "model" if kind == "dataset" else "dataset"
@@ -238,29 +252,6 @@ def no_token() -> str:
     )
 
 
-def _api() -> "HfApi":
-    from huggingface_hub import HfApi
-
-    return HfApi()
-
-
-def _known_commit(repo: str, revision: str) -> Path:
-    """Where the client's cache keeps the commit that a revision meant."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    folder = repo_folder_name(repo_id=repo, repo_type="dataset")
-    return Path(constants.HF_HUB_CACHE).expanduser() / folder / "refs" / revision
-
-
-def _remember(known: Path, commit: str) -> None:
-    try:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        known.write_text(commit, encoding="utf-8")
-    except OSError:
-        pass  # a cache that can't be written costs a request, not the answer
-
-
 def _asked_wait(error: "HfHubHTTPError", otherwise: float) -> float:
     """Seconds that the server asks for, by Retry-After or by its rate limit's header."""
     headers = error.response.headers
@@ -276,42 +267,31 @@ def _asked_wait(error: "HfHubHTTPError", otherwise: float) -> float:
     return float(limit[1]) + 1 if limit else otherwise
 
 
-def _check_visibility(repo: str, *, private: bool, found: bool) -> None:
-    if found == private:
-        return
-    is_, wanted = ("private", "public") if found else ("public", "private")
-    raise RepositoryError(
-        f"{repo!r} is {is_} on the Hub and the release is to be {wanted}: publish with --{is_}, "
-        f"choose another repository, or change its visibility at {endpoint()} first."
-    )
-
-
 def _refused(error: "HfHubHTTPError", repo: str, revision: str | None) -> HubError:
+    from huggingface_hub import get_token
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
+        RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    said = _shown(error.server_message or f"status {error.response.status_code}")
-    if isinstance(error, GatedRepoError):
-        return RepositoryError(
-            f"{repo!r} is gated: accept its terms at {endpoint()}, then try again."
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return RepositoryError(
-            f"{repo!r} has no revision {revision!r}: name one of its branches, tags or commits."
-        )
-    if isinstance(error, EntryNotFoundError):
-        return RepositoryError(f"{repo!r} lacks a file at {revision or 'main'}: {said}.")
-    return _by_status(error, repo, said)
-
-
-def _by_status(error: "HfHubHTTPError", repo: str, said: str) -> HubError:
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import RepositoryNotFoundError
-
     status = error.response.status_code
+    said = _shown(error.server_message or f"status {status}")
+    named = {
+        GatedRepoError: f"is gated: accept its terms at {endpoint()}, then try again",
+        RevisionNotFoundError: f"has no revision {revision!r}: name one of its branches, tags or "
+        "commits",
+        EntryNotFoundError: f"lacks a file at {revision or 'main'}: {said}",
+    }
+    for kind, problem in named.items():
+        if isinstance(error, kind):
+            return RepositoryError(f"{repo!r} {problem}.")
+    if status in BUSY:
+        return HubError(
+            f"{endpoint()} answered {status} for {repo!r} again and again ({said}). Run the same "
+            "again later: what was uploaded is not uploaded twice."
+        )
     if status == 401 and not get_token():
         return RepositoryError(f"{repo!r} is missing or private. {no_token()}")
     if isinstance(error, RepositoryNotFoundError):
@@ -323,11 +303,6 @@ def _by_status(error: "HfHubHTTPError", repo: str, said: str) -> HubError:
         )
     if status in (403, 404):
         return RepositoryError(_forbidden(repo, said))
-    if status in BUSY:
-        return HubError(
-            f"{endpoint()} answered {status} for {repo!r} again and again ({said}). Run the same "
-            "again later: what was uploaded is not uploaded twice."
-        )
     return RepositoryError(f"The Hub refused the request for {repo!r} ({status}): {said}")
 
 
@@ -372,17 +347,13 @@ def _forbidden(repo: str, said: str) -> str:
 
 def _unreached(error: BaseException, repo: str) -> HubError:
     if str(error).endswith("Hub is not supported") or "xet" in str(error).lower():
-        return HubError(_xet(error, repo))
+        return HubError(
+            f"The upload to {repo!r} through Xet failed: {_shown(error)}. Run again with "
+            "HF_HUB_DISABLE_XET=1, which uploads through LFS."
+        )
     return HubError(
         f"Can't reach {endpoint()} for {repo!r}: {_shown(error)}. Check the network and "
         "HF_ENDPOINT, then run the same again: what was uploaded is not uploaded twice."
-    )
-
-
-def _xet(error: BaseException, repo: str) -> str:
-    return (
-        f"The upload to {repo!r} through Xet failed: {_shown(error)}. Run again with "
-        "HF_HUB_DISABLE_XET=1, which uploads through LFS."
     )
 
 

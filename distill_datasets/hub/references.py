@@ -72,12 +72,21 @@ def find_release(
         wanted = ["manifest.json", *(f"{part}/*" for part in ("recipe", *parts))]
         found = _fetch(str(given), [inside + pattern for pattern in wanted])
         commit, folders = found.commit, [found.path / inside]
-    release = next((Pinned(folder, commit) for folder in folders if _is_release(folder)), None)
-    if release and parts:
-        check_files(release.path, parts)
-    if release is None and commit and config is None:
-        _require_no_configs(str(given))
-    return release
+    for folder in folders:
+        if (folder / "manifest.json").is_file():
+            if parts:
+                check_files(folder, parts)
+            return Pinned(folder, commit)
+    if commit and config is None:
+        # The repository's releases may be configurations with names.
+        found = _fetch(str(given), ["*/manifest.json"])
+        if names := sorted(path.parent.name for path in found.path.glob("*/manifest.json")):
+            name, at, revision = str(given).partition("@")
+            raise DatasetError(
+                f"{str(given)!r} has the configurations {names}: name one of them, as "
+                f"'{name}:{names[0]}{at}{revision}'."
+            )
+    return None
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -109,7 +118,11 @@ def check_files(release: Path, parts: Collection[str]) -> None:
     was changed, added or taken away, or that leads out of the folder.
     """
     _check_card(release)
-    listed = _digests(release)
+    path = release / "manifest.json"
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8")).get("sha256")
+    except (ValueError, AttributeError) as error:
+        raise DatasetError(f"{str(path)!r} is no manifest: {error}. Publish again.") from error
     names = sorted(
         path.relative_to(release).as_posix()
         for part in parts
@@ -117,7 +130,7 @@ def check_files(release: Path, parts: Collection[str]) -> None:
         if not path.is_dir()
     )
     paths = [inside(release, name) for name in names]
-    if listed is None:
+    if not isinstance(listed, Mapping):
         return
     expected = {name for name in listed if name.partition("/")[0] in parts}
     if missing := sorted(expected - {*names}):
@@ -190,15 +203,6 @@ def _texts(value: Any) -> Iterator[str]:
         yield from (text for one in value for text in _texts(one))
 
 
-def _digests(release: Path) -> Mapping[str, str] | None:
-    path = release / "manifest.json"
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8")).get("sha256")
-    except (ValueError, AttributeError) as error:
-        raise DatasetError(f"{str(path)!r} is no manifest: {error}. Publish again.") from error
-    return listed if isinstance(listed, Mapping) else None
-
-
 def _outside(folder: Path, name: str, how: str) -> DatasetError:
     return DatasetError(
         f"{str(folder)!r} names the file {name!r}, but {how}: expected a file in that folder. "
@@ -211,10 +215,6 @@ def _changed(release: Path, name: str, what: str) -> DatasetError:
         f"{str(release / name)!r} {what}: it is not the file that {str(release)!r} was published "
         "with, whose digest is in its manifest.json. Get the release again, or publish anew."
     )
-
-
-def _is_release(folder: Path) -> bool:
-    return (folder / "manifest.json").is_file()
 
 
 def _resolve(reference: str) -> "HubDataset":
@@ -234,17 +234,6 @@ def _fetch(reference: str, patterns: Sequence[str]) -> Pinned:
 
     dataset = _resolve(reference)
     return Pinned(hub.snapshot(dataset, list(patterns)), dataset.commit)
-
-
-def _require_no_configs(reference: str) -> None:
-    """Raise `DatasetError` where a repository's releases are configurations with names."""
-    found = _fetch(reference, ["*/manifest.json"])
-    if names := sorted(path.parent.name for path in found.path.glob("*/manifest.json")):
-        name, at, revision = reference.partition("@")
-        raise DatasetError(
-            f"{reference!r} has the configurations {names}: name one of them, as "
-            f"'{name}:{names[0]}{at}{revision}'."
-        )
 
 
 def _configs(readme: Path) -> list[Mapping[str, Any]]:

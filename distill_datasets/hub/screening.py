@@ -161,14 +161,11 @@ class _Found:
         known = self._findings.get(key)
         if known is None:
             self._distinct[kind] += 1
-            self._findings[key] = Finding(kind, where, _masked(value), key)
+            # At most four signs and at most a quarter of a value, and how long it is.
+            shown = f"{value[: min(4, len(value) // 4)]}… ({len(value)} characters)"
+            self._findings[key] = Finding(kind, where, shown, key)
         elif where != known.where:
             self._findings[key] = replace(known, places=known.places + 1)
-
-
-def _masked(value: str) -> str:
-    """At most four signs and at most a quarter of a value, and how long it is."""
-    return f"{value[: min(4, len(value) // 4)]}… ({len(value)} characters)"
 
 
 def _starts(page: Sequence[_Text]) -> tuple[list[int], list[int]]:
@@ -302,7 +299,10 @@ def scanned(text: str) -> Iterator[tuple[str, int, str]]:
     """Rule, line (from 1) and value of what the scanner finds; the surest rule comes first."""
     with tempfile.TemporaryDirectory(prefix="distill-screening-") as folder:
         file = Path(folder) / "text.txt"
-        file.write_bytes(_without_prose(text))
+        # Without signs that no key has, in the same lines: the scanner's rules are made for code,
+        # and miss a key that a comma, a bracket, a full stop or a letter beyond ASCII follows.
+        plain = text.encode("ascii", "replace").translate(_NOT_IN_KEYS)
+        file.write_bytes(_SENTENCE_END.sub(b" ", plain))
         report = _scan(file)
     found = [json.loads(line) for line in report.splitlines() if line.startswith("{")]
     hits = [(one["rule"]["name"], one["finding"]) for one in found if "finding" in one]
@@ -335,16 +335,6 @@ def own_keys() -> dict[str, str]:
     found |= {"the Hub's token": token} if token else {}
     trimmed = {name: value.strip().strip("\"'“”‘’") for name, value in found.items()}
     return {name: value for name, value in trimmed.items() if len(value) >= _OWN_LENGTH}
-
-
-def _without_prose(text: str) -> bytes:
-    """The text with signs that no key has as spaces, its lines as they were.
-
-    The scanner's rules are made for code: they miss a key that a comma, a bracket, a full stop
-    or a letter beyond ASCII follows.
-    """
-    plain = text.encode("ascii", "replace").translate(_NOT_IN_KEYS)
-    return _SENTENCE_END.sub(b" ", plain)
 
 
 def _scan(file: Path) -> str:
@@ -388,15 +378,11 @@ def _bits(text: str) -> float:
     return -sum(share * math.log2(share) for share in shares)
 
 
-def _is_password(value: str) -> bool:
-    return len(value) >= 6 and _is_unlike_words(value)
-
-
 _RULES: tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...] = (
     *((rule, re.compile(shape, re.ASCII), lambda _: True) for rule, shape in _SHAPES.items()),
     ("url-credentials", _URL_USER, lambda value: not _PLACEHOLDER.search(value)),
     ("authorization-header", _AUTHORIZATION, _is_unlike_words),
-    ("password", _PASSWORD, _is_password),
+    ("password", _PASSWORD, lambda value: len(value) >= 6 and _is_unlike_words(value)),
     ("assigned-secret", _ASSIGNED, _is_random),
 )
 

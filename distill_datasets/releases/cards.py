@@ -6,7 +6,7 @@ A card is handled as its two halves: the metadata, and the text below it.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from distill_datasets.conversations import shown
 from distill_datasets.files import cards_folder
 from distill_datasets.progress import amount_text
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.manifest import PARTS, side_config
+from distill_datasets.releases.manifest import PARTS, flat, side_config
 from distill_datasets.schema import EARLIER
 from distill_datasets.tables import interval_text
 
@@ -45,6 +45,7 @@ _HUB_LICENSE = re.compile(
     r"lgpl-2\.1|gfdl|eupl-1\.[12]|etalab-2\.0|afl-3\.0|artistic-2\.0|openrail|gemma|"
     r"llama(2|3|3\.[123]|4)"
 )
+_OTHERS = ("base", "teacher")
 _METRICS = {"macro_f1": "f1"}  # ours whose kind has another name on the Hub
 # What the card of a student says elsewhere, or only this machine understands.
 _NOT_SHOWN = ("dataset.path", "dataset.revision", "dataset.files", "checkpoint.best")
@@ -125,15 +126,25 @@ def model_card(
     base = training.get("student") or systems["base"]["model"]
     hosted = re.fullmatch(r"tinker:([\w.-]+/[\w.-]+)", base)
     on_hub = published["base_model"] if published else hosted and hosted[1]
+    hub_dataset = dataset_on_hub(training)
     metadata = {
         "model_name": name,
         **(_license(recipe) | _languages(recipe) if recipe else {}),
-        **_model_metadata(report, training, on_hub),
+        **({"base_model": on_hub, "base_model_relation": "adapter"} if on_hub else {}),
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        **({"datasets": [hub_dataset[0]]} if hub_dataset else {}),
+        "tags": ["lora", "prompt-distillation", "distill-datasets"],
+        **(_results(report, training) if report else {}),
     }
     facts = {
         "recipe": recipe,
         "report": report,
-        "training": {key: value for key, value in _flat(training) if key not in _NOT_SHOWN},
+        "training": {
+            key: value
+            for key, value in flat(training)
+            if value is not None and key not in _NOT_SHOWN
+        },
         "dataset": {"rows": None, "revision": None, **(report or training)["dataset"]},
         "base": base,
         "teacher": systems["teacher"]["model"] if report else recipe and recipe.teacher_name,
@@ -162,21 +173,6 @@ def report_markdown(report: Mapping[str, Any]) -> str:
     return _fill("report.md", {"differences": {}, **report})
 
 
-def _model_metadata(
-    report: Mapping[str, Any] | None, training: Mapping[str, Any], base: str | None
-) -> dict[str, Any]:
-    """The metadata of a student's card but for its name, licence and languages."""
-    hub_dataset = dataset_on_hub(training)
-    return {
-        **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        **({"datasets": [hub_dataset[0]]} if hub_dataset else {}),
-        "tags": ["lora", "prompt-distillation", "distill-datasets"],
-        **(_results(report, training) if report else {}),
-    }
-
-
 def _results(report: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:
     """The student's metrics; each carries its interval, and what base and teacher reached."""
     from huggingface_hub import EvalResult
@@ -184,57 +180,39 @@ def _results(report: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str
 
     systems, hub_dataset = report["systems"], dataset_on_hub(training)
     name = report["recipe"]
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=hub_dataset[0] if hub_dataset else name,
-            dataset_name=name,
-            dataset_split=report["split"],
-            dataset_revision=hub_dataset[1] if hub_dataset else report["dataset"]["revision"],
-            metric_type=_METRICS.get(metric, metric),
-            metric_name=metric,
-            metric_value=_rounded(value["value"]),
-            metric_args={
-                "rows": value.get("rows", report["n"]),
-                **_interval(value),
-                **_others(systems, metric, kind),
-            },
-        )
-        for kind in ("metrics", "checks")
-        for metric, value in systems["student"].get(kind, {}).items()
-    ]
+    results = []
+    for kind in ("metrics", "checks"):
+        for metric, value in systems["student"].get(kind, {}).items():
+            numbers = _numbers(value)
+            others = {role: systems.get(role, {}).get(kind, {}).get(metric) for role in _OTHERS}
+            results.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=hub_dataset[0] if hub_dataset else name,
+                    dataset_name=name,
+                    dataset_split=report["split"],
+                    dataset_revision=hub_dataset[1]
+                    if hub_dataset
+                    else report["dataset"]["revision"],
+                    metric_type=_METRICS.get(metric, metric),
+                    metric_name=metric,
+                    metric_value=numbers.pop("value"),
+                    metric_args={
+                        "rows": value.get("rows", report["n"]),
+                        **numbers,
+                        **{role: _numbers(other) for role, other in others.items() if other},
+                    },
+                )
+            )
     return {"model-index": eval_results_to_model_index(f"{name} student", results)}
 
 
-def _others(systems: Mapping[str, Any], metric: str, kind: str) -> dict[str, Any]:
-    found = {
-        role: systems[role].get(kind, {}).get(metric)
-        for role in ("base", "teacher")
-        if role in systems
-    }
-    return {
-        role: {"value": _rounded(value["value"]), **_interval(value)}
-        for role, value in found.items()
-        if value
-    }
-
-
-def _interval(value: Mapping[str, float]) -> dict[str, list[float]]:
-    if "low" not in value:
-        return {}
-    return {"interval_95": [_rounded(value["low"]), _rounded(value["high"])]}
-
-
-def _rounded(value: float) -> float:
-    return round(float(value), 4)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield f"{prefix}{key}", value
+def _numbers(value: Mapping[str, float]) -> dict[str, Any]:
+    """A metric's value, and its interval where there is one."""
+    found: dict[str, Any] = {"value": round(float(value["value"]), 4)}
+    if "low" in value:
+        found["interval_95"] = [round(float(value[end]), 4) for end in ("low", "high")]
+    return found
 
 
 def _license(recipe: Recipe) -> dict[str, str]:
@@ -287,9 +265,13 @@ def _environment() -> "Environment":
 
 def _fenced(text: str, language: str = "") -> str:
     """A code block whose fence no line of the text can close."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    """How many backquotes stand together in a text."""
+    return max(map(len, re.findall(r"`+", text)), default=0)
 
 
 def _cell(value: object) -> str:
@@ -300,10 +282,9 @@ def _cell(value: object) -> str:
 def _code(value: object) -> str:
     """Inline code that holds any text."""
     text = _cell(value)
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    if not longest:
+    if "`" not in text:
         return f"`{text}`"
-    fence = "`" * (longest + 1)
+    fence = "`" * (_longest_run(text) + 1)
     return f"{fence} {text} {fence}"
 
 
@@ -360,18 +341,14 @@ def merged(
     That is all text outside the markers, the metadata that differs from what was generated for
     it the last time (`previous`), and what is there for other configurations.
     """
-    body = _kept_text(card[1], existing[1], config)
-    return _kept_metadata(card[0], existing[0], previous), body
-
-
-def _kept_text(new: str, old: str, config: str) -> str:
     begin, end = markers(config)
-    own_before, block, own_after = _around(new, begin, end)
-    before, found, after = _around(old, begin, end)
+    own_before, block, own_after = _around(card[1], begin, end)
+    before, found, after = _around(existing[1], begin, end)
     if not found:
-        before, after = _place(old)
+        before, after = _place(existing[1])
     parts = (before or own_before, f"{begin}{block}{end}", after or own_after)
-    return "\n\n".join(part for part in parts if part)
+    body = "\n\n".join(part for part in parts if part)
+    return _kept_metadata(card[0], existing[0], previous), body
 
 
 def _around(body: str, begin: str, end: str) -> tuple[str, str, str]:
@@ -408,20 +385,17 @@ def _kept_metadata(
 
 def _kept_value(key: str, ours: Any, theirs: Mapping[str, Any], previous: Mapping[str, Any]) -> Any:
     if key in LAYOUT:
-        return _kept_configs(ours, theirs.get(key))
+        mine = _listed(ours)
+        # Configurations of one release come and go together: data, rejected rows, raw answers.
+        own = {name for one in mine for name in _together(one.get("config_name", "default"))}
+        listed = _listed(theirs.get(key))
+        others = [one for one in listed if one.get("config_name", "default") not in own]
+        return [*({"config_name": "default", **one} for one in mine), *others] if others else ours
     if key not in theirs or key in _RIGHTS or theirs[key] == previous.get(key):
         return ours
     if key in _LISTS and isinstance(theirs[key], list):
         return [*ours, *(one for one in theirs[key] if one not in (*ours, *previous.get(key, ())))]
     return ours if key == "size_categories" else theirs[key]
-
-
-def _kept_configs(ours: Any, theirs: Any) -> Any:
-    mine = _listed(ours)
-    # Configurations of one release come and go together: data, rejected rows, raw answers.
-    names = {name for one in mine for name in _together(one.get("config_name", "default"))}
-    others = [one for one in _listed(theirs) if one.get("config_name", "default") not in names]
-    return [*({"config_name": "default", **one} for one in mine), *others] if others else ours
 
 
 def _together(name: str) -> tuple[str, ...]:

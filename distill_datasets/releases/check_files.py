@@ -18,7 +18,6 @@ from distill_datasets.recipes.loading import load_released_recipe
 from distill_datasets.recipes.parsing import read_json
 from distill_datasets.recipes.prompt import fields_of
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.recipes.sections import Check
 from distill_datasets.schema import EARLIER
 
 CHECK = "check"
@@ -89,7 +88,12 @@ def _row(row: Mapping[str, Any], recipe: Recipe, said: Mapping[str, Any] | None)
         "messages": linked(recipe.student_messages(query, row.get(EARLIER) or ())),
         **({"handle": handle} if handle else {}),
         "right": _right(part, row),
-        "checks": {one.name: _demand(one) for one in part.checks if _tells(one, passed)},
+        # What says something of this row, which its expected answer passes, and can travel.
+        "checks": {
+            one.name: [one.kind, one.model_dump(mode="json")[one.kind]]
+            for one in part.checks
+            if one.kind in _PORTABLE and passed[one.name] is True
+        },
         "teacher": response,
     }
     if said is not None and not _is_right(part, row, said, found["checks"]):
@@ -138,15 +142,6 @@ def _within(part: Recipe, answer: str) -> dict[str, Any]:
     if part.answer.field:
         return {"field": part.answer.field, "answer": answer}
     return {"json": read_json(answer)}
-
-
-def _tells(check: Check, passed: Mapping[str, bool | None]) -> bool:
-    """Whether a check says something of a row, which its expected answer passes, and can travel."""
-    return check.kind in _PORTABLE and passed[check.name] is True
-
-
-def _demand(check: Check) -> list[Any]:
-    return [check.kind, check.model_dump(mode="json")[check.kind]]
 
 
 def given_tools(recipe: Recipe) -> dict[str, Any]:

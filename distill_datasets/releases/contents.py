@@ -13,7 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from distill_datasets.models.sampler import digest
 from distill_datasets.recipes.checks import FAILED
 from distill_datasets.recipes.mix import mixed_answer, mixed_messages
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.diff import Fingerprints, published_rows
+from distill_datasets.releases.diff import Fingerprints, json_line, published_rows, short_hash
 from distill_datasets.releases.manifest import (
     MANIFEST,
     PARTS,
@@ -47,8 +47,19 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset, Features
 
+    from distill_datasets.releases.diff import Hashes
+
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*")  # what `datasets` can name
 _TAKEN_NAMES = ("all", REJECTED)
+_FREE_SHARE = 0.1  # of the distinct queries that one answer may be for, where any text is allowed
+_CHOICE_SHARE = 0.95
+_REJECTED_SHARE = 0.5
+_FAILED_SHARE = 0.1
+_FEWEST = 3  # equal answers, and rows that can't be used
+_FEWEST_CHOSEN = 10  # queries, before equal answers out of a closed set say anything
+_TEXTS = 1_000  # that are kept to be shown
+_SHOWN = 60  # signs of one
+_NAMED = 10  # choices
 
 
 def answered_contents(
@@ -214,17 +225,6 @@ def _as_json(message: Message) -> str:
     return json.dumps({**message, **({"tool_calls": calls} if calls else {})}, ensure_ascii=False)
 
 
-_FREE_SHARE = 0.1  # of the distinct queries that one answer may be for, where any text is allowed
-_CHOICE_SHARE = 0.95
-_REJECTED_SHARE = 0.5
-_FAILED_SHARE = 0.1
-_FEWEST = 3  # equal answers, and rows that can't be used
-_FEWEST_CHOSEN = 10  # queries, before equal answers out of a closed set say anything
-_TEXTS = 1_000  # that are kept to be shown
-_SHOWN = 60  # signs of one
-_NAMED = 10  # choices
-
-
 class AnswerTally:
     """Hashes of the queries and answers of kept rows, 16 bytes a row.
 
@@ -240,8 +240,8 @@ class AnswerTally:
     def add(self, row: Mapping[str, Any]) -> None:
         """Count a kept row."""
         text = str(row["answer"] if self.choices else row["response"])
-        answer = _hash(text)
-        self._queries.append(_hash(row["query"]))
+        answer = short_hash(text.encode())
+        self._queries.append(short_hash(row["query"].encode()))
         self._answers.append(answer)
         self._first.append(row["sample"] == 0)
         if len(self._texts) < _TEXTS:
@@ -249,19 +249,22 @@ class AnswerTally:
 
     def warnings(self, rejected: Mapping[str, int], errors: int) -> list[str]:
         """What to know before training on the rows; `rejected` counts rows by their reason."""
+        import numpy as np
+
+        queries, answers = (np.frombuffer(one, np.uint64) for one in (self._queries, self._answers))
+        first = np.frombuffer(self._first, np.int8).astype(bool)
         found = [
-            self._alike(),
-            self._contradicting(),
+            self._alike(queries, answers),
+            _contradicting(queries[first], answers[first]),
             self._absent(),
-            _unusable(rejected, errors, len(self._queries)),
+            _unusable(rejected, errors, len(queries)),
         ]
         return [warning for warning in found if warning]
 
-    def _alike(self) -> str | None:
+    def _alike(self, queries: Hashes, answers: Hashes) -> str | None:
         """One answer for too many queries."""
         import numpy as np
 
-        queries, answers = self._arrays()
         pairs = np.unique(np.stack([queries, answers]), axis=1)
         distinct = len(np.unique(queries))
         values, counts = np.unique(pairs[1], return_counts=True)
@@ -278,34 +281,15 @@ class AnswerTally:
             return f"{shown} stands for {share}: is it an excuse, or an error text?"
         return None
 
-    def _contradicting(self) -> str | None:
-        """Equal queries, asked as rows of their own, with different answers."""
-        import numpy as np
-
-        queries, answers = self._arrays()
-        first = np.frombuffer(self._first, np.int8).astype(bool)
-        pairs = np.unique(np.stack([queries[first], answers[first]]), axis=1)
-        _, counts = np.unique(pairs[0], return_counts=True)
-        several = int((counts > 1).sum())
-        if not several:
-            return None
-        are = "query is" if several == 1 else "queries are"
-        return f"{several:,} {are} there more than once, with different answers"
-
     def _absent(self) -> str | None:
         """Choices that no kept row has."""
         seen = set(self._answers)
-        absent = [choice for choice in self.choices if _hash(choice) not in seen]
+        absent = [choice for choice in self.choices if short_hash(choice.encode()) not in seen]
         if not absent:
             return None
         named = ", ".join(repr(one_line(choice, _SHOWN)) for choice in absent[:_NAMED])
         more = f" and {len(absent) - _NAMED:,} more" if len(absent) > _NAMED else ""
         return f"{len(absent):,} of {len(self.choices):,} choices never occur: {named}{more}"
-
-    def _arrays(self) -> tuple[Any, Any]:
-        import numpy as np
-
-        return np.frombuffer(self._queries, np.uint64), np.frombuffer(self._answers, np.uint64)
 
 
 class CheckTally:
@@ -342,6 +326,19 @@ class CheckTally:
         return found
 
 
+def _contradicting(queries: Hashes, answers: Hashes) -> str | None:
+    """Equal queries, asked as rows of their own, with different answers."""
+    import numpy as np
+
+    pairs = np.unique(np.stack([queries, answers]), axis=1)
+    _, counts = np.unique(pairs[0], return_counts=True)
+    several = int((counts > 1).sum())
+    if not several:
+        return None
+    are = "query is" if several == 1 else "queries are"
+    return f"{several:,} {are} there more than once, with different answers"
+
+
 def _unusable(rejected: Mapping[str, int], errors: int, kept: int) -> str | None:
     reasons = {**rejected, **({"not answered": errors} if errors else {})}
     dropped = sum(reasons.values())
@@ -353,10 +350,6 @@ def _unusable(rejected: Mapping[str, int], errors: int, kept: int) -> str | None
     if by_reason[0][0].startswith(FAILED):
         hint = ": ask for it in prompt.md, mend the check, or leave it out of `keep`"
     return f"{dropped:,} of {dropped + kept:,} rows can't be used ({told}){hint}"
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 @dataclass
@@ -391,9 +384,13 @@ class Survey:
     def _add(self, parts: tuple[str, ...], rows: pa.Table) -> None:
         self.rows.update(dict.fromkeys(parts, len(rows)))
         for part in parts:
-            self._digests.setdefault(part, sha256(_line(rows.column_names)))
+            self._digests.setdefault(part, sha256(json_line(rows.column_names)))
         for row in rows.to_pylist():
-            line = _line(_digested(row))
+            # What differs from run to run is no part of it: how much of the prompt a server had in
+            # its cache, and how often a failed row was asked.
+            cells = {**row, "error": failure_content(row["error"])} if "error" in row else {**row}
+            cells.pop("teacher_cached_tokens", None)
+            line = json_line([*cells.values()])
             for part in parts:
                 self._digests[part].update(line)
             self.fingerprints.add(parts, row)
@@ -488,19 +485,3 @@ def check_release(release: Path, parts: Collection[str] = (*PARTS, "recipe")) ->
             f"{str(release / MANIFEST)!r} was written for: {problem}. Get the release again, or "
             "publish anew."
         )
-
-
-def _digested(row: dict[str, Any]) -> list[Any]:
-    """A row's cells but for what differs from run to run: how much of the prompt a server had in
-    its cache, and how often a failed row was asked.
-    """
-    return [
-        failure_content(value) if name == "error" else value
-        for name, value in row.items()
-        if name != "teacher_cached_tokens"
-    ]
-
-
-def _line(values: list[Any]) -> bytes:
-    text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
-    return text.encode() + b"\n"

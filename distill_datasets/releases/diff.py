@@ -22,7 +22,14 @@ from distill_datasets.hub.references import Pinned, find_release
 from distill_datasets.parquet import open_parquet, read_batches
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.releases.manifest import REJECTED, RowChanges, read_manifest, rejected_rows
+from distill_datasets.releases.manifest import (
+    REJECTED,
+    RowChanges,
+    changed_keys,
+    flat,
+    read_manifest,
+    rejected_rows,
+)
 from distill_datasets.schema import EARLIER, SOURCE, failure_content
 from distill_datasets.tables import aligned, html_card, html_preformatted, html_table, shortened
 
@@ -131,14 +138,14 @@ class Fingerprints:
     def add(self, parts: Sequence[str], row: Mapping[str, Any]) -> None:
         """Note a row that is in these parts."""
         added = [_value(name, row[name]) for name in _ADDED if row.get(name)]
-        content = _line([*(_value(name, row.get(name)) for name in _CONTENT), *added])
+        content = json_line([*(_value(name, row.get(name)) for name in _CONTENT), *added])
         placed = 0
         for part in parts:
-            placed ^= _hash(part.encode() + b"\n" + content)
-        self._hashes["key"].append(_hash(f"{row['id']}\n{row['sample']}".encode()))
+            placed ^= short_hash(part.encode() + b"\n" + content)
+        self._hashes["key"].append(short_hash(f"{row['id']}\n{row['sample']}".encode()))
         self._hashes["content"].append(placed)
-        self._hashes["answer"].append(_hash((row.get("response") or "").encode()))
-        self._hashes["counts"].append(_hash(_line([row.get(name) for name in _COUNTS])))
+        self._hashes["answer"].append(short_hash((row.get("response") or "").encode()))
+        self._hashes["counts"].append(short_hash(json_line([row.get(name) for name in _COUNTS])))
 
     def write(self, path: Path) -> None:
         """As a Parquet file, ordered by key: equal rows make equal files, whatever their order."""
@@ -307,11 +314,13 @@ def _hashes(values: Iterable[Any]) -> bytes:
     return struct.pack(f"{len(hashes)}q", *hashes)
 
 
-def _hash(content: bytes) -> int:
+def short_hash(content: bytes) -> int:
+    """A number of 64 bits that tells texts apart, the same in every process."""
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
 
 
-def _line(values: list[Any]) -> bytes:
+def json_line(values: list[Any]) -> bytes:
+    """Values as one line that digests are made of."""
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
@@ -351,85 +360,64 @@ def _facts(given: Path | str, found: Pinned) -> dict[str, Any]:
 
 
 def _summary(distribution: Sequence[tuple[int, int]]) -> dict[str, float] | None:
-    """Of the values of a number, in their order, with how many rows have each."""
-    rows = sum(count for _, count in distribution)
-    if not rows:
+    """Of a number's values, with how many rows have each: no percentile lies between two values."""
+    import numpy as np
+
+    if not distribution:
         return None
-    mean = sum(value * count for value, count in distribution) / rows
-    return {
-        "mean": round(mean, 2),
-        "p50": _percentile(distribution, rows * 0.50),
-        "p95": _percentile(distribution, rows * 0.95),
-    }
-
-
-def _percentile(distribution: Sequence[tuple[int, int]], rank: float) -> int:
-    """The smallest value that at least `rank` rows don't exceed."""
-    below = 0
-    for value, count in distribution:
-        below += count
-        if below >= rank:
-            return value
-    return distribution[-1][0]
+    values = np.repeat(*np.array(distribution).T)
+    p50, p95 = np.percentile(values, [50, 95], method="inverted_cdf").tolist()
+    return {"mean": round(float(values.mean()), 2), "p50": p50, "p95": p95}
 
 
 def _recipes(old: Recipe, new: Recipe) -> dict[str, Any]:
     prompts = old.prompt.splitlines(), new.prompt.splitlines()
-    fields = [dict(_flat(recipe.model_dump(mode="json"))) for recipe in (old, new)]
-    files = [_files(recipe) for recipe in (old, new)]
+    fields = [dict(flat(recipe.model_dump(mode="json"))) for recipe in (old, new)]
+    files = [
+        {
+            (name, sha256((recipe.folder / name).read_bytes()).hexdigest())
+            for name in recipe.attachments
+        }
+        for recipe in (old, new)
+    ]
     return {
         "keys": {
             key: {side: values.get(key) for side, values in zip(_SIDES, fields, strict=True)}
-            for key in {**fields[0], **fields[1]}
-            if fields[0].get(key) != fields[1].get(key)
+            for key in changed_keys(fields[0], fields[1])
         },
-        "files": sorted({name for name, _ in files[0].items() ^ files[1].items()}),
+        "files": sorted({name for name, _ in files[0] ^ files[1]}),
         "prompt": "\n".join(
             difflib.unified_diff(*prompts, fromfile="old", tofile="new", lineterm="")
         ),
     }
 
 
-def _files(recipe: Recipe) -> dict[str, str]:
-    """Query files by their content's digest."""
-    paths = {name: recipe.folder / name for name in recipe.attachments}
-    return {name: sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def _lines(data: Mapping[str, Any]) -> Iterator[str]:
-    yield from (f"{side}  {_title(data[side])}" for side in _SIDES)
+    for side in _SIDES:
+        facts = data[side]
+        splits = ", ".join(f"{rows:,} {split}" for split, rows in facts["splits"].items())
+        counts = f"{splits}, {facts['rejected']:,} rejected"
+        yield f"{side}  {facts['reference']}: {facts['version']}, {counts}"
+    rows, recipe = data["rows"], data["recipe"]
     yield ""
-    yield from _row_lines(data)
-    yield from _section("lengths", _length_lines(data["lengths"]))
-    recipe = data["recipe"]
-    keys = [f"{key}: {v['old']!r} -> {v['new']!r}" for key, v in recipe["keys"].items()]
-    files = [f"the file {name} changed" for name in recipe["files"]]
-    yield from _section("recipe", [*keys, *files])
-    yield from _section("prompt", recipe["prompt"].splitlines())
-
-
-def _title(side: Mapping[str, Any]) -> str:
-    splits = ", ".join(f"{rows:,} {split}" for split, rows in side["splits"].items())
-    return f"{side['reference']}: {side['version']}, {splits}, {side['rejected']:,} rejected"
-
-
-def _row_lines(data: Mapping[str, Any]) -> Iterator[str]:
-    rows = data["rows"]
     yield "rows: " + ", ".join(f"{rows[what]:,} {what}" for what in ("added", "removed", "changed"))
     if rows["recounted"]:
         yield f"  {rows['recounted']:,} others differ in the teacher's token counts only"
-    columns = [f"{name} in {count:,}" for name, count in data["changed_columns"].items()]
-    yield from _section("columns", columns)
-    yield from _section("moved", _movement_lines(data["moved"]))
-    yield from _section("labels", _movement_lines(data["labels"]))
+    sections = {
+        "columns": [f"{name} in {count:,}" for name, count in data["changed_columns"].items()],
+        "moved": _movement_lines(data["moved"]),
+        "labels": _movement_lines(data["labels"]),
+        "lengths": _length_lines(data["lengths"]),
+        "recipe": [
+            *(f"{key}: {v['old']!r} -> {v['new']!r}" for key, v in recipe["keys"].items()),
+            *(f"the file {name} changed" for name in recipe["files"]),
+        ],
+        "prompt": recipe["prompt"].splitlines(),
+    }
+    for title, lines in sections.items():
+        if lines:
+            yield f"{title}:"
+            yield from (f"  {line}" for line in lines)
 
 
 def _movement_lines(movements: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -456,10 +444,3 @@ def _length_lines(lengths: Mapping[str, Any]) -> list[str]:
             pairs = [f"{both['old'][what]:,} -> {both['new'][what]:,}" for what in both["old"]]
             rows.append([name.replace("_", " "), *pairs])
     return aligned(rows).splitlines()
-
-
-def _section(title: str, lines: Iterable[str]) -> Iterator[str]:
-    rows = list(lines)
-    if rows:
-        yield f"{title}:"
-        yield from (f"  {row}" for row in rows)

@@ -59,11 +59,6 @@ def manifest_text(manifest: Mapping[str, Any]) -> str:
     return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
 
 
-def write_manifest(release: Path, manifest: Mapping[str, Any]) -> None:
-    """Write manifest.json into a release's folder, as its last file but the card."""
-    (release / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
-
-
 def rejected_rows(manifest: Mapping[str, Any]) -> int:
     """How many rows were asked for and can't be used."""
     return int(sum(manifest["rejected"].values())) + int(manifest["errors"])
@@ -261,6 +256,15 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         elif before != after:
             changed.append(prefix + key)
     return changed
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings, by dotted keys."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _breaking_reasons(

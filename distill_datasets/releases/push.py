@@ -58,6 +58,7 @@ from distill_datasets.tables import aligned, html_card, html_facts
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd
 
+README = "README.md"
 _TRIES = 10  # looks at the repository; each may find that somebody else was faster
 _NEWEST = 10  # pull requests that are looked at
 _TAKEN_NAMES = (*PARTS, "recipe", "all")
@@ -119,7 +120,7 @@ def push_release(  # noqa: PLR0913 (where to, as what, who sees it, and what to 
             head, resumed = _finish(head), True
         following_change = _plan(head, outgoing, version)
         if following_change is None:
-            return _there(head, outgoing, version, resumed)
+            return _there(head, version, resumed)
         if sent_at != head.dataset.commit:
             files, sent_at = _upload(outgoing, head, create_pr), head.dataset.commit
         to, why = following_change
@@ -195,30 +196,27 @@ class _Outgoing:
     ) -> dict[str, str]:
         """Manifest and card by their places; of the `card` there, what people wrote is kept."""
         facts = {**manifest, "config": self.config, "files": sorted(self.files)}
-        # What people wrote beside the release, then what they wrote on the Hub, which wins.
-        written = [(self._local_card(), self.manifest.get("card") or {})]
+        # What people wrote beside the release, as if for this configuration and without its
+        # layout, then what they wrote on the Hub, which wins.
+        metadata, body = read_card((self.release / README).read_text(encoding="utf-8"))
+        for ours, there in zip(markers("default"), markers(self.config), strict=True):
+            body = body.replace(ours, there)
+        metadata = {key: value for key, value in metadata.items() if key not in LAYOUT}
+        written: list[tuple[Halves, Mapping[str, Any]]] = [
+            ((metadata, body), self.manifest.get("card") or {})
+        ]
         if card is not None:
             written.append((read_card(card), (old or {}).get("card") or {}))
+        split = next(iter(self.manifest["splits"]))
+        first = min(self.release.glob(f"data/{split}-*"))
         text = dataset_card(
             {**facts, "repo": self.repo},
             self.recipe,
-            example=self._example(),
+            example=dict(next(read_batches(first)).slice(0, 1).to_pylist()[0]),
             layout=layout(self.release, manifest, self.config),
             written=written,
         )
         return {folder_of(self.config) + MANIFEST: manifest_text(facts), README: text}
-
-    def _local_card(self) -> Halves:
-        """The card beside the release without its layout, as if for this configuration."""
-        metadata, body = read_card((self.release / README).read_text(encoding="utf-8"))
-        for ours, there in zip(markers("default"), markers(self.config), strict=True):
-            body = body.replace(ours, there)
-        return {key: value for key, value in metadata.items() if key not in LAYOUT}, body
-
-    def _example(self) -> dict[str, Any]:
-        split = next(iter(self.manifest["splits"]))
-        first = sorted(self.release.glob(f"data/{split}-*"))[0]
-        return dict(next(read_batches(first)).slice(0, 1).to_pylist()[0])
 
 
 def _load(release: Path, repo: str, config: str, private: bool) -> _Outgoing:
@@ -273,10 +271,23 @@ def _waiting_pull(outgoing: _Outgoing, version: str | None) -> Pushed | None:
 
 
 def _finish(head: Head) -> Head:
-    """Tag the release that lies at the head without its tag."""
+    """Tag the release that lies at the head without its tag: the commit that wrote its manifest."""
+    from huggingface_hub import HfApi
+
     assert head.manifest is not None and head.unfinished is not None
-    commit = commit_of_release(head)
-    tag(head.dataset.repo, head.unfinished, commit, head.manifest.get("why", ""))
+    repo = head.dataset.repo
+    with explained(repo):
+        (found,) = patiently(
+            HfApi().get_paths_info,
+            repo,
+            [head.folder + MANIFEST],
+            expand=True,
+            revision=head.dataset.commit,
+            repo_type="dataset",
+        )
+    assert found.last_commit is not None
+    commit = str(found.last_commit.oid)
+    tag(repo, head.unfinished, commit, head.manifest.get("why", ""))
     return replace(head, tags={**head.tags, head.unfinished: commit})
 
 
@@ -293,26 +304,22 @@ def _plan(head: Head, outgoing: _Outgoing, version: str | None) -> tuple[str, st
     else:
         change = difference(old, outgoing.manifest, lambda: outgoing.changes(head))
         if change is None and version is None:
-            if tagged_manifest(head, str(old["version"])) == old:
+            if head.tagged(str(old["version"])) == old:
                 return None
             change = Change("patch", [f"v{old['version']} is the tag of another commit"])
     why = change.why if change else f"the same content as {old and old['version']}"
-    return version or _next(head, outgoing, change), why
-
-
-def _next(head: Head, outgoing: _Outgoing, change: Change | None) -> str:
-    """The version after the newest one; the release's own where that is higher still."""
-    known = [*head.tags, *([str(head.manifest["version"])] if head.manifest else [])]
-    own = str(outgoing.manifest["version"])
-    if not known:
-        return own
-    after = following(max(known, key=order), change.level if change else "patch")
-    return max(own, after, key=order)
+    if version is None:
+        # The one after the newest; the release's own where that is higher still.
+        version = str(outgoing.manifest["version"])
+        if known := {*head.tags, *([str(old["version"])] if old else [])}:
+            after = following(max(known, key=order), change.level if change else "patch")
+            version = max(version, after, key=order)
+    return version, why
 
 
 def _check_same(head: Head, outgoing: _Outgoing, version: str) -> None:
     """Raises `VersionError` where the tagged version holds something else."""
-    taken = tagged_manifest(head, version)
+    taken = head.tagged(version)
     where = f"v{version} in {outgoing.repo!r}"
     if taken is None:
         raise VersionError(
@@ -328,21 +335,29 @@ def _check_same(head: Head, outgoing: _Outgoing, version: str) -> None:
         )
 
 
-def _there(head: Head, outgoing: _Outgoing, version: str | None, resumed: bool) -> Pushed:
+def _there(head: Head, version: str | None, resumed: bool) -> Pushed:
     manifest = head.manifest or {}
     name = version or str(manifest["version"])
     why = str(manifest.get("why", "")) if resumed else "the same content is there already"
-    return Pushed(outgoing.repo, name, head.tags[name], f"v{name}", resumed, why)
+    return Pushed(head.dataset.repo, name, head.tags[name], f"v{name}", resumed, why)
 
 
 def _upload(outgoing: _Outgoing, head: Head, create_pr: bool) -> list[CommitOperationAdd]:
     """Send the data files, which nobody sees before they are committed.
 
-    What the server says about them holds for this head.
+    What the server says about them holds for this head. Raises `RepositoryError` where files of
+    others would be read as this release's rows.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    _check_places(outgoing, head)
+    before = (head.manifest or {}).get("files", ())
+    ours = {head.folder + name for name in (*outgoing.files, *before)}
+    if foreign := sorted(path for path in head.files - ours if outgoing.reads(path)):
+        raise RepositoryError(
+            f"{outgoing.repo!r} has files that `load_dataset` would take for rows of this release: "
+            f"{', '.join(foreign[:3])}. Publish with another configuration's name (config), or to "
+            "another repository."
+        )
     files = [
         CommitOperationAdd(folder_of(outgoing.config) + name, str(path))
         for name, path in outgoing.files.items()
@@ -357,20 +372,6 @@ def _upload(outgoing: _Outgoing, head: Head, create_pr: bool) -> list[CommitOper
             free_memory=False,
         )
     return files
-
-
-def _check_places(outgoing: _Outgoing, head: Head) -> None:
-    """Raises `RepositoryError` where files of others would be read as this release's rows."""
-    ours = {
-        head.folder + name for name in (*outgoing.files, *(head.manifest or {}).get("files", ()))
-    }
-    foreign = sorted(path for path in head.files - ours if outgoing.reads(path))
-    if foreign:
-        raise RepositoryError(
-            f"{outgoing.repo!r} has files that `load_dataset` would take for rows of this release: "
-            f"{', '.join(foreign[:3])}. Publish with another configuration's name (config), or to "
-            "another repository."
-        )
 
 
 def _commit(  # noqa: PLR0913 (one try: what, onto what, and which)
@@ -428,9 +429,6 @@ def _operations(
     ]
 
 
-README = "README.md"
-
-
 @dataclass(frozen=True)
 class Head:
     """The main branch at one commit, seen for one configuration; `tags` by their version."""
@@ -472,6 +470,20 @@ class Head:
         folders = [f"{self.folder}{part}/*" for part in ("data", REJECTED)]
         return fingerprints_of(snapshot(self.dataset, folders) / self.folder)
 
+    def tagged(self, version: str) -> dict[str, Any] | None:
+        """The manifest of the release that a version's tag names; None for a commit without one."""
+        from huggingface_hub.errors import EntryNotFoundError
+
+        commit = self.tags[version]
+        if commit == self.dataset.commit:
+            return self.manifest
+        try:
+            return manifest_at(HubDataset(self.dataset.repo, version, commit), self.config)
+        except RepositoryError as error:
+            if isinstance(error.__cause__, EntryNotFoundError):
+                return None
+            raise
+
 
 def look(repo: str, config: str) -> Head:
     """The repository as it is now."""
@@ -506,38 +518,6 @@ def manifest_at(dataset: HubDataset, config: str) -> dict[str, Any]:
             f"{dataset.repo!r} has a {path} that is no release's: publish with another "
             "configuration's name (config), or to another repository."
         ) from error
-
-
-def tagged_manifest(head: Head, version: str) -> dict[str, Any] | None:
-    """The manifest of the release that a version's tag names; None for a commit without one."""
-    from huggingface_hub.errors import EntryNotFoundError
-
-    commit = head.tags[version]
-    if commit == head.dataset.commit:
-        return head.manifest
-    try:
-        return manifest_at(HubDataset(head.dataset.repo, version, commit), head.config)
-    except RepositoryError as error:
-        if isinstance(error.__cause__, EntryNotFoundError):
-            return None
-        raise
-
-
-def commit_of_release(head: Head) -> str:
-    """The commit that wrote the manifest of the head."""
-    from huggingface_hub import HfApi
-
-    with explained(head.dataset.repo):
-        (found,) = patiently(
-            HfApi().get_paths_info,
-            head.dataset.repo,
-            [head.folder + MANIFEST],
-            expand=True,
-            revision=head.dataset.commit,
-            repo_type="dataset",
-        )
-    assert found.last_commit is not None
-    return str(found.last_commit.oid)
 
 
 def tag(repo: str, version: str, commit: str, why: str) -> str:

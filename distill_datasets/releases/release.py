@@ -26,7 +26,6 @@ from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.mix import carried_line, carried_part
 from distill_datasets.recipes.queries import holds_more, write_used_columns
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.recipes.sections import MixPart
 from distill_datasets.releases.cards import card_metadata, dataset_card, read_card
 from distill_datasets.releases.contents import (
     CheckTally,
@@ -41,16 +40,15 @@ from distill_datasets.releases.manifest import (
     FIRST,
     MANIFEST,
     REJECTED,
-    Change,
     check_version,
     columns,
     difference,
     following,
     history,
     layout,
+    manifest_text,
     read_manifest,
     rejected_rows,
-    write_manifest,
 )
 from distill_datasets.releases.soft_labels import SOFT, write_soft
 from distill_datasets.schema import answer_features
@@ -131,7 +129,9 @@ def publish(
     made again from itself. Raises `OutputError` where another process publishes to the folder.
     """
     runs = [Path(run)] if isinstance(run, (str, Path)) else [Path(one) for one in run]
-    folder = _release_folder(runs, out)
+    if out is None and len(runs) != 1:
+        raise OutputError("A release of several folders needs a place: name it with `out`.")
+    folder = Path(out) if out is not None else runs[0] / "release"
     find_parts(runs)  # before a folder is made, a lock in it
     if version is not None:
         check_version(version)
@@ -139,22 +139,36 @@ def publish(
         one_writer(folder, "release", beside=True),
         TemporaryDirectory(prefix="distill-release-") as scratch,
     ):
-        published = _published(folder)
-        old = read_manifest(folder) if published else None
+        old = _published(folder)
         answers = _load_answers(runs, ledger, Path(scratch))
         facts = _facts(answers, old, prompt)
-        change = None
-        if published and old:
-            mine = answers.survey.fingerprints
-            change = difference(old, facts, lambda: fingerprints_of(folder).changes(mine))
-            if change is None and version in (None, published.version):
-                return published
-            version = version or following(published.version, change.level if change else "patch")
-            if change and change.level != "patch" and version == published.version:
-                raise _taken(published, change)
-        facts |= {"version": version or FIRST, "why": _why(old, change)}
-        _write(folder, answers, facts, old)
+        if named := _version(facts, old, version, answers, folder):
+            _write(folder, answers, facts | named, old)
     return load_release(folder)
+
+
+def _version(
+    facts: Mapping[str, Any],
+    old: Mapping[str, Any] | None,
+    version: str | None,
+    answers: "_Answers",
+    folder: Path,
+) -> dict[str, str] | None:
+    """The version of the facts and why it is that; None where the same is published already."""
+    if old is None:
+        return {"version": version or FIRST, "why": "the first release"}
+    mine, published = answers.survey.fingerprints, old["version"]
+    change = difference(old, facts, lambda: fingerprints_of(folder).changes(mine))
+    if change is None and version in (None, published):
+        return None
+    following_ = following(published, change.level if change else "patch")
+    if change and change.level != "patch" and version == published:
+        raise VersionError(
+            f"Version {published} in {str(folder)!r} holds other content: {change.why}. Publish "
+            f"with another version, such as version={following_!r}, or to another folder."
+        )
+    why = change.why if change else f"the same content as {published}"
+    return {"version": version or following_, "why": why}
 
 
 def load_release(path: Path | str) -> Release:
@@ -286,16 +300,11 @@ def _check(rows: "Dataset", generation: Mapping[str, Any], recipe: Recipe, folde
         )
 
 
-def _release_folder(runs: Sequence[Path], out: Path | str | None) -> Path:
-    if out is None and len(runs) != 1:
-        raise OutputError("A release of several folders needs a place: name it with `out`.")
-    return Path(out) if out is not None else runs[0] / "release"
-
-
-def _published(folder: Path) -> Release | None:
+def _published(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the release in a folder, None in an empty one."""
     recover(folder)
     if (folder / MANIFEST).is_file():
-        return load_release(folder)
+        return read_manifest(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise OutputError(
             f"{str(folder)!r} holds something else than a release, which publishing would "
@@ -304,41 +313,28 @@ def _published(folder: Path) -> Release | None:
     return None
 
 
-def _taken(published: Release, change: Change) -> VersionError:
-    return VersionError(
-        f"Version {published.version} in {str(published.path)!r} holds other content: "
-        f"{change.why}. Publish with another version, such as "
-        f"version={following(published.version, change.level)!r}, or to another folder."
-    )
-
-
-def _why(old: Mapping[str, Any] | None, change: Change | None) -> str:
-    if change:
-        return change.why
-    return f"the same content as {old['version']}" if old else "the first release"
-
-
 def _write(
     folder: Path, answers: _Answers, facts: Mapping[str, Any], old: Mapping[str, Any] | None
 ) -> None:
     """Write the release in the place of the old one, of whose card what people wrote is kept."""
+    recipe = answers.recipe
     with replacing(folder) as building:
         _write_rows(building, answers)
         answers.survey.fingerprints.write(building / FINGERPRINTS)
         manifest = {**facts, "history": history(old, facts)}
         if answers.sources:
             manifest["ledger"] = _write_ledger(building, answers)
-        if _has_soft_labels(answers):
-            manifest[SOFT] = write_soft(
-                building, answers.sources, answers.recipe, answers.generation
-            )
+        # The teacher's probabilities were asked for, and belong to the released texts.
+        asked = any(recipe.sampling_of(one).top_logprobs for one in recipe.all_teachers)
+        if answers.sources and asked and not recipe.evidence:
+            manifest[SOFT] = write_soft(building, answers.sources, recipe, answers.generation)
         for name in answers.carried.attachments:
             inside(building / "recipe", name)
         answers.carried.dump(building / "recipe")
         if not manifest["prompt"]:
             _withhold(building / "recipe", answers.carried)
         manifest["sha256"] = _file_digests(building)
-        write_manifest(building, manifest)
+        (building / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
         card, written = folder / "README.md", []
         if card.is_file():
             written = [(read_card(card.read_text(encoding="utf-8")), (old or {}).get("card") or {})]
@@ -395,17 +391,15 @@ def _write_ledger(building: Path, answers: _Answers) -> int:
     return shards.close() if shards else 0
 
 
-def _has_soft_labels(answers: _Answers) -> bool:
-    """Whether the teacher's probabilities were asked for, and belong to the released texts."""
-    recipe = answers.recipe
-    asked = any(recipe.sampling_of(teacher).top_logprobs for teacher in recipe.all_teachers)
-    return bool(answers.sources and asked and not recipe.evidence)
-
-
 def _facts(answers: _Answers, old: Mapping[str, Any] | None, prompt: bool) -> dict[str, Any]:
     """The manifest, but for what writing the release decides."""
     found, generation, recipe = answers.survey, answers.generation, answers.carried
     known = old.get("ledger") if old else None
+    mix = [
+        {"name": part.name, "rows": found.mixed[part.name], "share": part.share}
+        | {"from": part.described, "model": part.model, "license": part.license}
+        for part in recipe.mix
+    ]
     return {
         "recipe": recipe.name,
         "recipe_digest": recipe.digest,
@@ -420,7 +414,7 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None, prompt: bool) -> di
         "kept": found.kept,
         "rejected": dict(sorted(found.rejected.items())),
         "errors": found.errors,
-        **({"mix": [_mixed(part, found) for part in recipe.mix]} if recipe.mix else {}),
+        **({"mix": mix} if mix else {}),
         **({"examples": generation["examples"]} if "examples" in generation else {}),
         "ledger": (known or 0) if answers.sources else None,
         **({SOFT: old[SOFT]} if old and SOFT in old else {}),
@@ -436,12 +430,6 @@ def _facts(answers: _Answers, old: Mapping[str, Any] | None, prompt: bool) -> di
         "recipe_fields": recipe.model_dump(mode="json"),
         "card": card_metadata(found.splits, recipe),
     }
-
-
-def _mixed(part: MixPart, found: Survey) -> dict[str, Any]:
-    """What is said of a part of the mix: its kept rows, and where they come from."""
-    said = {"name": part.name, "rows": found.mixed[part.name], "share": part.share}
-    return {**said, "from": part.described, "model": part.model, "license": part.license}
 
 
 def _from_ledger(generation: Mapping[str, Any]) -> dict[str, Any]:

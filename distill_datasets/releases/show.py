@@ -83,16 +83,12 @@ def print_rows(rows: Sequence[Mapping[str, Any]], file: TextIO | None = None) ->
 def _written(label: str, row: Mapping[str, Any]) -> str:
     """A cell as people read it; a conversation with the responses to its earlier turns."""
     if label == "tokens":
-        return _tokens_text(row[label])
+        counts = [f"{n:,} {kind}" for kind, n in row[label].items() if n is not None]
+        return ", ".join(counts) or "not counted"
     if label != "query":
         return str(row[label])
     query, earlier = row["query"], row.get(EARLIER)
     return shown(with_answers(from_text(query), earlier)) if earlier else readable(query)
-
-
-def _tokens_text(tokens: Mapping[str, int | None]) -> str:
-    counted = [f"{count:,} {kind}" for kind, count in tokens.items() if count is not None]
-    return ", ".join(counted) or "not counted"
 
 
 def _run_rows(run: Path) -> Iterator[dict[str, Any]]:

@@ -113,41 +113,24 @@ def _batches(
     for batch in rows.select_columns([*columns, *mixed]).iter(batch_size=ROWS_PER_BATCH):
         sources = batch[SOURCE] if mixed else [None] * len(batch["id"])
         asked = zip(*(batch[name] for name in columns), sources, keys, strict=False)
-        found = [
-            soft
-            for id_, sample, raw, response, source, key in asked
-            if response is not None
-            and source is None
-            and (
-                soft := _soft(id_, sample, _logprobs(journal, key, sample), response == raw, facts)
-            )
-        ]
+        found = []
+        for id_, sample, raw, response, source, key in asked:
+            if response is None or source is not None:
+                continue
+            if response != raw:
+                facts["rewritten"] += 1
+                continue
+            reply = journal.get(key)
+            logprobs = reply.samples[sample].logprobs if reply else None
+            if logprobs is None or not _has_ids(logprobs):
+                facts["without_ids"] += 1
+                continue
+            facts["rows"] += 1
+            tops = [np.asarray(row, np.float16) for row in logprobs.top_logprobs]
+            values = id_, sample, logprobs.tokens, logprobs.top_tokens, tops
+            found.append(dict(zip(_COLUMNS, values, strict=True)))
         if found:
             yield pa.Table.from_pylist(found, schema=schema)
-
-
-def _logprobs(journal: Journal, key: str, sample: int) -> Logprobs | None:
-    reply = journal.get(key)
-    return reply.samples[sample].logprobs if reply else None
-
-
-def _soft(
-    id_: str, sample: int, logprobs: Logprobs | None, as_said: bool, facts: dict[str, int]
-) -> dict[str, Any] | None:
-    if not as_said:
-        facts["rewritten"] += 1
-        return None
-    if logprobs is None or not _has_ids(logprobs):
-        facts["without_ids"] += 1
-        return None
-    facts["rows"] += 1
-    return {
-        "id": id_,
-        "sample": sample,
-        "tokens": logprobs.tokens,
-        "top_tokens": logprobs.top_tokens,
-        "top_logprobs": [np.asarray(row, np.float16) for row in logprobs.top_logprobs],
-    }
 
 
 def _has_ids(logprobs: Logprobs) -> bool:
