@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import DistillError, ServiceError
 
+from .conversion import ADAPTER_FILE, AdapterLayout
 from .model import LoadedModel, ModelCard, load_model
 from .scheduler import (
     BASE,
@@ -33,12 +34,11 @@ from .scheduler import (
     SampleJob,
     SavedWeights,
 )
-from .sources import ADAPTER_FILE, AdapterLayout
 from .store import ExecutionLog, Kind, Store, StoredCheckpoint, StoredRun
 from .wire import Body, InvalidRequestError, SampleRequest, pb
 
 if TYPE_CHECKING:
-    from .decoding import RunningBatch
+    from .batching import RunningBatch
     from .logits import Constrain, Grammars
     from .trainer import Trainee
 
@@ -322,7 +322,7 @@ class Engine:
 
     def load(self) -> None:
         """Load the model; seconds."""
-        from .decoding import RunningBatch
+        from .batching import RunningBatch
 
         base = load_model(self.card)
         weights = SampledWeights(base, self._saved)

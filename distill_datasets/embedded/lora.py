@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .conversion import ADAPTER_FILE, AdapterLayout
 from .model import MOST_RANK, LoadedModel
-from .sources import ADAPTER_FILE, AdapterLayout
 from .wire import InvalidRequestError, whole
 
 # Layers that are kept for adapters to come.

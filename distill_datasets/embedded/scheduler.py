@@ -19,11 +19,11 @@ from .model import TokenBytes
 from .wire import DrawnSample, Ints, MissingError, PromptScores, SampleRequest
 
 if TYPE_CHECKING:
+    from .conversion import AdapterLayout
     from .logits import Constrain
     from .lora import Adapters
     from .model import LoadedModel
     from .prefix_attention import KeyValues, Slots
-    from .sources import AdapterLayout
 
 # Requests looked at when rows join a batch.
 WINDOW = 256

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .decoding import require_tokens
+from .batching import require_tokens
 from .lora import Adapters, LoraSpec, load_tensors, save_tensors
 from .model import LoadedModel
 from .wire import (

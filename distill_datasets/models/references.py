@@ -347,7 +347,7 @@ def find_model(source: str) -> Path:
 
     Raises `ModelError` where it is none of these.
     """
-    from distill_datasets.embedded.sources import open_adapter, open_gguf
+    from distill_datasets.embedded.conversion import open_adapter, open_gguf
 
     place = Path(source).expanduser()
     if place.suffix == ".gguf" and place.is_file():

@@ -19,8 +19,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from distill_datasets.embedded import decoding, lora, scheduler
-from distill_datasets.embedded.decoding import RunningBatch
+from distill_datasets.embedded import batching, lora, scheduler
+from distill_datasets.embedded.batching import RunningBatch
 from distill_datasets.embedded.engine import ComputeThread, Engine, Job
 from distill_datasets.embedded.lora import LoraSpec
 from distill_datasets.embedded.model import ModelCard, load_model
@@ -410,7 +410,7 @@ def test_an_adapter_that_is_gone_fails_its_own_requests_and_no_others(
 def test_many_requests_with_one_adapter_do_not_keep_those_with_another_waiting(
     computer: Computer, versions: list[Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "MOST_ROWS", 4)
+    monkeypatch.setattr(batching, "MOST_ROWS", 4)
     ended: list[str] = []
 
     def watch(key: str) -> Any:
@@ -455,7 +455,7 @@ def test_weights_that_were_to_make_place_are_sampled_together_again_once_nobody_
 ) -> None:
     monkeypatch.setattr(scheduler, "MOST_SAMPLERS", 2)
     monkeypatch.setattr(scheduler, "PROMISED_TOKENS", 0)
-    monkeypatch.setattr(decoding, "MOST_ROWS", 3)
+    monkeypatch.setattr(batching, "MOST_ROWS", 3)
     base, ended = load_model(ModelCard.read(shared().model, "tiny")), list[str]()
     batch = RunningBatch(base, scheduler.SampledWeights(base, computer.engine._saved))
     first, second, third = (one.key for one in versions[1:])
@@ -491,7 +491,7 @@ def test_slots_are_as_large_as_they_say_where_memory_ends_amid_them() -> None:
                 raise MemoryError
             return super()._allocate(rows)
 
-    slots = Full(decoding.cache_shape(base), 64, 3)
+    slots = Full(batching.cache_shape(base), 64, 3)
     for rows in (5, 2):
         slots.left = 1
         with pytest.raises(MemoryError):
@@ -560,10 +560,10 @@ def test_keys_and_values_take_no_more_memory_than_is_counted(
 ) -> None:
     """Rows come, outgrow their slots and leave; prefixes of some are computed meanwhile."""
     base = load_model(ModelCard.read(shared().model, "tiny"))
-    logits = decoding.LOGIT_BYTES * decoding.most_rows(base) * base.vocabulary
+    logits = batching.LOGIT_BYTES * batching.most_rows(base) * base.vocabulary
     small = replace(base, memory=4 * (logits + 1500 * base.token.kept) // 3 + 1)
     batch = RunningBatch(small, scheduler.SampledWeights(small, {}))
-    most, seen, alive = decoding.held_bytes(small), list[int](), WeakSet[Slots]()
+    most, seen, alive = batching.held_bytes(small), list[int](), WeakSet[Slots]()
 
     class Counted(Slots):
         def resize(self, rows: int, kept: int) -> None:
@@ -571,7 +571,7 @@ def test_keys_and_values_take_no_more_memory_than_is_counted(
             alive.add(self)
             seen.append(sum(part.nbytes for one in alive for pair in one.layers for part in pair))
 
-    monkeypatch.setattr(decoding, "Slots", Counted)
+    monkeypatch.setattr(batching, "Slots", Counted)
     random, answers = np.random.default_rng(0), list[Payload]()
     # One of many short rows stays, and so do their slots; longer rows come, and one that grows.
     for rows, length, count in ((1, 4, 60), (20, 4, 4), (8, 80, 40), (1, 4, 150), (8, 80, 40)):

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distill_datasets.embedded import sources
-from distill_datasets.embedded.sources import SPLITS
+from distill_datasets.embedded import conversion
+from distill_datasets.embedded.conversion import SPLITS
 from distill_datasets.errors import ModelError
 from distill_datasets.models.references import find_model
 from distill_datasets.training.export import AdapterBase, Trained, find_base
@@ -196,7 +196,7 @@ def test_who_comes_second_waits_for_what_the_first_makes_and_uses_it(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, written = write_gguf(tmp_path / "twice.gguf", tiny), list[Path]()
-    write, begun, told = sources._write_gguf, Event(), Event()
+    write, begun, told = conversion._write_gguf, Event(), Event()
 
     class Told(io.StringIO):
         def write(self, text: str) -> int:
@@ -210,7 +210,7 @@ def test_who_comes_second_waits_for_what_the_first_makes_and_uses_it(
         assert told.wait(60)
         write(folder, *content)
 
-    monkeypatch.setattr(sources, "_write_gguf", slow)
+    monkeypatch.setattr(conversion, "_write_gguf", slow)
     monkeypatch.setattr(sys, "stderr", Told())
     with ThreadPoolExecutor() as pool:
         first = pool.submit(find_model, str(file))
