@@ -3,17 +3,12 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from distill_datasets.cli.dataset import add_push_flags, confirm_push
 from distill_datasets.cli.flags import add_settings as add_flags
 from distill_datasets.cli.flags import read_settings
 from distill_datasets.evaluation.settings import MeasureSettings
 from distill_datasets.training.settings import ObjectiveSettings, TrainSettings
-
-if TYPE_CHECKING:
-    from distill_datasets.evaluation.report import Report
-    from distill_datasets.training.trainer import TrainingResult
 
 # What a sweep may vary; every other setting is shared.
 SWEPT = ("rank", "learning_rate", "batch_size", "epochs", "warmup_steps", "weight_decay", "seed")
@@ -109,10 +104,15 @@ def _train_price(options: argparse.Namespace) -> float | None:
     """Of the student, by the price file; training on this machine may have none."""
     from distill_datasets.errors import PriceError
     from distill_datasets.generation.pricing import Prices
+    from distill_datasets.training.data import locate
+    from distill_datasets.training.student import choose_student
 
     if getattr(options, "prices", None) is None:
         return None
-    prices, student = Prices.load(options.prices), _student(options)
+    prices, student = Prices.load(options.prices), options.student
+    if student is None:
+        start = getattr(options, "start", None) or getattr(options, "resume", None)
+        student = choose_student(locate(options.dataset, options.config), start)
     if student not in prices.models and not student.startswith("tinker:"):
         return None
     price = prices.of(student).train
@@ -137,21 +137,6 @@ def train(options: argparse.Namespace) -> None:
         start=getattr(options, "start", None),
         only_new=getattr(options, "only_new", False),
     )
-    _say(trained)
-
-
-def _student(options: argparse.Namespace) -> str:
-    from distill_datasets.training.data import locate
-    from distill_datasets.training.student import choose_student
-
-    if options.student is not None:
-        return str(options.student)
-    source = locate(options.dataset, options.config)
-    start = getattr(options, "start", None) or getattr(options, "resume", None)
-    return choose_student(source, start)
-
-
-def _say(trained: "TrainingResult") -> None:
     rows = f"{trained.rows} row{'s' * (trained.rows != 1)}"
     skipped = f" ({trained.skipped} too long, and left out)" if trained.skipped else ""
     print(
@@ -187,7 +172,7 @@ def measure(options: argparse.Namespace) -> None:
     """Compare base, teacher and student on rows that nobody trained on."""
     from distill_datasets.errors import SettingsError
     from distill_datasets.evaluation.report import measure as compare
-    from distill_datasets.evaluation.systems import names_release
+    from distill_datasets.evaluation.systems import names_release, splits_of
 
     if options.run is not None and names_release(options.run):
         options.dataset = options.dataset or str(options.run)
@@ -202,15 +187,19 @@ def measure(options: argparse.Namespace) -> None:
     dataset = options.dataset or run / "release"
     student = options.student or training_folders(run)[-1]
     out, paid = options.out or run, 0.0
-    for split in [options.split] if options.split else _held_out(dataset):
+    models = {name: getattr(options, name, None) for name in ("base", "teacher", "judge")}
+    splits = [options.split]
+    if not options.split:  # the test split last: a reader of a terminal sees its table first
+        splits = [*sorted({*splits_of(dataset)} - {"train", "validation", "test"}), "test"]
+    for split in splits:
         settings = read_settings(options, MeasureSettings, split=split)
         if split != "test" and not options.split:  # the same servers, which `test` times
             settings = replace(settings, latency=False)
         if settings.budget is not None:  # one for all splits
             settings = replace(settings, budget=max(settings.budget - paid, _NOTHING))
-        report = compare(dataset, student=student, out=out, settings=settings, **_named(options))
+        report = compare(dataset, student=student, out=out, settings=settings, **models)
         paid += report.paid
-        _show(report, split)
+        print(f"\n{split}:\n{report.table()}")
 
 
 def training_folders(run: Path) -> list[Path]:
@@ -219,21 +208,6 @@ def training_folders(run: Path) -> list[Path]:
     while (following := run / f"train-{len(folders) + 1}").exists():
         folders.append(following)
     return folders
-
-
-def _named(options: argparse.Namespace) -> dict[str, str | None]:
-    return {name: getattr(options, name, None) for name in ("base", "teacher", "judge")}
-
-
-def _held_out(dataset: str | Path) -> list[str]:
-    """Everything that was kept out of training, the test split last, where it is read first."""
-    from distill_datasets.evaluation.systems import splits_of
-
-    return sorted(set(splits_of(dataset)) - {"train", "validation", "test"}) + ["test"]
-
-
-def _show(report: "Report", split: str) -> None:
-    print(f"\n{split}:\n{report.table()}")
 
 
 def add_push(parser: argparse.ArgumentParser) -> None:

@@ -13,18 +13,18 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distill_datasets.errors import ModelError, OtherTrainingError, OutputError
-from distill_datasets.files import one_writer, writable_folder, write_file
+from distill_datasets.files import writable_folder, write_file
 from distill_datasets.models.sampler import digest
 from distill_datasets.tables import html_card, html_facts
 from distill_datasets.training import tell
-from distill_datasets.training.schedule import OF_ANSWERS, Selection, why_it_ended
+from distill_datasets.training.schedule import Selection, why_it_ended
 from distill_datasets.training.settings import (
     VALIDATION_LOSS,
     decisive,
@@ -96,13 +96,22 @@ class TrainingResult:
     @property
     def verdict(self) -> str:
         """Which weights won, and by what; and what speaks against them."""
+
+        def scores(checkpoint: SavedCheckpoint) -> str:
+            # What is measured of sampled answers chooses no checkpoint.
+            return ", ".join(
+                f"{name} {value:.4g}"
+                for name, value in checkpoint.scores.items()
+                if not name.startswith(("answers", "teacher_"))
+            )
+
         if not self.final.scores:
             return f"step {self.best.step} is the last; there are no validation rows to choose by"
-        said = f"the final weights won ({_scores(self.final)})"
+        said = f"the final weights won ({scores(self.final)})"
         if self.best.step != self.final.step:
             said = (
-                f"step {self.best.step} won ({_scores(self.best)}); the final weights, of step "
-                f"{self.final.step}, have {_scores(self.final)}"
+                f"step {self.best.step} won ({scores(self.best)}); the final weights, of step "
+                f"{self.final.step}, have {scores(self.final)}"
             )
         return f"{said}; but {self.doubt}" if self.doubt else said
 
@@ -161,16 +170,14 @@ class TrainingFolder:
             f"Choose another --out, for example {str(next_folder(self.path))!r}."
         )
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Keep a second process out; a killed one leaves no lock behind."""
-        return one_writer(self.path, "training")
-
     def require_same(self, wanted: Mapping[str, Any]) -> None:
         """Refuse to continue what was begun otherwise; the message names each difference."""
         config = self.config
         if config is None:
             return
-        there, here = _comparable(config), _comparable(wanted)
+        there, here = (
+            _flat({**one, "settings": decisive(one["settings"])}) for one in (config, wanted)
+        )
         differences = [
             f"{name} is {there.get(name)!r} there, {here.get(name)!r} now"
             for name in [*here, *(name for name in there if name.startswith("start."))]
@@ -202,6 +209,11 @@ class TrainingFolder:
         return self._lines("checkpoints.jsonl", lambda line: SavedCheckpoint(**line))
 
     @property
+    def best(self) -> SavedCheckpoint | None:
+        """The last confirmed checkpoint that was the best of all up to it."""
+        return next((one for one in reversed(self.checkpoints) if one.best), None)
+
+    @property
     def finished(self) -> bool:
         """Whether the final checkpoint is confirmed."""
         return self.config is not None and any(one.final for one in self.checkpoints)
@@ -228,11 +240,10 @@ class TrainingFolder:
 
     def add(self, checkpoint: SavedCheckpoint) -> list[SavedCheckpoint]:
         """Add a checkpoint that the server has confirmed; those that nobody needs since then."""
-        checkpoints = [*self.checkpoints, checkpoint]
-        best = _best(checkpoints)
-        needed = [one for one in checkpoints if one.kept or one == best or one is checkpoint]
-        self._rewrite("checkpoints.jsonl", [asdict(one) for one in needed])
-        return [one for one in checkpoints if one not in needed]
+        known, best = self.checkpoints, checkpoint if checkpoint.best else self.best
+        needed = [one for one in known if one.kept or one == best]
+        self._rewrite("checkpoints.jsonl", [asdict(one) for one in (*needed, checkpoint)])
+        return [one for one in known if one not in needed]
 
     def draw(self) -> None:
         """Draw loss.png."""
@@ -241,34 +252,31 @@ class TrainingFolder:
         config = self.config or {}
         rows = config.get("dataset", {}).get("rows", {}).get("train", 0)
         title = f"{config.get('student', 'student')}, trained on {rows:,} rows"
-        best = _best(self.checkpoints)
-        draw_curves(
-            self.metrics, self.path / "loss.png", title=title, best=best.step if best else None
-        )
+        step = self.best.step if self.best else None
+        draw_curves(self.metrics, self.path / "loss.png", title=title, best=step)
 
     def result(self) -> TrainingResult:
         """The result that a finished training's files hold.
 
         Raises `ModelError` where the student's answers collapsed before any checkpoint was good.
         """
-        config, metrics, checkpoints = self.config or {}, self.metrics, self.checkpoints
-        steps, final = [line for line in metrics if "loss" in line], checkpoints[-1]
-        selection, patience = self.selection, config["settings"].get("patience")
+        config, selection, best = self.config or {}, self.selection, self.best
+        steps, final = [line for line in self.metrics if "loss" in line], self.checkpoints[-1]
+        patience = config["settings"].get("patience")
         why = why_it_ended(selection, patience, final.step, config["steps"])
-        if selection.collapsed and _best(checkpoints) is None:
+        if selection.collapsed and best is None:
             raise ModelError(
                 f"Training in {str(self.path)!r} stopped at step {final.step}: {why}, and no "
                 "checkpoint before is good. Look at the responses of the training split, lower "
                 "the learning rate, and train again into another folder; answered_rows=0 "
                 "(--answered-rows 0) trains to the end whatever the student answers."
             )
+        loss = final.validation_loss
         return TrainingResult(
             path=self.path,
-            best=_best(checkpoints) or final,
+            best=best or final,
             final=final,
-            final_loss=steps[-1]["loss"]
-            if final.validation_loss is None
-            else final.validation_loss,
+            final_loss=steps[-1]["loss"] if loss is None else loss,
             steps=final.step,
             rows=config["dataset"]["rows"]["train"],
             skipped=config["dataset"]["skipped"]["train"],
@@ -320,26 +328,12 @@ def next_folder(out: Path) -> Path:
     return next(folder for folder in numbered if not folder.exists())
 
 
-def _best(checkpoints: Sequence[SavedCheckpoint]) -> SavedCheckpoint | None:
-    """The last that was the best of all up to it."""
-    return next((one for one in reversed(checkpoints) if one.best), None)
-
-
-def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    return _flat({**config, "settings": decisive(config["settings"])})
-
-
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, inner in value.items():
         name = f"{prefix}{key}"
         flat |= _flat(inner, f"{name}.") if isinstance(inner, Mapping) else {name: inner}
     return flat
-
-
-def _scores(checkpoint: SavedCheckpoint) -> str:
-    shown = {n: v for n, v in checkpoint.scores.items() if n not in OF_ANSWERS}
-    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 
 def installed_versions() -> dict[str, str]:
@@ -367,12 +361,11 @@ def describe(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def describe_progress(
-    step: int, selection: Selection, checkpoints: Sequence[SavedCheckpoint]
+    step: int, selection: Selection, best: SavedCheckpoint | None
 ) -> dict[str, str]:
     """What one checkpoint adds: enough to go on as if the local folder were still there."""
-    best = [checkpoint for checkpoint in checkpoints if checkpoint.best]
     found = {"step": str(step), "selection": _compact(asdict(selection))}
-    return found | ({"best": _compact(asdict(best[-1]))} if best else {})
+    return found | ({"best": _compact(asdict(best))} if best else {})
 
 
 def read_progress(
@@ -399,12 +392,11 @@ def read_progress(
             f"{path!r} is of step {step} of {config['steps']}: nothing is left to train. Measure "
             "it by its sampler path, or train longer from its weights (--from)."
         )
-    begun = SavedCheckpoint(name="resumed", step=step, state=path, sampler=None)
-    # Both belong to another training, which may still need them.
-    best = (
-        [SavedCheckpoint(**json.loads(found["best"]) | {"kept": True})] if "best" in found else []
-    )
-    return Selection(**json.loads(found["selection"])), [*best, begun]
+    # All belong to another training, which may still need them: they are kept.
+    known = [json.loads(found["best"]) | {"kept": True}] if "best" in found else []
+    known.append({"name": "resumed", "step": step, "state": path, "sampler": None})
+    selection = Selection(**json.loads(found["selection"]))
+    return selection, [SavedCheckpoint(**one) for one in known]
 
 
 def require_same(path: str, there: Mapping[str, str], config: Mapping[str, Any]) -> None:
@@ -450,8 +442,8 @@ class CheckpointRetention:
 
     def replace_best(self, old: Iterable[SavedCheckpoint], new: SavedCheckpoint) -> None:
         """Begin to keep the new one without end; the old ones get the usual time to live."""
-        requests = [*self._set_ttl(old, self.ttl), *self._set_ttl([new], None)]
-        self._pending += [(request, _NOT_KEPT) for request in requests]
+        for request in (*self._set_ttl(old, self.ttl), *self._set_ttl([new], None)):
+            self._pending.append((request, _NOT_KEPT))
 
     def keep(self, checkpoints: Iterable[SavedCheckpoint]) -> None:
         """Keep them for good; waits until the server has confirmed it, or says that it doesn't."""

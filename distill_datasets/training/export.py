@@ -116,17 +116,26 @@ def export_adapter(  # noqa: PLR0913 (what is written where, and what goes along
         raise OutputError(f"{str(folder)!r} isn't empty: choose a new folder for the adapter.")
     found = read_report(trained, report)
     with tempfile.TemporaryDirectory(prefix="distill-adapter-") as scratch:
-        about = _report_file(trained, report) if found else None
-        rows = _write_check(trained, Path(scratch), about) if check else 0
+        rows = 0
+        if check and trained.recipe is not None:
+            said = _said(_report_file(trained, report)) if found else {}
+            rows = write_check_files(
+                trained.dataset, Path(scratch), config=trained.dataset_config, said=said
+            )
         weights = _weights_folder(trained, base, Path(scratch))
         with replacing(folder) as building:
             _write(building, weights, base, trained.folder / "loss.png")
             if tools := _tools(trained.recipe):
                 text = json.dumps(tools, ensure_ascii=False, indent=1) + "\n"
                 (building / _TOOLS).write_text(text, encoding="utf-8")
-            said = finish(building) if finish else ()
             card = student_card(
-                trained, base, found, repo, held_out=rows, folder=building, said=said
+                trained,
+                base,
+                found,
+                repo,
+                folder=building,
+                held_out=rows,
+                said=finish(building) if finish else (),
             )
             (building / "README.md").write_text(card, encoding="utf-8")
             if rows:
@@ -162,21 +171,17 @@ def find_base(trained: Trained, base_model: str | None) -> AdapterBase:
 
 def _weights_folder(trained: Trained, base: AdapterBase, scratch: Path) -> Path:
     """The folder that holds the best checkpoint in PEFT's format."""
-    if trained.student.startswith("tinker:"):
-        return _fetch_from_tinker(trained, base, scratch)
-    # The embedded server's store: a folder for the run, then the kind and the name.
-    run, kind, name = trained.checkpoint["sampler"].removeprefix("tinker://").split("/")
-    folder: Path = trained.folder / "checkpoints" / run.replace(":", "_") / kind / name
-    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / file).is_file():
-            raise ModelError(
-                f"{str(folder)!r} lacks {file}: the weights of this training are gone. Train "
-                "again into another folder."
-            )
-    return folder
-
-
-def _fetch_from_tinker(trained: Trained, base: AdapterBase, scratch: Path) -> Path:
+    if not trained.student.startswith("tinker:"):
+        # The embedded server's store: a folder for the run, then the kind and the name.
+        run, kind, name = trained.checkpoint["sampler"].removeprefix("tinker://").split("/")
+        folder: Path = trained.folder / "checkpoints" / run.replace(":", "_") / kind / name
+        for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if not (folder / file).is_file():
+                raise ModelError(
+                    f"{str(folder)!r} lacks {file}: the weights of this training are gone. Train "
+                    "again into another folder."
+                )
+        return folder
     from tinker_cookbook import weights
     from tinker_cookbook.exceptions import WeightsError
 
@@ -221,17 +226,6 @@ def read_training(train: Path | str) -> Trained:
         f"{str(train)!r} holds no finished training: expected a folder that `train` wrote, with "
         "checkpoints.jsonl in it. Run `train` first, or again to finish it."
     )
-
-
-def _write_check(trained: Trained, out: Path, report: Path | None) -> int:
-    """Write check/ for a student of a release; how many rows it has, 0 where there is none.
-
-    `report` is the file of one that is about this checkpoint.
-    """
-    if trained.recipe is None:
-        return 0
-    said = _said(report) if report else {}
-    return write_check_files(trained.dataset, out, config=trained.dataset_config, said=said)
 
 
 def _said(report: Path) -> dict[str, Any]:
@@ -283,7 +277,11 @@ def student_card(  # noqa: PLR0913 (whose card it is, and what it says)
     `said` are lines of how that compares with the training's server.
     """
     recipe = trained.recipe
-    prompt, tools = _asked(recipe)
+    prompt = recipe.student_prompt if recipe else None
+    tools = recipe.student_tools if recipe else None
+    if recipe and recipe.members:  # the example asks behind one of the handles
+        prompt = next(iter(given_tools(recipe) or recipe.members))
+        tools = recipe.members[prompt].student_tools
     system: list[Message] = [{"role": "system", "content": prompt}] if prompt else []
     conversation: list[Message] = [*system, {"role": "user", "content": _EXAMPLE_QUERY}]
     published = {
@@ -328,17 +326,16 @@ def _public_report(report: Mapping[str, Any], training: Mapping[str, Any]) -> di
     systems = {role: dict(system) for role, system in report["systems"].items()}
     systems["base"]["model"] = training["student"]
     # Several teachers are one text, of which each may name a folder.
-    teachers = str(systems["teacher"]["model"]).split(" + ")
-    systems["teacher"]["model"] = " + ".join(map(_public_model, teachers))
+    systems["teacher"]["model"] = " + ".join(
+        f"embedded:{Path(one.removeprefix('embedded:')).name}"
+        if one.startswith("embedded:")
+        else one
+        for one in str(systems["teacher"]["model"]).split(" + ")
+    )
     dataset = {**report["dataset"], "path": training["dataset"]["path"]}
     if on_hub := dataset_on_hub(training):
         dataset |= {"path": on_hub[0], "revision": on_hub[1]}
     return {**report, "systems": systems, "dataset": dataset}
-
-
-def _public_model(model: str) -> str:
-    local = model.startswith("embedded:")
-    return f"embedded:{Path(model.removeprefix('embedded:')).name}" if local else model
 
 
 def tied_and_adapted(folder: Path, base: AdapterBase) -> bool:
@@ -365,16 +362,6 @@ def _tools(recipe: Recipe | None) -> Any:
     return given.get("", given) or None
 
 
-def _asked(recipe: Recipe | None) -> tuple[str | None, str | None]:
-    """The short prompt and the tools behind which the card's example asks the student."""
-    if recipe is None:
-        return None, None
-    if not recipe.members:
-        return recipe.student_prompt, recipe.student_tools
-    handle = next(iter(given_tools(recipe) or recipe.members))
-    return handle, recipe.members[handle].student_tools
-
-
 def _template(
     trained: Trained, base: AdapterBase, conversation: Sequence[Message], tools: str | None
 ) -> dict[str, Any] | None:
@@ -397,8 +384,7 @@ def template_arguments(
     """What a tokenizer's own chat template takes to make these tokens of the messages; or None."""
     possible: tuple[dict[str, Any], ...] = (
         {},
-        {"enable_thinking": False},
-        {"enable_thinking": True},
+        *({"enable_thinking": one} for one in (False, True)),
     )
     for arguments in possible if tokenizer.chat_template else ():
         if template_tokens(tokenizer, messages, tools, arguments) == list(wanted):

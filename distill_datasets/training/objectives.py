@@ -48,6 +48,7 @@ from distill_datasets.training.student import (
     datum,
     shares,
     supervised_batch,
+    target_logprobs,
 )
 
 if TYPE_CHECKING:
@@ -187,9 +188,10 @@ def reverse_targets(
     Where a token is not `meant` (N, K) but another, what the teacher gives it is taken from it and
     learned for the other, as a hard label is.
     """
-    p, gain, rest = _shares(student, teacher)
+    p, gain = _shares(student, teacher)
     own = np.asarray(tokens, np.int64)[:, None]
-    weights = np.concatenate([np.zeros_like(p[:, :1]), p * (gain - rest.gain)], axis=1)
+    pulled = p[:, :-1] * (gain[:, :-1] - gain[:, -1:])
+    weights = np.concatenate([np.zeros_like(own, np.float64), pulled], axis=1)
     others = np.where(np.isfinite(student), ids, own)
     found = np.concatenate([own, others], axis=1)
     if meant is not None and (moved := np.isfinite(student) & (meant != ids)).any():
@@ -205,24 +207,17 @@ def reverse_kl(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> 
 
     Over the tokens (N, K), and all others as one token more.
     """
-    p, gain, rest = _shares(student, teacher)
-    # p - p exp(a) adds up to 0 over both whole distributions; with it no term is below 0.
-    terms = [one * (np.expm1(a) - a) for one, a in ((p, gain), (rest.p, rest.gain))]
-    return np.asarray(sum(term.sum(axis=1) for term in terms), np.float64)
-
-
-class _Others(NamedTuple):
-    """All other tokens as one (N, 1): how likely, and by how much likelier to the teacher."""
-
-    p: NDArray[np.float64]
-    gain: NDArray[np.float64]
+    p, gain = _shares(student, teacher)
+    # p - p exp(gain) adds up to 0 over both whole distributions; with it no term is below 0.
+    return np.asarray((p * (np.expm1(gain) - gain)).sum(axis=1), np.float64)
 
 
 def _shares(
     student: NDArray[np.floating], teacher: NDArray[np.floating]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], _Others]:
-    """The student's probabilities of tokens (N, K), by how much likelier the teacher finds them in
-    nats, and the rest. Places with fewer tokens end with minus infinity on the student's side.
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How likely the student finds tokens (N, K) and, in the last column, all others as one, and by
+    how many nats likelier the teacher does. Places with fewer tokens end with minus infinity on the
+    student's side.
 
     What float32 can't tell from a rest of 0 counts as the least rest: as the gradient there falls
     with the rest itself, that moves it by nothing.
@@ -235,7 +230,8 @@ def _shares(
         np.maximum(1 - one.sum(axis=1, keepdims=True), _LEAST_REST) for one in (p, np.exp(theirs))
     )
     gain = np.where(likely, theirs - ours, 0.0)
-    return p, gain, _Others(left, np.log(taught) - np.log(left))
+    rest = np.log(taught) - np.log(left)
+    return np.concatenate([p, left], axis=1), np.concatenate([gain, rest], axis=1)
 
 
 def soft_batch(
@@ -258,11 +254,24 @@ def soft_batch(
     ]
 
     def read(outputs: Sequence[Mapping[str, Any]]) -> Learned:
-        logprobs = [
-            np.asarray(output["logprobs"].to_numpy(), np.float64).reshape(target.tokens.shape)
-            for output, target in zip(outputs, wide, strict=True)
-        ]
-        return _learned(examples, wide, logprobs)
+        count = sum(len(example.labels.tokens) for example in examples)
+        loss = entropy = nll = kept = 0.0
+        logprobs = target_logprobs(datums, outputs)
+        for example, target, found in zip(examples, wide, logprobs, strict=True):
+            learned = target.weights > 0
+            weights = target.weights[learned].astype(np.float64)
+            loss -= float(weights @ found[learned])
+            entropy -= float(weights @ np.log(weights))
+            nll -= float(found[len(example.prompt) - 1 :, 0].sum())
+            kept += example.labels.kept * len(example.labels.tokens)
+        return Learned(
+            loss=loss / count,
+            nll=nll / count,
+            response_tokens=count,
+            response_bytes=sum(example.bytes for example in examples),
+            tokens=sum(len(example.tokens) for example in examples),
+            extra={"kl": (loss - entropy) / count, "kept": kept / count},
+        )
 
     return TrainingBatch(datums, read)
 
@@ -279,28 +288,6 @@ def after_prompt(targets: SoftTargets, prompt: int, width: int) -> SoftTargets:
     tokens[prompt - 1 :, :columns] = targets.tokens
     weights[prompt - 1 :, :columns] = targets.weights
     return SoftTargets(tokens, weights)
-
-
-def _learned(
-    examples: Sequence[SoftExample], targets: Sequence[SoftTargets], logprobs: Sequence[Any]
-) -> Learned:
-    count = sum(len(example.labels.tokens) for example in examples)
-    loss = entropy = nll = 0.0
-    for example, target, found in zip(examples, targets, logprobs, strict=True):
-        weights = target.weights.astype(np.float64)
-        learned = weights > 0
-        loss -= float(weights[learned] @ found[learned])
-        entropy -= float(weights[learned] @ np.log(weights[learned]))
-        nll -= float(found[len(example.prompt) - 1 :, 0].sum())
-    kept = sum(example.labels.kept * len(example.labels.tokens) for example in examples)
-    return Learned(
-        loss=loss / count,
-        nll=nll / count,
-        response_tokens=count,
-        response_bytes=sum(example.bytes for example in examples),
-        tokens=sum(len(example.tokens) for example in examples),
-        extra={"kl": (loss - entropy) / count, "kept": kept / count},
-    )
 
 
 @dataclass(frozen=True)

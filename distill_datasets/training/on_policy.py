@@ -243,7 +243,8 @@ class OnPolicyObjective:
         """
         found: Sequence[NDArray[np.float64] | None] = [None] * len(rollouts)
         if age:
-            found = self._task.student.logprobs(reverse_batch(rollouts, "token").datums)
+            batch = reverse_batch(rollouts, "token").datums
+            found = self._task.student.logprobs([batch]).result()
         current = []
         for one, logprobs in zip(rollouts, found, strict=True):
             assert one.ranking is not None and one.judged is not None
@@ -292,15 +293,20 @@ def reverse_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> 
 def sampled_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> TrainingBatch:
     """Policy gradients: each token's advantage is by how much the teacher finds it likelier."""
     masks = [np.ones(len(rollout.tokens), np.float32) for rollout in rollouts]
-    datums = [
-        _datum(rollout, size)
-        for rollout, size in zip(rollouts, shares(masks, normalization), strict=True)
-    ]
-
-    def read(_: Sequence[Mapping[str, Any]]) -> Learned:
-        return _learned(rollouts, divergence(rollouts))
-
-    return TrainingBatch(datums, read, "importance_sampling")
+    datums = []
+    for one, size in zip(rollouts, shares(masks, normalization), strict=True):
+        # The first sampled token is predicted by the prompt's last.
+        before, tokens = np.zeros(len(one.prompt) - 1), [*one.prompt, *one.tokens]
+        made = datum(
+            tokens,
+            target_tokens=np.asarray(tokens[1:]),
+            logprobs=np.concatenate([before, one.student]),
+            advantages=np.concatenate([before, (one.teacher - one.student) / size]),
+        )
+        datums.append(made)
+    return TrainingBatch(
+        datums, lambda _: _learned(rollouts, divergence(rollouts)), "importance_sampling"
+    )
 
 
 def forward_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> TrainingBatch:
@@ -332,19 +338,6 @@ def divergence(rollouts: Sequence[Rollout]) -> float:
 def _labels(rollout: Rollout) -> SoftLabels:
     assert rollout.ranking is not None
     return SoftLabels.of(rollout.tokens, rollout.ranking.ids, rollout.ranking.logprobs)
-
-
-def _datum(rollout: Rollout, size: float) -> tinker.Datum:
-    """The first sampled token is predicted by the prompt's last."""
-    before = [0.0] * (len(rollout.prompt) - 1)
-    advantages = (rollout.teacher - rollout.student) / size
-    tokens = [*rollout.prompt, *rollout.tokens]
-    return datum(
-        tokens,
-        target_tokens=np.asarray(tokens[1:]),
-        logprobs=np.array([*before, *rollout.student]),
-        advantages=np.array([*before, *advantages]),
-    )
 
 
 def _learned(

@@ -31,17 +31,13 @@ _COLLAPSES = {
     "endless": "its answers don't end where the teacher's do",
     "one": "its answers to different queries have become one",
 }
-# What is measured of sampled answers, and of the teacher's beside them: it chooses no checkpoint.
-OF_ANSWERS = frozenset(
-    f"{one}_{name}"
-    for one, names in (
-        ("answers", "distinct ended tokens empty unending looping"),
-        ("teacher", "distinct ended tokens commonest once"),
-    )
-    for name in names.split()
-) | {"answers"}
-# Shares of the sampled answers from which a collapse is seen, and up to which none is.
-_EMPTY, _LOOPING, _UNENDING, _CLEAN = 0.5, 0.5, 0.75, 0.25
+# What is measured of sampled answers, and the share of them from which it is a collapse.
+_SHARES = {
+    "empty": ("answers_empty", 0.5),
+    "loops": ("answers_looping", 0.5),
+    "endless": ("answers_unending", 0.75),
+}
+_CLEAN = 0.25  # up to which share there is none
 _VARIED = 8  # times as many different answers of the teacher, or one alone, are a collapse
 _DOMINANT = 0.5  # a larger share of one response of the teacher's leaves nothing to be said
 _FREE_TEXT = 0.5  # share of responses that occur once: fewer are labels
@@ -326,14 +322,14 @@ class Selection:
         doesn't improve: many a base never ends an answer, and every student of few labels says the
         commonest first. What shows one is never the best.
         """
-        signs, loss = collapse_signs(scores), scores.get(VALIDATION_LOSS)
+        loss = scores.get(VALIDATION_LOSS)
         improves = loss is not None and (self.lowest is None or loss < self.lowest)
-        found = replace(self, lowest=loss) if improves else self
-        found = replace(found, clean=sorted({*self.clean, *_clean_signs(scores)}))
+        clean = sorted({*self.clean, *_clean_signs(scores)})
+        found = replace(self, clean=clean, lowest=loss if improves else self.lowest)
         if step == 0:
             return replace(found, base=scores.get(self.metric))
         labels = scores.get("teacher_once", 0.0) < _FREE_TEXT
-        for sign in signs:
+        for sign in collapse_signs(scores):
             if not improves or (sign in self.clean and not (labels and sign == "one")):
                 return replace(found, sign=sign, struck=self.struck + 1, stale=self.stale + 1)
         found = replace(found, sign="", struck=0)
@@ -387,28 +383,19 @@ class Selection:
 def collapse_signs(scores: Mapping[str, Any]) -> list[str]:
     """What a measurement's sampled answers show that the teacher's responses don't."""
 
-    def score(name: str) -> float:
-        return float(scores.get(name, 0.0))
-
-    if score("answers") < _FEW_ANSWERS:
+    if scores.get("answers", 0) < _FEW_ANSWERS:
         return []
-    varied = max(_VARIED, score("teacher_distinct"))
-    seen = {
-        "empty": score("answers_empty") >= _EMPTY,
-        "loops": score("answers_looping") >= _LOOPING,
-        "endless": score("answers_unending") >= _UNENDING,
-        "one": score("teacher_commonest") <= _DOMINANT
-        and score("answers_distinct") * _VARIED <= varied,
-    }
-    return [sign for sign in _COLLAPSES if seen[sign]]
+    found = [sign for sign, (name, most) in _SHARES.items() if scores.get(name, 0.0) >= most]
+    varied = max(_VARIED, scores.get("teacher_distinct", 0.0))
+    alike = scores.get("answers_distinct", 0.0) * _VARIED <= varied
+    return found + (["one"] if alike and scores.get("teacher_commonest", 0.0) <= _DOMINANT else [])
 
 
 def _clean_signs(scores: Mapping[str, Any]) -> set[str]:
     """Those that a measurement is clearly without."""
     if not scores.get("answers"):
         return set()
-    shares = {"empty": "empty", "loops": "looping", "endless": "unending"}
-    found = {sign for sign, name in shares.items() if scores.get(f"answers_{name}", 0.0) <= _CLEAN}
+    found = {sign for sign, (name, _) in _SHARES.items() if scores.get(name, 0.0) <= _CLEAN}
     varied = 2 * scores.get("answers_distinct", 0) >= scores.get("teacher_distinct", 0)
     return found | ({"one"} if varied else set())
 

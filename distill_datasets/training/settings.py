@@ -9,7 +9,6 @@ from distill_datasets.settings import check, setting
 
 Turns = Literal["last", "all"]
 VALIDATION_LOSS = "validation_loss"
-SELECTED = (VALIDATION_LOSS, "accuracy", "internalisation")  # by which the best may be chosen
 _LEAST_TTL = 3600  # seconds: Tinker takes no less
 # What may change between two runs of one training: no weight depends on it.
 _FREE = (
@@ -175,11 +174,8 @@ class TrainSettings:
         at_least=1,
         unset="at most ten times, and for a tenth of the training's tokens",
     )
-    select: str = setting(
-        VALIDATION_LOSS,
-        "the number by which the best checkpoint is chosen: validation_loss, accuracy, or "
-        "internalisation",
-        group="stopping",
+    select: Literal["validation_loss", "accuracy", "internalisation"] = setting(
+        "validation_loss", "the number by which the best checkpoint is chosen", group="stopping"
     )
     internalisation: bool = setting(
         True,

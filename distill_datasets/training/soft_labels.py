@@ -64,6 +64,11 @@ if TYPE_CHECKING:
 SCORES = "scores.sqlite"  # in the training's folder: what a rerun does not pay again
 _ROWS_AT_ONCE = 512  # scored together
 _ENOUGH = 0.9  # of the teacher's probability: with less, the tail is shared among other tokens
+_REMEDIES = {
+    "choices": "It often wants to say something else: mend the prompt or the choices.",
+    "stored": "Generate with more `sampling.top_logprobs`, and train with as large a top_k.",
+    "scored": "Train with a larger top_k.",
+}
 Tokens = tuple[int, ...]
 _TABLE = """
 CREATE TABLE IF NOT EXISTS scores (
@@ -211,8 +216,11 @@ class SoftObjective:
 
 def get_labels(task: TrainingTask, prompts: TeacherPrompts, store: ScoreStore) -> dict[int, str]:
     """The keys in the store of the labels of each row that is trained on, by the row's place."""
-    settings, (places, rows) = task.settings.objective, chosen_rows(task)
-    source = settings.labels if settings.labels != "auto" else _source(prompts)
+    (places, rows), source = chosen_rows(task), task.settings.objective.labels
+    if source == "auto" and len(prompts.choices) > 1:
+        source = "choices"
+    elif source == "auto":
+        source = "stored" if has_soft(prompts.folder) else "scored"
     teacher = connect_teacher(task, prompts, own=source == "stored")
     if source != "choices":
         require_same_tokenizer(teacher, task.student.connection)
@@ -221,33 +229,17 @@ def get_labels(task: TrainingTask, prompts: TeacherPrompts, store: ScoreStore) -
     else:
         scoring = _of_choices if source == "choices" else _of_responses
         keys = _score(task, places, scoring(task, teacher, prompts, rows), store)
-    _warn_of_little(store.mean_kept(list(keys.values())), source)
+    if (kept := store.mean_kept(list(keys.values()))) < _ENOUGH:
+        held = "the recipe's choices" if source == "choices" else "the soft labels"
+        tell(
+            f"warning: {held} hold {kept:.2f} of the teacher's probability on average; the "
+            f"student learns the rest as if it were theirs. {_REMEDIES[source]}"
+        )
     return keys
-
-
-def _source(prompts: TeacherPrompts) -> str:
-    if len(prompts.choices) > 1:
-        return "choices"
-    return "stored" if has_soft(prompts.folder) else "scored"
 
 
 def _names(rows: "Dataset") -> list[tuple[str, int]]:
     return list(zip(rows["id"], rows["sample"], strict=True))
-
-
-def _warn_of_little(kept: float, source: str) -> None:
-    if kept >= _ENOUGH:
-        return
-    remedy = {
-        "choices": "It often wants to say something else: mend the prompt or the choices.",
-        "stored": "Generate with more `sampling.top_logprobs`, and train with as large a top_k.",
-        "scored": "Train with a larger top_k.",
-    }
-    held = "the recipe's choices" if source == "choices" else "the soft labels"
-    tell(
-        f"warning: {held} hold {kept:.2f} of the teacher's probability on average; the "
-        f"student learns the rest as if it were theirs. {remedy[source]}"
-    )
 
 
 def _stored(
@@ -302,7 +294,10 @@ def _of_choices(
             f"The recipe of {prompts.where!r} names no choices (`answer.choices`), so labels have "
             "no exact probabilities. Train with labels='scored'."
         )
-    require_choices(prompts, rows)
+    reader = prompts.recipe.student_reader
+    for query, response in zip(rows["query"], rows["response"], strict=True):
+        if reader.read(response, "stop").answer not in prompts.choices:
+            raise _outside(query, response, prompts.choices, prompts.where)
     said = dict(zip(_names(rows), teacher_texts(task, prompts, rows), strict=True))
     scorer = LabelScorer(teacher, task.student.connection, prompts, said.values())
     return lambda row: scorer.request(row, said[row.id, row.sample])
@@ -382,6 +377,7 @@ class LabelScorer:
         return LabelRequest(key, start)
 
     def _start(self, prompt: list[int], spoken: Sequence[Tokens]) -> Callable[[], Any]:
+        """Begin to ask how likely each label is; what is returned waits for it."""
         shared, labels = diverging(spoken)
         places, ways = children(labels), self._ways
         asked = []
@@ -411,14 +407,6 @@ def spoken_tokens(connection: "Connection", text: str) -> Tokens:
     return tuple(spoken)
 
 
-def require_choices(prompts: TeacherPrompts, rows: "Dataset") -> None:
-    """Refuse responses that the recipe doesn't read as one of its choices."""
-    reader = prompts.recipe.student_reader
-    for query, response in zip(rows["query"], rows["response"], strict=True):
-        if reader.read(response, "stop").answer not in prompts.choices:
-            raise _outside(query, response, prompts.choices, prompts.where)
-
-
 def _outside(query: str, response: str, known: Sequence[str], where: str) -> DatasetError:
     return DatasetError(
         f"A response in {where!r} is none of the recipe's choices: expected one of "
@@ -436,7 +424,12 @@ def diverging(sequences: Sequence[Sequence[int]]) -> tuple[Tokens, list[Tokens]]
     shared = tuple(_alike(sequences))
     rests = [tuple(sequence[len(shared) :]) for sequence in sequences]
     cut = len(list(_alike([rest[::-1] for rest in rests])))
-    while cut and not _tells_apart([rest[:-cut] for rest in rests]):
+
+    def tells_apart(rests: Sequence[Tokens]) -> bool:
+        beginnings = {rest[:length] for rest in rests for length in range(len(rest))}
+        return len(set(rests)) == len(rests) and not beginnings & set(rests) and () not in rests
+
+    while cut and not tells_apart([rest[:-cut] for rest in rests]):
         cut -= 1
     return shared, [rest[: len(rest) - cut] for rest in rests]
 
@@ -444,11 +437,6 @@ def diverging(sequences: Sequence[Sequence[int]]) -> tuple[Tokens, list[Tokens]]
 def _alike(sequences: Sequence[Sequence[int]]) -> list[int]:
     columns = zip(*sequences, strict=False)
     return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
-
-
-def _tells_apart(rests: Sequence[Tokens]) -> bool:
-    beginnings = {rest[:length] for rest in rests for length in range(len(rest))}
-    return len(set(rests)) == len(rests) and not beginnings & set(rests) and () not in rests
 
 
 def children(labels: Sequence[Tokens]) -> dict[Tokens, list[int]]:
@@ -488,7 +476,18 @@ def label_targets(
 
     `logprobs` are the teacher's of each label; `kept` is what it gives all of them together.
     """
-    places = [_next_tokens(response[:place], labels, logprobs) for place in range(len(response))]
+    places: list[dict[int, float]] = []
+    for length in range(len(response)):
+        start = tuple(response[:length])
+        possible = [
+            (label[length], logprob)
+            for label, logprob in zip(labels, logprobs.tolist(), strict=True)
+            if len(label) > length and tuple(label[:length]) == start
+        ]
+        best = max(logprob for _, logprob in possible)
+        places.append({})
+        for token, logprob in possible:
+            places[-1][token] = places[-1].get(token, 0.0) + math.exp(logprob - best)
     width = max(map(len, places))
     ids = np.zeros((len(response), width), np.int32)
     found = np.full((len(response), width), -np.inf)
@@ -500,19 +499,3 @@ def label_targets(
             found[place, : len(ranked)] = np.log([tokens[token] / total for token in ranked])
     kept = float(np.exp(logprobs).sum())
     return SoftLabels(np.asarray(response, np.int32), ids, found.astype(np.float16), kept)
-
-
-def _next_tokens(
-    beginning: Sequence[int], labels: Sequence[Sequence[int]], logprobs: NDArray[np.float64]
-) -> dict[int, float]:
-    start, length = tuple(beginning), len(beginning)
-    possible = [
-        (label[length], logprob)
-        for label, logprob in zip(labels, logprobs.tolist(), strict=True)
-        if len(label) > length and tuple(label[:length]) == start
-    ]
-    best = max(logprob for _, logprob in possible)
-    found: dict[int, float] = {}
-    for token, logprob in possible:
-        found[token] = found.get(token, 0.0) + math.exp(logprob - best)
-    return found

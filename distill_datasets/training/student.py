@@ -47,6 +47,10 @@ _LONGEST = 4096  # tokens a row: what a local machine holds; more must be asked 
 LEARNED = "learned.npy"  # in a training's folder: the rows that a later training can leave out
 _ADAPTED = ("rank", "train_attention", "train_mlp", "train_unembed")
 _UNLISTED = "checkpoints can't be looked up on the server"
+_NO_STUDENT = (
+    "{!r} is no student to start from: expected a training's folder, or "
+    "tinker://<run>/weights/<name>."
+)
 _UNKNOWN_BASE = "nothing says which model the weights to begin with were trained from"
 RowKeys = NDArray[np.uint64]
 
@@ -89,19 +93,21 @@ class TrainingBatch:
 def supervised_batch(examples: Sequence[Example], normalization: Normalization) -> TrainingBatch:
     """The cross entropy of the responses, each token or each response weighing alike."""
 
+    batch = datums(examples, normalization)
+
     def read(outputs: Sequence[Mapping[str, Any]]) -> Learned:
-        rows = row_losses(examples, outputs)
-        tokens = sum(row.tokens for row in rows)
-        nll = sum(row.nll for row in rows) / tokens
+        said = response_logprobs(examples, target_logprobs(batch, outputs))
+        tokens = sum(map(len, said))
+        nll = -sum(float(one.sum()) for one in said) / tokens
         return Learned(
             loss=nll,
             nll=nll,
-            response_tokens=round(tokens),
+            response_tokens=tokens,
             response_bytes=sum(example.bytes for example in examples),
             tokens=sum(len(example.tokens) for example in examples),
         )
 
-    return TrainingBatch(datums(examples, normalization), read)
+    return TrainingBatch(batch, read)
 
 
 def shares(masks: Sequence[NDArray[np.float32]], normalization: Normalization) -> list[float]:
@@ -136,26 +142,23 @@ def datums(examples: Sequence[Example], normalization: Normalization) -> list[ti
     ]
 
 
-@dataclass(frozen=True)
-class RowLoss:
-    """A row's response: its negative log-likelihood in nats, its tokens, and the log-probability
-    of each.
-    """
+def target_logprobs(
+    batch: Sequence[tinker.Datum], outputs: Sequence[Mapping[str, Any]]
+) -> list[NDArray[np.float64]]:
+    """Of every target of a batch, (N) or (N, K), as the server's loss gives them back."""
+    return [
+        np.asarray(output["logprobs"].to_numpy(), np.float64).reshape(
+            one.loss_fn_inputs["target_tokens"].shape
+        )
+        for one, output in zip(batch, outputs, strict=True)
+    ]
 
-    nll: float
-    tokens: float
-    logprobs: NDArray[np.float64]
 
-
-def row_losses(examples: Sequence[Example], outputs: Sequence[Mapping[str, Any]]) -> list[RowLoss]:
-    """The responses' scores, from the server's log-probabilities of every token."""
-    rows = []
-    for example, output in zip(examples, outputs, strict=True):
-        mask = example.targets
-        logprobs = np.asarray(output["logprobs"].to_numpy(), dtype=np.float64)
-        said = logprobs[mask > 0]
-        rows.append(RowLoss(-float(said @ mask[mask > 0]), float(mask.sum()), said))
-    return rows
+def response_logprobs(
+    examples: Sequence[Example], targets: Sequence[NDArray[np.float64]]
+) -> list[NDArray[np.float64]]:
+    """Of the tokens of each response alone."""
+    return [one[example.targets > 0] for example, one in zip(examples, targets, strict=True)]
 
 
 def bits_per_byte(nll: float | None, tokens: float, size: int) -> float | None:
@@ -272,36 +275,23 @@ class Student:
 
         return Submitted(result)
 
-    def logprobs(self, batch: Sequence[tinker.Datum]) -> list[NDArray[np.float64]]:
-        """Of every target (N, K) of a batch for the cross entropy, with the weights as the steps
-        submitted before leave them; waits for the server, and learns nothing.
+    def logprobs(
+        self, batches: Sequence[Sequence[tinker.Datum]]
+    ) -> Submitted[list[NDArray[np.float64]]]:
+        """Of every target of batches for the cross entropy, in their order, with the weights as
+        the steps submitted before leave them; learns nothing.
         """
-        shapes = [one.loss_fn_inputs["target_tokens"].to_numpy().shape for one in batch]
         asked = "to compute log-probabilities"
         with self._explained(asked):
-            forward = self._client.forward(list(batch), "cross_entropy")
-        outputs = self._wait(forward, asked).loss_fn_outputs
-        return [
-            np.asarray(one["logprobs"].to_numpy(), np.float64).reshape(shape)
-            for one, shape in zip(outputs, shapes, strict=True)
-        ]
-
-    def loss(self, batches: Sequence[Sequence[Example]]) -> Submitted[list[RowLoss]]:
-        """Each row's loss, in their order, with the weights as the steps submitted before leave
-        them; learns nothing.
-        """
-        asked = "to compute a loss"
-        with self._explained(asked):
             pending = [
-                (examples, self._client.forward(datums(examples, "token"), "cross_entropy"))
-                for examples in batches
+                (batch, self._client.forward(list(batch), "cross_entropy")) for batch in batches
             ]
 
         return Submitted(
             lambda: [
-                row
-                for examples, forward in pending
-                for row in row_losses(examples, self._wait(forward, asked).loss_fn_outputs)
+                one
+                for batch, forward in pending
+                for one in target_logprobs(batch, self._wait(forward, asked).loss_fn_outputs)
             ]
         )
 
@@ -478,7 +468,10 @@ def require_state(path: str) -> tinker.ParsedCheckpointTinkerPath:
 
 @dataclass(frozen=True)
 class Predecessor:
-    """Weights at a server's `path`; `folder` is the training that made them, where it is known."""
+    """Weights at a server's `path`; `folder` is the training that made them, where it is known.
+
+    `adapted` are the settings of their adapter, None where nobody says.
+    """
 
     path: str
     folder: Path | None
@@ -486,10 +479,11 @@ class Predecessor:
 
     def settled(self, settings: TrainSettings) -> TrainSettings:
         """The settings with the adapter that the weights have; says where another was asked for."""
-        for name, one in self.adapted.items():
+        known = {name: one for name, one in self.adapted.items() if one is not None}
+        for name, one in known.items():
             if getattr(settings, name) not in (one, getattr(TrainSettings, name)):
                 tell(f"{name} is {one}, as the weights to begin with have it.")
-        return replace(settings, **self.adapted)
+        return replace(settings, **known)
 
     def bring(self, store: Path) -> None:
         """Put the weights where the server of another training finds them, if it is a local one."""
@@ -518,14 +512,7 @@ def choose_student(source: DatasetSource, start: str | Path | None = None) -> st
         return default_student(source.manifest.get("teacher"))
     if base := base_of(str(start)):
         return base
-    raise _no_student(str(start))
-
-
-def _no_student(start: str) -> ModelError:
-    return ModelError(
-        f"{start!r} is no student to start from: expected a training's folder, or "
-        "tinker://<run>/weights/<name>."
-    )
+    raise ModelError(_NO_STUDENT.format(str(start)))
 
 
 def find_predecessor(
@@ -536,25 +523,28 @@ def find_predecessor(
     Raises `ModelError` for weights of another base model than the student's, and for a path that
     is no training state.
     """
+    path = str(start)
     if (folder := find_training(start)) is not None:
         config, checkpoint = read_training(folder)
-        _require_base(str(start), config["student"], student)
-        adapted = {
-            name: one for name in _ADAPTED if (one := config["settings"].get(name)) is not None
-        }
-        return Predecessor(checkpoint["state"], folder, adapted)
-    path = str(start)
-    if not path.startswith("tinker://"):
-        raise _no_student(path)
-    require_state(path)
-    connection = connect(student, renderer=renderer)
-    with explained(path):
-        asked = connection.rest.get_weights_info_by_tinker_path(path)
-        info = optional(asked, f"{_UNKNOWN_BASE}: {student!r} is trusted to be it")
-    if info is None:
-        return Predecessor(path, None, {})
-    _require_base(path, info.base_model, connection.base_model)
-    return Predecessor(path, None, {"rank": info.lora_rank} if info.lora_rank else {})
+        there, here = config["student"], student
+        adapted = {name: config["settings"].get(name) for name in _ADAPTED}
+        found = Predecessor(checkpoint["state"], folder, adapted)
+    elif path.startswith("tinker://"):
+        require_state(path)
+        connection = connect(student, renderer=renderer)
+        with explained(path):
+            asked = connection.rest.get_weights_info_by_tinker_path(path)
+            info = optional(asked, f"{_UNKNOWN_BASE}: {student!r} is trusted to be it")
+        there, here = info.base_model if info else connection.base_model, connection.base_model
+        found = Predecessor(path, None, {"rank": info.lora_rank if info else None})
+    else:
+        raise ModelError(_NO_STUDENT.format(path))
+    if there != here:
+        raise ModelError(
+            f"{path!r} was trained from {there!r}, not from {here!r}: name that model as the "
+            "student."
+        )
+    return found
 
 
 def write_learned(folder: Path, keys: RowKeys, before: Predecessor | None) -> None:
@@ -568,11 +558,3 @@ def write_learned(folder: Path, keys: RowKeys, before: Predecessor | None) -> No
     content = BytesIO()
     np.save(content, np.unique(keys))
     write_file(folder / LEARNED, content.getvalue())
-
-
-def _require_base(start: str, there: str, here: str) -> None:
-    if there != here:
-        raise ModelError(
-            f"{start!r} was trained from {there!r}, not from {here!r}: name that model as the "
-            "student."
-        )

@@ -119,14 +119,18 @@ def sweep(
     from distill_datasets.training.trainer import TrainSettings, train
 
     shared = settings or TrainSettings()
+    known = [field.name for field in fields(shared)]
+    if unknown := next((name for name in grid if name not in known), None):
+        hint = nearest(unknown, known)
+        raise SettingsError(f"{unknown!r} is no training setting.{hint} Known: {known}")
     cells = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    planned = [(values, _settings(shared, values)) for values in cells]
+    planned = [replace(shared, **values) for values in cells]
     if not cells or not grid:
         raise SettingsError("The grid is empty: name values, for example rank=[8, 16, 32].")
     path = Path(out)
     trials = []
     with one_writer(path, "sweep"):
-        for values, wanted in planned:
+        for values, wanted in zip(cells, planned, strict=True):
             folder = path / "_".join(f"{name}-{value}" for name, value in values.items())
             try:
                 trained = train(dataset, student=student, out=folder, settings=wanted)
@@ -148,15 +152,6 @@ def sweep(
         made = Sweep(path, trials)
         _draw(made)
     return made
-
-
-def _settings(shared: "TrainSettings", values: Mapping[str, Any]) -> "TrainSettings":
-    known = [field.name for field in fields(shared)]
-    for name in values:
-        if name not in known:
-            hint = nearest(name, known)
-            raise SettingsError(f"{name!r} is no training setting.{hint} Known: {known}")
-    return replace(shared, **values)
 
 
 def _trial(values: Mapping[str, Any], trained: "TrainingResult") -> SweepTrial:
@@ -197,9 +192,10 @@ def _draw(made: Sweep) -> None:
     from matplotlib.figure import Figure
 
     finished = [trial for trial in made.trials if trial.loss is not None]
-    varied = [name for name in made.best.values if _number(made.best.values[name])]
-    axes: dict[str, list[float | None]] = {
-        name: [trial.values[name] for trial in finished] for name in varied
+    axes: dict[str, list[Any]] = {
+        name: [trial.values[name] for trial in finished]
+        for name, value in made.best.values.items()
+        if _number(value)
     }
     axes["seconds"] = [trial.seconds for trial in finished]
     axes["trainable parameters"] = [trial.parameters for trial in finished]
@@ -210,7 +206,7 @@ def _draw(made: Sweep) -> None:
     ):
         place.scatter(values, [trial.loss for trial in finished])
         place.set(xlabel=name.replace("_", " "), ylabel="loss per response token")
-        if min(values, default=0) > 0 and max(values) > 4 * min(values):  # type: ignore[operator, type-var]
+        if min(values, default=0) > 0 and max(values) > 4 * min(values):
             place.set_xscale("log")
     drawing = BytesIO()
     figure.savefig(drawing, dpi=150)

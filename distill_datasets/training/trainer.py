@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +11,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distill_datasets.errors import ModelError, OutputError, SettingsError, nearest
+from distill_datasets.errors import ModelError, OutputError, SettingsError
+from distill_datasets.files import one_writer
 from distill_datasets.progress import Progress, interruptible
 from distill_datasets.training import tell
 from distill_datasets.training.checkpoints import (
@@ -23,22 +24,19 @@ from distill_datasets.training.checkpoints import (
 from distill_datasets.training.data import (
     DatasetSource,
     DatasetSplit,
-    Rendered,
     locate,
     open_splits,
     require_turns,
 )
 from distill_datasets.training.plots import open_tracker, require_tracker, sparkline
 from distill_datasets.training.schedule import Schedule, Step, TrainingPlan, plan_training
-from distill_datasets.training.settings import SELECTED, VALIDATION_LOSS, TrainSettings, Turns
+from distill_datasets.training.settings import VALIDATION_LOSS, TrainSettings, Turns
 
 if TYPE_CHECKING:
     from distill_datasets.models.tinker import Connection
     from distill_datasets.training.objectives import Objective, TrainingTask
     from distill_datasets.training.student import Learned, Predecessor, Saved, Student, Submitted
-    from distill_datasets.training.validation import PendingScores, Validator
-
-    MakeValidator = Callable[[TrainingTask, Rendered], Validator]
+    from distill_datasets.training.validation import PendingScores
 
 __all__ = ["TrainSettings", "Trainer", "TrainingResult", "require_settings", "train"]
 
@@ -55,7 +53,6 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     resume: str | None = None,
     start: str | Path | None = None,
     only_new: bool = False,
-    validators: "Sequence[MakeValidator]" = (),
 ) -> TrainingResult:
     """Train a student on a release, a folder, a file, or a Hub dataset `name@revision`.
 
@@ -66,8 +63,8 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     state, to continue in a new folder. `start` is a student whose weights to begin with, a
     training folder or a server's path of its state; with `only_new`, rows that it was trained on
     are left out. The best checkpoint is the one with the lowest validation loss, or as
-    `settings.select` says, and without a validation split the last; `validators` measure more on
-    that split. Raises `DatasetError`, `ModelError`, `ServiceError`, `SettingsError`, `OutputError`.
+    `settings.select` says, and without a validation split the last.
+    Raises `DatasetError`, `ModelError`, `ServiceError`, `SettingsError`, `OutputError`.
 
         trained = train("runs/demo/release", student="pocket", out="runs/student")
     """
@@ -87,54 +84,78 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
     settings = replace(settings, config=source.config)
     before = find_predecessor(start, student, renderer=settings.renderer) if start else None
     settings = before.settled(settings) if before else settings
-    folder = _open_folder(Path(out), source)
-    request = _request(student, source, settings, resume)
-    request |= {"start": {"path": before.path, "only_new": only_new}} if before else {}
-    with folder.locked():
+    if Path(out).resolve().is_relative_to(source.path.resolve()):
+        raise OutputError(
+            f"{str(out)!r} lies inside the dataset, which it would change: choose another --out."
+        )
+    folder = TrainingFolder(out)
+    # What is known without asking a server, as the folder's configuration begins.
+    request = {
+        "student": student,
+        "settings": asdict(settings),
+        "dataset": {"path": source.reference, "revision": source.revision, "files": source.files},
+        **({"resumed": resume} if resume else {}),
+        **({"start": {"path": before.path, "only_new": only_new}} if before else {}),
+    }
+    with one_writer(folder.path, "training"):
         folder.require_same(request)
         if not folder.finished:
-            _train(folder, request, source, settings, before, validators)
+            _train(folder, request, source, settings, before)
         return folder.result()
 
 
-def _train(  # noqa: PLR0913 (what `train` has found)
+def _train(
     folder: TrainingFolder,
     request: Mapping[str, Any],
     source: DatasetSource,
     settings: TrainSettings,
     before: "Predecessor | None",
-    validators: "Sequence[MakeValidator]",
 ) -> None:
     """To the end, from wherever the folder's training stands."""
-    import numpy as np
-
-    from distill_datasets.training.student import write_learned
-
     only_new = before if request.get("start", {}).get("only_new") else None
     splits = _open_splits(source, settings, only_new)
     connection = _connect(request["student"], source, settings, folder)
     with _session(connection, folder):
-        known = SELECTED if not validators else (settings.select,)
-        _require_validation("validation" in splits, repr(source.reference), settings, known)
+        _require_validation("validation" in splits, repr(source.reference), settings)
         plan = plan_training(splits, connection, settings, folder.config)
         if folder.config is None:
-            keys, blank = splits["train"].keys_and_blank()
-            learned = keys[plan.chosen]
-            write_learned(folder.path, learned, before)
-            if blank:
-                tell(
-                    f"warning: {blank:,} of {len(keys):,} training rows have a blank response, "
-                    "which teaches to say nothing: leave them out (`dataset.filter`)."
-                )
-            held_out = splits["validation"].keys if "validation" in splits else ()
-            if seen := int(np.isin(held_out, learned).sum()):
-                tell(
-                    f"{seen:,} of {len(held_out):,} validation rows are "
-                    "training rows too: what is measured on them says little of new queries."
-                )
-        opened = _open_student(folder, _config(request, plan), connection, before)
-        Trainer(opened, plan, source, folder, settings).fit(validators)
+            _write_learned(folder, splits, plan, before)
+        config = {
+            **request,
+            **plan.found,
+            "dataset": {**request["dataset"], **plan.found["dataset"]},
+            "versions": installed_versions(),
+        }
+        student = _open_student(folder, config, connection, before)
+        Trainer(student, plan, source, folder, settings).fit()
     folder.draw()
+
+
+def _write_learned(
+    folder: TrainingFolder,
+    splits: Mapping[str, DatasetSplit],
+    plan: TrainingPlan,
+    before: "Predecessor | None",
+) -> None:
+    """Write down which rows are learned; says which of them teach nothing, or are measured too."""
+    import numpy as np
+
+    from distill_datasets.training.student import write_learned
+
+    keys, blank = splits["train"].keys_and_blank()
+    learned = keys[plan.chosen]
+    write_learned(folder.path, learned, before)
+    if blank:
+        tell(
+            f"warning: {blank:,} of {len(keys):,} training rows have a blank response, "
+            "which teaches to say nothing: leave them out (`dataset.filter`)."
+        )
+    held_out = splits["validation"].keys if "validation" in splits else ()
+    if seen := int(np.isin(held_out, learned).sum()):
+        tell(
+            f"{seen:,} of {len(held_out):,} validation rows are "
+            "training rows too: what is measured on them says little of new queries."
+        )
 
 
 def require_settings(
@@ -173,7 +194,6 @@ class _SubmittedSave:
     step: Step
     save: "Submitted[Saved] | None"
     scores: "Sequence[PendingScores]"
-    kept: bool = False
 
     @property
     def ready(self) -> bool:
@@ -200,48 +220,48 @@ class Trainer:
         from distill_datasets.training.checkpoints import CheckpointRetention, describe
         from distill_datasets.training.objectives import TrainingTask
 
-        self.student, self.folder, self.settings = student, folder, settings
-        self._new = "start" not in (folder.config or {})
+        config = folder.config or {}
+        self.student, self.plan, self.folder, self.settings = student, plan, folder, settings
+        self._new = "start" not in config
         warm = settings.objective.warm_steps(len(plan.steps)) if self._new else 0
         self.task = TrainingTask(
             student, plan.train, source, settings, folder.path, warm, self._say
         )
-        self.plan, self.steps = plan, plan.steps
         every = plan.measured.every if plan.measured else None
         self.schedule = Schedule(len(plan.steps), settings, every)
         self.selection = folder.selection
         self._retention = CheckpointRetention(student.connection, settings.ttl_seconds)
-        self._described = describe(folder.config or {})
+        self._described = describe(config)
         self._learning: deque[tuple[Step, Submitted[Learned]]] = deque()
         self._saves: deque[_SubmittedSave] = deque()
         self._losses: deque[float] = deque(maxlen=_SHOWN)
         self._tokens = sum(line.get("tokens", 0) for line in folder.metrics)
 
-    def fit(self, validators: "Sequence[MakeValidator]" = ()) -> None:
+    def fit(self) -> None:
         """Learn all steps that are left, or until the measurements don't get better any more."""
         from distill_datasets.training.validation import open_validators
 
         checkpoints, config = self.folder.checkpoints, self.folder.config or {}
         done = checkpoints[-1].step if checkpoints else 0
-        steps = self.steps[done:]
+        steps = self.plan.steps[done:]
         if not steps:
             return
         with ExitStack() as opened:
             objective = opened.enter_context(closing(_open_objective(self.task)))
-            self._validators = open_validators(
-                self.task, self.plan.validation, self.plan.measured, validators, new=self._new
-            )
+            self._validators = open_validators(self.task, self.plan.validation, self.plan.measured)
             tracker = open_tracker(self.settings.track, self.folder.path, config)
-            self._tracker = opened.enter_context(closing(tracker))
-            shown = Progress("train", len(self.steps), unit="steps", start=done)
+            self._track = opened.enter_context(tracker)
+            shown = Progress("train", self.schedule.total, unit="steps", start=done)
             self._progress = opened.enter_context(shown)
-            self._progress.advance(0, note=f"the loss weighs {config['normalization']}")
+            self._say(f"the loss weighs {config['normalization']}")
             self._began = time.monotonic()
             if not self.folder.measured(done):
                 self._measure_first(done)
             objective.prepare(steps[0])
             for step, coming in zip_longest(steps, steps[1:]):
-                if self._stops_early():
+                if self.settings.patience is not None:
+                    self._confirm(saves=0)
+                if self._stopped:
                     break
                 # After a save a continued run has nothing prepared: nor must this one.
                 if coming and not self.schedule.saves(step.number):
@@ -263,37 +283,35 @@ class Trainer:
         if self._stopped:  # what was learned since then is not kept
             return
         done = step.number
-        final, kept = done == self.schedule.total, self.schedule.keeps(done)
+        final = done == self.schedule.total
         measured = self.schedule.measures(done)
         name = "final" if final else f"step-{done:06d}"
-        progress = describe_progress(done, self.selection, self.folder.checkpoints)
+        progress = describe_progress(done, self.selection, self.folder.best)
         saved = self.student.save(
             name,
             {**self._described, **progress},
-            sampler=kept or measured,
+            sampler=measured or self.schedule.keeps(done),
             ttl_seconds=None if final else self._retention.ttl,
         )
-        measuring = self._validators.every if measured else ()
+        measuring = self._validators if measured else []
         scores = [validator.submit(self.student, saved) for validator in measuring]
-        self._saves.append(_SubmittedSave(step, saved, scores, kept))
+        self._saves.append(_SubmittedSave(step, saved, scores))
 
     def _measure_first(self, done: int) -> None:
         """Measure the student before its next step: as it was saved after step `done`, or before
         the very first step.
         """
         if done and self.schedule.measures(done):
-            self.checkpoint(self.steps[done - 1])
-        elif not done and self._validators.before:
-            scores = [one.submit(self.student, None) for one in self._validators.before]
+            self.checkpoint(self.plan.steps[done - 1])
+        elif not done and self._validators:
+            # A new student answers as its base; weights that training starts from can't be sampled
+            # before they are saved.
+            measuring = self._validators if self._new else self._validators[:1]
+            scores = [validator.submit(self.student, None) for validator in measuring]
             self._saves.append(_SubmittedSave(Step(0, 0, (), 0.0), None, scores))
 
     def _say(self, note: str) -> None:
         self._progress.advance(0, note=note)
-
-    def _stops_early(self) -> bool:
-        if self.settings.patience is not None:
-            self._confirm(saves=0)
-        return self._stopped
 
     @property
     def _stopped(self) -> bool:
@@ -313,17 +331,13 @@ class Trainer:
                 self._confirm_step(*self._learning.popleft())
 
     def _confirm_step(self, step: Step, pending: "Submitted[Learned]") -> None:
+        """Write down what a step has learned, and show it."""
         learned = pending.result()
         now = time.monotonic()
         seconds, self._began = now - self._began, now
         self._tokens += learned.tokens
-        self._log(step, self._line(step, learned, seconds))
-        self._losses.append(learned.loss)
-        note = f"loss {learned.loss:.4f} {sparkline(self._losses)}"
-        self._progress.advance(1, tokens=learned.tokens, note=note)
-
-    def _line(self, step: Step, learned: "Learned", seconds: float) -> dict[str, Any]:
-        line: dict[str, Any] = {
+        price = self.settings.price_per_million
+        line = {
             "loss": learned.loss,
             "nll": learned.nll,
             "bits_per_byte": learned.bits_per_byte,
@@ -334,57 +348,50 @@ class Trainer:
             "tokens_per_second": round(learned.tokens / max(seconds, 1e-9), 1),
             "seconds": round(seconds, 4),
             **learned.extra,
+            "spent": None if price is None else round(self._tokens * price / 1e6, 6),
         }
-        price = self.settings.price_per_million
-        if price is not None:
-            line["spent"] = round(self._tokens * price / 1e6, 6)
-        return {name: value for name, value in line.items() if value is not None}
+        self._log(step, {name: value for name, value in line.items() if value is not None})
+        self._losses.append(learned.loss)
+        note = f"loss {learned.loss:.4f} {sparkline(self._losses)}"
+        self._progress.advance(1, tokens=learned.tokens, note=note)
 
     def _confirm_save(self, submitted: _SubmittedSave) -> None:
-        done, scores = submitted.step.number, self._measurement(submitted)
-        if submitted.save is None:
-            return
-        saved = submitted.save.result()
-        before = [checkpoint for checkpoint in self.folder.checkpoints if checkpoint.best][-1:]
-        final = done == self.schedule.total or self._stopped
-        # Without any measurement that speaks for one, the last weights are the best there are.
-        last = final and self.selection.best is None and not self.selection.collapsed
-        checkpoint = SavedCheckpoint(
-            name=saved.name,
-            step=done,
-            state=saved.state,
-            sampler=saved.sampler,
-            validation_loss=scores.get(VALIDATION_LOSS),
-            best=last
-            or (self.selection.best_step == done if self._validators.every else submitted.kept),
-            final=final,
-            kept=submitted.kept,
-            scores=scores,
-        )
-        if checkpoint.final:
-            # Once this is written down, nobody comes back to it.
-            self._retention.keep([checkpoint, *([] if checkpoint.best else before)])
-        superseded = self.folder.add(checkpoint)
-        if checkpoint.best:
-            self._retention.replace_best([one for one in before if one.kept], checkpoint)
-        self._retention.delete(superseded)
-
-    def _measurement(self, submitted: _SubmittedSave) -> dict[str, float]:
-        """All numbers of the validation rows, written down and shown."""
+        """Write down what was measured of the validation rows, and the checkpoint."""
+        done = submitted.step.number
         scores = {name: v for one in submitted.scores for name, v in one.result().items()}
-        name, done = self.selection.metric, submitted.step.number
-        if scores and submitted.save and name not in scores:
-            raise SettingsError(
-                f"select={name!r} was not measured: expected one of {sorted(scores)}."
-            )
         if scores:
             self._log(submitted.step, scores)
             self.selection = self.selection.measured(done, scores)
-        return scores
+        if submitted.save is None:
+            return
+        saved, kept = submitted.save.result(), self.schedule.keeps(done)
+        final = done == self.schedule.total or self._stopped
+        # Without any measurement that speaks for one, the last weights are the best there are.
+        last = final and self.selection.best is None and not self.selection.collapsed
+        best = self.selection.best_step == done if self._validators else kept
+        checkpoint = SavedCheckpoint(
+            **asdict(saved),
+            step=done,
+            validation_loss=scores.get(VALIDATION_LOSS),
+            best=last or best,
+            final=final,
+            kept=kept,
+            scores=scores,
+        )
+        before = self.folder.best
+        if final:
+            # Once this is written down, nobody comes back to it.
+            self._retention.keep(
+                [checkpoint, *([before] if before and not checkpoint.best else [])]
+            )
+        superseded = self.folder.add(checkpoint)
+        if checkpoint.best:
+            self._retention.replace_best([before] if before and before.kept else [], checkpoint)
+        self._retention.delete(superseded)
 
     def _log(self, step: Step, values: Mapping[str, Any]) -> None:
         self.folder.log({"step": step.number, "epoch": step.epoch, **values})
-        self._tracker.log(step.number, values)
+        self._track(step.number, values)
 
 
 def _open_student(
@@ -451,10 +458,8 @@ def _lora(settings: Mapping[str, Any]) -> Any:
 
 
 def _open_objective(task: "TrainingTask") -> "Objective":
-    """The objective that the settings name.
-
-    "soft" and "on_policy" read the recipe in the release and connect to its teacher: they raise
-    `DatasetError` or `ModelError` where that can't be.
+    """The objective that the settings name; raises `DatasetError` or `ModelError` where a teacher
+    that it asks again can't be asked.
     """
     if task.settings.objective.name == "soft":
         from distill_datasets.training.soft_labels import SoftObjective
@@ -467,24 +472,6 @@ def _open_objective(task: "TrainingTask") -> "Objective":
     from distill_datasets.training.objectives import SupervisedObjective
 
     return SupervisedObjective(task)
-
-
-def _request(
-    student: str, source: DatasetSource, settings: TrainSettings, resume: str | None
-) -> dict[str, Any]:
-    """What is known without asking a server, as the folder's configuration begins."""
-    return {
-        "student": student,
-        "settings": asdict(settings),
-        "dataset": {"path": source.reference, "revision": source.revision, "files": source.files},
-        **({"resumed": resume} if resume else {}),
-    }
-
-
-def _config(request: Mapping[str, Any], plan: TrainingPlan) -> dict[str, Any]:
-    """The folder's configuration: what was asked for, and what was found."""
-    dataset = {**request["dataset"], **plan.found["dataset"]}
-    return {**request, **plan.found, "dataset": dataset, "versions": installed_versions()}
 
 
 def _open_splits(
@@ -511,14 +498,6 @@ def _open_splits(
     return splits
 
 
-def _open_folder(out: Path, source: DatasetSource) -> TrainingFolder:
-    if out.resolve().is_relative_to(source.path.resolve()):
-        raise OutputError(
-            f"{str(out)!r} lies inside the dataset, which it would change: choose another --out."
-        )
-    return TrainingFolder(out)
-
-
 def _require_untrained(student: str | None, resume: str | None) -> None:
     if student and student.startswith("tinker://"):
         raise ModelError(
@@ -532,14 +511,7 @@ def _require_untrained(student: str | None, resume: str | None) -> None:
         require_state(resume)
 
 
-def _require_validation(
-    there: bool, dataset: str, settings: TrainSettings, known: Sequence[str] = SELECTED
-) -> None:
-    if settings.select not in known:
-        raise SettingsError(
-            f"select must be one of {list(known)}, or what a validator of yours measures; found "
-            f"{settings.select!r}.{nearest(settings.select, list(known))}"
-        )
+def _require_validation(there: bool, dataset: str, settings: TrainSettings) -> None:
     if not there and (settings.patience or settings.select != VALIDATION_LOSS):
         raise SettingsError(
             f"patience and select need validation rows: {dataset} has no split "

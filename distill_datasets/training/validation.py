@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distill_datasets.conversations import (
     PYTHON_WORDS,
@@ -57,8 +58,8 @@ if TYPE_CHECKING:
     from distill_datasets.generation.pricing import Meter
     from distill_datasets.models.tinker import Connection
     from distill_datasets.recipes.recipe import Recipe
-    from distill_datasets.training.objectives import TeacherPrompts, TrainingTask
-    from distill_datasets.training.student import RowLoss, Saved, Student, Submitted
+    from distill_datasets.training.objectives import TrainingTask
+    from distill_datasets.training.student import Saved, Student, Submitted
 
     Meters = Mapping[str, Meter | None]  # by the names of systems; None for one without a price
 
@@ -148,7 +149,8 @@ def reference_likelihoods(
     gives the answer at least that likelihood. `meters` count what "base" and "teacher" are asked;
     raises `BudgetReached` before the first request that one has no room for.
     """
-    without = _likelihoods("base", base, _learned(answers), meters)
+    seen = [Judged(one.learned, one.learned_tools, one.ended) for one in answers]
+    without = _likelihoods("base", base, seen, meters)
     asked = [Judged(one.taught, one.taught_tools, one.ended) for one in answers]
     taught = _likelihoods("teacher", teacher, asked, meters)
     return ReferenceLikelihoods(
@@ -167,10 +169,6 @@ def _likelihoods(
     return likelihoods(model, asked, title=f"{system}'s likelihood", spend=spend)
 
 
-def _learned(answers: Sequence[TeacherAnswer]) -> list[Judged]:
-    return [Judged(one.learned, one.learned_tools, one.ended) for one in answers]
-
-
 def measure_internalisation(
     answers: Sequence[TeacherAnswer],
     connections: "Mapping[str, Connection]",
@@ -183,24 +181,21 @@ def measure_internalisation(
     """
     base, teacher = connections["base"], connections["teacher"]
     ends = reference_likelihoods(answers, base=base, teacher=teacher, meters=meters)
-    found = _likelihoods("student", connections["student"], _learned(answers), meters)
-    student = [one.nats for one in found]
+    seen = [Judged(one.learned, one.learned_tools, one.ended) for one in answers]
+    student = [one.nats for one in _likelihoods("student", connections["student"], seen, meters)]
     systems = {"base": ends.base, "teacher": ends.teacher, "student": student}
     nats = {name: per_token(nats, ends) for name, nats in systems.items()}
-    return {"rows": len(answers), "nats_per_token": nats, **_scored(student, ends)}
-
-
-def _scored(student: Sequence[float], ends: ReferenceLikelihoods) -> dict[str, Any]:
-    """The score and its interval, or why there is none."""
-    if len(ends.tokens) < LEAST_ROWS:
-        return {"why": f"it takes {LEAST_ROWS} answers of the teacher; found {len(ends.tokens)}."}
-    base, teacher = per_token(ends.base, ends), per_token(ends.teacher, ends)
-    if base - teacher < _HARDLY:
-        return {
-            "why": f"the prompt makes the teacher's answers hardly likelier: {base:.3f} nats a "
-            f"token without it, {teacher:.3f} with it; expected {_HARDLY} between them."
+    found = {"rows": len(answers), "nats_per_token": nats}
+    if len(answers) < LEAST_ROWS:
+        why = f"it takes {LEAST_ROWS} answers of the teacher; found {len(answers)}."
+        return found | {"why": why}
+    if nats["base"] - nats["teacher"] < _HARDLY:
+        return found | {
+            "why": f"the prompt makes the teacher's answers hardly likelier: {nats['base']:.3f} "
+            f"nats a token without it, {nats['teacher']:.3f} with it; expected {_HARDLY} between "
+            "them."
         }
-    return internalisation(student, ends).interval()
+    return found | internalisation(student, ends).interval()
 
 
 def internalisation(student: Sequence[float], ends: ReferenceLikelihoods) -> Bootstrap:
@@ -219,9 +214,14 @@ def internalisation(student: Sequence[float], ends: ReferenceLikelihoods) -> Boo
             "The internalisation score is not defined: expected answers that the prompt makes "
             f"likelier; found {base:.4f} nats a token without it, and {teacher:.4f} with it."
         )
-    draws = [_score(weights, nats) for weights in resamples(ends.groups, _RESAMPLES)]
-    whole = np.ones((1, len(tokens)))
-    return Bootstrap(float(_score(whole, nats)[0]), np.concatenate(draws))
+
+    def score(weights: Floats) -> Floats:
+        base, student, teacher = (weights @ nats.T).T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray((base - student) / (base - teacher))
+
+    draws = [score(weights) for weights in resamples(ends.groups, _RESAMPLES)]
+    return Bootstrap(float(score(np.ones((1, len(tokens))))[0]), np.concatenate(draws))
 
 
 def per_token(nats: Sequence[float], ends: ReferenceLikelihoods) -> float:
@@ -229,17 +229,11 @@ def per_token(nats: Sequence[float], ends: ReferenceLikelihoods) -> float:
     return float(np.sum(nats) / np.sum(ends.tokens))
 
 
-def _score(weights: Floats, nats: Floats) -> Floats:
-    base, student, teacher = (weights @ nats.T).T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray((base - student) / (base - teacher))
-
-
 class PendingScores(Protocol):
-    """Numbers that are being computed."""
+    """Numbers that are being computed, by name; one that ends in "loss" is better when lower."""
 
     def result(self) -> Mapping[str, float]:
-        """Wait for them, by name; a name that ends in "loss" is better when it is lower."""
+        """Wait for them."""
         ...
 
 
@@ -247,20 +241,10 @@ class Validator(Protocol):
     """Measures the student as the steps submitted so far leave it."""
 
     def submit(self, student: "Student", save: "Submitted[Saved] | None") -> PendingScores:
-        """Begin; `save` is of the same weights, for what must sample from them.
-
-        The package's own get None for the student before its first step. A `Future` is not waited
-        for before the next steps.
+        """Begin; `save` is of the same weights, for what must sample from them, and None for the
+        student before its first step. A `Future` is not waited for before the next steps.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Validators:
-    """What measures each save, and the untrained student `before` the first step."""
-
-    every: Sequence[Validator] = ()
-    before: Sequence[Validator] = ()
 
 
 class LossValidator:
@@ -276,28 +260,27 @@ class LossValidator:
 
     def submit(self, student: "Student", save: "Submitted[Saved] | None") -> PendingScores:
         """Queued behind the steps."""
-        from distill_datasets.training.student import Submitted
+        from distill_datasets.training.student import Submitted, datums, response_logprobs
 
-        pending = student.loss(self._batches)
-        return Submitted(lambda: self._scores(pending.result()))
+        pending = student.logprobs([datums(batch, "token") for batch in self._batches])
+        rows = [one for batch in self._batches for one in batch]
+        return Submitted(lambda: self._scores(response_logprobs(rows, pending.result())))
 
-    def _scores(self, rows: "Sequence[RowLoss]") -> Mapping[str, float]:
+    def _scores(self, said: Sequence[NDArray[np.float64]]) -> Mapping[str, float]:
         from distill_datasets.training.student import bits_per_byte
 
-        tokens = sum(row.tokens for row in rows)
-        loss = sum(row.nll for row in rows) / tokens
+        tokens = sum(map(len, said))
+        loss = -sum(float(one.sum()) for one in said) / tokens
         bits = bits_per_byte(loss, tokens, self._bytes)
         found = {VALIDATION_LOSS: loss} | ({"validation_bits_per_byte": bits} if bits else {})
-        return found | (_internalised(rows, self._ends) if self._ends else {})
-
-
-def _internalised(rows: "Sequence[RowLoss]", ends: ReferenceLikelihoods) -> dict[str, float]:
-    """Of as many of a response's tokens as were judged: an end that isn't the teacher's is last."""
-    judged = zip(rows, ends.tokens, strict=True)
-    nats = [-float(row.logprobs[:tokens].sum()) for row, tokens in judged]
-    interval = internalisation(nats, ends).interval()
-    names = {"value": "", "low": "_low", "high": "_high"}
-    return {f"internalisation{names[name]}": one for name, one in interval.items()}
+        if self._ends is None:
+            return found
+        # Of as many tokens as were judged: an end that isn't the teacher's is a response's last.
+        judged = zip(said, self._ends.tokens, strict=True)
+        nats = [-float(one[:count].sum()) for one, count in judged]
+        interval = internalisation(nats, self._ends).interval()
+        names = {"value": "", "low": "_low", "high": "_high"}
+        return found | {f"internalisation{names[name]}": one for name, one in interval.items()}
 
 
 class AccuracyValidator:
@@ -309,20 +292,19 @@ class AccuracyValidator:
     def __init__(self, rows: Rendered) -> None:
         """Asks for no more tokens than the longest response needs."""
         places = range(len(rows))
-        self._conversations = rows.conversations(places)
         longest = max(int((one.targets > 0).sum()) for one in rows.examples(places))
-        self._sampling = Sampling(temperature=0.0, max_tokens=longest + _SLACK)
+        sampling = Sampling(temperature=0.0, max_tokens=longest + _SLACK)
+        self._asked = [(one, sampling) for one in rows.conversations(places)]
 
     def submit(self, student: "Student", save: "Submitted[Saved] | None") -> PendingScores:
         """Samples beside the training that goes on; without a `save`, the untrained student."""
         return _beside(self._score, student, save)
 
     def _score(self, student: "Student", save: "Submitted[Saved] | None") -> Mapping[str, float]:
-        asked = [(one, self._sampling) for one in self._conversations]
-        said = _answers_of(student, save, asked)
+        said = _answers_of(student, save, self._asked)
         found = [
             is_response(answer.text, one.messages[-1], typed=one.tools is not None)
-            for answer, one in zip(said, self._conversations, strict=True)
+            for answer, (one, _) in zip(said, self._asked, strict=True)
         ]
         return {"accuracy": sum(found) / len(found)}
 
@@ -349,18 +331,15 @@ def _answers_of(
         raise ValueError("expected a save for sampling; found a state only")
     sampler = student.sampler(path)
 
-    async def answer(
-        gate: asyncio.Semaphore, conversation: Conversation, sampling: Sampling
-    ) -> Sample:
-        async with gate:
-            reply = await sampler.sample(
-                conversation.messages[:-1], replace(sampling, tools=conversation.tools)
-            )
-        return reply.samples[0]
-
     async def answers() -> list[Sample]:
         gate = asyncio.Semaphore(_AT_ONCE)
-        return await asyncio.gather(*(answer(gate, *one) for one in asked))
+
+        async def answer(conversation: Conversation, sampling: Sampling) -> Sample:
+            options = replace(sampling, tools=conversation.tools)
+            async with gate:
+                return (await sampler.sample(conversation.messages[:-1], options)).samples[0]
+
+        return await asyncio.gather(*(answer(*one) for one in asked))
 
     return asyncio.run(answers())
 
@@ -376,8 +355,8 @@ class AnswerValidator:
         """Chooses so many rows, always the same ones of equal splits."""
         connection = task.student.connection
         places = sample_places(len(rows), count)
-        self._conversations = rows.conversations(places)
-        responses = [response_text(one.messages[-1]) for one in self._conversations]
+        conversations = rows.conversations(places)
+        responses = [response_text(one.messages[-1]) for one in conversations]
         tokens = [
             len(connection.tokenizer.encode(text, add_special_tokens=False)) + 1
             for text in responses
@@ -392,7 +371,7 @@ class AnswerValidator:
         sampling = _sampling(task)
         self._asked = [
             (one, replace(sampling, max_tokens=limit))
-            for one, limit in zip(self._conversations, limits, strict=True)
+            for one, limit in zip(conversations, limits, strict=True)
         ]
         self._teacher = [
             Sample(text, "stop" if own <= limit else "length", own)
@@ -419,10 +398,16 @@ class AnswerValidator:
             tell(f"the student's answers can't be sampled: {error}")
             return {}
         scores = compare_answers(said, self._teacher, self._once)
-        lines = [_summary(scores)] + [
-            f"  {_plain(one.messages[-2]['content'])!r} -> {_plain(answer.text)!r}"
-            for one, answer in zip(self._conversations[:_SHOWN], said[:_SHOWN], strict=True)
+        found = {name: f"{value:.0f}" for name, value in scores.items()}
+        lines = [
+            f"{found['answers_distinct']} of {found['answers']} answers differ (the teacher's: "
+            f"{found['teacher_distinct']}), {scores['answers_ended']:.0%} end (the teacher's: "
+            f"{scores['teacher_ended']:.0%}), {found['answers_tokens']} tokens (the teacher's: "
+            f"{found['teacher_tokens']})"
         ]
+        for (one, _), answer in zip(self._asked[:_SHOWN], said[:_SHOWN], strict=True):
+            query, text = (_plain(part) for part in (one.messages[-2]["content"], answer.text))
+            lines.append(f"  {query!r} -> {text!r}")
         name = save.result().name if save else "untrained"
         tell(*(f"{name}: {line}" for line in lines))
         return scores
@@ -435,31 +420,26 @@ def _plain(text: str) -> str:
 def _sampling(task: "TrainingTask") -> Sampling:
     """As the release's teacher was sampled, as far as its manifest says; else greedily."""
     told = task.source.manifest.get("sampling")
-    found = Sampling(temperature=0.0, seed=task.settings.seed)
-    if not isinstance(told, Mapping):
-        return found
-    stop = told.get("stop")
+    told = told if isinstance(told, Mapping) else {}
     numbers = {name: told.get(name) for name in ("temperature", "top_p", "top_k")}
-    known: dict[str, Any] = {
-        name: one for name, one in numbers.items() if isinstance(one, int | float)
-    }
+    known: dict[str, Any] = {n: one for n, one in numbers.items() if isinstance(one, int | float)}
+    stop = told.get("stop")
     if isinstance(stop, list) and all(isinstance(one, str) and one for one in stop):
         known["stop"] = tuple(stop)
-    return replace(found, **known)
+    return replace(Sampling(temperature=0.0, seed=task.settings.seed), **known)
 
 
 def _said_once(train: Rendered, rows: Rendered, places: Sequence[int]) -> float:
     """The share of the responses at these places that no other row has: none of a few labels."""
-    every = range(len(rows))
+
+    def response(example: Example) -> tuple[int, ...]:
+        pairs = zip(example.tokens, example.weights, strict=True)
+        return tuple(token for token, weight in pairs if weight)
+
     others = train.examples(range(min(len(train), _ROWS_READ)))
-    counts = Counter(map(_response, [*others, *rows.examples(every)]))
-    once = [counts[_response(one)] == 1 for one in rows.examples(places)]
+    counts = Counter(map(response, [*others, *rows.examples(range(len(rows)))]))
+    once = [counts[response(one)] == 1 for one in rows.examples(places)]
     return sum(once) / len(once)
-
-
-def _response(example: Example) -> tuple[int, ...]:
-    pairs = zip(example.tokens, example.weights, strict=True)
-    return tuple(token for token, weight in pairs if weight)
 
 
 def compare_answers(
@@ -507,16 +487,6 @@ def is_loop(text: str) -> bool:
     return False
 
 
-def _summary(scores: Mapping[str, float]) -> str:
-    count = round(scores["answers"])
-    return (
-        f"{scores['answers_distinct']:.0f} of {count} answers differ (the teacher's: "
-        f"{scores['teacher_distinct']:.0f}), {scores['answers_ended']:.0%} end (the teacher's: "
-        f"{scores['teacher_ended']:.0%}), {scores['answers_tokens']:.0f} tokens (the teacher's: "
-        f"{scores['teacher_tokens']:.0f})"
-    )
-
-
 def is_response(text: str, response: Message, *, typed: bool) -> bool:
     """Whether a text is a response: its words, and its calls in any order.
 
@@ -545,39 +515,30 @@ def _untyped(call: Call) -> Call:
 
 
 def open_validators(
-    task: "TrainingTask",
-    rows: Rendered | None,
-    plan: ValidationPlan | None,
-    more: "Sequence[Callable[[TrainingTask, Rendered], Validator]]" = (),
-    *,
-    new: bool = True,
-) -> Validators:
-    """Everything that is measured on the validation rows, nothing without any; says what that
-    costs, as a share of the training.
+    task: "TrainingTask", rows: Rendered | None, plan: ValidationPlan | None
+) -> list[Validator]:
+    """Everything that is measured on the validation rows, nothing without any: the loss, and then
+    what samples answers. Says what that costs, as a share of the training.
 
-    A `new` student answers as its base before its first step; weights that training starts from
-    can't be sampled before they are saved. Raises `SettingsError` where the best checkpoint is to
-    be chosen by what can't be measured.
+    Raises `SettingsError` where the best checkpoint is to be chosen by what can't be measured.
     """
     if rows is None or plan is None:
-        return Validators()
+        return []
     settings = task.settings
     ends = validation_likelihoods(task, rows) if settings.internalisation else None
     if ends is None and settings.select == "internalisation":
         raise SettingsError("select can't be internalisation here: there is no such score.")
-    loss = LossValidator(rows, settings.batch_size, ends)
-    sampling: list[Validator] = []
+    found: list[Validator] = [LossValidator(rows, settings.batch_size, ends)]
     if settings.select == "accuracy":
-        sampling.append(AccuracyValidator(rows))
+        found.append(AccuracyValidator(rows))
     answered = f", {plan.answered} queries are answered" if plan.answered else ""
     tell(
         f"after every {plan.every} steps {plan.rows} validation rows are measured"
         f"{answered}: in all about {plan.share:.0%} of the training's tokens"
     )
     if plan.answered:
-        sampling.append(AnswerValidator(task, rows, plan.answered))
-    own = [make(task, rows) for make in more]
-    return Validators([loss, *sampling, *own], [loss, *(sampling if new else ())])
+        found.append(AnswerValidator(task, rows, plan.answered))
+    return found
 
 
 def validation_likelihoods(task: "TrainingTask", rows: Rendered) -> ReferenceLikelihoods | None:
@@ -593,6 +554,7 @@ def validation_likelihoods(task: "TrainingTask", rows: Rendered) -> ReferenceLik
     from distill_datasets.training.objectives import (
         connect_teacher,
         read_teacher_prompts,
+        teacher_texts,
     )
 
     file = task.folder / _FILE
@@ -604,9 +566,14 @@ def validation_likelihoods(task: "TrainingTask", rows: Rendered) -> ReferenceLik
                 f"it takes {LEAST_ROWS} validation rows, and {len(rows)} are measured."
             )
         prompts = read_teacher_prompts(task, (LEDGER,))
-        answers = _answers(task, prompts, rows)
-        teacher = connect_teacher(task, prompts)
-        ends = _cached(task, answers, teacher)
+        if missing := sorted({*_COLUMNS} - {*rows.plain.column_names}):
+            raise DatasetError(f"{prompts.where!r} lacks a release's columns {missing}.")
+        kept = rows.plain.select_columns(list(_COLUMNS)).select(rows.kept)
+        answers = [
+            TeacherAnswer.to(prompts.recipe, row, text, row["response"])
+            for row, text in zip(kept, teacher_texts(task, prompts, kept), strict=True)
+        ]
+        ends = _cached(task, answers, connect_teacher(task, prompts))
         internalisation(ends.base, ends)  # no score is defined between equal ends
     except (DatasetError, RecipeError, ModelError, ServiceError, HubError) as error:
         tell(f"no internalisation score: {error}")
@@ -635,31 +602,17 @@ def _price(task: "TrainingTask", answers: Sequence[TeacherAnswer], teacher: "Con
     asked = (teacher, first.taught, first.taught_tools)
     seen = (task.student.connection, first.learned, first.learned_tools)
     tokens = count * sum(len(part) for one in (asked, seen) for part in split_conversation(*one))
+    said = (
+        f"the internalisation score asks base and teacher once about {count} answers: "
+        f"{2 * count} requests, about {tokens:,} tokens"
+    )
     cost, paid = task.source.manifest.get("cost"), task.source.manifest.get("ledger")
-    money = ""
     if isinstance(cost, Mapping) and isinstance(paid, int) and paid > 0:
         amount, currency = cost.get("amount"), cost.get("currency")
         if isinstance(amount, int | float) and isinstance(currency, str):
             part = f"{amount_text(count * amount / paid)} {currency}"
-            money = f"; the teacher's cost about {part}, at the price of the release's answers"
-    return (
-        f"the internalisation score asks base and teacher once about {count} answers: "
-        f"{2 * count} requests, about {tokens:,} tokens{money}"
-    )
-
-
-def _answers(
-    task: "TrainingTask", prompts: "TeacherPrompts", rows: Rendered
-) -> list[TeacherAnswer]:
-    from distill_datasets.training.objectives import teacher_texts
-
-    if missing := sorted({*_COLUMNS} - {*rows.plain.column_names}):
-        raise DatasetError(f"{prompts.where!r} lacks a release's columns {missing}.")
-    kept = rows.plain.select_columns(list(_COLUMNS)).select(rows.kept)
-    return [
-        TeacherAnswer.to(prompts.recipe, row, text, row["response"])
-        for row, text in zip(kept, teacher_texts(task, prompts, kept), strict=True)
-    ]
+            said += f"; the teacher's cost about {part}, at the price of the release's answers"
+    return said
 
 
 def _known(file: Path) -> ReferenceLikelihoods | None:

@@ -55,7 +55,13 @@ def at_step(step: int, happens: Callable[[], None], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(students.Student, "learn", watched)
 
 
+def said_logprobs(student: students.Student, batches: Sequence[Sequence[Example]]) -> list[Any]:
+    """Of the tokens of each response."""
+    found = student.logprobs([students.datums(batch, "token") for batch in batches]).result()
+    return students.response_logprobs([one for batch in batches for one in batch], found)
+
+
 def loss(student: students.Student, batches: Sequence[Sequence[Example]]) -> float:
     """Per response token."""
-    rows = student.loss(batches).result()
-    return sum(row.nll for row in rows) / sum(row.tokens for row in rows)
+    rows = said_logprobs(student, batches)
+    return -float(sum(row.sum() for row in rows) / sum(map(len, rows)))

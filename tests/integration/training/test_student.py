@@ -31,6 +31,7 @@ from distill_datasets.training.student import (
     datums,
     explained_training,
     find_predecessor,
+    response_logprobs,
     supervised_batch,
 )
 from distill_datasets.training.trainer import TrainingResult, train
@@ -101,9 +102,11 @@ def test_learning_lowers_the_loss_and_evaluating_changes_nothing(student: Studen
 
 def test_the_loss_evaluated_is_after_the_steps_submitted_before_it(student: Student) -> None:
     steps = [submit(student) for _ in range(3)]
-    evaluated = student.loss([EXAMPLES])
+    batch = datums(EXAMPLES, "token")
+    evaluated = student.logprobs([batch])
     later = submit(student).result().loss
-    assert sum(row.nll for row in evaluated.result()) / 5 == pytest.approx(later, abs=1e-6)
+    said = response_logprobs(EXAMPLES, evaluated.result())
+    assert -sum(row.sum() for row in said) / 5 == pytest.approx(later, abs=1e-6)
     assert [step.result().loss for step in steps][-1] > later
 
 

@@ -23,6 +23,7 @@ from distill_datasets.errors import (
     OutputError,
     ServiceError,
 )
+from distill_datasets.files import one_writer
 from distill_datasets.models import references
 from distill_datasets.models import tinker as sdk
 from distill_datasets.training import student as students
@@ -321,7 +322,7 @@ def test_a_folder_that_can_not_be_written_is_refused(
 
 def test_two_trainings_never_share_a_folder(dataset: Path, model: str, tmp_path: Path) -> None:
     with (
-        TrainingFolder(tmp_path / "out").locked(),
+        one_writer(TrainingFolder(tmp_path / "out").path, "training"),
         pytest.raises(OutputError, match="Another process"),
     ):
         train(dataset, student=model, out=tmp_path / "out")

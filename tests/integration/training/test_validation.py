@@ -19,22 +19,18 @@ from distill_datasets.models.scoring import Scorer
 from distill_datasets.training.checkpoints import TrainingFolder, training_warnings
 from distill_datasets.training.data import Rendered, open_splits
 from distill_datasets.training.objectives import TrainingTask
-from distill_datasets.training.schedule import ValidationPlan
 from distill_datasets.training.settings import ObjectiveSettings
 from distill_datasets.training.student import Student
 from distill_datasets.training.trainer import TrainSettings, train
 from distill_datasets.training.validation import (
-    AccuracyValidator,
-    AnswerValidator,
     LossValidator,
     TeacherAnswer,
     measure_internalisation,
-    open_validators,
     reference_likelihoods,
     validation_likelihoods,
 )
 from tests.support.soft_releases import PROMPT, SMALL, release, training_task
-from tests.support.training_runs import QUICK, ROWS, Rows, at_step, metrics, write
+from tests.support.training_runs import QUICK, ROWS, Rows, at_step, metrics, said_logprobs, write
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 SETTINGS = replace(SMALL, evaluate_every=2, rolling_every=2)
@@ -92,9 +88,9 @@ def test_base_and_teacher_are_asked_about_what_each_would_say(
     task, rows = validated(labels, model, tmp_path)
     ends = validation_likelihoods(task, rows)
     assert ends is not None
-    losses = task.student.loss(list(rows.batches(4))).result()
-    assert ends.base == pytest.approx([row.nll for row in losses], abs=1e-3)
-    assert list(ends.tokens) == [row.tokens for row in losses]
+    said = said_logprobs(task.student, list(rows.batches(4)))
+    assert ends.base == pytest.approx([-row.sum() for row in said], abs=1e-3)
+    assert list(ends.tokens) == [len(row) for row in said]
     connection, scorer = connect(model), Scorer(connect(model))
     for query, nats in zip(("the weather 8", "der Himmel 9"), ends.teacher, strict=False):
         asked = [{"role": "system", "content": PROMPT}, {"role": "user", "content": query}]
@@ -112,8 +108,8 @@ def test_an_end_that_a_stop_text_made_counts_for_nobody(model: str, tmp_path: Pa
     task, rows = validated(cut, model, tmp_path)
     ends = validation_likelihoods(task, rows)
     assert ends is not None
-    losses = task.student.loss(list(rows.batches(4))).result()
-    assert list(ends.tokens) == [row.tokens - 1 for row in losses]
+    said = said_logprobs(task.student, list(rows.batches(4)))
+    assert list(ends.tokens) == [len(row) - 1 for row in said]
     scores = LossValidator(rows, 4, ends).submit(task.student, task.student.save("new")).result()
     assert scores["internalisation"] == pytest.approx(0, abs=1e-3)
 
@@ -254,14 +250,13 @@ def test_weights_that_training_starts_from_are_not_sampled_before_they_are_saved
     labels: Path, model: str, tmp_path: Path
 ) -> None:
     """The base would answer for them; a new student is the base."""
-    settings = replace(SETTINGS, select="accuracy", internalisation=False)
-    task, rows = validated(labels, model, tmp_path, settings)
-    plan = ValidationPlan(2, len(rows), 4, 0.1)
-    sampling = {AccuracyValidator, AnswerValidator}
-    for new, before in ((True, sampling), (False, set())):
-        found = open_validators(task, rows, plan, new=new)
-        assert {*map(type, found.every)} == {LossValidator, *sampling}
-        assert {*map(type, found.before)} == {LossValidator, *before}
+    settings = replace(SETTINGS, select="accuracy", internalisation=False, max_steps=1)
+    new = train(labels, student=model, out=tmp_path / "new", settings=settings)
+    begun = train(labels, student=model, start=new.path, out=tmp_path / "begun", settings=settings)
+    for training, sampled in ((new, {"accuracy", "answers"}), (begun, set())):
+        (before,) = [line for line in training.metrics if line["step"] == 0]
+        assert "validation_loss" in before
+        assert {"accuracy", "answers"} & set(before) == sampled
 
 
 def test_the_score_of_three_models_is_made_of_their_likelihoods(model: str) -> None:

@@ -22,17 +22,19 @@ def test_a_tracker_that_is_not_installed_says_what_to_install(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, NEEDS[name], None)
-    with pytest.raises(SettingsError, match=f"track='{name}'.*pip install {name}"):
-        open_tracker(name, tmp_path, {})
+    with (
+        pytest.raises(SettingsError, match=f"track='{name}'.*pip install {name}"),
+        open_tracker(name, tmp_path, {}),
+    ):
+        pass
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SettingsError, match=f"pip install {name}"):
         require_tracker(name)
 
 
 def test_what_was_not_named_is_not_used(tmp_path: Path) -> None:
-    tracker = open_tracker(None, tmp_path, {})
-    tracker.log(1, {"loss": 1.0})
-    tracker.close()
+    with open_tracker(None, tmp_path, {}) as track:
+        track(1, {"loss": 1.0})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -40,10 +42,9 @@ def test_tensorboard_gets_every_number_at_its_step(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="only where TensorBoard is installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    tracker = open_tracker("tensorboard", tmp_path, {"rank": 8})
-    tracker.log(1, {"loss": 2.0, "tokens": 10})
-    tracker.log(2, {"loss": 1.0})
-    tracker.close()
+    with open_tracker("tensorboard", tmp_path, {"rank": 8}) as track:
+        track(1, {"loss": 2.0, "tokens": 10})
+        track(2, {"loss": 1.0})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(one.step, one.value) for one in events.Scalars("loss")] == [(1, 2.0), (2, 1.0)]

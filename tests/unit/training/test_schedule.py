@@ -259,8 +259,8 @@ def test_a_watched_selection_survives_being_written_down() -> None:
 
 
 def test_a_verdict_names_every_score_that_can_choose() -> None:
-    """Those of a validator of the user's too, whatever they are called."""
-    scores = {"validation_loss": 0.5, "answers_right": 0.75, "answers_ended": 1.0, "answers": 4.0}
+    """What is measured of sampled answers chooses none."""
+    scores = {"validation_loss": 0.5, "accuracy": 0.75, "answers_ended": 1.0, "answers": 4.0}
     last = SavedCheckpoint("s8", 8, "tinker://a", None, best=True, final=True, scores=scores)
     result = TrainingResult(Path("out"), last, last, 0.5, 8, 4, 0, 9, 1.0, "done", "token")
-    assert result.verdict == "the final weights won (validation_loss 0.5, answers_right 0.75)"
+    assert result.verdict == "the final weights won (validation_loss 0.5, accuracy 0.75)"

@@ -11,7 +11,6 @@ from distill_datasets.conversations import Call, assistant_message, to_text, wri
 from distill_datasets.errors import DatasetError
 from distill_datasets.models.sampler import Sample
 from distill_datasets.recipes.recipe import Recipe
-from distill_datasets.training.schedule import OF_ANSWERS
 from distill_datasets.training.validation import (
     ReferenceLikelihoods,
     TeacherAnswer,
@@ -179,7 +178,7 @@ def test_answers_are_counted_beside_the_teachers() -> None:
     found = compare_answers(said("a red fox", "a red fox ", "", "one hen"), TEACHER, 1.0)
     assert (found["answers"], found["answers_distinct"], found["teacher_distinct"]) == (4, 3, 4)
     assert (found["answers_empty"], found["answers_ended"]) == (0.25, 1.0)
-    assert {*found} == OF_ANSWERS
+    assert all(name.startswith(("answers", "teacher_")) for name in found)
     assert (found["answers_tokens"], found["teacher_tokens"]) == (3.0, 3.5)
     assert (found["teacher_commonest"], found["teacher_once"]) == (0.25, 1.0)
 
