@@ -19,10 +19,11 @@ the targets stand here too. The server's cross-entropy takes (N, K) targets with
 of N places, K tokens and how much each is learned.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tinker
@@ -62,17 +63,17 @@ _COLUMNS = ("id", "sample", "query", "response")
 _AT_ONCE = 512  # rows
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """Turns a step of the schedule into a learned batch."""
 
-    def prepare(self, step: Step) -> None:
+    def prepare(self, step: Step) -> None:  # noqa: B027 (most have nothing to start)
         """Start what a coming step needs, in the background."""
 
+    @abstractmethod
     def submit(self, step: Step) -> Submitted[Learned]:
         """Send what this step learns; returns before it is learned."""
-        ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Leave nothing running; called at the end, however that came."""
 
 
@@ -102,24 +103,17 @@ class TrainingTask:
         )
 
 
-class SupervisedObjective:
+class SupervisedObjective(Objective):
     """Learns the dataset's own responses ("sft")."""
 
     def __init__(self, task: TrainingTask) -> None:
         """Everything is rendered already."""
         self._task = task
 
-    def prepare(self, step: Step) -> None:
-        """Nothing to start."""
-
-    def submit(self, step: Step) -> Submitted[Learned]:
-        """Learn the step's rows."""
+    def submit(self, step: Step) -> Submitted[Learned]:  # noqa: D102
         examples = self._task.rows.examples(step.places)
         batch = supervised_batch(examples, self._task.settings.normalization)
         return self._task.student.learn(batch, self._task.update(step))
-
-    def close(self) -> None:
-        """Nothing runs."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +241,7 @@ def soft_batch(
         after_prompt(target, len(example.prompt), width)
         for example, target in zip(examples, targets, strict=True)
     ]
-    sizes = shares([np.ones(len(target.tokens), np.float32) for target in targets], normalization)
+    sizes = shares([len(target.tokens) for target in targets], normalization)
     datums = [
         datum(one.tokens, target_tokens=target.tokens, weights=target.weights / size)
         for one, target, size in zip(examples, wide, sizes, strict=True)
@@ -344,9 +338,10 @@ class Wording(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TeacherPrompts:
+class ReleasedTeacher:
     """What the teacher of a release reads and says; `where` is the release, as it was named."""
 
+    task: TrainingTask
     where: str
     folder: Path
     recipe: Recipe
@@ -384,38 +379,106 @@ class TeacherPrompts:
             f"as {answer!r}. Train with labels='scored', or with the objective 'sft'."
         )
 
+    def texts(self, rows: "Dataset") -> list[str]:
+        """What the teacher itself said for each of the rows, out of the release's ledger.
 
-def teacher_texts(task: TrainingTask, prompts: TeacherPrompts, rows: "Dataset") -> list[str]:
-    """What the teacher itself said for each of a release's rows, out of the release's ledger.
+        Where that lacks it, a response that the teacher could have said itself stands for its
+        words. Raises `DatasetError` for any other row.
+        """
+        recipe, identity = self.recipe, self.task.source.manifest.get("identity")
+        columns = [rows[name] for name in ("query", "sample", "response")]
+        keys, replies = [""] * len(rows), {}
+        if identity and not recipe.teachers:
+            sampling = recipe.sampling_parameters
+            keys = [
+                request_digest(identity, recipe.messages(query), recipe.fitted(query, sampling))
+                for query in columns[0]
+            ]
+            replies = find_replies(self.folder, set(keys))
+        texts = []
+        for key, query, sample, response in zip(keys, *columns, strict=True):
+            samples = replies[key].samples if key in replies else ()
+            if sample >= len(samples) and not self.says(query, response):
+                raise DatasetError(
+                    f"The ledger of {self.where!r} doesn't hold what its teacher said to "
+                    f"{query[:80]!r}. Publish with the ledger; without one there is no "
+                    "internalisation score, and soft labels need labels='scored'."
+                )
+            texts.append(samples[sample].text if sample < len(samples) else response)
+        return texts
 
-    Where that lacks it, a response that the teacher could have said itself stands for its words.
-    Raises `DatasetError` for any other row.
-    """
-    recipe, identity = prompts.recipe, task.source.manifest.get("identity")
-    columns = [rows[name] for name in ("query", "sample", "response")]
-    keys, replies = [""] * len(rows), {}
-    if identity and not recipe.teachers:
-        sampling = recipe.sampling_parameters
-        keys = [
-            request_digest(identity, recipe.messages(query), recipe.fitted(query, sampling))
-            for query in columns[0]
-        ]
-        replies = find_replies(prompts.folder, set(keys))
-    texts = []
-    for key, query, sample, response in zip(keys, *columns, strict=True):
-        samples = replies[key].samples if key in replies else ()
-        if sample >= len(samples) and not prompts.says(query, response):
+    def connect(self, *, own: bool = False) -> "Connection":
+        """The model that scores: the one that the settings name, else the release's own teacher.
+
+        With `own` it is always the release's, and must be the very model that answered then; it
+        alone has the renderer that the release names. A teacher that is the student's base shares
+        its server. Raises `ModelError` for one that gives no probabilities.
+        """
+        from distill_datasets.models.references import connect
+
+        student, manifest = self.task.student.connection, self.task.source.manifest
+        released = str(manifest.get("teacher", self.recipe.teacher))
+        reference = released if own else self.task.settings.objective.teacher or released
+        own_renderer = self.recipe.renderer or manifest.get("renderer")
+        renderer, teacher = own_renderer if reference == released else None, student
+        if reference != student.reference or renderer not in (None, student.renderer_name):
+            try:
+                teacher = connect(reference, renderer=renderer)
+            except ModelError as error:
+                raise type(error)(
+                    f"The teacher {reference!r} of {self.where!r} can't be asked for "
+                    f"probabilities: {error} Name a teacher that can, or train with 'sft'."
+                ) from error
+        if own and teacher.identity != manifest.get("identity"):
             raise DatasetError(
-                f"The ledger of {prompts.where!r} doesn't hold what its teacher said to "
-                f"{query[:80]!r}. Publish with the ledger; without one there is no "
-                "internalisation score, and soft labels need labels='scored'."
+                f"The soft labels in {self.where!r} are those of {manifest.get('identity')!r}, "
+                f"but {reference!r} is {teacher.identity!r}: expected the same model, whose tokens "
+                "they are. Generate and publish again, or train with labels='scored'."
             )
-        texts.append(samples[sample].text if sample < len(samples) else response)
-    return texts
+        return teacher
+
+    def cut_ends(self) -> CutEnds | None:
+        """Where the answers end, of a teacher with stop texts; None for one that ends its own."""
+        if not self.recipe.stop_texts:
+            return None
+        task = self.task
+        places = choose_rows(len(task.rows), task.settings)
+
+        def responses() -> Iterator[Sequence[int]]:
+            for first in range(0, len(places), _AT_ONCE):
+                for one in task.rows.examples(places[first : first + _AT_ONCE]):
+                    start, end = response_span(one.weights)
+                    yield one.tokens[start:end]
+
+        return CutEnds.of(task.student.connection, self.recipe.stop_texts, responses())
+
+    def prompt_tokens(self, connection: "Connection", query: str) -> list[int]:
+        """The tokens that the teacher has read when it begins to answer."""
+        messages: list[Any] = [dict(message) for message in self.recipe.messages(query)]
+        tools = self.recipe.part(query)[0].tools_text
+        rendered = connection.renderer.build_generation_prompt(messages, tools=tools)
+        return [int(token) for token in rendered.to_ints()]
+
+    def require_own_words(self, rows: "Dataset") -> None:
+        """Refuse responses that the teacher, under its prompt, would not say itself.
+
+        It would find their first word all but impossible, and teach its own instead.
+        """
+        said = zip(rows["query"], rows["response"], strict=True)
+        strange = [response for query, response in said if not self.says(query, response)]
+        if strange:
+            soft = " or with the objective 'soft' and labels='choices'" if self.choices[1:] else ""
+            raise DatasetError(
+                f"{len(strange)} of {len(rows)} responses in {self.where!r} are not what its "
+                f"teacher says itself, such as {strange[0][:200]!r}: expected responses that the "
+                "recipe's `answer` reads and its `response` leaves as they are. Ask for that form "
+                "in prompt.md, or set response: '{{ text }}', and publish again; or train with "
+                f"'sft'{soft}."
+            )
 
 
-def read_teacher_prompts(task: TrainingTask, parts: Sequence[str] = ()) -> TeacherPrompts:
-    """The recipe in the release that is trained on; of a Hub dataset these `parts` are fetched.
+def read_teacher(task: TrainingTask, parts: Sequence[str] = ()) -> ReleasedTeacher:
+    """The teacher of the release that is trained on; of a Hub dataset these `parts` are fetched.
 
     Raises `DatasetError` where there is none, and where a row is more than one response.
     """
@@ -436,84 +499,4 @@ def read_teacher_prompts(task: TrainingTask, parts: Sequence[str] = ()) -> Teach
             f"The teacher of {reference!r} answered every turn of a conversation (`turns: all`), "
             "and can be asked about one response a row only: train with the objective 'sft'."
         )
-    return TeacherPrompts(reference, release.path, recipe)
-
-
-def connect_teacher(
-    task: TrainingTask, prompts: TeacherPrompts, *, own: bool = False
-) -> "Connection":
-    """The model that scores: the one that the settings name, else the release's own teacher.
-
-    With `own` it is always the release's, and must be the very model that answered then; it alone
-    has the renderer that the release names. A teacher that is the student's base shares its
-    server. Raises `ModelError` for one that gives no probabilities.
-    """
-    from distill_datasets.models.references import connect
-
-    student, manifest = task.student.connection, task.source.manifest
-    released = str(manifest.get("teacher", prompts.recipe.teacher))
-    reference = released if own else task.settings.objective.teacher or released
-    renderer = None
-    if reference == released:
-        renderer = prompts.recipe.renderer or manifest.get("renderer")
-    teacher = student
-    if reference != student.reference or renderer not in (None, student.renderer_name):
-        try:
-            teacher = connect(reference, renderer=renderer)
-        except ModelError as error:
-            raise type(error)(
-                f"The teacher {reference!r} of {prompts.where!r} can't be asked for "
-                f"probabilities: {error} Name a teacher that can, or train with 'sft'."
-            ) from error
-    if own and teacher.identity != manifest.get("identity"):
-        raise DatasetError(
-            f"The soft labels in {prompts.where!r} are those of {manifest.get('identity')!r}, but "
-            f"{reference!r} is {teacher.identity!r}: expected the same model, whose tokens they "
-            "are. Generate and publish again, or train with labels='scored'."
-        )
-    return teacher
-
-
-def cut_ends(task: TrainingTask, prompts: TeacherPrompts) -> CutEnds | None:
-    """Where the answers of a teacher with stop texts end; None for one that ends its own."""
-    texts = prompts.recipe.stop_texts
-    if not texts:
-        return None
-    places = choose_rows(len(task.rows), task.settings)
-
-    def responses() -> Iterator[Sequence[int]]:
-        for first in range(0, len(places), _AT_ONCE):
-            for one in task.rows.examples(places[first : first + _AT_ONCE]):
-                start, end = response_span(one.weights)
-                yield one.tokens[start:end]
-
-    return CutEnds.of(task.student.connection, texts, responses())
-
-
-def prompt_tokens(teacher: "Connection", prompts: TeacherPrompts, query: str) -> list[int]:
-    """The tokens that the teacher has read when it begins to answer."""
-    messages: list[Any] = [dict(message) for message in prompts.recipe.messages(query)]
-    tools = prompts.recipe.part(query)[0].tools_text
-    rendered = teacher.renderer.build_generation_prompt(messages, tools=tools)
-    return [int(token) for token in rendered.to_ints()]
-
-
-def require_own_words(prompts: TeacherPrompts, rows: "Dataset") -> None:
-    """Refuse responses that the teacher, under its prompt, would not say itself.
-
-    It would find their first word all but impossible, and teach its own instead.
-    """
-    said = zip(rows["query"], rows["response"], strict=True)
-    strange = [response for query, response in said if not prompts.says(query, response)]
-    if strange:
-        raise DatasetError(
-            f"{len(strange)} of {len(rows)} responses in {prompts.where!r} are not what its "
-            f"teacher says itself, such as {strange[0][:200]!r}: expected responses that the "
-            "recipe's `answer` reads and its `response` leaves as they are. Ask for that form in "
-            "prompt.md, or set response: '{{ text }}', and publish again; or train with 'sft'"
-            + (
-                " or with the objective 'soft' and labels='choices'."
-                if len(prompts.choices) > 1
-                else "."
-            )
-        )
+    return ReleasedTeacher(task, reference, release.path, recipe)

@@ -33,17 +33,14 @@ from distill_datasets.models.scoring import (
 )
 from distill_datasets.training.objectives import (
     LEAST,
+    Objective,
     ReleasedRow,
     SoftExample,
     SupervisedObjective,
     TrainingTask,
     chosen_rows,
-    connect_teacher,
-    cut_ends,
-    prompt_tokens,
-    read_teacher_prompts,
+    read_teacher,
     released_rows,
-    require_own_words,
     reverse_kl,
     reverse_targets,
     soft_batch,
@@ -83,7 +80,7 @@ class Rollout:
     meant: NDArray[np.integer] | None = None
 
 
-class OnPolicyObjective:
+class OnPolicyObjective(Objective):
     """Samples a step's queries with the current student, or that of a step before, and scores them.
 
     A request's seed follows from the settings' seed, the step and the row, so that equal weights
@@ -92,24 +89,24 @@ class OnPolicyObjective:
 
     def __init__(self, task: TrainingTask) -> None:
         """Open the teacher; raises `DatasetError` where the release has no prompt for it."""
-        prompts = read_teacher_prompts(task)
+        released = read_teacher(task)
         self._task, self._objective = task, task.settings.objective
         _, rows = chosen_rows(task)
-        require_own_words(prompts, rows)
-        teacher = connect_teacher(task, prompts)
+        released.require_own_words(rows)
+        teacher = released.connect()
         require_same_tokenizer(teacher, task.student.connection)
         self._scorer = Scorer(teacher)
-        self._hard, self._cuts = SupervisedObjective(task), cut_ends(task, prompts)
+        self._hard, self._cuts = SupervisedObjective(task), released.cut_ends()
         ends = task.student.connection.renderer.get_stop_sequences()
         self._stop = self._cuts.stops if self._cuts else ends
         self._likeliest = self._objective.top_k if self._objective.kl == "reverse" else 0
-        self._longest = self._objective.max_tokens or prompts.recipe.sampling.max_tokens
+        self._longest = self._objective.max_tokens or released.recipe.sampling.max_tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._started: dict[int, tuple[int, Future[list[Rollout]]]] = {}
         self._submitted: int | None = None
         self._sampled = False  # until then nothing else shows that work goes on
         self._context = lru_cache(maxsize=4096)(
-            lambda query: prompt_tokens(teacher, prompts, query)
+            lambda query: released.prompt_tokens(teacher, query)
         )
 
     def prepare(self, step: Step) -> None:
@@ -292,9 +289,8 @@ def reverse_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> 
 
 def sampled_batch(rollouts: Sequence[Rollout], normalization: Normalization) -> TrainingBatch:
     """Policy gradients: each token's advantage is by how much the teacher finds it likelier."""
-    masks = [np.ones(len(rollout.tokens), np.float32) for rollout in rollouts]
-    datums = []
-    for one, size in zip(rollouts, shares(masks, normalization), strict=True):
+    sizes, datums = shares([len(one.tokens) for one in rollouts], normalization), []
+    for one, size in zip(rollouts, sizes, strict=True):
         # The first sampled token is predicted by the prompt's last.
         before, tokens = np.zeros(len(one.prompt) - 1), [*one.prompt, *one.tokens]
         made = datum(

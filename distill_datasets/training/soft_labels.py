@@ -38,20 +38,16 @@ from distill_datasets.progress import Progress
 from distill_datasets.releases.soft_labels import SOFT, has_soft, read_soft
 from distill_datasets.training import tell
 from distill_datasets.training.objectives import (
+    Objective,
     ReleasedRow,
+    ReleasedTeacher,
     SoftExample,
-    TeacherPrompts,
     TrainingTask,
     chosen_rows,
-    connect_teacher,
-    cut_ends,
-    prompt_tokens,
-    read_teacher_prompts,
+    read_teacher,
     released_rows,
-    require_own_words,
     soft_batch,
     soft_targets,
-    teacher_texts,
 )
 from distill_datasets.training.schedule import Step
 from distill_datasets.training.student import Learned, Submitted
@@ -169,7 +165,7 @@ class ScoreStore:
         return OutputError(f"Can't use the scores {str(self.path)!r}: {error}. {remedy}")
 
 
-class SoftObjective:
+class SoftObjective(Objective):
     """Learns the teacher's probabilities ("soft")."""
 
     def __init__(self, task: TrainingTask) -> None:
@@ -182,53 +178,48 @@ class SoftObjective:
         self._store = ScoreStore(task.folder / SCORES)
         with ExitStack() as unopened:
             unopened.callback(self._store.close)
-            prompts = read_teacher_prompts(task, (LEDGER, SOFT))
-            self._keys = get_labels(task, prompts, self._store)
-            self._cuts = cut_ends(task, prompts)
+            teacher = read_teacher(task, (LEDGER, SOFT))
+            self._keys = get_labels(task, teacher, self._store)
+            self._cuts = teacher.cut_ends()
             unopened.pop_all()
 
     def examples(self, places: Sequence[int]) -> list[SoftExample]:
         """The rows at these places of the training rows."""
-        rows = zip(places, released_rows(self._task, places), strict=True)
+        found = [self._store.get(self._keys[place]) for place in places]
+        rows = zip(found, released_rows(self._task, places), strict=True)
         return [
-            SoftExample(row.prompt, self._cut(self._store.get(self._keys[place]), row), row.bytes)
-            for place, row in rows
+            SoftExample(
+                row.prompt, self._cuts.hard(labels, row.tokens) if self._cuts else labels, row.bytes
+            )
+            for labels, row in rows
         ]
 
-    def _cut(self, labels: SoftLabels, row: ReleasedRow) -> SoftLabels:
-        return self._cuts.hard(labels, row.tokens) if self._cuts else labels
-
-    def prepare(self, step: Step) -> None:
-        """Nothing to start."""
-
-    def submit(self, step: Step) -> Submitted[Learned]:
-        """Learn the step's rows."""
+    def submit(self, step: Step) -> Submitted[Learned]:  # noqa: D102
         settings = self._task.settings
         examples = self.examples(step.places)
         targets = [soft_targets(one.labels, alpha=settings.objective.alpha) for one in examples]
         batch = soft_batch(examples, targets, settings.normalization)
         return self._task.student.learn(batch, self._task.update(step))
 
-    def close(self) -> None:
-        """Release the file of the labels."""
+    def close(self) -> None:  # noqa: D102
         self._store.close()
 
 
-def get_labels(task: TrainingTask, prompts: TeacherPrompts, store: ScoreStore) -> dict[int, str]:
+def get_labels(task: TrainingTask, released: ReleasedTeacher, store: ScoreStore) -> dict[int, str]:
     """The keys in the store of the labels of each row that is trained on, by the row's place."""
     (places, rows), source = chosen_rows(task), task.settings.objective.labels
-    if source == "auto" and len(prompts.choices) > 1:
+    if source == "auto" and len(released.choices) > 1:
         source = "choices"
     elif source == "auto":
-        source = "stored" if has_soft(prompts.folder) else "scored"
-    teacher = connect_teacher(task, prompts, own=source == "stored")
+        source = "stored" if has_soft(released.folder) else "scored"
+    teacher = released.connect(own=source == "stored")
     if source != "choices":
         require_same_tokenizer(teacher, task.student.connection)
     if source == "stored":
-        keys = _stored(task, prompts, dict(zip(places, _names(rows), strict=True)), store)
+        keys = _stored(task, released, dict(zip(places, _names(rows), strict=True)), store)
     else:
         scoring = _of_choices if source == "choices" else _of_responses
-        keys = _score(task, places, scoring(task, teacher, prompts, rows), store)
+        keys = _score(task, places, scoring(task, teacher, released, rows), store)
     if (kept := store.mean_kept(list(keys.values()))) < _ENOUGH:
         held = "the recipe's choices" if source == "choices" else "the soft labels"
         tell(
@@ -244,7 +235,7 @@ def _names(rows: "Dataset") -> list[tuple[str, int]]:
 
 def _stored(
     task: TrainingTask,
-    prompts: TeacherPrompts,
+    released: ReleasedTeacher,
     names: Mapping[int, tuple[str, int]],
     store: ScoreStore,
 ) -> dict[int, str]:
@@ -252,11 +243,11 @@ def _stored(
     k = task.settings.objective.top_k
     keys = {name: score_key("stored", task.source.files, k, *name) for name in names.values()}
     if any(key not in store for key in keys.values()):
-        store.put((keys[name], labels) for name, labels in read_soft(prompts.folder, keys, k))
+        store.put((keys[name], labels) for name, labels in read_soft(released.folder, keys, k))
     missing = sum(key not in store for key in keys.values())
     if missing:
         raise DatasetError(
-            f"{prompts.where!r} stores soft labels of {len(keys) - missing} of {len(keys)} rows: "
+            f"{released.where!r} stores soft labels of {len(keys) - missing} of {len(keys)} rows: "
             "expected all of them. Rows whose response is not the teacher's own text have none; "
             "generate with `sampling.top_logprobs` and publish again, or train with "
             "labels='scored'."
@@ -286,32 +277,32 @@ def _score(
 
 
 def _of_choices(
-    task: TrainingTask, teacher: "Connection", prompts: TeacherPrompts, rows: "Dataset"
+    task: TrainingTask, teacher: "Connection", released: ReleasedTeacher, rows: "Dataset"
 ) -> Callable[[ReleasedRow], LabelRequest]:
     """The probabilities of the recipe's choices in the answer's place."""
-    if len(prompts.choices) < 2:
+    if len(released.choices) < 2:
         raise DatasetError(
-            f"The recipe of {prompts.where!r} names no choices (`answer.choices`), so labels have "
+            f"The recipe of {released.where!r} names no choices (`answer.choices`), so labels have "
             "no exact probabilities. Train with labels='scored'."
         )
-    reader = prompts.recipe.student_reader
+    reader = released.recipe.student_reader
     for query, response in zip(rows["query"], rows["response"], strict=True):
-        if reader.read(response, "stop").answer not in prompts.choices:
-            raise _outside(query, response, prompts.choices, prompts.where)
-    said = dict(zip(_names(rows), teacher_texts(task, prompts, rows), strict=True))
-    scorer = LabelScorer(teacher, task.student.connection, prompts, said.values())
+        if reader.read(response, "stop").answer not in released.choices:
+            raise _outside(query, response, released.choices, released.where)
+    said = dict(zip(_names(rows), released.texts(rows), strict=True))
+    scorer = LabelScorer(teacher, task.student.connection, released, said.values())
     return lambda row: scorer.request(row, said[row.id, row.sample])
 
 
 def _of_responses(
-    task: TrainingTask, teacher: "Connection", prompts: TeacherPrompts, rows: "Dataset"
+    task: TrainingTask, teacher: "Connection", released: ReleasedTeacher, rows: "Dataset"
 ) -> Callable[[ReleasedRow], LabelRequest]:
     """The response itself, read by the teacher under its prompt."""
-    require_own_words(prompts, rows)
+    released.require_own_words(rows)
     scorer, k = Scorer(teacher), task.settings.objective.top_k
 
     def request(row: ReleasedRow) -> LabelRequest:
-        context = prompt_tokens(teacher, prompts, row.query)
+        context = released.prompt_tokens(teacher, row.query)
 
         def start() -> Callable[[], SoftLabels]:
             pending = scorer.read(context, row.tokens, k)
@@ -339,18 +330,18 @@ class LabelScorer:
         self,
         teacher: "Connection",
         student: "Connection",
-        prompts: TeacherPrompts,
+        released: ReleasedTeacher,
         texts: Iterable[str],
     ) -> None:
         """Open a scoring session with the teacher, which said these `texts`, in any order."""
-        self._teacher, self._prompts = teacher, prompts
+        self._teacher, self._released = teacher, released
         self._scorer = Scorer(teacher)
-        self._wordings = lru_cache(maxsize=4096)(prompts.wordings)
+        self._wordings = lru_cache(maxsize=4096)(released.wordings)
         self._said = lru_cache(maxsize=4096)(lambda text: spoken_tokens(teacher, text))
         self._written = lru_cache(maxsize=4096)(lambda text: spoken_tokens(student, text))
         self._ways: Callable[[int], Sequence[int]] = lambda token: [token]
         self._cut_key: list[str] = []
-        if stops := prompts.recipe.stop_texts:
+        if stops := released.recipe.stop_texts:
             every = {self._said(one.teacher) for text in {*texts} for one in self._wordings(text)}
             cuts = CutEnds.of(teacher, stops, sorted(every))
             self._ways, self._cut_key = cache(cuts.ways), [digest(cuts.table.tolist())]
@@ -364,9 +355,9 @@ class LabelScorer:
         responses = [self._written(wording.student) for wording in wordings]
         if tuple(row.tokens) not in responses:
             known = [wording.student for wording in wordings]
-            raise _outside(row.query, row.response, known, self._prompts.where)
+            raise _outside(row.query, row.response, known, self._released.where)
         spoken = [self._said(wording.teacher) for wording in wordings]
-        prompt = prompt_tokens(self._teacher, self._prompts, row.query)
+        prompt = self._released.prompt_tokens(self._teacher, row.query)
         asked = [self._teacher.identity, prompt, spoken, row.tokens, responses]
         key = score_key("choices", *asked, *self._cut_key)
 

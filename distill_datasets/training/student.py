@@ -92,7 +92,6 @@ class TrainingBatch:
 
 def supervised_batch(examples: Sequence[Example], normalization: Normalization) -> TrainingBatch:
     """The cross entropy of the responses, each token or each response weighing alike."""
-
     batch = datums(examples, normalization)
 
     def read(outputs: Sequence[Mapping[str, Any]]) -> Learned:
@@ -110,13 +109,12 @@ def supervised_batch(examples: Sequence[Example], normalization: Normalization) 
     return TrainingBatch(batch, read)
 
 
-def shares(masks: Sequence[NDArray[np.float32]], normalization: Normalization) -> list[float]:
+def shares(lengths: Sequence[int], normalization: Normalization) -> list[int]:
     """What each row's weights are divided by, as servers sum weighted losses over a batch.
 
     Per token, every response token of the batch counts alike; per example, every response does.
     """
-    sums = [float(mask.sum()) for mask in masks]
-    return [sum(sums) if normalization == "token" else len(sums) * own for own in sums]
+    return [sum(lengths) if normalization == "token" else len(lengths) * own for own in lengths]
 
 
 def datum(tokens: Sequence[int], **inputs: NDArray[Any]) -> tinker.Datum:
@@ -136,9 +134,10 @@ def datum(tokens: Sequence[int], **inputs: NDArray[Any]) -> tinker.Datum:
 def datums(examples: Sequence[Example], normalization: Normalization) -> list[tinker.Datum]:
     """For the cross entropy; the weights carry the mean."""
     masks = [example.targets for example in examples]
+    sizes = shares([int(mask.sum()) for mask in masks], normalization)
     return [
-        datum(one.tokens, target_tokens=np.asarray(one.tokens[1:]), weights=mask / share)
-        for one, mask, share in zip(examples, masks, shares(masks, normalization), strict=True)
+        datum(one.tokens, target_tokens=np.asarray(one.tokens[1:]), weights=mask / size)
+        for one, mask, size in zip(examples, masks, sizes, strict=True)
     ]
 
 
@@ -208,7 +207,7 @@ class Student:
     """
 
     def __init__(self, connection: Connection, client: tinker.TrainingClient) -> None:
-        """Use `create`, `resume` or `continue_from`."""
+        """Use `create` or `resume`."""
         self.connection = connection
         self._client = client
 
@@ -232,18 +231,18 @@ class Student:
 
     @classmethod
     def resume(
-        cls, connection: Connection, state: str, metadata: dict[str, str] | None = None
+        cls,
+        connection: Connection,
+        state: str,
+        metadata: dict[str, str] | None = None,
+        *,
+        optimizer: bool = True,
     ) -> Self:
-        """The weights and the optimizer as `save` left them at the path `state`."""
-        load = connection.service.create_training_client_from_state_with_optimizer
-        return cls._opened(connection, load, path=state, user_metadata=metadata)
-
-    @classmethod
-    def continue_from(
-        cls, connection: Connection, state: str, metadata: dict[str, str] | None = None
-    ) -> Self:
-        """The weights at the path `state`, with a new optimizer."""
-        load = connection.service.create_training_client_from_state
+        """The weights and the optimizer, or a new one, as `save` left them at the path `state`."""
+        service = connection.service
+        load: Callable[..., Any] = service.create_training_client_from_state
+        if optimizer:
+            load = service.create_training_client_from_state_with_optimizer
         return cls._opened(connection, load, path=state, user_metadata=metadata)
 
     @classmethod

@@ -437,7 +437,7 @@ def _open_student(
     else:
         if before:
             before.bring(folder.store)
-            student = Student.continue_from(connection, before.path, metadata)
+            student = Student.resume(connection, before.path, metadata, optimizer=False)
         else:
             student = Student.create(connection, _lora(config["settings"]), metadata)
     folder.start({**config, **({"begun": begun} if begun else {})}, checkpoints)

@@ -551,11 +551,7 @@ def validation_likelihoods(task: "TrainingTask", rows: Rendered) -> ReferenceLik
     made, or where another training on this machine has asked the same models about the same
     answers.
     """
-    from distill_datasets.training.objectives import (
-        connect_teacher,
-        read_teacher_prompts,
-        teacher_texts,
-    )
+    from distill_datasets.training.objectives import read_teacher
 
     file = task.folder / _FILE
     if (known := _known(file)) and len(known.tokens) == len(rows):
@@ -565,15 +561,15 @@ def validation_likelihoods(task: "TrainingTask", rows: Rendered) -> ReferenceLik
             raise DatasetError(
                 f"it takes {LEAST_ROWS} validation rows, and {len(rows)} are measured."
             )
-        prompts = read_teacher_prompts(task, (LEDGER,))
+        released = read_teacher(task, (LEDGER,))
         if missing := sorted({*_COLUMNS} - {*rows.plain.column_names}):
-            raise DatasetError(f"{prompts.where!r} lacks a release's columns {missing}.")
+            raise DatasetError(f"{released.where!r} lacks a release's columns {missing}.")
         kept = rows.plain.select_columns(list(_COLUMNS)).select(rows.kept)
         answers = [
-            TeacherAnswer.to(prompts.recipe, row, text, row["response"])
-            for row, text in zip(kept, teacher_texts(task, prompts, kept), strict=True)
+            TeacherAnswer.to(released.recipe, row, text, row["response"])
+            for row, text in zip(kept, released.texts(kept), strict=True)
         ]
-        ends = _cached(task, answers, connect_teacher(task, prompts))
+        ends = _cached(task, answers, released.connect())
         internalisation(ends.base, ends)  # no score is defined between equal ends
     except (DatasetError, RecipeError, ModelError, ServiceError, HubError) as error:
         tell(f"no internalisation score: {error}")

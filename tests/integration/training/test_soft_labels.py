@@ -23,8 +23,7 @@ from distill_datasets.training.objectives import (
     SoftExample,
     TrainingTask,
     chosen_rows,
-    cut_ends,
-    read_teacher_prompts,
+    read_teacher,
     released_rows,
 )
 from distill_datasets.training.settings import ObjectiveSettings
@@ -114,7 +113,7 @@ def test_no_token_of_any_response_stands_for_a_stop_text(
     ends = []
     for rows in (512, 1):
         monkeypatch.setattr(objectives, "_AT_ONCE", rows)
-        ends.append(cut_ends(task, read_teacher_prompts(task)))
+        ends.append(read_teacher(task).cut_ends())
     whole, piecewise = ends
     assert whole and piecewise and whole.table.tolist() == piecewise.table.tolist()
     for row in released_rows(task, range(len(task.rows))):
@@ -156,7 +155,7 @@ def test_the_order_of_the_rows_decides_no_score(model: str, tmp_path: Path) -> N
     rows = dict(zip(("Sure! Answer: en", "Answer: en"), released_rows(task, [0, 4]), strict=True))
     found = []
     for texts in (list(rows), list(rows)[::-1]):
-        prompts, teacher = read_teacher_prompts(task), task.student.connection
+        prompts, teacher = read_teacher(task), task.student.connection
         scorer = LabelScorer(teacher, teacher, prompts, texts)
         asked = [
             scorer.request(replace(rows[text], tokens=spoken_tokens(teacher, text)), text)
