@@ -145,6 +145,7 @@ class OnPolicyObjective(Objective):
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, step: Step) -> None:
+        """Begin to sample a step with the weights after the last step that was submitted."""
         assert self._submitted is not None
         self._say(step, "the weights that sample it")
         client = self._task.student.snapshot()
@@ -169,28 +170,22 @@ class OnPolicyObjective(Objective):
             self._task.say(f"step {step.number} waits for {what}")
 
     def _sample(self, step: Step, row: ReleasedRow, client: tinker.SamplingClient) -> Pending[Any]:
-        named = [self._task.settings.seed, step.number, row.id, row.sample]
+        """Ask for answers that student and teacher can both read."""
+        student, named = self._task.student.connection, (step.number, row.id, row.sample)
+        read = ((student, row.prompt), (self._scorer.connection, self._context(row.query)))
+        left = [one.max_context - len(prompt) - 1 for one, prompt in read if one.max_context]
         request = client.sample(
             prompt=tinker.ModelInput.from_ints(list(row.prompt)),
-            num_samples=self._objective.samples,
+            num_samples=1,
             topk_sample_logprobs=self._likeliest,
             sampling_params=tinker.SamplingParams(
-                max_tokens=self._room(row),
+                max_tokens=max(1, min([self._longest, *left])),
                 temperature=1.0,
-                seed=int(digest(named)[:8], 16) >> 1,
+                seed=int(digest([self._task.settings.seed, *named])[:8], 16) >> 1,
                 stop=self._stop,
             ),
         )
-        return Pending(self._task.student.connection, request, lambda reply: reply.sequences)
-
-    def _room(self, row: ReleasedRow) -> int:
-        """The most tokens of an answer that student and teacher can both read."""
-        read = (
-            (self._task.student.connection, row.prompt),
-            (self._scorer.connection, self._context(row.query)),
-        )
-        left = [one.max_context - len(prompt) - 1 for one, prompt in read if one.max_context]
-        return max(1, min([self._longest, *left]))
+        return Pending(student, request, lambda reply: reply.sequences)
 
     def _judge(self, row: ReleasedRow, sequence: Any) -> Callable[[], Rollout]:
         """Ask the teacher about one answer; what is returned waits for it."""
@@ -199,13 +194,11 @@ class OnPolicyObjective(Objective):
         ended = cut is not None or sequence.stop_reason == "stop"
         rollout = Rollout(row.prompt, tokens, own, own, ended)
         if self._likeliest:
-            return self._compare(
-                row, replace(rollout, ranking=self._ranking(sequence, len(tokens)))
-            )
+            return self._judge_likeliest(row, rollout, self._ranking(sequence, len(tokens)))
         k = self._objective.top_k or (_CUT_AMONG if self._cuts else 0)
         pending = self._scorer.read(self._context(row.query), tokens, k)
 
-        def scored() -> Rollout:
+        def judged() -> Rollout:
             found = pending.result()
             theirs, ranking = found.logprobs, found.ranking
             if self._cuts and ranking:
@@ -214,20 +207,24 @@ class OnPolicyObjective(Objective):
                 ranking = Ranking(self._cuts.meant(ranking.ids), ranking.logprobs)
             return replace(rollout, teacher=np.maximum(theirs, LEAST), ranking=ranking)
 
-        return scored
+        return judged
 
-    def _compare(self, row: ReleasedRow, rollout: Rollout) -> Callable[[], Rollout]:
+    def _judge_likeliest(
+        self, row: ReleasedRow, rollout: Rollout, ranking: Ranking
+    ) -> Callable[[], Rollout]:
         """Ask the teacher about the student's likeliest tokens too."""
-        context, tokens, cuts = self._context(row.query), rollout.tokens, self._cuts
-        ranking = rollout.ranking
-        assert ranking is not None
-        ids = np.concatenate([np.asarray(tokens)[:, None], ranking.ids], axis=1)
-        asked = self._scorer.chosen(context, tokens, ids, self._objective.top_k if cuts else 0)
+        said = np.asarray(rollout.tokens)[:, None]
+        ids = np.concatenate([said, ranking.ids], axis=1)
+        k = self._objective.top_k if self._cuts else 0
+        pending = self._scorer.chosen(self._context(row.query), rollout.tokens, ids, k)
+        meant = self._cuts.meant(ranking.ids) if self._cuts else None
 
         def judged() -> Rollout:
-            found, top = asked.result()
-            meant = cuts.meant(ranking.ids) if cuts else None
-            return replace(rollout, teacher=found[:, 0], judged=found[:, 1:], top=top, meant=meant)
+            found, top = pending.result()
+            teacher, judged = found[:, 0], found[:, 1:]
+            return replace(
+                rollout, teacher=teacher, ranking=ranking, judged=judged, top=top, meant=meant
+            )
 
         return judged
 

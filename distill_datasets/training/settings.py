@@ -16,7 +16,7 @@ _FREE = (
     "answered_rows",
 )
 # Settings that version 0.1 wrote down, with the one value that means the same today.
-_CONSTANT = {"temperature": 1.0}
+_CONSTANT = {"temperature": 1.0, "samples": 1}
 # Settings that version 0.1 lacks: what is said of a training names them only where they are used.
 _LATER = ("turns", "validation_rows")
 _WARM = 20  # steps: a new student's own samples say little of the prompt
@@ -63,9 +63,6 @@ class ObjectiveSettings:
     )
     kl: Literal["reverse", "forward"] = setting(
         "reverse", "the divergence that on-policy training lowers", group="objective"
-    )
-    samples: int = setting(
-        1, "answers that are sampled for a query, on policy", at_least=1, flag=False
     )
     max_tokens: int | None = setting(
         None, "tokens of a sampled answer", at_least=1, flag=False, unset="the recipe's"

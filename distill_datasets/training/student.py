@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar
 
@@ -23,7 +22,6 @@ from distill_datasets.errors import (
     ServiceError,
     SettingsError,
 )
-from distill_datasets.files import write_file
 from distill_datasets.models import tinker as sdk
 from distill_datasets.models.references import (
     adopt_state,
@@ -544,16 +542,3 @@ def find_predecessor(
             "student."
         )
     return found
-
-
-def write_learned(folder: Path, keys: RowKeys, before: Predecessor | None) -> None:
-    """Write down what a training learns, and what its predecessor had learned.
-
-    `keys` are those of `DatasetSplit.keys`.
-    """
-    known = before.folder / LEARNED if before and before.folder else None
-    if known is not None and known.is_file():
-        keys = np.concatenate([keys, np.load(known)])
-    content = BytesIO()
-    np.save(content, np.unique(keys))
-    write_file(folder / LEARNED, content.getvalue())

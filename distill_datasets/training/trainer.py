@@ -7,12 +7,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill_datasets.errors import ModelError, OutputError, SettingsError
-from distill_datasets.files import one_writer
+from distill_datasets.files import one_writer, write_file
 from distill_datasets.progress import Progress, interruptible
 from distill_datasets.training import tell
 from distill_datasets.training.checkpoints import (
@@ -112,9 +113,14 @@ def _train(
     before: "Predecessor | None",
 ) -> None:
     """To the end, from wherever the folder's training stands."""
+    from distill_datasets.models.references import connect
+
     only_new = before if request.get("start", {}).get("only_new") else None
     splits = _open_splits(source, settings, only_new)
-    connection = _connect(request["student"], source, settings, folder)
+    renderer = settings.renderer
+    if renderer is None and source.manifest.get("teacher") == request["student"]:
+        renderer = source.manifest.get("renderer")  # that its teacher was read with
+    connection = connect(request["student"], renderer=renderer, store=folder.store)
     with _session(connection, folder):
         _require_validation("validation" in splits, repr(source.reference), settings)
         plan = plan_training(splits, connection, settings, folder.config)
@@ -137,14 +143,20 @@ def _write_learned(
     plan: TrainingPlan,
     before: "Predecessor | None",
 ) -> None:
-    """Write down which rows are learned; says which of them teach nothing, or are measured too."""
+    """Write down which rows are learned, and were by a predecessor; says how many of them teach
+    nothing, or are measured too.
+    """
     import numpy as np
 
-    from distill_datasets.training.student import write_learned
+    from distill_datasets.training.student import LEARNED
 
     keys, blank = splits["train"].keys_and_blank()
-    learned = keys[plan.chosen]
-    write_learned(folder.path, learned, before)
+    learned = every = keys[plan.chosen]
+    if before and before.folder and (before.folder / LEARNED).is_file():
+        every = np.concatenate([learned, np.load(before.folder / LEARNED)])
+    content = BytesIO()
+    np.save(content, np.unique(every))
+    write_file(folder.path / LEARNED, content.getvalue())
     if blank:
         tell(
             f"warning: {blank:,} of {len(keys):,} training rows have a blank response, "
@@ -517,18 +529,6 @@ def _require_validation(there: bool, dataset: str, settings: TrainSettings) -> N
             f"patience and select need validation rows: {dataset} has no split "
             f"{settings.validation_split!r}. Name another, or leave both out."
         )
-
-
-def _connect(
-    student: str, source: DatasetSource, settings: TrainSettings, folder: TrainingFolder
-) -> "Connection":
-    """A release names the renderer that its teacher was read with; the same model keeps it."""
-    from distill_datasets.models.references import connect
-
-    renderer = settings.renderer
-    if renderer is None and source.manifest.get("teacher") == student:
-        renderer = source.manifest.get("renderer")
-    return connect(student, renderer=renderer, store=folder.store)
 
 
 @contextmanager
