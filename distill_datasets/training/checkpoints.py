@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distill_datasets.errors import ModelError, OtherTrainingError, OutputError
-from distill_datasets.files import writable_folder, write_file
+from distill_datasets.files import read_object, writable_folder, write_file
 from distill_datasets.models.sampler import digest
 from distill_datasets.tables import html_card, html_facts
 from distill_datasets.training import tell
@@ -157,14 +157,13 @@ class TrainingFolder:
 
     @property
     def config(self) -> dict[str, Any] | None:
-        """What `start` wrote, or None in a new folder and where a crash has emptied it."""
+        """What `start` wrote, or None in a new folder."""
         file = self.path / "config.json"
-        if not file.is_file() or not (text := file.read_text("utf-8", "replace")).strip("\0 \n"):
+        if not file.is_file():
             return None
-        with suppress(ValueError):
-            config = json.loads(text)
-            if isinstance(config, dict) and {"student", "dataset", "settings"} <= set(config):
-                return config
+        config = read_object(file) or {}
+        if {"student", "dataset", "settings"} <= set(config):
+            return config
         raise OutputError(
             f"{str(self.path)!r} holds something else: expected a training's config.json. "
             f"Choose another --out, for example {str(next_folder(self.path))!r}."
@@ -191,8 +190,11 @@ class TrainingFolder:
 
     def start(self, config: Mapping[str, Any], checkpoints: Sequence[SavedCheckpoint]) -> None:
         """Write the configuration, and go back to the last of the checkpoints."""
-        step = checkpoints[-1].step if checkpoints else 0
-        self._rewrite("metrics.jsonl", [line for line in self.metrics if line["step"] <= step])
+        step, lines = (
+            checkpoints[-1].step if checkpoints else 0,
+            self.metrics if self.config else [],
+        )
+        self._rewrite("metrics.jsonl", [line for line in lines if line["step"] <= step])
         self._rewrite("checkpoints.jsonl", [asdict(one) for one in checkpoints])
         write_file(
             self.path / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -378,14 +380,29 @@ def read_progress(
     """
     from distill_datasets.training.student import read_metadata
 
-    found = read_metadata(connection, path)
+    found, here = read_metadata(connection, path), describe(config)
     missing = {"step", "selection", "config_digest", "dataset_revision"} - set(found)
     if missing:
         raise ModelError(
             f"{path!r} can't be resumed from: expected a checkpoint of `distill-datasets train`; "
             f"its metadata lacks {sorted(missing)}. Start from its weights instead (--from)."
         )
-    require_same(path, found, config)
+    # What version 0.1 wrote may name the defaults of its settings.
+    said = _compact(unlike_default(json.loads(found.get("settings", "{}"))))
+    there = {**found, "settings": said}
+    names = ("dataset_revision", "dataset_files", "base_model", _RENDERER, "settings")
+    others = [name for name in names if there.get(name) != here[name]]
+    old = _config_digest({**decisive(config["settings"]), "preset": "production"}, config)
+    if not others and there["config_digest"] not in (here["config_digest"], old):
+        others = ["config_digest"]
+    if others:
+        differences = "; ".join(
+            f"{one} is {there.get(one)!r} there, {here[one]!r} now" for one in others
+        )
+        raise ModelError(
+            f"{path!r} is of another training: {differences}. Give the dataset and the "
+            "settings that it was begun with, or start from its weights instead (--from)."
+        )
     step = int(found["step"])
     if step >= config["steps"]:
         raise ModelError(
@@ -397,29 +414,6 @@ def read_progress(
     known.append({"name": "resumed", "step": step, "state": path, "sampler": None})
     selection = Selection(**json.loads(found["selection"]))
     return selection, [SavedCheckpoint(**one) for one in known]
-
-
-def require_same(path: str, there: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    """Refuse to go on from a state, of which `there` is the metadata, with another training.
-
-    Raises `ModelError` that names each difference.
-    """
-    here = describe(config)
-    # What version 0.1 wrote may name the defaults of its settings.
-    said = _compact(unlike_default(json.loads(there.get("settings", "{}"))))
-    names = ("dataset_revision", "dataset_files", "base_model", _RENDERER, "settings")
-    there = {**there, "settings": said}
-    found = [name for name in names if there.get(name) != here[name]]
-    settings = decisive(config["settings"])
-    same = [here["config_digest"], _config_digest({**settings, "preset": "production"}, config)]
-    if not found and there.get("config_digest") not in same:
-        found = ["config_digest"]
-    if found:
-        differences = [f"{name} is {there.get(name)!r} there, {here[name]!r} now" for name in found]
-        raise ModelError(
-            f"{path!r} is of another training: {'; '.join(differences)}. Give the dataset and the "
-            "settings that it was begun with, or start from its weights instead (--from)."
-        )
 
 
 class CheckpointRetention:

@@ -17,7 +17,14 @@ from distill_datasets.errors import (
     OutputError,
     RecipeError,
 )
-from distill_datasets.files import pocket_folder, replacing
+from distill_datasets.files import (
+    pocket_folder,
+    read_object,
+    read_rows,
+    replacing,
+    report_file,
+    rows_file,
+)
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.cards import dataset_on_hub, model_card
@@ -35,7 +42,6 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 _EMBEDDINGS = frozenset({"lm_head", "embed_out", "output", "embed_tokens", "wte"})
 _EXAMPLE_QUERY = "Hello, how are you?"
 _MAX_TOKENS = 256
-_ROWS = "rows.jsonl"  # beside a report: what every system said to each row
 _TOOLS = "tools.json"  # those that the student is given; of several prompts, by their handles
 
 
@@ -118,7 +124,7 @@ def export_adapter(  # noqa: PLR0913 (what is written where, and what goes along
     with tempfile.TemporaryDirectory(prefix="distill-adapter-") as scratch:
         rows = 0
         if check and trained.recipe is not None:
-            said = _said(_report_file(trained, report)) if found else {}
+            said = _said(report_file(report or trained.folder.parent)) if found else {}
             rows = write_check_files(
                 trained.dataset, Path(scratch), config=trained.dataset_config, said=said
             )
@@ -230,35 +236,25 @@ def read_training(train: Path | str) -> Trained:
 
 def _said(report: Path) -> dict[str, Any]:
     """What the student said to each row when it was measured, by the rows' ids."""
-    path = report.with_name(_ROWS)
-    if not path.is_file():
-        return {}
-    with path.open(encoding="utf-8") as lines:
-        rows = map(json.loads, lines)
-        return {row["id"]: row["systems"]["student"] for row in rows if "student" in row["systems"]}
+    rows = read_rows(report) if rows_file(report).is_file() else ()
+    return {row["id"]: row["systems"]["student"] for row in rows if "student" in row["systems"]}
 
 
 def read_report(trained: Trained, report: Path | str | None) -> dict[str, Any] | None:
     """What was measured of this very checkpoint; naming a report of another one is an error."""
-    path = _report_file(trained, report)
-    if not path.is_file():
-        if report:
-            raise ModelError(f"There is no report {str(path)!r}: name what `measure` wrote.")
-        return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    measured = found["systems"]["student"]["model"]
+    path = report_file(report or trained.folder.parent)
+    found = read_object(path) or {}
+    measured = found.get("systems", {}).get("student", {}).get("model")
     if measured == trained.checkpoint["sampler"]:
         return found
+    if report and measured is None:
+        raise ModelError(f"There is no report {str(path)!r}: name what `measure` wrote.")
     if report:
         raise ModelError(
             f"{str(path)!r} is about {measured}, not about this training's best checkpoint, "
             f"{trained.checkpoint['sampler']}. Measure it first."
         )
     return None
-
-
-def _report_file(trained: Trained, report: Path | str | None) -> Path:
-    return Path(report) if report else trained.folder.parent / "report.json"
 
 
 def student_card(  # noqa: PLR0913 (whose card it is, and what it says)

@@ -416,24 +416,22 @@ def _open_student(
 
     Writes the configuration, and forgets what was learned after that checkpoint.
     """
-    from distill_datasets.training.checkpoints import (
-        describe,
-        read_progress,
-        require_same,
-    )
-    from distill_datasets.training.student import Student, read_metadata
+    from distill_datasets.training.checkpoints import describe, read_progress
+    from distill_datasets.training.student import Student
 
     folder.require_same(config)
     written, checkpoints, metadata = folder.config, folder.checkpoints, describe(config)
     begun = (written or {}).get("begun")
-    if "resumed" in config and written is None:
-        selection, checkpoints = read_progress(connection, config["resumed"], config)
-        begun = asdict(selection)
+    if written is None:
+        checkpoints = []
+        if "resumed" in config:
+            selection, checkpoints = read_progress(connection, config["resumed"], config)
+            begun = asdict(selection)
     while checkpoints:
         newest = checkpoints[-1]
         try:
-            known = read_metadata(connection, newest.state) if written is None else None
             student = Student.resume(connection, newest.state, metadata)
+            break
         except ModelError as error:
             if newest.name == "resumed":
                 raise
@@ -442,10 +440,6 @@ def _open_student(
                 f"the checkpoint of step {newest.step} can't be loaded, training goes back "
                 f"to step {checkpoints[-1].step if checkpoints else 0}: {error}"
             )
-            continue
-        if known is not None:
-            require_same(newest.state, known, config)
-        break
     else:
         if before:
             before.bring(folder.store)

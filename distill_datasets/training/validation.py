@@ -41,7 +41,7 @@ from distill_datasets.errors import (
     ServiceError,
     SettingsError,
 )
-from distill_datasets.files import write_file
+from distill_datasets.files import read_object, write_file
 from distill_datasets.generation.ledger import LEDGER
 from distill_datasets.models.sampler import Sample, Sampling, digest
 from distill_datasets.models.scoring import Judged, Likelihood, likelihoods, split_conversation
@@ -614,8 +614,8 @@ def _price(task: "TrainingTask", answers: Sequence[TeacherAnswer], teacher: "Con
 def _known(file: Path) -> ReferenceLikelihoods | None:
     """What was measured before; None where nothing was, or where the file is damaged."""
     try:
-        return ReferenceLikelihoods(**json.loads(file.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+        return ReferenceLikelihoods(**(read_object(file) or {}))
+    except TypeError:
         return None
 
 

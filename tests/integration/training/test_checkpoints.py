@@ -370,30 +370,6 @@ def test_a_damaged_line_of_a_checkpoint_is_left_out(
     assert f"line {len(lines) + 1} is damaged: left out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "\0" * 40])
-def test_an_emptied_configuration_is_written_again_for_the_same_training_only(
-    content: str, whole: TrainingResult, dataset: Path, model: str, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    interrupted_run(dataset, model, out, LONGER, 14)
-    written = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(content)
-    trained = train(dataset, student=model, out=out, settings=LONGER)
-    assert metrics(trained) == metrics(whole)
-    assert json.loads((out / "config.json").read_text()) == written
-
-
-def test_another_training_is_not_taken_for_one_whose_configuration_is_gone(
-    dataset: Path, model: str, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    begun = interrupted_run(dataset, model, out, LONGER, 14).checkpoints
-    (out / "config.json").write_text("")
-    with pytest.raises(ModelError, match="is of another training: settings is"):
-        train(dataset, student=model, out=out, settings=replace(LONGER, seed=1))
-    assert TrainingFolder(out).checkpoints == begun
-
-
 def test_a_training_folder_answers_in_spite_of_a_damaged_line_and_says_what_else_is_damaged(
     whole: TrainingResult, model: str, tmp_path: Path
 ) -> None:
