@@ -364,19 +364,13 @@ class AnswerValidator:
         longest = min(_LONGEST_ANSWER, max(tokens) + max(2 * _SLACK, max(tokens) // 2))
         read = rows.rows[[rows.kept[place] for place in places]]["longest"]
         context = connection.max_context or max(read) + longest
-        limits = [
-            max(1, min(longest, context - whole + own))
-            for whole, own in zip(read, tokens, strict=True)
-        ]
         sampling = _sampling(task)
-        self._asked = [
-            (one, replace(sampling, max_tokens=limit))
-            for one, limit in zip(conversations, limits, strict=True)
-        ]
-        self._teacher = [
-            Sample(text, "stop" if own <= limit else "length", own)
-            for text, own, limit in zip(responses, tokens, limits, strict=True)
-        ]
+        self._asked: list[tuple[Conversation, Sampling]] = []
+        self._teacher: list[Sample] = []
+        for one, text, own, whole in zip(conversations, responses, tokens, read, strict=True):
+            limit = max(1, min(longest, context - whole + own))
+            self._asked.append((one, replace(sampling, max_tokens=limit)))
+            self._teacher.append(Sample(text, "stop" if own <= limit else "length", own))
         self._once = _said_once(task.rows, rows, places)
 
     def submit(

@@ -24,7 +24,7 @@ from typing import Any
 
 import chz
 import tinker
-from tinker_cookbook.renderers import TrainOnWhat
+from tinker_cookbook.renderers import TrainOnWhat, get_renderer
 from tinker_cookbook.supervised import train as cookbook
 from tinker_cookbook.supervised.data import conversation_to_datum
 from tinker_cookbook.supervised.types import SupervisedDataset, SupervisedDatasetBuilder
@@ -121,7 +121,7 @@ def plan(dataset: Path, settings: TrainSettings) -> Planned:
     rows = (rendered.conversations(step.places) for step in steps)
     batches = [[one.messages for one in batch] for batch in rows]
     register_tokenizer(connection.base_model, lambda: connection.tokenizer)
-    return Planned(batches, connection.renderer)
+    return Planned(batches, get_renderer(RENDERER, connection.tokenizer))
 
 
 def steps_per_second(store: Path, before: int) -> float:
