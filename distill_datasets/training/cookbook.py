@@ -14,7 +14,6 @@ import tinker
 from tinker_cookbook.supervised.common import datum_from_model_input_weights
 from tinker_cookbook.supervised.types import ChatDatasetBuilder, SupervisedDataset
 
-from distill_datasets.errors import DatasetError
 from distill_datasets.models.renderers import open_renderer
 from distill_datasets.training.data import (
     DatasetSplit,
@@ -64,17 +63,10 @@ class DistilledDatasetBuilder(ChatDatasetBuilder):
             examples(one, renderer, self.turns, f"{where}, row {place}")
             for place, one in enumerate(split.conversations)
         ]
-        kept = [
-            row for row in rows if longest is None or max(len(e.tokens) for e in row) <= longest
-        ]
+        kept = split.short_enough([max(len(e.tokens) for e in row) for row in rows], longest)
         if skipped := len(rows) - len(kept):
             _LOG.warning("%s: %d rows are longer than %s tokens", where, skipped, longest)
-        if not kept:
-            raise DatasetError(
-                f"{where} has no row of at most {longest} tokens, of {len(rows)}. Raise "
-                "max_length, or pick a model with a longer context."
-            )
-        return DistilledDataset(kept, self.common_config.batch_size)
+        return DistilledDataset([rows[place] for place in kept], self.common_config.batch_size)
 
 
 class DistilledDataset(SupervisedDataset):

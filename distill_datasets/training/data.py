@@ -265,15 +265,21 @@ class DatasetSplit:
             )
             .with_format(None)
         )
-        lengths = rendered["longest"][:]
-        kept = [place for place, length in enumerate(lengths) if length <= max_length]
+        kept = self.short_enough(rendered["longest"][:], max_length)
+        return Rendered(rendered, kept, len(rendered) - len(kept), self.rows, read)
+
+    def short_enough(self, lengths: Sequence[int], longest: int | None) -> list[int]:
+        """The places of rows of at most so many tokens; raises `DatasetError` where none is."""
+        kept = [
+            place for place, length in enumerate(lengths) if longest is None or length <= longest
+        ]
         if not kept:
             raise DatasetError(
-                f"{where} has no row of at most {max_length} tokens: the shortest of "
+                f"{self.where} has no row of at most {longest} tokens: the shortest of "
                 f"{len(lengths)} has {min(lengths)}. Raise max_length, or pick a model with a "
                 "longer context."
             )
-        return Rendered(rendered, kept, len(lengths) - len(kept), self.rows, read)
+        return kept
 
 
 def sample_places(rows: int, count: int) -> list[int]:

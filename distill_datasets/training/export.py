@@ -131,7 +131,8 @@ def export_adapter(  # noqa: PLR0913 (what is written where, and what goes along
         weights = _weights_folder(trained, base, Path(scratch))
         with replacing(folder) as building:
             _write(building, weights, base, trained.folder / "loss.png")
-            if tools := _tools(trained.recipe):
+            given = given_tools(trained.recipe) if trained.recipe else {}
+            if tools := given.get("", given):
                 text = json.dumps(tools, ensure_ascii=False, indent=1) + "\n"
                 (building / _TOOLS).write_text(text, encoding="utf-8")
             card = student_card(
@@ -338,24 +339,16 @@ def tied_and_adapted(folder: Path, base: AdapterBase) -> bool:
     """Whether an adapter in a folder changes one of two embeddings that its base has as one matrix:
     merged as it is, it would change the other too.
     """
-    files = (folder / INCLUDED / "config.json", base.folder and base.folder / "config.json")
-    file = next((one for one in files if one and one.is_file()), None)
-    if file is None or not adapts_embeddings(folder):
-        return False
-    return bool(json.loads(file.read_text(encoding="utf-8")).get("tie_word_embeddings"))
+    config = read_object(folder / INCLUDED / "config.json")
+    if config is None and base.folder:
+        config = read_object(base.folder / "config.json")
+    return adapts_embeddings(folder) and bool((config or {}).get("tie_word_embeddings"))
 
 
 def adapts_embeddings(folder: Path) -> bool:
     """Whether the adapter in a folder changes an embedding."""
-    file = folder / ADAPTER_CONFIG
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_object(folder / ADAPTER_CONFIG) or {}
     return bool(_EMBEDDINGS & set(config.get("target_modules") or ()))
-
-
-def _tools(recipe: Recipe | None) -> Any:
-    """The tools that the student is given, as JSON; None for none."""
-    given = given_tools(recipe) if recipe else {}
-    return given.get("", given) or None
 
 
 def _template(

@@ -110,7 +110,7 @@ def test_rows_that_are_too_long_are_left_out_and_counted(
     made, _ = builder(model, folder)()
     assert sum(len(made.get_batch(index)) for index in range(len(made))) == 3
     assert "1 rows are longer than 128 tokens" in caplog.text
-    with pytest.raises(DatasetError, match="has no row of at most 5 tokens, of 4"):
+    with pytest.raises(DatasetError, match="has no row of at most 5 tokens: the shortest of 4 has"):
         builder(model, folder, max_length=5)()
 
 
