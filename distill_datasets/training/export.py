@@ -135,14 +135,9 @@ def export_adapter(  # noqa: PLR0913 (what is written where, and what goes along
             if tools := given.get("", given):
                 text = json.dumps(tools, ensure_ascii=False, indent=1) + "\n"
                 (building / _TOOLS).write_text(text, encoding="utf-8")
+            lines = finish(building) if finish else ()
             card = student_card(
-                trained,
-                base,
-                found,
-                repo,
-                folder=building,
-                held_out=rows,
-                said=finish(building) if finish else (),
+                trained, base, found, repo, folder=building, held_out=rows, said=lines
             )
             (building / "README.md").write_text(card, encoding="utf-8")
             if rows:

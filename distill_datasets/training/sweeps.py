@@ -119,18 +119,14 @@ def sweep(
     from distill_datasets.training.trainer import TrainSettings, train
 
     shared = settings or TrainSettings()
-    known = [field.name for field in fields(shared)]
-    if unknown := next((name for name in grid if name not in known), None):
-        hint = nearest(unknown, known)
-        raise SettingsError(f"{unknown!r} is no training setting.{hint} Known: {known}")
     cells = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    planned = [replace(shared, **values) for values in cells]
+    planned = [(values, _settings(shared, values)) for values in cells]
     if not cells or not grid:
         raise SettingsError("The grid is empty: name values, for example rank=[8, 16, 32].")
     path = Path(out)
     trials = []
     with one_writer(path, "sweep"):
-        for values, wanted in zip(cells, planned, strict=True):
+        for values, wanted in planned:
             folder = path / "_".join(f"{name}-{value}" for name, value in values.items())
             try:
                 trained = train(dataset, student=student, out=folder, settings=wanted)
@@ -152,6 +148,15 @@ def sweep(
         made = Sweep(path, trials)
         _draw(made)
     return made
+
+
+def _settings(shared: "TrainSettings", values: Mapping[str, Any]) -> "TrainSettings":
+    known = [field.name for field in fields(shared)]
+    for name in values:
+        if name not in known:
+            hint = nearest(name, known)
+            raise SettingsError(f"{name!r} is no training setting.{hint} Known: {known}")
+    return replace(shared, **values)
 
 
 def _trial(values: Mapping[str, Any], trained: "TrainingResult") -> SweepTrial:

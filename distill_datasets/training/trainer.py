@@ -73,23 +73,13 @@ def train(  # noqa: PLR0913 (what is taught to whom, how, and from where)
 
     settings = settings or TrainSettings()
     require_tracker(settings.track)
-    _require_untrained(student, resume)
-    if only_new and not start:
-        raise SettingsError("only_new needs a student to start from: name it as start (--from).")
-    if resume and start:
-        raise SettingsError(
-            "resume (--resume) continues a training, and start (--from) begins another: name one."
-        )
+    _require_one_beginning(student, resume, start, only_new=only_new)
     source = locate(dataset, settings.config)
     student = student or choose_student(source, start or resume)
     settings = replace(settings, config=source.config)
     before = find_predecessor(start, student, renderer=settings.renderer) if start else None
     settings = before.settled(settings) if before else settings
-    if Path(out).resolve().is_relative_to(source.path.resolve()):
-        raise OutputError(
-            f"{str(out)!r} lies inside the dataset, which it would change: choose another --out."
-        )
-    folder = TrainingFolder(out)
+    folder = _open_folder(Path(out), source)
     # What is known without asking a server, as the folder's configuration begins.
     request = {
         "student": student,
@@ -188,7 +178,7 @@ def require_settings(
     from distill_datasets.models.references import connect
     from distill_datasets.training.student import require_trainable
 
-    _require_untrained(student, None)
+    _require_one_beginning(student)
     require_tracker(settings.track)
     require_turns(settings.turns, turns, "The dataset")
     if splits is not None:
@@ -504,12 +494,32 @@ def _open_splits(
     return splits
 
 
-def _require_untrained(student: str | None, resume: str | None) -> None:
+def _open_folder(out: Path, source: DatasetSource) -> TrainingFolder:
+    if out.resolve().is_relative_to(source.path.resolve()):
+        raise OutputError(
+            f"{str(out)!r} lies inside the dataset, which it would change: choose another --out."
+        )
+    return TrainingFolder(out)
+
+
+def _require_one_beginning(
+    student: str | None,
+    resume: str | None = None,
+    start: str | Path | None = None,
+    *,
+    only_new: bool = False,
+) -> None:
     if student and student.startswith("tinker://"):
         raise ModelError(
             f"{student!r} is already trained: expected a base model to train, for example "
             "'tinker:<base model>'. To go on with its training, name that base model and give "
             "the path of its state, tinker://<run>/weights/<name>, to --resume."
+        )
+    if only_new and not start:
+        raise SettingsError("only_new needs a student to start from: name it as start (--from).")
+    if resume and start:
+        raise SettingsError(
+            "resume (--resume) continues a training, and start (--from) begins another: name one."
         )
     if resume is not None:
         from distill_datasets.training.student import require_state
