@@ -76,8 +76,7 @@ class TrainingResult:
     `final_loss` is per response token, after the last step on the validation rows, or without
     those the last batch's; `best` may be of an earlier step. `why` says what ended it, `doubt`
     what speaks against the best weights, if anything does. `rows` and `skipped` count the training
-    split, `tokens` everything that was learned from; `normalization` says what the loss weighs
-    alike.
+    split, `tokens` everything that was learned from.
     """
 
     path: Path
@@ -90,7 +89,6 @@ class TrainingResult:
     tokens: int
     seconds: float
     why: str
-    normalization: str
     doubt: str = ""
 
     @property
@@ -284,7 +282,6 @@ class TrainingFolder:
             skipped=config["dataset"]["skipped"]["train"],
             tokens=sum(line["tokens"] for line in steps),
             seconds=round(sum(line["seconds"] for line in steps), 2),
-            normalization=config["normalization"],
             why=why,
             doubt=selection.doubt,
         )

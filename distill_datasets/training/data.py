@@ -308,10 +308,9 @@ def locate(dataset: str | Path, config: str | None = None) -> DatasetSource:
             )
         pinned = fetch_dataset(str(dataset), config)
         path, commit = pinned.path, pinned.commit
-    manifest_file = path / folder_of(config) / "manifest.json"
-    manifest = _read_manifest(manifest_file) if manifest_file.is_file() else {}
+    manifest = _read_manifest(path / folder_of(config) / "manifest.json")
     if "content_digest" in manifest:
-        check_release(manifest_file.parent, ("data",))
+        check_release(path / folder_of(config), ("data",))
     # The Hub's cache gets more files of a commit when somebody asks for them.
     files = commit or _files_digest(path)
     released = "/".join(str(manifest[k]) for k in ("version", "content_digest") if k in manifest)
@@ -319,7 +318,9 @@ def locate(dataset: str | Path, config: str | None = None) -> DatasetSource:
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
-    """A release's manifest; empty for somebody else's file of that name."""
+    """A release's manifest; empty for none, and for somebody else's file of that name."""
+    if not file.is_file():
+        return {}
     try:
         manifest = json.loads(file.read_bytes())
     except ValueError as error:

@@ -1,15 +1,9 @@
 """What a training step learns: responses, the teacher's probabilities, or its corrections.
 
-The training loop knows the steps; an objective knows what to learn in one:
-
-    objective.prepare(step)   # for the first step, and for each while the one before is learned
-    objective.submit(step)    # -> Submitted, whose result() is a Learned
-
-Both come in the order of the steps, on the loop's thread, and avoid waiting for the server, since
-several steps are queued there. `submit` builds a `TrainingBatch` (datums, the server's loss for
-them, a reader of its outputs) and hands it to `Student.learn`. Where a step needs more than that,
-such as samples or a teacher's scores, `prepare` starts it with the weights after the steps
-submitted so far. `Learned.extra` goes to metrics.jsonl as it is.
+The training loop calls an objective's `prepare` for a step while the one before is learned, and
+then its `submit`, in the order of the steps and on one thread. Both avoid waiting for the server,
+since several steps are queued there: where a step needs samples or a teacher's scores, `prepare`
+starts them with the weights after the steps submitted so far.
 
 A run that is killed goes on from a checkpoint with a new objective: what it does for a step
 depends on the step, the settings and the student's weights, never on what it did before.

@@ -3,13 +3,11 @@
 Every sampled token counts, the stop token too, however short the answer; later places are not
 credited to earlier tokens. With the reverse KL the student learns, at each place that it reached,
 the gradient of the divergence over its own likeliest tokens and all others as one; or, over the
-sampled token alone, a one-sample estimate by policy gradients, where a token's advantage is the
-teacher's log-probability of it less the student's own, and importance sampling corrects for the
-steps learned since. That takes less of a server and more luck: a student whose answers don't vary
-gets no gradient. With the forward KL the teacher's likeliest tokens at these places are targets.
+sampled token alone, a one-sample estimate by policy gradients, with importance sampling for the
+steps learned since, which takes less of a server and gives no gradient where answers don't vary.
+With the forward KL the teacher's likeliest tokens at these places are targets.
 
-A base's own answers say little of the prompt: a new student learns the release's responses for the
-first steps. Where the teacher is cut at stop texts, so is the student, which learns to end there.
+Where the teacher is cut at stop texts, so is the student, which learns to end there.
 """
 
 from collections.abc import Callable, Mapping, Sequence

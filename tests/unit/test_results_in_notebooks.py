@@ -59,7 +59,7 @@ def test_a_training_shows_its_loss_with_the_best_step_marked(tmp_path: Path) -> 
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     first = SavedCheckpoint("1", 1, "s", "t", 2.0, best=True, scores={"validation_loss": 2.0})
     last = SavedCheckpoint("2", 2, "s", "t", 2.5, final=True, scores={"validation_loss": 2.5})
-    made = TrainingResult(tmp_path, first, last, 2.5, 2, 10, 0, 100, 1.0, EVIL, "token")
+    made = TrainingResult(tmp_path, first, last, 2.5, 2, 10, 0, 100, 1.0, EVIL)
     text = shown(made)
     assert "step 1 won" in text and "best: step 1" in text
     assert made.to_pandas()["loss"].dropna().tolist() == [3.0, 1.0]

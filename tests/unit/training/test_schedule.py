@@ -262,5 +262,5 @@ def test_a_verdict_names_every_score_that_can_choose() -> None:
     """What is measured of sampled answers chooses none."""
     scores = {"validation_loss": 0.5, "accuracy": 0.75, "answers_ended": 1.0, "answers": 4.0}
     last = SavedCheckpoint("s8", 8, "tinker://a", None, best=True, final=True, scores=scores)
-    result = TrainingResult(Path("out"), last, last, 0.5, 8, 4, 0, 9, 1.0, "done", "token")
+    result = TrainingResult(Path("out"), last, last, 0.5, 8, 4, 0, 9, 1.0, "done")
     assert result.verdict == "the final weights won (validation_loss 0.5, accuracy 0.75)"
