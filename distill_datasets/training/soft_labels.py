@@ -179,7 +179,7 @@ class SoftObjective(Objective):
         with ExitStack() as unopened:
             unopened.callback(self._store.close)
             teacher = read_teacher(task, (LEDGER, SOFT))
-            self._keys = get_labels(task, teacher, self._store)
+            self._keys = get_labels(teacher, self._store)
             self._cuts = teacher.cut_ends()
             unopened.pop_all()
 
@@ -205,8 +205,9 @@ class SoftObjective(Objective):
         self._store.close()
 
 
-def get_labels(task: TrainingTask, released: ReleasedTeacher, store: ScoreStore) -> dict[int, str]:
+def get_labels(released: ReleasedTeacher, store: ScoreStore) -> dict[int, str]:
     """The keys in the store of the labels of each row that is trained on, by the row's place."""
+    task = released.task
     (places, rows), source = chosen_rows(task), task.settings.objective.labels
     if source == "auto" and len(released.choices) > 1:
         source = "choices"
@@ -216,10 +217,10 @@ def get_labels(task: TrainingTask, released: ReleasedTeacher, store: ScoreStore)
     if source != "choices":
         require_same_tokenizer(teacher, task.student.connection)
     if source == "stored":
-        keys = _stored(task, released, dict(zip(places, _names(rows), strict=True)), store)
+        keys = _stored(released, dict(zip(places, _names(rows), strict=True)), store)
     else:
         scoring = _of_choices if source == "choices" else _of_responses
-        keys = _score(task, places, scoring(task, teacher, released, rows), store)
+        keys = _score(task, places, scoring(released, teacher, rows), store)
     if (kept := store.mean_kept(list(keys.values()))) < _ENOUGH:
         held = "the recipe's choices" if source == "choices" else "the soft labels"
         tell(
@@ -234,14 +235,11 @@ def _names(rows: "Dataset") -> list[tuple[str, int]]:
 
 
 def _stored(
-    task: TrainingTask,
-    released: ReleasedTeacher,
-    names: Mapping[int, tuple[str, int]],
-    store: ScoreStore,
+    released: ReleasedTeacher, names: Mapping[int, tuple[str, int]], store: ScoreStore
 ) -> dict[int, str]:
     """Copies the release's own labels, whose file can only be read in its order."""
-    k = task.settings.objective.top_k
-    keys = {name: score_key("stored", task.source.files, k, *name) for name in names.values()}
+    k, files = released.task.settings.objective.top_k, released.task.source.files
+    keys = {name: score_key("stored", files, k, *name) for name in names.values()}
     if any(key not in store for key in keys.values()):
         store.put((keys[name], labels) for name, labels in read_soft(released.folder, keys, k))
     missing = sum(key not in store for key in keys.values())
@@ -277,7 +275,7 @@ def _score(
 
 
 def _of_choices(
-    task: TrainingTask, teacher: "Connection", released: ReleasedTeacher, rows: "Dataset"
+    released: ReleasedTeacher, teacher: "Connection", rows: "Dataset"
 ) -> Callable[[ReleasedRow], LabelRequest]:
     """The probabilities of the recipe's choices in the answer's place."""
     if len(released.choices) < 2:
@@ -290,16 +288,16 @@ def _of_choices(
         if reader.read(response, "stop").answer not in released.choices:
             raise _outside(query, response, released.choices, released.where)
     said = dict(zip(_names(rows), released.texts(rows), strict=True))
-    scorer = LabelScorer(teacher, task.student.connection, released, said.values())
+    scorer = LabelScorer(released, teacher, said.values())
     return lambda row: scorer.request(row, said[row.id, row.sample])
 
 
 def _of_responses(
-    task: TrainingTask, teacher: "Connection", released: ReleasedTeacher, rows: "Dataset"
+    released: ReleasedTeacher, teacher: "Connection", rows: "Dataset"
 ) -> Callable[[ReleasedRow], LabelRequest]:
     """The response itself, read by the teacher under its prompt."""
     released.require_own_words(rows)
-    scorer, k = Scorer(teacher), task.settings.objective.top_k
+    scorer, k = Scorer(teacher), released.task.settings.objective.top_k
 
     def request(row: ReleasedRow) -> LabelRequest:
         context = released.prompt_tokens(teacher, row.query)
@@ -327,13 +325,10 @@ class LabelScorer:
     """
 
     def __init__(
-        self,
-        teacher: "Connection",
-        student: "Connection",
-        released: ReleasedTeacher,
-        texts: Iterable[str],
+        self, released: ReleasedTeacher, teacher: "Connection", texts: Iterable[str]
     ) -> None:
         """Open a scoring session with the teacher, which said these `texts`, in any order."""
+        student = released.task.student.connection
         self._teacher, self._released = teacher, released
         self._scorer = Scorer(teacher)
         self._wordings = lru_cache(maxsize=4096)(released.wordings)

@@ -156,7 +156,7 @@ def test_the_order_of_the_rows_decides_no_score(model: str, tmp_path: Path) -> N
     found = []
     for texts in (list(rows), list(rows)[::-1]):
         prompts, teacher = read_teacher(task), task.student.connection
-        scorer = LabelScorer(teacher, teacher, prompts, texts)
+        scorer = LabelScorer(prompts, teacher, texts)
         asked = [
             scorer.request(replace(rows[text], tokens=spoken_tokens(teacher, text)), text)
             for text in texts
