@@ -2,6 +2,9 @@
 
 import pyqwest._errors  # noqa: F401 - see distill_datasets/models/tinker.py
 
+from tests.support.forks import fork_servers
 from tests.support.hub_fixture import hub  # noqa: F401 - a fixture
 from tests.support.openai_server import named_server, server  # noqa: F401 - fixtures
 from tests.support.shared_server import model, undrawn  # noqa: F401 - fixtures
+
+fork_servers()

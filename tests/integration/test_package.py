@@ -7,7 +7,8 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import distill_datasets
-from tests.support.forks import ROOT, forks
+from tests.support import forks
+from tests.support.forks import ROOT
 
 HEAVY = {"torch", "transformers", "tinker", "tinker_cookbook", "evaluate", "peft", "matplotlib"}
 
@@ -43,8 +44,7 @@ def test_a_model_loads_without_torchs_compiler_which_is_there_when_it_is_wanted(
         "print(torch._dynamo.__file__)"
     )
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
-    arguments = ["-c", script]
-    run = forks().run(arguments, env=env, cwd=tmp_path, begun=lambda kill: None, timeout=300)
+    run = forks.run(["-c", script], env=env, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     number, file = run.stdout.split()
     assert number == "2.0" and file.endswith("_dynamo/__init__.py")

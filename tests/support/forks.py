@@ -1,7 +1,7 @@
 """Python processes that begin where the slow imports are over: forks of one that has made them.
 
-Run as `python -m tests.support.forks`: each line of its input is a process to begin, as
-`Forks.run` writes them. What is imported beforehand reads nothing of the environment.
+Run as `python -m tests.support.forks FOLDER`, it listens there at two sockets: forks from `PLAIN`
+have imported nothing that reads the environment, those from `MODELS` what serves a model as well.
 """
 
 from __future__ import annotations
@@ -11,89 +11,216 @@ import gc
 import json
 import os
 import runpy
+import selectors
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache, partial
+from multiprocessing.connection import wait as ready
 from pathlib import Path
-from signal import SIGKILL
-from tempfile import TemporaryDirectory
-from types import ModuleType
-from typing import NoReturn
+from types import ModuleType, SimpleNamespace
+from typing import Any, NoReturn
+
+from distill_datasets.embedded import process as embedded
 
 ROOT = Path(__file__).parents[2]
+PLAIN, MODELS = "plain", "models"
+_NUMBER = 4  # bytes
 
 
-class Forks:
-    """Begins processes, one at a time."""
+class Process(subprocess.Popen[str]):
+    """As `subprocess.Popen([sys.executable, "-c" or "-m", …])`, sooner."""
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.first = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.forks"],
-            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
-            cwd=ROOT,
-            stdin=subprocess.PIPE,  # its end is the end of the process
-            stdout=subprocess.PIPE,
-            text=True,
+    def _execute_child(self, args: Sequence[str], *given: Any) -> None:
+        """Let the process be forked, with this side's ends of the pipes."""
+        cwd, env, *_ = given[4:]
+        pipes, new_session = given[9:15], given[20]
+        own = zip((pipes[0], pipes[3], pipes[5]), range(3), strict=True)
+        arguments = [str(one) for one in args[1:]]
+        self.connection, self.once = socket.socket(socket.AF_UNIX), threading.Lock()
+        name = MODELS if embedded.__name__ in arguments else PLAIN
+        self.connection.connect(str(first() / name))
+        environment = {**(os.environ if env is None else env)}
+        wish = json.dumps([arguments, environment, str(cwd or Path.cwd()), new_session]).encode()
+        files = [pipe if pipe != -1 else number for pipe, number in own]
+        socket.send_fds(self.connection, [len(wish).to_bytes(_NUMBER, "big")], files)
+        self.connection.sendall(wish)
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+        self.pid = self._number()
+
+    def _number(self) -> int:
+        return int.from_bytes(self.connection.recv(_NUMBER), "big", signed=True)
+
+    def __del__(self, *_: object) -> None:
+        """Leave the process alone: it is no child that has to be waited for."""
+
+    def _internal_poll(self, *_: object, **__: object) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self._wait(0)
+        return self.returncode
+
+    def _wait(self, timeout: float | None) -> int:
+        if self.returncode is None:
+            if not ready([self.connection], timeout):
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            with self.once:
+                if self.returncode is None:
+                    self.returncode = self._number()
+        return self.returncode
+
+
+def run(
+    arguments: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    cwd: Path,
+    begun: Callable[[Callable[[], None]], None] = lambda kill: None,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """Python with arguments ("-c", … or "-m", …), to its end; `begun` is told how to kill it."""
+    command = [sys.executable, *arguments]
+    # No pipes: what it began may outlive it, and holds them.
+    opened = partial(tempfile.TemporaryFile, "w+", encoding="utf-8")
+    with opened() as out, opened() as err:
+        process = Process(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env, cwd=cwd, text=True
         )
+        begun(process.kill)
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        code = process.wait()
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(command, code, out.read(), err.read())
 
-    def run(
-        self,
-        arguments: Sequence[str],
-        *,
-        env: Mapping[str, str],
-        cwd: Path,
-        begun: Callable[[Callable[[], None]], None],
-        timeout: float,
-    ) -> subprocess.CompletedProcess[str]:
-        """Python with arguments ("-c", … or "-m", …); `begun` is told how to kill it."""
-        assert self.first.stdin is not None and self.first.stdout is not None
-        with TemporaryDirectory() as folder, self.lock:
-            out, err = Path(folder, "out"), Path(folder, "err")
-            wanted = [list(arguments), dict(env), str(cwd), str(out), str(err)]
-            self.first.stdin.write(json.dumps(wanted) + "\n")
-            self.first.stdin.flush()
-            process = int(self.first.stdout.readline())
 
-            def kill() -> None:
-                os.kill(process, SIGKILL)
+def fork_servers() -> None:
+    """From now on this process and its forks begin embedded servers as forks."""
+    names = {"PIPE": subprocess.PIPE, "TimeoutExpired": subprocess.TimeoutExpired}
+    vars(embedded)["subprocess"] = SimpleNamespace(Popen=Process, **names)
 
-            begun(kill)
-            too_long = threading.Timer(timeout, kill)
-            too_long.start()
-            code = int(self.first.stdout.readline())
-            too_long.cancel()
-            texts = (file.read_text("utf-8") for file in (out, err))
-            return subprocess.CompletedProcess(["python", *arguments], code, *texts)
+
+_FOLDER: list[Path] = []  # in a fork: that of the process it is of
 
 
 @cache
-def forks() -> Forks:
-    """Those of this test process."""
-    return Forks()
+def first() -> Path:
+    """The folder where the first process listens, which ends with this one."""
+    if _FOLDER:
+        return _FOLDER[0]
+    folder = tempfile.TemporaryDirectory(prefix="distill-forks-")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.forks", folder.name],
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        },
+        cwd=ROOT,
+        stdin=subprocess.PIPE,  # its end is the end of the process
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    # Both are held until the end of this process.
+    atexit.register(lambda: (folder.cleanup(), process.poll()))
+    return Path(folder.name)
 
 
-def wait_for_wish() -> list[str] | None:
-    """The arguments of the process that this is; None in the first, when no more are wanted."""
-    for line in sys.stdin:
-        arguments, env, cwd, *files = json.loads(line)
-        if not (child := os.fork()):
-            for number, name in enumerate([os.devnull, *files]):
-                opened = os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
-                os.dup2(opened, number)
-                os.close(opened)
-            os.environ.clear()
-            os.environ.update(env)
-            os.chdir(cwd)
-            return list(arguments)
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-    return None
+@dataclass
+class _Forking:
+    """Forks whenever somebody connects.
+
+    What `others` listen for is served by a process that this one forks when the first arrives.
+    """
+
+    listener: socket.socket
+    others: dict[socket.socket, Callable[[], None]] = field(default_factory=dict)
+    waiting: dict[int, socket.socket] = field(default_factory=dict)
+
+    def until_wanted(self) -> list[str]:
+        """The arguments of the process that this has become; ends where no more are wanted."""
+        ended, woken = socket.socketpair()
+        ended.setblocking(False)
+        woken.setblocking(False)
+        signal.set_wakeup_fd(woken.fileno())
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        with selectors.DefaultSelector() as events:
+            for source in (sys.stdin, ended, self.listener, *self.others):
+                events.register(source, selectors.EVENT_READ)
+            while True:
+                for source in [key.fileobj for key, _ in events.select()]:
+                    if source is sys.stdin:
+                        os._exit(0)
+                    elif source is ended:
+                        ended.recv(1 << 10)
+                        self._tell()
+                    elif isinstance(source, socket.socket) and source in self.others:
+                        events.unregister(source)
+                        self._pass_on(source)
+                    elif (wanted := self._fork()) is not None:
+                        return wanted
+
+    def _pass_on(self, listener: socket.socket) -> None:
+        prepare = self.others.pop(listener)
+        if not os.fork():
+            for one in (self.listener, *self.others, *self.waiting.values()):
+                one.close()
+            prepare()
+            _run(_Forking(listener).until_wanted())
+
+    def _fork(self) -> list[str] | None:
+        connection, _ = self.listener.accept()
+        size, files, *_ = socket.recv_fds(connection, _NUMBER, 3)
+        with connection.makefile("rb") as file:
+            wish = json.loads(file.read(int.from_bytes(size, "big")))
+        process = os.fork()
+        if not process:
+            for one in (self.listener, connection, *self.others, *self.waiting.values()):
+                one.close()
+            return _become(wish, files)
+        for number in files:
+            os.close(number)
+        connection.sendall(process.to_bytes(_NUMBER, "big"))
+        self.waiting[process] = connection
+        return None
+
+    def _tell(self) -> None:
+        """Tell how processes ended to those who began them."""
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                process, status = ended
+                if process in self.waiting:
+                    with self.waiting.pop(process) as connection, suppress(BrokenPipeError):
+                        code = os.waitstatus_to_exitcode(status)
+                        connection.sendall(code.to_bytes(_NUMBER, "big", signed=True))
 
 
-def run(arguments: list[str]) -> NoReturn:
+def _become(wish: list[Any], files: Sequence[int]) -> list[str]:
+    arguments, environment, folder, new_session = wish
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if new_session:
+        os.setsid()
+    for number, opened in enumerate(files):
+        os.dup2(opened, number)
+        os.close(opened)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    return list(arguments)
+
+
+def _run(arguments: list[str]) -> NoReturn:
     """As `python` with these arguments does, but for taking apart what was imported beforehand."""
     kind, what, *rest = arguments
     sys.path[0] = ""
@@ -101,6 +228,7 @@ def run(arguments: list[str]) -> NoReturn:
     try:
         if kind == "-m":
             sys.argv = [what, *rest]
+            sys.modules.pop(what, None)
             runpy.run_module(what, run_name="__main__", alter_sys=True)
         else:
             sys.argv = [kind, *rest]
@@ -121,7 +249,28 @@ def run(arguments: list[str]) -> NoReturn:
     os._exit(code or 0)
 
 
-if __name__ == "__main__":
+def _import_models() -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # as every server is started
+    import peft  # noqa: F401
+
+    import distill_datasets.embedded.app
+    from distill_datasets.embedded.model import lean_transformers
+
+    with lean_transformers():
+        import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+
+        import distill_datasets.embedded.decoding
+        import distill_datasets.embedded.trainer  # noqa: F401
+    gc.freeze()
+
+
+def main(folder: Path) -> NoReturn:
+    """Fork until standard input ends."""
+    listeners = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+    for listener, name in zip(listeners, (PLAIN, MODELS), strict=True):
+        listener.bind(str(folder / name))
+        listener.listen(64)
+    print(flush=True)
     import aiohttp  # noqa: F401
     import pandas  # noqa: F401
     import pyarrow.parquet  # noqa: F401
@@ -130,5 +279,13 @@ if __name__ == "__main__":
 
     assert not {"huggingface_hub", "datasets", "transformers"} & {*sys.modules}
     gc.freeze()  # no process copies the memory of what was imported by counting it
-    if (wish := wait_for_wish()) is not None:
-        run(wish)
+    plain, models = listeners
+    _run(_Forking(plain, {models: _import_models}).until_wanted())
+
+
+if __name__ == "__main__":
+    from tests.support import forks  # what a fork imports is this module under its own name
+
+    forks._FOLDER.append(Path(sys.argv[1]))
+    forks.fork_servers()
+    forks.main(Path(sys.argv[1]))

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.forks import ROOT, forks
+from tests.support import forks
+from tests.support.forks import ROOT
 from tests.support.hub_server import Fault, HubServer, Seen
 from tests.support.hub_store import Repository
 
@@ -112,7 +113,7 @@ class Hub:
         def begun(kill: Callable[[], None]) -> None:
             self.server.kill = kill
 
-        return forks().run(arguments, env=known, cwd=self.folder, begun=begun, timeout=300)
+        return forks.run(arguments, env=known, cwd=self.folder, begun=begun, timeout=300)
 
 
 @pytest.fixture

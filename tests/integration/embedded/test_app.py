@@ -20,6 +20,7 @@ import tinker
 import torch
 from tinker import types
 
+from distill_datasets.embedded import process
 from distill_datasets.embedded.engine import ComputeThread, Job
 from distill_datasets.embedded.process import Server, launch
 from distill_datasets.embedded.scheduler import Payload, SampleJob
@@ -40,7 +41,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Server]:
-    with launch(model, name="tiny") as server:
+    """Begun as for users, and not as a fork."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "subprocess", subprocess)
+        server = launch(model, name="tiny")
+    with server:
         yield server
 
 
