@@ -259,7 +259,7 @@ def _import_models() -> None:
     with lean_transformers():
         import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
-        import distill_datasets.embedded.decoding
+        import distill_datasets.embedded.batching
         import distill_datasets.embedded.trainer  # noqa: F401
     gc.freeze()
 
