@@ -431,7 +431,8 @@ def _csv_columns(file: Path) -> list[str]:
 
 
 def examples(conversation: Conversation, renderer: Any, turns: Turns, where: str) -> list[Example]:
-    """What a conversation teaches: its last assistant message, or all of them.
+    """A conversation's tokens, and loss weights that cut its responses out of them: the last
+    assistant message, or all of them.
 
     All of them are one example, in which each follows the very tokens that ask for it, where the
     chat format writes a message alike as an answer and as history; else one each, which ends with
