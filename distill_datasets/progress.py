@@ -97,10 +97,8 @@ class Progress:
         elif self._style == "plain" and self._stream is sys.stderr and in_notebook():
             from IPython.display import display
 
-            self._style, self._cell = (
-                "cell",
-                display(self._shown_in_cell(), raw=True, display_id=True),
-            )
+            self._style = "cell"
+            self._cell = display(self._shown_in_cell(), raw=True, display_id=True)
         self._show("started")
         return self
 
@@ -151,31 +149,24 @@ class Progress:
         self._shown = time.monotonic()
         if self._bar is not None:
             bar, task = self._bar
-            bar.update(
-                task,
-                total=self.total,
-                completed=self.done,
-                detail=self._detail(),
-                left=self._left(),
-            )
+            detail, left = self._detail(), self._left()
+            bar.update(task, total=self.total, completed=self.done, detail=detail, left=left)
         elif self._cell is not None:
             self._cell.update(self._shown_in_cell(), raw=True)
         elif self._style == "json":
-            print(_line(self.state(state)), file=self._stream, flush=True)
+            found = self.state(state).items()
+            rounded = {key: round(one, 6) if isinstance(one, float) else one for key, one in found}
+            print(json.dumps(rounded, ensure_ascii=False), file=self._stream, flush=True)
         else:
             print(self._plain_line(), file=self._stream, flush=True)
 
     def _detail(self) -> str:
-        parts = [self._speed()]
-        if self.tokens:
-            parts.append(f"{self.tokens:,} tokens")
+        parts = [self._speed(), f"{self.tokens:,} tokens" if self.tokens else ""]
         if self._meter is not None:
             whole = self.projected
             projected = f" of about {amount_text(whole)}" if whole is not None else ""
             parts.append(f"{amount_text(self._meter.spent)}{projected} {self._meter.currency}")
-        if self._note:
-            parts.append(self._note)
-        return "  ".join(parts)
+        return "  ".join(filter(None, [*parts, self._note]))
 
     def _speed(self) -> str:
         new, seconds = self.done - self._start, max(time.monotonic() - self._began, 1e-9)
@@ -202,12 +193,7 @@ class Progress:
 
     def _start_bar(self) -> "tuple[Bar, TaskID]":
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
         bar = Bar(
@@ -224,13 +210,6 @@ class Progress:
             self.title, total=self.total, completed=self._start, detail=self._detail(), left=""
         )
         return bar, task
-
-
-def _line(state: dict[str, Any]) -> str:
-    rounded = {
-        key: round(value, 6) if isinstance(value, float) else value for key, value in state.items()
-    }
-    return json.dumps(rounded, ensure_ascii=False)
 
 
 def amount_text(amount: float) -> str:

@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -23,6 +23,8 @@ from distill_datasets.errors import ModelError, ServiceError
 from distill_datasets.serving.protocol import ChatRequest, RequestSettings
 
 if TYPE_CHECKING:
+    from aiohttp import web
+
     from distill_datasets.embedded.engine import Service
     from distill_datasets.embedded.logits import Constrain
     from distill_datasets.models.renderers import Prompts, TextRenderer
@@ -123,19 +125,20 @@ class Outcome:
 
 
 class LiveRequest:
-    """One request, submitted when it is made; `left` says that its client went away."""
+    """One request, submitted when it is made, and given up once its `client` went away."""
 
     def __init__(
         self,
         service: Service,
         weights: str,
         request: SampleRequest,
-        left: Callable[[], bool],
-        *,
+        client: web.Request,
+        asked: RequestSettings,
         constrain: Constrain | None = None,
-        stream: bool = False,
     ) -> None:
-        self._loop, self._left, self._stream = asyncio.get_running_loop(), left, stream
+        self._loop, self._client = asyncio.get_running_loop(), client
+        # The likeliest tokens are known at the end only: with them a stream comes at once.
+        self._stream = asked.stream and not asked.top
         self._drawn: deque[tuple[int, int, float]] = deque()
         self._changed, self._told = asyncio.Event(), False
         self._payload: Payload | None = None
@@ -154,6 +157,9 @@ class LiveRequest:
     def _resolve(self, payload: Payload) -> None:
         self._payload = payload
         self._loop.call_soon_threadsafe(self._changed.set)
+
+    def _left(self) -> bool:
+        return self._client.transport is None or self._client.transport.is_closing()
 
     async def drawn(self) -> list[tuple[int, int, float]]:
         """Samples, tokens and logprobs since the last call, at least one; none at the end."""

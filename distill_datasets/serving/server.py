@@ -74,7 +74,6 @@ from distill_datasets.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
     from distill_datasets.embedded.engine import Service
-    from distill_datasets.embedded.logits import Constrain
     from distill_datasets.recipes.recipe import Recipe
 
 
@@ -213,14 +212,11 @@ def read_names(references: Sequence[str]) -> dict[str, str]:
     """
     found = dict[str, str]()
     for given in references:
+        path = Path(given).expanduser().absolute()
+        folder = path.parent if path.name == "train" else path
         match = _NAMED.fullmatch(given)
-        if match:
-            name, reference = match[1], match[2]
-        elif given.startswith(SCHEME):
-            name, reference = given, given
-        else:
-            path = Path(given).expanduser().absolute()
-            name, reference = (path.parent if path.name == "train" else path).name, given
+        own = given if given.startswith(SCHEME) else folder.name
+        name, reference = (match[1], match[2]) if match else (own, given)
         if name in found:
             raise SettingsError(f"Two students are called {name!r}: name one, NAME=PATH.")
         found[name] = reference
@@ -465,7 +461,7 @@ class _Endpoints:
         reader = ChatReader(model.format, asked, tools, thinks)
         writer = BodyWriter(True, asked, model.format, self._service.card.fingerprint)
         with self._admitted():
-            live = self._live(request, model, asked, sampled, constrain)
+            live = LiveRequest(self._service, model.weights, sampled, request, asked, constrain)
             answer = _Completion(writer, reader, [live], [tokens])
             return await (answer.stream(request) if asked.stream else answer.whole())
 
@@ -485,26 +481,12 @@ class _Endpoints:
         reader = TextReader(model.format, asked)
         writer = BodyWriter(False, asked, model.format, self._service.card.fingerprint)
         with self._admitted():
-            live = [self._live(request, model, asked, one) for one in sampled]
+            service, weights = self._service, model.weights
+            live = [LiveRequest(service, weights, one, request, asked) for one in sampled]
             answer = _Completion(writer, reader, live, prompts)
             if asked.stream:
                 return await answer.stream(request)
             return await answer.whole(echo=asked.echo, only_echo=asked.only_echo)
-
-    def _live(
-        self,
-        request: web.Request,
-        model: Served,
-        asked: RequestSettings,
-        sampled: SampleRequest,
-        constrain: Constrain | None = None,
-    ) -> LiveRequest:
-        def left() -> bool:
-            return request.transport is None or request.transport.is_closing()
-
-        # The likeliest tokens are known at the end only: with them a stream comes at once.
-        stream, service, weights = asked.stream and not asked.top, self._service, model.weights
-        return LiveRequest(service, weights, sampled, left, constrain=constrain, stream=stream)
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
