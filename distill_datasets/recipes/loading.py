@@ -22,7 +22,6 @@ from distill_datasets.recipes.keys import NAME
 from distill_datasets.recipes.prompt import is_jinja
 from distill_datasets.recipes.recipe import PROMPT_LIMIT, Recipe
 from distill_datasets.recipes.user_files import (
-    TableFormat,
     compose_yaml,
     read_rows,
     read_text,
@@ -374,7 +373,7 @@ def _sample(kind: str) -> Path:
 def _sample_texts(kind: str) -> tuple[str, frozenset[str]]:
     """The prompt of a sample, and its queries."""
     folder = _sample(kind)
-    rows = chain.from_iterable(read_rows(folder / "queries.jsonl", TableFormat()))
+    rows = chain.from_iterable(read_rows(folder / "queries.jsonl"))
     queries = (
         row["query"] if "query" in row else to_text(read_messages(row["messages"])) for row in rows
     )

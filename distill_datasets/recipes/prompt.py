@@ -33,7 +33,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from distill_datasets.conversations import assistant_message, read_messages, user_message
 from distill_datasets.errors import RecipeError, nearest
 from distill_datasets.recipes.tools import check_names
-from distill_datasets.recipes.user_files import TableFormat, read_rows
+from distill_datasets.recipes.user_files import read_rows
 from distill_datasets.schema import Message
 
 MOST_CANARIES = 10  # sentences in a prompt
@@ -357,7 +357,7 @@ def read_examples(path: Path, tools: str | None) -> list[list[Message]]:
     """
     if not path.is_file():
         raise RecipeError(f"The recipe names the examples {path.name!r}, which isn't there.")
-    rows = chain.from_iterable(read_rows(path, TableFormat()))
+    rows = chain.from_iterable(read_rows(path))
     found = [_turns(row, f"{path}, row {place}", tools) for place, row in enumerate(rows, 1)]
     if not found:
         raise RecipeError(f"{str(path)!r} has no examples: write some, or leave out `examples`.")

@@ -14,7 +14,7 @@ from itertools import chain, islice, zip_longest
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from warnings import warn
 
 from distill_datasets.conversations import (
@@ -54,8 +54,12 @@ if TYPE_CHECKING:
 
 
 Columns = Mapping[str, list[str | None]]
+_Writer = tuple[Callable[[Any], str], tuple[type, ...]]  # of values of these kinds as text
 _NAMES = ("id", "query", "group", "reference", "split")
+_NO_TEXTS = (bool, int, float, list, dict)  # that a reference may be in a file
 _IN_MEMORY = 64 << 20  # bytes; tables that are larger are on disk, and mapped
+GUESSES = (0.02, 0.05, 0.1)  # shares of the rows where only one of teacher and student is right
+PLANNED = 0.05  # the one of them that rows are bought for
 _MOST_SAMPLES = 10_000  # queries of a file that may still hold those of a sample
 _KEYS = {"split": "forced_split"}  # where a role's column is named by another key
 
@@ -79,25 +83,19 @@ def load_queries(recipe: Recipe) -> "Dataset":
             "`new` wrote for another prompt: put your own in their place.",
             stacklevel=2,
         )
-    if examples := left_out["examples"]:
-        warn(
-            f"{examples:,} queries are examples of the prompt, and left out of the rows.",
-            stacklevel=2,
-        )
-    if left_out["tools"]:
-        warn(
-            "The conversations have a column of tools, and the teacher is given none: put the "
-            "tools that all of them may call into a file, and name it as `tools`.",
-            stacklevel=2,
-        )
-    if left_out["messages"]:
-        what = "every message of an assistant" if recipe.turns == "all" else "the last answer"
-        warn(
-            f"{left_out['messages']:,} messages are left out of {left_out['conversations']:,} of "
-            f"the {len(rows):,} conversations of recipe {recipe.name!r}: {what}, which the "
-            "teacher writes anew.",
-            stacklevel=2,
-        )
+    what = "every message of an assistant" if recipe.turns == "all" else "the last answer"
+    notes = {
+        "examples": f"{left_out['examples']:,} queries are examples of the prompt, and left out of "
+        "the rows.",
+        "tools": "The conversations have a column of tools, and the teacher is given none: put the "
+        "tools that all of them may call into a file, and name it as `tools`.",
+        "messages": f"{left_out['messages']:,} messages are left out of "
+        f"{left_out['conversations']:,} of the {len(rows):,} conversations of recipe "
+        f"{recipe.name!r}: {what}, which the teacher writes anew.",
+    }
+    for kind, note in notes.items():
+        if left_out[kind]:
+            warn(note, stacklevel=2)
     return rows
 
 
@@ -163,11 +161,6 @@ def write_used_columns(recipe: Recipe, path: Path) -> dict[str, str]:
     return {keys.get(role, role): name for role, name in named.items()}
 
 
-def read_lines(path: Path) -> Iterator[Rows]:
-    """The rows of a file of JSON lines, some at a time; raises `RecipeError` with the line."""
-    return read_rows(path, TableFormat())
-
-
 def _read(recipe: Recipe, left_out: Counter[str] | None = None) -> Iterator[Columns]:
     """The columns of the source, a few rows at a time; counts what is left out of them."""
     left_out = Counter() if left_out is None else left_out
@@ -186,37 +179,25 @@ def _read(recipe: Recipe, left_out: Counter[str] | None = None) -> Iterator[Colu
     names = spec.columns(first[0])
     _check_columns(recipe, names, first[0])
     left_out["tools"] += bool(spec.messages and first[0].get("tools") and not recipe.tools)
-    reference = _Writer(recipe.teacher_reader.write)
-    if recipe.tools_text is not None:
-        reference = _Writer(partial(_calls, tools=recipe.tools_text), json=True)
-    write = {"reference": reference}
+    writers: dict[str, _Writer] = {"reference": (recipe.teacher_reader.write, _NO_TEXTS)}
+    if (tools := recipe.tools_text) is not None:
+        writers["reference"] = partial(_calls, tools=tools), (str, *_NO_TEXTS)
     if spec.messages:
         every = recipe.turns == "all"
         conversation = partial(_conversation, every_turn=every, left_out=left_out)
-        write["query"] = _Writer(conversation, json=True)
+        writers["query"] = conversation, (str, *_NO_TEXTS)
     number = 0
     for rows in chain([first], pieces):
-        yield _without_examples(
-            recipe,
-            {
-                role: _texts(rows, name, role, number, write.get(role))
-                for role, name in names.items()
-            },
-            left_out,
-        )
+        columns = {
+            role: _texts(rows, name, role, number, writers.get(role))
+            for role, name in names.items()
+        }
         number += len(rows)
-
-
-class _Writer(NamedTuple):
-    """How a value of a column becomes text; a text is a value too where it is `json`."""
-
-    write: Callable[[Any], str]
-    json: bool = False
-
-    def takes(self, value: Any) -> bool:
-        """Whether a value isn't a text already, or missing."""
-        kinds = (bool, int, float, list, dict, *((str,) if self.json and value else ()))
-        return isinstance(value, kinds) and value == value
+        # A student that is tested on what the prompt shows learns it.
+        shown = recipe.example_queries
+        kept = [place for place, query in enumerate(columns["query"]) if query not in shown]
+        left_out["examples"] += len(rows) - len(kept)
+        yield {role: [texts[place] for place in kept] for role, texts in columns.items()}
 
 
 def _behind(handle: str, member: Recipe, columns: Columns, before: int) -> Columns:
@@ -237,15 +218,6 @@ def _behind(handle: str, member: Recipe, columns: Columns, before: int) -> Colum
     return found
 
 
-def _without_examples(recipe: Recipe, columns: Columns, left_out: Counter[str]) -> Columns:
-    """Rows that are no examples: a student that is tested on what the prompt shows learns it."""
-    if not (examples := recipe.example_queries):
-        return columns
-    kept = [place for place, query in enumerate(columns["query"]) if query not in examples]
-    left_out["examples"] += len(columns["query"]) - len(kept)
-    return {name: [values[place] for place in kept] for name, values in columns.items()}
-
-
 def query_id(query: str) -> str:
     """The `id` of a row whose query no other row has."""
     return sha256(query.encode()).hexdigest()[:16]
@@ -255,19 +227,20 @@ def _texts(
     rows: Rows, name: str | None, role: str, before: int, writer: _Writer | None
 ) -> list[str | None]:
     """The values of a column as text; `before` rows have come already."""
+    write, kinds = writer or (str, ())
     if name is None:
         return [None] * len(rows)
     found = []
     for number, row in enumerate(rows, before + 1):
         value = row.get(name)
-        if role == "query" and writer is None and is_conversation(value):
+        if role == "query" and not kinds and is_conversation(value):
             raise RecipeError(
                 f"Query {number} is a conversation: expected a text column as `queries.query`, "
                 f"found conversations in {name!r}. Name that column as `queries.messages`."
             )
-        if writer and writer.takes(value):
+        if isinstance(value, kinds) and value != "" and value == value:
             try:
-                value = writer.write(value)
+                value = write(value)
             except (ValueError, RecursionError) as error:
                 raise RecipeError(f"{role.capitalize()} {number}: {error}.") from error
         found.append(as_text(value, place=f"Query {number}", role=role))
@@ -471,7 +444,7 @@ def _file_rows(
 def _check_file(path: Path, pinned: str | None) -> None:
     """Raise `RecipeError` for a file that isn't there, is empty, or not what was pinned."""
     if path.suffix.lower() not in READERS:
-        next(read_rows(path, TableFormat()))
+        next(read_rows(path))
     if not path.is_file():
         raise RecipeError(
             f"There is no file {str(path)!r}, which the recipe names for its queries: write it, or "
@@ -514,87 +487,62 @@ def _tabulate(some: Iterable[Columns], split: SplitShares) -> "Dataset":
     """
     from datasets import Dataset, Features, Value
 
-    features = Features(dict.fromkeys(_NAMES, Value("string")))
-    rows = _RowMaker(split, features.arrow_schema)
-    table = _gather(map(rows.complete, some), features.arrow_schema)
+    schema = Features(dict.fromkeys(_NAMES, Value("string"))).arrow_schema
+    content = sha256()
+    table = _gather(_complete(some, split, schema, content), schema)
     # `datasets` would hash the whole table for want of a name.
-    return Dataset(table, fingerprint=rows.content.hexdigest()[:32])
+    return Dataset(table, fingerprint=content.hexdigest()[:32])
 
 
-class _RowMaker:
-    """Gives rows their id, group and split; equal queries are told apart by a number."""
+def _complete(
+    some: Iterable[Columns], split: SplitShares, schema: "pa.Schema", content: Any
+) -> Iterator["pa.RecordBatch"]:
+    """Rows with their id, group and split; `content` is told of them, but for the queries.
 
-    def __init__(self, split: SplitShares, schema: "pa.Schema") -> None:
-        self.split, self.schema = split, schema
-        self.content = sha256()
-        self._count = 0
-        self._seen: set[int] = set()
-        self._again: Counter[int] = Counter()
+    Equal queries are told apart by a number.
+    """
+    import pyarrow as pa
 
-    def complete(self, columns: Columns) -> "pa.RecordBatch":
-        """The rows that follow those so far."""
-        import pyarrow as pa
-
-        queries = [self._checked(text) for text in columns["query"]]
-        own = [query_id(query) for query in queries]
-        groups = [group or name for group, name in zip(columns["group"], own, strict=True)]
-        splits = [
-            forced or self.split.of(group)
-            for forced, group in zip(columns["split"], groups, strict=True)
-        ]
-        ids = [self._id(name) for name in own]
-        found = [ids, queries, groups, columns["reference"], splits]
+    count, seen = 0, Counter[int]()
+    for columns in some:
+        ids, groups, splits = list[str](), list[str](), list[str]()
+        rows = zip(columns["query"], columns["group"], columns["split"], strict=True)
+        for query, group, forced in rows:
+            count += 1
+            if query is None or is_blank(query):
+                raise RecipeError(f"Query {count} is empty: remove the row or fill it.")
+            own = query_id(query)
+            number = int(own, 16)  # a third of the text's memory
+            seen[number] += 1
+            ids.append(own if seen[number] == 1 else f"{own}-{seen[number]}")
+            groups.append(group or own)
+            splits.append(forced or split.of(group or own))
         for row in zip(ids, groups, columns["reference"], splits, strict=True):
-            self.content.update(repr(row).encode())
-        return pa.RecordBatch.from_arrays(
-            [pa.array(column, pa.string()) for column in found], schema=self.schema
+            content.update(repr(row).encode())
+        found = [ids, columns["query"], groups, columns["reference"], splits]
+        yield pa.RecordBatch.from_arrays(
+            [pa.array(one, pa.string()) for one in found], schema=schema
         )
-
-    def _checked(self, text: str | None) -> str:
-        self._count += 1
-        if text is None or is_blank(text):
-            raise RecipeError(f"Query {self._count} is empty: remove the row or fill it.")
-        return text
-
-    def _id(self, name: str) -> str:
-        number = int(name, 16)  # a third of the text's memory
-        if number not in self._seen:
-            self._seen.add(number)
-            return name
-        self._again[number] += 1
-        return f"{name}-{self._again[number] + 1}"
 
 
 def _gather(batches: Iterator["pa.RecordBatch"], schema: "pa.Schema") -> "pa.Table":
+    """A table in memory; a large one is over a file that nobody else finds, and goes with it."""
     import pyarrow as pa
 
-    held, size = [], 0
+    held, size = list["pa.RecordBatch"](), 0
     for batch in batches:
         held.append(batch)
         size += batch.nbytes
         if size > _IN_MEMORY:
-            return _mapped(held, batches, schema)
-    return pa.Table.from_batches(held, schema)
-
-
-def _mapped(
-    held: list["pa.RecordBatch"], others: Iterator["pa.RecordBatch"], schema: "pa.Schema"
-) -> "pa.Table":
-    """A table over a file that nobody else finds, and that goes when the table does."""
-    import pyarrow as pa
-
+            break
+    else:
+        return pa.Table.from_batches(held, schema)
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = str(Path(folder) / "queries.arrow")
         with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            while held:
-                writer.write_batch(held.pop(0))
-            for batch in others:
+            for batch in chain(held, batches):
                 writer.write_batch(batch)
         return pa.ipc.open_stream(pa.memory_map(path)).read_all()
-
-
-GUESSES = (0.02, 0.05, 0.1)  # shares of the rows where only one of teacher and student is right
-PLANNED = 0.05  # the one of them that rows are bought for
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,6 @@ from distill_datasets.recipes.sections import (
     Check,
     Queries,
     Section,
-    StudentView,
     Teacher,
     check_mix,
     check_teachers,
@@ -66,13 +65,16 @@ _VERIFIED = {"query", "text", "answer", "reference"}
 _JUDGED = {*_VERIFIED, "prompt"}
 _NEEDED = {"agreement": "majority", "verifier": "best", "judge": "best"}
 
+_OF_MEMBERS = (
+    *("queries", "tools", "examples", "checks", "turns", "student", "answer", "response"),
+)
+
 # What the digest is of. A key that is not used is no part of it, so that a new key keeps releases.
 _DIGESTED = ("name", "teacher", "queries", "answer", "response", "sampling", "split", "renderer")
-_UNUSED: dict[str, Any] = {
-    **{"teachers": [], "choose": "route", "turns": "last", "keep": [], "prompts": {}, "mix": []},
-    **dict.fromkeys(("agreement", "verifier", "judge", "tools", "examples")),
-    **{"student": StudentView().model_dump(mode="json"), "canaries": 0},
-}
+_OPTIONAL = (
+    *("teachers", "choose", "turns", "keep", "prompts", "mix", "agreement", "verifier", "judge"),
+    *("tools", "examples", "student", "canaries"),
+)
 _UNUSED_IN = {
     "answer": ("json_schema", "field"),
     "sampling": ("top_logprobs", "extra"),
@@ -92,18 +94,13 @@ class Recipe(RecipeKeys):
     members: dict[str, "Recipe"] = Field(default={}, exclude=True)
 
     @model_validator(mode="after")
-    def _teachers_differ(self) -> Self:
+    def _teachers_can_be_chosen_from(self) -> Self:
         if (self.teacher is None) == (not self.teachers):
             found = "neither" if self.teacher is None else "both"
             raise ValueError(f"name exactly one of teacher and teachers; found {found}")
         if self.teachers and self.renderer:
             raise ValueError("each of several teachers has its own renderer: move it there")
         check_teachers(self.teachers, self.sampling)
-        check_mix(self.mix)
-        return self
-
-    @model_validator(mode="after")
-    def _choice_is_possible(self) -> Self:
         for key, choice in _NEEDED.items():
             if getattr(self, key) is not None and self.choose != choice:
                 raise ValueError(f"{key} needs 'choose: {choice}'; found 'choose: {self.choose}'")
@@ -114,20 +111,13 @@ class Recipe(RecipeKeys):
                 "a query: name more teachers or raise sampling.n"
                 + (", or add a verifier or a judge" if self.choose == "best" else "")
             )
-        if self.verifier is not None:
-            check_expression(self.verifier, _VERIFIED, "verifier")
-        if self.judge:
-            check_template(self.judge_prompt, _JUDGED, self.judge.prompt)
         return self
 
     @model_validator(mode="after")
     def _queries_are_somewhere(self) -> Self:
-        if not self.prompts:
-            if self.queries == Queries():
-                raise ValueError("the key 'queries' is missing")
-            return self
-        own = ("queries", "tools", "examples", "checks", "turns", "student", "answer", "response")
-        if found := [name for name in own if self._sets(name)]:
+        if not self.prompts and self.queries == Queries():
+            raise ValueError("the key 'queries' is missing")
+        if found := [name for name in _OF_MEMBERS if self.prompts and self._sets(name)]:
             raise ValueError(f"with prompts, each of its recipes has its own {found}: remove them")
         for name, member in self.members.items():
             if member.prompts or member.turns == "all" or member.mix:
@@ -142,19 +132,19 @@ class Recipe(RecipeKeys):
         return self
 
     @model_validator(mode="after")
-    def _templates(self) -> Self:
+    def _templates_take_known_fields(self) -> Self:
         if not self.prompt.strip():
             raise ValueError("prompt.md is empty")
         if "query" in self.variables:
             raise ValueError("variables can't name the query; choose another name")
-        if self.tools and self._sets("response"):
-            raise ValueError("with tools the response is what the teacher says: remove response")
+        if self.verifier is not None:
+            check_expression(self.verifier, _VERIFIED, "verifier")
+        if self.judge:
+            check_template(self.judge_prompt, _JUDGED, self.judge.prompt)
         known = {"query", *self.variables}
-        if self.members:
-            return self
         if self.template == "jinja":
             check_template(self.prompt, known, "prompt.md")
-        elif self.template is None:
+        elif self.template is None and not self.members:
             check_placeholders(self.prompt, known)
         check_template(self.response, {"answer", "text"}, "response")
         return self
@@ -170,23 +160,23 @@ class Recipe(RecipeKeys):
             raise ValueError("'turns: all' needs conversations: name their column, messages")
         if self.turns == "all" and (self.choose != "route" or self.sampling.n > 1):
             raise ValueError("'turns: all' needs one answer a turn: one teacher, sampling.n of 1")
-        if self.tools and self._sets("answer"):
-            raise ValueError("with tools the answer is the calls: remove the section answer")
+        for own, what in (("response", "what the teacher says"), ("answer", "the calls")):
+            if self.tools and self._sets(own):
+                raise ValueError(f"with tools the {own} is {what}: remove {own}")
         if self.student.tools == "keep" and not self.tools:
             raise ValueError("'student: {tools: keep}' needs tools: name their file, or remove it")
         return self
 
     @model_validator(mode="after")
-    def _checks_are_named(self) -> Self:
+    def _names_are_known(self) -> Self:
+        for name in self.attachments:
+            inside(self.folder, name)
+        check_mix(self.mix)
         known = {
             "has_tools": self.tools is not None,
             "has_references": bool(self.queries.reference),
         }
         validate_checks(self.checks, self.keep, MEASURABLE, **known)
-        return self
-
-    @model_validator(mode="after")
-    def _metrics_are_ours(self) -> Self:
         if others := [name for name in self.metrics if name not in MEASURABLE]:
             raise ValueError(
                 f"metrics names {others}; expected some of {list(MEASURABLE)}."
@@ -196,12 +186,6 @@ class Recipe(RecipeKeys):
         calibration = sorted({*self.metrics} & {"ece", "brier"})
         if calibration and not (self.answer.confidence or self.members):
             raise ValueError(f"{calibration} need answer.confidence, the field of the confidence")
-        return self
-
-    @model_validator(mode="after")
-    def _attachments_are_inside(self) -> Self:
-        for name in self.attachments:
-            inside(self.folder, name)
         return self
 
     def _sets(self, name: str) -> bool:
@@ -320,9 +304,7 @@ class Recipe(RecipeKeys):
         if not self.holds_conversations:
             return [user_message(query)]
         messages = from_text(query)
-        if self.turns == "last":
-            return messages
-        return with_answers(messages, earlier)
+        return messages if self.turns == "last" else with_answers(messages, earlier)
 
     def turns_of(self, query: str) -> int:
         """How many answers a query asks for."""
@@ -474,10 +456,9 @@ class Recipe(RecipeKeys):
     @cached_property
     def teacher_reader(self) -> Reader:
         """Reads the teacher's text."""
-        answer = self.answer
-        form = answer.schema_text
-        tools = self.tools_text
-        return Reader(answer.pattern, answer.choices, form, answer.field, tools, recipe=self.name)
+        form = self.answer
+        said = (form.pattern, form.choices, form.schema_text, form.field, self.tools_text)
+        return Reader(*said, recipe=self.name)
 
     @cached_property
     def student_reader(self) -> Reader:
@@ -518,31 +499,30 @@ class Recipe(RecipeKeys):
             fields["answer"]["json_schema"] = form  # with the order of its keys
         if self.members:
             fields["prompts"] = {name: member.digest for name, member in self.members.items()}
-        declared = {"variables": dict(self.variables)} if self.variables else {}
+        if self.variables:
+            fields["variables"] = dict(self.variables)
+        fields |= self._kept_jinja
         files = {name: _file_digest(self.folder / name) for name in self.attachments}
-        fields.update(declared, **self._kept_jinja)
         return digest({**fields, "prompt": self.prompt, "files": files})
 
     @property
     def _fields_of_rows(self) -> dict[str, Any]:
         """The keys that change a row, as far as they are used."""
-        fields = self.model_dump(mode="json", include={*_DIGESTED, *_UNUSED})
+        used = filter(self._sets, _OPTIONAL)
+        fields = self.model_dump(mode="json", include={*_DIGESTED, *used})
         for section, names in _UNUSED_IN.items():
             for name in names:
                 if fields[section][name] is None:
                     del fields[section][name]
         del fields["answer"]["confidence"]  # is measured, and changes no row
-        fields["mix"] = [
-            {key: value for key, value in _said(part).items() if key not in ("license", "origin")}
-            for part in self.mix
-        ]
+        if self.mix:
+            words = {"license", "origin"}  # for the card, which change no row
+            fields["mix"] = [
+                _said(part.model_copy(update=dict.fromkeys(words))) for part in self.mix
+            ]
         if self.keep:
             fields["checks"] = [_said(check) for check in self.checks]
-        return {
-            name: value
-            for name, value in fields.items()
-            if name not in _UNUSED or value != _UNUSED[name]
-        }
+        return fields
 
     @property
     def _kept_jinja(self) -> dict[str, str]:
@@ -553,11 +533,8 @@ class Recipe(RecipeKeys):
     @property
     def pinned(self) -> bool:
         """Whether the recipe fixes every row of its queries."""
-        if not all(part.source.pinned for part in self.mix):
-            return False
-        if self.members:
-            return all(member.pinned for member in self.members.values())
-        return self.queries.pinned
+        own = [one.queries for one in self.parts]
+        return all(one.pinned for one in (*own, *(part.source for part in self.mix)))
 
     @property
     def attachments(self) -> tuple[str, ...]:

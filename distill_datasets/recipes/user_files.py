@@ -74,6 +74,9 @@ class TableFormat:
     by_place: bool = False
 
 
+_UNSAID = TableFormat()
+
+
 class NumberAsWritten(float):
     """A JSON number that isn't whole, with the digits that it has in its file."""
 
@@ -86,7 +89,7 @@ class NumberAsWritten(float):
         return number
 
 
-def read_rows(path: Path, form: TableFormat) -> Iterator[Rows]:
+def read_rows(path: Path, form: TableFormat = _UNSAID) -> Iterator[Rows]:
     """The rows of a file by its ending, some at a time; raises `RecipeError`."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:

@@ -14,9 +14,10 @@ from distill_datasets.conversations import from_text, read_messages, to_text
 from distill_datasets.errors import OutputError, RecipeError
 from distill_datasets.files import builders_folder, replacing, write_file
 from distill_datasets.recipes.loading import is_copy, load_recipe, samples_among
-from distill_datasets.recipes.queries import load_queries, read_columns, read_lines
+from distill_datasets.recipes.queries import load_queries, read_columns
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.recipes.sections import Queries
+from distill_datasets.recipes.user_files import read_rows
 
 ORIGIN = "synthesis"
 AXES = ("topic", "style", "length", "language", "difficulty", "turns")
@@ -149,7 +150,7 @@ def open_query_file(recipe: Recipe, out: str | Path | None) -> QueryFile:
     path = home.folder / str(home.queries.file)
     if not path.is_file():
         return QueryFile(home, ())
-    file = QueryFile(home, tuple(row for rows in read_lines(path) for row in rows))
+    file = QueryFile(home, tuple(row for rows in read_rows(path) for row in rows))
     if file.rows:
         load_queries(home)
     return file.without_samples
