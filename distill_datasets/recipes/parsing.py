@@ -186,7 +186,7 @@ class Reader:
 
 def read_json(text: str) -> Any:
     """The JSON value that a whole text is; raises `ValueError` or `RecursionError`."""
-    return json.loads(text, parse_constant=_no_constant)
+    return json.loads(text, parse_constant=no_constant)
 
 
 def value_text(value: Any) -> str:
@@ -286,8 +286,9 @@ def _load(text: str) -> Any:
         return read_json(fences[0])
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+def no_constant(name: str) -> NoReturn:
+    """For `json.loads`, which takes `NaN` and the like for numbers."""
+    raise ValueError(f"{name} is not JSON; write null")
 
 
 def _open_validator(schema: Any) -> Any:

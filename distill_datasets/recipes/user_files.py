@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from datetime import datetime, time
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 from zipfile import BadZipFile, ZipFile
 
 import yaml
 from yaml.composer import Composer
 
-from distill_datasets.errors import RecipeError
+from distill_datasets.errors import DatasetError, RecipeError
+from distill_datasets.parquet import open_parquet, read_batches
+from distill_datasets.recipes.parsing import no_constant
 from distill_datasets.schema import whole_text
 
 Rows = list[dict[str, Any]]
@@ -38,7 +40,7 @@ _MARKS = {
 _BLOCK = 1 << 20
 _LONGEST = 1 << 28  # characters in one field of a CSV file
 _SAMPLE = 1 << 16  # characters that show which separator a file has
-# A compressed file may become this many bytes, or so many times its own size: a packed bomb is
+# A workbook may become this many bytes, or so many times its own size: a packed bomb is
 # refused long before memory ends, and no file of real text comes near.
 _UNPACKED, _TIMES = 256 << 20, 200
 
@@ -121,10 +123,13 @@ def open_text(
 
     Raises `RecipeError` for other bytes, with `what` to do: guessing would change text.
     """
-    found = _marked(path) or encoding or _unmarked(path)
+    with path.open("rb") as file:
+        start = file.read(4096)
+    marked = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+    found = marked or encoding or _unmarked(start)
     try:
-        with path.open(encoding=found, newline="") as file:
-            while file.read(_BLOCK):
+        with path.open(encoding=found, newline="") as text:
+            while text.read(_BLOCK):
                 pass
     except LookupError as error:
         raise RecipeError(f"{str(path)!r}: there is no encoding {found!r}.") from error
@@ -132,7 +137,11 @@ def open_text(
         if found != "utf-8":
             raise RecipeError(f"{path} can't be read as {found}: {error}.") from error
         with path.open("rb") as lines:
-            line, content = next(one for one in enumerate(lines, 1) if not _is_utf8(one[1]))
+            line, content = next(
+                (line, content)
+                for line, content in enumerate(lines, 1)
+                if content.decode(errors="replace").encode() != content
+            )
         shown = content.decode("cp1252", "replace").strip()[:80]
         raise RecipeError(
             f"{path} is not UTF-8: line {line} holds other bytes. {what}; "
@@ -141,28 +150,12 @@ def open_text(
     return path.open(encoding=found, newline=newline)
 
 
-def _marked(path: Path) -> str | None:
-    with path.open("rb") as file:
-        start = file.read(4)
-    return next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
-
-
-def _unmarked(path: Path) -> str:
+def _unmarked(start: bytes) -> str:
     """Text has no zero bytes; in UTF-16 most letters of Western languages come with one."""
-    with path.open("rb") as file:
-        start = file.read(4096)
     zeros = [start[place::2].count(0) for place in (0, 1)]
     if max(zeros) > len(start) // 4:
         return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
     return "utf-8"
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def read_yaml(path: Path, *, limit: int = _YAML_LIMIT) -> dict[str, Any]:
@@ -305,22 +298,19 @@ def _text_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
 def _json_line_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
     with open_text(path, form.encoding) as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _json_object(path, number, line)
-
-
-def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        found = load_json(line)
-        problem = f"found {line.strip()[:80]!r}"
-    except (ValueError, RecursionError) as error:
-        found, problem = None, str(error)
-    if not isinstance(found, dict):
-        raise RecipeError(
-            f"Line {number} of {str(path)!r} can't be read: expected a JSON object, {problem}. "
-            "Mend the line, or name a file of another kind."
-        )
-    return found
+            if not line.strip():
+                continue
+            try:
+                found = _load_json(line)
+                problem = f"found {line.strip()[:80]!r}"
+            except (ValueError, RecursionError) as error:
+                found, problem = None, str(error)
+            if not isinstance(found, dict):
+                raise RecipeError(
+                    f"Line {number} of {str(path)!r} can't be read: expected a JSON object, "
+                    f"{problem}. Mend the line, or name a file of another kind."
+                )
+            yield found
 
 
 def _json_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
@@ -331,7 +321,7 @@ def _json_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
         yield from _json_line_rows(path, form)
         return
     try:
-        found = load_json(text)
+        found = _load_json(text)
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{str(path)!r} is not JSON: {error}.") from error
     for place, row in enumerate(found, 1):
@@ -340,61 +330,28 @@ def _json_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def load_json(text: str) -> Any:
+def _load_json(text: str) -> Any:
     """A JSON value whose numbers keep their digits; raises `ValueError` for `NaN` and the like."""
-    return json.loads(text, parse_float=NumberAsWritten, parse_constant=_no_constant)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON; write null")
+    return json.loads(text, parse_float=NumberAsWritten, parse_constant=no_constant)
 
 
 def _parquet_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise RecipeError(f"{str(path)!r} is not Parquet: {error}.") from error
-    names = file.schema_arrow.names
-    wanted = [name for name in names if name in form.wanted] or names
-    allowed = _allowed(path)
-    described = file.metadata
-    parts = [described.row_group(place) for place in range(described.num_row_groups)]
-    declared = sum(part.total_byte_size for part in parts)
-    if declared > allowed or described.num_rows > max(10_000_000, path.stat().st_size):
-        raise _bomb(path, f"{described.num_rows:,} rows and {declared:,} bytes")
-    texts = [name for name in wanted if _is_text(file.schema_arrow.field(name).type)]
-    # A text that many rows share is held once, however many they are.
-    file = pq.ParquetFile(path, read_dictionary=texts)
-    labels = class_names(_features(file.schema_arrow.metadata))
-    size = 0
-    for batch in file.iter_batches(batch_size=ROWS, columns=wanted):
-        columns = [_values(column) for column in batch.columns]
-        for row in zip(*columns, strict=True):
-            size += sum(len(value) for value in row if isinstance(value, str | bytes))
-            if size > allowed:
-                raise _bomb(path, f"over {allowed:,} bytes")
-            fields = dict(zip(batch.schema.names, row, strict=True))
-            yield named_classes({name: fields.get(name) for name in names}, labels)
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+        schema = open_parquet(path).schema_arrow
+        wanted = [name for name in schema.names if name in form.wanted] or schema.names
+        labels = class_names(_features(schema.metadata))
+        for batch in read_batches(path, wanted):
+            columns = {name: [None] * len(batch) for name in schema.names}
+            columns |= {name: _values(batch.column(name)) for name in wanted}
+            for row in zip(*columns.values(), strict=True):
+                yield named_classes(dict(zip(columns, row, strict=True)), labels)
+    except DatasetError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _values(column: Any) -> list[Any]:
-    import pyarrow as pa
-
-    if _holds_messages(column.type):
-        return [without_nulls(value) for value in column.to_pylist()]
-    if not pa.types.is_dictionary(column.type):
-        return list(column.to_pylist())
-    known = column.dictionary.to_pylist()
-    return [None if place is None else known[place] for place in column.indices.to_pylist()]
+    values: list[Any] = column.to_pylist()
+    return without_nulls(values) if _holds_messages(column.type) else values
 
 
 def _holds_messages(kind: Any) -> bool:
@@ -454,8 +411,11 @@ def _excel_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
     try:
         with ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
-        if size > _allowed(path):
-            raise _bomb(path, f"{size:,} bytes")
+        if size > max(_UNPACKED, _TIMES * path.stat().st_size):
+            raise RecipeError(
+                f"{str(path)!r} has {path.stat().st_size:,} bytes and unpacks to {size:,} bytes: "
+                "it isn't read. If that is right, write it as JSON lines."
+            )
         book = load_workbook(path, read_only=True, data_only=True)
     except (BadZipFile, KeyError, ValueError, OSError) as error:
         if isinstance(error, RecipeError):
@@ -497,17 +457,6 @@ def _cell(path: Path, cell: Any) -> Any:
     return int(value) if float(value).is_integer() else value
 
 
-def _allowed(path: Path) -> int:
-    return max(_UNPACKED, _TIMES * path.stat().st_size)
-
-
-def _bomb(path: Path, found: str) -> RecipeError:
-    return RecipeError(
-        f"{str(path)!r} has {path.stat().st_size:,} bytes and unpacks to {found}: it isn't read. "
-        "If that is right, write it as JSON lines."
-    )
-
-
 READERS: Mapping[str, Callable[[Path, TableFormat], Iterator[dict[str, Any]]]] = {
     ".txt": _text_rows,
     ".csv": _csv_rows,
@@ -533,16 +482,9 @@ def as_text(value: Any, *, place: str, role: str) -> str | None:
             value = value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise RecipeError(f"{place}: expected text as {role}, found bytes.") from error
-    if not isinstance(value, str):
-        value = to_json(value)
-    return whole_text(value) or None
-
-
-def to_json(value: Any) -> str:
-    """A value as JSON on one line; dates, times and decimals as text."""
-    if not isinstance(value, bool | int | float | list | dict):
-        return str(value)
-    return json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, bool | int | float | list | dict):
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    return whole_text(str(value)) or None  # dates, times and decimals are texts
 
 
 def is_conversation(value: Any) -> bool:
