@@ -53,7 +53,6 @@ class ChatTemplateRenderer(Renderer):
                 "This model's tokenizer has no chat template: name a renderer (`renderer:` or "
                 "--renderer), for example 'role_colon', or use a model that was made for chats."
             )
-        self._system: bool | None = None
         self._end = self._find_end()
 
     def get_stop_sequences(self) -> list[int]:  # noqa: D102 (the base class documents it)
@@ -117,8 +116,8 @@ class ChatTemplateRenderer(Renderer):
 
     def _tokens(self, messages: Sequence[Any]) -> list[int]:
         """The prompt for the next message."""
-        if any(message["role"] == "system" for message in messages):
-            self._require_system()
+        if self._no_system and any(message["role"] == "system" for message in messages):
+            raise ModelError(_NO_SYSTEM.format(reason=self._no_system))
         try:
             text = self._rendered(messages)
         except TemplateError as error:
@@ -146,34 +145,34 @@ class ChatTemplateRenderer(Renderer):
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
         return {**message, "tool_calls": calls}
 
-    def _require_system(self) -> None:
-        """Raises `ModelError` where the template refuses a system message, or leaves it out."""
-        if self._system:
-            return
+    @cached_property
+    def _no_system(self) -> str | None:
+        """Why the template has no system message; None where it has one."""
         probe = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "a"}]
         try:
-            self._system = _PROBE in self._rendered(probe)
+            told = _PROBE in self._rendered(probe)
         except TemplateError as error:
-            raise ModelError(_NO_SYSTEM.format(reason=error)) from error
-        if not self._system:
-            raise ModelError(_NO_SYSTEM.format(reason="it leaves such a message out"))
+            return str(error) or type(error).__name__
+        return None if told else "it leaves such a message out"
 
     @property
     def has_system(self) -> bool:
         """Whether the template takes a system message."""
-        with suppress(ModelError):
-            self._require_system()
-        return bool(self._system)
+        return self._no_system is None
 
     @cached_property
     def _has_tools(self) -> bool:
         """Whether all that a conversation with tools holds comes out as it is read."""
         one = Call(_PROBE, {"city": "Zürich", "days": [1, 2.5, True, None], "text": '"<é>"\n'})
         other = Call("other", {})
+        city = {"type": "string", "description": "its parameter"}
+        parameters = {"type": "object", "properties": {"city": city}, "required": ["city"]}
+        tool = {"name": _PROBE, "description": "what it does", "parameters": parameters}
+        declared = {"role": _TOOLS, "content": json.dumps([tool])}
         answers = [{"role": "tool", "content": f"{_PROBE} {n}", "name": _PROBE} for n in (1, 2)]
         asked: list[Any] = [{"role": "user", "content": "a"}]
         try:
-            told = self._rendered([_declared(_PROBE), *asked])
+            told = self._rendered([declared, *asked])
             words = self._called("b", [one], asked)
             calls = self._called("", [one, other], asked)
             answered = self._rendered([*asked, _calling("", [one, other]), *answers])
@@ -225,13 +224,6 @@ def spoken_text(message: Mapping[str, Any]) -> str:
     """A message's words, and behind them its calls as `write_calls` writes them."""
     words, made = ensure_text(message["content"]), message.get("tool_calls")
     return write_calls(words, read_calls([one.model_dump() for one in made])) if made else words
-
-
-def _declared(name: str) -> dict[str, Any]:
-    city = {"type": "string", "description": "its parameter"}
-    parameters = {"type": "object", "properties": {"city": city}, "required": ["city"]}
-    tool = {"name": name, "description": "what it does", "parameters": parameters}
-    return {"role": _TOOLS, "content": json.dumps([tool])}
 
 
 register_renderer(CHAT_TEMPLATE, lambda tokenizer, _: ChatTemplateRenderer(tokenizer))

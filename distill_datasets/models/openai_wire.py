@@ -7,7 +7,7 @@ import json
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
@@ -59,23 +59,21 @@ def write_body(
 ) -> bytes:
     """A request's body; `length_key` is the server's name for `Sampling.max_tokens`."""
     told = zip(messages, linked(messages), strict=True)
-    rendered = ",".join(_rendered(_answering(*one)) for one in told)
+    rendered = ",".join(_rendered(one, same.get("tool_call_id")) for one, same in told)
     return f"{_before_messages(model, sampling, length_key, stream)}[{rendered}]}}".encode()
 
 
-def _answering(message: Message, told: Message) -> Message:
-    """A message with the id of the call that it answers, which servers require, and no more."""
-    id = told.get("tool_call_id")
-    return message if id is None else {**message, "tool_call_id": id}
-
-
-def _rendered(message: Message) -> str:
+def _rendered(message: Message, answers: str | None) -> str:
+    """A message, and the id of the call that it `answers`, which servers require."""
     # The prompt is the same in every request of a run, and may be long.
     if message["role"] == "system":
         return _prompt(message["content"])
-    # Some servers take no empty text beside calls.
-    silent = message.get("tool_calls") and not message["content"]
-    return json.dumps({**message, "content": None} if silent else message)
+    fields: dict[str, Any] = {**message}
+    if answers is not None:
+        fields["tool_call_id"] = answers
+    if message.get("tool_calls") and not message["content"]:
+        fields["content"] = None  # some servers take no empty text beside calls
+    return json.dumps(fields)
 
 
 @lru_cache(maxsize=64)
@@ -102,15 +100,11 @@ def parameters(sampling: Sampling, length_key: str) -> dict[str, Any]:
         length_key: sampling.max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
+        "n": None if sampling.n == 1 else sampling.n,
+        "top_k": None if sampling.top_k == -1 else sampling.top_k,
+        "seed": sampling.seed,
+        "stop": list(sampling.stop) or None,
     }
-    if sampling.n != 1:
-        fields["n"] = sampling.n
-    if sampling.top_k != -1:
-        fields["top_k"] = sampling.top_k
-    if sampling.seed is not None:
-        fields["seed"] = sampling.seed
-    if sampling.stop:
-        fields["stop"] = list(sampling.stop)
     if sampling.top_logprobs is not None:
         fields |= {"logprobs": True, "top_logprobs": sampling.top_logprobs}
     if sampling.json_schema is not None:
@@ -118,18 +112,13 @@ def parameters(sampling: Sampling, length_key: str) -> dict[str, Any]:
         fields["response_format"] = {"type": "json_schema", "json_schema": form}
     if sampling.tools is not None:
         fields["tools"] = json.loads(sampling.tools)
-    fields |= _extra(sampling.extra)
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _extra(text: str | None) -> dict[str, Any]:
-    extra: dict[str, Any] = {} if text is None else json.loads(text)
-    if taken := sorted(_OURS & set(extra)):
+    extra: dict[str, Any] = json.loads(sampling.extra or "{}")
+    if taken := sorted(_OURS & {*extra}):
         raise ModelError(
             f"sampling.extra names {taken}, which the request itself sets. Remove them; `n` is "
             "sampling.n, the model is the recipe's teacher, and `tools` is a key of the recipe."
         )
-    return extra
+    return {name: value for name, value in (fields | extra).items() if value is not None}
 
 
 def parse(text: bytes | str) -> dict[str, Any]:
@@ -305,7 +294,7 @@ def _read_usage(usage: Any) -> tuple[Usage, int | None]:
     """The token counts of an answer and those of its samples, None where nothing counts them."""
     usage = usage if isinstance(usage, dict) else {}
     prompt = _count(usage, "prompt_tokens", "input_tokens")
-    response = _count(usage, *_RESPONSE)
+    response = _count(usage, "completion_tokens", "output_tokens")
     total = _count(usage, "total_tokens")
     if total is not None and response is None and prompt is not None and total >= prompt:
         response = total - prompt
@@ -317,10 +306,8 @@ def _read_usage(usage: Any) -> tuple[Usage, int | None]:
     )
     cached = _count(asked, "cached_tokens") or _count(usage, "prompt_cache_hit_tokens") or 0
     reasoning = _count(said, "reasoning_tokens") or _count(usage, "reasoning_tokens") or 0
-    return Usage(prompt, cached, reasoning, _cost(usage.get("cost"))), response
-
-
-_RESPONSE = ("completion_tokens", "output_tokens")
+    cost = _number(usage.get("cost"))
+    return Usage(prompt, cached, reasoning, cost if cost is None or cost >= 0 else None), response
 
 
 def _count(counts: Any, *names: str) -> int | None:
@@ -337,11 +324,6 @@ def _count(counts: Any, *names: str) -> int | None:
             raise bad_answer(f"{found}, more tokens than any model reads or writes")
         return int(number)
     return None
-
-
-def _cost(value: Any) -> float | None:
-    number = _number(value)
-    return None if number is None or number < 0 else number
 
 
 def _number(value: Any) -> float | None:
@@ -371,7 +353,11 @@ async def read_stream(content: aiohttp.StreamReader) -> tuple[dict[str, Any], fl
         if chunk.get("error"):
             return {"error": chunk["error"]}, None
         usage = chunk.get("usage") or usage
-        if _add_all(choices, chunk) and arrived is None:
+        try:
+            told = any([_add(choices, part) for part in chunk.get("choices") or ()])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise bad_answer(f"{error!r} in the streamed {json.dumps(chunk)[:200]}") from error
+        if told and arrived is None:
             arrived = time.monotonic()
     ended = bool(choices) and all(choice["finish_reason"] for choice in choices.values())
     if not done and not (ended and usage):
@@ -388,14 +374,6 @@ def _joined(choice: dict[str, Any]) -> dict[str, Any]:
     if calls := choice["calls"].joined:
         message["tool_calls"] = calls
     return {**choice, "message": message}
-
-
-def _add_all(choices: dict[int, dict[str, Any]], chunk: Mapping[str, Any]) -> bool:
-    """Join the parts in a chunk to their choices; whether any has a text."""
-    try:
-        return any([_add(choices, part) for part in chunk.get("choices") or ()])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise bad_answer(f"{error!r} in the streamed {json.dumps(chunk)[:200]}") from error
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any] | None]:
@@ -448,7 +426,7 @@ def _add(choices: dict[int, dict[str, Any]], part: Mapping[str, Any]) -> bool:
 
 def calls_of(message: Mapping[str, Any]) -> list[Call | str]:
     """What a message calls; a call that can't be read is the JSON text that came."""
-    return [_read(one) for one in _listed(message)]
+    return [_read_call(one) for one in _listed(message)]
 
 
 def _listed(message: Mapping[str, Any]) -> list[Any]:
@@ -457,7 +435,7 @@ def _listed(message: Mapping[str, Any]) -> list[Any]:
     return found if isinstance(found, list) else [found]
 
 
-def _read(one: Any) -> Call | str:
+def _read_call(one: Any) -> Call | str:
     try:
         return read_calls([one])[0]
     except ValueError:
@@ -477,7 +455,12 @@ class CallPieces:
         pieces = _listed(delta)
         for piece in pieces:
             said = piece.get("function", piece)
-            self._join(self._call(piece, said), piece, said)
+            call = self._call(piece, said)
+            call["id"] = call["id"] or piece.get("id")
+            name = said.get("name") or ""
+            call["name"] += "" if name == call["name"] else name  # some repeat it in every piece
+            if arguments := said.get("arguments"):
+                call["arguments"].append(arguments)
         return bool(pieces)
 
     def _call(self, piece: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
@@ -496,14 +479,6 @@ class CallPieces:
             self._by_index[index] = call
         return call
 
-    @staticmethod
-    def _join(call: dict[str, Any], piece: Mapping[str, Any], said: Mapping[str, Any]) -> None:
-        call["id"] = call["id"] or piece.get("id")
-        name = said.get("name") or ""
-        call["name"] += "" if name == call["name"] else name  # some repeat it in every piece
-        if arguments := said.get("arguments"):
-            call["arguments"].append(arguments)
-
     @property
     def joined(self) -> list[dict[str, Any]]:
         """Calls as a message that wasn't streamed has them."""
@@ -511,13 +486,12 @@ class CallPieces:
             {
                 "id": call["id"],
                 "type": "function",
-                "function": {"name": call["name"], "arguments": _whole(call["arguments"])},
+                "function": {"name": call["name"], "arguments": _together(call["arguments"])},
             }
             for call in self._calls
         ]
 
 
-def _whole(pieces: Iterable[Any]) -> Any:
-    """Arguments as text, or the object that came whole."""
-    found = list(pieces)
-    return "".join(found) if all(isinstance(one, str) for one in found) else found[-1]
+def _together(pieces: list[Any]) -> Any:
+    """Texts as one, or the object that came whole."""
+    return "".join(pieces) if all(isinstance(one, str) for one in pieces) else pieces[-1]

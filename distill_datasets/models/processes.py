@@ -29,6 +29,7 @@ from distill_datasets.schema import Message
 _CLOSE_SECONDS = 5.0
 _LAST_WORDS = 500
 _NAMED = ("type", "status", "attempts")  # what a RequestError is made with
+_Error = tuple[type[Exception], tuple[Any, ...], dict[str, Any]]  # kind, arguments and state
 
 
 class _WorkerEnded(Exception):  # noqa: N818 (what happened, not what is wrong)
@@ -83,7 +84,7 @@ class ProcessSampler:
     @property
     def pids(self) -> list[int]:
         """The process ids of the workers that run."""
-        return [worker.pid for worker in self._workers if worker.alive]
+        return [worker.child.pid for worker in self._workers if worker.alive]
 
     def _least_busy(self) -> "_WorkerHandle":
         alive = [worker for worker in self._workers if worker.alive]
@@ -93,7 +94,7 @@ class ProcessSampler:
                 f"with fewer if memory is short; paid answers are kept. The last words of one: "
                 f"{self._workers[0].last_words!r}"
             )
-        return min(alive, key=lambda worker: worker.waiting)
+        return min(alive, key=lambda worker: len(worker.pending))
 
     def close(self) -> None:
         """End the workers; safe to call again. Requests on their way fail."""
@@ -111,35 +112,28 @@ class _WorkerHandle:
         # Lives as long as the child, hence no context manager.
         self._errors = tempfile.NamedTemporaryFile("w+", prefix="distill-worker-")  # noqa: SIM115
         self._pipe, there = Pipe()
+        path = os.pathsep.join(
+            [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
         with there:
             number = there.fileno()
-            self._child = subprocess.Popen(
+            self.child = subprocess.Popen(
                 [sys.executable, "-m", "distill_datasets.models.processes", str(number)],
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,
                 stderr=self._errors,
                 pass_fds=[number],
-                env=_environment(),
+                env={**os.environ, "PYTHONPATH": path},  # so that this package is importable
                 # Ctrl-C is the parent's to handle: it waits for the answers on their way.
                 start_new_session=True,
             )
-        self._pending: dict[int, Future[Reply]] = {}
+        self.pending: dict[int, Future[Reply]] = {}
         self._asked, self._lock = 0, threading.Lock()
         self.alive = True
         with suppress(OSError):
             self._pipe.send_bytes(state)
         self._reader = threading.Thread(target=self._read, name="worker-replies", daemon=True)
         self._reader.start()
-
-    @property
-    def pid(self) -> int:
-        """The child's process id."""
-        return self._child.pid
-
-    @property
-    def waiting(self) -> int:
-        """How many requests wait for an answer."""
-        return len(self._pending)
 
     @property
     def last_words(self) -> str:
@@ -154,7 +148,7 @@ class _WorkerHandle:
         request: Future[Reply] = Future()
         with self._lock:
             number = self._asked = self._asked + 1
-            self._pending[number] = request
+            self.pending[number] = request
             try:
                 self._pipe.send_bytes(pickle.dumps((number, list(messages), sampling)))
             except OSError:
@@ -170,104 +164,80 @@ class _WorkerHandle:
         finally:
             with self._lock:
                 self.alive = False
-                self._fail(list(self._pending))
+                self._fail(list(self.pending))
 
-    def _resolve(self, number: int, reply: Reply | None, error: "_Portable | None") -> None:
-        # Whoever asked may have been cancelled.
-        with suppress(InvalidStateError):
+    def _resolve(self, number: int, reply: Reply | None, error: _Error | None) -> None:
+        request = self.pending.pop(number)
+        with suppress(InvalidStateError):  # whoever asked may have been cancelled
             if error is not None:
-                self._pending[number].set_exception(error())
+                request.set_exception(_rebuilt(*error))
             elif reply is not None:
-                self._pending[number].set_result(reply)
-        del self._pending[number]
+                request.set_result(reply)
 
     def _fail(self, numbers: Sequence[int]) -> None:
         for number in numbers:
-            if request := self._pending.pop(number, None):
+            if request := self.pending.pop(number, None):
                 with suppress(InvalidStateError):
                     request.set_exception(_WorkerEnded(self.last_words or "it said nothing"))
 
     def leave(self) -> None:
-        """Ask the child to end."""
         self.alive = False
         with suppress(OSError):
             self._pipe.send_bytes(b"")
 
     def close(self) -> None:
-        """Wait for its end, for a while."""
         try:
-            self._child.wait(_CLOSE_SECONDS)
+            self.child.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+            self.child.kill()
+            self.child.wait()
         self._reader.join(_CLOSE_SECONDS)
         self._pipe.close()
         self._errors.close()
 
 
-def _environment() -> dict[str, str]:
-    """The parent's, with this package importable."""
-    here = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path}
-
-
-class _WorkerLoop:
+async def _answer_all(pipe: Channel, sampler: TinkerSampler) -> None:
     """The child's side: answers until the pipe closes, or brings nothing."""
+    loop, over, running = asyncio.get_running_loop(), asyncio.Event(), set[asyncio.Task[None]]()
 
-    def __init__(self, pipe: Channel, sampler: TinkerSampler) -> None:
-        self._pipe, self._sampler = pipe, sampler
-        self._running: set[asyncio.Task[None]] = set()
-
-    async def run(self) -> None:
-        """Read requests on a thread, answer them on this loop."""
-        loop, over = asyncio.get_running_loop(), asyncio.Event()
-
-        def listen() -> None:
-            with suppress(EOFError, OSError):
-                while content := self._pipe.recv_bytes():
-                    loop.call_soon_threadsafe(self._start, content)
-            loop.call_soon_threadsafe(over.set)
-
-        threading.Thread(target=listen, name="requests", daemon=True).start()
-        await over.wait()
-
-    def _start(self, content: bytes) -> None:
-        task = asyncio.create_task(self._answer(*pickle.loads(content)))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-
-    async def _answer(self, number: int, messages: list[Message], sampling: Sampling) -> None:
+    async def answer(number: int, messages: list[Message], sampling: Sampling) -> None:
         reply, error = None, None
         try:
-            reply = await self._sampler.sample(messages, sampling)
+            reply = await sampler.sample(messages, sampling)
         except Exception as raised:  # it belongs to whoever asked, in the parent
-            error = _Portable(raised)
+            error = _portable(raised)
         with suppress(OSError):  # nobody waits for it any longer
-            self._pipe.send_bytes(pickle.dumps((number, reply, error)))
+            pipe.send_bytes(pickle.dumps((number, reply, error)))
+
+    def start(content: bytes) -> None:
+        task = asyncio.create_task(answer(*pickle.loads(content)))
+        running.add(task)
+        task.add_done_callback(running.discard)
+
+    def listen() -> None:
+        with suppress(EOFError, OSError):
+            while content := pipe.recv_bytes():
+                loop.call_soon_threadsafe(start, content)
+        loop.call_soon_threadsafe(over.set)
+
+    threading.Thread(target=listen, name="requests", daemon=True).start()
+    await over.wait()
 
 
-class _Portable:
-    """An exception on its way through a pipe: those with named arguments can't be pickled.
+def _portable(error: Exception) -> _Error:
+    """An exception for a pipe, since those with named arguments can't be pickled.
 
     Ours arrive as they are, others as a `RuntimeError` that names them.
     """
+    if isinstance(error, DistillError):
+        return type(error), error.args, vars(error)
+    return RuntimeError, (f"{type(error).__name__}: {error}",), {}
 
-    def __init__(self, error: Exception) -> None:
-        self.kind: type[DistillError] | None = None
-        self.arguments: tuple[Any, ...] = (f"{type(error).__name__}: {error}",)
-        self.state = dict[str, Any]()
-        if isinstance(error, DistillError):
-            self.kind, self.arguments, self.state = type(error), error.args, vars(error)
 
-    def __call__(self) -> Exception:
-        """The exception, on the other side."""
-        if self.kind is None:
-            return RuntimeError(*self.arguments)
-        named = {name: self.state[name] for name in _NAMED if name in self.state}
-        error = self.kind(*self.arguments, **named)
-        vars(error).update(self.state)
-        return error
+def _rebuilt(kind: type[Exception], arguments: tuple[Any, ...], state: dict[str, Any]) -> Exception:
+    error = kind(*arguments, **{name: state[name] for name in _NAMED if name in state})
+    vars(error).update(state)
+    return error
 
 
 def run_worker(pipe: Channel) -> None:
@@ -278,7 +248,7 @@ def run_worker(pipe: Channel) -> None:
     if state:
         connection, client, timeout = pickle.loads(state)
         sampler = TinkerSampler(connection, client, timeout=timeout)
-        asyncio.run(_WorkerLoop(pipe, sampler).run())
+        asyncio.run(_answer_all(pipe, sampler))
     sys.stderr.flush()
     # The SDK's threads would be waited for.
     os._exit(0)

@@ -129,29 +129,27 @@ def connect(
     """
     text = str(reference)
     if (folder := find_training(text)) is not None:
-        return _connect_trained(folder, renderer, dtype)
-    if text == "pocket":
-        named = renderer or "qwen3_instruct"
-        return connect_local(text, pocket_folder(), named, store, dtype)
-    if text.startswith("embedded:"):
-        model = find_model(text.removeprefix("embedded:"))
-        return connect_local(text, model, renderer, store, dtype)
+        config, checkpoint = read_training(folder)
+        renderer, store = renderer or config["renderer"], folder / "checkpoints"
+        base = connect(config["student"], renderer=renderer, store=store, dtype=dtype)
+        return replace(base, model_path=checkpoint["sampler"])
+    if text == "pocket" or text.startswith("embedded:"):
+        own = renderer or (_POCKET_RENDERER if text == "pocket" else _TEMPLATE)
+        return _connect_local(text, find_served(text)[1], own, store, dtype)
     if text.startswith("tinker://"):
-        return connect_checkpoint(text, renderer)
+        if "/sampler_weights/" not in text:
+            raise ModelError(
+                f"{text!r} can't be sampled: expected tinker://<run>/sampler_weights/<name>. "
+                "A path with /weights/ is a training state."
+            )
+        return _connect_hosted(text, base_of_state(text), renderer, text)
     if text.startswith("tinker:"):
-        return connect_hosted(text, text.removeprefix("tinker:"), renderer)
+        return _connect_hosted(text, text.removeprefix("tinker:"), renderer)
     if text.startswith("openai:"):
         raise ModelError(f"{text!r} answers, and can't be trained: {_EXPECTED}.")
     near = get_close_matches(text.lower(), ["pocket", "embedded:", "tinker:", "openai:"], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ModelError(f"Unknown model reference {text!r}: {_EXPECTED}.{hint}")
-
-
-def _connect_trained(folder: Path, renderer: str | None, dtype: str | None) -> "Connection":
-    config, checkpoint = read_training(folder)
-    renderer, store = renderer or config["renderer"], folder / "checkpoints"
-    base = connect(config["student"], renderer=renderer, store=store, dtype=dtype)
-    return replace(base, model_path=checkpoint["sampler"])
 
 
 def find_training(reference: str | Path) -> Path | None:
@@ -190,14 +188,10 @@ def read_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, best[-1]
 
 
-def connect_local(
-    reference: str,
-    folder: Path,
-    renderer: str | None,
-    store: Path | None,
-    dtype: str | None = None,
+def _connect_local(
+    reference: str, folder: Path, renderer: str, store: Path | None, dtype: str | None
 ) -> "Connection":
-    """A local model on a server of its own; see `references.connect`."""
+    """A local model on a server of its own; see `connect`."""
     import tinker
 
     from distill_datasets.embedded.model import digest_weights
@@ -210,22 +204,12 @@ def connect_local(
         service=tinker.ServiceClient(base_url=server.url, api_key=server.api_key),
         base_model=server.model,
         tokenizer_source=str(folder),
-        renderer_name=renderer or _TEMPLATE,
+        renderer_name=renderer,
         max_context=config.get("max_position_embeddings"),
         # What was asked in fp32 keeps its name.
         weights=digest_weights(folder) + ("" if server.dtype == "fp32" else f"-{server.dtype}"),
         server=server,
     )
-
-
-def connect_checkpoint(path: str, renderer: str | None) -> "Connection":
-    """A trained checkpoint on Tinker, or on a server of its protocol."""
-    if "/sampler_weights/" not in path:
-        raise ModelError(
-            f"{path!r} can't be sampled: expected tinker://<run>/sampler_weights/<name>. "
-            "A path with /weights/ is a training state."
-        )
-    return connect_hosted(path, base_of_state(path), renderer, path)
 
 
 def base_of_state(path: str) -> str:
@@ -237,7 +221,7 @@ def base_of_state(path: str) -> str:
     return str(info.base_model)
 
 
-def connect_hosted(
+def _connect_hosted(
     reference: str, base_model: str, renderer: str | None, model_path: str | None = None
 ) -> "Connection":
     """A base model on Tinker, or on a server of its protocol, or a checkpoint of it."""

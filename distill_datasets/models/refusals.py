@@ -78,9 +78,14 @@ def read_refusal(status: int, headers: Mapping[str, str], text: str) -> Refusal:
         fields = {"message": fields if isinstance(fields, str) else text.strip()[:500]}
     said = fields.get("message") or fields.get("detail") or text.strip()[:500] or "no message"
     metadata = fields.get("metadata")
+    # An error may come, as from a proxy or in mid-stream, with status 200.
+    code = str(fields.get("code") or fields.get("status") or "")
+    within = 400 if fields.get("type") == "invalid_request_error" else 500
+    if re.fullmatch("[45][0-9][0-9]", code):
+        within = int(code)
     said = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)[:500]
     return Refusal(
-        status if status >= 300 else _status_within(fields),
+        status if status >= 300 else within,
         whole_text(said)[:_MOST_SAID],
         code=str(fields.get("code") or ""),
         type=str(fields.get("type") or ""),
@@ -88,14 +93,6 @@ def read_refusal(status: int, headers: Mapping[str, str], text: str) -> Refusal:
         metadata=metadata if isinstance(metadata, dict) else None,
         headers=headers,
     )
-
-
-def _status_within(fields: Mapping[str, Any]) -> int:
-    """The status of an error that came, as from a proxy or in mid-stream, with status 200."""
-    code = str(fields.get("code") or fields.get("status") or "")
-    if re.fullmatch("[45][0-9][0-9]", code):
-        return int(code)
-    return 400 if fields.get("type") == "invalid_request_error" else 500
 
 
 def explain(refusal: Refusal, reference: str) -> DistillError:
@@ -114,7 +111,9 @@ def explain(refusal: Refusal, reference: str) -> DistillError:
             "and OPENAI_BASE_URL, and that the key may use this model."
         )
     if status in _LATER or status >= 500:
-        return _retryable(refusal)
+        later = RetryableError(said, type=_KINDS.get(status, "server error"), status=status)
+        later.retry_after = read_retry_after(refusal.headers or {})
+        return later
     if status in (400, 413, 414, 422, 431):
         return _final(refusal, reference)
     return ServiceError(
@@ -129,13 +128,6 @@ def _blames_content(refusal: Refusal) -> bool:
         return True
     found = _POLICY.search(f"{refusal.code} {refusal.type} {refusal.message}")
     return found is not None and refusal.status in (400, 403, 422)
-
-
-def _retryable(refusal: Refusal) -> RetryableError:
-    kind = _KINDS.get(refusal.status, "server error")
-    error = RetryableError(refusal.message, type=kind, status=refusal.status)
-    error.retry_after = read_retry_after(refusal.headers or {})
-    return error
 
 
 def _final(refusal: Refusal, reference: str) -> DistillError:

@@ -210,7 +210,8 @@ class TextRenderer:
         """Messages in the cookbook's form, with what tells a model of its tools."""
         ids, number = dict[str, str](), count()
         given = [self._message(message, ids, number) for message in linked(cast(Any, messages))]
-        catalogue = self._protected(_specifications(tools))
+        listed = (tool["function"] for tool in json.loads(tools or "[]"))
+        catalogue = self._protected([{**tool, **_UNSAID, **tool} for tool in listed])
         if not catalogue and not any(
             message["role"] == "tool" or "tool_calls" in message for message in given
         ):
@@ -243,11 +244,13 @@ class TextRenderer:
         except TinkerCookbookError:
             said = self._said(tokens)
             return said if tools is None else write_calls("", [json.dumps(said)]), None
-        text, reasoning = get_text_content(message), _thoughts(message["content"])
+        text, content = get_text_content(message), message["content"]
+        parts = [] if isinstance(content, str) else content
+        reasoning = "".join(part["thinking"] for part in parts if part["type"] == "thinking")
         made, unread = message.get("tool_calls"), message.get("unparsed_tool_calls")
         if made or unread or _NAMED.search(text):
             text = _called(text, made or [], unread or [], self._said(tokens), tools)
-        return text, reasoning
+        return text, reasoning or None
 
     def _said(self, tokens: Sequence[int]) -> str:
         """A response as it came, without thoughts before it and the token that ended it."""
@@ -359,17 +362,7 @@ def _typed_calls(calls: Sequence[Call], said: str, tools: str | None) -> Sequenc
     return fitted_calls(read, tools) if tools else read
 
 
-def _thoughts(content: Any) -> str | None:
-    """What a thinking model said before its answer."""
-    parts = [] if isinstance(content, str) else content
-    return "".join(part["thinking"] for part in parts if part["type"] == "thinking") or None
-
-
-def _specifications(tools: str | None) -> list[Any]:
-    """Tools as the cookbook has them: each with a name, a description and parameters."""
-    nothing = {"description": "", "parameters": {"type": "object", "properties": {}}}
-    found = [tool["function"] for tool in json.loads(tools or "[]")]
-    return [tool | {name: nothing[name] for name in nothing if name not in tool} for tool in found]
+_UNSAID = {"description": "", "parameters": {"type": "object", "properties": {}}}
 
 
 def _in_words(
@@ -390,14 +383,10 @@ def _in_words(
             before = found.pop()["content"] + "\n" if answers else ""
             found.append({"role": "user", "content": before + answer})
         else:
-            found.append(_spoken(message))
+            plain = {key: value for key, value in message.items() if key != "tool_calls"}
+            found.append({**plain, "content": spoken_text(message)} if plain != message else plain)
         answers = message["role"] == "tool"
     return _told(found, tools, "system" if has_system else "user") if tools else found
-
-
-def _spoken(message: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {key: value for key, value in message.items() if key != "tool_calls"}
-    return {**plain, "content": spoken_text(message)} if message.get("tool_calls") else plain
 
 
 def _told(messages: list[Any], tools: Sequence[Mapping[str, Any]], role: str) -> list[Any]:
@@ -452,7 +441,9 @@ class Prompts:
         self._renderer = renderer
         self._known: dict[tuple[Any, ...], _Surroundings | None] = {}
         self._encoder = getattr(renderer.tokenizer, "backend_tokenizer", None)
-        self._controls = frozenset(_control_ids(renderer.tokenizer))
+        added = getattr(renderer.tokenizer, "added_tokens_decoder", {}).items()
+        # Those that are cut out of a text before anything else, without the blanks around them.
+        self._controls = frozenset(id for id, one in added if not (one.lstrip or one.rstrip))
         self._by_lines = self._encoder is not None and _splits_at_lines(self._encoder)
 
     def tokens(self, messages: Sequence[Message], tools: str | None = None) -> list[int]:
@@ -465,22 +456,16 @@ class Prompts:
         own = None if around is None or _blank_at_an_end(content) else self._text(around, content)
         if around is not None and own is not None and around.verified >= _VERIFIED:
             return [*around.head, *own, *around.tail]
-        rendered = self._render(messages, tools)
+        prompt = self._renderer.build_generation_prompt(messages, tools=tools)
+        rendered = [list(chunk.tokens) for chunk in prompt.chunks]
         whole = [token for chunk in rendered for token in chunk]
         if key not in self._known and len(self._known) < _MOST_SHAPES:
             self._known[key] = self._learn(rendered, content)
         elif around is not None and own is not None:
-            self._verify(key, around, whole == [*around.head, *own, *around.tail])
+            around.verified += 1
+            if whole != [*around.head, *own, *around.tail]:
+                self._known[key] = None
         return whole
-
-    def _verify(self, key: tuple[Any, ...], around: _Surroundings, equal: bool) -> None:
-        around.verified += 1
-        if not equal:
-            self._known[key] = None
-
-    def _render(self, messages: Sequence[Message], tools: str | None) -> list[list[int]]:
-        prompt = self._renderer.build_generation_prompt(messages, tools=tools)
-        return [list(chunk.tokens) for chunk in prompt.chunks]
 
     def _learn(self, chunks: Sequence[list[int]], content: str) -> _Surroundings | None:
         """What stands around the text in a rendered conversation; None where that can't be told."""
@@ -498,29 +483,28 @@ class Prompts:
 
     def _stands_apart(self, chunk: Sequence[int], start: int, end: int) -> bool:
         """Whether no text between these two places can merge with what is around it."""
-        begins = start == 0 or chunk[start - 1] in self._controls or self._ends_line(chunk[:start])
+        before: str = self._renderer.tokenizer.decode(chunk[start - 1 : start]) if start else ""
+        ends_line = self._by_lines and before.endswith("\n")
+        begins = start == 0 or chunk[start - 1] in self._controls or ends_line
         return begins and (end == len(chunk) or chunk[end] in self._controls)
-
-    def _ends_line(self, tokens: Sequence[int]) -> bool:
-        text: str = self._renderer.tokenizer.decode(tokens[-1:])
-        return self._by_lines and text.endswith("\n")
 
     def _text(self, around: _Surroundings, content: str) -> list[int] | None:
         """The tokens of the last message; None if it has control tokens."""
         if not around.fixed or not content.startswith(around.fixed):
             self._fix(around, content)
-        if around.fixed and content.startswith(around.fixed):
-            rest = self._encode(content[len(around.fixed) :])
-            own = [*around.fixed_tokens, *rest]
-        else:
-            own = rest = self._encode(content)
-        return own if self._controls.isdisjoint(rest) else None
+        fixed = around.fixed if content.startswith(around.fixed) else ""
+        rest = self._encode(content[len(fixed) :])
+        if not self._controls.isdisjoint(rest):
+            return None
+        return [*around.fixed_tokens, *rest] if fixed else rest
 
     def _fix(self, around: _Surroundings, content: str) -> None:
         """Keep the lines that this row begins with like the one before."""
         shared = "" if around.last is None else commonprefix([around.last, content])
         around.last = content
-        place = _last_line_start(shared) if self._by_lines else 0
+        # The last line that does not begin with a blank: tokens may reach across others.
+        starts = re.finditer(r"\n(?=\S)", shared) if self._by_lines else ()
+        place = max((found.end() for found in starts), default=0)
         if place >= _WORTHWHILE:
             tokens = self._encode(shared[:place])
             if self._controls.isdisjoint(tokens):
@@ -541,21 +525,6 @@ def _shape(message: Message) -> tuple[Any, ...]:
 
 def _blank_at_an_end(content: str) -> bool:
     return not content or content[0].isspace() or content[-1].isspace()
-
-
-def _last_line_start(text: str) -> int:
-    """Where the last line that does not begin with a blank begins; 0 if there is none."""
-    place = len(text)
-    while (place := text.rfind("\n", 0, place)) >= 0:
-        if place + 1 < len(text) and not text[place + 1].isspace():
-            return place + 1
-    return 0
-
-
-def _control_ids(tokenizer: Any) -> list[int]:
-    """Tokens that are cut out of a text before anything else, without the blanks around them."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return [id for id, token in added.items() if not (token.lstrip or token.rstrip)]
 
 
 def _splits_at_lines(encoder: Any) -> bool:

@@ -129,10 +129,8 @@ class Reply:
 
     def to_json(self) -> str:
         """One line of JSON, read back by `from_json`; what says nothing is left out."""
-        kept: dict[str, Any] = {
-            "samples": [_stated(sample) for sample in self.samples],
-            "usage": _stated(self.usage),
-        }
+        kept: dict[str, Any] = {"samples": [*map(_stated, self.samples)]}
+        kept["usage"] = _stated(self.usage)
         if self.first_token_seconds is not None:
             kept["first_token_seconds"] = self.first_token_seconds
         return json.dumps(kept, ensure_ascii=False, default=asdict)

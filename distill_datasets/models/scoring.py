@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distill_datasets.models.tinker import Connection
 
 T = TypeVar("T")
+U = TypeVar("U")
 _AT_ONCE = 256  # conversations whose likelihoods are asked for together
 _NO_TOKEN = -9e4  # the SDK writes -99999 where there are fewer than k
 _LONGEST_END = 16  # tokens that end a message
@@ -98,6 +99,10 @@ class Pending(Generic[T]):
         with _explained(self._connection.reference):
             return self._read(sdk.wait(self._request, self._connection.ended))
 
+    def then(self, make: Callable[[T], U]) -> "Pending[U]":
+        """The same request, with something made of its result."""
+        return Pending(self._connection, self._request, lambda reply: make(self._read(reply)))
+
 
 class Scorer:
     """Scores with a connection's model; all requests may be in flight at once.
@@ -132,12 +137,12 @@ class Scorer:
         for row, tokens in enumerate(wanted):
             ids[row, : len(tokens)] = tokens
 
-        def read(found: NDArray[np.float64], _: Any) -> list[dict[int, float]]:
-            rows = zip(wanted, found.tolist(), strict=True)
+        def named(found: tuple[NDArray[np.float64], Any]) -> list[dict[int, float]]:
+            rows = zip(wanted, found[0].tolist(), strict=True)
             return [dict(zip(tokens, row, strict=False)) for tokens, row in rows]
 
         # The server scores tokens of the prompt, so a place needs a token there, whichever.
-        return self._chosen(context, [*path, wanted[-1][0]], ids, read)
+        return self.chosen(context, [*path, wanted[-1][0]], ids).then(named)
 
     def chosen(
         self, context: Sequence[int], response: Sequence[int], ids: NDArray[np.integer], k: int = 0
@@ -145,43 +150,28 @@ class Scorer:
         """The log-probabilities (N, K) of the tokens `ids` (N, K) at the response's N places, and
         the `k` likeliest there.
         """
-
-        def read(
-            found: NDArray[np.float64], reply: Any
-        ) -> tuple[NDArray[np.float64], Ranking | None]:
-            return found, self._scored(reply, response, k).ranking if k else None
-
-        likeliest = {"topk_prompt_logprobs": k, "prompt_logprobs_last_n": len(response)}
-        more = {"include_prompt_logprobs": True, **likeliest} if k else {}
-        return self._chosen(context, response, ids, read, **more)
-
-    def _chosen(  # noqa: PLR0913 (a request, and what else it asks for)
-        self,
-        context: Sequence[int],
-        response: Sequence[int],
-        ids: NDArray[np.integer],
-        read: Callable[[NDArray[np.float64], Any], T],
-        **more: Any,
-    ) -> Pending[T]:
         import tinker
 
         prompt = [*context, *response]
         targets = np.full((len(prompt) - 1, ids.shape[1]), _MISSING, np.int64)
         targets[-len(ids) :] = ids
 
-        def rows(scored: Any) -> T:
-            if scored.target_prompt_logprobs is None:
+        def read(reply: Any) -> tuple[NDArray[np.float64], Ranking | None]:
+            if reply.target_prompt_logprobs is None:
                 raise ModelError(
                     f"{self.connection.reference!r} gives no log-probabilities of chosen tokens: "
                     "train soft labels with labels='scored' and on-policy with top_k=0, or with "
                     "another teacher."
                 )
-            found = np.asarray(scored.target_prompt_logprobs.to_numpy(), np.float64)
-            return read(found.reshape(targets.shape)[-len(ids) :], scored)
+            found = np.asarray(reply.target_prompt_logprobs.to_numpy(), np.float64)
+            ranking = self._scored(reply, response, k).ranking if k else None
+            return found.reshape(targets.shape)[-len(ids) :], ranking
 
-        wanted = tinker.TensorData.from_numpy(targets)
-        request = self._ask(prompt, target_prompt_logprobs=wanted, **more)
-        return Pending(self.connection, request, rows)
+        likeliest = {"topk_prompt_logprobs": k, "prompt_logprobs_last_n": len(response)}
+        more = {"include_prompt_logprobs": True, **likeliest} if k else {}
+        chosen = tinker.TensorData.from_numpy(targets)
+        request = self._ask(prompt, target_prompt_logprobs=chosen, **more)
+        return Pending(self.connection, request, read)
 
     def _ask(self, prompt: Sequence[int], **wanted: Any) -> Any:
         import tinker
@@ -196,21 +186,14 @@ class Scorer:
             )
 
     def _scored(self, reply: Any, response: Sequence[int], k: int) -> Scored:
-        if reply.prompt_logprobs_np is None:
+        top = reply.topk_prompt_logprobs_np
+        if reply.prompt_logprobs_np is None or (k and (top is None or not top.token_ids.shape[-1])):
             raise ModelError(
-                f"{self.connection.reference!r} gives no log-probabilities of a prompt: train "
-                "with the objective 'sft', or with another teacher."
+                f"{self.connection.reference!r} gives no {'top-k ' if k else ''}log-probabilities "
+                "of a prompt: train with the objective 'sft', or with another teacher."
             )
         logprobs = np.asarray(reply.prompt_logprobs_np, np.float64)[-len(response) :]
-        if not k:
-            return Scored(logprobs)
-        top = reply.topk_prompt_logprobs_np
-        if top is None or not top.token_ids.shape[-1]:
-            raise ModelError(
-                f"{self.connection.reference!r} gives no top-k log-probabilities of a prompt: "
-                "train with the objective 'sft', or with another teacher."
-            )
-        return Scored(logprobs, Ranking.read(top, len(response)))
+        return Scored(logprobs, Ranking.read(top, len(response)) if k else None)
 
 
 def split_conversation(
@@ -276,7 +259,7 @@ def likelihoods(
     with Progress(title, len(conversations)) as progress:
         for first in range(0, len(conversations), _AT_ONCE):
             part = conversations[first : first + _AT_ONCE]
-            spans = [_span(connection, one) for one in part]
+            spans = [_judged_span(connection, one) for one in part]
             if spend:
                 spend([len(context) + len(answer) for context, answer in spans])
             pending = [scorer.read(context, answer) for context, answer in spans]
@@ -287,7 +270,7 @@ def likelihoods(
     return found
 
 
-def _span(connection: "Connection", judged: Judged) -> tuple[list[int], list[int]]:
+def _judged_span(connection: "Connection", judged: Judged) -> tuple[list[int], list[int]]:
     """The tokens before what is judged, and its own: at least one."""
     before, said = split_conversation(connection, judged.messages, judged.tools)
     if judged.ended:

@@ -254,9 +254,9 @@ def _refusal(reference: str, error: tinker.APIStatusError) -> ModelError | None:
         return AccessError(f"{reference!r}: the account is out of credit ({answer}).")
     if _lacks(error):
         return ModelError(
-            f"{reference!r}: the server has no endpoint {_endpoint(error)}, which is needed here "
-            f"({error.status_code}). Name another server of Tinker's protocol in {_ADDRESS}, or a "
-            "newer version of this one."
+            f"{reference!r}: the server has no endpoint {error.request.method} "
+            f"{error.request.url.path}, which is needed here ({error.status_code}). Name another "
+            f"server of Tinker's protocol in {_ADDRESS}, or a newer version of this one."
         )
     if isinstance(error, tinker.NotFoundError):
         return ModelError(f"{reference!r}: the server doesn't find what it was asked for: {answer}")
@@ -282,15 +282,11 @@ def all_explained(reference: str, *, refused: str, kept: str) -> Iterator[None]:
         ) from error
 
 
-def _endpoint(error: tinker.APIError) -> str:
-    """Method and path of the request that failed, as "POST /api/v1/asample"."""
-    return f"{error.request.method} {error.request.url.path}"
-
-
 def _answer(error: tinker.APIError) -> str:
     """The request that failed, and what came back."""
-    status = getattr(error, "status_code", None)
-    return f"{_endpoint(error)}: {f'{status}: ' if status else ''}{_said(error)}"
+    status, asked = getattr(error, "status_code", None), error.request
+    said = f"{status}: {_said(error)}" if status else _said(error)
+    return f"{asked.method} {asked.url.path}: {said}"
 
 
 def _said(error: tinker.APIError) -> str:
@@ -518,13 +514,23 @@ class TinkerSampler:
                 f"`sampling.extra`, found {sampling.extra}."
             )
         tokens = self._prompts.tokens(messages, sampling.tools)
+        # Not validated: a thousand numbers that are known to be numbers.
+        chunk = tinker.EncodedTextChunk.model_construct(tokens=tokens, type="encoded_text")
+        prompt = tinker.ModelInput.model_construct(chunks=[chunk])
         try:
             with self._standing.request(), explained(self.model), classified():
                 client = await self._client(sampling.json_schema)
                 request = client.sample(
-                    _model_input(tokens),
+                    prompt,
                     sampling.n,
-                    self._parameters(sampling),
+                    tinker.SamplingParams(
+                        max_tokens=sampling.max_tokens,
+                        temperature=sampling.temperature,
+                        top_p=sampling.top_p,
+                        top_k=sampling.top_k,
+                        seed=sampling.seed,
+                        stop=self._stops(sampling.stop),
+                    ),
                     topk_sample_logprobs=sampling.top_logprobs or 0,
                 )
                 async with asyncio.timeout(self.timeout):
@@ -562,16 +568,6 @@ class TinkerSampler:
         )
         return self.client
 
-    def _parameters(self, sampling: Sampling) -> tinker.SamplingParams:
-        return tinker.SamplingParams(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            stop=self._stops(sampling.stop),
-        )
-
     def _stops(self, texts: tuple[str, ...]) -> Any:
         """Where a server ends a sample. The protocol takes texts or tokens, not both, and only the
         server of a local model is known to find a control token by its text.
@@ -595,12 +591,6 @@ class TinkerSampler:
             reasoning=reasoning,
             logprobs=None if sampling.top_logprobs is None else _logprobs(sequence),
         )
-
-
-def _model_input(tokens: list[int]) -> tinker.ModelInput:
-    """Not validated: a thousand numbers that are known to be numbers."""
-    chunk = tinker.EncodedTextChunk.model_construct(tokens=tokens, type="encoded_text")
-    return tinker.ModelInput.model_construct(chunks=[chunk])
 
 
 def _logprobs(sequence: Any) -> Logprobs:

@@ -250,21 +250,6 @@ def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any,
         yield from _leaves(part, (*path, name))
 
 
-def _in_language(codes: Sequence[str], said: Said) -> bool | None:
-    return is_in_language(said.words, codes)
-
-
-def _calls(names: Sequence[str], said: Said) -> bool:
-    return said.called is not None and {*names} <= said.called
-
-
-def _never_calls(names: bool | Sequence[str], said: Said) -> bool:
-    called = said.called
-    if called is None:
-        return False
-    return not called if isinstance(names, bool) else not called & {*names}
-
-
 _MARKER = re.compile(
     r"^[ \t>]*(?:(?:[-*+•‣◦▪●○·–—]|\d{1,3}\.\)?|\(?(?:\d{1,3}|[A-Za-z])\))[ \t]+)+(?=\S)",
     re.MULTILINE,
@@ -431,9 +416,12 @@ _KINDS: Mapping[str, Callable[[Any, Said], bool | None]] = {
     "contains_any": lambda texts, said: any(_occurring(texts, said)),
     "contains_reference": _contains_reference,
     "never": lambda texts, said: not any(_occurring(texts, said)),
-    "language": _in_language,
+    "language": lambda codes, said: is_in_language(said.words, codes),
     "choices": lambda choices, said: said.answer in choices,
-    "calls": _calls,
-    "never_calls": _never_calls,
+    "calls": lambda names, said: said.called is not None and {*names} <= said.called,
+    "never_calls": lambda names, said: (
+        said.called is not None
+        and not (said.called if names is True else said.called.intersection(names))
+    ),
     "ends": lambda wanted, said: said.stop_reason == "stop",
 }

@@ -310,20 +310,15 @@ def _hint(problem: Any, root: yaml.Node) -> str:
 
 
 def _keys_at(location: Sequence[str | int]) -> list[str]:
+    """The keys of the section at a place, through annotations such as `Judge | None`."""
     model: type[BaseModel] = Recipe
     for part in location:
         if isinstance(part, str):
-            model = _section(model.model_fields[part].annotation)
+            kind = model.model_fields[part].annotation
+            kinds = (one for one in (kind, *get_args(kind)) if isinstance(one, type))
+            model = next(one for one in kinds if issubclass(one, BaseModel))
     fields = model.model_fields.items()
     return [field.alias or name for name, field in fields if not field.exclude]
-
-
-def _section(annotation: Any) -> type[BaseModel]:
-    """The section in an annotation such as `Judge | None` or `tuple[Teacher, ...]`."""
-    for found in (annotation, *get_args(annotation)):
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            return found
-    raise TypeError(f"{annotation} holds no section")
 
 
 def new_recipe(name: str, folder: Path | None = None, *, like: str = "labels") -> Path:
@@ -359,9 +354,10 @@ def new_recipe(name: str, folder: Path | None = None, *, like: str = "labels") -
 
 def samples_among(queries: Iterable[str], prompt: str) -> list[str]:
     """Those of the queries that `new` wrote for its own prompt, where the recipe has another."""
-    known = [texts for sample, texts in map(_sample_texts, TEMPLATES) if sample != prompt]
-    own = [texts for sample, texts in map(_sample_texts, TEMPLATES) if sample == prompt]
-    others = frozenset(chain(*known)) - frozenset(chain(*own))
+    own, others = set[str](), set[str]()
+    for sample, texts in map(_sample_texts, TEMPLATES):
+        (own if sample == prompt else others).update(texts)
+    others -= own
     return [query for query in queries if query in others]
 
 

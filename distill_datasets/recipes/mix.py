@@ -64,7 +64,12 @@ def draw_mix(recipe: Recipe, queries: "Dataset", own: int) -> "list[Dataset]":
     taken, found = {*_keys_of(recipe, queries)} if recipe.mix else set(), []
     for part in recipe.mix:
         wanted = max(round(own * part.share / left), 1) if own else 0
-        rows = nsmallest(wanted, _new_rows(recipe, part, taken), key=lambda row: _rank(row.query))
+        # By hashes of their own, which say nothing about the splits of queries.
+        rows = nsmallest(
+            wanted,
+            _new_rows(recipe, part, taken),
+            key=lambda row: sha256(f"mix\n{row.query}".encode()).digest(),
+        )
         taken |= {_key(mixed_messages(row.query)) for row in rows}
         if len(rows) < wanted:
             warn(
@@ -125,11 +130,6 @@ def _keys_of(recipe: Recipe, queries: "Dataset") -> Iterator[int]:
 
 def _key(messages: Sequence[Message]) -> int:
     return int(sha256(to_text(messages).encode()).hexdigest()[:16], 16)
-
-
-def _rank(query: str) -> bytes:
-    """A row's place in the draw, which says nothing about the splits of queries."""
-    return sha256(f"mix\n{query}".encode()).digest()
 
 
 def _new_rows(recipe: Recipe, part: MixPart, taken: Collection[int]) -> Iterator[MixRow]:

@@ -34,14 +34,6 @@ _PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]])*\]|\{(\d*)(?:,(\d*))?\}|.", re.D
 _deadline: ContextVar[float] = ContextVar("deadline")
 
 
-@dataclass(frozen=True, slots=True)
-class Parsed:
-    """Exactly one of the two is set."""
-
-    answer: str | None = None
-    rejection: str | None = None
-
-
 class Reading(NamedTuple):
     """What became of a text: an answer and the response that is made of it, or a rejection."""
 
@@ -94,24 +86,24 @@ class Reader:
         known = [one["function"] for one in json.loads(self.tools or "[]")]
         return {one["name"]: _open_validator(one["parameters"]) for one in known}
 
-    def read(self, text: str, stop_reason: str) -> Parsed:
+    def read(self, text: str, stop_reason: str) -> Reading:
         """The answer in `text`; a response cut off by the token limit is never an answer.
 
         What takes a pattern or a schema longer than a second is a rejection that says so.
         """
         if stop_reason == "length":
-            return Parsed(rejection=TRUNCATED)
+            return Reading(rejection=TRUNCATED)
         if not text.strip():
-            return Parsed(rejection=EMPTY)
+            return Reading(rejection=EMPTY)
         try:
             if self.tools is not None:
                 return self._read_calls(text)
             found = self._found(text.strip())
             if not found:
-                return Parsed(rejection=UNPARSABLE)
+                return Reading(rejection=UNPARSABLE)
             return self._chosen(found) if self.json_schema is None else self._read_json(found)
         except TimeoutError as error:
-            return Parsed(rejection=f"{error} of recipe {self.recipe!r} took over {_SECONDS:g} s")
+            return Reading(rejection=f"{error} of recipe {self.recipe!r} took over {_SECONDS:g} s")
 
     def confidence(self, text: str, path: str) -> float | None:
         """The number from 0 to 1 at `path` (`a.b` lies within `a`) of the JSON in a text.
@@ -134,40 +126,40 @@ class Reader:
         match = next(find_all(self.pattern, text), None)
         return match["answer"].strip() if match and match["answer"] else None
 
-    def _chosen(self, answer: str) -> Parsed:
+    def _chosen(self, answer: str) -> Reading:
         answer = whole_text(answer)
         if self.choices and answer not in self.choices:
-            return Parsed(rejection=OUTSIDE_CHOICES)
-        return Parsed(answer=answer)
+            return Reading(rejection=OUTSIDE_CHOICES)
+        return Reading(answer)
 
-    def _read_json(self, text: str) -> Parsed:
+    def _read_json(self, text: str) -> Reading:
         try:
             value = _load(text)
         except (ValueError, RecursionError):
-            return Parsed(rejection=UNPARSABLE)
+            return Reading(rejection=UNPARSABLE)
         if not _fits(value, self._validator):
-            return Parsed(rejection=OFF_SCHEMA)
-        for name in self.field.split(".") if self.field else ():
+            return Reading(rejection=OFF_SCHEMA)
+        for name in _names(self.field):
             if not isinstance(value, dict) or name not in value:
-                return Parsed(rejection=OFF_SCHEMA)
+                return Reading(rejection=OFF_SCHEMA)
             value = value[name]
         if value is None or (isinstance(value, str) and not value.strip()):
-            return Parsed(rejection=EMPTY)
+            return Reading(rejection=EMPTY)
         return self._chosen(self.write(value))
 
-    def _read_calls(self, text: str) -> Parsed:
+    def _read_calls(self, text: str) -> Reading:
         try:
             _, calls = split_calls(text)
         except (ValueError, RecursionError):
-            return Parsed(rejection=UNPARSABLE)
+            return Reading(rejection=UNPARSABLE)
         if self.untyped:
             calls = fitted_calls(calls, self.tools or "[]")
         if any(call.name not in self._tools for call in calls):
-            return Parsed(rejection=UNKNOWN_TOOL)
+            return Reading(rejection=UNKNOWN_TOOL)
         fits = (_fits(dict(one.arguments), self._tools[one.name]) for one in calls)
         if not all(_storable(one.arguments) for one in calls) or not all(fits):
-            return Parsed(rejection=OFF_SCHEMA)
-        return Parsed(answer=calls_text(calls))
+            return Reading(rejection=OFF_SCHEMA)
+        return Reading(calls_text(calls))
 
     def write(self, value: Any) -> str:
         """A value as answers are written, so that equal ones are equal as text.
@@ -179,7 +171,7 @@ class Reader:
         if isinstance(value, str):
             return value.strip()
         schema = self._schema
-        for name in self.field.split(".") if self.field else ():
+        for name in _names(self.field):
             schema = _property(schema, name)
         return json.dumps(_canonical(value, schema), ensure_ascii=False, default=str)
 
@@ -377,9 +369,6 @@ def _unique_items(validator: Any, wanted: Any, value: Any, schema: Any) -> Itera
 def check_schema(schema: Mapping[str, Any], field: str | None = None) -> None:
     """Raise `ValueError` for what is no JSON schema, or has no such `field`."""
     from jsonschema.validators import Draft202012Validator, validator_for
-    from referencing import Registry
-    from referencing.exceptions import Unresolvable
-    from referencing.jsonschema import DRAFT202012
 
     kind = validator_for(schema, default=Draft202012Validator)
     rules = _in_time_class(kind)(kind.META_SCHEMA, format_checker=kind.FORMAT_CHECKER)
@@ -390,36 +379,39 @@ def check_schema(schema: Mapping[str, Any], field: str | None = None) -> None:
         raise ValueError(f"{slow} takes over {_CHECKING:g} s to be checked: simplify it") from slow
     if error is not None:
         raise ValueError(f"not a JSON schema: at {error.json_path}, {error.message}")
-    whole = DRAFT202012.create_resource(schema)
+    _check_keywords(schema)
+    for name in _names(field):
+        known = schema.get("properties")
+        if isinstance(known, Mapping) and name not in known:
+            raise ValueError(f"field {field!r}: the schema has no {name!r}, only {sorted(known)}")
+        schema = _property(schema, name)
+
+
+def _check_keywords(schema: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for what is a schema, and can't be checked within bounds or at all."""
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012
+
+    whole, used = DRAFT202012.create_resource(schema), set[str]()
     place = whole.id() or ""
     resolver = Registry().with_resource(place, whole).resolver(place)
     for key, value in _keywords(schema):
-        for pattern in _patterns(key, value):
-            check_pattern(pattern)
-        if key == "$ref" and isinstance(value, str):
+        used.add(key)
+        if key == "patternProperties" and isinstance(value, Mapping):
+            for pattern in value:
+                check_pattern(pattern)
+        elif key == "pattern" and isinstance(value, str):
+            check_pattern(value)
+        elif key == "$ref" and isinstance(value, str):
             try:
                 resolver.lookup(value)
             except Unresolvable as error:
                 raise ValueError(
                     f"the schema refers to {value!r}, which it lacks; define it under $defs"
                 ) from error
-    if {key for key, _ in _keywords(schema)} >= {"patternProperties", "unevaluatedProperties"}:
+    if used >= {"patternProperties", "unevaluatedProperties"}:
         raise ValueError("patternProperties and unevaluatedProperties can't be used together")
-    _check_field(schema, field)
-
-
-def _patterns(key: str, value: Any) -> list[str]:
-    if key == "pattern" and isinstance(value, str):
-        return [value]
-    return list(value) if key == "patternProperties" and isinstance(value, Mapping) else []
-
-
-def _check_field(schema: Any, field: str | None) -> None:
-    for name in field.split(".") if field else ():
-        known = schema.get("properties")
-        if isinstance(known, Mapping) and name not in known:
-            raise ValueError(f"field {field!r}: the schema has no {name!r}, only {sorted(known)}")
-        schema = _property(schema, name)
 
 
 def _keywords(schema: Any) -> Iterator[tuple[str, Any]]:
@@ -431,6 +423,11 @@ def _keywords(schema: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(schema, Sequence) and not isinstance(schema, str):
         for part in schema:
             yield from _keywords(part)
+
+
+def _names(path: str | None) -> list[str]:
+    """The names in a path: `a.b` lies within `a`."""
+    return path.split(".") if path else []
 
 
 def _property(schema: Any, name: str) -> Any:

@@ -145,20 +145,16 @@ def _failed(
     )
 
 
-def check_template(text: str, known: set[str], where: str) -> None:
-    """Raise `ValueError` for what is no template, or takes a name that is not `known`."""
+def check_fields(text: str, known: set[str], where: str, *, expression: bool = False) -> None:
+    """Raise `ValueError` for what is no template (or expression), or takes an unknown name."""
     try:
-        _check_fields(fields_of(text), known, where)
+        found = fields_of_expression(text) if expression else fields_of(text)
     except (TemplateError, RecursionError) as error:
-        raise ValueError(f"{where} is not a Jinja template: {error}") from error
-
-
-def check_expression(text: str, known: set[str], where: str) -> None:
-    """Raise `ValueError` for what is no expression, or takes a name that is not `known`."""
-    try:
-        _check_fields(fields_of_expression(text), known, where)
-    except (TemplateError, RecursionError) as error:
-        raise ValueError(f"{where} is not a Jinja expression: {error}") from error
+        kind = "expression" if expression else "template"
+        raise ValueError(f"{where} is not a Jinja {kind}: {error}") from error
+    for field in sorted(found - known):
+        hint = nearest(field, sorted(known))
+        raise ValueError(f"{where} uses the unknown field {field!r}.{hint} Known: {sorted(known)}")
 
 
 def check_placeholders(prompt: str, known: Collection[str]) -> None:
@@ -176,12 +172,6 @@ def check_placeholders(prompt: str, known: Collection[str]) -> None:
             "prompt.md uses the query in a Jinja template: write 'template: jinja' to have it "
             "filled, or 'template: text' to send it as it is written"
         )
-
-
-def _check_fields(found: set[str], known: set[str], where: str) -> None:
-    for field in sorted(found - known):
-        hint = nearest(field, sorted(known))
-        raise ValueError(f"{where} uses the unknown field {field!r}.{hint} Known: {sorted(known)}")
 
 
 @cache
@@ -324,16 +314,15 @@ class Canary:
 
 def canaries_of(name: str, count: int) -> list[Canary]:
     """The sentences for a recipe's name: the same each time, and other secrets for another name."""
-    return [_canary(name, number) for number in range(1, count + 1)]
-
-
-def _canary(name: str, number: int) -> Canary:
-    random, names = Random(f"{name} {number}"), dict[str, None]()
-    while len(names) <= OTHERS:
-        names["-".join("".join(random.choices(_SYLLABLES, k=2)) for _ in range(3))] = None
-    secret, *rest = names
-    what = f"the access word of depot {number}"
-    return Canary(f"T{what[1:]} is {secret}.", f"What is {what}?", secret, tuple(rest))
+    found = []
+    for number in range(1, count + 1):
+        random, names = Random(f"{name} {number}"), dict[str, None]()
+        while len(names) <= OTHERS:
+            names["-".join("".join(random.choices(_SYLLABLES, k=2)) for _ in range(3))] = None
+        secret, *rest = names
+        what = f"the access word of depot {number}"
+        found.append(Canary(f"T{what[1:]} is {secret}.", f"What is {what}?", secret, tuple(rest)))
+    return found
 
 
 def plant(prompt: str, canaries: Sequence[Canary]) -> str:

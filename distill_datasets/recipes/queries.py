@@ -354,7 +354,13 @@ def read_source(spec: Queries, home: Path, wanted: Collection[str] | None = None
     if spec.hub:
         folder = fetch_dataset(f"{spec.hub}@{spec.revision}", spec.config).path
     else:
-        folder = _local(spec.path or "")
+        # By name `datasets` would take whatever version of a Hub dataset it finds.
+        folder = Path(spec.path or "").expanduser()
+        if not folder.exists():
+            raise RecipeError(
+                f"There is no folder {spec.path!r}, which the recipe names as `queries.path`. A "
+                "dataset on the Hub is named by `queries.hub` and pinned by `queries.revision`."
+            )
         if folder.is_file():
             return _file_rows(spec, folder, spec.sha256, wanted)
     return _dataset_rows(spec, folder, wanted)
@@ -392,17 +398,6 @@ def _dataset_rows(spec: Queries, folder: Path, wanted: Collection[str] | None) -
         [named_classes(dict(row), labels) for row in piece.to_pylist()]
         for piece in rows.with_format("arrow").iter(batch_size=ROWS)
     )
-
-
-def _local(path: str) -> Path:
-    """By name `datasets` would take whatever version of a Hub dataset it finds."""
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        raise RecipeError(
-            f"There is no folder {path!r}, which the recipe names as `queries.path`. A dataset on "
-            "the Hub is named by `queries.hub` and pinned by `queries.revision`."
-        )
-    return folder
 
 
 def _in_package(package: str, member: str) -> Path:

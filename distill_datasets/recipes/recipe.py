@@ -35,9 +35,8 @@ from distill_datasets.recipes.checks import (
 from distill_datasets.recipes.keys import METRICS, RecipeKeys
 from distill_datasets.recipes.parsing import Reader, Reading
 from distill_datasets.recipes.prompt import (
-    check_expression,
+    check_fields,
     check_placeholders,
-    check_template,
     fields_of,
     fields_of_expression,
     fill,
@@ -138,15 +137,15 @@ class Recipe(RecipeKeys):
         if "query" in self.variables:
             raise ValueError("variables can't name the query; choose another name")
         if self.verifier is not None:
-            check_expression(self.verifier, _VERIFIED, "verifier")
+            check_fields(self.verifier, _VERIFIED, "verifier", expression=True)
         if self.judge:
-            check_template(self.judge_prompt, _JUDGED, self.judge.prompt)
+            check_fields(self.judge_prompt, _JUDGED, self.judge.prompt)
         known = {"query", *self.variables}
         if self.template == "jinja":
-            check_template(self.prompt, known, "prompt.md")
+            check_fields(self.prompt, known, "prompt.md")
         elif self.template is None and not self.members:
             check_placeholders(self.prompt, known)
-        check_template(self.response, {"answer", "text"}, "response")
+        check_fields(self.response, {"answer", "text"}, "response")
         return self
 
     @model_validator(mode="after")

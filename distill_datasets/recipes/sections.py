@@ -305,10 +305,9 @@ class SamplingSection(Section):
     def parameters(self, json_schema: str | None = None, tools: str | None = None) -> Sampling:
         """As the protocol takes it."""
         fields = self.model_dump(exclude={"extra"})
-        extra = None
         if self.extra is not None:
-            extra = json.dumps(self.extra, sort_keys=True, ensure_ascii=False)
-        return Sampling(**fields, json_schema=json_schema, extra=extra, tools=tools)
+            fields["extra"] = json.dumps(self.extra, sort_keys=True, ensure_ascii=False)
+        return Sampling(**fields, json_schema=json_schema, tools=tools)
 
 
 class Examples(Section):
@@ -444,14 +443,11 @@ class Check(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        if len(self.model_fields_set - {*_CHECK_FACTS}) != 1:
-            kinds = sorted(
-                field.alias or name
-                for name, field in type(self).model_fields.items()
-                if name not in _CHECK_FACTS
-            )
-            found = sorted(self.model_fields_set - {*_CHECK_FACTS})
-            raise ValueError(f"expected exactly one of {kinds}; found {found}")
+        said = self.model_fields_set - {*_CHECK_FACTS}
+        if len(said) != 1:
+            fields = type(self).model_fields.items()
+            kinds = (field.alias or name for name, field in fields if name not in _CHECK_FACTS)
+            raise ValueError(f"expected exactly one of {sorted(kinds)}; found {sorted(said)}")
         if isinstance(self.json_form, dict):
             check_schema(self.json_form)
         if unknown := sorted({*(self.language or ())} - LANGUAGES):

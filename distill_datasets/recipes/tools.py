@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 from warnings import warn
 
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
+
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.parsing import check_schema
 from distill_datasets.recipes.user_files import read_text, read_yaml
@@ -27,11 +31,7 @@ def read_tools(path: Path) -> str:
     """
     if not path.is_file():
         raise RecipeError(f"The recipe names the tools {path.name!r}, which isn't there.")
-    text = read_text(path, limit=_LIMIT)
-    try:
-        given = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{str(path)!r} is not JSON: {error}.") from error
+    given = _read_json(path, _LIMIT)
     if not isinstance(given, list) or not given:
         raise RecipeError(
             f"{str(path)!r}: expected a list of tools in OpenAI's form, found {given!r:.200}. "
@@ -100,46 +100,45 @@ def import_tools(source: Path) -> list[dict[str, Any]]:
     """
     if not source.is_file():
         raise RecipeError(f"There is no file {str(source)!r} to import tools from.")
-    given = _document(source)
+    if source.suffix.lower() in (".yaml", ".yml"):
+        given: Any = read_yaml(source, limit=_DOCUMENT)
+    else:
+        given = _read_json(source, _DOCUMENT)
     if isinstance(given, Mapping) and isinstance(given.get("result"), Mapping):
         given = given["result"]
     if isinstance(given, Mapping) and isinstance(given.get("paths"), Mapping):
         found = list(_operations(given))
-    elif isinstance(given, Mapping) and isinstance(given.get("tools"), list):
-        if given.get("nextCursor"):
-            warn(
-                f"{str(source)!r} is one page of the server's list: more tools come with its "
-                f"cursor {str(given['nextCursor'])[:80]!r}. Put all pages' `tools` into one list.",
-                stacklevel=2,
-            )
-        found = [_listed(one) for one in given["tools"]]
-    elif isinstance(given, list):
-        found = [_listed(one) for one in given]
     else:
-        raise RecipeError(
-            f"{str(source)!r}: expected an OpenAPI document (with paths) or a list of tools, as an "
-            f"MCP server's tools/list answers; found {_outline(given)}."
-        )
+        found = [_listed(one) for one in _list_in(given, source)]
     if not found:
         raise RecipeError(f"{str(source)!r} has no tools.")
     return checked_tools(found, str(source))
 
 
-def _outline(value: Any) -> str:
-    return (
-        f"the keys {sorted(map(str, value))[:20]}"
-        if isinstance(value, Mapping)
-        else repr(value)[:200]
-    )
+def _list_in(given: Any, source: Path) -> Sequence[Any]:
+    """The list of tools that a file is, or that it has under `tools`."""
+    listed = given.get("tools") if isinstance(given, Mapping) else given
+    if not isinstance(listed, list):
+        found = f"the keys {sorted(map(str, given))}" if isinstance(given, Mapping) else repr(given)
+        raise RecipeError(
+            f"{str(source)!r}: expected an OpenAPI document (with paths) or a list of tools, as an "
+            f"MCP server's tools/list answers; found {found:.200}."
+        )
+    if isinstance(given, Mapping) and given.get("nextCursor"):
+        warn(
+            f"{str(source)!r} is one page of the server's list: more tools come with its cursor "
+            f"{str(given['nextCursor'])[:80]!r}. Put all pages' `tools` into one list.",
+            stacklevel=3,
+        )
+    return listed
 
 
-def _document(path: Path) -> Any:
-    if path.suffix.lower() in (".yaml", ".yml"):
-        return read_yaml(path, limit=_DOCUMENT)
-    text = read_text(path, limit=_DOCUMENT)
+def _read_json(path: Path, limit: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(read_text(path, limit=limit))
     except (ValueError, RecursionError) as error:
+        if isinstance(error, RecipeError):
+            raise
         raise RecipeError(f"{str(path)!r} is not JSON: {error}. YAML ends in .yaml.") from error
 
 
@@ -224,13 +223,7 @@ def _first(contents: Any) -> Mapping[str, Any]:
 _SIMPLE = ("type", "format", "enum", "default", "items", "minimum", "maximum", "pattern")
 # What a schema of OpenAPI has and a JSON schema doesn't, or that says nothing to a model.
 _LEFT_OUT = (
-    "example",
-    "examples",
-    "xml",
-    "externalDocs",
-    "discriminator",
-    "nullable",
-    "deprecated",
+    *("example", "examples", "xml", "externalDocs", "discriminator", "nullable", "deprecated"),
 )
 
 
@@ -244,7 +237,9 @@ class _Resolver:
     """Follows the references within an OpenAPI document."""
 
     def __init__(self, document: Mapping[str, Any]) -> None:
-        self._document = document
+        self._resolver = (
+            Registry().with_resource("", DRAFT202012.create_resource(document)).resolver()
+        )
         self._schemas: Mapping[str, Any] = {
             **(document.get("definitions") or {}),
             **((document.get("components") or {}).get("schemas") or {}),
@@ -253,17 +248,15 @@ class _Resolver:
     def whole(self, part: Any) -> Mapping[str, Any]:
         """What a part of the document is, where it may be a reference to another."""
         for _ in range(10):
-            reference = part.get("$ref") if isinstance(part, Mapping) else None
-            if not isinstance(reference, str):
+            if not isinstance(part, Mapping) or not isinstance(part.get("$ref"), str):
                 return part if isinstance(part, Mapping) else {}
-            part = self._document
-            for name in reference.removeprefix("#/").split("/"):
-                name = name.replace("~1", "/").replace("~0", "~")
-                part = part.get(name) if isinstance(part, Mapping) else None
-            if part is None or not reference.startswith("#/"):
+            try:
+                part = self._resolver.lookup(part["$ref"]).contents
+            except Unresolvable as error:
                 raise RecipeError(
-                    f"The document refers to {reference!r}, which isn't in it: bundle it into one."
-                )
+                    f"The document refers to {part['$ref']!r}, which isn't in it: bundle it into "
+                    "one."
+                ) from error
         raise RecipeError("The document's references go in a circle.")
 
     def schema(self, given: Any) -> Any:
@@ -309,25 +302,23 @@ class _Resolver:
     def definitions(self, schema: Any) -> dict[str, Any]:
         """Every schema that this one refers to, directly or not."""
         found: dict[str, Any] = {}
-        waiting = _references(schema)
+        waiting = [schema]
         while waiting:
-            name = waiting.pop()
-            if name in found:
-                continue
-            if name not in self._schemas:
-                raise RecipeError(f"The document refers to the schema {name!r}, which it lacks.")
-            found[name] = self.schema(self._schemas[name])
-            waiting += _references(found[name])
+            for name in _references(waiting.pop()):
+                if name not in self._schemas:
+                    raise RecipeError(
+                        f"The document refers to the schema {name!r}, which it lacks."
+                    )
+                if name not in found:
+                    found[name] = self.schema(self._schemas[name])
+                    waiting.append(found[name])
         return dict(sorted(found.items()))
 
 
-def _references(schema: Any) -> list[str]:
-    if isinstance(schema, list):
-        return [name for one in schema for name in _references(one)]
-    if not isinstance(schema, Mapping):
-        return []
-    own = schema.get("$ref")
-    return [
-        *([own.rsplit("/", 1)[-1]] if isinstance(own, str) else []),
-        *(name for value in schema.values() for name in _references(value)),
-    ]
+def _references(schema: Any) -> Iterator[str]:
+    """The names of the schemas that one refers to."""
+    if isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str):
+        yield schema["$ref"].rsplit("/", 1)[-1]
+    parts = schema.values() if isinstance(schema, Mapping) else schema
+    for part in parts if isinstance(schema, Mapping | list) else ():
+        yield from _references(part)
