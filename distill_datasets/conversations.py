@@ -31,7 +31,13 @@ _ROLES = {
 _CALLING = ("function_call", "tool_call")  # roles of the assistant's messages that are calls
 _JSON = re.compile(r"\s*(\{|\[\s*[\[{\]\"])")
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+# Columns of chat datasets.
+PAIRS, WHOLE = (("query", "response"), ("prompt", "completion")), ("messages", "conversations")
 PYTHON_WORDS = {"True": True, "False": False, "None": None}  # as formats write Python's values
+_KINDS: Mapping[type, set[str]] = {
+    **{bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}, str: {"string"}},
+    **{type(None): {"null"}, list: {"array"}, dict: {"object"}},
+}
 _ANSWER = re.compile(
     r"\s*<tool_response>\s*((?:(?!<tool_response>).)*?)\s*</tool_response>\s*", re.S
 )
@@ -174,11 +180,8 @@ def _types(schema: Any) -> set[str]:
 
 
 def _kinds(value: Any) -> set[str]:
-    if isinstance(value, float) and value.is_integer():
-        return {"integer", "number"}
-    found = {bool: ["boolean"], int: ["integer", "number"], float: ["number"], str: ["string"]}
-    found |= {type(None): ["null"], list: ["array"], dict: ["object"]}
-    return {*found.get(type(value), [])}
+    whole = isinstance(value, float) and value.is_integer()
+    return _KINDS[int] if whole else _KINDS.get(type(value), set())
 
 
 def plain_value(text: str) -> Any:
@@ -412,9 +415,8 @@ def _said(given: Mapping[str, Any], role: str, calling: bool) -> tuple[str, Any]
 
 def _with_ids(calls: Any) -> list[dict[str, Any]]:
     """Calls with the ids that they have, or an empty one."""
-    given = json.loads(calls) if isinstance(calls, str) else calls
-    given = [given] if isinstance(given, Mapping | Call) else given
-    given = [json.loads(one) if isinstance(one, str) else one for one in given]
+    given = _decoded(calls)
+    given = [*map(_decoded, [given] if isinstance(given, Mapping | Call) else given)]
     read: list[Call] = [one if isinstance(one, Call) else _call(one) for one in given]
     for one in read:
         _check_numbers(one.arguments)
@@ -423,6 +425,10 @@ def _with_ids(calls: Any) -> list[dict[str, Any]]:
         known = old.get("id") if isinstance(old, Mapping) else None
         call["id"] = known if isinstance(known, str) else ""
     return made
+
+
+def _decoded(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def _numbered(messages: list[Message]) -> list[Message]:
@@ -455,11 +461,6 @@ def _content(content: Any, role: str, *, empty: bool) -> str:
     if role == "tool":  # what a tool returns is any JSON value
         return whole_text(json.dumps(content, ensure_ascii=False))
     raise ValueError(f"expected text as content, found {content!r:.200}")
-
-
-# Columns of chat datasets.
-PAIRS = (("query", "response"), ("prompt", "completion"))
-WHOLE = ("messages", "conversations")
 
 
 class Conversation(NamedTuple):
@@ -563,10 +564,7 @@ def tools_in(value: Any) -> str | None:
         value = json.loads(value) if value.strip() else None
     if not value:
         return None
-    found = [
-        json.loads(one) if isinstance(one, str) else one
-        for one in (value if isinstance(value, list) else [value])
-    ]
+    found = [*map(_decoded, value if isinstance(value, list) else [value])]
     functions = [one.get("function", one) if isinstance(one, Mapping) else one for one in found]
     if not all(isinstance(one, Mapping) and isinstance(one.get("name"), str) for one in functions):
         raise ValueError(f"expected a list of tools, each with a name; found {value!r:.200}")

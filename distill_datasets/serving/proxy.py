@@ -571,6 +571,7 @@ class Monitor:
         """The stage, its evidence, and the changes of stage, on one page."""
         stage, found, rules = self.rollout.stage, self.rollout.evidence, self.rollout.rules
         (low, high), usual = found.interval, self.rollout.judgement.usual
+        labels, ratio = usual.labels, usual.length_ratio
         odd = ", ".join(f"{name} {count:,}" for name, count in sorted(found.odd.items()))
         facts = {
             "stage": f"{stage.name}: {stage.share:.0%} of the traffic, {stage.shadow:.0%} shadowed",
@@ -578,12 +579,11 @@ class Monitor:
             f"(at least {rules.least:.3f}; held-out rows had {rules.expected:.3f})",
             "answers of the student": f"{found.answers:,} of {found.requests:,} requests",
             "odd answers": odd or "none",
-            "labels, against held-out rows": usual.labels
-            and "{:.3f} of the shares lie elsewhere; chance alone makes about {:.3f}".format(
-                *usual.labels
-            ),
-            "length, against held-out rows": usual.length_ratio
-            and f"{usual.length_ratio:.2f} times",
+            "labels, against held-out rows": None
+            if labels is None
+            else f"{labels[0]:.3f} of the shares lie elsewhere; chance alone makes about "
+            f"{labels[1]:.3f}",
+            "length, against held-out rows": None if ratio is None else f"{ratio:.2f} times",
             "spent on shadowing": f"{self.rollout.spent:.4f}",
         }
         moves = reversed(read_lines(self.rollout.folder / MOVES)[-_SHOWN_MOVES:])

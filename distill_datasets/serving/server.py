@@ -290,16 +290,16 @@ _EXPLAINED = (
     RecursionError,
 )
 # What an error of ours is in the protocol: a status, a type and a code.
-_MEANINGS: Sequence[tuple[type[Exception], tuple[int, str, str | None]]] = (
-    (MissingError, (404, INVALID, "model_not_found")),
-    (RetryableError, (429, "rate_limit_error", "rate_limit_exceeded")),
-    (ServiceError, (500, "server_error", None)),
-    (DistillError, (400, INVALID, None)),
+_MEANINGS: Sequence[tuple[type[Exception], int, str, str | None]] = (
+    (MissingError, 404, INVALID, "model_not_found"),
+    (RetryableError, 429, "rate_limit_error", "rate_limit_exceeded"),
+    (ServiceError, 500, "server_error", None),
+    (DistillError, 400, INVALID, None),
 )
 
 
 def _explained(error: Exception) -> web.Response:
-    for kind, (status, name, code) in _MEANINGS:
+    for kind, status, name, code in _MEANINGS:
         if isinstance(error, kind):
             return refused(status, str(error), kind=name, code=code)
     if isinstance(error, web.HTTPRequestEntityTooLarge):
