@@ -21,7 +21,8 @@ from distill_datasets.evaluation.latency import (
     UNCACHED,
     latency_note,
     measure_latency,
-    timed_systems,
+    percentiles,
+    timed_requests,
 )
 from distill_datasets.evaluation.metrics import Metrics
 from distill_datasets.evaluation.money import SpendingRecord, money
@@ -37,6 +38,7 @@ from distill_datasets.evaluation.systems import (
     explained,
     find_training,
     greedy,
+    members_of,
     open_meter,
     open_systems,
     read_held_out,
@@ -56,7 +58,7 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient
 from distill_datasets.generation.pricing import Meter, Prices
 from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.generation.teachers import Answerer, PromptedModel
+from distill_datasets.generation.teachers import Answerer
 from distill_datasets.models.sampler import Sampler, digest
 from distill_datasets.progress import interruptible
 from distill_datasets.recipes.recipe import Recipe
@@ -171,8 +173,7 @@ def _open_writer(named: str | None, teacher: Answerer) -> Sampler | None:
 
     if named != "teacher":
         return open_sampler(named) if named else None
-    members = [teacher] if isinstance(teacher, PromptedModel) else teacher.members
-    return members[0].sampler
+    return members_of(teacher)[0].sampler
 
 
 @dataclass
@@ -271,8 +272,8 @@ class _Measuring:
             requests = self.judge.most_requests(self.systems, rows)
             parts.append(f"at most {requests:,} requests go to the judge")
         if self.settings.latency:
-            timed = timed_systems(self.held_out, self.systems)
-            requests = sum(len(one.requests) for one in timed.values())
+            timed = timed_requests(self.held_out, self.systems)
+            requests = sum(map(len, timed.values()))
             parts.append(f"at most {requests:,} requests time some of them")
         return f"then {', and '.join(parts)}." if parts else ""
 
@@ -417,12 +418,12 @@ class _Measuring:
 
     def _times(self, seconds: float) -> dict[str, Any]:
         """The keys of a report that timing decides; the answers took so many seconds."""
-        timed, data = timed_systems(self.held_out, self.systems, self.meter), self.data
+        timed, data = timed_requests(self.held_out, self.systems, self.meter), self.data
         try:
-            found = measure_latency(timed, seconds=max(_LEAST_SECONDS, seconds / _SHARE))
+            times = measure_latency(timed, seconds=max(_LEAST_SECONDS, seconds / _SHARE))
         except BudgetReached as error:
             return {"notes": [*data["notes"], f"Not timed: {error}"]}
-        latency = found.milliseconds
+        latency = {name: percentiles(found) for name, found in times.items()}
         systems = {
             name: {**one, **({"latency_ms": latency[name]} if name in latency else {})}
             for name, one in data["systems"].items()
@@ -435,7 +436,7 @@ class _Measuring:
                 "teacher": latency["teacher"]["p50"] / each,
                 "teacher_uncached": latency[UNCACHED]["p50"] / each,
             },
-            "notes": [*data["notes"], latency_note(found)],
+            "notes": [*data["notes"], latency_note(times)],
             "timed": True,
         }
 

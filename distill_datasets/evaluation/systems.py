@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,28 +105,37 @@ def read_held_out(dataset: str | Path, *, split: str, limit: int | None = None) 
             "recipe/prompt.md, which say how the teacher is asked. Publish it again."
         )
     recipe = load_recipe(folder / "recipe", trust=True)
+    asked = _queries(folder, split, recipe, known=manifest["splits"])[:limit]
+    if recipe.turns == "all":  # one answer is asked for: to the last turn that was asked
+        for row in asked:
+            row["query"] = to_text(recipe.conversation(row["query"], row[EARLIER] or ()))
+        recipe = recipe.replace(turns="last")
+    rows = _dataset(asked, split)
+    check_release(folder, ("data", "rejected", "recipe"))
+    return HeldOut(str(dataset), found.commit, folder, manifest, recipe, split, rows)
+
+
+def _queries(
+    folder: Path, split: str, recipe: Recipe, *, known: Iterable[str]
+) -> list[dict[str, Any]]:
+    """A row a query of the split: of several samples the first stands for the query."""
     named = (*_COLUMNS, *recipe.answer_columns)
     rejected = _read(folder / "rejected", "rejected", (*named, "split"))
     # With `same_rows` every row is in train and test, and a rejected row only says train.
     splits = {split, "train"} if recipe.split.same_rows and split == "test" else {split}
+    rows = _read(folder / "data", split, named)
+    rows += [row for row in rejected if row["split"] in splits]
     queries: dict[str, dict[str, Any]] = {}
-    for row in _read(folder / "data", split, named):
+    for row in rows:
         if not row.get(SOURCE):  # what the recipe mixes in is not what it is measured on
-            queries.setdefault(row["id"], row)  # of several samples the first stands for the query
-    for row in rejected:
-        if row["split"] in splits and not row.get(SOURCE):
             queries.setdefault(row["id"], row)
     if not queries:
-        known = sorted({*manifest["splits"], *(str(row["split"]) for row in rejected)})
+        found = sorted({*known, *(str(row["split"]) for row in rejected)})
         raise DatasetError(
-            f"{str(folder)!r} has no rows in a split {split!r}; found {known}."
+            f"{str(folder)!r} has no rows in a split {split!r}; found {found}."
             + (" Raise the recipe's share of it, or add queries." if split == "test" else "")
         )
-    asked = [_at_last_turn(row, recipe) for row in islice(queries.values(), limit)]
-    rows = _dataset(asked, split)
-    check_release(folder, ("data", "rejected", "recipe"))
-    recipe = recipe.replace(turns="last") if recipe.turns == "all" else recipe
-    return HeldOut(str(dataset), found.commit, folder, manifest, recipe, split, rows)
+    return list(queries.values())
 
 
 def splits_of(dataset: str | Path) -> list[str]:
@@ -163,14 +171,6 @@ def _read(folder: Path, name: str, columns: Sequence[str]) -> list[dict[str, Any
                 )
             rows += batch.to_pylist()
     return rows
-
-
-def _at_last_turn(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """A row that asks for one answer: to its conversation's last turn that was asked."""
-    if recipe.turns == "last":
-        return row
-    conversation = recipe.conversation(row["query"], row[EARLIER] or ())
-    return {**row, "query": to_text(conversation)}
 
 
 def _dataset(queries: list[dict[str, Any]], split: str) -> "Dataset":
@@ -257,15 +257,18 @@ def open_systems(
     makers: dict[str, Callable[[], Answerer]] = {
         "teacher": lambda: plain if several(plain) else changed(plain, _first_answer),
         "teacher-again": lambda: _second_answer(plain, held_out.free_text),
-        "student": lambda: _unprompted(opened, recipe),
-        "student+prompt": lambda: _prompted(opened, recipe),
+        "student": lambda: _asked(opened, recipe, prompted=False),
+        "student+prompt": lambda: _greedy(_asked(opened, recipe, prompted=True)),
     }
     if wanted & {"base", "base+short", "base+prompt"}:
         untrained = _untrained(opened, training, base)
+        bare = recipe.replace(student=StudentView(tools=recipe.student.tools))
         makers |= {
-            "base": lambda: _unprompted(untrained, _without_prompt(recipe)),
-            "base+short": lambda: _unprompted(untrained, recipe),
-            "base+prompt": lambda: _prompted(untrained, recipe),
+            "base": lambda: _asked(
+                untrained, recipe if recipe.student_prompt is None else bare, prompted=False
+            ),
+            "base+short": lambda: _asked(untrained, recipe, prompted=False),
+            "base+prompt": lambda: _greedy(_asked(untrained, recipe, prompted=True)),
         }
     return {title: makers[name]() for name, title in SYSTEMS.items() if name in wanted}
 
@@ -283,9 +286,19 @@ def _default_names(plain: Answerer, free_text: bool) -> list[str]:
 def _untrained(
     student: Sampler, training: TrainedStudent | None, base: Sampler | str | None
 ) -> Sampler:
-    if base is None:
-        return _open(*_base_of(student, training))
-    return _open(base, training.config["renderer"] if training else None)
+    """The base that is given, or else what the student was trained from."""
+    if training:
+        return _open(base or training.config["student"], training.config["renderer"])
+    if base is not None:
+        return _open(base)
+    connection = getattr(student, "connection", None)
+    if connection is None or not student.model.startswith("tinker://"):
+        raise ModelError(
+            f"{student.model!r} doesn't say what it was trained from: expected a training folder "
+            "or tinker://<run>/sampler_weights/<name>. Name the untrained model with `base` "
+            "(--base)."
+        )
+    return _open(f"tinker:{connection.base_model}", connection.renderer_name)
 
 
 def greedy(recipe: Recipe) -> Sampling:
@@ -307,7 +320,12 @@ def explained(systems: Mapping[str, Answerer], held_out: HeldOut) -> list[str]:
             "the turns before it: those that the release has of its teacher."
         )
     if again := systems.get(SYSTEMS["teacher-again"]):
-        notes.append(_about_again(again))
+        heats = (f"{one.sampling.temperature:g}" for one in members_of(again))
+        notes.append(
+            f"Teacher again is a second answer of the teacher, at temperature "
+            f"{'/'.join(dict.fromkeys(heats))}: as near as it comes to its own first answer, "
+            "nobody can be expected to come nearer."
+        )
     if not several(systems["teacher"]):
         return notes
     notes.append(
@@ -322,76 +340,59 @@ def explained(systems: Mapping[str, Answerer], held_out: HeldOut) -> list[str]:
     return notes
 
 
-def _about_again(again: Answerer) -> str:
-    members = [again] if isinstance(again, PromptedModel) else again.members
-    heat = "/".join(dict.fromkeys(f"{one.sampling.temperature:g}" for one in members))
-    return (
-        f"Teacher again is a second answer of the teacher, at temperature {heat}: as near as it "
-        "comes to its own first answer, nobody can be expected to come nearer."
-    )
+def members_of(system: Answerer) -> Sequence[PromptedModel]:
+    """The one or several that answer as a system."""
+    return [system] if isinstance(system, PromptedModel) else system.members
 
 
-def as_released(system: Answerer, recipe: Recipe) -> bool:
-    """Whether a system is asked just as the teacher was for the release."""
-    members = [system] if isinstance(system, PromptedModel) else system.members
-    known = [recipe.sampling_of(teacher) for teacher in recipe.all_teachers]
-    return all(one.sampling in known for one in members)
+def changed(system: Answerer, change: Callable[[PromptedModel], PromptedModel]) -> Answerer:
+    """A system whose every member is asked otherwise."""
+    if isinstance(system, PromptedModel):
+        return change(system)
+    return replace(system, members=tuple(map(change, system.members)))
 
 
 def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answerer:
     """Sampled as the recipe says."""
     recipe, manifest = held_out.recipe, held_out.manifest
     released = manifest.get("teacher")
-    # What fails a check is no row to learn from, but the teacher's answer all the same.
-    read, parts = _as_said(recipe, lambda part: part.teacher_reader)
     if teacher is not None and teacher != released:
-        sampler = _open(teacher)
-    elif "panel" in manifest:
+        return _asked(_open(teacher), recipe, prompted=True)
+    if "panel" in manifest:
         teachers = open_teachers(recipe)
         if teachers.choice:
             return teachers
+        said = _asked(teachers.members[0].sampler, recipe, prompted=True)
+        read, parts = said.read, said.reading_parts
         return changed(teachers, lambda one: replace(one, read=read, reading_parts=parts))
-    elif not isinstance(released, str):
+    if not isinstance(released, str):
         raise DatasetError(
             f"The manifest of {held_out.reference!r} doesn't name its teacher: name it with "
             "`teacher` (--teacher), or publish again."
         )
-    else:
-        sampler = _open(released, manifest.get("renderer"))
-    asked = recipe.sampling_parameters, recipe.messages
-    return PromptedModel(sampler, *asked, read, parts, recipe.fitted)
+    return _asked(_open(released, manifest.get("renderer")), recipe, prompted=True)
 
 
-def _unprompted(sampler: Sampler, recipe: Recipe) -> PromptedModel:
-    asked = greedy(recipe), recipe.student_messages
-    read = _as_said(recipe, lambda part: part.student_reader)
-    return PromptedModel(sampler, *asked, *read, recipe.fitted_to_student)
+def _asked(sampler: Sampler, recipe: Recipe, *, prompted: bool) -> PromptedModel:
+    """A model with the teacher's prompt, or as the student; its response is the text as it is said.
 
+    What fails a check is no row to learn from, but an answer all the same.
+    """
 
-def _prompted(sampler: Sampler, recipe: Recipe) -> PromptedModel:
-    """A model that isn't the teacher, asked and read as it is."""
-    asked = recipe.sampling_parameters, recipe.messages
-    read = _as_said(recipe, lambda part: part.teacher_reader)
-    return _greedy(PromptedModel(sampler, *asked, *read, recipe.fitted))
-
-
-def _without_prompt(recipe: Recipe) -> Recipe:
-    """The recipe whose student sees no short prompt, as the untrained model doesn't."""
-    if recipe.student_prompt is None:
-        return recipe
-    return recipe.replace(student=StudentView(tools=recipe.student.tools))
-
-
-def _as_said(
-    recipe: Recipe, reader: Callable[[Recipe], Reader]
-) -> tuple[Callable[[str, str | None, str, str], Reading], list[Any]]:
-    """Reads answers, of which the response is the text as it was said; and its parts."""
+    def reader(part: Recipe) -> Reader:
+        return part.teacher_reader if prompted else part.student_reader
 
     def read(query: str, reference: str | None, text: str, stop_reason: str) -> Reading:
         parsed = reader(recipe.part(query)[0]).read(text, stop_reason)
         return Reading(parsed.answer, None if parsed.answer is None else text, parsed.rejection)
 
-    return read, [value for part in recipe.parts for value in reader(part).parts]
+    reads = read, [value for part in recipe.parts for value in reader(part).parts]
+    if prompted:
+        asked = recipe.sampling_parameters, recipe.messages
+        return PromptedModel(sampler, *asked, *reads, recipe.fitted)
+    return PromptedModel(
+        sampler, greedy(recipe), recipe.student_messages, *reads, recipe.fitted_to_student
+    )
 
 
 def _greedy(asked: PromptedModel) -> PromptedModel:
@@ -425,13 +426,6 @@ def _second_answer(plain: Answerer, free_text: bool) -> Answerer:
     return changed(plain, again)
 
 
-def changed(system: Answerer, change: Callable[[PromptedModel], PromptedModel]) -> Answerer:
-    """A system whose every member is asked otherwise."""
-    if isinstance(system, PromptedModel):
-        return change(system)
-    return replace(system, members=tuple(map(change, system.members)))
-
-
 def connections_of(
     systems: Mapping[str, Answerer], names: Sequence[str]
 ) -> "dict[str, Connection]":
@@ -447,19 +441,6 @@ def _open(given: Sampler | str | Path, renderer: str | None = None) -> Sampler:
     from distill_datasets.models.references import open_sampler
 
     return open_sampler(given, renderer=renderer)
-
-
-def _base_of(student: Sampler, training: TrainedStudent | None) -> tuple[str, str]:
-    """The model that a student was trained from, and the renderer they share."""
-    if training:
-        return training.config["student"], training.config["renderer"]
-    connection = getattr(student, "connection", None)
-    if connection is not None and student.model.startswith("tinker://"):
-        return f"tinker:{connection.base_model}", connection.renderer_name
-    raise ModelError(
-        f"{student.model!r} doesn't say what it was trained from: expected a training folder or "
-        "tinker://<run>/sampler_weights/<name>. Name the untrained model with `base` (--base)."
-    )
 
 
 class PartialMeter(Meter):
@@ -508,7 +489,12 @@ def ask_all(
     _take_released(held_out, systems, client.journal)
     prices = client.meter.prices if client.meter else None
     for name, system in systems.items():
-        said = _requests(held_out, system).said(client.journal, prices)
+        requests = [
+            (one.sampler, *one.request(query))
+            for query in held_out.rows["query"]
+            for one in system.asked(query)
+        ]
+        said = ManyRequests(requests).said(client.journal, prices)
         judged = ", and its judge" if name == "teacher" and held_out.recipe.judge else ""
         print(f"measure: {name}{judged}: {said}", file=sys.stderr)
     if then:
@@ -548,28 +534,19 @@ def open_meter(settings: MeasureSettings, asked: Mapping[str, Answerer | Sampler
 
 def _take_released(held_out: HeldOut, systems: Mapping[str, Answerer], journal: Journal) -> None:
     """Put into the journal what the release's ledger knows of what is to be asked."""
+    known = [held_out.recipe.sampling_of(teacher) for teacher in held_out.recipe.all_teachers]
     missing = {
         one.request_key(query): one.identity
         for system in systems.values()
-        if as_released(system, held_out.recipe)
+        if all(one.sampling in known for one in members_of(system))
         for query in held_out.rows["query"]
         for one in system.asked(query)
     }
     missing = {key: name for key, name in missing.items() if journal.entry(key) is None}
     if not missing or not (release := find_release(held_out.reference, (LEDGER,))):
         return
-    known = find_replies(release.path, missing)
-    journal.add((key, missing[key], reply.to_json()) for key, reply in known.items())
-
-
-def _requests(held_out: HeldOut, system: Answerer) -> ManyRequests:
-    return ManyRequests(
-        [
-            (one.sampler, *one.request(query))
-            for query in held_out.rows["query"]
-            for one in system.asked(query)
-        ]
-    )
+    found = find_replies(release.path, missing)
+    journal.add((key, missing[key], reply.to_json()) for key, reply in found.items())
 
 
 def _complete(rows: "Dataset", system: str) -> "Dataset":
