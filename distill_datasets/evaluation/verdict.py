@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from distill_datasets.conversations import readable
-from distill_datasets.evaluation.comparison import STUDENT, TEACHER, Comparison, Texts
+from distill_datasets.evaluation.comparison import STUDENT, TEACHER, Texts
 from distill_datasets.evaluation.systems import SYSTEMS
 from distill_datasets.recipes.checks import field_share
 from distill_datasets.recipes.recipe import Recipe
@@ -202,13 +202,15 @@ def judge_rows(texts: Texts, *, free_text: bool) -> dict[str, Any]:
     metric = main_metric(recipe, comparison.references)
     if metric == "chrf" and not free_text:
         metric = "accuracy"  # the references are labels, whatever the recipe says of the answer
-    teacher, student = _values(texts, metric)
+    alike = metric == "chrf" and not comparison.labelled
+    against = _AGAIN if alike or metric == "agreement" else TEACHER
+    teacher, student = (_reached(texts, metric, name) for name in (against, STUDENT))
     ids = list(comparison.answers[TEACHER]["id"])
     rows = PairedRows(metric, ids, comparison.groups, teacher, student)
     found = decide(rows, recipe.margin, trained_on=recipe.split.same_rows)
-    if metric == "agreement" or (metric == "chrf" and not comparison.labelled):
+    if against == _AGAIN:
         found["student_better"] = False  # nearer to the teacher than its second answer is no better
-    if metric == "chrf" and not comparison.labelled:
+    if alike:
         if _AGAIN not in comparison.answers:
             found |= {"rule": _NEED_SECOND, "rows_needed": None}
         elif ceiling := found["teacher"]:
@@ -229,46 +231,24 @@ def alerts_of(texts: Texts, verdict: dict[str, Any]) -> list[str]:
     return find_alerts(systems, queries, comparison.references, verdict)
 
 
-def _values(texts: Texts, metric: str) -> tuple[Values, Values]:
-    """What teacher and student reach in each row; None where a row says nothing of it."""
+def _reached(texts: Texts, metric: str, system: str) -> Values:
+    """What a system reaches in each row; None where a row says nothing of it."""
     comparison = texts.comparison
-    if metric == "checks":
-        first, second = (_passed(comparison, name) for name in (TEACHER, STUDENT))
-    elif metric == "agreement":
-        first, second = (_agreeing(comparison, name) for name in (_AGAIN, STUDENT))
-    elif metric == "chrf":
+    if metric == "checks":  # the share of those that say something of the row
+        rows = zip(*comparison.checked[system].values(), strict=True)
+        said = ([one for one in row if one is not None] for row in rows)
+        return [sum(row) / len(row) if row else None for row in said]
+    if metric == "chrf":
         target = "reference" if comparison.labelled else "teacher"
-        other = TEACHER if comparison.labelled else _AGAIN
-        empty = [np.nan] * len(comparison.groups)
-        first, second = (
-            [
-                None if np.isnan(one) else one
-                for one in texts.scores.get((name, target, metric), empty)
-            ]
-            for name in (other, STUDENT)
-        )
-    else:
-        first, second = (_right(comparison, name, metric) for name in (TEACHER, STUDENT))
-    return first, second
-
-
-def _passed(comparison: Comparison, system: str) -> Values:
-    """The share of the checks that a row passes, of those that say something of it."""
-    rows = zip(*comparison.checked[system].values(), strict=True)
-    said = [[one for one in row if one is not None] for row in rows]
-    return [sum(row) / len(row) if row else None for row in said]
-
-
-def _agreeing(comparison: Comparison, system: str) -> Values:
-    """Whether a row's answer is the teacher's; of a teacher that wasn't asked again it is."""
+        unknown = [np.nan] * len(comparison.groups)
+        scores = texts.scores.get((system, target, metric), unknown)
+        return [None if np.isnan(one) else one for one in scores]
     taught = comparison.predictions[TEACHER]
-    answers = comparison.predictions.get(system, taught)
-    pairs = zip(answers, taught, strict=True)
-    return [None if right is None else float(answer == right) for answer, right in pairs]
-
-
-def _right(comparison: Comparison, system: str, metric: str) -> Values:
-    pairs = zip(comparison.predictions[system], comparison.references, strict=True)
+    answers = comparison.predictions.get(system, taught)  # a teacher agrees with itself
+    if metric == "agreement":
+        pairs = zip(answers, taught, strict=True)
+        return [None if right is None else float(answer == right) for answer, right in pairs]
+    pairs = zip(answers, comparison.references, strict=True)
     if metric == "field_match":
         return [field_share(answer, right) if right else None for answer, right in pairs]
     return [float(answer == right) if right else None for answer, right in pairs]
