@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -41,6 +42,16 @@ _FORMATS = {
 _EMOJI = regex.compile(r"\p{Extended_Pictographic}")
 _ENDS = regex.compile(r"[.!?…。！？؟।][\"'”’»)\]*_`]*\s*\Z")
 _PARAGRAPH = regex.compile(r"\n[ \t]*\n")
+_STYLE: Mapping[str, Callable[[str], float]] = {
+    "sentences": count_sentences,
+    "paragraphs": lambda text: len(_PARAGRAPH.split(text.strip())),
+    "bullets": count_bullets,
+    "asks_a_question": lambda text: "?" in text or "？" in text,
+    "exclaims": lambda text: "!" in text or "！" in text,
+    "has_an_emoji": lambda text: _EMOJI.search(text) is not None,
+    "ends_a_sentence": lambda text: _ENDS.search(text) is not None,
+    "small_first_letter": lambda text: text.strip()[:1].islower(),
+}
 
 
 class ProfiledRow(NamedTuple):
@@ -114,23 +125,18 @@ def profile_rows(rows: Sequence[ProfiledRow], sample: int | None = 50) -> dict[s
     # The same rows are drawn whatever their order.
     drawn = sorted(rows, key=lambda row: sha256(f"{row.query}\n{row.response}".encode()).digest())
     looked_at = drawn[:sample]
+    queries, answers = [row.query for row in looked_at], [row.response for row in looked_at]
     found: dict[str, Any] = {
         "rows": len(rows),
         "splits": dict(Counter(row.split for row in rows)),
         "answers": _commonest([row.response if row.answer is None else row.answer for row in rows]),
-        "lengths": {
-            "query": _lengths([row.query for row in rows]),
-            "response": _lengths(responses),
-        },
+        "lengths": {"query": _lengths(row.query for row in rows), "response": _lengths(responses)},
         "formats": _formats(responses),
-        "openings": _commonest([_opening(text) for text in responses]),
+        "openings": _commonest([" ".join(text.split()[:_OPENING]) for text in responses]),
         "duplicates": _duplicates(rows),
         "sampled": len(looked_at),
-        "languages": {
-            "query": _languages([row.query for row in looked_at]),
-            "response": _languages([row.response for row in looked_at]),
-        },
-        "style": _style([row.response for row in looked_at]),
+        "languages": {"query": _languages(queries), "response": _languages(answers)},
+        "style": _style(answers),
     }
     return {**found, "notes": list(_notes(found))}
 
@@ -150,12 +156,12 @@ def _commonest(texts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _lengths(texts: Sequence[str]) -> dict[str, dict[str, float]]:
-    sizes = {"words": [*map(count_words, texts)], "characters": [*map(len, texts)]}
+def _lengths(texts: Iterable[str]) -> dict[str, dict[str, float]]:
+    words, characters = zip(*((count_words(text), len(text)) for text in texts), strict=True)
     ends = {"least": 0, "median": 50, "p95": 95, "most": 100}
     return {
         unit: {name: float(np.percentile(counts, end)) for name, end in ends.items()}
-        for unit, counts in sizes.items()
+        for unit, counts in (("words", words), ("characters", characters))
     }
 
 
@@ -166,30 +172,15 @@ def _formats(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         found = {name for name, pattern in _FORMATS.items() if pattern.search(text)}
         found |= {"bulleted list"} if count_bullets(text) else set()
-        value = _json(text)
-        if value is not None:
-            found = {"JSON"}
-            keys[", ".join(value) if isinstance(value, dict) else "(a list)"] += 1
+        with suppress(ValueError, RecursionError):  # an object or a list, and nothing else
+            if isinstance(value := json.loads(text), dict | list):
+                found = {"JSON"}
+                keys[", ".join(value) if isinstance(value, dict) else "(a list)"] += 1
         if not text.strip():
             found = {"empty"}
         counts.update(found or {"plain"})
     shares = {name: rows / len(texts) for name, rows in counts.most_common()}
     return {"shares": shares, "json_keys": dict(keys.most_common(_NAMED))}
-
-
-def _json(text: str) -> Any:
-    """The object or list that a whole text is; None for any other."""
-    if text.strip()[:1] not in ("{", "["):
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict | list) else None
-
-
-def _opening(text: str) -> str:
-    return " ".join(text.split(maxsplit=_OPENING)[:_OPENING])
 
 
 def _duplicates(rows: Sequence[ProfiledRow]) -> dict[str, int]:
@@ -213,33 +204,19 @@ def _duplicates(rows: Sequence[ProfiledRow]) -> dict[str, int]:
 
 
 def _languages(texts: Sequence[str]) -> dict[str, float]:
-    """The share of each language among the texts that are long enough to tell; and of those that
-    are not.
-    """
+    """The share of each language, and of the texts that are too short to tell."""
     found = Counter(language_of(text) or "too short to tell" for text in texts)
     return {name: rows / len(texts) for name, rows in found.most_common()}
 
 
 def _style(texts: Sequence[str]) -> dict[str, float]:
+    """Means over the texts; words a sentence and distinct words are of all texts together."""
     words = [word for text in texts for word in regex.findall(r"\w+", text.casefold())]
-    sentences, length = (
-        np.array([*map(count, texts)], np.float64) for count in (count_sentences, count_words)
-    )
-
-    def share(holds: Sequence[bool]) -> float:
-        return float(np.mean(holds))
-
+    sentences, length = (sum(map(count, texts)) for count in (count_sentences, count_words))
     return {
-        "sentences": float(sentences.mean()),
-        "words_a_sentence": float(length.sum() / max(1.0, sentences.sum())),
-        "paragraphs": float(np.mean([len(_PARAGRAPH.split(text.strip())) for text in texts])),
-        "bullets": float(np.mean([*map(count_bullets, texts)])),
+        **{name: float(np.mean([*map(of, texts)])) for name, of in _STYLE.items()},
+        "words_a_sentence": length / max(1, sentences),
         "distinct_words": len(set(words)) / max(1, len(words)),
-        "asks_a_question": share(["?" in text or "？" in text for text in texts]),
-        "exclaims": share(["!" in text or "！" in text for text in texts]),
-        "has_an_emoji": share([_EMOJI.search(text) is not None for text in texts]),
-        "ends_a_sentence": share([_ENDS.search(text) is not None for text in texts]),
-        "small_first_letter": share([text.strip()[:1].islower() for text in texts]),
     }
 
 
@@ -300,17 +277,14 @@ def _sections(data: Mapping[str, Any]) -> Iterator[str]:
     formats = data["formats"]
     keys = [["keys", f"{rows:,} x {_cut(name)}"] for name, rows in formats["json_keys"].items()]
     yield "formats\n" + aligned([*_shares(formats["shares"]), *keys])
-    yield "duplicates\n" + aligned(
-        [
-            ["repeated rows" if name == "rows" else name.replace("_", " "), f"{n:,}"]
-            for name, n in data["duplicates"].items()
-        ]
-    )
+    repeated = {name.replace("_", " "): f"{n:,}" for name, n in data["duplicates"].items()}
+    repeated = {"repeated rows": repeated.pop("rows"), **repeated}
+    yield "duplicates\n" + aligned(repeated.items())
     head = f"of {data['sampled']:,} of {data['rows']:,} rows"
     for side, shares in data["languages"].items():
         yield f"languages of the {side}, {head}\n{aligned(_shares(shares))}"
-    style = [[f"{k.replace('_', ' ')}", f"{v:.2f}"] for k, v in data["style"].items()]
-    yield f"style, {head}\n{aligned(style)}"
+    style = {name.replace("_", " "): f"{value:.2f}" for name, value in data["style"].items()}
+    yield f"style, {head}\n{aligned(style.items())}"
 
 
 def _shares(shares: Mapping[str, float]) -> list[list[str]]:

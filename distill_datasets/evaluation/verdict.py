@@ -297,7 +297,7 @@ def _collapsed(
 ) -> Iterator[str]:
     """One answer, the same words in any order or number, or the same opening of every text."""
     ways: list[tuple[str, Callable[[SystemRows], list[Any]]]] = [
-        ("says the same", lambda rows: [_normal(text) for text in rows.texts]),
+        ("says the same", lambda rows: [" ".join(text.split()) for text in rows.texts]),
         ("gives the same answer", lambda rows: list(rows.answers)),
         ("says the same words", lambda rows: [frozenset(_words(text)) for text in rows.texts]),
         # Copies of queries that begin alike do so too.
@@ -352,15 +352,15 @@ def _wrong_format(
 def _hidden(
     rows: SystemRows, expected: Sequence[str | None], pattern: re.Pattern[str]
 ) -> list[int]:
-    found = []
-    for row, (text, answer, label) in enumerate(
-        zip(rows.texts, rows.answers, expected, strict=True)
-    ):
-        if label and answer != label:
-            named = {one.casefold() for one in pattern.findall(text)}
-            if named == {label.casefold()}:
-                found.append(row)
-    return found
+    """The rows whose text names the right label alone, and isn't read as it."""
+    read = zip(rows.texts, rows.answers, expected, strict=True)
+    return [
+        row
+        for row, (text, answer, label) in enumerate(read)
+        if label
+        and answer != label
+        and {one.casefold() for one in pattern.findall(text)} == {label.casefold()}
+    ]
 
 
 def _copies(student: SystemRows, teacher: SystemRows, queries: Sequence[str]) -> Iterator[str]:
@@ -401,10 +401,6 @@ def _commonest(values: Sequence[Any], rows: SystemRows) -> tuple[float, str]:
     """The share of the commonest value, and a text that has it."""
     value, times = Counter(values).most_common(1)[0]
     return times / len(values), rows.texts[values.index(value)]
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _words(text: str) -> list[str]:
