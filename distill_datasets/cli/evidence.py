@@ -5,6 +5,7 @@ import json
 import sys
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from distill_datasets.cli.dataset import SPEED, add_money, confirm
 from distill_datasets.cli.flags import add_settings, count, quantity, read_settings, share
@@ -81,7 +82,7 @@ def cost(options: argparse.Namespace) -> None:
         cached_share=options.cached_share,
         other=options.spent,
     )
-    print(json.dumps(found, indent=2, allow_nan=False) if options.json else money_text(found))
+    _print(found, money_text(found), options)
 
 
 def _import(options: argparse.Namespace) -> str:
@@ -131,7 +132,7 @@ def gate(options: argparse.Namespace) -> None:
         rules = rules.model_copy(update={"strict": True})
     found = look(options.run, against=options.against, rules=rules)
     found.keep()
-    print(json.dumps(found.to_json(), indent=2) if options.json else found.text())
+    _print(found.to_json(), found.text(), options)
     found.require()
     if not options.json:
         print(f"The student passes: none of {len(found.findings)} rules fails.")
@@ -190,7 +191,7 @@ def check(options: argparse.Namespace) -> None:
 
     prices = Prices.load(options.prices) if options.prices else None
     found = look(options.target, days=options.days, prices=prices)
-    print(json.dumps(found.to_json(), indent=2) if options.json else found.text())
+    _print(found.to_json(), found.text(), options)
     found.require()
 
 
@@ -219,10 +220,7 @@ def profile(options: argparse.Namespace) -> None:
 
     sample = None if options.all else options.sample
     found = look(options.dataset, config=options.config, split=options.split, sample=sample)
-    if options.json:
-        print(json.dumps(found.data, indent=2, ensure_ascii=False, allow_nan=False))
-    else:
-        print(found.text())
+    _print(found.data, found.text(), options)
 
 
 def add_coverage(parser: argparse.ArgumentParser) -> None:
@@ -260,10 +258,11 @@ def coverage(options: argparse.Namespace) -> None:
         meter=open_meter(options.prices, budget=options.budget, journal=out / "journal.sqlite"),
         before=lambda said: _confirm(said, sure=options.yes),
     )
-    if options.json:
-        print(json.dumps(found.data, indent=2, ensure_ascii=False, allow_nan=False))
-    else:
-        print(f"{found.text()}\n({found.path})")
+    _print(found.data, f"{found.text()}\n({found.path})", options)
+
+
+def _print(data: Any, text: str, options: argparse.Namespace) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) if options.json else text)
 
 
 def _confirm(said: str, *, sure: bool) -> None:

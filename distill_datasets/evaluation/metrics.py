@@ -9,9 +9,10 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
+from itertools import compress
 from math import isfinite
 from pathlib import Path
 from types import ModuleType
@@ -145,57 +146,43 @@ def macro_f1(found: Answers, right: Answers, groups: Sequence[str]) -> Estimate:
     guess = np.array([place.get(text or "", other) for text in found])
     hits = np.where(truth == guess, truth, other)
 
+    def totals(weights: Floats, codes: NDArray[np.int64]) -> Floats:
+        """The weight of each class, in each resample."""
+        return np.stack([np.bincount(codes, row, minlength=other + 1)[:other] for row in weights])
+
     def mean_f1(weights: Floats) -> Floats:
-        true, guessed, hit = (_totals(weights, codes, other) for codes in (truth, guess, hits))
-        f1 = 2 * hit / np.maximum(true + guessed, 1e-12)
-        present = true > 0
+        true, guessed, hit = (totals(weights, codes) for codes in (truth, guess, hits))
+        f1, present = 2 * hit / np.maximum(true + guessed, 1e-12), true > 0
         values: Floats = (f1 * present).sum(axis=1) / np.maximum(present.sum(axis=1), 1)
         return values
 
     # A mean over classes is as certain as its rarest class, and as the groups, let it be.
     of_class = Counter(code for code, _ in set(zip(truth.tolist(), groups, strict=True)))
     n = min(len(set(groups)), other**2 / sum(1 / of_class[code] for code in range(other)))
-    value = float(mean_f1(np.ones((1, len(truth))))[0])
-    return Bootstrap(value, _draws(mean_f1, groups), n)
+    return _bootstrap(mean_f1, groups, n)
 
 
-def _totals(weights: Floats, codes: NDArray[np.int64], size: int) -> Floats:
-    """The weight of each code below `size`, in each resample."""
-    return np.stack([np.bincount(codes, row, minlength=size + 1)[:size] for row in weights])
-
-
-def _draws(statistic: Callable[[Floats], Floats], groups: Sequence[str]) -> Floats:
-    """A statistic of the rows' weights, in every resample of the groups."""
-    return np.concatenate([statistic(weights) for weights in resamples(groups, _RESAMPLES)])
+def _bootstrap(
+    statistic: Callable[[Floats], Floats], groups: Sequence[str], n: float | None = None
+) -> Bootstrap:
+    """A statistic of the rows' weights, and its draws: one a resample of the groups."""
+    with np.errstate(invalid="ignore"):
+        value = float(statistic(np.ones((1, len(groups))))[0])
+        draws = [statistic(weights) for weights in resamples(groups, _RESAMPLES)]
+    return Bootstrap(value, np.concatenate(draws), n)
 
 
 def mean_of(values: Floats, groups: Sequence[str]) -> Bootstrap:
     """The mean over the rows that have a value, with its bootstrap over groups."""
     known = np.isfinite(values)
-    filled = np.where(known, values, 0.0)
-
-    def mean(weights: Floats) -> Floats:
-        with np.errstate(invalid="ignore"):
-            means: Floats = (weights @ filled) / (weights @ known)
-        return means
-
-    value = float(mean(np.ones((1, len(values))))[0])
-    return Bootstrap(value, _draws(mean, groups), _group_count(known, groups))
+    filled, n = np.where(known, values, 0.0), float(len({*compress(groups, known)}))
+    return _bootstrap(lambda weights: (weights @ filled) / (weights @ known), groups, n)
 
 
 def ratio_of(above: Sequence[float], below: Sequence[float], groups: Sequence[str]) -> Bootstrap:
     """The ratio of two sums over the same rows, with its bootstrap over groups."""
     first, second = np.array(above), np.array(below)
-
-    def ratio(weights: Floats) -> Floats:
-        ratios: Floats = (weights @ first) / (weights @ second)
-        return ratios
-
-    return Bootstrap(float(ratio(np.ones((1, len(first))))[0]), _draws(ratio, groups))
-
-
-def _group_count(known: NDArray[np.bool_], groups: Sequence[str]) -> float:
-    return float(len({group for group, one in zip(groups, known, strict=True) if one}))
+    return _bootstrap(lambda weights: (weights @ first) / (weights @ second), groups)
 
 
 def _mean_score(score: Callable[[str | None, str], float]) -> Metric:
@@ -226,15 +213,13 @@ def ece(found: Column, right: Column, groups: Sequence[str]) -> Estimate:
     members = np.stack([gaps * (bins == place) for place in range(len(_BINS) + 1)], axis=1)
 
     def error(weights: Floats) -> Floats:
-        with np.errstate(invalid="ignore"):
-            errors: Floats = np.abs(weights @ members).sum(axis=1) / (weights @ known)
+        errors: Floats = np.abs(weights @ members).sum(axis=1) / (weights @ known)
         return errors
 
-    value = float(error(np.ones((1, len(said))))[0])
-    draws = _draws(error, groups)
+    plain = _bootstrap(error, groups, float(len({*compress(groups, known)})))
     # Drawing rows anew makes every bin's distance noisier, and so greater, than it is.
-    centred = np.clip(draws - np.nanmean(draws) + value, 0.0, 1.0)
-    return Bootstrap(value, centred, _group_count(known, groups))
+    centred = np.clip(plain.draws - np.nanmean(plain.draws) + plain.value, 0.0, 1.0)
+    return replace(plain, draws=centred)
 
 
 # By their names in a recipe; `agreement` is accuracy against the teacher's answers.
@@ -377,17 +362,14 @@ def load_own_metric(given: Any) -> OwnMetric:
     if isinstance(given, type):
         given = given(keep_in_memory=True) if hub and issubclass(given, hub.Metric) else given()
     if hub and isinstance(given, hub.EvaluationModule):
-        return OwnMetric(given.name, _computing(given), key)
+        compute = given.compute
+        return OwnMetric(given.name, lambda a, b: compute(predictions=a, references=b), key)
     if not callable(given):
         raise SettingsError(
             f"{given!r} is no metric: expected path.py:Name, a function of predictions and "
             "references, or an `evaluate.Metric`."
         )
     return OwnMetric(getattr(given, "__name__", type(given).__name__), given, key)
-
-
-def _computing(module: Any) -> Callable[[list[str], list[str]], Any]:
-    return lambda found, expected: module.compute(predictions=found, references=expected)
 
 
 def _run_file(path: Path) -> ModuleType:

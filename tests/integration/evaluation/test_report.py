@@ -577,7 +577,7 @@ def test_a_request_that_fails_while_timing_says_so(run: Path) -> None:
     compare(run).path.unlink()
     failing = base()
     failing.failing = {"rose"}
-    with pytest.raises(GenerationError, match="failed while timing 'base': busy"):
+    with pytest.raises(GenerationError, match="failed while timing the base: busy"):
         compare(run, base=failing)
 
 
