@@ -140,7 +140,7 @@ class JudgedRow:
     answers: Mapping[str, str | None]
 
 
-class _Question(NamedTuple):
+class _JudgeRequest(NamedTuple):
     """What is asked about a row's text by a system, or, `first`, about both of its texts."""
 
     row: int
@@ -258,7 +258,7 @@ class AnswerJudge:
         found["warnings"] = [*chosen, *_warnings(self.sampler.model, models, found)]
         return {"summary": judge_lines(found), **found}
 
-    def _questions(self, rows: Sequence[JudgedRow]) -> Iterator[_Question]:
+    def _questions(self, rows: Sequence[JudgedRow]) -> Iterator[_JudgeRequest]:
         compared = self._general or [load_criteria("quality")]
         by_all = {name: meaning for one in compared for name, meaning in one.items()}
         for place, row in enumerate(rows):
@@ -267,21 +267,21 @@ class AnswerJudge:
                 for criteria in self._general:
                     asked = _asked("score", criteria=criteria, text=text, **seen)
                     read = partial(read_scores, criteria)
-                    yield _Question(place, system, asked, _SAMPLING, read)
+                    yield _JudgeRequest(place, system, asked, _SAMPLING, read)
                 if self._own:
                     own = self._own[self.recipe.part(row.query)[0].name]
                     more = {"answer": row.answers[system], "reference": row.reference}
                     asked = own.messages(text=text, **seen, **more)
-                    yield _Question(place, system, asked, own.sampling, own.score)
+                    yield _JudgeRequest(place, system, asked, own.sampling, own.score)
             if row.texts[STUDENT] == row.texts[TEACHER]:
                 continue
             for a, b in ((STUDENT, TEACHER), (TEACHER, STUDENT)):
                 both = {"first": row.texts[a], "second": row.texts[b]}
                 asked = _asked("compare", criteria=by_all, **both, **seen)
-                yield _Question(place, a, asked, _SAMPLING, partial(_preferred, a=a, b=b), True)
+                yield _JudgeRequest(place, a, asked, _SAMPLING, partial(_preferred, a=a, b=b), True)
 
     def _opinions(
-        self, rows: Sequence[JudgedRow], questions: Sequence[_Question], said: Sequence[Sample]
+        self, rows: Sequence[JudgedRow], questions: Sequence[_JudgeRequest], said: Sequence[Sample]
     ) -> "Opinions":
         scores: dict[str, dict[str, list[float | None]]] = {}
         pairs: list[dict[str, str | None]] = [{} for _ in rows]

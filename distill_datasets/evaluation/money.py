@@ -38,6 +38,21 @@ class SpendingRecord:
     trainings: Sequence[Path] = ()
     other: float = 0.0
 
+    @classmethod
+    def of_run(
+        cls, run: Path | str, report: Mapping[str, Any], other: float = 0.0
+    ) -> "SpendingRecord":
+        """That of a run's folder, beside whose report it is."""
+        folder = report_file(run).parent
+        places = (
+            folder / "answers" / "generation.json",
+            folder / "release" / "manifest.json",
+            Path(report["dataset"]["path"]) / "manifest.json",
+        )
+        known = next((one for one in places if one.is_file()), None)
+        trainings = sorted(path.parent for path in folder.glob("train*/metrics.jsonl"))
+        return cls(read_object(known) if known else None, trainings, other)
+
     @property
     def student(self) -> str | None:
         """The model that the last training started from, by its reference."""
@@ -83,7 +98,7 @@ def money(
         **({"other": {"amount": paid.other, "said": "as given"}} if paid.other else {}),
     }
     total = sum(one["amount"] or 0.0 for one in parts.values())
-    found = {
+    found: dict[str, Any] = {
         "currency": prices.currency,
         "priced_at": prices.date.isoformat(),
         "per_query": {name: way.each for name, way in ways.items()},
@@ -94,12 +109,10 @@ def money(
         "volumes": [_month(ways, queries, total) for queries in volumes],
         "latency_ms": _latencies(report),
     }
-    return {
-        **found,
-        "advice": _advice(found),
-        "arithmetic": [*_arithmetic(ways, prices.currency), *_sums(found)],
-        "notes": [*_notes(found, teacher, source)],
-    }
+    found["advice"] = _advice(found)
+    found["arithmetic"] = [*_arithmetic(ways, prices.currency), *_sums(found)]
+    found["notes"] = [*_notes(found, teacher, source)]
+    return found
 
 
 class RunCosts(dict[str, Any]):
@@ -119,34 +132,23 @@ class RunCosts(dict[str, Any]):
 
 def money_of_run(run: Path | str, prices: Prices, **options: Any) -> RunCosts:
     """`money` of a run's folder: its report, what it generated, and what it trained."""
-    folder, report = report_file(run).parent, read_report(run)
-    other = options.pop("other", 0.0)
-    manifest = Path(report["dataset"]["path"]) / "manifest.json"
-    places = (folder / "answers" / "generation.json", folder / "release" / "manifest.json")
-    known = next((one for one in (*places, manifest) if one.is_file()), None)
-    generation = (read_object(known) or None) if known else None
-    spending = SpendingRecord(generation, _trainings(folder), other)
+    report, other = read_report(run), options.pop("other", 0.0)
+    spending = SpendingRecord.of_run(run, report, other)
     return RunCosts(money(report, prices, spending=spending, **options))
 
 
 def priced_models(run: Path | str) -> list[str]:
     """The models of a run that a price file names: its teacher, and what its student began as."""
-    report, trainings = read_report(run), _trainings(report_file(run).parent)
-    *_, student = _student_models(report, SpendingRecord(trainings=trainings))
+    report = read_report(run)
+    *_, student = _student_models(report, SpendingRecord.of_run(run, report))
     return list(dict.fromkeys([report["systems"]["teacher"]["model"], student]))
 
 
 def _student_models(report: Mapping[str, Any], paid: SpendingRecord) -> list[str]:
     """The student's reference, and that of the model it was trained from, where that is known."""
-    own, base = (
-        report["systems"]["student"]["model"],
-        report["systems"].get("base", {}).get("model"),
-    )
-    return [own, *([known] if (known := paid.student or base) else [])]
-
-
-def _trainings(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob("train*/metrics.jsonl"))
+    systems = report["systems"]
+    base = paid.student or systems.get("base", {}).get("model")
+    return [systems["student"]["model"], *([base] if base else [])]
 
 
 def money_text(found: Mapping[str, Any]) -> str:
@@ -189,11 +191,9 @@ def cost_curves(money: Mapping[str, Any]) -> Markup:
 
 
 def _price(prices: Prices, role: str, *models: str) -> Price:
-    if role in prices.models:
-        return prices.models[role]
-    for model in models[:-1]:
-        if model in prices.models:
-            return prices.models[model]
+    for name in (role, *models[:-1]):
+        if name in prices.models:
+            return prices.models[name]
     try:
         return prices.of(models[-1])
     except PriceError as error:

@@ -130,13 +130,8 @@ def page(
     """
     kept = list(islice(rows, _MOST_ROWS + 1))
     cut, kept = len(kept) > _MOST_ROWS, kept[:_MOST_ROWS]
-    script = (cards_folder() / "report.js").read_text(encoding="utf-8")
-    digest = hashlib.sha256(script.encode()).digest()
     best = training.checkpoint.get("step") if training else None
-    gate, coverage, calibration = (
-        (beside or {}).get(name) for name in ("gate", "coverage", "calibration")
-    )
-    money = report.get("money")
+    more = {"gate": _gate, "coverage": _coverage, "calibration": _calibration}
     known = {
         "report": report,
         "verdict": _verdict(report),
@@ -151,21 +146,19 @@ def page(
         "flips": _flips(report, kept),
         "checks": list(_checks(report)),
         "residue": _residue(report.get("residue") or {}),
-        "gate": _gate(gate) if gate else None,
-        "coverage": _coverage(coverage) if coverage else None,
-        "calibration": _calibration(calibration) if calibration else None,
+        **{
+            name: show(found) if (found := (beside or {}).get(name)) else None
+            for name, show in more.items()
+        },
         "rows": _rows(report, kept, cut) if kept else None,
         "curves": panels_html(training.metrics, best) if training else [],
         "training_said": _trained(training),
         "confusion": list(_confusions(report, kept)),
         "labels": list(label_cells(report)) if report.get("labels") else None,
-        "money": money
-        and {**money, "cells": list(volume_cells(money)), "drawing": cost_curves(money)},
+        "money": report.get("money"),
         "latency": _latency(report),
         "commands": _commands(report, training),
         "provenance": _provenance(report, training),
-        "script": Markup(script),
-        "script_hash": base64.b64encode(digest).decode(),
     }
     return _environment().get_template("report.html").render(known)
 
@@ -180,6 +173,14 @@ def _environment() -> "Environment":
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
+    )
+    script = (cards_folder() / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.globals.update(
+        script=Markup(script),
+        script_hash=digest,
+        cost_curves=cost_curves,
+        volume_cells=volume_cells,
     )
     environment.filters.update(
         measured=measured_text,

@@ -279,41 +279,26 @@ class _Measuring:
 
     def _compared(self, texts: Texts) -> dict[str, Any]:
         """What the answers alone say."""
-        held_out, comparison = self.held_out, texts.comparison
-        recipe, manifest, sampling = held_out.recipe, held_out.manifest, greedy(held_out.recipe)
+        comparison, checks = texts.comparison, self.held_out.recipe.all_checks
         systems = {name: self._system(name, comparison) for name in self.systems}
         long, short = (systems[name]["tokens"]["prompt_mean"] for name in ("teacher", "student"))
-        verdict = judge_rows(texts, free_text=held_out.free_text)
-        warned = self.training.warnings if self.training else ()
+        verdict = judge_rows(texts, free_text=self.held_out.free_text)
+        against = self.training.warnings if self.training else ()
+        warned = [f"Its training warns: {one}." for one in against]
         internalisation = self._internalisation(comparison.answers["teacher"])
-        checks = {
-            name: {"demands": one.demand, "covers": one.covers}
-            for name, one in recipe.all_checks.items()
-        }
-        pushed = {"path": held_out.reference, "commit": held_out.commit}
-        return {
-            "alerts": [
-                *(f"Its training warns: {one}." for one in warned),
-                *alerts_of(texts, verdict),
-            ],
+        sampling = greedy(self.held_out.recipe)
+        data = {
+            "alerts": [*warned, *alerts_of(texts, verdict)],
             "verdict": verdict,
-            "recipe": recipe.name,
-            "dataset": {
-                **(pushed if held_out.commit else {"path": str(held_out.path)}),
-                "version": manifest["version"],
-                "revision": manifest["content_digest"],
-                "rows": sum(manifest["splits"].values()),
-            },
-            "split": held_out.split,
-            "n": len(held_out.rows),
-            "groups": len(set(comparison.groups)),
-            "free_text": held_out.free_text,
+            **self._measured_rows(),
             "systems": systems,
             "differences": comparison.differences(),
             "texts": texts.section(),
             "text_differences": texts.differences(),
-            **({"checks": checks} if checks else {}),
-            **({"check_differences": comparison.check_differences()} if checks else {}),
+            "checks": {
+                name: {"demands": one.demand, "covers": one.covers} for name, one in checks.items()
+            },
+            "check_differences": comparison.check_differences(),
             **internalisation,
             "prompt_tokens_saved": {"per_query": long - short, "ratio": long / short}
             if long and short
@@ -327,11 +312,28 @@ class _Measuring:
             "timed": False,
             "asked": self.asked,
             "digest": self.key,
-            "notes": [
-                *comparison.notes(),
-                *explained(self.systems, held_out),
-                *internalisation["notes"],
-            ],
+        }
+        if not checks:
+            del data["checks"], data["check_differences"]
+        about = explained(self.systems, self.held_out)
+        return {**data, "notes": [*comparison.notes(), *about, *internalisation["notes"]]}
+
+    def _measured_rows(self) -> dict[str, Any]:
+        """Which rows of which dataset: a folder here, or a commit on the Hub."""
+        held_out, manifest = self.held_out, self.held_out.manifest
+        pushed = {"path": held_out.reference, "commit": held_out.commit}
+        return {
+            "recipe": held_out.recipe.name,
+            "dataset": {
+                **(pushed if held_out.commit else {"path": str(held_out.path)}),
+                "version": manifest["version"],
+                "revision": manifest["content_digest"],
+                "rows": sum(manifest["splits"].values()),
+            },
+            "split": held_out.split,
+            "n": len(held_out.rows),
+            "groups": len(set(held_out.rows["group"])),
+            "free_text": held_out.free_text,
         }
 
     def _system(self, name: str, comparison: Comparison) -> dict[str, Any]:
