@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from math import sqrt
 from statistics import median
+from typing import NamedTuple
 
 from distill_datasets.models.sampler import Allowance
 
@@ -42,8 +43,7 @@ _HEED = 5.0  # seconds for which headers alone hold back what could be asked
 _INSTANT = 1e-6
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(NamedTuple):
     """One request under way: its number, when it began, and the tokens it was reckoned with."""
 
     number: int
@@ -78,6 +78,7 @@ class RateLimit:
             limits.concurrency,
             float(limits.concurrency),
         )
+        self._groups = {n for share in _GROUPS if (n := int(share * self.cap)) >= _FEWEST}
         self.in_flight = self._started = 0
         self._pacing: Bucket | None = None
         # Providers count by the minute but refuse by the second.
@@ -173,8 +174,7 @@ class RateLimit:
         if self._started == self._ramp_first:
             self._group_began = now
         self._started += 1
-        group = self._started - self._ramp_first
-        if group >= _FEWEST and group in [int(share * self.cap) for share in _GROUPS]:
+        if self._started - self._ramp_first in self._groups:
             gap = max(_GAP, 2 * (now - self._group_began))
             self._group_began = now + gap
             if gap < _LONGEST_GAP:  # a group that took longer needs no gap
@@ -183,13 +183,12 @@ class RateLimit:
         self._accepted += 1
         self._left -= 1
         self._full = self._full or self.in_flight >= int(self.size)
-        for bucket, amount in (
-            (self._pacing, 1.0),
-            (self._requests, 1.0),
-            (self._tokens, tokens * self._ratio),
-        ):
-            if bucket:
-                bucket.take(now, amount)
+        if self._pacing:
+            self._pacing.take(now)
+        if self._requests:
+            self._requests.take(now)
+        if self._tokens:
+            self._tokens.take(now, tokens * self._ratio)
         return ticket
 
     def accept(

@@ -1,19 +1,16 @@
 """Servers in simulated time, so that limits can be tested over minutes without waiting for them."""
 
-import heapq
 import random
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from heapq import heappop, heappush
 from itertools import count
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from distill_datasets.generation.rate_limit import Limits, RateLimit, Ticket
 
 
-@dataclass(frozen=True)
-class Served:
+class Served(NamedTuple):
     """What becomes of a request: after how long, and whether it is refused."""
 
     seconds: float
@@ -86,10 +83,10 @@ class Queueing:
 
     def ask(self, now: float) -> Served:
         if len(self.ends) < self.limit:
-            heapq.heappush(self.ends, now + self.seconds)
+            heappush(self.ends, now + self.seconds)
             return Served(self.seconds)
-        end = max(heapq.heappop(self.ends), now) + self.seconds
-        heapq.heappush(self.ends, end)
+        end = max(heappop(self.ends), now) + self.seconds
+        heappush(self.ends, end)
         return Served(end - now)
 
 
@@ -145,50 +142,52 @@ class _Simulation:
         limits.clock = lambda: self.now
         self.limit, self.server, self.waiting, self.cost = limits.of("it"), server, rows, cost
         self.outcome, self.dice, self.order = Outcome(self.limit), random.Random(3), count()
-        self.events: list[tuple[float, int, Callable[[float], None]]] = []
+        # What comes when: the end of a request, another try of a row, or only a look at the limit.
+        self.events: list[tuple[float, int, tuple[Ticket, Served] | int]] = []
         self.planned = float("inf")  # when the next start is looked at again
 
     def run(self) -> Outcome:
+        outcome = self.outcome
         while True:
-            self.start()
+            if self.waiting:
+                self.start()
             if not self.events:
-                self.outcome.seconds = self.now
-                return self.outcome
-            self.now, _, what = heapq.heappop(self.events)
+                outcome.seconds = self.now
+                outcome.requests = len(outcome.starts)
+                return outcome
+            self.now, _, what = heappop(self.events)
             if self.now >= self.planned:
                 self.planned = float("inf")
-            what(self.now)
+            if isinstance(what, tuple):
+                self.end(*what)
+            else:
+                self.waiting += what
 
-    def at(self, moment: float, what: Callable[[float], None]) -> None:
-        heapq.heappush(self.events, (moment, next(self.order), what))
+    def at(self, moment: float, what: tuple[Ticket, Served] | int) -> None:
+        heappush(self.events, (moment, next(self.order), what))
 
     def start(self) -> None:
-        while self.waiting and (seconds := self.limit.wait()) is not None:
+        limit, outcome = self.limit, self.outcome
+        while self.waiting and (seconds := limit.wait()) is not None:
             seconds = max(seconds, self.busy - self.now)
             if seconds > 0:
                 if self.now + seconds < self.planned:
                     self.planned = self.now + seconds
-                    self.at(self.planned, lambda now: None)
+                    self.at(self.planned, 0)
                 return
             self.waiting -= 1
             served = self.server.ask(self.now)
-            ticket = self.limit.start()
-            self.at(self.now + served.seconds, partial(self.end, ticket, served))
-            self.outcome.requests += 1
-            self.outcome.refused += served.refused
-            self.outcome.starts.append(self.now)
-            in_flight = self.limit.in_flight
-            self.outcome.most_in_flight = max(self.outcome.most_in_flight, in_flight)
+            self.at(self.now + served.seconds, (limit.start(), served))
+            outcome.starts.append(self.now)
+            outcome.refused += served.refused
+            outcome.most_in_flight = max(outcome.most_in_flight, limit.in_flight)
             self.busy = self.now + self.cost
 
-    def end(self, ticket: Ticket, served: Served, now: float) -> None:
+    def end(self, ticket: Ticket, served: Served) -> None:
         if not served.refused:
             self.limit.accept(ticket)
             return
         self.limit.refuse(ticket, served.retry_after)
         rest = (served.retry_after or 0.0) + self.dice.uniform(0, 0.5)
         # As the client does: what everyone is refused waits at the limit, not by itself.
-        self.at(now + (0.0 if self.limit.paused else rest), self.again)
-
-    def again(self, now: float) -> None:
-        self.waiting += 1
+        self.at(self.now + (0.0 if self.limit.paused else rest), 1)
