@@ -26,7 +26,7 @@ LEVEL = 0.95
 
 _NORMAL = NormalDist()
 _Z = _NORMAL.inv_cdf(0.975)
-_CELLS = 4_000_000  # weights in memory at once: 32 MB
+_CELLS = 65_536  # weights at once: half a megabyte stays in a core's cache
 _LEAST_FINITE = 0.975  # of the draws
 # Poisson's lower bounds for 0 to 10 events: half of chi-squared's 5 % quantiles.
 _RARE = (0.0, 0.0513, 0.3554, 0.8177, 1.3663, 1.9701, 2.6130, 3.2853, 3.9808, 4.6952, 5.4254)
@@ -194,7 +194,12 @@ def mean_difference(
     apart = np.subtract(first, second).astype(float)
     n = effective_rows(apart.tolist(), groups)
     value = float(apart.mean())
-    chunks = [(w @ apart) / w.sum(axis=1) for w in resamples(groups, 4_000)]
+    members = _members(groups)
+    sums, sizes = np.bincount(members, apart), np.bincount(members)
+    chunks = [
+        sums.take(drawn).sum(axis=1) / sizes.take(drawn).sum(axis=1)
+        for drawn in _drawn_groups(members, 4_000)
+    ]
     tail = _tail(level, float(len(set(groups))))
     low, high = (float(end) for end in np.quantile(np.concatenate(chunks), [tail, 1 - tail]))
     unseen = paired(0.0, 0.0, n, level)[1]
@@ -474,13 +479,20 @@ def resamples(groups: Sequence[str], count: int, seed: int = 0) -> Iterator[Floa
     """Weights of the rows in `count` resamples of whole groups, a chunk of resamples at a time."""
     members = _members(groups)
     size = int(members.max()) + 1
-    chunk = max(1, _CELLS // len(members))
+    for drawn in _drawn_groups(members, count, seed):
+        places = drawn + size * np.arange(len(drawn))[:, None]
+        times = np.bincount(places.ravel(), minlength=places.size).reshape(places.shape)
+        yield times.astype(np.float64).take(members, axis=1)
+
+
+def _drawn_groups(
+    members: NDArray[np.int64], count: int, seed: int = 0
+) -> Iterator[NDArray[np.int64]]:
+    """The groups of `count` resamples, as many in each as there are, a line for a resample."""
+    size, chunk = int(members.max()) + 1, max(1, _CELLS // len(members))
     generator = np.random.default_rng(seed)
     for start in range(0, count, chunk):
-        rows = min(chunk, count - start)
-        drawn = generator.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
-        yield times[:, members].astype(np.float64)
+        yield generator.integers(size, size=(min(chunk, count - start), size))
 
 
 def _tail(level: float, n: float | None) -> float:
