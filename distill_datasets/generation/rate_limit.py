@@ -183,10 +183,8 @@ class RateLimit:
         self._accepted += 1
         self._left -= 1
         self._full = self._full or self.in_flight >= int(self.size)
-        if self._pacing:
-            self._pacing.take(now)
-        if self._requests:
-            self._requests.take(now)
+        for bucket in filter(None, (self._pacing, self._requests)):
+            bucket.take(now)
         if self._tokens:
             self._tokens.take(now, tokens * self._ratio)
         return ticket
