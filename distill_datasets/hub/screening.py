@@ -22,10 +22,10 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib import import_module
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,13 +72,11 @@ class _Text:
     column: str = ""
     line: int = 0
 
-    def where(self, line: int) -> str:
+    def where(self, sign: int) -> str:
         if self.column:
             return f"{self.file}, row {self.row}, column {self.column}"
-        return f"{self.file}, line {self.line + line}"
-
-    def where_of(self, sign: int) -> str:
-        return self.where(self.text.count("\n", 0, sign))
+        line = self.line + self.text.count("\n", 0, sign)
+        return f"{self.file}, line {line}"
 
 
 def screen(folder: Path | str) -> list[Finding]:
@@ -123,32 +121,32 @@ def _line(finding: Finding) -> str:
     return f"{what}: {finding.excerpt} in {finding.where}{more}{key}"
 
 
-@dataclass
 class _Found:
     """Findings by their keys; no more than a bounded number of them."""
 
-    _findings: dict[str, Finding] = field(default_factory=dict)
-    _distinct: Counter[str] = field(default_factory=Counter)
-    _own: dict[str, str] = field(default_factory=lambda: own_keys())
+    def __init__(self) -> None:
+        self._findings: dict[str, Finding] = {}
+        self._distinct: Counter[str] = Counter()
+        self._own = own_keys()
 
     def add(self, page: Sequence[_Text]) -> None:
         """Look through some texts."""
         text = "\n".join(part.text for part in page)
-        by_sign, by_line = _starts(page)
-        for kind, line, value in scanned(text):
-            place = bisect_right(by_line, line - 1) - 1
-            self._note(kind, value, page[place].where(line - 1 - by_line[place]))
+        starts = [0, *accumulate(len(part.text) + 1 for part in page[:-1])]
+        hits = list(scanned(text))
+        lines = [0, *(found.end() for found in re.finditer("\n", text))] if hits else []
         own = (
             (f"the value of {name}", found.start(), value)
             for name, value in self._own.items()
             for found in re.finditer(re.escape(value), text)
         )
-        for kind, sign, value in chain(matched(text), own):
-            place = bisect_right(by_sign, sign) - 1
-            self._note(kind, value, page[place].where_of(sign - by_sign[place]))
+        secrets = ((kind, lines[line - 1], value) for kind, line, value in hits)
+        for kind, sign, value in chain(secrets, matched(text), own):
+            place = bisect_right(starts, sign) - 1
+            self._note(kind, value, page[place].where(sign - starts[place]))
         for part in page:
             for kind, sign, value in personal_data(part.text):
-                self._note(kind, value, part.where_of(sign))
+                self._note(kind, value, part.where(sign))
 
     def listed(self) -> list[Finding]:
         return sorted(self._findings.values(), key=lambda one: not one.secret)
@@ -166,15 +164,6 @@ class _Found:
             self._findings[key] = Finding(kind, where, shown, key)
         elif where != known.where:
             self._findings[key] = replace(known, places=known.places + 1)
-
-
-def _starts(page: Sequence[_Text]) -> tuple[list[int], list[int]]:
-    """Where each text begins in the page: its first sign, and its first line."""
-    signs, lines = [0], [0]
-    for part in page[:-1]:
-        signs.append(signs[-1] + len(part.text) + 1)
-        lines.append(lines[-1] + part.text.count("\n") + 1)
-    return signs, lines
 
 
 def _pages(texts: Iterable[_Text]) -> Iterator[list[_Text]]:
@@ -222,13 +211,9 @@ def _cells(path: Path, name: str) -> Iterator[_Text]:
         rows = pa.Table.from_batches([batch])
         numbers = list(range(first, first + len(rows)))
         ids = rows["id"].to_pylist() if "id" in rows.column_names else numbers
-        seen: set[str] = set()
         for column in rows.column_names:
-            if column in _SKIPPED_COLUMNS:
-                continue
-            for row, text in _strings(rows[column].combine_chunks(), ids):
-                if text not in seen:
-                    seen.add(text)
+            if column not in _SKIPPED_COLUMNS:
+                for row, text in _strings(rows[column].combine_chunks(), ids):
                     yield _Text(text, name, str(row), column)
         first += len(rows)
 

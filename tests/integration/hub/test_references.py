@@ -227,10 +227,11 @@ def test_running_a_release_from_the_hub_asks_the_teacher_nothing(
 ) -> None:
     code = (
         "from distill_datasets.generation.run import generate\n"
-        "from distill_datasets.generation.ledger import replay\n"
+        "from pathlib import Path\n"
+        "from distill_datasets.generation.ledger import take_over\n"
         "from distill_datasets.releases.release import load_release, publish\n"
         "from distill_datasets.models.sampler import Echo\n"
-        f"added, teacher = replay({release!r}, 'mine'), Echo()\n"
+        f"added, teacher = take_over({release!r}, Path('mine')), Echo()\n"
         f"generate({release!r}, teacher=teacher, out='mine')\n"
         "print(json.dumps([added, teacher.calls, publish('mine').digest]))"
     )
@@ -277,7 +278,8 @@ def test_a_release_among_others_in_one_repository_is_found_by_its_configuration(
     publish(tmp_path / "said")
     code = f"""
 from distill_datasets.releases.diff import diff
-from distill_datasets.generation.ledger import replay
+from pathlib import Path
+from distill_datasets.generation.ledger import take_over
 from distill_datasets.releases.push import push_release
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.training.data import locate
@@ -287,8 +289,8 @@ source = locate({NAME!r}, "said")
 print(json.dumps([
     load_recipe({NAME!r}).prompt[:4],
     load_recipe({NAME!r}, config="said").prompt[:4],
-    replay({NAME!r}, "mine", config="said"),
-    replay({NAME!r}, "mine"),
+    take_over({f"{NAME}:said"!r}, Path("mine")),
+    take_over({NAME!r}, Path("mine")),
     diff({NAME!r}, {NAME!r}, config="said").empty,
     len(source.load()["train"]),
     source.manifest["config"],
