@@ -83,28 +83,23 @@ def whisker(
     def percent(number: float) -> str:
         return f"{1 + 98 * min(1.0, max(0.0, axis.place(number))):.2f}%"
 
-    ticks = Markup("").join(
-        Markup('<line x1="{0}" x2="{0}" y1="0" y2="20" stroke="currentColor" opacity=".15"/>')
-        .format(percent(one))
-        for one in axis.ticks()
-    )  # fmt: skip
-    across = Markup("").join(
-        Markup('<line x1="{0}" x2="{0}" y1="0" y2="20" stroke="currentColor" '
-               'stroke-dasharray="3 3" opacity=".7"/>').format(percent(one))
-        for one in lines
-    )  # fmt: skip
+    def line(x1: str, x2: str, y1: int, y2: int, style: str = "") -> Markup:
+        drawn = Markup('<line x1="{}" x2="{}" y1="{}" y2="{}"{}/>')
+        return drawn.format(x1, x2, y1, y2, Markup(style))
+
+    tick = ' stroke="currentColor" opacity=".15"'
+    across = ' stroke="currentColor" stroke-dasharray="3 3" opacity=".7"'
+    scale = [line(percent(one), percent(one), 0, 20, tick) for one in axis.ticks()]
+    scale += [line(percent(one), percent(one), 0, 20, across) for one in lines]
     said, ends = f"{value:.3f}", Markup("")
     if low is not None and high is not None:
         said += f", from {low:.3f} to {high:.3f}"
         left, right = percent(low), percent(high)
-        ends = Markup(
-            '<line x1="{0}" x2="{1}" y1="10" y2="10"/>'
-            '<line x1="{0}" x2="{0}" y1="5" y2="15"/><line x1="{1}" x2="{1}" y1="5" y2="15"/>'
-        ).format(left, right)
+        ends = line(left, right, 10, 10) + line(left, left, 5, 15) + line(right, right, 5, 15)
     return Markup(
-        '<svg role="img" aria-label="{}" width="100%" height="20" overflow="visible">{}{}'
+        '<svg role="img" aria-label="{}" width="100%" height="20" overflow="visible">{}'
         '<g stroke="{}" stroke-width="2">{}</g><circle cx="{}" cy="10" r="5" fill="{}"/></svg>'
-    ).format(said, ticks, across, _colour(colour), ends, percent(value), _colour(colour))
+    ).format(said, Markup("").join(scale), _colour(colour), ends, percent(value), _colour(colour))
 
 
 def curves(

@@ -20,6 +20,7 @@ from distill_datasets.conversations import Call, assistant_message, tool_calls
 from distill_datasets.embedded.scheduler import Payload, SampleJob
 from distill_datasets.embedded.wire import DrawnSample, InvalidRequestError, SampleRequest, pb
 from distill_datasets.errors import ModelError, ServiceError
+from distill_datasets.models.renderers import Prompts, TextRenderer, open_renderer
 from distill_datasets.serving.protocol import ChatRequest, RequestSettings
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from distill_datasets.embedded.engine import Service
     from distill_datasets.embedded.logits import Constrain
-    from distill_datasets.models.renderers import Prompts, TextRenderer
 
 
 _CALL = "<tool_call>"
@@ -57,15 +57,11 @@ class ChatFormat:
     @cached_property
     def renderer(self) -> TextRenderer:
         """Raises `ModelError` for a model without a chat format."""
-        from distill_datasets.models.renderers import open_renderer
-
         return open_renderer(self.name, self.tokenizer)
 
     @cached_property
     def prompts(self) -> Prompts:
         """Renders conversations, token for token as a Tinker client of ours does."""
-        from distill_datasets.models.renderers import Prompts
-
         return Prompts(self.renderer)
 
     @cached_property
@@ -372,12 +368,20 @@ class Choice:
 class BodyWriter:
     """Writes the bodies of one answer."""
 
-    chat: bool
-    asked: RequestSettings
-    format: ChatFormat
+    reader: TextReader
     fingerprint: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def asked(self) -> RequestSettings:
+        """What was asked for."""
+        return self.reader.asked
+
+    @property
+    def chat(self) -> bool:
+        """Whether a chat is answered, and not a text."""
+        return isinstance(self.reader, ChatReader)
 
     def body(self, choices: Sequence[Mapping[str, Any]], *, chunk: bool = False) -> dict[str, Any]:
         """An answer, or a chunk of one."""
@@ -411,7 +415,7 @@ class BodyWriter:
         logprobs = [*outcome.prompt_logprobs, *sample.logprobs]
         top = [*outcome.prompt_top, *sample.top] if self.asked.top else []
         places = self._text_logprobs([*prompt, *sample.tokens], logprobs, top)
-        text = f"{self.format.tokenizer.decode(prompt)}{choice['text']}"
+        text = f"{self.reader.format.tokenizer.decode(prompt)}{choice['text']}"
         return {**choice, "text": text, "logprobs": places}
 
     def delta(self, index: int, choice: Choice, text: str) -> dict[str, Any]:
@@ -477,7 +481,7 @@ class BodyWriter:
         return f"token_id:{token}" if self.asked.by_id else self._text(token)
 
     def _text(self, token: int) -> str:
-        return str(self.format.tokenizer.decode([token]))
+        return str(self.reader.format.tokenizer.decode([token]))
 
 
 def _finish(said: SpokenMessage, sample: DrawnSample) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import OutputError, RepositoryError
 from distill_datasets.files import replacing
+from distill_datasets.hub import client as hub
 from distill_datasets.progress import interruptible
 from distill_datasets.serving.parity import FILE, Certificate, certify, load_plain
 from distill_datasets.tables import html_card, html_facts
@@ -243,7 +244,6 @@ def push_student(  # noqa: PLR0913 (what is pushed, where to, and what goes alon
     those of `export_adapter`. Raises `ParityError`, `ScreeningError`, `RepositoryError` or
     `HubError` besides what that raises.
     """
-    from distill_datasets.hub import client as hub
     from distill_datasets.hub.screening import require_clean, screen
 
     recipe = None if private else read_training(train).recipe
@@ -270,8 +270,6 @@ def push_folder(folder: Path, repo: str) -> PushedStudent:
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
-    from distill_datasets.hub import client as hub
 
     api, first, tries = HfApi(), "", 0
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -302,7 +300,6 @@ def _kept_card(api: "HfApi", repo: str, head: str, card: str) -> str:
     """The new card around what people wrote into the one that is there."""
     from huggingface_hub.errors import EntryNotFoundError
 
-    from distill_datasets.hub import client as hub
     from distill_datasets.releases.cards import card_text, merged, read_card
 
     try:

@@ -316,7 +316,6 @@ class _Completion:
     """
 
     writer: BodyWriter
-    reader: TextReader
     requests: Sequence[LiveRequest]
     prompts: Sequence[Sequence[int]]
 
@@ -328,7 +327,7 @@ class _Completion:
             if only_echo:
                 outcome.samples[:] = [DrawnSample([], [], [], False)] * self.writer.asked.n
             for sample in outcome.samples:
-                said = self.reader.read(sample.tokens)
+                said = self.writer.reader.read(sample.tokens)
                 choice = self.writer.choice(len(choices), said, sample)
                 choice = self.writer.echo(choice, prompt, outcome, sample) if echo else choice
                 choices.append(choice)
@@ -356,7 +355,7 @@ class _Completion:
 
     async def _stream_one(self, first: int, live: LiveRequest, stream: _Events) -> Outcome:
         """Send what one request draws, its samples numbered from `first`."""
-        choices = [Choice(self.reader) for _ in range(self.writer.asked.n)]
+        choices = [Choice(self.writer.reader) for _ in range(self.writer.asked.n)]
         while drawn := await live.drawn():
             for sample in {sample for sample, *_ in drawn}:
                 choice = choices[sample]
@@ -366,8 +365,8 @@ class _Completion:
         outcome = await live.outcome()
         ended = zip(count(first), choices, outcome.samples, strict=False)
         for index, choice, whole in ended:
-            said = self.reader.read(whole.tokens)
-            rest = choice.rest(said.content, self.reader.plain(whole.tokens))
+            said = self.writer.reader.read(whole.tokens)
+            rest = choice.rest(said.content, self.writer.reader.plain(whole.tokens))
             if rest is None:
                 raise ServiceError(
                     "this chat format reads an answer otherwise once it is whole: ask for it "
@@ -459,10 +458,10 @@ class _Endpoints:
             constrain = await self._service.hold(asked.schema, model.format.ends)
         sampled = _sampled(model, asked, tokens, (*asked.stop, *model.format.end_texts))
         reader = ChatReader(model.format, asked, tools, thinks)
-        writer = BodyWriter(True, asked, model.format, self._service.card.fingerprint)
+        writer = BodyWriter(reader, self._service.card.fingerprint)
         with self._admitted():
             live = LiveRequest(self._service, model.weights, sampled, request, asked, constrain)
-            answer = _Completion(writer, reader, [live], [tokens])
+            answer = _Completion(writer, [live], [tokens])
             return await (answer.stream(request) if asked.stream else answer.whole())
 
     async def text(self, request: web.Request) -> web.StreamResponse:
@@ -478,12 +477,11 @@ class _Endpoints:
         if asked.echo and asked.top is not None:
             scored = {"prompt_logprobs": True, "topk_prompt_logprobs": asked.top}
         sampled = [_sampled(model, asked, tokens, asked.stop, **scored) for tokens in prompts]
-        reader = TextReader(model.format, asked)
-        writer = BodyWriter(False, asked, model.format, self._service.card.fingerprint)
+        writer = BodyWriter(TextReader(model.format, asked), self._service.card.fingerprint)
         with self._admitted():
             service, weights = self._service, model.weights
             live = [LiveRequest(service, weights, one, request, asked) for one in sampled]
-            answer = _Completion(writer, reader, live, prompts)
+            answer = _Completion(writer, live, prompts)
             if asked.stream:
                 return await answer.stream(request)
             return await answer.whole(echo=asked.echo, only_echo=asked.only_echo)
