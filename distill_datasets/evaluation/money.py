@@ -1,9 +1,7 @@
 """What the student saves: its tokens, the teacher's and the user's prices, line by line."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +10,7 @@ from markupsafe import Markup
 
 from distill_datasets.drawing import Mark, curves, short
 from distill_datasets.errors import PriceError
-from distill_datasets.files import read_object, read_report, report_file
+from distill_datasets.files import as_object, read_object, read_report, report_file
 from distill_datasets.generation.pricing import HOURS_A_MONTH, Price, Prices
 from distill_datasets.tables import aligned, html_card, html_preformatted, html_table
 
@@ -57,7 +55,7 @@ class SpendingRecord:
     def student(self) -> str | None:
         """The model that the last training started from, by its reference."""
         for folder in reversed(self.trainings):
-            config = read_object(folder / "config.json") or {}
+            config = read_object(folder / "config.json")
             if isinstance(config.get("student"), str):
                 return str(config["student"])
         return None
@@ -328,13 +326,12 @@ def _generated(
 
 def _trained(folder: Path, prices: Prices) -> dict[str, Any]:
     """What a training cost, by its metrics; a killed process may have left a broken line."""
-    lines, file = list[dict[str, Any]](), folder / "metrics.jsonl"
-    for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else ():
-        with suppress(ValueError, TypeError):
-            lines.append(dict(json.loads(line)))
+    file = folder / "metrics.jsonl"
+    text = file.read_text("utf-8", "replace") if file.is_file() else ""
+    lines = [as_object(line) for line in text.splitlines()]
     if spent := [line["spent"] for line in lines if "spent" in line]:
         return {"amount": spent[-1], "said": "as counted while training"}
-    student = (read_object(folder / "config.json") or {}).get("student", "")
+    student = read_object(folder / "config.json").get("student", "")
     tokens = sum(line.get("tokens", 0) for line in lines)
     price = prices.models.get(student) or prices.models.get("student")
     if price is None or price.train is None:

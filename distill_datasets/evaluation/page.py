@@ -76,12 +76,12 @@ def write_page(
 def _beside_report(file: Path, report: _Report) -> dict[str, Any]:
     """What a gate and a calibration found in this very report, and its prompt's coverage."""
     files = (gate_file, coverage_file, calibration_file)
-    gate, coverage, calibration = (read_object(find(file)) or {} for find in files)
-    here = calibration and calibration.get("report") == report.get("digest")
+    gate, coverage, calibration = (read_object(find(file)) for find in files)
+    digest, recipe = report.get("digest"), report.get("recipe")
     return {
-        "calibration": calibration if here else None,
-        "gate": gate if gate and gate.get("report") == report.get("digest") else None,
-        "coverage": coverage if coverage.get("recipe") == report.get("recipe") else None,
+        "gate": gate if gate.get("report") == digest else {},
+        "calibration": calibration if calibration.get("report") == digest else {},
+        "coverage": coverage if coverage.get("recipe") == recipe else {},
     }
 
 

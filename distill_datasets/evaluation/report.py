@@ -192,7 +192,7 @@ class _Measuring:
 
     def __post_init__(self) -> None:
         """Reads what is known already."""
-        self.known: Mapping[str, Any] = read_object(self.path) or {}
+        self.known: Mapping[str, Any] = read_object(self.path)
         self.data = dict(self.known)
 
     def report(self) -> Report:
