@@ -53,10 +53,6 @@ _SCALE = (1.0, 10.0)
 _SAMPLING = Sampling(temperature=0.0, max_tokens=2048, seed=0)  # some judges think first
 _LARGEST_RUBRIC, _LARGEST_LABELS = 100_000, 50_000_000  # bytes
 _FLIPS = 0.3  # of the pairs: a judge that hardly knows what it prefers
-_CHOSEN = (
-    "The recipe's judge prompt also chose among the teacher's answers, so its scores favour the "
-    "teacher. Name another rubric beside it, such as quality."
-)
 _PREFERRED = re.compile(r"(?im)^[^\w\n]{0,12}better[^\w\n]{0,6}[:=][^\w\n]{0,6}(a|b|tie)\b")
 _LABELS: Mapping[str, tuple[str, bool]] = {
     **dict.fromkeys(("better", "same", "tie"), ("not worse", True)),
@@ -254,8 +250,7 @@ class AnswerJudge:
             "requests": len(questions),
             **opinions.findings(self.labels),
         }
-        chosen = [_CHOSEN] if OWN in self.rubrics else []
-        found["warnings"] = [*chosen, *_warnings(self.sampler.model, models, found)]
+        found["warnings"] = [*_warnings(self.sampler.model, models, found)]
         return {"summary": judge_lines(found), **found}
 
     def _questions(self, rows: Sequence[JudgedRow]) -> Iterator[_JudgeRequest]:
@@ -305,8 +300,7 @@ class AnswerJudge:
         scales = {name: _SCALE for criteria in self._general for name in criteria}
         if ends := [one.scale for one in self._own.values()]:
             scales[OWN] = (min(low for low, _ in ends), max(high for _, high in ends))
-        both = [(one[STUDENT], one[TEACHER]) if one else None for one in pairs]
-        return Opinions(rows, scales, scores, both)
+        return Opinions(rows, scales, scores, pairs)
 
 
 def open_judge(
@@ -328,9 +322,7 @@ def open_judge(
 
 @dataclass(frozen=True)
 class HumanLabels:
-    """What people say of rows, by id or by query: that the student is `not worse` than the
-    teacher, or that what it says is `good`.
-    """
+    """What people say of rows, by id or query: the student is `not worse`, or its text `good`."""
 
     kind: str
     by: Literal["id", "query"]
@@ -390,32 +382,31 @@ class HumanLabels:
 class Opinions:
     """What a judge said, row by row; None where it can't be read.
 
-    `scores` are by criterion and system, on the `scales`. `pairs` are who is better with the
-    student shown first, and with the teacher first; None where both say the same.
+    `scores` are by criterion and system, on the `scales`. `pairs` are who is better, by who is
+    shown first; empty where both say the same.
     """
 
     rows: Sequence[JudgedRow]
     scales: Mapping[str, tuple[float, float]]
     scores: Mapping[str, Mapping[str, Sequence[float | None]]]
-    pairs: Sequence[tuple[str | None, str | None] | None]
+    pairs: Sequence[Mapping[str, str | None]]
 
     def findings(self, labels: HumanLabels | None = None) -> dict[str, Any]:
         """A report's numbers of what a judge said."""
-        rows = zip(self.pairs, self.rows, strict=True)
-        asked = [(pair, row.group) for pair, row in rows if pair]
-        both = [(pair, group) for pair, group in asked if None not in pair]
+        asked = [(pair, row.group) for pair, row in zip(self.pairs, self.rows, strict=True) if pair]
+        both = [({*pair.values()}, group) for pair, group in asked if None not in pair.values()]
         first_shown = (
             (said == first, group)
             for pair, group in asked
-            for first, said in zip((STUDENT, TEACHER), pair, strict=True)
+            for first, said in pair.items()
             if said in (STUDENT, TEACHER)
         )
         return {
             "n": len(self.rows),
             "scales": {name: list(scale) for name, scale in self.scales.items()},
             **self._scores(),
-            "preference": self._preference(sum(TIE not in x and x[0] != x[1] for x, _ in both)),
-            "agreement": _share((pair[0] == pair[1], group) for pair, group in both),
+            "preference": self._preference(sum(said == {STUDENT, TEACHER} for said, _ in both)),
+            "agreement": _share((len(said) == 1, group) for said, group in both),
             "first_shown": _share(first_shown),
             "length_bias": self._length_bias(),
             **(self._corrected(labels) if labels else {"corrected": False, "labels": None}),
@@ -469,15 +460,15 @@ class Opinions:
     @cached_property
     def preferred(self) -> list[str | None]:
         """Who is better in each row: a tie where the orders differ, None where one is unread."""
-        both = [pair or (TIE, TIE) for pair in self.pairs]
-        return [None if None in x else x[0] if x[0] == x[1] else TIE for x in both]
+        said = [{*pair.values()} for pair in self.pairs]
+        return [None if None in one else one.pop() if len(one) == 1 else TIE for one in said]
 
     def _preference(self, flipped: int) -> dict[str, Any]:
         counted = {
             "student": self.preferred.count(STUDENT),
             "teacher": self.preferred.count(TEACHER),
             "ties": self.preferred.count(TIE),
-            "equal": self.pairs.count(None),
+            "equal": self.pairs.count({}),
             "flipped": flipped,
             "unread": self.preferred.count(None),
         }
@@ -596,11 +587,9 @@ def rogan_gladen(
     z = NormalDist().inv_cdf((1 + level) / 2)
     n = observed["n"] + z**2
     share = (observed["value"] * observed["n"] + z**2 / 2) / n
+    counts = [one["n"] + 2 for one in (sensitivity, specificity)]
     right = [(one["value"] * one["n"] + 1) / (one["n"] + 2) for one in (sensitivity, specificity)]
-    errors = [
-        one * (1 - one) / (of["n"] + 2)
-        for one, of in zip(right, (sensitivity, specificity), strict=True)
-    ]
+    errors = [one * (1 - one) / count for one, count in zip(right, counts, strict=True)]
     slope = sum(right) - 1
     if useful <= 0 or slope <= 0:
         return None
@@ -635,6 +624,11 @@ def families(model: str) -> set[str]:
 
 def _warnings(judge: str, models: Mapping[str, str], found: Mapping[str, Any]) -> Iterator[str]:
     """What makes a judge's opinions doubtful; `models` are those of the systems by their names."""
+    if OWN in found["rubrics"]:
+        yield (
+            "The recipe's judge prompt also chose among the teacher's answers, so its scores "
+            "favour the teacher. Name another rubric beside it, such as quality."
+        )
     asked = [name for name in (TEACHER, "base") if name in models]
     for model in dict.fromkeys(models[name] for name in asked):
         if judge == model or families(judge) & families(model):

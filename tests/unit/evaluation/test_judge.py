@@ -157,7 +157,8 @@ def test_length_bias_has_the_interval_that_statsmodels_has() -> None:
             name = f"{text}{place}"
             texts = {"student": text, "teacher": "x." if text == "x" else "."}
             asked.append(JudgedRow(name, name, "", name, None, texts, texts))
-            pairs.append(("student",) * 2 if place < wins else ("teacher",) * 2)
+            better = "student" if place < wins else "teacher"
+            pairs.append({"student": better, "teacher": better})
     found = Opinions(asked, {}, {}, pairs).findings()["length_bias"]
     right_ends = confint_proportions_2indep(40, 60, 20, 50, method="newcomb", compare="diff")
     assert (found["low"], found["high"]) == pytest.approx(right_ends)
