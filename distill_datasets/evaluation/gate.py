@@ -270,7 +270,6 @@ class _Look:
         return self._drop("quality", name, most, relative=True)
 
     def _drop(self, rule: str, name: str, most: float, *, relative: bool = False) -> GateFinding:
-        """A metric, which may lie so far below the other's."""
         mine, theirs = self.mine.metric(name), self.other.metric(name)
         if name == "agreement" and self.beside_teacher:
             theirs = {"value": 1.0}
@@ -283,7 +282,6 @@ class _Look:
         return self._judged(rule, found, limit, said, lost=name not in CALIBRATIONS, doubt=True)
 
     def _check_beside(self, name: str, most: float) -> GateFinding:
-        """A check, which may pass in so much fewer rows than the other's."""
         theirs, rule = (self.other.numbers.get("checks") or {}).get(name), f"check {name}"
         if theirs is None:
             return GateFinding(rule, MISSING, f"{self.other.called} was measured without it")
@@ -345,7 +343,6 @@ class _Look:
         )
 
     def _check(self, name: str, least: float) -> GateFinding:
-        """A check, which so many rows must pass."""
         known, rule = self.mine.numbers.get("checks") or {}, f"check {name}, at least"
         if name not in known:
             hint = nearest(name, list(known))
@@ -515,7 +512,6 @@ class _Look:
 
 
 def _number(found: Mapping[str, Any], name: str) -> dict[str, float] | None:
-    """A number with its interval, where it has one."""
     if found.get(name) is None:
         return None
     ends = {end: found[f"{name}_{end}"] for end in ("low", "high") if f"{name}_{end}" in found}

@@ -44,8 +44,7 @@ if TYPE_CHECKING:
     from distill_datasets.evaluation.comparison import Texts
 
 OWN = "recipe"  # the rubric that is the recipe's judge prompt
-STUDENT, TEACHER = "student", "teacher"
-TIE = "tie"
+STUDENT, TEACHER, TIE = "student", "teacher", "tie"
 
 _VERSION = 1  # goes into the report's digest: raise it when opinions come out differently
 _SCORED = (TEACHER, STUDENT, "base")

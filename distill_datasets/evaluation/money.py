@@ -217,7 +217,6 @@ class _Way:
 
 
 def _tokens(report: Mapping[str, Any], system: str) -> tuple[float, float]:
-    """Mean tokens of a query: of its prompt and of its response."""
     counted = report["systems"][system]["tokens"]
     prompt, response = counted["prompt_mean"], counted["response_mean"]
     if prompt is None or response is None:
@@ -244,7 +243,6 @@ def _saving(other: _Way, own: _Way, spent: float) -> dict[str, float | None]:
 
 
 def _whole(queries: float) -> int:
-    """As many queries as that takes."""
     return math.ceil(round(queries, 6))
 
 
@@ -269,7 +267,6 @@ def _month(ways: Mapping[str, _Way], queries: int, spent: float) -> dict[str, An
 
 
 def _arithmetic(ways: Mapping[str, _Way], currency: str) -> Iterator[str]:
-    """How each cost of a query comes about."""
     for name in (TEACHER, STUDENT, CACHED):
         way, price = ways[name], ways[name].price
         if name == CACHED and price.cached is None:
@@ -358,7 +355,6 @@ def _measured(
 
 
 def _latencies(report: Mapping[str, Any]) -> dict[str, float]:
-    """Median latencies, where they were measured."""
     teacher, student = (report["systems"][name] for name in ("teacher", "student"))
     found = {
         TEACHER: teacher.get("latency_uncached_ms"),
@@ -479,7 +475,6 @@ def _days_text(days: float | None) -> str:
 
 
 def _n(number: float, digits: int = 6) -> str:
-    """A price or a count without needless digits."""
     return f"{number:,.{digits}f}".rstrip("0").rstrip(".")
 
 

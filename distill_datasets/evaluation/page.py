@@ -194,7 +194,6 @@ def _environment() -> "Environment":
 
 
 def _shown(value: Any) -> str:
-    """A value of a table, as people read it."""
     if value is None or isinstance(value, bool):
         return {None: "", True: "yes", False: "no"}[value]
     if isinstance(value, float):
@@ -255,7 +254,6 @@ def _scale(
 
 
 def _tiles(report: _Report) -> Iterator[dict[str, str]]:
-    """What the student saves, a number each."""
     systems, saved = report["systems"], report.get("prompt_tokens_saved")
     if saved:
         long, short = (systems[name]["tokens"]["prompt_mean"] for name in ("teacher", "student"))
@@ -284,12 +282,15 @@ def _tiles(report: _Report) -> Iterator[dict[str, str]]:
 
 
 def _metrics(report: _Report) -> Iterator[dict[str, Any]]:
-    """A scale a metric, every system's interval on it."""
     systems = report["systems"]
     for name in dict.fromkeys(name for one in systems.values() for name in one["metrics"]):
-        values = {system: one["metrics"].get(name) for system, one in systems.items()}
-        known = {system: value for system, value in values.items() if value is not None}
-        yield _scale(name.replace("_", " "), known)
+        yield _scale(name.replace("_", " "), _by_system(report, "metrics", name))
+
+
+def _by_system(report: _Report, key: str, name: str) -> dict[str, Any]:
+    """A metric or a check of every system that has it."""
+    systems = report["systems"].items()
+    return {system: one[key][name] for system, one in systems if name in one.get(key, {})}
 
 
 def _texts(report: _Report) -> list[dict[str, Any]]:
@@ -325,7 +326,6 @@ def _sides(report: _Report, rows: Sequence[_Row]) -> dict[str, str]:
 
 
 def _flips(report: _Report, rows: Sequence[_Row]) -> list[dict[str, Any]]:
-    """The rows where one of teacher and student alone is right."""
     sides, found = _sides(report, rows), []
     for who in _PAIR if sides else ():
         shown = [row for row in rows if sides.get(row["id"]) == who][:_MOST_FLIPS]
@@ -343,21 +343,14 @@ def _cut(text: str, most: int = _MOST_TEXT) -> str:
 
 
 def _checks(report: _Report) -> Iterator[dict[str, Any]]:
-    """A scale a check, with what it demands."""
     for name, check in (report.get("checks") or {}).items():
-        found = {
-            system: one["checks"][name]
-            for system, one in report["systems"].items()
-            if name in one.get("checks", {})
-        }
-        if found:
+        if found := _by_system(report, "checks", name):
             scale = _scale("Share of the rows that pass", found)
             rows = found.get("student", {}).get("rows")
             yield {"name": name, **check, "rows": rows, "scale": scale}
 
 
 def _residue(residue: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A line a test, with its outcome."""
     signs = {True: ("good", "✔ passed"), False: ("bad", "✘ failed"), None: ("", "? not told")}
     return [
         {"examples": None, **test, "name": name, "kind": kind, "outcome": outcome}
@@ -434,7 +427,6 @@ def _part(said: Mapping[str, Any], checks: Sequence[str]) -> list[Any]:
 
 
 def _trained(training: TrainedStudent | None) -> str:
-    """What was trained, in a line."""
     if training is None or not training.metrics:
         return ""
     rows = training.config.get("dataset", {}).get("rows", {}).get("train")
@@ -470,7 +462,6 @@ def _confusions(report: _Report, rows: Sequence[_Row]) -> Iterator[dict[str, Any
 
 
 def _latency(report: _Report) -> dict[str, Any] | None:
-    """A scale of the median and the 95th percentile of each system."""
     timed = {
         (name if key == "latency_ms" else f"{name}, prompt read anew"): system[key]
         for name, system in report["systems"].items()
@@ -496,7 +487,6 @@ def _latency(report: _Report) -> dict[str, Any] | None:
 
 
 def _commands(report: _Report, training: TrainedStudent | None) -> str:
-    """What trains and measures the same again."""
     dataset = report["dataset"]
     commit = dataset.get("commit")
     name = dataset["path"].partition("@")[0]

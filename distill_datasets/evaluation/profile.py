@@ -221,7 +221,6 @@ def _style(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _notes(found: Mapping[str, Any]) -> Iterator[str]:
-    """What is worth a look."""
     rows, repeated, shares = found["rows"], found["duplicates"], found["formats"]["shares"]
     yield from _alike(found)
     if empty := shares.get("empty"):

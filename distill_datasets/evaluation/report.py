@@ -168,7 +168,6 @@ def measure(  # noqa: PLR0913 (a release, four models, and the settings)
 
 
 def _open_writer(named: str | None, teacher: Answerer) -> Sampler | None:
-    """The model that says queries in other words: the release's teacher, or another."""
     from distill_datasets.models.references import open_sampler
 
     if named != "teacher":
@@ -263,7 +262,6 @@ class _Measuring:
             )
 
     def _then(self) -> str:
-        """What is asked after the answers."""
         parts, rows = list[str](), len(self.held_out.rows)
         scored = connections_of(self.systems, _SCORED)
         if self.settings.internalisation and len(scored) == len(_SCORED):
@@ -278,7 +276,6 @@ class _Measuring:
         return f"then {', and '.join(parts)}." if parts else ""
 
     def _compared(self, texts: Texts) -> dict[str, Any]:
-        """What the answers alone say."""
         comparison, checks = texts.comparison, self.held_out.recipe.all_checks
         systems = {name: self._system(name, comparison) for name in self.systems}
         long, short = (systems[name]["tokens"]["prompt_mean"] for name in ("teacher", "student"))
@@ -337,7 +334,6 @@ class _Measuring:
         }
 
     def _system(self, name: str, comparison: Comparison) -> dict[str, Any]:
-        """What a report says of a system."""
         system, checks = self.systems[name], self.held_out.recipe.all_checks
         trained = self.training if name.startswith("student") else None
         return {
@@ -393,7 +389,6 @@ class _Measuring:
             return {"judge": judge.judge(judge.rows(texts), models, clients())}
 
     def _residue(self) -> dict[str, Any]:
-        """What the training left behind beside the task."""
         tests, writer = self._tests_left, self.paraphraser
         if not tests:
             return {name: self.known[name] for name in ("residue", "residue_of")}

@@ -219,7 +219,6 @@ def _system_cells(report: _Found) -> Iterator[list[str]]:
 
 
 def _text_cells(report: _Found) -> Iterator[list[str]]:
-    """The systems' texts: likeness to the teacher's, length, variety."""
     likeness = ("chrf", "rouge_l")
     headings = [f"{name} to teacher" for name in likeness]
     yield ["system", *headings, "same", "length", "ended", "different", "commonest"]

@@ -132,7 +132,6 @@ def _paraphrases(held_out: HeldOut, writer: Sampler, client: CachedClient) -> di
 
 
 def _first_queries(held_out: HeldOut) -> list[tuple[str, str]]:
-    """The ids and queries that are asked with changes."""
     rows = held_out.rows.select(range(min(_ROWS, len(held_out.rows))))
     return list(zip(rows["id"], rows["query"], strict=True))
 
@@ -144,7 +143,6 @@ def shipped() -> str:
 
 
 def _read(name: str) -> list[dict[str, Any]]:
-    """The rows of one of the shipped files."""
     text = (builders_folder() / "_residue" / f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
@@ -355,7 +353,6 @@ class _Tests:
         }
 
     def _likelihoods(self, judged: Sequence[Judged], what: str) -> dict[str, list[Likelihood]]:
-        """Those of student and base; raises `ModelError` where one doesn't say them."""
         if not self.connections:
             raise ModelError("Student and base don't both say how likely they find a given text.")
         return {
@@ -412,7 +409,6 @@ class _Tests:
         }
 
     def _canaries(self) -> dict[str, Any]:
-        """Whether a planted secret ranks higher than chance puts it, or is told."""
         if not self.canaries:
             return _unknown("No sentence is planted in the prompt: train on `run --canaries 3`.")
         scored = self._likelihoods(secrets_asked(self.canaries, self.view), "exposure")

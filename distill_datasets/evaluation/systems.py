@@ -286,7 +286,6 @@ def _default_names(plain: Answerer, free_text: bool) -> list[str]:
 def _untrained(
     student: Sampler, training: TrainedStudent | None, base: Sampler | str | None
 ) -> Sampler:
-    """The base that is given, or else what the student was trained from."""
     if training:
         return _open(base or training.config["student"], training.config["renderer"])
     if base is not None:
@@ -353,7 +352,6 @@ def changed(system: Answerer, change: Callable[[PromptedModel], PromptedModel]) 
 
 
 def _teacher(held_out: HeldOut, teacher: Sampler | str | None) -> Answerer:
-    """Sampled as the recipe says."""
     recipe, manifest = held_out.recipe, held_out.manifest
     released = manifest.get("teacher")
     if teacher is not None and teacher != released:

@@ -352,7 +352,6 @@ def _wrong_format(
 def _hidden(
     rows: SystemRows, expected: Sequence[str | None], pattern: re.Pattern[str]
 ) -> list[int]:
-    """The rows whose text names the right label alone, and isn't read as it."""
     read = zip(rows.texts, rows.answers, expected, strict=True)
     return [
         row
