@@ -42,7 +42,7 @@ def for_each_variant(work: Callable[[argparse.Namespace], None]) -> Callable[...
             planted = _with_canaries(named, options)
             work(argparse.Namespace(**{**vars(options), "recipe": planted}))
             return
-            from distill_datasets.recipes.loading import variants_of
+        from distill_datasets.recipes.loading import variants_of
 
         names = variants_of(options.recipe)
         if not names:
