@@ -1,16 +1,13 @@
-"""Intervals against numbers computed elsewhere."""
+"""Intervals against numbers computed elsewhere.
+
+SciPy and statsmodels, which take a second to import, are imported where they are asked.
+"""
 
 import json
 import math
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize_scalar
-from scipy.special import xlogy
-from scipy.stats import binom, binomtest, chi2, false_discovery_control, norm, t
-from statsmodels.stats import contingency_tables
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
 
 from distill_datasets import statistics
 from distill_datasets.statistics import (
@@ -19,12 +16,14 @@ from distill_datasets.statistics import (
     benjamini_hochberg,
     compare_subgroups,
     effective_rows,
+    independent_difference,
     mcnemar,
     mean_difference,
     median_interval,
     paired,
     ratio_of_intervals,
     resamples,
+    rows_needed,
     student,
     wilson,
 )
@@ -39,6 +38,9 @@ def alone(count: int) -> list[str]:
     ("count", "n"), [(315, 315), (300, 315), (300, 400), (0, 8), (0, 1), (22, 44), (1000, 1000)]
 )
 def test_the_interval_of_a_share_is_wilsons(count: int, n: int) -> None:
+    from scipy.stats import binomtest
+    from statsmodels.stats.proportion import proportion_confint
+
     found = Proportion([1.0] * count + [0.0] * (n - count), alone(n)).interval()
     ends = (found["low"], found["high"])
     assert ends == pytest.approx(proportion_confint(count, n, method="wilson"), abs=1e-12)
@@ -50,6 +52,8 @@ def test_the_interval_of_a_share_is_wilsons(count: int, n: int) -> None:
 @pytest.mark.parametrize("rare", [1, 2, 3, 5, 10])
 @pytest.mark.parametrize("n", [50, 315])
 def test_the_end_next_to_one_is_poissons_where_up_to_ten_rows_differ(rare: int, n: int) -> None:
+    from scipy.stats import binomtest, chi2
+
     theirs = chi2.ppf(0.05, 2 * rare) / 2 / n
     low, high = wilson(1 - rare / n, n)
     wilsons = binomtest(n - rare, n).proportion_ci(method="wilson")
@@ -84,6 +88,10 @@ def test_the_ends_of_a_paired_difference_are_those_of_the_likelihood(
 ) -> None:
     """At either end the score test of the likeliest shares, found by scipy, is just significant."""
 
+    from scipy.optimize import minimize_scalar
+    from scipy.special import xlogy
+    from scipy.stats import norm
+
     def deviates(at: float) -> float:
         def unlikely(share: float) -> float:
             shares = (share + at, share, 1 - 2 * share - at)
@@ -105,6 +113,9 @@ def test_the_ends_of_a_paired_difference_are_those_of_the_likelihood(
 
 @pytest.mark.parametrize(("up", "down"), [(6, 16), (0, 5), (3, 3), (0, 0), (400, 430), (1, 0)])
 def test_mcnemars_mid_p_is_that_of_the_binomial(up: int, down: int) -> None:
+    from scipy.stats import binom
+    from statsmodels.stats import contingency_tables
+
     rows = [1.0] * up + [-1.0] * down + [0.0] * 50
     n, fewer = up + down, min(up, down)
     theirs = min(1.0, 2 * binom.cdf(fewer, n, 0.5) - binom.pmf(fewer, n, 0.5))
@@ -124,6 +135,9 @@ def test_mcnemars_groups_count_once_each() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_benjamini_and_hochbergs_values_are_scipys_and_statsmodels(seed: int) -> None:
+    from scipy.stats import false_discovery_control
+    from statsmodels.stats.multitest import multipletests
+
     p = np.random.default_rng(seed).random(12) ** 3
     assert benjamini_hochberg(p.tolist()) == pytest.approx(false_discovery_control(p))
     assert benjamini_hochberg(p.tolist()) == pytest.approx(multipletests(p, method="fdr_bh")[1])
@@ -144,6 +158,8 @@ def test_subgroups_of_under_20_rows_are_too_few() -> None:
 @pytest.mark.parametrize("freedom", [1, 2, 3, 5, 9, 30, 500])
 @pytest.mark.parametrize("share", [0.9, 0.95, 0.975])
 def test_students_quantiles_are_scipys(freedom: int, share: float) -> None:
+    from scipy.stats import t
+
     assert student(share, freedom) == pytest.approx(t.ppf(share, freedom), rel=0.01)
 
 
@@ -163,8 +179,23 @@ def test_the_likeness_within_groups_is_shrout_and_fleiss() -> None:
     assert likeness[0] == pytest.approx(0.1657, abs=1e-4)
 
 
+@pytest.mark.parametrize("counts", [(40, 60, 20, 50), (30, 45, 200, 300), (12, 100, 15, 40)])
+def test_the_difference_of_shares_of_different_rows_is_newcombes(counts: tuple[int, ...]) -> None:
+    from statsmodels.stats.proportion import confint_proportions_2indep
+
+    shares = [
+        Proportion([1.0] * count + [0.0] * (n - count), alone(n)).interval()
+        for count, n in (counts[:2], counts[2:])
+    ]
+    found = independent_difference(*shares)
+    theirs = confint_proportions_2indep(*counts, method="newcomb", compare="diff")
+    assert (found["low"], found["high"]) == pytest.approx(theirs)
+
+
 @pytest.mark.parametrize("n", [6, 9, 20, 57])
 def test_the_interval_of_a_median_is_the_one_of_scipys_binomial(n: int) -> None:
+    from scipy.stats import binom
+
     values = [float(one) for one in range(n)]
     place = int(binom.ppf(0.025, n, 0.5))
     found = median_interval(values)
@@ -254,6 +285,8 @@ def test_no_interval_is_made_of_draws_that_are_no_numbers() -> None:
 
 
 def test_the_percentiles_of_a_bootstrap_of_few_groups_are_further_apart() -> None:
+    from scipy.stats import norm, t
+
     draws = np.linspace(0, 1, 10_001)
     ends = [Bootstrap(0.5, draws, n).interval()["low"] for n in (None, 10_000.0, 20.0, 5.0)]
     assert ends[0] == pytest.approx(0.025)
@@ -264,6 +297,8 @@ def test_the_percentiles_of_a_bootstrap_of_few_groups_are_further_apart() -> Non
 
 
 def test_a_difference_of_scores_is_never_without_width() -> None:
+    from scipy.stats import norm
+
     same = mean_difference([0.5] * 40, [0.5] * 40, alone(40))
     assert (same["value"], same["n"]) == (0.0, 40)
     assert (same["low"], same["high"]) == pytest.approx(paired(0, 0, 40))
@@ -289,3 +324,15 @@ def test_rows_of_one_group_are_drawn_together() -> None:
     (weights,) = resamples(["a", "b", "a", "c"], 50)
     assert (weights[:, 0] == weights[:, 2]).all()
     assert np.ptp(weights[:, 0]) > 0
+
+
+def test_many_rows_are_as_many_as_statsmodels_wants() -> None:
+    """There, one sample's mean of a standard deviation of 1: an effect of margin / spread."""
+    from statsmodels.stats.power import NormalIndPower
+
+    for margin, discordance in ((0.02, 0.3), (0.01, 0.1)):
+        effect = margin / np.sqrt(discordance)
+        theirs = NormalIndPower(ddof=0).solve_power(
+            effect, power=0.8, alpha=0.05, ratio=0, alternative="larger"
+        )
+        assert rows_needed(margin, discordance) == pytest.approx(theirs, rel=0.025)

@@ -1,3 +1,6 @@
+import sys
+from typing import Any
+
 import pytest
 from sacrebleu.metrics.chrf import CHRF
 
@@ -23,12 +26,19 @@ def test_chrf_equals_sacrebleus(found: str, right: str) -> None:
     assert chrf(found, right) == pytest.approx(truth, abs=1e-9)
 
 
-@pytest.mark.parametrize(("found", "right"), [pair for pair in PAIRS if "ö" not in pair[0]])
-def test_rouge_l_equals_rouge_scores_on_ascii(found: str, right: str) -> None:
-    # Not above: it brings scikit-learn and pandas, which take two seconds to import.
-    from rouge_score.rouge_scorer import RougeScorer
+@pytest.fixture(scope="module")
+def rouge_scorer() -> Any:
+    """Without what NLTK loads beside it, which takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("sklearn", "scipy"):
+            patch.setitem(sys.modules, name, None)
+        from rouge_score.rouge_scorer import RougeScorer
+    return RougeScorer(["rougeL"])
 
-    truth = RougeScorer(["rougeL"]).score(right, found)["rougeL"].fmeasure
+
+@pytest.mark.parametrize(("found", "right"), [pair for pair in PAIRS if "ö" not in pair[0]])
+def test_rouge_l_equals_rouge_scores_on_ascii(rouge_scorer: Any, found: str, right: str) -> None:
+    truth = rouge_scorer.score(right, found)["rougeL"].fmeasure
     assert rouge_l(found, right) == pytest.approx(truth, abs=1e-9)
 
 

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
-from openpyxl import Workbook
 
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.loading import load_recipe
@@ -233,6 +232,8 @@ def _with_row(folder: Path, answer: str) -> Path:
 
 
 def test_cells_of_a_workbook_are_as_they_are_shown(tmp_path: Path) -> None:
+    from openpyxl import Workbook
+
     book = Workbook()
     sheet = book.active
     sheet.append(["query", "reference"])
@@ -249,6 +250,8 @@ def test_cells_of_a_workbook_are_as_they_are_shown(tmp_path: Path) -> None:
 
 
 def test_a_number_that_a_workbook_has_rounded_is_an_error(tmp_path: Path) -> None:
+    from openpyxl import Workbook
+
     book = Workbook()
     for row in (["query", "reference"], [12345678901234567890, "x"]):
         book.active.append(row)
