@@ -147,8 +147,6 @@ def _variants(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     where = f"{folder / 'recipe.yaml'}, variants"
     if isinstance(given, str):
         path = inside(folder, given)
-        if not path.is_file():
-            raise RecipeError(f"{where}: there is no file {given!r} in the recipe's folder.")
         given, where = read_yaml(path), str(path)
     for name, changes in given.items() if isinstance(given, dict) else [("", None)]:
         if not isinstance(changes, dict) or not re.fullmatch(NAME, str(name)):

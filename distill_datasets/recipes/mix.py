@@ -129,45 +129,36 @@ def _keys_of(recipe: Recipe, queries: "Dataset") -> Iterator[int]:
 
 
 def _key(messages: Sequence[Message]) -> int:
-    return int(sha256(to_text(messages).encode()).hexdigest()[:16], 16)
+    return int(query_id(to_text(messages)), 16)
 
 
 def _new_rows(recipe: Recipe, part: MixPart, taken: Collection[int]) -> Iterator[MixRow]:
-    """The rows of a source, each query once, without those that are taken already."""
-    seen: set[int] = set()
-    for messages, response, tools in _conversations(recipe, part):
-        key = _key(messages)
-        if key in taken or key in seen:
-            continue
-        seen.add(key)
-        text = messages[0]["content"]
-        whole = recipe.holds_conversations or is_conversation_text(text)
-        alone = not whole and messages == [user_message(text)]
-        yield MixRow(text if alone else to_text(messages), response, tools)
-
-
-def _conversations(
-    recipe: Recipe, part: MixPart
-) -> Iterator[tuple[list[Message], str | None, str | None]]:
-    """Each row's messages, its answer and its tools, as `MixRow` has them.
+    """The rows of a source, each query once, without those that are taken already.
 
     A row that can't be used is an error, but for one of somebody's dataset on the Hub, which is
     left out.
     """
     where, left_out, problem = f"The part {part.name!r} of the mix", Counter[str](), ""
-    pieces = _source(recipe, part, where)
+    pieces, seen = _source(recipe, part, where), {*taken}
     first = next(pieces, None)
     if first is None:
         return
     columns = _columns(part, dict.fromkeys(name for row in first for name in row), where)
     for number, row in enumerate(chain(first, chain.from_iterable(pieces)), 1):
         try:
-            yield _row(part, row, columns, left_out)
+            messages, response, tools = _read(part, row, columns, left_out)
         except (ValueError, RecursionError) as error:
             if not part.hub:
                 raise RecipeError(f"{where}, row {number}: {error}.") from error
             left_out["unusable"] += 1
             problem = problem or f"row {number}: {error}"
+            continue
+        if (key := _key(messages)) not in seen:
+            seen.add(key)
+            text = messages[0]["content"]
+            whole = recipe.holds_conversations or is_conversation_text(text)
+            alone = not whole and messages == [user_message(text)]
+            yield MixRow(text if alone else to_text(messages), response, tools)
     if count := left_out["unusable"]:
         warn(f"{where}: {count:,} rows can't be used, such as {problem}.", stacklevel=2)
     if count := left_out["answers"]:
@@ -178,20 +169,26 @@ def _conversations(
         )
 
 
-def _row(
+def _read(
     part: MixPart, row: Mapping[str, Any], columns: Mapping[str, str], left_out: Counter[str]
 ) -> tuple[list[Message], str | None, str | None]:
+    """A row's messages, its answer and its tools, as `MixRow` has them."""
     if not part.file or part.file.endswith(".parquet"):
         row = without_nulls(row)
     turns = [turns_in(row.get(name), role) for name, role in columns.items()]
     messages = read_messages([*chain.from_iterable(turns)])
     if part.model:
-        asked = without_answer(messages)
+        asked, response, tools = without_answer(messages), None, None
         left_out["answers"] += len(asked) < len(messages)
-        return _checked(asked), None, None
-    *asked, answer = messages
-    response = _response(answer)
-    return _checked(asked), response, tools_in(row.get("tools"))
+    else:
+        *asked, answer = messages
+        response, tools = _response(answer), tools_in(row.get("tools"))
+    if not asked or asked[-1]["role"] not in ("user", "tool"):
+        found = asked[-1]["role"] if asked else "nothing"
+        raise ValueError(f"expected a message of a user or a tool before the answer, found {found}")
+    if asked[-1]["role"] == "user" and is_blank(asked[-1]["content"]):
+        raise ValueError("the message to answer is empty")
+    return asked, response, tools
 
 
 def _source(recipe: Recipe, part: MixPart, where: str) -> Iterator[Rows]:
@@ -229,16 +226,6 @@ def _columns(part: MixPart, names: Collection[str], where: str) -> dict[str, str
     return dict(zip(found, ("" if found[0] in WHOLE else "user", "assistant"), strict=False))
 
 
-def _checked(asked: list[Message]) -> list[Message]:
-    """A conversation that can be answered."""
-    if not asked or asked[-1]["role"] not in ("user", "tool"):
-        found = asked[-1]["role"] if asked else "nothing"
-        raise ValueError(f"expected a message of a user or a tool before the answer, found {found}")
-    if asked[-1]["role"] == "user" and is_blank(asked[-1]["content"]):
-        raise ValueError("the message to answer is empty")
-    return asked
-
-
 def _response(answer: Message) -> str:
     """An answer's words and calls as one text."""
     if answer["role"] != "assistant":
@@ -246,8 +233,7 @@ def _response(answer: Message) -> str:
             f"expected an answer at the end, found a message of {answer['role']!r}; name a `model` "
             "to answer it"
         )
-    calls = read_calls(answer.get("tool_calls"))
-    content = answer["content"]
+    calls, content = read_calls(answer.get("tool_calls")), answer["content"]
     if not calls and is_blank(content):
         raise ValueError("its answer is empty")
     return write_calls(content.strip(), calls) if calls else content

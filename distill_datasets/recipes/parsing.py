@@ -324,7 +324,6 @@ def _in_time_class(kind: Any) -> Any:
 
 
 def _check_time() -> float:
-    """Seconds that are left."""
     if (left := _deadline.get() - monotonic()) <= 0:
         raise TimeoutError("the schema")
     return left

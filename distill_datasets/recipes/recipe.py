@@ -218,8 +218,6 @@ class Recipe(RecipeKeys):
         """The template of what the judge is asked."""
         assert self.judge
         path = inside(self.folder, self.judge.prompt)
-        if not path.is_file():
-            raise ValueError(f"judge.prompt names {self.judge.prompt!r}, which {path.parent} lacks")
         text = read_text(path, limit=PROMPT_LIMIT).strip()
         if not text:
             raise ValueError(f"{self.judge.prompt} is empty; write the judge's prompt")
@@ -386,10 +384,7 @@ class Recipe(RecipeKeys):
         """The short prompt of the student; None for none."""
         if self.student.file is None:
             return self.student.prompt
-        path = self.folder / self.student.file
-        if not path.is_file():
-            raise RecipeError(f"student.file names {self.student.file!r}, which isn't there.")
-        return read_text(path, limit=PROMPT_LIMIT).strip()
+        return read_text(self.folder / self.student.file, limit=PROMPT_LIMIT).strip()
 
     @property
     def student_tools(self) -> str | None:

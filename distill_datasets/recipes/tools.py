@@ -29,8 +29,6 @@ def read_tools(path: Path) -> str:
 
     Raises `RecipeError` that names the tool, for what is no list of tools with JSON schemas.
     """
-    if not path.is_file():
-        raise RecipeError(f"The recipe names the tools {path.name!r}, which isn't there.")
     given = _read_json(path, _LIMIT)
     if not isinstance(given, list) or not given:
         raise RecipeError(

@@ -107,6 +107,8 @@ def read_text(path: Path, *, limit: int) -> str:
 
     Raises `RecipeError`.
     """
+    if not path.is_file():
+        raise RecipeError(f"The recipe names {path.name!r}, which {str(path.parent)!r} lacks.")
     if (size := path.stat().st_size) > limit:
         raise RecipeError(f"{path} has {size:,} bytes; expected at most {limit:,}.")
     with open_text(path, what="Save it as UTF-8") as file:

@@ -255,7 +255,7 @@ def test_a_variant_lays_its_keys_over_the_recipe_section_by_section(tmp_path: Pa
 
 def test_variants_may_be_in_a_file_of_their_own(tmp_path: Path) -> None:
     folder = persona(tmp_path, "people.yaml")
-    with pytest.raises(RecipeError, match=r"there is no file 'people\.yaml'"):
+    with pytest.raises(RecipeError, match=r"names 'people\.yaml', which .* lacks"):
         load_recipe(f"{folder}:ada")
     (folder / "people.yaml").write_text(yaml.safe_dump(PEOPLE), encoding="utf-8")
     assert load_recipe(f"{folder}:ada").messages("Hi")[0]["content"] == "You are Ada, of then."
