@@ -22,11 +22,10 @@ from distill_datasets.recipes.keys import NAME
 from distill_datasets.recipes.prompt import is_jinja
 from distill_datasets.recipes.recipe import PROMPT_LIMIT, Recipe
 from distill_datasets.recipes.user_files import (
-    compose_yaml,
+    open_yaml,
     read_rows,
     read_text,
     read_yaml,
-    yaml_fields,
 )
 
 _BOOL = "tag:yaml.org,2002:bool"
@@ -54,31 +53,17 @@ def load_recipe(source: str | Path, *, config: str | None = None, trust: bool = 
     if own is None or Path(repository).exists():  # otherwise a configuration on the Hub
         source, variant = _split_variant(source)
     folder = _find(source, config)
-    recipe = _load(folder, _prompt(folder), variant)
+    recipe = _load(folder, variant)
     if not trust and is_copy(folder, "manifest.json"):
         _check_sources(recipe)
     return recipe
-
-
-def _prompt(folder: Path) -> str:
-    """The text of prompt.md; none of a recipe that has several prompts."""
-    prompt = folder / "prompt.md"
-    if not prompt.is_file() and not _has_members(folder):
-        if without_prompt(folder.parent):
-            raise RecipeError(
-                f"The release {str(folder.parent)!r} was published without its prompt, so its "
-                "recipe can't be run. Ask its author for prompt.md, and put it into "
-                f"{str(folder)!r}; or train on the release, which needs no prompt."
-            )
-        raise RecipeError(f"Recipe {str(folder)!r} has no prompt.md; write the teacher's prompt.")
-    return read_text(prompt, limit=PROMPT_LIMIT).strip() if prompt.is_file() else ""
 
 
 def load_released_recipe(release: Path) -> Recipe:
     """A release's recipe to be described, with a stand-in for a prompt that wasn't published."""
     folder = release / "recipe"
     hidden = not (folder / "prompt.md").is_file() and without_prompt(release)
-    return _load(folder, "(not published)") if hidden else load_recipe(release, trust=True)
+    return _load(folder, hidden=hidden)
 
 
 def without_prompt(release: Path) -> bool:
@@ -96,25 +81,25 @@ def is_copy(folder: Path, *beside: str) -> bool:
     return place.name == "recipe" and any((place.parent / name).is_file() for name in beside)
 
 
-def _load(folder: Path, prompt: str, variant: str | None = None) -> Recipe:
+def _load(folder: Path, variant: str | None = None, *, hidden: bool = False) -> Recipe:
     path = folder / "recipe.yaml"
-    root = compose_yaml(path)
-    fields = _chosen(folder, yaml_fields(path, root), variant)
+    root, given = open_yaml(path)
+    fields = _chosen(folder, given, variant)
     for reserved in ("prompt", "folder", "members"):
         if reserved in fields:
             raise RecipeError(f"{path}: {reserved!r} is not a key; the prompt is in prompt.md.")
     for section, key in (("answer", "json_schema"), ("sampling", "extra")):
         _check_words(path, _child(_child(root, section), key))
     members = _members(folder, fields.get("prompts"))
-    if members:
-        prompt = "\n\n".join(f"# {handle}\n\n{one.prompt}" for handle, one in members.items())
+    prompt = "\n\n".join(f"# {handle}\n\n{one.prompt}" for handle, one in members.items())
+    if not members:
+        prompt = "(not published)" if hidden else _prompt(folder)
     copied = is_copy(folder, "manifest.json", "generation.json")
     if "template" not in fields and copied and is_jinja(prompt):
         # Version 0.1 took every prompt for a template, and didn't say so.
         fields["template"] = "jinja"
     try:
-        given = {"prompt": prompt, "folder": folder, "members": members}
-        recipe = Recipe(**{**fields, **given})
+        recipe = Recipe(**fields, prompt=prompt, folder=folder, members=members)
     except ValidationError as error:
         raise RecipeError(_explain(error, folder, root)) from error
     if recipe.template is None and "{%" in prompt and is_jinja(prompt):
@@ -124,6 +109,18 @@ def _load(folder: Path, prompt: str, variant: str | None = None) -> Recipe:
             stacklevel=3,
         )
     return recipe
+
+
+def _prompt(folder: Path) -> str:
+    if (prompt := folder / "prompt.md").is_file():
+        return read_text(prompt, limit=PROMPT_LIMIT).strip()
+    if without_prompt(folder.parent):
+        raise RecipeError(
+            f"The release {str(folder.parent)!r} was published without its prompt, so its recipe "
+            f"can't be run. Ask its author for prompt.md, and put it into {str(folder)!r}; or "
+            "train on the release, which needs no prompt."
+        )
+    raise RecipeError(f"Recipe {str(folder)!r} has no prompt.md; write the teacher's prompt.")
 
 
 def variants_of(source: str | Path) -> list[str]:
@@ -180,10 +177,6 @@ def _chosen(folder: Path, fields: dict[str, Any], variant: str | None) -> dict[s
     return {**fields, "name": named, "variant": variant}
 
 
-def _has_members(folder: Path) -> bool:
-    return bool(read_yaml(folder / "recipe.yaml").get("prompts"))
-
-
 def _members(folder: Path, prompts: Any) -> dict[str, Recipe]:
     """The recipes behind each handle: folders of this recipe's, or recipes that ship."""
     members = {}
@@ -197,9 +190,9 @@ def _members(folder: Path, prompts: Any) -> dict[str, Recipe]:
                 f"{folder / 'recipe.yaml'}, prompts: {name!r} is neither a folder of this recipe's "
                 f"nor one of those that ship, {[one.name for one in _shipped()]}."
             )
-        if _has_members(home):
+        if read_yaml(home / "recipe.yaml").get("prompts"):
             raise RecipeError(f"{folder / 'recipe.yaml'}, prompts: {name!r} has prompts itself.")
-        members[str(handle)] = _load(home, _prompt(home), variant)
+        members[str(handle)] = _load(home, variant)
     return members
 
 

@@ -162,13 +162,14 @@ def _unmarked(start: bytes) -> str:
 
 def read_yaml(path: Path, *, limit: int = _YAML_LIMIT) -> dict[str, Any]:
     """The keys and values of a YAML file of somebody else's; raises `RecipeError`."""
-    return yaml_fields(path, compose_yaml(path, limit))
+    return open_yaml(path, limit)[1]
 
 
-def compose_yaml(path: Path, limit: int = _YAML_LIMIT) -> yaml.Node:
-    """The YAML of a recipe; raises `RecipeError` for what no recipe needs, such as endless aliases.
+def open_yaml(path: Path, limit: int = _YAML_LIMIT) -> tuple[yaml.Node, dict[str, Any]]:
+    """The nodes of a YAML file, which know where they stand and how they are written, and its keys
+    and values.
 
-    Its nodes know where they stand and how they are written.
+    Raises `RecipeError` for what no recipe needs, such as endless aliases.
     """
     text = read_text(path, limit=limit)
     try:
@@ -180,11 +181,13 @@ def compose_yaml(path: Path, limit: int = _YAML_LIMIT) -> yaml.Node:
             raise RecipeError(f"{path}: expected keys and values.")
         if _size(path, root, {}, 0) > _VALUES:
             raise RecipeError(f"{path} comes to over {_VALUES:,} values with its aliases.")
-    except yaml.YAMLError as error:
+        return root, yaml.SafeLoader("").construct_document(root)
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
         raise RecipeError(f"{path} is not YAML: {error}") from error
     except RecursionError as error:
         raise RecipeError(f"{path} is nested more than {_DEPTH} levels deep.") from error
-    return root
 
 
 def _size(path: Path, node: yaml.Node, known: dict[int, int], depth: int) -> int:
@@ -215,15 +218,6 @@ def _check_keys(path: Path, node: yaml.MappingNode, allowed: Sequence[str]) -> N
                 "already: keep one of them."
             )
         seen[written] = line
-
-
-def yaml_fields(path: Path, root: yaml.Node) -> dict[str, Any]:
-    """The keys and values of what `compose_yaml` gives; raises `RecipeError`."""
-    try:
-        fields: dict[str, Any] = yaml.SafeLoader("").construct_document(root)
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    return fields
 
 
 def _csv_rows(path: Path, form: TableFormat) -> Iterator[dict[str, Any]]:
