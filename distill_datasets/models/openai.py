@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from ipaddress import ip_address
@@ -343,9 +343,7 @@ class OpenAISampler:
                     answer = parse(whole)
         if answer.get("error") and not answer.get("choices"):
             return read_refusal(status, headers, json.dumps(answer))
-        reply = read_reply(answer, sampling, first)
-        allowance = read_allowance(headers)
-        return reply if allowance is None else replace(reply, allowance=allowance)
+        return read_reply(answer, sampling, first, read_allowance(headers))
 
     async def _explained(self, refusal: Refusal) -> DistillError:
         """The error that a refusal is, with the names that an unknown model may have meant."""

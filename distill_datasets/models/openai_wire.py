@@ -18,6 +18,7 @@ from distill_datasets.conversations import Call, linked, read_calls, write_calls
 from distill_datasets.errors import ModelError, RejectedError, RetryableError, ServiceError
 from distill_datasets.models.endpoint import MOST_BYTES, too_large
 from distill_datasets.models.sampler import (
+    Allowance,
     Logprobs,
     Reply,
     Sample,
@@ -143,7 +144,10 @@ def bad_answer(found: str) -> RetryableError:
 
 
 def read_reply(
-    body: Mapping[str, Any], sampling: Sampling, first_token_seconds: float | None = None
+    body: Mapping[str, Any],
+    sampling: Sampling,
+    first_token_seconds: float | None = None,
+    allowance: Allowance | None = None,
 ) -> Reply:
     """What a `chat.completion` says.
 
@@ -169,7 +173,7 @@ def read_reply(
                 texts, tokens, logprobs, strict=True
             )
         )
-        return Reply(samples, usage, first_token_seconds)
+        return Reply(samples, usage, first_token_seconds, allowance)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, RejectedError):
             raise

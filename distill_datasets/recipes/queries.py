@@ -119,7 +119,7 @@ def require_splits(recipe: Recipe, queries: "Dataset", needed: Sequence[str]) ->
 def read_columns(recipe: Recipe) -> dict[str, list[str | None]]:
     """What the source says: `query`, `group`, `reference`, `split`; None where it says nothing."""
     found: dict[str, list[str | None]] = {}
-    for columns in _read(recipe):
+    for columns in _read(recipe, Counter()):
         for name, values in columns.items():
             found.setdefault(name, []).extend(values)
     return found
@@ -151,7 +151,7 @@ def write_used_columns(recipe: Recipe, path: Path) -> dict[str, str]:
     named = {role: name for role, name in names.items() if name is not None}
     named["query"] = spec.messages or spec.query or "query"
     with path.open("w", encoding="utf-8") as file:
-        for columns in _read(recipe):
+        for columns in _read(recipe, Counter()):
             for row in zip(*(columns[role] for role in named), strict=True):
                 cells: dict[str, Any] = dict(zip(named.values(), row, strict=True))
                 if spec.messages and (text := cells[spec.messages]):
@@ -161,9 +161,8 @@ def write_used_columns(recipe: Recipe, path: Path) -> dict[str, str]:
     return {keys.get(role, role): name for role, name in named.items()}
 
 
-def _read(recipe: Recipe, left_out: Counter[str] | None = None) -> Iterator[Columns]:
+def _read(recipe: Recipe, left_out: Counter[str]) -> Iterator[Columns]:
     """The columns of the source, a few rows at a time; counts what is left out of them."""
-    left_out = Counter() if left_out is None else left_out
     for handle, member in recipe.members.items():
         before = 0
         for columns in _read(member, left_out):
@@ -193,11 +192,16 @@ def _read(recipe: Recipe, left_out: Counter[str] | None = None) -> Iterator[Colu
             for role, name in names.items()
         }
         number += len(rows)
-        # A student that is tested on what the prompt shows learns it.
-        shown = recipe.example_queries
-        kept = [place for place, query in enumerate(columns["query"]) if query not in shown]
-        left_out["examples"] += len(rows) - len(kept)
-        yield {role: [texts[place] for place in kept] for role, texts in columns.items()}
+        yield _without(recipe.example_queries, columns, left_out)
+
+
+def _without(shown: Collection[str], columns: Columns, left_out: Counter[str]) -> Columns:
+    """Rows that are no examples: a student that is tested on what the prompt shows learns it."""
+    if not shown:
+        return columns
+    kept = [place for place, query in enumerate(columns["query"]) if query not in shown]
+    left_out["examples"] += len(columns["query"]) - len(kept)
+    return {role: [texts[place] for place in kept] for role, texts in columns.items()}
 
 
 def _behind(handle: str, member: Recipe, columns: Columns, before: int) -> Columns:
