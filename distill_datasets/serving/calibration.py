@@ -33,11 +33,11 @@ from distill_datasets.files import (
     write_file,
 )
 from distill_datasets.generation.cache import Journal
-from distill_datasets.generation.client import CachedClient, all_of, run_in_thread
+from distill_datasets.generation.client import CachedClient, ManyRequests
 from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.references import connect, find_training
 from distill_datasets.models.sampler import Logprobs
-from distill_datasets.progress import Progress, interruptible
+from distill_datasets.progress import interruptible
 from distill_datasets.serving.protocol import Place
 from distill_datasets.statistics import LEVEL, boundary
 from distill_datasets.tables import aligned
@@ -45,7 +45,7 @@ from distill_datasets.tables import aligned
 if TYPE_CHECKING:
     from distill_datasets.evaluation.systems import HeldOut
     from distill_datasets.generation.pricing import Prices
-    from distill_datasets.models.sampler import Sample, Sampler
+    from distill_datasets.models.sampler import Sample
     from distill_datasets.models.tinker import TinkerSampler
     from distill_datasets.recipes.recipe import Recipe
 
@@ -287,53 +287,39 @@ def _said_choices(recipe: Recipe) -> Sequence[str]:
     return texts
 
 
-def _places(samples: Iterable[Sample], decode: Callable[[Any], str]) -> Iterator[list[Place]]:
-    """The tokens of each sample in texts; none where its server gives no log-probabilities."""
-    for sample in samples:
-        found = sample.logprobs or Logprobs((), ())
-        rows = zip_longest(found.tokens, found.logprobs, found.top_tokens, found.top_logprobs)
-        yield [
-            Place(
-                decode(token), value, list(zip(map(decode, ids or ()), values or (), strict=True))
-            )
-            for token, value, ids, values in rows
-        ]
-
-
-def _ask(
-    recipe: Recipe, queries: Sequence[str], sampler: Sampler, path: Path, likeliest: int
-) -> list[Sample]:
-    """The student's answer to each query, with its log-probabilities."""
-    plain = replace(greedy(recipe), top_logprobs=likeliest)
-    with Journal(path) as journal:
-        client = CachedClient(journal, limits=Limits(_CONCURRENCY))
-        with Progress("calibrate", len(queries), unit="queries") as progress:
-            client.progress = progress
-
-            async def one(query: str) -> Sample:
-                asked = recipe.student_messages(query), recipe.fitted_to_student(query, plain)
-                reply = await client.sample(sampler, *asked)
-                progress.advance()
-                return reply.samples[0]
-
-            return run_in_thread(lambda: all_of(map(one, queries)), stop=client.stop)
+def _places(sample: Sample, decode: Callable[[Any], str]) -> list[Place]:
+    """The tokens of a sample in texts; none where its server gives no log-probabilities."""
+    found = sample.logprobs or Logprobs((), ())
+    rows = zip_longest(found.tokens, found.logprobs, found.top_tokens, found.top_logprobs)
+    return [
+        Place(decode(token), value, list(zip(map(decode, ids or ()), values or (), strict=True)))
+        for token, value, ids, values in rows
+    ]
 
 
 def _pairs(
     held_out: HeldOut, report: Path, sampler: TinkerSampler, known: Confidence
 ) -> Iterator[Pair]:
     """What the student says now, beside what the teacher said as it was measured."""
-    recipe, journal = held_out.recipe, report.with_name("journal.sqlite")
+    recipe = held_out.recipe
     taught = {row["id"]: row["systems"]["teacher"]["answer"] for row in read_rows(report)}
     rows = [row for row in held_out.rows if row["id"] in taught]
-    samples = _ask(recipe, [row["query"] for row in rows], sampler, journal, known.likeliest)
+    plain = replace(greedy(recipe), top_logprobs=known.likeliest)
+    requests = [
+        (sampler, recipe.student_messages(query), recipe.fitted_to_student(query, plain))
+        for query in (row["query"] for row in rows)
+    ]
+    with Journal(report.with_name("journal.sqlite")) as journal:
+        client = CachedClient(journal, limits=Limits(_CONCURRENCY))
+        replies = ManyRequests(requests).ask(client, title="calibrate")
     decode = cache(lambda token: str(sampler.connection.tokenizer.decode([token])))
-    for row, sample, places in zip(rows, samples, _places(samples, decode), strict=True):
+    for row, sample in zip(rows, (one.samples[0] for one in replies), strict=True):
         reader = recipe.part(row["query"])[0].student_reader
         answer = reader.read(sample.text, sample.stop_reason).answer
         # A teacher whose answer can't be read is agreed with by nobody.
         agrees = answer is not None and answer == taught[row["id"]]
-        yield Pair(row["id"], row["group"], known.of(row["query"], places), agrees)
+        confidence = known.of(row["query"], _places(sample, decode))
+        yield Pair(row["id"], row["group"], confidence, agrees)
 
 
 def _cells(point: Point) -> list[str]:
