@@ -34,7 +34,6 @@ from .wire import (
     MissingError,
     pb,
     read_json,
-    read_sample_request,
     section,
     shown,
     text,
@@ -219,7 +218,7 @@ def create_sampling_session(service: Service, body: Body) -> dict[str, Any]:
         service.card.require(base_model)
     if sampler_id not in service.samplers:
         weights = service.engine.weights_of(path)
-        service.samplers[sampler_id] = SamplingSession(sampler_id, path, weights)
+        service.samplers[sampler_id] = SamplingSession(path, weights)
     return {"type": "create_sampling_session", "sampling_session_id": sampler_id}
 
 
@@ -231,9 +230,9 @@ def _sampler_id(service: Service, session_id: str, body: Body) -> str:
 @_endpoint("GET", "samplers/{sampler_id}")
 def get_sampler(service: Service, body: Body) -> dict[str, Any]:
     """Say what a sampling session samples from."""
-    sampler = service.sampler(body["sampler_id"])
-    trained = {} if sampler.model_path is None else {"model_path": sampler.model_path}
-    return {"sampler_id": sampler.sampler_id, "base_model": service.card.name, **trained}
+    path = service.sampler(body["sampler_id"]).model_path
+    trained = {} if path is None else {"model_path": path}
+    return {"sampler_id": body["sampler_id"], "base_model": service.card.name, **trained}
 
 
 @_endpoint("POST", "samplers/{sampler_id}/json_schema")
@@ -242,13 +241,14 @@ async def hold_to_schema(service: Service, body: Body) -> dict[str, Any]:
 
     `ends` are the tokens that may stand behind an answer.
     """
-    sampler = service.sampler(body["sampler_id"])
+    sampler_id: str = body["sampler_id"]
+    sampler = service.sampler(sampler_id)
     ends = token_ids(body.get("ends"), "ends").tolist()
     if "json_schema" not in body or not ends:
         raise InvalidRequestError("expected json_schema, and ends of at least one token")
     constrain = await service.hold(body["json_schema"], ends)
-    service.samplers[sampler.sampler_id] = replace(sampler, constrain=constrain)
-    return {"sampler_id": sampler.sampler_id}
+    service.samplers[sampler_id] = replace(sampler, constrain=constrain)
+    return {"sampler_id": sampler_id}
 
 
 @_endpoint("POST", "asample")
@@ -256,9 +256,7 @@ def asample(service: Service, body: Body) -> dict[str, Any]:
     """Accept a sample request."""
     sampler_id = text(body, "sampling_session_id")
     request_id = f"{sampler_id}:{_sequence(body)}"
-    service.promise_sample(
-        request_id, lambda: (service.sampler(sampler_id), read_sample_request(body))
-    )
+    service.promise_sample(request_id, sampler_id, body)
     count = body.get("num_samples", 1)
     # A count out of range is refused with the result.
     ids = [f"{request_id}:{n}" for n in range(count if count in range(MOST_SAMPLES + 1) else 1)]
@@ -426,7 +424,7 @@ def save_weights_for_sampler(service: Service, body: Body) -> dict[str, Any]:
             )
         sampler_id = _sampler_id(service, model_id.split(":")[0], body)
         service.engine.save_for_session(model_id, sampler_id)
-        service.samplers[sampler_id] = SamplingSession(sampler_id, None, sampler_id)
+        service.samplers[sampler_id] = SamplingSession(None, sampler_id)
         return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
 
     return _promise_in_order(service, body, run)

@@ -35,7 +35,7 @@ from .scheduler import (
     SavedWeights,
 )
 from .store import ExecutionLog, Kind, Store, StoredCheckpoint, StoredRun
-from .wire import Body, InvalidRequestError, SampleRequest, pb
+from .wire import Body, InvalidRequestError, pb, read_sample_request
 
 if TYPE_CHECKING:
     from .batching import RunningBatch
@@ -72,7 +72,6 @@ class Promise:
 class SamplingSession:
     """Which weights answer, and what holds their answers to a form."""
 
-    sampler_id: str
     model_path: str | None
     weights: str
     constrain: Constrain | None = None
@@ -179,16 +178,14 @@ class Service:
             order.due += 1
         return promise
 
-    def promise_sample(
-        self, request_id: str, read: Callable[[], tuple[SamplingSession, SampleRequest]]
-    ) -> Promise:
-        """Sample; `read` gives session and request, and may refuse it."""
-        known = self.known(request_id)
-        if known is not None:
-            return known
+    def promise_sample(self, request_id: str, sampler_id: str, body: Body) -> Promise:
+        """Sample; what is asked wrongly is refused with the result."""
+        promise = self.known(request_id)
+        if promise is not None:
+            return promise
         promise = self._make(request_id)
         try:
-            sampler, request = read()
+            sampler, request = self.sampler(sampler_id), read_sample_request(body)
         except InvalidRequestError as error:
             promise.settle(failure(str(error)))
         else:
