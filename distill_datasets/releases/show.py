@@ -134,16 +134,16 @@ def _with_raw(rows: list[dict[str, Any]], release: Path) -> list[dict[str, Any]]
     if not any((release / LEDGER).glob("*.parquet")):
         return rows
     recipe, manifest = load_recipe(release / "recipe", trust=True), read_manifest(release)
-    keys = {row["id"]: _keys(row, recipe, manifest) for row in rows if _asks(row)}
-    replies = find_replies(release, {key for some in keys.values() for key in some})
-    for row in rows:
-        for key in keys.get(row["id"], ()) if _asks(row) else ():
-            row["raw"] = row["raw"] or _text(replies.get(key), row, recipe)
+    asked = [
+        (row, _keys(row, recipe, manifest))
+        for row in rows
+        if row["raw"] is None and not row.get(SOURCE)
+    ]
+    replies = find_replies(release, {key for _, keys in asked for key in keys})
+    for row, keys in asked:
+        texts = (_text(replies.get(key), row, recipe) for key in keys)
+        row["raw"] = next(filter(None, texts), None)
     return rows
-
-
-def _asks(row: Mapping[str, Any]) -> bool:
-    return row["raw"] is None and not row.get(SOURCE)
 
 
 def _keys(row: Mapping[str, Any], recipe: Recipe, manifest: Mapping[str, Any]) -> list[str]:
