@@ -24,6 +24,7 @@ from distill_datasets.files import read_object, writable_folder, write_file
 from distill_datasets.models.sampler import digest
 from distill_datasets.tables import html_card, html_facts
 from distill_datasets.training import tell
+from distill_datasets.training.plots import draw_curves, panels_html
 from distill_datasets.training.schedule import Selection, why_it_ended
 from distill_datasets.training.settings import (
     VALIDATION_LOSS,
@@ -125,8 +126,6 @@ class TrainingResult:
         return DataFrame(self.metrics)
 
     def _repr_html_(self) -> str:
-        from distill_datasets.training.plots import panels_html
-
         numbers = {
             "loss": self.final_loss,
             "steps": self.steps,
@@ -247,8 +246,6 @@ class TrainingFolder:
 
     def draw(self) -> None:
         """Draw loss.png."""
-        from distill_datasets.training.plots import draw_curves
-
         config = self.config or {}
         rows = config.get("dataset", {}).get("rows", {}).get("train", 0)
         title = f"{config.get('student', 'student')}, trained on {rows:,} rows"

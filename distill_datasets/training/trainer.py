@@ -17,10 +17,14 @@ from distill_datasets.files import one_writer, write_file
 from distill_datasets.progress import Progress, interruptible
 from distill_datasets.training import tell
 from distill_datasets.training.checkpoints import (
+    CheckpointRetention,
     SavedCheckpoint,
     TrainingFolder,
     TrainingResult,
+    describe,
+    describe_progress,
     installed_versions,
+    read_progress,
 )
 from distill_datasets.training.data import (
     DatasetSource,
@@ -219,7 +223,6 @@ class Trainer:
         settings: TrainSettings,
     ) -> None:
         """Goes on from the last checkpoint in the folder, whose weights the student has."""
-        from distill_datasets.training.checkpoints import CheckpointRetention, describe
         from distill_datasets.training.objectives import TrainingTask
 
         config = folder.config or {}
@@ -279,8 +282,6 @@ class Trainer:
         """Save the weights as the steps submitted so far leave them, and measure them where that
         is due. What the save says of itself holds all measurements of earlier ones.
         """
-        from distill_datasets.training.checkpoints import describe_progress
-
         self._confirm(saves=0)
         if self._stopped:  # what was learned since then is not kept
             return
@@ -406,7 +407,6 @@ def _open_student(
 
     Writes the configuration, and forgets what was learned after that checkpoint.
     """
-    from distill_datasets.training.checkpoints import describe, read_progress
     from distill_datasets.training.student import Student
 
     folder.require_same(config)
