@@ -131,26 +131,21 @@ class ValidationPlan:
         """
         rows, answered = len(lengths), min(settings.answered_rows, len(lengths))
         mean = sum(lengths) / rows
-
-        def share(times: int, rows: int, answered: int) -> float:
-            return (times + 1) * (rows + answered) * mean / trained
-
-        if settings.evaluate_every:
-            times = math.ceil(steps / settings.evaluate_every)
-            return cls(settings.evaluate_every, rows, answered, share(times, rows, answered))
-        times = min(_MOST_MEASURED, steps)
-        while times > _LEAST_MEASURED and share(times, rows, answered) > _SHARE:
-            times -= 1
-        while (found := share(times, rows, answered)) > _SHARE:
+        most = _SHARE * trained / mean  # rows that all measurements together may read and write
+        every, times = settings.evaluate_every, min(_MOST_MEASURED, steps)
+        if every:
+            times = math.ceil(steps / every)
+        else:
+            times = min(times, max(_LEAST_MEASURED, int(most / (rows + answered)) - 1))
+            each = most / (times + 1)
+            less = min(1.0, each / (rows + answered))
             few_rows, few = min(rows, _FEW_ROWS), min(answered, _FEW_ANSWERS)
-            if (rows, answered) != (few_rows, few):
-                less = _SHARE / found
-                rows, answered = max(few_rows, int(rows * less)), max(few, int(answered * less))
-            elif times > 1:
-                times -= 1
-            else:
-                break
-        return cls(math.ceil(steps / times), rows, answered, found)
+            answered = max(few, int(answered * less))
+            rows = max(few_rows, min(rows, int(each) - answered))
+            answered = max(few, min(answered, int(each) - rows))
+            times = max(1, min(times, int(most / (rows + answered)) - 1))
+            every = math.ceil(steps / times)
+        return cls(every, rows, answered, (times + 1) * (rows + answered) * mean / trained)
 
 
 @dataclass(frozen=True)
