@@ -10,8 +10,9 @@ own answers: 0 is the base without the prompt, 1 the teacher with it. Nothing is
 
 import asyncio
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -283,7 +284,46 @@ class LossValidator:
         return found | {f"internalisation{names[name]}": one for name, one in interval.items()}
 
 
-class AccuracyValidator:
+class _SamplingValidator(ABC):
+    """Samples an answer to each of the conversations `_asked`, in place of its last message."""
+
+    _asked: Sequence[tuple[Conversation, Sampling]]
+
+    def submit(
+        self, student: "Student", save: "Submitted[Saved] | None"
+    ) -> "Future[Mapping[str, float]]":
+        """Samples beside the training that goes on; without a `save`, the untrained student."""
+        # A thread of its own, which nobody has to end.
+        pool = ThreadPoolExecutor(1, thread_name_prefix="answers")
+        try:
+            return pool.submit(self._score, student, save)
+        finally:
+            pool.shutdown(wait=False)
+
+    @abstractmethod
+    def _score(self, student: "Student", save: "Submitted[Saved] | None") -> Mapping[str, float]:
+        """What the answers show."""
+
+    def _answers(self, student: "Student", save: "Submitted[Saved] | None") -> list[Sample]:
+        path = save.result().sampler if save else student.connection.model_path
+        if save and path is None:
+            raise ValueError("expected a save for sampling; found a state only")
+        sampler = student.sampler(path)
+
+        async def answers() -> list[Sample]:
+            gate = asyncio.Semaphore(_AT_ONCE)
+
+            async def answer(conversation: Conversation, sampling: Sampling) -> Sample:
+                options = replace(sampling, tools=conversation.tools)
+                async with gate:
+                    return (await sampler.sample(conversation.messages[:-1], options)).samples[0]
+
+            return await asyncio.gather(*(answer(*one) for one in self._asked))
+
+        return asyncio.run(answers())
+
+
+class AccuracyValidator(_SamplingValidator):
     """The share of rows whose greedy answer is the row's response, to the letter.
 
     Of several turns that is the last one; calls of tools are equal in any order.
@@ -296,12 +336,8 @@ class AccuracyValidator:
         sampling = Sampling(temperature=0.0, max_tokens=longest + _SLACK)
         self._asked = [(one, sampling) for one in rows.conversations(places)]
 
-    def submit(self, student: "Student", save: "Submitted[Saved] | None") -> PendingScores:
-        """Samples beside the training that goes on; without a `save`, the untrained student."""
-        return _beside(self._score, student, save)
-
     def _score(self, student: "Student", save: "Submitted[Saved] | None") -> Mapping[str, float]:
-        said = _answers_of(student, save, self._asked)
+        said = self._answers(student, save)
         found = [
             is_response(answer.text, one.messages[-1], typed=one.tools is not None)
             for answer, (one, _) in zip(said, self._asked, strict=True)
@@ -309,46 +345,12 @@ class AccuracyValidator:
         return {"accuracy": sum(found) / len(found)}
 
 
-def _beside(score: Callable[..., T], *values: Any) -> "Future[T]":
-    """Runs on a thread of its own, which nobody has to end."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="answers")
-    try:
-        return pool.submit(score, *values)
-    finally:
-        pool.shutdown(wait=False)
-
-
-def _answers_of(
-    student: "Student",
-    save: "Submitted[Saved] | None",
-    asked: Sequence[tuple[Conversation, Sampling]],
-) -> list[Sample]:
-    """What the saved student, or else the untrained one, says in place of each conversation's last
-    message.
-    """
-    path = save.result().sampler if save else student.connection.model_path
-    if save and path is None:
-        raise ValueError("expected a save for sampling; found a state only")
-    sampler = student.sampler(path)
-
-    async def answers() -> list[Sample]:
-        gate = asyncio.Semaphore(_AT_ONCE)
-
-        async def answer(conversation: Conversation, sampling: Sampling) -> Sample:
-            options = replace(sampling, tools=conversation.tools)
-            async with gate:
-                return (await sampler.sample(conversation.messages[:-1], options)).samples[0]
-
-        return await asyncio.gather(*(answer(*one) for one in asked))
-
-    return asyncio.run(answers())
-
-
-class AnswerValidator:
+class AnswerValidator(_SamplingValidator):
     """Answers a few of the validation queries, so that a collapse of the answers is seen.
 
     Samples as the release's teacher was sampled, else greedily, up to somewhat more tokens than
-    the longest of these responses has.
+    the longest of these responses has. Lines on standard error show some of it; where the server
+    can't sample, one says so, and there are no numbers.
     """
 
     def __init__(self, task: "TrainingTask", rows: Rendered, count: int) -> None:
@@ -373,21 +375,11 @@ class AnswerValidator:
             self._teacher.append(Sample(text, "stop" if own <= limit else "length", own))
         self._once = _said_once(task.rows, rows, places)
 
-    def submit(
-        self, student: "Student", save: "Submitted[Saved] | None"
-    ) -> "Future[Mapping[str, float]]":
-        """Samples beside the training that goes on; without a `save`, the untrained student.
-
-        Lines on standard error show some of it. Where the server can't sample, one says so, and
-        there are no numbers.
-        """
-        return _beside(self._score, student, save)
-
     def _score(self, student: "Student", save: "Submitted[Saved] | None") -> Mapping[str, float]:
         import tinker
 
         try:
-            said = _answers_of(student, save, self._asked)
+            said = self._answers(student, save)
         except (DistillError, tinker.TinkerError) as error:
             tell(f"the student's answers can't be sampled: {error}")
             return {}
