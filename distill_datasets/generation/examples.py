@@ -84,12 +84,13 @@ def choose_examples(
     with (
         one_writer(folder, "run"),
         Journal(folder / "journal.sqlite") as kept,
-        Progress("choose examples", _most(len(tried), len(rows)), meter=meter) as progress,
+        Progress("choose examples", _answers(len(tried), len(rows)), meter=meter) as progress,
     ):
         client = CachedClient(kept, progress, limits=settings.limits, meter=meter)
 
-        async def right(some: Sequence[Choice], part: Sequence[int]) -> dict[Choice, int]:
-            asked = rows.select([*part])  # which takes an empty list, and no empty range at the end
+        async def right(some: Sequence[Choice], part: range) -> dict[Choice, int]:
+            # A list, since `select` takes no empty range at the end.
+            asked = rows.select([*part])
             return {one: await _right(_with(teachers, one), client, asked) for one in some}
 
         async def search() -> dict[Choice, float]:
@@ -107,23 +108,21 @@ def choose_examples(
         "rows": len(rows),
         "score": found[chosen],
         "score_in_the_files_order": found[tried[0]],
-        "answers": _answers(len(tried), len(found), len(rows)),
+        "answers": _answers(len(tried), len(rows), len(found)),
     }
-    print(
-        f"examples: {list(chosen)} of {len(recipe.all_examples)}: {found[chosen]:.3f} of "
-        f"{len(rows)} development rows right, {found[tried[0]]:.3f} in the file's order "
-        f"({len(tried)} choices tried)",
-        file=sys.stderr,
+    said = (
+        f"{list(chosen)} of {len(recipe.all_examples)}: {found[chosen]:.3f} of {len(rows)} "
+        f"development rows right, {found[tried[0]]:.3f} in the file's order ({len(tried)} choices "
+        "tried)"
     )
+    print(f"examples: {said}", file=sys.stderr)
     return _with(teachers, chosen), {"examples": facts}
 
 
-def _most(tried: int, rows: int) -> int:
-    return _answers(tried, min(tried, _FINALISTS + 1), rows)
-
-
-def _answers(tried: int, finalists: int, rows: int) -> int:
+def _answers(tried: int, rows: int, finalists: int | None = None) -> int:
+    """How many answers a search takes; at most, where it isn't known how many go on."""
     first = min(_FIRST_ROWS, rows)
+    finalists = min(tried, _FINALISTS + 1) if finalists is None else finalists
     return tried * first + finalists * (rows - first)
 
 
@@ -132,7 +131,7 @@ def most_answers(recipe: Recipe) -> int:
     if recipe.examples is None or recipe.examples.choose is None:
         return 0
     tried = choices(recipe.examples, len(recipe.all_examples))
-    return _most(len(tried), len(development_rows(recipe)))
+    return _answers(len(tried), len(development_rows(recipe)))
 
 
 def _with(teachers: Teachers, choice: Choice) -> Teachers:

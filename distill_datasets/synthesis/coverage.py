@@ -19,6 +19,7 @@ from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.sampler import Reply, Sampler, Sampling
 from distill_datasets.progress import interruptible
 from distill_datasets.recipes.loading import load_recipe
+from distill_datasets.recipes.parsing import Parsed
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.synthesis.interview import open_teacher
@@ -118,7 +119,10 @@ def prompt_coverage(  # noqa: PLR0913 (whom to ask for how much, how fast, and w
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     rules = rules_of(recipe)
-    queries = _drawn(recipe, sample)
+    rows = load_queries(recipe).select_columns(["query", "reference"])
+    digests = [sha256(query.encode()).digest() for query in rows["query"]]
+    # By their digests, so that the same are drawn whatever the order.
+    queries = list(rows.select(sorted(range(len(rows)), key=digests.__getitem__)[:sample]))
     recipe, sampler = open_teacher(recipe, teacher)
     folder = writable_folder(Path(out))
     ablation = _Ablation(recipe, rules, queries, sampler)
@@ -211,14 +215,6 @@ def _sentences(prompt: str, whole: PromptRule) -> Iterator[PromptRule]:
     yield _part(prompt, start, whole.end)
 
 
-def _drawn(recipe: Recipe, sample: int) -> list[Mapping[str, Any]]:
-    """So many of the queries, the same whatever their order."""
-    rows = load_queries(recipe).select_columns(["query", "reference"])
-    digests = [sha256(query.encode()).digest() for query in rows["query"]]
-    places = sorted(range(len(digests)), key=digests.__getitem__)[:sample]
-    return list(rows.select(places))
-
-
 @dataclass(frozen=True)
 class _Ablation:
     """A recipe, and what is asked of it with each of its rules left out."""
@@ -287,13 +283,11 @@ class _Ablation:
             examples.append({name: one_line(text, _LONGEST) for name, text in texts.items()})
         return {"changed": changed, "checks": dict(failing), "examples": examples[:_SHOWN]}
 
-    def _answer(self, reply: Reply) -> tuple[str | None, str | None]:
-        """What is read out of a reply, or why nothing is."""
+    def _answer(self, reply: Reply) -> Parsed:
         sample = reply.samples[0]
-        parsed = self.recipe.teacher_reader.read(sample.text, sample.stop_reason)
-        return parsed.answer, parsed.rejection
+        return self.recipe.teacher_reader.read(sample.text, sample.stop_reason)
 
     def _checks(self, row: Mapping[str, Any], reply: Reply) -> dict[str, bool | None]:
-        sample, (answer, _) = reply.samples[0], self._answer(reply)
+        sample, answer = reply.samples[0], self._answer(reply).answer
         said = row["query"], row["reference"], sample.text, sample.stop_reason, answer
         return self.recipe.check(*said)
