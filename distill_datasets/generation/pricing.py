@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import date as Date
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -102,8 +101,8 @@ class Prices(BaseModel):
         if not isinstance(fields, Mapping):
             raise PriceError(f"The price file {str(path)!r} holds no keys: {_EXPECTED}.")
         try:
-            return cls(**fields)
-        except (ValidationError, TypeError) as error:
+            return cls.model_validate(fields)
+        except ValidationError as error:
             raise PriceError(_explain(error, path)) from error
 
     def text(self) -> str:
@@ -122,11 +121,9 @@ class Prices(BaseModel):
         for name in sorted(self.models, key=len, reverse=True):
             if model == name or (model.startswith(name) and model[len(name)] in _SEPARATORS):
                 return self.models[name]
-        near = get_close_matches(model, self.models, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise PriceError(
-            f"The price file names no price for {model!r}; it has {sorted(self.models)}.{hint} "
-            f"Add one under `models`: {_EXPECTED}."
+            f"The price file names no price for {model!r}; it has {sorted(self.models)}."
+            f"{nearest(model, list(self.models))} Add one under `models`: {_EXPECTED}."
         )
 
 
@@ -167,14 +164,6 @@ class Meter:
     def priced_at(self) -> str | None:
         """The day of the price file."""
         return self.prices.date.isoformat() if self.prices else None
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether no request fits into what is left, even once nothing is in flight."""
-        if self.budget is None:
-            return False
-        cheapest = min(self._dearest.values(), default=0.0)
-        return self.spent >= self.budget or self.spent + cheapest > self.budget * _ROUNDING
 
     def check(self, models: Iterable[str]) -> None:
         """Raises `PriceError` for the first model that the price file doesn't name."""
@@ -252,7 +241,8 @@ class Meter:
             self.check([model])
         most = self._most(model, messages, sampling)
         while not self._fits(model, most):
-            if self.exhausted or not self._in_flight:
+            left = (self.budget or 0.0) * _ROUNDING - self.spent
+            if left < min(self._dearest.values(), default=0.0) or not self._in_flight:
                 raise BudgetReached(self._stopped())
             await self._changed.wait()
         self._in_flight[model] += 1
@@ -385,10 +375,9 @@ def _word(column: Any) -> str:
     return str(column).strip().lower().replace(" ", "_").replace("-", "_")
 
 
-def _explain(error: Exception, path: Path | str) -> str:
+def _explain(error: ValidationError, path: Path | str) -> str:
     lines = [f"The price file {str(path)!r} can't be used; {_EXPECTED}:"]
-    problems: list[Any] = error.errors() if isinstance(error, ValidationError) else []
-    for problem in problems:
+    for problem in error.errors():
         place = [str(part) for part in problem["loc"]]
         where = ".".join(place)
         if problem["type"] == "missing":
@@ -400,4 +389,4 @@ def _explain(error: Exception, path: Path | str) -> str:
         else:
             found = json.dumps(problem["input"], default=str)
             lines.append(f"  {where}: {problem['msg']} (found {found}).")
-    return "\n".join(lines or [str(error)])
+    return "\n".join(lines)

@@ -91,29 +91,25 @@ class QueryFile:
         """The rows that a teacher wrote."""
         return [row for row in self.rows if self.is_written(row)]
 
-    def line(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """A row as the file has it, with an empty value for what only a person can fill."""
-        spec = self.recipe.queries
-        empty = dict.fromkeys(name for name in (spec.reference, spec.forced_split) if name)
-        query = fields["query"]
-        return {
-            self.columns["query"]: from_text(query) if self.recipe.holds_conversations else query,
-            **empty,
-            **{self.columns[name]: fields.get(name) for name in ("group", *_OWN)},
-        }
-
     def append(self, rows: Sequence[Mapping[str, Any]]) -> Recipe:
         """Put rows behind those that are there, and name their columns in `recipe.yaml`.
 
         The lines that are there stay as they are. Nothing changes unless the whole can be read.
         """
-        lines = [json.dumps(self.line(row), ensure_ascii=False) + "\n" for row in rows]
+        spec, chat = self.recipe.queries, self.recipe.holds_conversations
+        # What only a person can fill is empty.
+        empty = dict.fromkeys(name for name in (spec.reference, spec.forced_split) if name)
+        lines = []
+        for row in rows:
+            query = from_text(row["query"]) if chat else row["query"]
+            own = {self.columns[name]: row.get(name) for name in ("group", *_OWN)}
+            lines.append(_line({self.columns["query"]: query, **empty, **own}))
         before = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
         if before and not before.endswith("\n"):
             before += "\n"
         manifest = self.recipe.folder / "recipe.yaml"
         changes = {"group": self.columns["group"]}
-        if self.columns["query"] != "query" and not self.recipe.holds_conversations:
+        if self.columns["query"] != "query" and not chat:
             changes["query"] = self.columns["query"]
         old = manifest.read_text(encoding="utf-8")
         new = set_keys(old, "queries", changes)
@@ -191,8 +187,10 @@ def _copy(recipe: Recipe, out: Path) -> Recipe:
             columns: dict[str, Sequence[Any]] = {**read_columns(recipe)}
             if chat:
                 columns["query"] = [from_text(str(query)) for query in columns["query"]]
-            lines = _lines(columns, ["query", *names.values()], chat=chat)
-            (folder / "queries.jsonl").write_text(lines, encoding="utf-8")
+            keys = ["messages" if chat else "query", *names.values()]
+            found = zip(*(columns[name] for name in ("query", *names.values())), strict=True)
+            text = "".join(_line(dict(zip(keys, row, strict=True))) for row in found)
+            (folder / "queries.jsonl").write_text(text, encoding="utf-8")
         for name in set(recipe.attachments) - {spec.file, spec.sidecar}:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(recipe.folder / name, folder / name)
@@ -202,12 +200,8 @@ def _copy(recipe: Recipe, out: Path) -> Recipe:
     return load_recipe(out)
 
 
-def _lines(columns: Mapping[str, Sequence[Any]], names: Sequence[str], *, chat: bool) -> str:
-    rows = zip(*(columns[name] for name in names), strict=True)
-    names = ["messages" if chat and name == "query" else name for name in names]
-    return "".join(
-        json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n" for row in rows
-    )
+def _line(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
 def set_keys(text: str, section: str, changes: Mapping[str, str]) -> str:
@@ -220,19 +214,16 @@ def set_keys(text: str, section: str, changes: Mapping[str, str]) -> str:
     for key, value in changes.items():
         if before[section].get(key) != value:
             text = _set(text, section, key, value)
-    if _parsed(text) != wanted:
+    try:
+        changed = yaml.safe_load(text) == wanted
+    except yaml.YAMLError:
+        changed = False
+    if not changed:
         lines = ", ".join(f"{key}: {value}" for key, value in changes.items())
         raise RecipeError(
             f"recipe.yaml can't be changed in place: write {lines} under {section!r}."
         )
     return text
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return None
 
 
 def _set(text: str, section: str, key: str, value: str) -> str:
