@@ -37,20 +37,18 @@ def for_each_variant(work: Callable[[argparse.Namespace], None]) -> Callable[...
     """A verb that takes --variant: all of them go into folders of their own."""
 
     def work_on_each(options: argparse.Namespace) -> None:
-        if options.variant != "all":
-            named = f"{options.recipe}:{options.variant}" if options.variant else options.recipe
-            planted = _with_canaries(named, options)
-            work(argparse.Namespace(**{**vars(options), "recipe": planted}))
-            return
         from distill_datasets.recipes.loading import variants_of
 
-        names = variants_of(options.recipe)
+        every = options.variant == "all"
+        names = variants_of(options.recipe) if every else [options.variant]
         if not names:
             raise SettingsError(f"The recipe {options.recipe!r} has no variants: omit --variant.")
         for name in names:
-            print(f"{options.recipe}:{name}")
-            named = _with_canaries(f"{options.recipe}:{name}", options)
-            own = {"recipe": named, "out": options.out / name}
+            named = f"{options.recipe}:{name}" if name else options.recipe
+            if every:
+                print(named)
+            out = options.out / name if every else options.out
+            own = {"recipe": _with_canaries(named, options), "out": out}
             work(argparse.Namespace(**{**vars(options), **own}))
 
     return work_on_each
@@ -494,6 +492,7 @@ def import_tools(options: argparse.Namespace) -> None:
 def list_recipes(options: argparse.Namespace) -> None:
     """Name the recipes that ship, what each is about, and what it takes."""
     from itertools import groupby
+    from textwrap import shorten
 
     from distill_datasets.recipes.loading import shipped_recipes
     from distill_datasets.recipes.queries import read_columns
@@ -504,7 +503,14 @@ def list_recipes(options: argparse.Namespace) -> None:
         first, *others = found
         queries = read_columns(first)["query"]
         prompt = len(first.prompt_text(str(queries[0])).encode()) // _BYTES
-        rows.append([name, f"{len(queries):,}", f"{prompt:,}", _short(first.description)])
+        rows.append(
+            [
+                name,
+                f"{len(queries):,}",
+                f"{prompt:,}",
+                shorten(first.description, _SHOWN, placeholder=" …"),
+            ]
+        )
         variants = [str(one.variant) for one in (first, *others) if one.variant]
         rows += [["", "", "", f"{name}:{variant}"] for variant in variants]
     print(aligned(rows))
@@ -512,11 +518,6 @@ def list_recipes(options: argparse.Namespace) -> None:
         "\nA run asks the teacher once for each query. `prompt` is what that costs beside the "
         "query, in tokens of four\nbytes; --dry-run says it in the model's own tokens, and money."
     )
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN else line[: _SHOWN - 1].rsplit(" ", 1)[0] + " …"
 
 
 def add_new(parser: argparse.ArgumentParser) -> None:

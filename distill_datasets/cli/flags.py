@@ -39,23 +39,17 @@ def add_settings(
             continue
         if known.group not in groups:
             groups[known.group] = parser.add_argument_group(known.group)
-        takes = {"dest": _place(name, known), "help": _help(known, default), "default": None}
-        takes |= _takes(kind, choices, default)
+        takes: dict[str, Any] = {"type": kind, "metavar": METAVARS.get(kind, "NAME")}
+        if kind is bool:
+            takes = {"action": "store_const", "const": not default}
+        elif kind is tuple and not choices:
+            takes = {"action": "append", "metavar": "NAME"}
+        elif choices:
+            takes = {"choices": choices, **({"nargs": "+"} if kind is tuple else {})}
+        takes |= {"dest": _place(name, known), "help": _help(known, default), "default": None}
         if name in several:
             takes["nargs"] = "+"
         groups[known.group].add_argument(flag_of(name, known, default), **takes)
-
-
-def _takes(kind: type, choices: tuple[Any, ...], default: Any) -> dict[str, Any]:
-    """What a flag takes, for argparse."""
-    if kind is bool:
-        return {"action": "store_const", "const": not default}
-    if kind is tuple:
-        several = {"action": "append", "metavar": "NAME"}
-        return {"nargs": "+", "choices": choices} if choices else several
-    if choices:
-        return {"choices": choices}
-    return {"type": kind, "metavar": METAVARS.get(kind, "NAME")}
 
 
 def read_settings(options: argparse.Namespace, settings: type[T], **others: Any) -> T:
@@ -92,24 +86,23 @@ def count(text: str) -> int:
 
 def amount(text: str) -> float:
     """What a flag takes that measures something: a number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
+    if not 0 < (number := _number(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0; found {text!r}")
     return number
 
 
 def share(text: str) -> float:
     """What a flag takes that is a part of a whole: a number from 0 to 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number <= 1:
+    if not 0 <= (number := _number(text)) <= 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1; found {text!r}")
     return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def quantity(text: str) -> int:
