@@ -78,21 +78,19 @@ class Journal:
         self._unreadable = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = self._open_or_mend()
-            self._any_rejected = bool(self._one("SELECT EXISTS (SELECT 1 FROM rejections)")[0])
+            try:
+                self._database = self._open()
+            except sqlite3.DatabaseError as error:
+                if getattr(error, "sqlite_errorcode", None) not in _DAMAGED:
+                    raise
+                _mend(path)
+                self._database = self._open()
+            found = self._database.execute("SELECT EXISTS (SELECT 1 FROM rejections)")
+            self._any_rejected = bool(found.fetchone()[0])
         except OutputError:
             raise
         except (OSError, sqlite3.Error) as error:
             raise OutputError(_unwritable(path, error)) from error
-
-    def _open_or_mend(self) -> sqlite3.Connection:
-        try:
-            return self._open()
-        except sqlite3.DatabaseError as error:
-            if getattr(error, "sqlite_errorcode", None) not in _DAMAGED:
-                raise
-        _mend(self.path)
-        return self._open()
 
     def _open(self) -> sqlite3.Connection:
         # One connection serves the event loop's thread and the caller's, never both at once.
@@ -111,7 +109,9 @@ class Journal:
                 )
             found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
-                raise _damage(found)
+                damage = sqlite3.DatabaseError(found)
+                damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+                raise damage
             database.executescript(_TABLES)
             if version < _FORMAT:
                 database.execute(f"PRAGMA user_version = {_FORMAT}")
@@ -257,11 +257,7 @@ class Journal:
 
     def __len__(self) -> int:
         """How many different requests have been answered."""
-        return int(self._one("SELECT count(*) FROM answers")[0])
-
-    def _one(self, statement: str) -> tuple[Any, ...]:
-        found: tuple[Any, ...] = self._database.execute(statement).fetchone()
-        return found
+        return int(self._database.execute("SELECT count(*) FROM answers").fetchone()[0])
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         """Every digest with the number of times it was bought."""
@@ -313,12 +309,6 @@ def _transact(database: sqlite3.Connection, statement: str, rows: Sequence[tuple
     with database:
         database.execute("BEGIN IMMEDIATE")
         return database.executemany(statement, rows).rowcount
-
-
-def _damage(found: str) -> sqlite3.DatabaseError:
-    error = sqlite3.DatabaseError(found)
-    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-    return error
 
 
 def _mend(path: Path) -> None:

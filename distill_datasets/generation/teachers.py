@@ -100,8 +100,7 @@ class RowRequests:
         """As the client does."""
         key = request_digest(sampler.identity, messages, sampling)
         self._replies.setdefault(key, None)
-        reply = await self._client.sample(sampler, messages, sampling)
-        self._replies[key] = reply
+        self._replies[key] = reply = await self._client.sample(sampler, messages, sampling)
         return reply
 
     @property
@@ -329,12 +328,9 @@ class Teachers:
         }
         if not self.several:
             return facts
-        teachers = [
-            {"model": one.model, "weight": one.weight, **_asked_facts(one)} for one in self.members
-        ]
-        judge = self.judge
-        judging = {"model": judge.sampler.model, **_asked_facts(judge)} if judge else None
-        panel = {"choose": self.recipe.choose, "teachers": teachers, "judge": judging}
+        teachers = [{**_asked_facts(one), "weight": one.weight} for one in self.members]
+        judge = _asked_facts(self.judge) if self.judge else None
+        panel = {"choose": self.recipe.choose, "teachers": teachers, "judge": judge}
         return {**facts, "panel": panel}
 
     def asked(self, query: str) -> Sequence[PromptedModel]:
@@ -538,6 +534,7 @@ def _pull(teacher: PromptedModel, query: str) -> float:
 
 def _asked_facts(asked: PromptedModel | ScoringModel) -> Mapping[str, Any]:
     return {
+        "model": asked.sampler.model,
         "identity": asked.sampler.identity,
         "renderer": _renderer(asked.sampler),
         "sampling": _sampling_facts(asked.sampling),
