@@ -420,6 +420,7 @@ class _LearnedTimeout:
 
     def __init__(self) -> None:
         self._took: deque[float] = deque(maxlen=1000)
+        self._replies = 0
         self._waiting: dict[asyncio.Timeout, float] = {}  # when each began
         self._seconds = _TIMEOUT
 
@@ -439,7 +440,8 @@ class _LearnedTimeout:
         finally:
             self._waiting.pop(timeout, None)
         self._took.append(asyncio.get_running_loop().time() - began)
-        if len(self._took) % _REPLIES == 0:
+        self._replies += 1
+        if self._replies % _REPLIES == 0:
             self._learn()
         return reply
 

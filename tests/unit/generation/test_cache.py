@@ -107,7 +107,7 @@ def test_a_journal_says_its_format_and_a_later_one_is_refused(tmp_path: Path) ->
     path = tmp_path / "journal.sqlite"
     with Journal(path) as journal:
         journal.put("a", "m", REPLY)
-        assert journal._one("PRAGMA user_version") == (1,)
+        assert journal._database.execute("PRAGMA user_version").fetchone() == (1,)
     with closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA user_version = 2")
     with pytest.raises(OutputError, match="later version .*format 2, this one knows 1"):

@@ -401,6 +401,23 @@ def test_an_answer_that_takes_many_times_as_long_as_nearly_all_others_is_asked_f
     assert sampler.calls.count("stuck") == 2
 
 
+def test_what_is_usual_is_reckoned_once_in_many_replies_however_many_there_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timeout, learned = buying._LearnedTimeout(), list[int]()
+    monkeypatch.setattr(timeout, "_learn", lambda: learned.append(timeout._replies))
+
+    async def reply() -> Reply:
+        return Reply((), Usage(1, 0))
+
+    async def work() -> None:
+        for _ in range(1_000 + 2 * buying._REPLIES):
+            await timeout.within(reply())
+
+    asyncio.run(work())
+    assert learned == [buying._REPLIES * (n + 1) for n in range(22)]
+
+
 def test_a_coroutine_runs_apart_from_a_running_loop() -> None:
     async def outer() -> int:
         inner = asyncio.get_running_loop()
