@@ -73,11 +73,8 @@ class RateLimit:
 
     def __init__(self, limits: "Limits") -> None:
         now = limits.clock()
-        self.clock, self.cap, self.size = (
-            limits.clock,
-            limits.concurrency,
-            float(limits.concurrency),
-        )
+        self.clock, self.cap = limits.clock, limits.concurrency
+        self.size = float(self.cap)
         self._groups = {n for share in _GROUPS if (n := int(share * self.cap)) >= _FEWEST}
         self.in_flight = self._started = 0
         self._pacing: Bucket | None = None

@@ -15,7 +15,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from os import SEEK_END
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -131,7 +130,9 @@ class _Rows:
                     batch_size=1,
                     remove_columns=places.column_names,
                     features=features,
-                    new_fingerprint=self._fingerprint(),
+                    new_fingerprint=digest(
+                        [_VERSION, self.queries._fingerprint, *self.teachers.parts]
+                    )[:32],
                     load_from_cache_file=False,
                     keep_in_memory=file is None,
                     cache_file_name=str(file) if file else None,
@@ -147,9 +148,6 @@ class _Rows:
         """Ask nothing more; the first reason stands."""
         self.client.stop()
         self.fatal = self.fatal or reason
-
-    def _fingerprint(self) -> str:
-        return digest([_VERSION, self.queries._fingerprint, *self.teachers.parts])[:32]
 
     async def _answer_rows(self, part: slice) -> "pa.Table":
         """All samples of some queries, which are read when it is their turn."""
@@ -322,37 +320,31 @@ def _has_its_end(rows: Path) -> bool:
         return file.read() == _END
 
 
-@dataclass
-class Tally:
-    """What became of rows; rejections by their reason, and tokens as they were paid for."""
+def tally(rows: "Dataset") -> dict[str, Any]:
+    """What became of rows, for `generation.json`: those that can be used, rejections by their
+    reason, failures, and tokens as they were paid for.
+    """
+    import pyarrow.compute as pc
 
-    rows: int = 0
-    errors: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    tokens: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def kept(self) -> int:
-        """Rows that can be used."""
-        return self.rows - self.errors - self.rejected.total()
-
-    @classmethod
-    def of(cls, rows: "Dataset") -> "Tally":
-        """Count all rows, in one pass."""
-        import pyarrow.compute as pc
-
-        tally = cls(tokens=Counter(dict.fromkeys(_TOKENS, 0)))
-        for some in stream(rows):
-            tally.rows += len(some)
-            tally.errors += len(some) - some["error"].null_count
-            for reason in pc.value_counts(some["rejection"].drop_null()).to_pylist():
-                tally.rejected[reason["values"]] += reason["counts"]
-            # All samples of one request share its prompt.
-            first = some.filter(pc.equal(some["sample"], 0))
-            for kind in _TOKENS:
-                counted = some if kind == "response" else first
-                tally.tokens[kind] += pc.sum(counted[f"teacher_{kind}_tokens"]).as_py() or 0
-        return tally
+    count, errors = 0, 0
+    rejected, tokens = Counter[str](), dict.fromkeys(_TOKENS, 0)
+    for some in stream(rows):
+        count += len(some)
+        errors += len(some) - some["error"].null_count
+        for reason in pc.value_counts(some["rejection"].drop_null()).to_pylist():
+            rejected[reason["values"]] += reason["counts"]
+        # All samples of one request share its prompt.
+        first = some.filter(pc.equal(some["sample"], 0))
+        for kind in _TOKENS:
+            counted = some if kind == "response" else first
+            tokens[kind] += pc.sum(counted[f"teacher_{kind}_tokens"]).as_py() or 0
+    return {
+        "rows": count,
+        "kept": count - errors - rejected.total(),
+        "rejected": dict(rejected),
+        "errors": errors,
+        "tokens": tokens,
+    }
 
 
 class FirstRows:

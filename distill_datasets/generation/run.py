@@ -36,10 +36,10 @@ from distill_datasets.generation.rows import (
     MIX_FILES,
     ROWS_FILE,
     FirstRows,
-    Tally,
     ask,
     finish,
     read_summary,
+    tally,
 )
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.generation.shards import Share
@@ -365,16 +365,11 @@ def _summary(
     meter: Meter | None,
     verified: Mapping[str, int] | None,
 ) -> dict[str, Any]:
-    tally = Tally.of(rows)
     summary = {
         "recipe": teachers.recipe.name,
         "recipe_digest": teachers.recipe.digest,
         **teachers.facts,
-        "rows": tally.rows,
-        "kept": tally.kept,
-        "rejected": dict(tally.rejected),
-        "errors": tally.errors,
-        "tokens": dict(tally.tokens),
+        **tally(rows),
         "created": datetime.now(UTC).date().isoformat(),
         "versions": {"distill-datasets": __version__, "datasets": version("datasets")},
         "first_token": _quantiles(journal.first_tokens() if settings.stream else ()),

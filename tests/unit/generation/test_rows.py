@@ -13,11 +13,11 @@ from distill_datasets.errors import GenerationError
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.rows import (
     ROWS_FILE,
-    Tally,
     _collect_rarely,
     explain_rejections,
     finish,
     stream,
+    tally,
 )
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.settings import GenerateSettings
@@ -44,16 +44,17 @@ def rows() -> Dataset:
 
 
 def test_rows_are_counted_by_what_became_of_them_and_tokens_by_what_was_paid() -> None:
-    tally = Tally.of(rows())
-    assert (tally.rows, tally.kept, tally.errors) == (4, 1, 1)
-    assert tally.rejected == {"empty": 1, "truncated": 1}
-    assert tally.tokens == {"prompt": 40, "cached": 20, "response": 13}  # one prompt for a query
+    assert tally(rows()) == {
+        **{"rows": 4, "kept": 1, "errors": 1},
+        "rejected": {"empty": 1, "truncated": 1},
+        "tokens": {"prompt": 40, "cached": 20, "response": 13},  # one prompt for a query
+    }
 
 
 def test_nothing_is_counted_as_nothing() -> None:
-    tally = Tally.of(rows().select(range(0)))
-    assert (tally.rows, tally.kept) == (0, 0)
-    assert tally.tokens == {"prompt": 0, "cached": 0, "response": 0}
+    counts = tally(rows().select(range(0)))
+    assert (counts["rows"], counts["kept"]) == (0, 0)
+    assert counts["tokens"] == {"prompt": 0, "cached": 0, "response": 0}
 
 
 def test_a_finished_folder_holds_the_rows(tmp_path: Path) -> None:
