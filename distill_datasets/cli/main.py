@@ -175,16 +175,9 @@ def _run(options: argparse.Namespace) -> None:
     dataset.make_release(out, version=options.version, ledger=options.ledger is not False)
     options.dataset = out / "release"
     trained = _train_in_run(options, [*folders, out / f"train-{len(folders) + 1}"])
-    student.measure(
-        argparse.Namespace(
-            run=out,
-            dataset=None,
-            student=trained,
-            out=None,
-            split=None,
-            internalisation=options.internalisation,
-        )
-    )
+    measured = {"run": out, "dataset": None, "student": trained, "out": None, "split": None}
+    asked = {"internalisation": options.internalisation}
+    student.measure(argparse.Namespace(**measured, **asked))
     _list_files(out, trained)
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from math import ceil, prod
@@ -284,7 +284,10 @@ class QueryRounds:
         unread = [one for one in replies if one.value is None]
         failed = sum(one.error is not None for one in unread)
         if needed and len(unread) == len(replies) and (failed == len(replies) or not self.asked):
-            raise _nothing(unread)
+            raise GenerationError(
+                f"The teacher was asked for queries {len(unread)} times, and no reply was of use. "
+                f"The first: {explained(unread[0])}. Paid replies are kept."
+            )
         self.asked += len(questions)
         self.failed += failed
         self.unreadable += len(unread) - failed
@@ -541,18 +544,9 @@ def combinations(axes: Mapping[str, Sequence[str]], seed: object) -> Iterator[di
         yield dict(zip(axes, chosen, strict=True))
 
 
-def balance(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+def balance(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     """How many rows have each value of each attribute, the most frequent first."""
-    counts: dict[str, Counter[str]] = {name: Counter() for name in AXES}
-    for row in rows:
-        for name in AXES:
-            if row.get(name) is not None:
-                counts[name][row[name]] += 1
+    counts = {
+        name: Counter(row[name] for row in rows if row.get(name) is not None) for name in AXES
+    }
     return {name: dict(found.most_common()) for name, found in counts.items() if found}
-
-
-def _nothing(replies: Sequence[ParsedReply[Any]]) -> GenerationError:
-    return GenerationError(
-        f"The teacher was asked for queries {len(replies)} times, and no reply was of use. The "
-        f"first: {explained(replies[0])}. Paid replies are kept."
-    )
