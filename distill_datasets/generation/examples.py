@@ -4,6 +4,7 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,18 +89,7 @@ def choose_examples(
     ):
         client = CachedClient(kept, progress, limits=settings.limits, meter=meter)
 
-        async def right(some: Sequence[Choice], part: range) -> dict[Choice, int]:
-            # A list, since `select` takes no empty range at the end.
-            asked = rows.select([*part])
-            return {one: await _right(_with(teachers, one), client, asked) for one in some}
-
-        async def search() -> dict[Choice, float]:
-            few = min(_FIRST_ROWS, len(rows))
-            first = await right(tried, range(few))
-            best = sorted(tried, key=lambda one: -first[one])[:_FINALISTS]
-            rest = await right([*dict.fromkeys([tried[0], *best])], range(few, len(rows)))
-            return {one: (first[one] + more) / len(rows) for one, more in rest.items()}
-
+        search = partial(_scores, teachers, tried, rows, client)
         found = run_in_thread(search, stop=client.stop)
     chosen = max(found, key=found.__getitem__)
     facts = {
@@ -140,6 +130,22 @@ def _with(teachers: Teachers, choice: Choice) -> Teachers:
     recipe = recipe.replace(examples=Examples(file=recipe.examples.file, rows=choice))
     members = tuple(replace(one, messages=recipe.messages) for one in teachers.members)
     return replace(teachers, recipe=recipe, members=members)
+
+
+async def _scores(
+    teachers: Teachers, tried: Sequence[Choice], rows: "Dataset", client: CachedClient
+) -> dict[Choice, float]:
+    """The shares of rows that are answered rightly, of the choices that went on to all rows."""
+
+    async def right(some: Sequence[Choice], part: range) -> dict[Choice, int]:
+        asked = rows.select([*part])  # of a list, since it takes no empty range at the end
+        return {one: await _right(_with(teachers, one), client, asked) for one in some}
+
+    few = min(_FIRST_ROWS, len(rows))
+    first = await right(tried, range(few))
+    best = sorted(tried, key=lambda one: -first[one])[:_FINALISTS]
+    rest = await right([*dict.fromkeys([tried[0], *best])], range(few, len(rows)))
+    return {one: (first[one] + more) / len(rows) for one, more in rest.items()}
 
 
 async def _right(teachers: Teachers, client: CachedClient, rows: "Dataset") -> int:
