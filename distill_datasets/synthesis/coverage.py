@@ -19,7 +19,7 @@ from distill_datasets.generation.rate_limit import Limits
 from distill_datasets.models.sampler import Reply, Sampler, Sampling
 from distill_datasets.progress import interruptible
 from distill_datasets.recipes.loading import load_recipe
-from distill_datasets.recipes.parsing import Parsed
+from distill_datasets.recipes.parsing import Reading
 from distill_datasets.recipes.queries import load_queries
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.synthesis.interview import open_teacher
@@ -283,7 +283,7 @@ class _Ablation:
             examples.append({name: one_line(text, _LONGEST) for name, text in texts.items()})
         return {"changed": changed, "checks": dict(failing), "examples": examples[:_SHOWN]}
 
-    def _answer(self, reply: Reply) -> Parsed:
+    def _answer(self, reply: Reply) -> Reading:
         sample = reply.samples[0]
         return self.recipe.teacher_reader.read(sample.text, sample.stop_reason)
 
