@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from distill_datasets.embedded.engine import Service
     from distill_datasets.embedded.logits import Constrain
 
-
 _CALL = "<tool_call>"
 _OPENED, _CLOSED = "<think>", "</think>"
 _HALF = "\ufffd"  # what a part of a character is decoded as

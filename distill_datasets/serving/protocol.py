@@ -28,7 +28,6 @@ from distill_datasets.schema import Message
 if TYPE_CHECKING:
     from distill_datasets.recipes.recipe import Recipe
 
-
 MOST_CHOICES = 128
 MOST_PROMPTS = 128
 MOST_TOP = 20

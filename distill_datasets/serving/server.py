@@ -76,14 +76,12 @@ if TYPE_CHECKING:
     from distill_datasets.embedded.engine import Service
     from distill_datasets.recipes.recipe import Recipe
 
-
 API_KEY = "DISTILL_API_KEY"
 _LEAST_KEY = 8
 _RENDERERS = {"pocket": "qwen3_instruct"}
 _CHAT_TEMPLATE = "distill_datasets/chat_template"
 # Behind a model's name: the prompt that it was distilled from is put before what it is asked.
 WITH_PROMPT = "+prompt"
-
 
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,99})=(.+)")
 # Requests that may wait or run at once; each holds its connection.
