@@ -401,8 +401,9 @@ def _read_state(file: Path) -> dict[str, Any]:
         return {}
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
+        evidence = Evidence(**state["evidence"])
         stages = [Stage(**one) for one in state.get("stages", ())]
-        return {**state, "evidence": Evidence(**state["evidence"]), "stages": stages}
+        return {**state, "evidence": evidence, "stages": stages}
     except (ValueError, TypeError, KeyError) as error:
         raise OutputError(
             f"{str(file)!r} is damaged ({error!r}): delete it, and name the stage with --to."

@@ -1,9 +1,11 @@
 """A student moves between stages by evidence that holds however often one looks at it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from distill_datasets.errors import SettingsError
+from distill_datasets.errors import OutputError, SettingsError
 from distill_datasets.evaluation.gate import GateRules
 from distill_datasets.serving.rollout import (
     FAILED,
@@ -11,12 +13,15 @@ from distill_datasets.serving.rollout import (
     STAGES,
     UNANSWERED,
     Evidence,
+    Judgement,
     Move,
+    RolloutState,
     StageRules,
     Usual,
     decide,
     parse_stages,
 )
+from tests.support.recipes import any_recipe
 
 RULES = StageRules.of(0.97, 1.0, GateRules())
 FINE = {"text": "en", "stop_reason": "stop"}
@@ -123,3 +128,13 @@ def test_labels_and_lengths_are_held_against_those_of_held_out_rows() -> None:
         usual.add("fr", 6)
     assert usual.labels is not None and usual.labels[0] == 1.0 and usual.length_ratio == 3.0
     assert Usual([str(number) for number in range(200)], [3] * 200).labels is None
+
+
+@pytest.mark.parametrize("state", ["", "[]", "{}", '{"evidence": {"doubt": 1}}'])
+def test_a_state_that_cannot_be_read_is_an_error_that_says_what_to_do(
+    state: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rollout").mkdir()
+    (tmp_path / "rollout" / "state.json").write_text(state)
+    with pytest.raises(OutputError, match="delete it, and name the stage with --to"):
+        RolloutState(tmp_path, Judgement(any_recipe(), False), RULES)
