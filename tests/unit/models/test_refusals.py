@@ -1,17 +1,21 @@
 """What a server's refusals and headers mean."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from distill_datasets.errors import (
     FATAL,
+    AccessError,
+    DistillError,
     ModelError,
     RejectedError,
     RetryableError,
     ServiceError,
 )
 from distill_datasets.models.refusals import (
+    Standing,
     explain,
     read_allowance,
     read_refusal,
@@ -137,3 +141,67 @@ def test_a_refused_parameter_is_a_rejection_where_others_are_answered() -> None:
     assert isinstance(error, ModelError)
     assert isinstance(error.__cause__, RejectedError)
     assert isinstance(explain(read_refusal(418, {}, ""), "openai:m"), ServiceError)
+
+
+REFUSED = AccessError("key refused")
+
+
+def judged(standing: Standing, error: DistillError) -> DistillError:
+    return asyncio.run(standing.judge(error))
+
+
+def test_before_any_answer_a_fatal_refusal_is_fatal() -> None:
+    assert judged(Standing(), REFUSED) is REFUSED
+
+
+def test_after_an_answer_it_is_one_requests_matter() -> None:
+    standing = Standing()
+    standing.accept()
+    found = judged(standing, ServiceError("status 418"))
+    assert isinstance(found, RetryableError)
+    assert (str(found), found.most_attempts) == ("status 418", 3)
+
+
+def test_a_refusal_waits_for_the_requests_beside_it() -> None:
+    standing = Standing()
+
+    async def both() -> DistillError:
+        with standing.request():
+            verdict = asyncio.create_task(standing.judge(REFUSED))
+            await asyncio.sleep(0)
+            assert not verdict.done()
+            standing.accept()
+        return await verdict
+
+    assert isinstance(asyncio.run(both()), RetryableError)
+
+
+def test_when_the_requests_beside_it_fail_too_it_is_fatal() -> None:
+    standing = Standing()
+
+    async def both() -> DistillError:
+        with standing.request():
+            verdict = asyncio.create_task(standing.judge(REFUSED))
+            await asyncio.sleep(0)
+        return await verdict
+
+    assert asyncio.run(both()) is REFUSED
+
+
+def test_a_key_that_is_refused_again_and_again_ends_the_run() -> None:
+    standing = Standing()
+    standing.accept()
+    kinds = [type(judged(standing, REFUSED)) for _ in range(10)]
+    assert kinds == [RetryableError] * 9 + [AccessError]
+    standing.accept()
+    assert isinstance(judged(standing, REFUSED), RetryableError)
+
+
+def test_other_failures_stay_what_they_are() -> None:
+    rejected = RejectedError("too long", type="context length")
+    standing = Standing()
+    assert judged(standing, rejected) is rejected
+    standing.accept()
+    refused = ModelError("parameter")
+    refused.__cause__ = rejected
+    assert judged(standing, refused) is rejected
