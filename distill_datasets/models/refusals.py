@@ -208,17 +208,12 @@ def read_seconds(text: str | None) -> float | None:
         while number > 1000 * _YEARS:  # milliseconds, or finer
             number /= 1000
         return max(0.0, number - time.time()) if number > _YEARS else number
-    if (when := _date(text)) is not None:
-        return max(0.0, (when - datetime.now(UTC)).total_seconds())
-    return None
-
-
-def _date(text: str) -> datetime | None:
-    """A point in time; one without a zone is in UTC, as HTTP's dates are."""
     for read in (parsedate_to_datetime, datetime.fromisoformat):
         with suppress(ValueError, TypeError, OverflowError, IndexError):
             when = read(text)
-            return when.astimezone(UTC) if when.tzinfo else when.replace(tzinfo=UTC)
+            if when.tzinfo is None:  # as HTTP's dates are
+                when = when.replace(tzinfo=UTC)
+            return max(0.0, (when - datetime.now(UTC)).total_seconds())
     return None
 
 

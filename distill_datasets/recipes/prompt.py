@@ -110,7 +110,7 @@ def render(template: str, **fields: Any) -> str:
     if (lone := _LONE_FIELD.fullmatch(template)) and lone[1] in fields:
         return str(fields[lone[1]])
     if not _is_cheap(template, expression=False):
-        return str(_apart("template", template, fields))
+        return str(_JINJA_PROCESS.compute("template", template, fields))
     if _uses(template) * sum(len(str(value)) for value in fields.values()) > _LARGEST:
         raise RecipeError(f"A template comes to over {_LARGEST:,} characters with its fields.")
     try:
@@ -127,7 +127,7 @@ def render_ours(template: str, **fields: Any) -> str:
 def holds(expression: str, **fields: Any) -> bool:
     """Whether an expression is true of these fields; `RecipeError` where it can't be told."""
     if not _is_cheap(expression, expression=True):
-        return bool(_apart("expression", expression, fields))
+        return bool(_JINJA_PROCESS.compute("expression", expression, fields))
     try:
         return bool(_expression(expression)(fields))
     except _FAILURES as error:
@@ -221,22 +221,24 @@ class _JinjaProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
 
-    def compute(self, kind: str, text: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The `value`, or the `error` that came in its place."""
+    def compute(self, kind: str, text: str, fields: Mapping[str, Any]) -> Any:
+        """The value; raises `RecipeError` where there is none, or none in time."""
         with self._lock:
+            answered, found = False, {"error": f"it takes over {_SECONDS:g} s"}
             try:
                 if self._process is None or self._process.poll() is not None:
                     self._start()
                 assert self._pipe is not None
                 self._pipe.send_bytes(json.dumps([kind, text, fields]).encode())
-                if self._pipe.poll(_SECONDS):
-                    found: Mapping[str, Any] = json.loads(self._pipe.recv_bytes())
-                    return found
-                problem = f"it takes over {_SECONDS:g} s"
+                if answered := self._pipe.poll(_SECONDS):
+                    found = json.loads(self._pipe.recv_bytes())
             except (OSError, EOFError):
-                problem = "it takes too much memory"
-            self.end()
-            return {"error": problem}
+                answered, found = False, {"error": "it takes too much memory"}
+            if not answered:
+                self.end()
+        if "error" in found:
+            raise _failed(kind, text, found["error"])
+        return found["value"]
 
     def _start(self) -> None:
         self._pipe, there = Pipe()
@@ -261,13 +263,6 @@ class _JinjaProcess:
 
 _JINJA_PROCESS = _JinjaProcess()
 atexit.register(_JINJA_PROCESS.end)
-
-
-def _apart(kind: str, text: str, fields: Mapping[str, Any]) -> Any:
-    found = _JINJA_PROCESS.compute(kind, text, fields)
-    if "error" in found:
-        raise _failed(kind, text, str(found["error"]))
-    return found["value"]
 
 
 def compute_for(pipe: Connection) -> None:

@@ -65,6 +65,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _check_source(given: "Queries | MixPart", kinds: Sequence[str]) -> None:
+    """Raise `ValueError` for rows that are in no place, in several, or in one that may change."""
+    named = [key for key in kinds if getattr(given, key)]
+    if len(named) != 1:
+        raise ValueError(f"name exactly one of {', '.join(kinds)}; found {named}")
+    if given.hub and not given.revision:
+        raise ValueError("a hub source needs a revision: a commit or a tag")
+
+
 class Queries(Section):
     """Where the queries are."""
 
@@ -107,11 +116,8 @@ class Queries(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        named = [key for key in ("file", "hub", "path", "package") if getattr(self, key)]
-        if len(named) > 1 or (self.model_fields_set and not named):
-            raise ValueError(f"name exactly one of file, hub, path, package; found {named}")
-        if self.hub and not self.revision:
-            raise ValueError("a hub source needs a revision: a commit or a tag")
+        if self.model_fields_set:
+            _check_source(self, ("file", "hub", "path", "package"))
         if bool(self.package) != bool(self.member):
             raise ValueError("package and member go together")
         if self.query and self.messages:
@@ -177,11 +183,7 @@ class MixPart(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        named = [key for key in ("file", "hub", "path") if getattr(self, key)]
-        if len(named) != 1:
-            raise ValueError(f"name exactly one of file, hub, path; found {named}")
-        if self.hub and not self.revision:
-            raise ValueError("a hub source needs a revision: a commit or a tag")
+        _check_source(self, ("file", "hub", "path"))
         if self.query and (self.messages or bool(self.response) == bool(self.model)):
             raise ValueError(
                 "query is a column of texts, with the column of their answers as response, or with "
