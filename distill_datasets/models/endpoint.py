@@ -141,6 +141,11 @@ class Endpoint:
                 text = text.replace(secret, "[hidden]")
         return text
 
+    def hidden(self, error: DistillError) -> DistillError:
+        """An error whose message has none of that."""
+        error.args = (self.hide(str(error)),)
+        return error
+
     def look(self, path: str, reference: str) -> tuple[int, str]:
         """The status and the beginning of what lies at a path, asked outside any event loop.
 

@@ -190,9 +190,7 @@ class OpenAIBatches:
             digest = named if isinstance(named, str) else None
             reply = self._read(row.get("response"), row.get("error"), sampling)
         except DistillError as failure:
-            judged = self.endpoint.standing.judge_now(failure)
-            judged.args = (self.endpoint.hide(str(judged)),)
-            return digest, judged
+            return digest, self.endpoint.hidden(self.endpoint.standing.judge_now(failure))
         self.endpoint.standing.accept()
         return digest, reply
 
@@ -303,8 +301,7 @@ class OpenAISampler:
                 reply = await self._ask(messages, sampling)
         except DistillError as error:
             judged = await self.endpoint.standing.judge(error)
-            judged.args = (self.endpoint.hide(str(judged)),)
-            raise judged from error.__cause__
+            raise self.endpoint.hidden(judged) from error.__cause__
         self.endpoint.standing.accept()
         return reply
 

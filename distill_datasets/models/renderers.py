@@ -392,19 +392,17 @@ def _in_words(
 def _told(messages: list[Any], tools: Sequence[Mapping[str, Any]], role: str) -> list[Any]:
     """Messages of which the first of a role tells of the tools."""
     words = _WORDS.format(tools="\n".join(json.dumps(one, ensure_ascii=False) for one in tools))
-    if role == "system":
-        leads = bool(messages) and messages[0]["role"] == role
-        prompt = ensure_text(messages[0]["content"]) + "\n\n" if leads else ""
-        return [{"role": role, "content": prompt + words}, *messages[leads:]]
     place = next((n for n, message in enumerate(messages) if message["role"] == role), None)
+    if role == "system" and place != 0:
+        return [{"role": role, "content": words}, *messages]
     if place is None:
         raise DatasetError(
             f"Tools can't be told of in a conversation of {[one['role'] for one in messages]}: "
             "this model's chat template has no system role, so expected a message of the user."
         )
-    first = messages[place]
-    told = {**first, "content": f"{words}\n\n{ensure_text(first['content'])}"}
-    return [*messages[:place], told, *messages[place + 1 :]]
+    said = ensure_text(messages[place]["content"])
+    told = f"{said}\n\n{words}" if role == "system" else f"{words}\n\n{said}"
+    return [*messages[:place], {**messages[place], "content": told}, *messages[place + 1 :]]
 
 
 # Rows that are rendered both ways before what was learned is trusted.

@@ -308,35 +308,27 @@ def _pieces(recipe: Recipe) -> Iterator[Rows]:
         others = _file_rows(spec, recipe.folder / spec.sidecar, by_place=True)
         rows = _joined(rows, others, spec.sidecar)
     if spec.rows is not None:
-        wanted, found = set(spec.rows), {}
-        for number, row in enumerate(chain.from_iterable(rows), 1):
-            if number in wanted:
-                found[number] = row
-        if missing := sorted(wanted - set(found)):
+        numbered, wanted = enumerate(chain.from_iterable(rows), 1), {*spec.rows}
+        found = {number: row for number, row in numbered if number in wanted}
+        if missing := sorted(wanted - {*found}):
             raise RecipeError(f"The recipe names rows {missing}, which its queries don't have.")
         rows = iter([[found[number] for number in spec.rows]] if spec.rows else [])
     return rows
 
 
 def _joined(rows: Iterator[Rows], others: Iterator[Rows], name: str) -> Iterator[Rows]:
-    pairs = zip_longest(chain.from_iterable(rows), chain.from_iterable(others))
-    counts = Counter[bool]()
-
-    def both() -> Iterator[dict[str, Any]]:
-        for row, other in pairs:
-            counts.update({True: row is not None, False: other is not None})
-            yield {**(row or {}), **(other or {})}
-
-    joined = both()
-    while some := list(islice(joined, ROWS)):
-        if counts[True] != counts[False]:
-            for _ in joined:
-                pass
+    pairs: Iterator[Any] = zip_longest(chain.from_iterable(rows), chain.from_iterable(others))
+    before = 0
+    while some := list(islice(pairs, ROWS)):
+        if any(None in pair for pair in some):
+            both = zip(*some, *pairs, strict=True)
+            mine, theirs = (before + sum(row is not None for row in side) for side in both)
             raise RecipeError(
-                f"The sidecar {name!r} has {counts[False]} rows and the queries {counts[True]}; "
-                "they are joined by position and must match."
+                f"The sidecar {name!r} has {theirs} rows and the queries {mine}; they are joined "
+                "by position and must match."
             )
-        yield some
+        before += len(some)
+        yield [{**row, **other} for row, other in some]
 
 
 def _file(spec: Queries, home: Path) -> Path | None:
