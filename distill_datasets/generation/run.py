@@ -325,13 +325,16 @@ def _answer(
     """The rows of the queries, and behind them those of the mix, in files of a folder."""
     from datasets import Dataset, concatenate_datasets
 
-    again = settings.ask_again
-    client = CachedClient(journal, limits=settings.limits, meter=meter, ask_rejected_again=again)
+    def client() -> CachedClient:
+        """One for each event loop, which `ask` makes anew."""
+        again = settings.ask_again
+        return CachedClient(journal, limits=settings.limits, meter=meter, ask_rejected_again=again)
+
     look = FirstRows(teachers.recipe, settings.stop_after_rejected).look
     if settings.batch:
         buy_in_batches(chosen.queries, teachers, journal, settings=settings, meter=meter)
     file = folder / ROWS_FILE
-    found = [ask(chosen.queries, teachers, client, title="generate", file=file, look=look)]
+    found = [ask(chosen.queries, teachers, client(), title="generate", file=file, look=look)]
     for number, one in enumerate(chosen.mixed):
         file = folder / MIX_FILES.replace("*", f"{number:05d}")
         if not len(one.rows):
@@ -342,7 +345,7 @@ def _answer(
             continue
         if settings.batch and getattr(one.model.sampler, "batches", None) is not None:
             buy_in_batches(one.rows, one.model, journal, settings=settings, meter=meter)
-        found.append(ask(one.rows, one.model, client, title="generate mix", file=file))
+        found.append(ask(one.rows, one.model, client(), title="generate mix", file=file))
     return concatenate_datasets(found) if len(found) > 1 else found[0]
 
 

@@ -78,6 +78,14 @@ def test_the_untouched_model_is_asked_without_a_prompt_or_tools_and_paid_once(
     assert len(named_server.bodies) == len(asked)
 
 
+def test_rows_of_a_mix_wait_for_places_of_their_own(
+    named_server: OpenAIServer, folder: Path, tmp_path: Path
+) -> None:
+    settings = GenerateSettings(concurrency=1)
+    made = generate(folder, teacher=Echo(delay=0.001), out=tmp_path / "run", settings=settings)
+    assert made.errors == 0 and len(mixed(made, "beyond")) == len(named_server.bodies) > 3
+
+
 def test_a_release_names_and_counts_the_rows_and_makes_itself_again_for_nothing(
     named_server: OpenAIServer, folder: Path, tmp_path: Path
 ) -> None:
