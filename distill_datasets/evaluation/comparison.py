@@ -200,46 +200,42 @@ class Comparison:
         share = times / len(self.predictions[system])
         return {"distinct": len(counted), "commonest": commonest, "commonest_share": share}
 
+    @cached_property
+    def _labels(self) -> dict[int, str]:
+        """The label of each row that has one, where those are few; of calls the tools' names."""
+        found = {}
+        for row in self.labelled:
+            found[row] = reference = str(self.references[row])
+            if self.recipe.part(self.queries[row])[0].tools:
+                called = sorted(call.name for call in read_calls(reference))
+                found[row] = " + ".join(called) or "no call"
+        few = len({*found.values()}) <= min(_MOST_LABELS, len(found) - 1)
+        return found if few else {}
+
     def labels(self) -> dict[str, dict[str, float]]:
         """Rows and recall of each reference label; empty where references are free text.
 
         Calls of tools go by the tools' names alone; the share is still of equal calls.
         """
-        return {
-            label: {
-                "n": len(rows),
-                **{
-                    system: sum(answers[row] == self.references[row] for row in rows) / len(rows)
-                    for system, answers in self.predictions.items()
-                },
-            }
-            for label, rows in sorted(self._rows_of_labels.items())
-        }
-
-    @cached_property
-    def _rows_of_labels(self) -> dict[str, list[int]]:
-        rows_of: dict[str, list[int]] = {}
-        for row in self.labelled:
-            rows_of.setdefault(self._label(row), []).append(row)
-        return rows_of if len(rows_of) <= min(_MOST_LABELS, len(self.labelled) - 1) else {}
+        found: dict[str, dict[str, float]] = {}
+        for label in sorted({*self._labels.values()}):
+            rows = [row for row, one in self._labels.items() if one == label]
+            found[label] = {"n": len(rows)}
+            for system, answers in self.predictions.items():
+                right = sum(answers[row] == self.references[row] for row in rows)
+                found[label][system] = right / len(rows)
+        return found
 
     @cached_property
     def subgroups(self) -> dict[str, dict[str, Any]]:
         """What sets student and teacher apart on each reference label; see `compare_subgroups`."""
-        known = sorted((row, label) for label, rows in self._rows_of_labels.items() for row in rows)
-        places = [row for row, _ in known]
         mine, theirs = (
-            np.array([self.predictions[name][row] == self.references[row] for row in places], float)
+            [float(self.predictions[name][row] == self.references[row]) for row in self._labels]
             for name in (STUDENT, TEACHER)
         )
-        groups = [self.groups[row] for row in places]
-        return compare_subgroups((mine - theirs).tolist(), [label for _, label in known], groups)
-
-    def _label(self, row: int) -> str:
-        reference = str(self.references[row])
-        if not self.recipe.part(self.queries[row])[0].tools:
-            return reference
-        return " + ".join(sorted(call.name for call in read_calls(reference))) or "no call"
+        groups = [self.groups[row] for row in self._labels]
+        apart = np.subtract(mine, theirs).tolist()
+        return compare_subgroups(apart, [*self._labels.values()], groups)
 
     def rows(self) -> list[dict[str, str | None]]:
         """Every row, where there are few."""

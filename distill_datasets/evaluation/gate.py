@@ -77,13 +77,21 @@ class GateRules(BaseModel):
     @classmethod
     def load(cls, path: Path | str) -> "GateRules":
         """Read a YAML file; raises `SettingsError` that names what is wrong in it."""
-        fields = read_yaml(path, SettingsError, what="rules")
+        fields, known = read_yaml(path, SettingsError, what="rules"), list(cls.model_fields)
+        expected = f"expected some of {', '.join(known)}; see `gate --template`."
         if not isinstance(fields, Mapping):
-            raise SettingsError(f"The rules {str(path)!r} hold no keys: {_expected()}")
+            raise SettingsError(f"The rules {str(path)!r} hold no keys: {expected}")
         try:
             return cls(**{str(key): value for key, value in fields.items()})
         except ValidationError as error:
-            raise SettingsError(_explained(error, path)) from error
+            lines = [f"The rules {str(path)!r} can't be used:"]
+            for problem in error.errors():
+                where = ".".join(map(str, problem["loc"]))
+                if problem["type"] == "extra_forbidden":
+                    lines.append(f"  unknown key {where!r}.{nearest(where, known)} {expected}")
+                else:
+                    lines.append(f"  {where}: {problem['msg']} (found {problem['input']!r}).")
+            raise SettingsError("\n".join(lines)) from error
 
 
 @dataclass(frozen=True)
@@ -516,22 +524,6 @@ def _number(found: Mapping[str, Any], name: str) -> dict[str, float] | None:
         return None
     ends = {end: found[f"{name}_{end}"] for end in ("low", "high") if f"{name}_{end}" in found}
     return {"value": found[name], **ends}
-
-
-def _expected() -> str:
-    return f"expected some of {', '.join(GateRules.model_fields)}; see `gate --template`."
-
-
-def _explained(error: ValidationError, path: Path | str) -> str:
-    lines = [f"The rules {str(path)!r} can't be used:"]
-    for problem in error.errors():
-        where = ".".join(map(str, problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            hint = nearest(where, list(GateRules.model_fields))
-            lines.append(f"  unknown key {where!r}.{hint} {_expected()}")
-        else:
-            lines.append(f"  {where}: {problem['msg']} (found {problem['input']!r}).")
-    return "\n".join(lines)
 
 
 def ends_in_a_loop(text: str) -> bool:

@@ -10,7 +10,6 @@ from distill_datasets.tables import aligned, interval_text, shortened
 
 _RULE = 60  # characters of what a check covers
 _ANSWER, _QUERY = 80, 240  # and of an answer and a query among few rows: the report has them whole
-_ALIKE = 0.95  # of all answers: a system that says one thing
 _SHORT = {"base + short prompt": "base + short"}  # where a table is narrow
 _FEW_SYSTEMS = 4  # whose every check has its interval in a table
 _MOST_NATS = 20.0  # whose perplexity means anything
@@ -95,21 +94,9 @@ def summary(report: _Found) -> list[str]:
 
 
 def _first(report: _Found) -> Iterator[str]:
-    yield from report["alerts"] if "alerts" in report else _one_answer(report)
+    yield from report.get("alerts", ())
     if verdict := report.get("verdict"):
         yield from verdict_lines(verdict)
-
-
-def _one_answer(report: _Found) -> Iterator[str]:
-    """The alert of an older report: the student all but always says one thing, the teacher not."""
-    student, teacher = (report["systems"][name].get("answers") for name in ("student", "teacher"))
-    if student and teacher and student["commonest_share"] >= _ALIKE > teacher["commonest_share"]:
-        said = student["commonest"]
-        answer = "no answer that can be read" if said is None else f"the answer {said[:80]!r}"
-        yield (
-            f"Warning: the student gives {answer} to {student['commonest_share']:.0%} of the "
-            f"{report['n']} queries; the teacher gives {teacher['distinct']} different answers."
-        )
 
 
 def verdict_lines(verdict: _Found) -> Iterator[str]:
