@@ -461,8 +461,8 @@ class _AddressedModel:
                 yield found
                 return
             listed = found._ask("models").get("data")
-            models = [one for one in listed if isinstance(one, Mapping)] if listed else []
-            names = [str(one.get("id")) for one in models]
+            models = listed if isinstance(listed, list) else []
+            names = [str(one.get("id")) for one in models if isinstance(one, Mapping)]
             if len(names) != 1:
                 raise ModelError(
                     f"{url} has {len(names)} models, {names[:20]}: name the student among them "
