@@ -12,6 +12,7 @@ The command line derives its flags, their help and their defaults from such a cl
 
 import math
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -42,6 +43,7 @@ def setting(default: Any, help: str, **described: Any) -> Any:
     return field(default=default, metadata={_KEY: Setting(help, **described)})
 
 
+@cache
 def described(settings: type) -> dict[str, tuple[Setting, type, tuple[Any, ...], Any]]:
     """Of every field made by `setting`: what is known, its type, its choices, and its default.
 

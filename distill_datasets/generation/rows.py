@@ -278,12 +278,12 @@ def finish(rows: "Dataset", folder: Path) -> None:
     import pyarrow as pa
 
     mixed = sorted(path.name for path in folder.glob(MIX_FILES))
+    schema = rows.features.arrow_schema
     if not (folder / ROWS_FILE).is_file():
-        schema = rows.features.arrow_schema
         with pa.OSFile(str(folder / ROWS_FILE), "wb") as file, pa.ipc.new_stream(file, schema):
             pass
     # A dataset can't be saved over its own file: one without rows has the same description.
-    empty = type(rows).from_dict({name: [] for name in rows.features}, features=rows.features)
+    empty = type(rows)(schema.empty_table(), fingerprint=rows._fingerprint)
     with without_bars(), TemporaryDirectory(dir=folder) as description:
         empty.save_to_disk(description)
         shutil.move(Path(description, "dataset_info.json"), folder)

@@ -10,9 +10,11 @@ import pytest
 from distill_datasets import __version__, errors
 from distill_datasets.cli.main import build_parser, main
 
+PARSER = build_parser()
+
 
 def verbs() -> dict[str, argparse.ArgumentParser]:
-    (choices,) = (one.choices for one in build_parser()._actions if one.dest == "==SUPPRESS==")
+    (choices,) = (one.choices for one in PARSER._actions if one.dest == "==SUPPRESS==")
     return {name: parser for name, parser in dict(choices or ()).items() if name != "help"}
 
 
@@ -31,7 +33,7 @@ def test_the_help_of_every_verb_ends_with_two_examples_that_it_understands(verb:
     for example in examples:
         program, *words = shlex.split(example.split(">")[0])
         assert program == "distill-datasets"
-        build_parser().parse_args(words)
+        PARSER.parse_args(words)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -61,5 +63,5 @@ def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_exit_code_is_explained() -> None:
     raised = [one for one in vars(errors).values() if isinstance(one, type)]
     codes = {one.exit_code for one in raised if issubclass(one, errors.DistillError)}
-    explained = re.findall(r"^  (\d+) ", str(build_parser().epilog), re.MULTILINE)
+    explained = re.findall(r"^  (\d+) ", str(PARSER.epilog), re.MULTILINE)
     assert {*map(str, codes)} | {"0", "130", "141"} == {*explained}
