@@ -57,7 +57,7 @@ class DistilledDatasetBuilder(ChatDatasetBuilder):
         return train, self._rows(held_out)
 
     def _rows(self, split: DatasetSplit) -> "DistilledDataset":
-        where, longest = split.where, self.common_config.max_length
+        where, longest = split.where, self.common_config.max_length or math.inf
         renderer = open_renderer(self.common_config.renderer_name, self.tokenizer)
         rows = [
             examples(one, renderer, self.turns, f"{where}, row {place}")

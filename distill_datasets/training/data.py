@@ -268,11 +268,9 @@ class DatasetSplit:
         kept = self.short_enough(rendered["longest"][:], max_length)
         return Rendered(rendered, kept, len(rendered) - len(kept), self.rows, read)
 
-    def short_enough(self, lengths: Sequence[int], longest: int | None) -> list[int]:
+    def short_enough(self, lengths: Sequence[int], longest: float) -> list[int]:
         """The places of rows of at most so many tokens; raises `DatasetError` where none is."""
-        kept = [
-            place for place, length in enumerate(lengths) if longest is None or length <= longest
-        ]
+        kept = [place for place, length in enumerate(lengths) if length <= longest]
         if not kept:
             raise DatasetError(
                 f"{self.where} has no row of at most {longest} tokens: the shortest of "
