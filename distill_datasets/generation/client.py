@@ -128,7 +128,7 @@ class CachedClient:
     """One journal for everything that is asked; two who ask the same share one request.
 
     Every sampler is asked as fast as it allows, and with no more requests at once than `limits`
-    do. What may succeed later is asked again while others go on.
+    do. What may succeed later is asked again while others go on. All who ask share one event loop.
     """
 
     def __init__(
