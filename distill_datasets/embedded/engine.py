@@ -32,7 +32,6 @@ from .scheduler import (
     Resolve,
     SampledWeights,
     SampleJob,
-    SavedWeights,
 )
 from .store import ExecutionLog, Kind, Store, StoredCheckpoint, StoredRun
 from .wire import Body, InvalidRequestError, pb, read_sample_request
@@ -310,7 +309,7 @@ class Engine:
         self.card, self.store = card, store
         self._log = ExecutionLog(store.folder, store.clock)
         self._scratch = tempfile.TemporaryDirectory(prefix="distill-embedded-")
-        self._saved: dict[str, SavedWeights] = {}
+        self._saved: dict[str, Path] = {}
         self._snapshots: deque[Path] = deque()
         self._numbers = count()
         self._trainees: dict[str, Trainee] = {}
@@ -347,9 +346,9 @@ class Engine:
             return BASE
         store = store or self.store
         checkpoint, folder = store.find(model_path)
-        run = self._require_kind(checkpoint, "sampler_weights", store)
+        self._require_kind(checkpoint, "sampler_weights", store)
         key = f"{model_path}@{checkpoint.created}"
-        self._saved[key] = SavedWeights(folder, run.lora)
+        self._saved[key] = folder
         return key
 
     def weights_in(self, folder: Path) -> str:
@@ -357,9 +356,9 @@ class Engine:
 
         Whether it fits this model shows when it is sampled.
         """
-        layout = AdapterLayout.read(folder)
+        AdapterLayout.read(folder)
         key = f"{folder.resolve()}@{(folder / ADAPTER_FILE).stat().st_mtime_ns}"
-        self._saved[key] = SavedWeights(folder, layout)
+        self._saved[key] = folder
         return key
 
     @property
@@ -428,7 +427,7 @@ class Engine:
         folder = Path(self._scratch.name) / str(next(self._numbers))
         folder.mkdir()
         trainee.save(folder, optimizer=False)
-        self._saved[key] = SavedWeights(folder, trainee.spec.dump())
+        self._saved[key] = folder
         self._snapshots.append(folder)
         while len(self._snapshots) > MOST_SNAPSHOTS:
             shutil.rmtree(self._snapshots.popleft())

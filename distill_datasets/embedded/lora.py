@@ -102,9 +102,9 @@ class Adapters:
     # Samples are drawn in inference mode, whose tensors could have no gradient later: PEFT asks it
     # of all adapters in turn.
     @torch.inference_mode(mode=False)
-    def load(self, folder: Path, spec: LoraSpec | AdapterLayout) -> str:
+    def load(self, folder: Path) -> str:
         """Add a saved adapter, and return its name."""
-        config = self._config(spec)
+        config = self._config(AdapterLayout.read(folder))
         shape = config.r, config.lora_alpha, *sorted(config.target_modules or ())
         # Making its layers takes ten times as long as filling them.
         name = next((one for one in self._free if self._shapes[one] == shape), None)

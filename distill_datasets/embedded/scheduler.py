@@ -19,7 +19,6 @@ from .model import TokenBytes
 from .wire import DrawnSample, Ints, MissingError, PromptScores, SampleRequest
 
 if TYPE_CHECKING:
-    from .conversion import AdapterLayout
     from .logits import Constrain
     from .lora import Adapters
     from .model import LoadedModel
@@ -400,21 +399,13 @@ class Prefixes:
                 del kept[key]
 
 
-@dataclass(frozen=True)
-class SavedWeights:
-    """Where an adapter that can be sampled lies, and its layout."""
-
-    folder: Path
-    lora: dict[str, Any] | AdapterLayout
-
-
 class SampledWeights:
-    """The versions of the weights that samples are drawn from, by their keys.
+    """The versions of the weights that samples are drawn from, by their keys; `saved` says where.
 
     An adapter is read when it is needed, and read again when others took its place.
     """
 
-    def __init__(self, base: LoadedModel, saved: Mapping[str, SavedWeights]) -> None:
+    def __init__(self, base: LoadedModel, saved: Mapping[str, Path]) -> None:
         self._base, self._saved = base, saved
         self.prefixes = Prefixes(base.memory // 4)
         # The adapters in memory, least recently used first.
@@ -438,7 +429,13 @@ class SampledWeights:
             self.adapters.drop(self._loaded.pop(gone))
             self.prefixes.forget(gone)
         if key not in self._loaded:
-            self._loaded[key] = self._read(key)
+            if not self._saved[key].is_dir():
+                raise MissingError(
+                    f"the weights of this client were deleted: {key}; of unnamed ones the last "
+                    f"{MOST_SNAPSHOTS} are kept, named ones (save_weights_for_sampler) until their "
+                    "time is over"
+                )
+            self._loaded[key] = self.adapters.load(self._saved[key])
         self._loaded.move_to_end(key)
         return True
 
@@ -448,17 +445,3 @@ class SampledWeights:
             self.adapters.sample(
                 [(None if key == BASE else self._loaded[key], tokens) for key, tokens in runs]
             )
-
-    def _read(self, key: str) -> str:
-        from .lora import LoraSpec
-
-        saved = self._saved[key]
-        if not saved.folder.is_dir():
-            raise MissingError(
-                f"the weights of this client were deleted: {key}; of unnamed ones the last "
-                f"{MOST_SNAPSHOTS} are kept, named ones (save_weights_for_sampler) until their "
-                "time is over"
-            )
-        layout = saved.lora
-        spec = LoraSpec.read(layout) if isinstance(layout, dict) else layout
-        return self.adapters.load(saved.folder, spec)
