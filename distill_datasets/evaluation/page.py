@@ -470,20 +470,16 @@ def _latency(report: _Report) -> dict[str, Any] | None:
     }
     if not timed:
         return None
-    longest = max(one["p95"] for one in timed.values())
-    lines = [
-        {
-            "name": name,
-            "said": f"{one['p50']:,.0f} / {one['p95']:,.0f} ms",
-            "drawing": whisker(
-                one["p50"], one["p50"], one["p95"], bounds=(0.0, longest), colour=place
-            ),
-        }
-        for place, (name, one) in enumerate(timed.items())
-    ]
     caption = "One query: the dot is the median, the line goes to the 95th percentile"
-    high = f"{longest:,.0f} ms"
-    return {"caption": caption, "low": "0", "high": high, "unit": "p50 / p95", "lines": lines}
+    ends = {
+        name: {"value": one["p50"], "low": one["p50"], "high": one["p95"]}
+        for name, one in timed.items()
+    }
+    scale = _scale(caption, ends)
+    for line, one in zip(scale["lines"], timed.values(), strict=True):
+        line["said"] = f"{one['p50']:,.0f} / {one['p95']:,.0f} ms"
+    longest = max(1.0, *(one["p95"] for one in timed.values()))
+    return {**scale, "high": f"{longest:,.0f} ms", "unit": "p50 / p95"}
 
 
 def _commands(report: _Report, training: TrainedStudent | None) -> str:
