@@ -325,11 +325,14 @@ def test_ten_thousand_rows_take_no_more_room_than_their_file() -> None:
     assert text.count("<tr>") < 100
 
 
-def test_more_rows_than_a_page_opens_are_said_to_be_elsewhere() -> None:
-    rows = [row(number, "a", "a", "a") for number in range(20_001)]
+def test_more_rows_than_a_page_opens_are_said_to_be_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distill_datasets.evaluation.page._MOST_ROWS", 1_000)
+    rows = [row(number, "a", "a", "a") for number in range(1_001)]
     read = Read(page(report(), rows))
-    assert "The page holds the first 20,000 rows; rows.jsonl has all." in read.text
-    assert len(read.rows["rows"]) == 20_000
+    assert "The page holds the first 1,000 rows; rows.jsonl has all." in read.text
+    assert len(read.rows["rows"]) == 1_000
 
 
 def test_a_page_is_written_beside_its_report(tmp_path: Path) -> None:
