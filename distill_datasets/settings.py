@@ -62,7 +62,8 @@ def described(settings: type) -> dict[str, tuple[Setting, type, tuple[Any, ...],
 
 def check(settings: Any) -> None:
     """Raise `SettingsError` for the first field that is out of its range or choices."""
-    for name, (known, kind, choices, _) in described(type(settings)).items():
+    checked: type = type(settings)
+    for name, (known, kind, choices, _) in described(checked).items():
         value = getattr(settings, name)
         if value is None:
             continue

@@ -365,8 +365,8 @@ def _unique_items(validator: Any, wanted: Any, value: Any, schema: Any) -> Itera
         yield ValidationError(f"{value!r:.200} has an item twice")
 
 
-def check_schema(schema: Mapping[str, Any], field: str | None = None) -> None:
-    """Raise `ValueError` for what is no JSON schema, or has no such `field`."""
+def check_schema(schema: Mapping[str, Any], *fields: str | None) -> None:
+    """Raise `ValueError` for what is no JSON schema, or has not all of these fields."""
     from jsonschema.validators import Draft202012Validator, validator_for
 
     kind = validator_for(schema, default=Draft202012Validator)
@@ -379,6 +379,11 @@ def check_schema(schema: Mapping[str, Any], field: str | None = None) -> None:
     if error is not None:
         raise ValueError(f"not a JSON schema: at {error.json_path}, {error.message}")
     _check_keywords(schema)
+    for field in fields:
+        _check_field(schema, field)
+
+
+def _check_field(schema: Mapping[str, Any], field: str | None) -> None:
     for name in _names(field):
         known = schema.get("properties")
         if isinstance(known, Mapping) and name not in known:

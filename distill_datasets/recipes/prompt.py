@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import chain
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -76,6 +76,7 @@ def fill(text: str, fields: Mapping[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda match: fields.get(match[1], match[0]), text)
 
 
+@lru_cache(maxsize=64)
 def is_jinja(prompt: str) -> bool:
     """Whether Jinja takes a prompt over `query`, and makes more of it than `fill` does."""
     try:
@@ -88,7 +89,8 @@ def is_jinja(prompt: str) -> bool:
     return any(kind not in ("data", "whitespace") for kind, value in set(tokens) - plain)
 
 
-def fields_of(template: str) -> set[str]:
+@lru_cache(maxsize=256)
+def fields_of(template: str) -> frozenset[str]:
     """The names that a template takes."""
     if len(template) > _LONGEST:
         raise TemplateSyntaxError(f"it has over {_LONGEST:,} characters", 1)
@@ -96,7 +98,7 @@ def fields_of(template: str) -> set[str]:
     finder = meta.TrackingCodeGenerator(_JINJA)
     finder.optimizer = None
     finder.visit(_JINJA.parse(template))
-    return finder.undeclared_identifiers
+    return frozenset(finder.undeclared_identifiers)
 
 
 def fields_of_expression(expression: str) -> set[str]:

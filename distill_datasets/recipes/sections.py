@@ -238,8 +238,7 @@ class AnswerFormat(Section):
     @model_validator(mode="after")
     def _is_a_schema(self) -> Self:
         if self.json_schema is not None:
-            check_schema(self.json_schema, self.field)
-            check_schema(self.json_schema, self.confidence)
+            check_schema(self.json_schema, self.field, self.confidence)
         elif self.field is not None or self.confidence is not None:
             raise ValueError("field (or confidence) is read out of JSON, and needs a json_schema")
         return self

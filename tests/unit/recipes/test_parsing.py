@@ -276,9 +276,9 @@ def test_items_are_unique_as_json_has_it(text: str, unique: bool) -> None:
 
 
 def test_a_long_answer_of_unique_items_is_read() -> None:
-    """Each compared with every other they would be 800 million comparisons."""
+    """Each compared with every other they would be 50 million comparisons."""
     reader = Reader(json_schema=json.dumps({"items": {}, "uniqueItems": True}))
-    items = [{"number": number} for number in range(40_000)]
+    items = [{"number": number} for number in range(10_000)]
     assert reader.read(json.dumps(items), "stop").rejection is None
 
 
@@ -286,6 +286,6 @@ def test_a_schema_of_an_old_draft_with_many_values_is_checked() -> None:
     check_schema(
         {
             "$schema": "http://json-schema.org/draft-04/schema#",
-            "enum": [{"number": number} for number in range(20_000)],
+            "enum": [{"number": number} for number in range(10_000)],
         }
     )
