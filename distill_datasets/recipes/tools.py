@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 from warnings import warn
 
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
+
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.parsing import check_schema
 from distill_datasets.recipes.user_files import read_text, read_yaml
@@ -231,7 +235,9 @@ class _Resolver:
     """Follows the references within an OpenAPI document."""
 
     def __init__(self, document: Mapping[str, Any]) -> None:
-        self._document = document
+        self._resolver = (
+            Registry().with_resource("", DRAFT202012.create_resource(document)).resolver()
+        )
         self._schemas: Mapping[str, Any] = {
             **(document.get("definitions") or {}),
             **((document.get("components") or {}).get("schemas") or {}),
@@ -240,17 +246,15 @@ class _Resolver:
     def whole(self, part: Any) -> Mapping[str, Any]:
         """What a part of the document is, where it may be a reference to another."""
         for _ in range(10):
-            reference = part.get("$ref") if isinstance(part, Mapping) else None
-            if not isinstance(reference, str):
+            if not isinstance(part, Mapping) or not isinstance(part.get("$ref"), str):
                 return part if isinstance(part, Mapping) else {}
-            part = self._document if reference.startswith("#/") else None
-            for name in reference.removeprefix("#/").split("/"):
-                name = name.replace("~1", "/").replace("~0", "~")
-                part = part.get(name) if isinstance(part, Mapping) else None
-            if part is None:
+            try:
+                part = self._resolver.lookup(part["$ref"]).contents
+            except Unresolvable as error:
                 raise RecipeError(
-                    f"The document refers to {reference!r}, which isn't in it: bundle it into one."
-                )
+                    f"The document refers to {part['$ref']!r}, which isn't in it: bundle it into "
+                    "one."
+                ) from error
         raise RecipeError("The document's references go in a circle.")
 
     def schema(self, given: Any) -> Any:
