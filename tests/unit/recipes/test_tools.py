@@ -80,6 +80,18 @@ def saved(tmp_path: Path, value: Any, name: str = "tools.json") -> Path:
     return path
 
 
+def test_references_of_a_bundled_document_reach_into_lists_and_escaped_paths(
+    tmp_path: Path,
+) -> None:
+    first = {"$ref": "#/paths/~1pets~1%7Bid%7D/get/parameters/0"}
+    get = {"operationId": "one", "parameters": [PETS["components"]["parameters"]["Id"]]}
+    document = {"paths": {"/pets/{id}": {"get": get, "put": {"operationId": "two",
+        "parameters": [first]}}}}  # fmt: skip
+    one, two = import_tools(saved(tmp_path, document))
+    assert two["function"]["parameters"] == one["function"]["parameters"]
+    assert set(one["function"]["parameters"]["properties"]) == {"id"}
+
+
 def test_tools_are_read_in_one_form_whatever_stands_around_their_functions(tmp_path: Path) -> None:
     bare = {"name": "ping"}
     tools = json.loads(read_tools(saved(tmp_path, [{"type": "function", "function": ORDER}, bare])))
