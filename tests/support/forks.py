@@ -47,7 +47,8 @@ class Process(subprocess.Popen[str]):
         name = MODELS if embedded.__name__ in arguments else PLAIN
         self.connection.connect(str(first() / name))
         environment = {**(os.environ if env is None else env)}
-        wish = json.dumps([arguments, environment, str(cwd or Path.cwd()), new_session]).encode()
+        place = str(cwd or Path.cwd())
+        wish = json.dumps([arguments, environment, place, new_session]).encode()
         files = [pipe if pipe != -1 else number for pipe, number in own]
         socket.send_fds(self.connection, [len(wish).to_bytes(_NUMBER, "big")], files)
         self.connection.sendall(wish)
@@ -105,8 +106,7 @@ def run(
 
 def fork_servers() -> None:
     """From now on this process and its forks begin embedded servers as forks."""
-    names = {"PIPE": subprocess.PIPE, "TimeoutExpired": subprocess.TimeoutExpired}
-    vars(embedded)["subprocess"] = SimpleNamespace(Popen=Process, **names)
+    vars(embedded)["subprocess"] = SimpleNamespace(**{**vars(subprocess), "Popen": Process})
 
 
 _FOLDER: list[Path] = []  # in a fork: that of the process it is of
@@ -147,8 +147,8 @@ class _Forking:
     others: dict[socket.socket, Callable[[], None]] = field(default_factory=dict)
     waiting: dict[int, socket.socket] = field(default_factory=dict)
 
-    def until_wanted(self) -> list[str]:
-        """The arguments of the process that this has become; ends where no more are wanted."""
+    def until_wanted(self) -> tuple[list[Any], list[int]]:
+        """What is wanted of the process that this has become; ends where no more are wanted."""
         ended, woken = socket.socketpair()
         ended.setblocking(False)
         woken.setblocking(False)
@@ -176,9 +176,9 @@ class _Forking:
             for one in (self.listener, *self.others, *self.waiting.values()):
                 one.close()
             prepare()
-            _run(_Forking(listener).until_wanted())
+            _run(_become(*_Forking(listener).until_wanted()))
 
-    def _fork(self) -> list[str] | None:
+    def _fork(self) -> tuple[list[Any], list[int]] | None:
         connection, _ = self.listener.accept()
         size, files, *_ = socket.recv_fds(connection, _NUMBER, 3)
         with connection.makefile("rb") as file:
@@ -187,7 +187,7 @@ class _Forking:
         if not process:
             for one in (self.listener, connection, *self.others, *self.waiting.values()):
                 one.close()
-            return _become(wish, files)
+            return wish, list(files)
         for number in files:
             os.close(number)
         connection.sendall(process.to_bytes(_NUMBER, "big"))
@@ -277,15 +277,15 @@ def main(folder: Path) -> NoReturn:
     import tinker  # noqa: F401
     import torch  # noqa: F401
 
+    fork_servers()
     assert not {"huggingface_hub", "datasets", "transformers"} & {*sys.modules}
     gc.freeze()  # no process copies the memory of what was imported by counting it
     plain, models = listeners
-    _run(_Forking(plain, {models: _import_models}).until_wanted())
+    _run(_become(*_Forking(plain, {models: _import_models}).until_wanted()))
 
 
 if __name__ == "__main__":
     from tests.support import forks  # what a fork imports is this module under its own name
 
     forks._FOLDER.append(Path(sys.argv[1]))
-    forks.fork_servers()
     forks.main(Path(sys.argv[1]))

@@ -15,13 +15,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from aiohttp import web
 
+from tests.support.forks import ROOT, Process
+
 KEY = "tml-canned"
 NAME = "canned"
-ROOT = Path(__file__).parents[2]
 CATEGORIES = {1000: "user", 1001: "server"}
 PROTOBUF = "application/x-protobuf"
 
@@ -117,7 +117,7 @@ async def _serve(endpoint: Endpoint) -> None:
 @contextmanager
 def running(tokens: list[int], *, delay: float = 0.0) -> Iterator[str]:
     """The address of an endpoint in a process of its own, that answers after `delay` seconds."""
-    with subprocess.Popen(
+    with Process(
         [sys.executable, "-m", "tests.support.tinker_endpoint", json.dumps([tokens, delay])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,5 +1,4 @@
-import subprocess
-import sys
+import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -19,6 +18,7 @@ from distill_datasets.evaluation.metrics import (
     load_own_metric,
 )
 from distill_datasets.statistics import Bootstrap, Estimate, resamples, wilson
+from tests.support import forks
 
 EXPECTED = ["a", "a", "a", "a", "b", "b", "b", "b"]
 FOUND = ["a", "a", "a", "b", "b", "b", "b", None]
@@ -291,8 +291,8 @@ def test_the_library_of_metrics_is_imported_for_a_users_metric_alone(
     code = "import sys; from distill_datasets.evaluation import report, metrics\n"
     code += "metrics.load_own_metric(max); assert 'evaluate' not in sys.modules\n"
     code += f"print(metrics.load_own_metric({own('Length')!r}).name)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout == "length\n"
+    ran = forks.run(["-c", code], env=os.environ, cwd=Path.cwd())
+    assert ran.stdout == "length\n", ran.stderr
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.models.openai import OpenAIBatches, OpenAISampler
 from distill_datasets.models.sampler import Echo
 from tests.conftest import edit
+from tests.support.forks import Process
 from tests.support.openai_batches import End, Lost
 from tests.support.openai_server import Answer, Fault, OpenAIServer, serving
 
@@ -189,7 +190,7 @@ def test_a_process_killed_before_it_heard_of_its_batch_leaves_it_to_the_next(
     server: OpenAIServer, recipe_folder: Path, bought: Any, tmp_path: Path
 ) -> None:
     arguments = [str(recipe_folder), str(tmp_path / "run"), server.url]
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments])
+    process = Process([sys.executable, "-c", SCRIPT, *arguments])
     server.batches.lost.append(Lost("create", lambda: os.kill(process.pid, signal.SIGKILL)))
     assert process.wait(60) == -signal.SIGKILL
     with BatchTable(tmp_path / "run/journal.sqlite") as table:
@@ -207,9 +208,7 @@ def test_an_interrupted_run_says_that_its_batches_go_on(
     server: OpenAIServer, recipe_folder: Path, bought: Any, tmp_path: Path
 ) -> None:
     arguments = [str(recipe_folder), str(tmp_path / "run"), server.url]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *arguments], stderr=subprocess.PIPE, text=True
-    )
+    process = Process([sys.executable, "-c", SCRIPT, *arguments], stderr=subprocess.PIPE, text=True)
     server.batches.looks = 1_000_000
     server.batches.watch = lambda: process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)

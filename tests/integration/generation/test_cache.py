@@ -1,8 +1,8 @@
-import subprocess
 import sys
 from pathlib import Path
 
 from distill_datasets.generation.cache import Journal
+from tests.support.forks import Process
 
 _BUYING = """
 import sys
@@ -24,7 +24,7 @@ with Journal(Path(sys.argv[1])) as journal:
 
 def test_two_processes_buy_into_one_journal_and_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
-    buyers = [subprocess.Popen([sys.executable, "-c", _BUYING, str(path), name]) for name in "ab"]
+    buyers = [Process([sys.executable, "-c", _BUYING, str(path), name]) for name in "ab"]
     assert [buyer.wait() for buyer in buyers] == [0, 0]
     with Journal(path) as journal:
         assert len(journal) == 900

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 from distill_datasets.generation.cache import Journal
+from tests.support.forks import Process
 
 _HUNG = """
-import asyncio, signal, sys
+import asyncio, os, signal, sys
 from pathlib import Path
 from distill_datasets.generation.run import generate
 from distill_datasets.generation.settings import GenerateSettings
@@ -21,7 +22,7 @@ class Hung(Echo):
         return await super().sample(messages, sampling)
 
 def interrupt(number, frame):
-    print("caught", flush=True)
+    os.write(1, b"caught\\n")  # one may come while another is told of
     raise KeyboardInterrupt
 
 signal.signal(signal.SIGINT, interrupt)  # a parent in the background hands down a deaf ear
@@ -33,9 +34,7 @@ def test_a_second_ctrl_c_leaves_a_request_alone_that_never_ends(
     recipe_folder: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-c", _HUNG, str(recipe_folder), str(tmp_path / "run")]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with Process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == "hangs\n"
         caught, alive = 0, True

@@ -12,6 +12,8 @@ from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.run import generate
 from distill_datasets.models.sampler import Echo
 from tests.conftest import many
+from tests.support import forks
+from tests.support.forks import Process
 from tests.support.openai_server import serving
 
 _SCRIPT = """
@@ -36,7 +38,7 @@ def test_nothing_is_bought_twice_by_several_processes_on_one_folder(
         command = [sys.executable, "-c", _SCRIPT, str(recipe_folder), str(tmp_path / "run")]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         started = [
-            subprocess.Popen(command, env=dict(os.environ), text=True, **pipes)  # type: ignore[call-overload]
+            Process(command, text=True, **pipes)  # type: ignore[call-overload]
             for _ in range(processes)
         ]
         for one in started:
@@ -66,8 +68,8 @@ print(made.kept, dict(made.rejected), made.errors, "datasets" in sys.modules)
 
 def test_a_finished_run_is_known_by_its_summary_alone(recipe_folder: Path, tmp_path: Path) -> None:
     made = generate(recipe_folder, teacher=Echo(), out=tmp_path / "run")
-    command = [sys.executable, "-c", _AGAIN, recipe_folder, tmp_path / "run"]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    arguments = ["-c", _AGAIN, str(recipe_folder), str(tmp_path / "run")]
+    said = forks.run(arguments, env=os.environ, cwd=tmp_path).stdout
     assert said.strip() == f"{made.kept} {dict(made.rejected)} 0 False"
 
 
@@ -95,7 +97,7 @@ def test_after_kill_9_only_the_requests_in_flight_are_asked_again(
 ) -> None:
     recipe = many(recipe_folder, 300)
     arguments = [sys.executable, "-c", _KILLED, str(recipe_folder), str(tmp_path / "run")]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+    with Process(arguments, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "half\n"
         os.kill(process.pid, signal.SIGKILL)
@@ -141,7 +143,7 @@ generate(Path(sys.argv[1]), teacher=Held(), out=Path(sys.argv[2]), settings=SETT
 def test_ctrl_c_keeps_the_answers_in_flight(recipe_folder: Path, tmp_path: Path) -> None:
     many(recipe_folder, 300)
     paths = [str(recipe_folder), str(tmp_path / "run"), str(tmp_path / "go on")]
-    with subprocess.Popen(
+    with Process(
         [sys.executable, "-c", _INTERRUPTED, *paths],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
