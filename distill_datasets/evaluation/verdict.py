@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from math import ceil
 from typing import Any
 
@@ -58,7 +59,7 @@ class PairedRows:
     """What teacher and student reach on the same rows, by a metric that is a mean over rows.
 
     A value is 1 or True for right, 0 or False for wrong, or a score from 0 to 1; a row where
-    either has None is left out. For an agreement with the teacher, `teacher` is how a second
+    either has None or NaN is left out. For an agreement with the teacher, `teacher` is how a second
     sample of the teacher agrees with the first.
     """
 
@@ -67,18 +68,6 @@ class PairedRows:
     groups: Sequence[str]
     teacher: Sequence[float | None]
     student: Sequence[float | None]
-
-    def complete(self) -> "PairedRows":
-        """The rows where both have a value."""
-        pairs = enumerate(zip(self.teacher, self.student, strict=True))
-        kept = [row for row, pair in pairs if None not in pair]
-        return PairedRows(
-            self.metric,
-            [self.ids[row] for row in kept],
-            [self.groups[row] for row in kept],
-            [self.teacher[row] for row in kept],
-            [self.student[row] for row in kept],
-        )
 
 
 def main_metric(recipe: Recipe, references: Sequence[str | None]) -> str:
@@ -108,25 +97,26 @@ def decide(rows: PairedRows, margin: float, *, trained_on: bool = False) -> dict
 
         verdict = decide(PairedRows("accuracy", ids, groups, teacher, student), recipe.margin)
     """
-    rows = rows.complete()
     found: dict[str, Any] = {"outcome": OPEN, "metric": rows.metric, "margin": margin}
-    if not rows.ids:
-        known = {"rows": 0, "groups": 0, "only_teacher": [], "only_student": []}
+    both = np.array([rows.teacher, rows.student], np.float64)
+    known = np.isfinite(both[0]) & np.isfinite(both[1])
+    teacher, student = both[:, known]
+    ids, groups = (list(compress(column, known)) for column in (rows.ids, rows.groups))
+    if not ids:
+        counted = {"rows": 0, "groups": 0, "only_teacher": [], "only_student": []}
         unknown = dict.fromkeys(("difference", "teacher", "student", "p"))
         rule = f"No row has a value of {rows.metric} for both teacher and student."
-        needed = rows_needed(margin, _GUESS)
-        found |= {**known, **unknown, "rule": rule, "rows_needed": needed}
+        found |= {**counted, **unknown, "rule": rule, "rows_needed": rows_needed(margin, _GUESS)}
         return {**found, "student_better": False}
-    teacher, student = (np.asarray(one, np.float64) for one in (rows.teacher, rows.student))
     apart = student - teacher
-    binary = bool(np.isin(np.concatenate([teacher, student]), (0.0, 1.0)).all())
+    binary = bool(np.isin([teacher, student], (0.0, 1.0)).all())
     difference, wide = (
-        _difference(student, teacher, rows.groups, binary, level) for level in (_LEVEL, 0.95)
+        _difference(student, teacher, groups, binary, level) for level in (_LEVEL, 0.95)
     )
     outcome, rule = _outcome(difference, margin, float(teacher.mean()))
-    p = mcnemar(apart.tolist(), rows.groups) if binary else None
+    p = mcnemar(apart.tolist(), groups) if binary else None
     telling = outcome == OPEN and teacher.mean() > margin
-    needed = _more_rows(apart, rows.groups, margin, binary) if telling else None
+    needed = _more_rows(apart, groups, margin, binary) if telling else None
     if telling and needed is None:
         rule += " It is so near that a million rows might not decide."
     if outcome == REPLACES and trained_on:
@@ -137,12 +127,12 @@ def decide(rows: PairedRows, margin: float, *, trained_on: bool = False) -> dict
         "difference": {**difference, "level": _LEVEL},
         "rule": rule,
         "rows_needed": needed,
-        "only_teacher": [rows.ids[row] for row in np.flatnonzero(apart <= -_APART).tolist()],
-        "only_student": [rows.ids[row] for row in np.flatnonzero(apart >= _APART).tolist()],
+        "only_teacher": [ids[row] for row in np.flatnonzero(apart <= -_APART).tolist()],
+        "only_student": [ids[row] for row in np.flatnonzero(apart >= _APART).tolist()],
         "teacher": float(teacher.mean()),
         "student": float(student.mean()),
-        "rows": len(rows.ids),
-        "groups": len(set(rows.groups)),
+        "rows": len(ids),
+        "groups": len(set(groups)),
         "p": p,
         "student_better": wide["low"] > 0 and (p is None or p < 0.05),
     }
@@ -240,9 +230,8 @@ def _reached(texts: Texts, metric: str, system: str) -> Values:
         return [sum(row) / len(row) if row else None for row in said]
     if metric == "chrf":
         target = "reference" if comparison.labelled else "teacher"
-        unknown = [np.nan] * len(comparison.groups)
-        scores = texts.scores.get((system, target, metric), unknown)
-        return [None if np.isnan(one) else one for one in scores]
+        unknown: Values = [None] * len(comparison.groups)
+        return [*texts.scores.get((system, target, metric), unknown)]
     taught = comparison.predictions[TEACHER]
     answers = comparison.predictions.get(system, taught)  # a teacher agrees with itself
     if metric == "agreement":
