@@ -91,9 +91,9 @@ def decide(rows: PairedRows, margin: float, *, trained_on: bool = False) -> dict
     The student replaces the prompt where it is shown to be at most `margin` worse than the
     teacher, and does not where it is shown to be worse than that, each one-sided at 95 %: by the
     ends of the 90 % interval of the paired `difference`. `rows_needed` says how many more rows
-    would decide, None where a million would not. Rows that the student was `trained_on` show of no
-    student that it replaces the prompt. `only_teacher` and `only_student` are the ids of
-    the rows where one of them is right alone, for scores where they are half a point apart.
+    would decide, None where a million would not. Rows that the student was `trained_on` never show
+    that it replaces the prompt. `only_teacher` and `only_student` are the ids of the rows where
+    one is right alone, for scores where they are half a point apart.
 
         verdict = decide(PairedRows("accuracy", ids, groups, teacher, student), recipe.margin)
     """
@@ -104,15 +104,14 @@ def decide(rows: PairedRows, margin: float, *, trained_on: bool = False) -> dict
     ids, groups = (list(compress(column, known)) for column in (rows.ids, rows.groups))
     if not ids:
         counted = {"rows": 0, "groups": 0, "only_teacher": [], "only_student": []}
-        unknown = dict.fromkeys(("difference", "teacher", "student", "p"))
+        unknown = dict.fromkeys(["difference", "teacher", "student", "p"])
         rule = f"No row has a value of {rows.metric} for both teacher and student."
         found |= {**counted, **unknown, "rule": rule, "rows_needed": rows_needed(margin, _GUESS)}
         return {**found, "student_better": False}
     apart = student - teacher
     binary = bool(np.isin([teacher, student], (0.0, 1.0)).all())
-    difference, wide = (
-        _difference(student, teacher, groups, binary, level) for level in (_LEVEL, 0.95)
-    )
+    difference = _difference(student, teacher, groups, binary, _LEVEL)
+    wide = _difference(student, teacher, groups, binary, 0.95)
     outcome, rule = _outcome(difference, margin, float(teacher.mean()))
     p = mcnemar(apart.tolist(), groups) if binary else None
     telling = outcome == OPEN and teacher.mean() > margin
