@@ -271,11 +271,16 @@ def main(folder: Path) -> NoReturn:
         listener.bind(str(folder / name))
         listener.listen(64)
     print(flush=True)
-    import aiohttp  # noqa: F401
+    import fsspec  # noqa: F401
+    import httpx  # noqa: F401
     import pandas  # noqa: F401
-    import pyarrow.parquet  # noqa: F401
     import tinker  # noqa: F401
     import torch  # noqa: F401
+
+    import distill_datasets.cli.main
+    import distill_datasets.evaluation.report
+    import distill_datasets.releases.push
+    import distill_datasets.training.trainer  # noqa: F401
 
     fork_servers()
     assert not {"huggingface_hub", "datasets", "transformers"} & {*sys.modules}
