@@ -1,5 +1,6 @@
 import base64
 import random
+import shutil
 import string
 from pathlib import Path
 
@@ -42,13 +43,14 @@ def test_a_key_in_a_row_is_found_by_row_and_column(tmp_path: Path) -> None:
     assert finding.where == "data/train-00000-of-00001.parquet, row b2, column query"
 
 
-@pytest.mark.parametrize(
-    "around", ["({})", "'{}'.", "密钥{}谢谢", "*{}*, say", "{}؟", "{}: so", "a,{},b"]
-)
-def test_a_key_is_found_among_the_signs_of_prose(around: str, tmp_path: Path) -> None:
-    (tmp_path / "a.md").write_text(around.format(HUB), encoding="utf-8")
-    (finding,) = screen(tmp_path)
-    assert finding.kind == "huggingface-access-token"
+def test_a_key_is_found_among_the_signs_of_prose(tmp_path: Path) -> None:
+    around = ["({})", "'{}'.", "密钥{}谢谢", "*{}*, say", "{}؟", "{}: so", "a,{},b"]
+    keys = [invented(f"hf_{letter}", 33, string.ascii_letters) for letter in "abcdefg"]
+    for number, (signs, key) in enumerate(zip(around, keys, strict=True)):
+        (tmp_path / f"{number}.md").write_text(signs.format(key), encoding="utf-8")
+    found = [(one.kind, one.where, one.places) for one in screen(tmp_path)]
+    expected = [("huggingface-access-token", f"{n}.md, line 1", 1) for n in range(len(keys))]
+    assert sorted(found) == expected
 
 
 def test_a_key_in_the_prompt_is_found_by_its_line(tmp_path: Path) -> None:
@@ -200,10 +202,11 @@ def test_real_sentences_in_fifteen_languages_raise_nothing(tmp_path: Path) -> No
     assert screen(release(tmp_path / "release", query=lines)) == []
 
 
-def test_what_ships_raises_nothing() -> None:
+def test_what_ships_raises_nothing(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
-    assert screen(root / "builders") == []
-    assert screen(root / "cards") == []
+    for name in ("builders", "cards"):
+        shutil.copytree(root / name, tmp_path / name)
+    assert screen(tmp_path) == []
 
 
 @pytest.mark.parametrize("page_texts", [1, 3, 1000])

@@ -267,32 +267,45 @@ def test_rows_of_others_are_not_mixed_in(hub: Hub, tmp_path: Path) -> None:
     assert beside["changed"]
 
 
-@pytest.mark.parametrize(
-    ("repo", "env", "settings", "says"),
-    [
-        (REPO, {"HF_TOKEN": None}, {}, "hf auth login"),
-        (REPO, {"HF_TOKEN": "hf_wrong"}, {}, "refused the token"),
-        (REPO, {"HF_TOKEN": "“hf_me”"}, {}, "The Hub token holds signs that no token has"),
-        (REPO, {"HF_TOKEN": "hf me"}, {}, "The Hub token holds signs that no token has"),
-        (REPO, {"HF_TOKEN": "hf_me_read"}, {}, "is read-only: set HF_TOKEN"),
-        ("nowhere/greetings", {}, {}, "'me' may not publish under 'nowhere'"),
-        ("me/model", {}, {}, "is a model on the Hub"),
-        ("me/seen", {}, {}, "is public on the Hub and the release is to be private"),
-        ("not a name", {}, {}, "can't name a repository"),
-        (REPO, {"HF_HUB_OFFLINE": "1"}, {}, "HF_HUB_OFFLINE"),
-        (REPO, {}, {"config": "data"}, "can't name a configuration"),
-        (REPO, {}, {"version": "1.0"}, "three numbers"),
-    ],
-)
-def test_each_refusal_is_a_sentence_that_says_what_to_do(
-    repo: str, env: dict[str, str | None], settings: Any, says: str, hub: Hub, tmp_path: Path
-) -> None:
-    hub.create("me/model", kind="models")
-    hub.create("me/seen", private=False)
-    found = push(hub, release_of(tmp_path / "one", range(1)), repo, env, **settings)
+def require_refused(found: dict[str, Any], says: str, code: int = 2) -> None:
     assert says in found["says"], found
     assert found["says"].endswith(".") and "\n" not in found["says"]
-    assert found["exit"] == (1 if "HF_HUB_OFFLINE" in env else 2)
+    assert found["exit"] == code
+
+
+def test_each_refusal_is_a_sentence_that_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
+    refusals: list[tuple[str, dict[str, Any], str]] = [
+        ("nowhere/greetings", {}, "'me' may not publish under 'nowhere'"),
+        ("me/model", {}, "is a model on the Hub"),
+        ("me/seen", {}, "is public on the Hub and the release is to be private"),
+        ("not a name", {}, "can't name a repository"),
+        (REPO, {"config": "data"}, "can't name a configuration"),
+        (REPO, {"version": "1.0"}, "three numbers"),
+    ]
+    hub.create("me/model", kind="models")
+    hub.create("me/seen", private=False)
+    release = release_of(tmp_path / "one", range(1))
+    found = push_all(hub, [(release, repo, settings) for repo, settings, _ in refusals])
+    for refused, (_, _, says) in zip(found, refusals, strict=True):
+        require_refused(refused, says)
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"HF_TOKEN": None}, "hf auth login"),
+        ({"HF_TOKEN": "hf_wrong"}, "refused the token"),
+        ({"HF_TOKEN": "“hf_me”"}, "The Hub token holds signs that no token has"),
+        ({"HF_TOKEN": "hf me"}, "The Hub token holds signs that no token has"),
+        ({"HF_TOKEN": "hf_me_read"}, "is read-only: set HF_TOKEN"),
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
+    ],
+)
+def test_a_refusal_of_the_environment_says_what_to_set(
+    env: dict[str, str | None], says: str, hub: Hub, tmp_path: Path
+) -> None:
+    found = push(hub, release_of(tmp_path / "one", range(1)), env=env)
+    require_refused(found, says, 1 if "HF_HUB_OFFLINE" in env else 2)
 
 
 @pytest.mark.parametrize("around", ["{}\r", "{}\n", " {} "])
