@@ -19,7 +19,7 @@ from distill_datasets.errors import (
     RetryableError,
     ServiceError,
 )
-from distill_datasets.models.refusals import Standing
+from distill_datasets.models.retry import Standing
 
 MOST_BYTES = 16 << 20  # of one answer, unpacked
 _CONNECT_SECONDS = 20.0

@@ -42,7 +42,7 @@ from distill_datasets.models.openai_wire import (
     read_stream,
     write_body,
 )
-from distill_datasets.models.refusals import Refusal, explain, read_allowance, read_refusal
+from distill_datasets.models.retry import Refusal, explain, read_allowance, read_refusal
 from distill_datasets.models.sampler import Reply, Sampling
 from distill_datasets.schema import Message
 

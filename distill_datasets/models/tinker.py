@@ -35,7 +35,7 @@ from distill_datasets.errors import (
     ServiceError,
 )
 from distill_datasets.models.endpoint import Endpoint, read_address, read_key
-from distill_datasets.models.refusals import Standing, read_retry_after
+from distill_datasets.models.retry import Standing, read_retry_after
 from distill_datasets.models.sampler import Logprobs, Reply, Sample, Sampling, Usage
 from distill_datasets.schema import Message
 

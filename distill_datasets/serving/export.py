@@ -14,7 +14,7 @@ from distill_datasets.hub import client as hub
 from distill_datasets.progress import interruptible
 from distill_datasets.serving.parity import FILE, Certificate, certify, load_plain
 from distill_datasets.tables import html_card, html_facts
-from distill_datasets.training.export import (
+from distill_datasets.training.adapter import (
     ADAPTER_CONFIG,
     BASE_FILES,
     INCLUDED,

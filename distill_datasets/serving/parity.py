@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from distill_datasets.conversations import Conversation
 from distill_datasets.errors import DatasetError, HubError, ModelError, ServiceError
-from distill_datasets.training.data import locate, open_split
-from distill_datasets.training.export import (
+from distill_datasets.training.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     INCLUDED,
@@ -31,6 +30,7 @@ from distill_datasets.training.export import (
     template_arguments,
     template_tokens,
 )
+from distill_datasets.training.data import locate, open_split
 
 if TYPE_CHECKING:
     import httpx

@@ -1,15 +1,11 @@
-"""What is learned and measured when, and when training stops.
-
-It stops for want of improvement, or where the student's answers collapse: they become one, don't
-end where the teacher's do, or are empty.
-"""
+"""Which rows are learned in which step, at which rate, and when it is measured."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from distill_datasets.training.settings import VALIDATION_LOSS, TrainSettings
+from distill_datasets.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from distill_datasets.models.tinker import Connection
@@ -23,24 +19,7 @@ _SUBSET = 1  # tells the choice of the rows from the order of them
 _SHARE = 0.1  # of the training's tokens: what validation reads and writes
 _MOST_MEASURED, _LEAST_MEASURED = 10, 3  # times a training, where nobody says how often
 _FEW_ROWS = 20  # that are measured where little is trained: an internalisation score takes them
-_FEW_ANSWERS = 4  # that are sampled there
-_IN_A_ROW = 2  # measurements that show a collapse before training stops
-_COLLAPSES = {
-    "empty": "its answers are empty",
-    "loops": "its answers repeat themselves without end",
-    "endless": "its answers don't end where the teacher's do",
-    "one": "its answers to different queries have become one",
-}
-# What is measured of sampled answers, and the share of them from which it is a collapse.
-_SHARES = {
-    "empty": ("answers_empty", 0.5),
-    "loops": ("answers_looping", 0.5),
-    "endless": ("answers_unending", 0.75),
-}
-_CLEAN = 0.25  # up to which share there is none
-_VARIED = 8  # times as many different answers of the teacher, or one alone, are a collapse
-_DOMINANT = 0.5  # a larger share of one response of the teacher's leaves nothing to be said
-_FREE_TEXT = 0.5  # share of responses that occur once: fewer are labels
+FEW_ANSWERS = 4  # that are sampled there
 
 
 @dataclass(frozen=True)
@@ -139,7 +118,7 @@ class ValidationPlan:
             times = min(times, max(_LEAST_MEASURED, int(most / (rows + answered)) - 1))
             each = most / (times + 1)
             less = min(1.0, each / (rows + answered))
-            few_rows, few = min(rows, _FEW_ROWS), min(answered, _FEW_ANSWERS)
+            few_rows, few = min(rows, _FEW_ROWS), min(answered, FEW_ANSWERS)
             answered = max(few, int(answered * less))
             rows = max(few_rows, min(rows, int(each) - answered))
             answered = max(few, min(answered, int(each) - rows))
@@ -277,130 +256,3 @@ def default_learning_rate(connection: "Connection") -> float:
         return float(get_lr(connection.base_model))
     except (ConfigurationError, NotImplementedError, OSError):
         return 5e-4
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The measurements up to a step, as far as a decision needs them.
-
-    `mark` is the last value that was better than the mark before by `min_improvement`; `stale`
-    counts the measurements since. `base` is the untrained student's value, `lowest` the lowest
-    validation loss. `sign` is the collapse that the last `struck` measurements show; an earlier
-    one was clearly `clean` of these signs.
-    """
-
-    metric: str = VALIDATION_LOSS
-    min_improvement: float = 0.0
-    best: float | None = None
-    best_step: int = 0
-    mark: float | None = None
-    mark_step: int = 0
-    stale: int = 0
-    base: float | None = None
-    lowest: float | None = None
-    clean: Sequence[str] = field(default_factory=list)
-    sign: str = ""
-    struck: int = 0
-
-    def read(self, metrics: Iterable[Mapping[str, Any]]) -> "Selection":
-        """With all measurements among the lines of a metrics.jsonl."""
-        selection = self
-        for line in metrics:
-            if selection.metric in line or VALIDATION_LOSS in line:
-                selection = selection.measured(line["step"], line)
-        return selection
-
-    def measured(self, step: int, scores: Mapping[str, Any]) -> "Selection":
-        """With one measurement more; that of step 0 is of the untrained student.
-
-        A collapse counts where an earlier measurement was without it, or where the validation loss
-        doesn't improve: many a base never ends an answer, and every student of few labels says the
-        commonest first. What shows one is never the best.
-        """
-        loss = scores.get(VALIDATION_LOSS)
-        improves = loss is not None and (self.lowest is None or loss < self.lowest)
-        clean = sorted({*self.clean, *_clean_signs(scores)})
-        found = replace(self, clean=clean, lowest=loss if improves else self.lowest)
-        if step == 0:
-            return replace(found, base=scores.get(self.metric))
-        labels = scores.get("teacher_once", 0.0) < _FREE_TEXT
-        for sign in collapse_signs(scores):
-            if not improves or (sign in self.clean and not (labels and sign == "one")):
-                return replace(found, sign=sign, struck=self.struck + 1, stale=self.stale + 1)
-        found = replace(found, sign="", struck=0)
-        value = scores.get(self.metric)
-        return found if value is None else found.after(step, value)
-
-    @property
-    def collapsed(self) -> bool:
-        """Whether the last measurements show that the student's answers have collapsed."""
-        return self.struck >= _IN_A_ROW
-
-    @property
-    def collapse(self) -> str:
-        """What the collapse looks like, in words."""
-        return (
-            f"the student collapsed: {_COLLAPSES[self.sign]}, in {self.struck} validations in a row"
-        )
-
-    @property
-    def doubt(self) -> str:
-        """What speaks against the best checkpoint, in words; empty where nothing does."""
-        found = []
-        if self.struck and not self.collapsed:
-            found.append(f"of the last weights {_COLLAPSES[self.sign]}")
-        base, best = self.base, self.best
-        if base is not None and best is not None and not self._gain(base, best) > 0:
-            found.append(
-                "the best checkpoint is no better than the student before training "
-                f"({self.metric} {base:.4g})"
-            )
-        return "; ".join(found)
-
-    def after(self, step: int, value: float) -> "Selection":
-        """With one measurement more; of equal ones, the first stays the best."""
-        found = self
-        if self.best is None or self._gain(self.best, value) > 0:
-            found = replace(found, best=value, best_step=step)
-        gain = None if self.mark is None else self._gain(self.mark, value)
-        if gain is None or (gain > 0 and gain >= self.min_improvement):
-            return replace(found, mark=value, mark_step=step, stale=0)
-        return replace(found, stale=self.stale + 1)
-
-    def exhausted(self, patience: int | None) -> bool:
-        """Whether it hasn't got better for so many measurements."""
-        return patience is not None and self.stale >= patience
-
-    def _gain(self, before: float, now: float) -> float:
-        return before - now if self.metric.endswith("loss") else now - before
-
-
-def collapse_signs(scores: Mapping[str, Any]) -> list[str]:
-    """What a measurement's sampled answers show that the teacher's responses don't."""
-
-    if scores.get("answers", 0) < _FEW_ANSWERS:
-        return []
-    found = [sign for sign, (name, most) in _SHARES.items() if scores.get(name, 0.0) >= most]
-    varied = max(_VARIED, scores.get("teacher_distinct", 0.0))
-    alike = scores.get("answers_distinct", 0.0) * _VARIED <= varied
-    return found + (["one"] if alike and scores.get("teacher_commonest", 0.0) <= _DOMINANT else [])
-
-
-def _clean_signs(scores: Mapping[str, Any]) -> set[str]:
-    """Those that a measurement is clearly without."""
-    if not scores.get("answers"):
-        return set()
-    found = {sign for sign, (name, _) in _SHARES.items() if scores.get(name, 0.0) <= _CLEAN}
-    varied = 2 * scores.get("answers_distinct", 0) >= scores.get("teacher_distinct", 0)
-    return found | ({"one"} if varied else set())
-
-
-def why_it_ended(selection: Selection, patience: int | None, done: int, planned: int) -> str:
-    """The reason, in words."""
-    if selection.collapsed:
-        return selection.collapse
-    if done < planned and selection.exhausted(patience):
-        least = f" of {selection.min_improvement:g}" if selection.min_improvement else ""
-        times = "validation" if patience == 1 else "validations"
-        return f"no improvement{least} in {patience} {times} (best at step {selection.best_step})"
-    return f"all {planned} steps done"

@@ -18,7 +18,7 @@ from distill_datasets.embedded import conversion
 from distill_datasets.embedded.conversion import SPLITS
 from distill_datasets.errors import ModelError
 from distill_datasets.models.references import find_model
-from distill_datasets.training.export import AdapterBase, Trained, find_base
+from distill_datasets.training.adapter import AdapterBase, Trained, find_base
 from tests.support.tiny_model import CHAT, TEXT, make_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")

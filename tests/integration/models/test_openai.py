@@ -20,7 +20,7 @@ from distill_datasets.generation.run import generate
 from distill_datasets.generation.settings import GenerateSettings
 from distill_datasets.models.openai import OpenAISampler
 from distill_datasets.models.references import open_sampler
-from distill_datasets.models.refusals import read_allowance, read_retry_after
+from distill_datasets.models.retry import read_allowance, read_retry_after
 from distill_datasets.models.sampler import Allowance, Logprobs, Sampling, Usage
 from tests.support.openai_server import ASKED, Answer, Fault, OpenAIServer, ask
 

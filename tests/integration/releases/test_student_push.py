@@ -14,7 +14,7 @@ import yaml
 from distill_datasets.errors import AccessError, ModelError, OutputError, RepositoryError
 from distill_datasets.models.references import connect
 from distill_datasets.serving.export import push_student
-from distill_datasets.training.export import Trained, export_adapter
+from distill_datasets.training.adapter import Trained, export_adapter
 from distill_datasets.training.trainer import TrainSettings, train
 from tests.integration.releases.test_check_files import make_release, rows_of
 from tests.support.hub_fixture import Hub

@@ -18,8 +18,8 @@ from distill_datasets.errors import ModelError
 from distill_datasets.models import references
 from distill_datasets.serving.export import ExportSettings, export_student, push_student
 from distill_datasets.serving.parity import Certificate, ParityError, certify
+from distill_datasets.training.adapter import read_training
 from distill_datasets.training.checkpoints import TrainingFolder
-from distill_datasets.training.export import read_training
 from distill_datasets.training.trainer import train
 from tests.support.serving import KEY, serving
 from tests.support.shared_server import shared
@@ -222,15 +222,15 @@ def test_an_adapter_with_the_wrong_names_is_also_one_that_is_not_applied(
 def test_what_is_not_the_student_is_neither_exported_nor_pushed(
     students: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from distill_datasets.training import export
+    from distill_datasets.training import adapter
 
-    written = export._write
+    written = adapter._write
 
     def spoiled(building: Path, *given: Any) -> None:
         written(building, *given)
         ignore(building, students)
 
-    monkeypatch.setattr(export, "_write", spoiled)
+    monkeypatch.setattr(adapter, "_write", spoiled)
     with pytest.raises(ParityError, match="the adapter isn't applied"):
         export_student(students[0], tmp_path / "out", ExportSettings(base_model="base/"))
     assert not (tmp_path / "out").exists()

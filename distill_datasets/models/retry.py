@@ -1,4 +1,4 @@
-"""What a server's refusals mean: ask again, never again, or stop."""
+"""Whether a request that failed is asked again: what a status, a header and a message mean."""
 
 import asyncio
 import json

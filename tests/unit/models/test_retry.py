@@ -14,7 +14,7 @@ from distill_datasets.errors import (
     RetryableError,
     ServiceError,
 )
-from distill_datasets.models.refusals import (
+from distill_datasets.models.retry import (
     Standing,
     explain,
     read_allowance,
