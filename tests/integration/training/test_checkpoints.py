@@ -55,6 +55,12 @@ def interrupted_run(
     return TrainingFolder(out)
 
 
+@pytest.fixture(scope="module")
+def begun(dataset: Path, model: str, tmp_path_factory: pytest.TempPathFactory) -> TrainingFolder:
+    """As `whole`, interrupted in its 14th step; for tests that go on in folders of their own."""
+    return interrupted_run(dataset, model, tmp_path_factory.mktemp("begun"), LONGER, 14)
+
+
 def on_the_server(model: str, training: Path) -> dict[str, Any]:
     """The checkpoints of a training's runs, by path."""
     checkpoints = TrainingFolder(training).checkpoints
@@ -113,9 +119,8 @@ def test_a_checkpoint_says_where_it_comes_from(whole: TrainingResult, model: str
 
 
 def test_a_training_goes_on_from_the_server_alone(
-    whole: TrainingResult, dataset: Path, model: str, tmp_path: Path
+    whole: TrainingResult, begun: TrainingFolder, dataset: Path, model: str, tmp_path: Path
 ) -> None:
-    begun = interrupted_run(dataset, model, tmp_path / "lost", LONGER, 14)
     state = begun.checkpoints[-1]
     assert 9 <= state.step <= 13
     resumed = train(
@@ -130,9 +135,10 @@ def test_a_training_goes_on_from_the_server_alone(
     assert again == resumed
 
 
-def test_a_resumed_training_must_be_the_same(dataset: Path, model: str, tmp_path: Path) -> None:
-    folder = interrupted_run(dataset, model, tmp_path / "lost", LONGER, 14)
-    state = folder.checkpoints[-1].state
+def test_a_resumed_training_must_be_the_same(
+    begun: TrainingFolder, dataset: Path, model: str, tmp_path: Path
+) -> None:
+    state = begun.checkpoints[-1].state
 
     def resume(path: str = state, settings: TrainSettings = LONGER, data: Path = dataset) -> None:
         train(data, student=model, out=tmp_path / "new", settings=settings, resume=path)
