@@ -14,6 +14,8 @@ from distill_datasets.errors import OutputError
 from distill_datasets.evaluation.report import Report
 from distill_datasets.evaluation.report_text import markdown
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SETTINGS = TrainSettings(
     rank=1,
     train_unembed=False,

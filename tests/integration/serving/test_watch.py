@@ -20,6 +20,8 @@ from tests.support.releases import push, release_of
 from tests.support.tiny_model import make_tiny_model
 from tests.support.training_runs import QUICK, ROWS, write
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TODAY = date(2026, 11, 1)
 
 

@@ -16,6 +16,8 @@ from distill_datasets.training.sweeps import Sweep, SweepTrial, sweep
 from tests.support.soft_releases import release
 from tests.support.training_runs import QUICK, ROWS, write
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
