@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets import __version__
-from distill_datasets.cli import dataset, evidence, serving, student
+from distill_datasets.cli import dataset, evidence, student
 from distill_datasets.cli.flags import METAVARS, add_settings, read_settings
 from distill_datasets.errors import DistillError
 from distill_datasets.generation.settings import GenerateSettings
@@ -391,8 +391,8 @@ _VERBS = {
     ),
     "calibrate": _Verb(
         "choose when the student answers alone, with a guarantee, and say what that saves",
-        serving.calibrate,
-        (serving.add_calibrate, _add_progress),
+        student.calibrate,
+        (student.add_calibrate, _add_progress),
         (
             "calibrate runs/support --epsilon 0.01 0.02 0.05 --prices prices.yaml",
             "calibrate runs/demo --score mean",
@@ -400,8 +400,8 @@ _VERBS = {
     ),
     "serve": _Verb(
         "serve a local model and its students over OpenAI's protocol, and over Tinker's",
-        serving.serve,
-        (serving.add_serve,),
+        student.serve,
+        (student.add_serve,),
         (
             "serve pocket --student runs/demo",
             "serve embedded:models/smol --student mine=runs/support/train --port 9000",
@@ -409,8 +409,8 @@ _VERBS = {
     ),
     "rollout": _Verb(
         "answer for teacher and student, and move traffic from one to the other by evidence",
-        serving.rollout,
-        (serving.add_rollout,),
+        student.rollout,
+        (student.add_rollout,),
         ("rollout runs/support --prices prices.yaml --budget 5", "rollout runs/support --to off"),
     ),
 }

@@ -21,7 +21,7 @@ from distill_datasets.recipes.checks import (
     count_words,
     language_of,
 )
-from distill_datasets.synthesis.duplicates import NearDuplicates
+from distill_datasets.synthesis.run import NearDuplicates
 from distill_datasets.tables import aligned, html_card, html_preformatted, one_line
 from distill_datasets.training.data import DatasetSplit, locate, open_split
 

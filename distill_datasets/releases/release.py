@@ -28,12 +28,14 @@ from distill_datasets.recipes.queries import holds_more, write_used_columns
 from distill_datasets.recipes.recipe import Recipe
 from distill_datasets.releases.cards import card_metadata, dataset_card, read_card
 from distill_datasets.releases.contents import (
+    SOFT,
     CheckTally,
     Survey,
     answered_contents,
     features_of,
     mixed_rows,
     tally_checks,
+    write_soft,
 )
 from distill_datasets.releases.diff import FINGERPRINTS, fingerprints_of
 from distill_datasets.releases.manifest import (
@@ -50,7 +52,6 @@ from distill_datasets.releases.manifest import (
     read_manifest,
     rejected_rows,
 )
-from distill_datasets.releases.soft_labels import SOFT, write_soft
 from distill_datasets.schema import answer_features
 from distill_datasets.tables import html_card, html_table
 

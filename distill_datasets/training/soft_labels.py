@@ -35,7 +35,7 @@ from distill_datasets.models.scoring import (
     split_conversation,
 )
 from distill_datasets.progress import Progress
-from distill_datasets.releases.soft_labels import SOFT, has_soft, read_soft
+from distill_datasets.releases.contents import SOFT, has_soft, read_soft
 from distill_datasets.training import tell
 from distill_datasets.training.objectives import (
     Objective,

@@ -7,10 +7,9 @@ import pytest
 import yaml
 
 from distill_datasets.errors import RecipeError
-from distill_datasets.synthesis.duplicates import NearDuplicates, _plain, _shingles
 from distill_datasets.synthesis.interview import conversations, numbers, texts
 from distill_datasets.synthesis.query_file import set_keys
-from distill_datasets.synthesis.run import Coverage, combinations
+from distill_datasets.synthesis.run import Coverage, NearDuplicates, _plain, _shingles, combinations
 
 AXES = {"topic": list("abcdefg"), "style": ["x", "y"], "length": ["1", "2", "3", "4"]}
 
