@@ -1,8 +1,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
@@ -33,6 +31,7 @@ from distill_datasets.releases.push import outgoing_text
 from distill_datasets.releases.release import load_release, publish
 from distill_datasets.schema import answer_features, rejected_features, release_features
 from tests.conftest import edit
+from tests.support import forks
 
 PROMPT = "You sort greetings by language. Answer with one word, always, in `lower case`."
 UNUSUAL = 'say "hi",\n\tor ```bye``` — 👩‍👩‍👧 שלום עולم \\ | {{ x }} \u2028 end'
@@ -120,13 +119,9 @@ def load_in_a_new_process(release: Path, cache: Path) -> dict[str, list[str]]:
         "print(json.dumps({name: rows['response'][:] for name, rows in loaded.items()}))"
     )
     settings = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache)}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(release)],
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    arguments = ["-c", program, str(release)]
+    done = forks.run(arguments, env={**os.environ, **settings}, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -41,6 +41,7 @@ from distill_datasets.serving.rollout import (
 )
 from distill_datasets.serving.settings import RolloutSettings
 from distill_datasets.serving.start import backends_of, rollout
+from tests.support.forks import Process
 from tests.support.openai_server import KNOWN, Answer, Fault, OpenAIServer, serving
 from tests.support.recipes import any_recipe
 from tests.support.releases import release_of
@@ -585,7 +586,7 @@ def test_the_verb_serves_until_it_is_stopped_and_moves_by_hand(
     where = ["--student-url", place.student.url, "--student-model", KNOWN[1]]
     teacher = {"OPENAI_BASE_URL": place.teacher.url, "OPENAI_API_KEY": "teacher-key"}
     command = [sys.executable, "-m", "distill_datasets", "rollout", str(run), "--port", "0", *where]
-    with subprocess.Popen(
+    with Process(
         command, env={**os.environ, **teacher}, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None

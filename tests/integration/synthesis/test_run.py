@@ -3,8 +3,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -28,6 +26,7 @@ from distill_datasets.recipes.queries import load_queries
 from distill_datasets.schema import Message
 from distill_datasets.synthesis.run import synthesize
 from tests.conftest import edit
+from tests.support import forks
 from tests.support.openai_server import OpenAIServer
 from tests.support.synthesis_author import RULES, TOPICS, Author, kind_of
 
@@ -207,8 +206,7 @@ synthesize(Path(sys.argv[1]), n=100, teacher=Mortal())
 
 def test_a_killed_run_continues_and_pays_nothing_twice(recipe: Path, tmp_path: Path) -> None:
     log = tmp_path / "asked"
-    command = [sys.executable, "-c", KILLED, str(recipe), str(log), "17"]
-    run = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONPATH": "."})
+    run = forks.run(["-c", KILLED, str(recipe), str(log), "17"], env=os.environ, cwd=Path.cwd())
     assert run.returncode == 9
     assert not (recipe / "queries.jsonl").exists()
     whole, rest = Author(), Author()

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -31,6 +30,7 @@ from distill_datasets.training.checkpoints import TrainingFolder, next_folder
 from distill_datasets.training.data import Rendered, locate, open_splits
 from distill_datasets.training.schedule import plan_steps
 from distill_datasets.training.trainer import TrainingResult, TrainSettings, require_settings, train
+from tests.support.forks import Process
 from tests.support.server_log import trained_batches
 from tests.support.shared_server import shared
 from tests.support.soft_releases import release
@@ -206,7 +206,7 @@ def test_a_killed_training_and_a_killed_server_change_no_loss(
         f"train({str(dataset)!r}, student={model!r}, out={str(out)!r}, settings={settings})"
     )
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "child")}
-    child = subprocess.Popen([sys.executable, "-c", code], env=environment, text=True)
+    child = Process([sys.executable, "-c", code], env=environment, text=True)
     whole = train(dataset, student=model, out=tmp_path / "whole", settings=eval(settings))
     deadline = time.monotonic() + 100
     while len(TrainingFolder(out).metrics) < 8 and child.poll() is None:
