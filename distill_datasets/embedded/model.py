@@ -12,16 +12,13 @@ import hashlib
 import json
 import os
 import platform
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from distill_datasets.errors import OutputError
@@ -490,79 +487,29 @@ class LoadedModel:
 
 
 # transformers changes what the whole process does while it loads: two at once lack weights.
-_LOADING = threading.RLock()
-_COMPILER, _TRACER = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
-
-
-class _CompilerStandIn(ModuleType):
-    """What transformers takes of torch's compiler when it is imported: marks upon functions.
-
-    Whatever else is asked for is the compiler's own.
-    """
-
-    __path__: list[str] = []
-
-    def disable(self, function: Any = None, *_: Any, **__: Any) -> Any:
-        """Leave a function as it is, also where it decorates."""
-        return function or (lambda decorated: decorated)
-
-    def allow_in_graph(self, function: Any) -> Any:
-        """Leave a function as it is."""
-        return function
-
-    def __getattr__(self, name: str) -> Any:
-        """Import what this stands in for."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        for standing in (_COMPILER, _TRACER):
-            if isinstance(sys.modules.get(standing), _CompilerStandIn):
-                del sys.modules[standing]
-        return getattr(import_module(self.__name__), name)
-
-
-@contextmanager
-def lean_transformers() -> Iterator[None]:
-    """Import transformers, and load with it, without three quarters of what it would import.
-
-    That is scikit-learn and torch's compiler, seconds that nothing here has a use for.
-    """
-    import transformers.utils
-
-    utilities: Any = transformers.utils
-    utilities.is_sklearn_available = lambda: False
-    with _LOADING:
-        if _COMPILER in sys.modules:
-            yield
-            return
-        tracer = _CompilerStandIn(_TRACER)
-        vars(tracer)["TransformGetItemToIndex"] = lambda: import_module(
-            _TRACER
-        ).TransformGetItemToIndex()
-        sys.modules.update({_COMPILER: _CompilerStandIn(_COMPILER), _TRACER: tracer})
-        try:
-            yield
-        finally:
-            for name in (_COMPILER, _TRACER):
-                if isinstance(sys.modules.get(name), _CompilerStandIn):
-                    del sys.modules[name]
+_LOADING = threading.Lock()
 
 
 def load_model(card: ModelCard) -> LoadedModel:
     """Load a model folder; imports torch and transformers, hence seconds."""
     import torch
+    import transformers.utils
+
+    # transformers imports scikit-learn, a third of its import time, for a kind of generation
+    # that is not used here.
+    utilities: Any = transformers.utils
+    utilities.is_sklearn_available = lambda: False
     from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
 
-    with lean_transformers():
-        from transformers import AutoModelForCausalLM
-
-        from . import prefix_attention
+    from . import prefix_attention
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch_dtypes()[card.dtype]
     # Each shape of a product in bf16 stays prepared: a thousand of them took gigabytes.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     loading: Any = AutoModelForCausalLM.from_pretrained
-    with lean_transformers():
+    with _LOADING:
         network, read = loading(
             card.folder,
             dtype=dtype,

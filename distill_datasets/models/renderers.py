@@ -39,7 +39,6 @@ from distill_datasets.conversations import (
     tool_calls,
     write_calls,
 )
-from distill_datasets.embedded.model import lean_transformers
 from distill_datasets.errors import DatasetError, ModelError
 from distill_datasets.models.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
 from distill_datasets.models.chat_template import spoken_text
@@ -73,8 +72,7 @@ def load_tokenizer(source: str) -> Any:
 
     Raises whatever the libraries do where that can't be done.
     """
-    with lean_transformers():
-        from transformers import AutoTokenizer
+    from transformers import AutoTokenizer
 
     name = source.partition(":")[0]
     if not Path(source).is_dir():

@@ -1,13 +1,10 @@
 """What is installed, and how it starts."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 from zipfile import ZipFile
 
-import distill_datasets
-from tests.support import forks
 from tests.support.forks import ROOT
 
 HEAVY = {"torch", "transformers", "tinker", "tinker_cookbook", "evaluate", "peft", "matplotlib"}
@@ -27,32 +24,6 @@ def test_starting_up_imports_nothing_heavy() -> None:
     loaded = set(run.stdout.split())
     assert "distill_datasets" in loaded
     assert not loaded & HEAVY
-
-
-def test_a_model_loads_without_torchs_compiler_which_is_there_when_it_is_wanted(
-    tmp_path: Path,
-) -> None:
-    script = (
-        "import sys, torch\n"
-        "from distill_datasets.embedded.model import ModelCard, load_model\n"
-        "from distill_datasets.files import pocket_folder\n"
-        "from distill_datasets.models.renderers import load_tokenizer\n"
-        "load_tokenizer(str(pocket_folder()))\n"
-        "load_model(ModelCard.read(pocket_folder(), 'pocket', 'auto'))\n"
-        "assert not {'sklearn', 'torch._dynamo'} & {*sys.modules}\n"
-        "print(torch.compile(lambda number: number + 1, backend='eager')(torch.ones(1)).item())\n"
-        "print(torch._dynamo.__file__)"
-    )
-    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
-    run = forks.run(["-c", script], env=env, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    number, file = run.stdout.split()
-    assert number == "2.0" and file.endswith("_dynamo/__init__.py")
-
-
-def test_every_public_name_can_be_imported() -> None:
-    for name in distill_datasets.__all__:
-        assert getattr(distill_datasets, name).__module__.startswith("distill_datasets.")
 
 
 def test_the_wheel_adds_one_top_level_name_and_ships_its_data(tmp_path: Path) -> None:

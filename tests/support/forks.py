@@ -252,15 +252,12 @@ def _run(arguments: list[str]) -> NoReturn:
 def _import_models() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # as every server is started
     import peft  # noqa: F401
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
     import distill_datasets.embedded.app
-    from distill_datasets.embedded.model import lean_transformers
+    import distill_datasets.embedded.batching
+    import distill_datasets.embedded.trainer  # noqa: F401
 
-    with lean_transformers():
-        import transformers.models.qwen3.modeling_qwen3  # noqa: F401
-
-        import distill_datasets.embedded.batching
-        import distill_datasets.embedded.trainer  # noqa: F401
     gc.freeze()
 
 
