@@ -119,3 +119,10 @@ def test_the_readme_runs_the_commands_that_the_makefile_has() -> None:
     for target in ("demo", "test"):
         assert f"make {target}" in readme
         assert f"\n{target}:" in makefile
+
+
+def test_a_folders_first_page_names_every_file_in_it() -> None:
+    for page in PACKAGE.glob("*/__init__.py"):
+        files = {path.name for path in page.parent.glob("*.py")} - {page.name}
+        text = page.read_text(encoding="utf-8")
+        assert {name for name in files if name not in text} == set(), page
