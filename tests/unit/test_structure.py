@@ -126,3 +126,18 @@ def test_a_folders_first_page_names_every_file_in_it() -> None:
         files = {path.name for path in page.parent.glob("*.py")} - {page.name}
         text = page.read_text(encoding="utf-8")
         assert {name for name in files if name not in text} == set(), page
+
+
+def test_every_page_names_modules_and_names_that_are_there() -> None:
+    own = [*ROOT.glob("docs/*.md"), *ROOT.glob("cards/*.md"), *PACKAGE.rglob("README.md")]
+    for page in [ROOT / "README.md", *own]:
+        text = page.read_text(encoding="utf-8")
+        for home, names in re.findall(r"^from (distill_datasets.*) import ([\w, ]*\w)", text, re.M):
+            if home == PACKAGE.name:
+                assert {*names.split(", ")} <= {*distill_datasets.__all__}, page
+                continue
+            source = (ROOT / home.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+            for name in names.split(", "):
+                assert re.search(rf"^(?:class|def) {name}\b", source, re.M), (page, home, name)
+        for module in re.findall(r"\btests\.(?:benchmarks|pocket)\.\w+", text):
+            assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), (page, module)

@@ -4,12 +4,14 @@ import argparse
 import re
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from distill_datasets import __version__, errors
 from distill_datasets.cli.main import build_parser, main
 
+ROOT = Path(__file__).parents[3]
 PARSER = build_parser()
 
 
@@ -34,6 +36,21 @@ def test_the_help_of_every_verb_ends_with_two_examples_that_it_understands(verb:
         program, *words = shlex.split(example.split(">")[0])
         assert program == "distill-datasets"
         PARSER.parse_args(words)
+
+
+def test_the_commands_of_every_page_are_understood() -> None:
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("builders/*/README.md")]
+    blocks = [
+        block.replace("\\\n", " ")
+        for page in pages
+        for block in re.findall(
+            r"^```\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL
+        )
+    ]
+    commands = re.findall(r"^distill-datasets ([^#>\n]*)", "\n".join(blocks), re.MULTILINE)
+    assert len(commands) > 30
+    for command in commands:
+        PARSER.parse_args(shlex.split(command))
 
 
 @pytest.mark.parametrize("verb", VERBS)
