@@ -239,7 +239,7 @@ def _said(report: Path) -> dict[str, Any]:
 def read_report(trained: Trained, report: Path | str | None) -> dict[str, Any] | None:
     """What was measured of this very checkpoint; naming a report of another one is an error."""
     path = report_file(report or trained.folder.parent)
-    found = read_object(path) or {}
+    found = read_object(path)
     measured = found.get("systems", {}).get("student", {}).get("model")
     if measured == trained.checkpoint["sampler"]:
         return found
@@ -335,14 +335,14 @@ def tied_and_adapted(folder: Path, base: AdapterBase) -> bool:
     merged as it is, it would change the other too.
     """
     config = read_object(folder / INCLUDED / "config.json")
-    if config is None and base.folder:
+    if not config and base.folder:
         config = read_object(base.folder / "config.json")
-    return adapts_embeddings(folder) and bool((config or {}).get("tie_word_embeddings"))
+    return adapts_embeddings(folder) and bool(config.get("tie_word_embeddings"))
 
 
 def adapts_embeddings(folder: Path) -> bool:
     """Whether the adapter in a folder changes an embedding."""
-    config = read_object(folder / ADAPTER_CONFIG) or {}
+    config = read_object(folder / ADAPTER_CONFIG)
     return bool(_EMBEDDINGS & set(config.get("target_modules") or ()))
 
 
