@@ -90,11 +90,11 @@ def _load(folder: Path, variant: str | None = None, *, hidden: bool = False) -> 
             raise RecipeError(f"{path}: {reserved!r} is not a key; the prompt is in prompt.md.")
     for section, key in (("answer", "json_schema"), ("sampling", "extra")):
         _check_words(path, _child(_child(root, section), key))
-    members = _members(folder, fields.get("prompts"))
+    copied = is_copy(folder, "manifest.json", "generation.json")
+    members = _members(folder, fields.get("prompts"), copied=copied)
     prompt = "\n\n".join(f"# {handle}\n\n{one.prompt}" for handle, one in members.items())
     if not members:
-        prompt = "(not published)" if hidden else _prompt(folder)
-    copied = is_copy(folder, "manifest.json", "generation.json")
+        prompt = "(not published)" if hidden else _prompt(folder, copied=copied)
     if "template" not in fields and copied and is_jinja(prompt):
         # Version 0.1 took every prompt for a template, and didn't say so.
         fields["template"] = "jinja"
@@ -111,8 +111,10 @@ def _load(folder: Path, variant: str | None = None, *, hidden: bool = False) -> 
     return recipe
 
 
-def _prompt(folder: Path) -> str:
+def _prompt(folder: Path, *, copied: bool) -> str:
+    """The text of prompt.md. One's own may be a link to anywhere, a copy's only to its folder."""
     if (prompt := folder / "prompt.md").is_file():
+        prompt = inside(folder, prompt.name) if copied else prompt
         return read_text(prompt, limit=PROMPT_LIMIT).strip()
     if without_prompt(folder.parent):
         raise RecipeError(
@@ -177,7 +179,7 @@ def _chosen(folder: Path, fields: dict[str, Any], variant: str | None) -> dict[s
     return {**fields, "name": named, "variant": variant}
 
 
-def _members(folder: Path, prompts: Any) -> dict[str, Recipe]:
+def _members(folder: Path, prompts: Any, *, copied: bool) -> dict[str, Recipe]:
     """The recipes behind each handle: folders of this recipe's, or recipes that ship."""
     members = {}
     for handle, name in prompts.items() if isinstance(prompts, dict) else ():
@@ -192,6 +194,8 @@ def _members(folder: Path, prompts: Any) -> dict[str, Recipe]:
             )
         if read_yaml(home / "recipe.yaml").get("prompts"):
             raise RecipeError(f"{folder / 'recipe.yaml'}, prompts: {name!r} has prompts itself.")
+        if copied:
+            inside(home, "prompt.md")
         members[str(handle)] = _load(home, variant)
     return members
 

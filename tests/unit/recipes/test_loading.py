@@ -1,6 +1,7 @@
 """What somebody else's recipe can do, and what YAML makes of words."""
 
 import json
+import shutil
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from distill_datasets.conversations import from_text
-from distill_datasets.errors import RecipeError
+from distill_datasets.errors import DistillError, RecipeError
 from distill_datasets.files import TEMPLATES
 from distill_datasets.recipes.loading import load_recipe, new_recipe, samples_among, variants_of
 from distill_datasets.recipes.queries import load_queries
@@ -149,6 +150,24 @@ def test_a_release_with_queries_of_its_own_needs_no_trust(
     recipe_folder.rename(tmp_path / "recipe")
     (tmp_path / "manifest.json").write_text("{}")
     assert len(load_queries(load_recipe(tmp_path))) == 6
+
+
+@pytest.mark.parametrize("place", ["prompt.md", "prompts/one/prompt.md"])
+def test_a_releases_prompt_is_no_link_to_another_file_of_yours(
+    recipe_folder: Path, tmp_path: Path, place: str
+) -> None:
+    if place != "prompt.md":
+        shutil.copytree(recipe_folder, recipe_folder / "prompts" / "one")
+        text = "name: both\nteacher: pocket\nprompts: {'[a]': prompts/one}\nlicense: mit\n"
+        (recipe_folder / "recipe.yaml").write_text(text + "description: Two in one.\n")
+    (tmp_path / "letter.txt").write_text("Dear diary")
+    (recipe_folder / place).unlink()
+    (recipe_folder / place).symlink_to(tmp_path / "letter.txt")
+    assert "Dear diary" in load_recipe(recipe_folder).prompt  # one's own recipe may
+    recipe_folder.rename(tmp_path / "recipe")
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(DistillError, match="is a link to .*letter.txt"):
+        load_recipe(tmp_path)
 
 
 def test_queries_in_a_package_are_read_without_running_it(
