@@ -180,8 +180,7 @@ def read_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     best = [row for row in rows if row.get("best")]
     if not all(isinstance(config.get(name), str) for name in ("student", "renderer")):
         raise ModelError(
-            f"{str(path)!r} is not a training's, or damaged: run `train` again into that folder, "
-            "which writes it anew."
+            f"{str(path)!r} is not a training's, or damaged: run `train` again into another folder."
         )
     if not best:
         raise ModelError(f"{folder} holds no finished checkpoint: run `train` again to finish it.")
