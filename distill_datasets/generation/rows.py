@@ -390,7 +390,8 @@ def _remedy(reason: str, recipe: Recipe) -> str:
     reason, answer = re.sub(r"^turn \d+: ", "", reason), recipe.answer
     if reason.startswith(FAILED):
         name = reason.removeprefix(FAILED)
-        check = recipe.all_checks[name]
+        # One prompt of several names its checks for itself.
+        check = {one.name: one for one in recipe.all_checks.values()}[name]
         rule = f" ({check.covers})" if check.covers else ""
         return (
             f"ask for what the check {name} demands{rule} in prompt.md, mend the check, "

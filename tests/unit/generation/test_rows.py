@@ -225,3 +225,11 @@ def test_rows_that_fail_a_check_stop_a_run_and_say_which_rule_it_covers(
     assert "Rejected: 50 check: brief" in said
     assert "the check brief demands (Say it in two words) in prompt.md" in said
     assert 'mend the check, words: {"max": 2}' in said
+
+
+def test_a_check_of_one_prompt_of_several_is_explained(recipe: Recipe) -> None:
+    brief = {"name": "brief", "words": {"max": 2}, "covers": "Say it in two words"}
+    member = recipe.replace(checks=[brief], keep="all checks")
+    several = recipe.model_copy(update={"members": {"[color]": member}})
+    rows: list[dict[str, Any]] = [{"query": "q", "raw": "red", "rejection": "check: brief"}]
+    assert "the check brief demands (Say it in two words)" in explain_rejections(rows, several)
