@@ -6,6 +6,7 @@ An OpenAPI document, or what an MCP server lists, becomes such tools.
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -248,13 +249,13 @@ class _Resolver:
         for _ in range(10):
             if not isinstance(part, Mapping) or not isinstance(part.get("$ref"), str):
                 return part if isinstance(part, Mapping) else {}
-            try:
-                part = self._resolver.lookup(part["$ref"]).contents
-            except Unresolvable as error:
+            reference, part = part["$ref"], None
+            with suppress(Unresolvable, ValueError):  # which a word is as a place in a list
+                part = self._resolver.lookup(reference).contents
+            if not isinstance(part, Mapping):
                 raise RecipeError(
-                    f"The document refers to {part['$ref']!r}, which isn't in it: bundle it into "
-                    "one."
-                ) from error
+                    f"The document refers to {reference!r}, which isn't in it: bundle it into one."
+                )
         raise RecipeError("The document's references go in a circle.")
 
     def schema(self, given: Any) -> Any:

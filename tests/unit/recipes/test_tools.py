@@ -205,6 +205,8 @@ def test_arguments_keep_names_that_schemas_have_too(tmp_path: Path) -> None:
         ({"info": {}}, "expected an OpenAPI document"),
         ({"paths": {}}, "has no tools"),
         ({"paths": {"/a": {"get": {"parameters": [{"$ref": "other.yaml#/x"}]}}}}, "bundle it"),
+        ({"paths": {"/a": {"get": {"parameters": [{"$ref": "#/tags/x"}]}}}, "tags": []}, "bundle"),
+        ({"paths": {"/a": {"$ref": "#/x"}}, "x": None}, "bundle"),
         ({"paths": {"/a": {"$ref": "#/paths/~1a"}}}, "circle"),
         (
             {"paths": {"/a": {"get": {"parameters": [
