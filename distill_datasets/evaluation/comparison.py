@@ -394,16 +394,17 @@ class Texts:
     @cached_property
     def scores(self) -> dict[tuple[str, str, str], list[float]]:
         """Of each row, by system, what it is compared with, and how; NaN without that."""
-        found = {}
-        for system, texts in self.said.items():
-            answers = [answer or "" for answer in self.comparison.predictions[system]]
-            mine = {"teacher": texts, "reference": answers}
-            for target, wanted in self._targets.items():
-                pairs = list(zip(mine[target], wanted, strict=True))
-                for how, score in _LIKENESS.items():
-                    found[system, target, how] = [
-                        np.nan if right is None else score(text, right) for text, right in pairs
-                    ]
+        found: dict[tuple[str, str, str], list[float]] = {}
+        # Row by row, while the runs and words of the row's texts are still known.
+        for row in range(len(self.comparison.groups)):
+            for system, texts in self.said.items():
+                answer = self.comparison.predictions[system][row] or ""
+                mine = {"teacher": texts[row], "reference": answer}
+                for target, wanted in self._targets.items():
+                    right = wanted[row]
+                    for how, score in _LIKENESS.items():
+                        known = np.nan if right is None else score(mine[target], right)
+                        found.setdefault((system, target, how), []).append(known)
         return found
 
     @cached_property

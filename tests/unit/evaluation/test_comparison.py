@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from distill_datasets.evaluation import metrics
 from distill_datasets.evaluation.comparison import Comparison, Texts, metric_names
 from distill_datasets.evaluation.metrics import Metrics, chrf
 from distill_datasets.evaluation.systems import is_free_text
@@ -54,6 +55,17 @@ def test_texts_are_compared_with_the_teachers_row_by_row() -> None:
     assert alike["chrf"]["rows"] == 2
     assert "teacher" not in section["teacher"] and "reference" not in section["student"]
     assert section["student"]["length_ratio"]["value"] == pytest.approx(12 / 14)
+
+
+def test_each_text_is_cut_into_its_runs_and_words_once_whoever_it_is_compared_with() -> None:
+    said = {
+        name: [f"{name} {row}" for row in range(100)] for name in ("teacher", "base", "student")
+    }
+    known = (metrics._runs, metrics._words)
+    for one in known:
+        one.cache_clear()
+    assert texts(recipe(), **said).scores
+    assert [one.cache_info().misses for one in known] == [300, 300]
 
 
 def test_a_teachers_answer_is_compared_as_the_student_would_say_it() -> None:
