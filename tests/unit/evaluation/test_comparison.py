@@ -58,13 +58,11 @@ def test_texts_are_compared_with_the_teachers_row_by_row() -> None:
 
 
 def test_each_text_is_cut_into_its_runs_and_words_once_whoever_it_is_compared_with() -> None:
-    said = {
-        name: [f"{name} {row}" for row in range(100)] for name in ("teacher", "base", "student")
-    }
+    teacher, base, student = ([f"{name} {row}" for row in range(100)] for name in "tbs")
     known = (metrics._runs, metrics._words)
     for one in known:
         one.cache_clear()
-    assert texts(recipe(), **said).scores
+    assert texts(recipe(), teacher=teacher, base=base, student=student).scores
     assert [one.cache_info().misses for one in known] == [300, 300]
 
 
