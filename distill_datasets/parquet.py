@@ -112,11 +112,28 @@ def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator["
     rows = max(1, min(ROWS_PER_BATCH, _BATCH_BYTES // largest))
     try:
         for batch in file.iter_batches(rows, columns=list(columns) if columns else None):
-            read += batch.nbytes
+            read += sum(map(_unpacked, batch.columns))
             _check(path, read, "bytes in memory", _MOST_READ)
             yield batch
     except (ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
+
+
+def _unpacked(column: Any) -> int:
+    """A column's bytes once every row has its own copy of a value that is stored once for many."""
+    from pyarrow import compute, types
+
+    kind = column.type
+    if types.is_dictionary(kind):
+        values, column = column.dictionary, column.indices
+        if types.is_string(values.type) or types.is_binary(values.type):
+            lengths = compute.binary_length(values).cast("int64").take(column)
+            return int(column.nbytes + (compute.sum(lengths).as_py() or 0))
+    if types.is_struct(kind):
+        return sum(map(_unpacked, column.flatten()))
+    if types.is_list(kind) or types.is_large_list(kind):
+        return int(column.nbytes) + _unpacked(column.flatten())
+    return int(column.nbytes)
 
 
 def _check(path: Path, found: int, what: str, limit: tuple[int, int]) -> None:

@@ -261,13 +261,20 @@ def test_a_number_that_a_workbook_has_rounded_is_an_error(tmp_path: Path) -> Non
         load_queries(load_recipe(tmp_path))
 
 
+@pytest.mark.parametrize("schema", [True, False])  # of Arrow's own, which keeps dictionaries
+@pytest.mark.parametrize("kind", ["text", "list", "struct"])
 def test_a_small_parquet_file_of_endless_text_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, schema: bool
 ) -> None:
     monkeypatch.setattr("distill_datasets.parquet._MOST_READ", (1_000_000, 1_000))
     texts = pa.DictionaryArray.from_arrays(pa.array([0] * 100), pa.array(["x" * 100_000]))
-    table = pa.table({"query": texts, "reference": ["y"] * 100})
-    pq.write_table(table, tmp_path / "q.parquet", compression="zstd", store_schema=False)
+    column = {
+        "text": texts,
+        "list": pa.ListArray.from_arrays(list(range(101)), texts),
+        "struct": pa.StructArray.from_arrays([texts], ["content"]),
+    }[kind]
+    table = pa.table({"query": column, "reference": ["y"] * 100})
+    pq.write_table(table, tmp_path / "q.parquet", compression="zstd", store_schema=schema)
     assert (tmp_path / "q.parquet").stat().st_size < 2_000
     recipe_with(tmp_path, "q.parquet")
     with pytest.raises(RecipeError, match="unpacks to .* bytes in memory: .* It is not read"):
