@@ -1,11 +1,11 @@
 import io
 import json
 import re
+import signal
 import sys
-from _thread import interrupt_main
 from collections.abc import Iterator
 from dataclasses import dataclass
-from threading import Event
+from threading import Event, main_thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -259,7 +259,8 @@ def test_a_stopped_cell_is_not_kept_by_requests_under_way(
     stopped, released = Event(), Event()
 
     def work() -> None:
-        interrupt_main()
+        # A real signal: what only sets a flag would not wake a thread that waits already.
+        signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
         released.wait()
 
     with pytest.raises(KeyboardInterrupt):
