@@ -328,7 +328,9 @@ class Teachers:
         }
         if not self.several:
             return facts
-        teachers = [{**_asked_facts(one), "weight": one.weight} for one in self.members]
+        teachers = [
+            {"model": one.model, "weight": one.weight, **_asked_facts(one)} for one in self.members
+        ]
         judge = _asked_facts(self.judge) if self.judge else None
         panel = {"choose": self.recipe.choose, "teachers": teachers, "judge": judge}
         return {**facts, "panel": panel}

@@ -210,6 +210,9 @@ def test_the_summary_names_everybody(tmp_path: Path, models: Models) -> None:
         ("blue/1", 1.0),
     ]
     assert (panel["choose"], panel["judge"]["identity"]) == ("best", "judge/1")
+    # The manifest is made of it, whose bytes stay the same where the same run is published again.
+    for one in panel["teachers"]:
+        assert list(one) == ["model", "weight", "identity", "renderer", "sampling"]
 
 
 def test_one_teacher_takes_the_place_of_all(tmp_path: Path, models: Models) -> None:
