@@ -62,8 +62,7 @@ def load_recipe(source: str | Path, *, config: str | None = None, trust: bool = 
 def load_released_recipe(release: Path) -> Recipe:
     """A release's recipe to be described, with a stand-in for a prompt that wasn't published."""
     folder = release / "recipe"
-    hidden = not (folder / "prompt.md").is_file() and without_prompt(release)
-    return _load(folder, hidden=hidden)
+    return _load(folder, hidden=without_prompt(release))
 
 
 def without_prompt(release: Path) -> bool:
@@ -91,10 +90,11 @@ def _load(folder: Path, variant: str | None = None, *, hidden: bool = False) -> 
     for section, key in (("answer", "json_schema"), ("sampling", "extra")):
         _check_words(path, _child(_child(root, section), key))
     copied = is_copy(folder, "manifest.json", "generation.json")
-    members = _members(folder, fields.get("prompts"), copied=copied)
+    members = _members(folder, fields.get("prompts"), copied=copied, hidden=hidden)
     prompt = "\n\n".join(f"# {handle}\n\n{one.prompt}" for handle, one in members.items())
     if not members:
-        prompt = "(not published)" if hidden else _prompt(folder, copied=copied)
+        lacks = hidden and not (folder / "prompt.md").is_file()
+        prompt = "(not published)" if lacks else _prompt(folder, copied=copied)
     if "template" not in fields and copied and is_jinja(prompt):
         # Version 0.1 took every prompt for a template, and didn't say so.
         fields["template"] = "jinja"
@@ -116,11 +116,12 @@ def _prompt(folder: Path, *, copied: bool) -> str:
     if (prompt := folder / "prompt.md").is_file():
         prompt = inside(folder, prompt.name) if copied else prompt
         return read_text(prompt, limit=PROMPT_LIMIT).strip()
-    if without_prompt(folder.parent):
+    above = [*folder.absolute().parents]  # the recipe of one of several prompts lies deeper
+    for release in filter(without_prompt, above[:1] + above[2:3]):
         raise RecipeError(
-            f"The release {str(folder.parent)!r} was published without its prompt, so its recipe "
-            f"can't be run. Ask its author for prompt.md, and put it into {str(folder)!r}; or "
-            "train on the release, which needs no prompt."
+            f"The release {str(release)!r} was published without its prompt, so its recipe can't "
+            f"be run. Ask its author for prompt.md, and put it into {str(folder)!r}; or train on "
+            "the release, which needs no prompt."
         )
     raise RecipeError(f"Recipe {str(folder)!r} has no prompt.md; write the teacher's prompt.")
 
@@ -179,7 +180,7 @@ def _chosen(folder: Path, fields: dict[str, Any], variant: str | None) -> dict[s
     return {**fields, "name": named, "variant": variant}
 
 
-def _members(folder: Path, prompts: Any, *, copied: bool) -> dict[str, Recipe]:
+def _members(folder: Path, prompts: Any, *, copied: bool, hidden: bool) -> dict[str, Recipe]:
     """The recipes behind each handle: folders of this recipe's, or recipes that ship."""
     members = {}
     for handle, name in prompts.items() if isinstance(prompts, dict) else ():
@@ -196,7 +197,7 @@ def _members(folder: Path, prompts: Any, *, copied: bool) -> dict[str, Recipe]:
             raise RecipeError(f"{folder / 'recipe.yaml'}, prompts: {name!r} has prompts itself.")
         if copied:
             inside(home, "prompt.md")
-        members[str(handle)] = _load(home, variant)
+        members[str(handle)] = _load(home, variant, hidden=hidden)
     return members
 
 

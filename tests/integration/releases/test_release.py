@@ -633,6 +633,27 @@ def test_a_release_without_its_prompt_says_so_and_gives_its_digest(
     assert load_recipe(with_it.path).prompt == PROMPT
 
 
+def test_a_release_of_several_prompts_can_be_published_without_them_and_pushed(
+    tmp_path: Path,
+) -> None:
+    about = "teacher: pocket\ndescription: d\nlanguages: [en]\n"
+    for name, more in (
+        ("two", "prompts: {'[a]': a, '[b]': b}\n"),
+        *((f"two/{one}", "queries: {file: queries.txt}\n") for one in "ab"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(f"name: {name[-1]}\n{about}{more}")
+    for one in "ab":
+        (tmp_path / "two" / one / "prompt.md").write_text(f"A secret of {one}")
+        (tmp_path / "two" / one / "queries.txt").write_text("".join(f"{n}\n" for n in range(9)))
+    generate(tmp_path / "two", teacher=Echo(), out=tmp_path / "run")
+    release = publish(tmp_path / "run", prompt=False)
+    assert all(b"secret" not in path.read_bytes() for path in release.path.rglob("*.*"))
+    assert "no prompt" in outgoing_text(release.path, "me/two")
+    with pytest.raises(RecipeError, match="published without its prompt.*Ask its author"):
+        load_recipe(release.path)
+
+
 def test_one_process_publishes_to_a_folder_at_a_time(tmp_path: Path, recipe: Recipe) -> None:
     run = write_run(tmp_path / "run", map(answer, range(3)), recipe)
     with (
