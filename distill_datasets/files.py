@@ -236,8 +236,9 @@ def read_report(run: Path | str) -> dict[str, Any]:
     """What `measure` wrote into a run's folder, or the file itself; raises `DatasetError`."""
     path = report_file(run)
     if not path.is_file():
+        folder = path.parent if path.suffix == ".json" else path
         raise DatasetError(
-            f"There is no report {str(path)!r}: run `distill-datasets measure {path.parent}` first."
+            f"There is no report {str(path)!r}: run `distill-datasets measure {folder}` first."
         )
     known = read_object(path) if path.stat().st_size <= _LARGEST_REPORT else {}
     systems = known.get("systems")

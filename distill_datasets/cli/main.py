@@ -60,7 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit codes are those that `--help` lists."""
     from distill_datasets.progress import use
 
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        verb = next(one for one in arguments or sys.argv[1:] if one in (*_VERBS, "help"))
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}; `distill-datasets help {verb}` lists "
+            f"what {verb} takes"
+        )
     _quieten_libraries()
     use(getattr(options, "progress", "line"))
     try:

@@ -364,7 +364,7 @@ def _find_base(named: str) -> Path:
 def _fetch(source: str, *, offline: bool = False) -> Path:
     """A snapshot in the Hub's cache, of weights and texts alone."""
     name, _, revision = source.partition("@")
-    if name.count("/") != 1 or Path(source).exists():
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or Path(source).exists():
         raise ModelError(
             f"'embedded:{source}' is no model: expected a folder with config.json, weights and a "
             "tokenizer with a chat template, a .gguf file, an adapter's folder, or a Hub id like "

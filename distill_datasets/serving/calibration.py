@@ -35,7 +35,7 @@ from distill_datasets.files import (
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient, ManyRequests
 from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.models.references import connect, find_training
+from distill_datasets.models.references import connect, find_training, read_training
 from distill_datasets.models.sampler import Logprobs
 from distill_datasets.progress import interruptible
 from distill_datasets.serving.protocol import Place
@@ -177,9 +177,8 @@ def calibrate(
             f"{', '.join(SCORES)}; found {', '.join(map(str, epsilons)) or 'none'} and {score!r}."
         )
     path = split_report(report_file(run).parent, split)
-    report, training = read_report(path), find_training(path.parent)
-    if training is None:
-        raise DatasetError(f"{str(path.parent)!r} holds no trained student: run `train` first.")
+    report = read_report(path)
+    training = _measured_training(path, report)
     held_out = read_held_out(report["dataset"]["path"], split=split)
     _require_form(held_out)
     known = Confidence(held_out.recipe, score)
@@ -204,6 +203,27 @@ def calibrate(
         found.keep()
         write_page(path, training)
     return found
+
+
+def _measured_training(path: Path, report: Mapping[str, Any]) -> Path:
+    """The training in a report's folder whose best checkpoint the report is about."""
+    student, run = report["systems"]["student"]["model"], path.parent
+    logs = sorted(run.glob("*/checkpoints.jsonl"))
+    places = dict.fromkeys([find_training(run), *(log.parent for log in logs)])
+    found = [place for place in places if place is not None]
+    for place in found:
+        if read_training(place)[1]["sampler"] == student:
+            return place
+    if not found:
+        raise DatasetError(
+            f"{str(run)!r} holds no trained student: expected the training of {student}, which "
+            f"{path.name} is about. Run `train` with --out {run / 'train'}, and measure that."
+        )
+    raise DatasetError(
+        f"{str(path)!r} is about {student}, which is the best checkpoint of no training in that "
+        f"folder; found {', '.join(map(str, found))}. Measure one of them: "
+        f"distill-datasets measure {report['dataset']['path']} --student {found[0]} --out {run}."
+    )
 
 
 def _require_form(held_out: HeldOut) -> None:

@@ -297,6 +297,11 @@ def locate(dataset: str | Path, config: str | None = None) -> DatasetSource:
             f"{str(dataset)!r} can't be read: expected a folder or a file that ends in "
             f"{', '.join(_READERS)}; found {path.suffix!r}."
         )
+    if (path / "answers" / "generation.json").is_file():
+        raise DatasetError(
+            f"{str(dataset)!r} is a run's folder: expected a dataset. Name its release, "
+            f"{str(path / 'release')!r}, which `distill-datasets publish {dataset}` writes."
+        )
     commit = None
     if not path.exists():
         if not is_reference(str(dataset)):
@@ -418,10 +423,15 @@ def _csv_columns(file: Path) -> list[str]:
         try:
             for row in rows:
                 if row and len(row) != len(header):
+                    semicolons = len(header) == 1 and ";" in header[0]
                     raise DatasetError(
                         f"{str(file)!r}, line {rows.line_num}: expected {len(header)} fields, as "
-                        f"in the header {header}; found {len(row)}. Quote a field that holds a "
-                        "comma."
+                        f"in the header {header}; found {len(row)}. "
+                        + (
+                            "Put commas in the place of the semicolons that separate the fields."
+                            if semicolons
+                            else "Quote a field that holds a comma."
+                        )
                     )
         except csv.Error as error:
             raise DatasetError(f"{str(file)!r}, line {rows.line_num}: {error}.") from error

@@ -35,3 +35,13 @@ def test_a_student_that_agrees_with_nobody_serves_nothing(
     assert named_server.asked.total() == asked, "the teacher's answers are those of the report"
     assert main(["calibrate", str(out), "--score", "mean", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["score"] == "mean"
+    (out / "train").rename(out / "student")
+    (out / "train").mkdir()
+    for name in ("config.json", "checkpoints.jsonl"):
+        other = (out / "student" / name).read_text().replace("/sampler_weights/", "/of_another/")
+        (out / "train" / name).write_text(other)
+    assert main(["calibrate", str(out), "--json"]) == 0, "the student is that of the report"
+    assert json.loads(capsys.readouterr().out)["student"] == found.student
+    (out / "student").rename(tmp_path / "student")
+    assert main(["calibrate", str(out)]) == 2
+    assert f"measure {out / 'release'} --student {out / 'train'}" in capsys.readouterr().err

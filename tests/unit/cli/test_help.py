@@ -82,3 +82,9 @@ def test_every_exit_code_is_explained() -> None:
     codes = {one.exit_code for one in raised if issubclass(one, errors.DistillError)}
     explained = re.findall(r"^  (\d+) ", str(PARSER.epilog), re.MULTILINE)
     assert {*map(str, codes)} | {"0", "130", "141"} == {*explained}
+
+
+def test_an_unknown_flag_names_the_help_of_its_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["show", "runs/support", "--rows", "2"])
+    assert "--rows 2; `distill-datasets help show`" in capsys.readouterr().err

@@ -353,6 +353,9 @@ def test_a_report_of_the_first_version_has_a_page_too(tmp_path: Path) -> None:
 def test_what_is_no_report_is_said_to_be_none(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="There is no report"):
         write_page(tmp_path)
+    for missing in (tmp_path / "run", tmp_path / "run" / "report.json"):
+        with pytest.raises(DatasetError, match=f"measure {tmp_path / 'run'}` first"):
+            write_page(missing)
     (tmp_path / "report.json").write_text("[]")
     with pytest.raises(DatasetError, match="is no report"):
         write_page(tmp_path)

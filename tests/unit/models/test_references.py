@@ -71,6 +71,7 @@ def test_a_damaged_configuration_is_named(text: str, training: Path) -> None:
         ("poket", r"Unknown model reference 'poket': expected .*Did you mean 'pocket'\?"),
         ("openai:m", "answers, and can't be trained"),
         ("embedded:nothing", "is no model: expected a folder with config.json"),
+        ("embedded:/nothing", "is no model: expected a folder with config.json"),
         ("tinker://run/weights/final", "a training state"),
     ],
 )

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from distill_datasets.errors import RecipeError
 from distill_datasets.recipes.loading import load_recipe
 from distill_datasets.recipes.queries import load_queries
-from distill_datasets.recipes.user_files import TableFormat, read_rows
+from distill_datasets.recipes.user_files import TableFormat, read_rows, read_yaml
 
 
 def recipe_with(folder: Path, name: str, more: str = "", answer: str = "{}") -> Path:
@@ -303,3 +303,13 @@ def test_a_folder_of_csv_files_is_text_too(tmp_path: Path) -> None:
 def test_rows_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"names rows \[3\]"):
         pairs(tmp_path, "q.jsonl", '{"query": "a"}\n{"query": "b"}\n', ", rows: [2, 3]")
+
+
+@pytest.mark.parametrize(("text", "found"), [("", "nothing"), ("- one\n", "a list"), ("a", "text")])
+def test_what_yaml_holds_in_the_place_of_keys_is_named(
+    text: str, found: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=f"expected keys and values.*found {found}"):
+        read_yaml(file)

@@ -265,3 +265,17 @@ def test_a_large_validation_split_gives_a_fixed_choice_of_its_rows(tmp_path: Pat
     assert chosen == again and len({*chosen}) == 10
     assert chosen != [f"query {row}" for row in range(10)]
     assert whole.at_most(40) is whole
+
+
+def test_a_run_is_no_dataset_and_its_release_is_named(tmp_path: Path) -> None:
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "generation.json").write_text("{}")
+    with pytest.raises(DatasetError, match=f"is a run's folder.*{tmp_path / 'release'}"):
+        locate(tmp_path)
+
+
+def test_semicolons_in_a_table_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("query;response\nHallo;Guten Tag, ja\n")
+    with pytest.raises(DatasetError, match="in the place of the semicolons"):
+        split(file)
