@@ -5,13 +5,14 @@ import json
 import sqlite3
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 from uuid import uuid4
+from warnings import warn
 
 from distill_datasets.errors import (
     DistillError,
@@ -205,6 +206,7 @@ class _Rounds:
         self.journal, self.table, self.settings, self.meter = journal, table, settings, meter
         self._most = _MOST
         self._fruitless = 0
+        self._left: set[str] = set()
         self._workers: dict[str, _BatchWorker] = {}  # by the sampler's identity
         self._progress: Progress
 
@@ -218,7 +220,7 @@ class _Rounds:
                 for worker in self._workers.values()
                 for digest, error in worker.rejected.items()
             }
-            files = _BatchFiles(self.journal, self.table, self._most, rejected)
+            files = _BatchFiles(self.journal, self.table, self._most, rejected, self._left)
             with Progress("look for answers", len(queries)) as progress:
                 await files.fill(queries, teachers, progress)
             if files.others and not files.samplers:
@@ -255,6 +257,7 @@ class _Rounds:
         """Look after batches until all are over."""
         waiting, seen = list(batches), Counter[str]()
         answered, problem, refused = 0, "", 0
+        requests = {digest for batch in batches for digest in self.table.digests(batch.key)}
         while waiting:
             for batch in list(waiting):
                 worker = self._workers[batch.identity]
@@ -271,17 +274,28 @@ class _Rounds:
                 raise PendingError(_pending(waiting))
             if waiting or problem:
                 await asyncio.sleep(self.settings.poll)
-        self._learn(answered, problem, refused)
+        self._learn(answered, problem, refused, requests)
 
-    def _learn(self, answered: int, problem: str, refused: int) -> None:
-        """Make batches smaller that the provider finds too large; give up what bears no fruit."""
+    def _learn(self, answered: int, problem: str, refused: int, requests: set[str]) -> None:
+        """Make batches smaller that the provider finds too large; give up what bears no fruit.
+
+        Where others were answered that is a matter of these requests, which are asked one by one.
+        """
         if answered:
             self._fruitless = 0
         elif refused > 1:
             self._most = refused // 2
         else:
             self._fruitless += 1
-        if self._fruitless == _FRUITLESS:
+        if self._fruitless == _FRUITLESS and any(one.answered for one in self._workers.values()):
+            self._left |= requests
+            self._fruitless = 0
+            warn(
+                f"{len(requests)} requests have no answer after {_FRUITLESS} batches of their own "
+                f"({problem}): they are asked one by one, at the full price.",
+                stacklevel=2,
+            )
+        elif self._fruitless == _FRUITLESS:
             raise ServiceError(
                 f"Batches come back without one answer ({problem}). Run without --batch, or "
                 "later again: nothing is paid twice."
@@ -293,8 +307,8 @@ class _BatchFiles:
 
     A full file is a planned batch in the table. `samplers` are those asked, by identity, and
     `needed` the keys of all batches that must be over before another answer can be given, those
-    `planned` here among them. Requests to a sampler that has no batches are left to be asked one
-    by one, and are `others`. What is `rejected` is not asked for again.
+    `planned` here among them. Requests to a sampler that has no batches, and those `left`, are to
+    be asked one by one, and are `others`. What is `rejected` is not asked for again.
     """
 
     def __init__(
@@ -303,9 +317,11 @@ class _BatchFiles:
         table: BatchTable,
         most: int,
         rejected: Mapping[str, RejectedError],
+        left: Set[str],
     ) -> None:
         """`most` requests go into one file, or fewer where the provider says so."""
-        self.journal, self.table, self.most, self.rejected = journal, table, most, rejected
+        self.journal, self.table, self.most = journal, table, most
+        self.rejected, self.left = rejected, left
         self.samplers: dict[str, Sampler] = {}
         self.needed: set[str] = set()
         self.planned: set[str] = set()
@@ -333,15 +349,15 @@ class _BatchFiles:
         if rejected := self.journal.rejection(key) or self.rejected.get(key):
             raise rejected
         provider = _provider_of(sampler)
-        if provider is None:
-            self.others += 1
-        else:
+        if provider is not None:
             self.samplers[sampler.identity] = sampler
-            if found := self.table.batch_of(key):
-                self.needed.add(found)
-            else:
-                line = provider.line(key, messages, sampling)
-                self._add(key, line, (sampler.identity, sampling), provider)
+        if provider is None or key in self.left:
+            self.others += 1
+        elif found := self.table.batch_of(key):
+            self.needed.add(found)
+        else:
+            line = provider.line(key, messages, sampling)
+            self._add(key, line, (sampler.identity, sampling), provider)
         raise InterruptedError("waits for its batch")
 
     def _add(
@@ -395,7 +411,7 @@ def _provider_of(sampler: Sampler) -> OpenAIBatches | None:
 class _BatchWorker:
     """Handles one provider's batches; whatever it does can be done again after a crash.
 
-    `rejected` has the requests that the provider rejects, by digest, as long as it has answered
+    `rejected` has the requests that the provider rejects, by digest, as long as it has `answered`
     no other: they aren't final.
     """
 
@@ -416,7 +432,7 @@ class _BatchWorker:
         self.rest, self.bought = rest, bought
         self.rejected: dict[str, RejectedError] = {}
         self._unread: defaultdict[str, set[str]] = defaultdict(set)  # batches by request
-        self._answered = False
+        self.answered = False
 
     async def recover(self, batch: BatchJob) -> None:
         """Find out whether a batch of an earlier process was ever started; forget it if not."""
@@ -470,7 +486,7 @@ class _BatchWorker:
                 answers += await self._insist(partial(self._read, file, batch, digests))
             except RejectedError as error:
                 problem = f"its answers can't be had: {error}"
-        if self._answered:
+        if self.answered:
             for digest, rejection in self.rejected.items():
                 self.journal.reject(digest, batch.identity, rejection)
             self.rejected.clear()
@@ -511,7 +527,7 @@ class _BatchWorker:
             self.journal.put_all(batch.identity, new, batch=True)
             for _, reply in new:
                 self.bought(reply)
-            self._answered = self._answered or bool(replies)
+            self.answered = self.answered or bool(replies)
         return answers
 
     def _given_up(

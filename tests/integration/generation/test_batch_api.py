@@ -267,6 +267,17 @@ def test_batches_that_bear_no_fruit_are_given_up(server: OpenAIServer, bought: A
     assert server.batches.sizes() == [6, 6]
 
 
+def test_a_row_that_fails_in_batch_after_batch_is_asked_by_itself_and_the_run_goes_on(
+    server: OpenAIServer, bought: Any, tmp_path: Path
+) -> None:
+    server.faults.append(Fault("sky", times=4, status=500, error={"message": "It broke."}))
+    with pytest.warns(UserWarning, match=r"1 requests have no answer .*It broke.*full price"):
+        assert bought().errors == 0
+    assert server.batches.sizes() == [6, 1, 1]
+    assert sum(server.asked.values()) == 2
+    assert times_bought(tmp_path) == [1] * 6
+
+
 NO_VALUE = {"message": "No such value.", "code": "unsupported_value", "param": "temperature"}
 
 
