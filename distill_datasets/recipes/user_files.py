@@ -178,7 +178,8 @@ def open_yaml(path: Path, limit: int = _YAML_LIMIT) -> tuple[yaml.Node, dict[str
         except yaml.YAMLError:
             root = yaml.compose(text, Loader=yaml.SafeLoader)  # shows what it can't read
         if not isinstance(root, yaml.MappingNode):
-            found = "nothing" if root is None else "a list" if root.id == "sequence" else "text"
+            listed = isinstance(root, yaml.SequenceNode)
+            found = "nothing" if root is None else "a list" if listed else "text"
             raise RecipeError(f"{path}: expected keys and values, as `name: mine`; found {found}.")
         if _size(path, root, {}, 0) > _VALUES:
             raise RecipeError(f"{path} comes to over {_VALUES:,} values with its aliases.")
