@@ -48,7 +48,7 @@ class SpendingRecord:
             Path(report["dataset"]["path"]) / "manifest.json",
         )
         known = next((one for one in places if one.is_file()), None)
-        trainings = sorted(path.parent for path in folder.glob("train*/metrics.jsonl"))
+        trainings = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
         return cls(read_object(known) if known else None, trainings, other)
 
     @property

@@ -108,7 +108,7 @@ def summary_html(report: _Report, page_file: Path) -> str:
 def _find_training(run: Path, report: _Report) -> Path | None:
     """The training in a run's folder whose checkpoint is the student."""
     student = report["systems"]["student"]["model"]
-    for log in sorted(run.glob("train*/checkpoints.jsonl")):
+    for log in sorted(run.glob("*/checkpoints.jsonl")):
         if json.dumps(student) in log.read_text("utf-8", "replace"):
             return log.parent
     return None

@@ -201,13 +201,14 @@ def test_a_runs_folder_says_what_it_spent(tmp_path: Path) -> None:
     cost = {"amount": 2.5, "currency": "USD", "priced_at": None}
     (tmp_path / "answers" / "generation.json").write_text(json.dumps({"cost": cost}))
     training(tmp_path / "train", 1.0)
+    training(tmp_path / "small", 0.25)  # --out names it as it likes
     found = money_of_run(tmp_path, LESSON, volumes=[5], other=0.5)
-    parts = found["spent"]["parts"]
-    assert [parts[one]["amount"] for one in ("generation", "training (train)", "other")] == [
-        2.5,
-        1.0,
-        0.5,
-    ]
+    assert {name: part["amount"] for name, part in found["spent"]["parts"].items()} == {
+        "generation": 2.5,
+        "training (small)": 0.25,
+        "training (train)": 1.0,
+        "other": 0.5,
+    }
     (tmp_path / "report.json").write_text("[]")
     with pytest.raises(DatasetError, match="is no report of `measure`"):
         money_of_run(tmp_path, LESSON)
