@@ -1,4 +1,16 @@
-"""Prompt distillation: a long prompt becomes a dataset, the dataset a model without the prompt."""
+"""Prompt distillation: a long prompt becomes a dataset, the dataset a model without the prompt.
+
+Beside the folders lies what all of them use:
+
+errors.py          all that is raised on purpose
+schema.py          the columns of answers and releases
+conversations.py   chats as text, and the calls of tools in an answer
+files.py           files and folders that change all at once; parquet.py: those of rows
+settings.py        a setting: its default, range and help in one place
+statistics.py      intervals, tests and sample sizes
+progress.py        the live line of long work
+tables.py          tables and numbers as text and HTML; drawing.py: as SVG
+"""
 
 import sys
 from importlib import import_module

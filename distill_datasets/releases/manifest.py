@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,6 +53,15 @@ def parse_manifest(text: str | bytes, where: str) -> dict[str, Any]:
             "and publish again."
         )
     return dict(manifest)
+
+
+def write_manifest(release: Path, manifest: dict[str, Any]) -> None:
+    """Write manifest.json behind all other files but the card, and put their digests into it."""
+    digests = manifest["sha256"] = {}
+    for path in sorted(path for path in release.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digests[path.relative_to(release).as_posix()] = file_digest(file, "sha256").hexdigest()
+    (release / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:

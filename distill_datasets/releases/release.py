@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -48,9 +48,9 @@ from distill_datasets.releases.manifest import (
     following,
     history,
     layout,
-    manifest_text,
     read_manifest,
     rejected_rows,
+    write_manifest,
 )
 from distill_datasets.schema import answer_features
 from distill_datasets.tables import html_card, html_table
@@ -334,8 +334,7 @@ def _write(
         answers.carried.dump(building / "recipe")
         if not manifest["prompt"]:
             _withhold(building / "recipe", answers.carried)
-        manifest["sha256"] = _file_digests(building)
-        (building / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
+        write_manifest(building, manifest)
         card, written = folder / "README.md", []
         if card.is_file():
             written = [(read_card(card.read_text(encoding="utf-8")), (old or {}).get("card") or {})]
@@ -358,15 +357,6 @@ def _withhold(folder: Path, recipe: Recipe) -> None:
             (folder / name).unlink()
     for member in recipe.members.values():
         _withhold(folder / "prompts" / member.name, member)
-
-
-def _file_digests(release: Path) -> dict[str, str]:
-    """The digest of every file by its name, but for manifest and card."""
-    found = {}
-    for path in sorted(path for path in release.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            found[path.relative_to(release).as_posix()] = file_digest(file, "sha256").hexdigest()
-    return found
 
 
 def _write_rows(building: Path, answers: _Answers) -> None:

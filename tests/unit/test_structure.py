@@ -122,8 +122,8 @@ def test_the_readme_runs_the_commands_that_the_makefile_has() -> None:
 
 
 def test_a_folders_first_page_names_every_file_in_it() -> None:
-    for page in PACKAGE.glob("*/__init__.py"):
-        files = {path.name for path in page.parent.glob("*.py")} - {page.name}
+    for page in (PACKAGE / "__init__.py", *PACKAGE.glob("*/__init__.py")):
+        files = {path.name for path in page.parent.glob("*.py")} - {page.name, "__main__.py"}
         text = page.read_text(encoding="utf-8")
         assert {name for name in files if name not in text} == set(), page
 
