@@ -232,8 +232,13 @@ class ComputeThread:
     as much time.
     """
 
-    def __init__(self, sampler: Engine, prepare: Callable[[], None]) -> None:
-        self._sampler, self._prepare = sampler, prepare
+    def __init__(
+        self,
+        sampler: Engine,
+        prepare: Callable[[], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._sampler, self._prepare, self._clock = sampler, prepare, clock
         self._arrived: deque[Job | SampleJob] = deque()
         self._changed = threading.Condition()
         self._broken: Payload | None = None
@@ -267,14 +272,14 @@ class ComputeThread:
 
     def _compute(self) -> None:
         """A job or a step of the samples, whichever has had less of the time that both wait."""
-        began, jobs, samples = time.perf_counter(), bool(self._jobs), self._sampler.busy
+        began, jobs, samples = self._clock(), bool(self._jobs), self._sampler.busy
         if jobs and not (samples and self._ahead > 0):
             job = self._jobs.popleft()
             self._attempt(lambda: job.resolve(job.run()), job.resolve)
-            self._ahead += time.perf_counter() - began
+            self._ahead += self._clock() - began
         elif samples:
             self._attempt(self._sampler.step, self._sampler.fail)
-            self._ahead -= time.perf_counter() - began
+            self._ahead -= self._clock() - began
         if not (jobs and samples):
             self._ahead = 0.0
 
