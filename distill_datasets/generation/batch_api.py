@@ -5,7 +5,7 @@ import json
 import sqlite3
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -206,7 +206,7 @@ class _Rounds:
         self.journal, self.table, self.settings, self.meter = journal, table, settings, meter
         self._most = _MOST
         self._fruitless = 0
-        self._left: set[str] = set()
+        self._one_by_one = False
         self._workers: dict[str, _BatchWorker] = {}  # by the sampler's identity
         self._progress: Progress
 
@@ -220,7 +220,7 @@ class _Rounds:
                 for worker in self._workers.values()
                 for digest, error in worker.rejected.items()
             }
-            files = _BatchFiles(self.journal, self.table, self._most, rejected, self._left)
+            files = _BatchFiles(self.journal, self.table, self._most, rejected, self._one_by_one)
             with Progress("look for answers", len(queries)) as progress:
                 await files.fill(queries, teachers, progress)
             if files.others and not files.samplers:
@@ -257,7 +257,6 @@ class _Rounds:
         """Look after batches until all are over."""
         waiting, seen = list(batches), Counter[str]()
         answered, problem, refused = 0, "", 0
-        requests = {digest for batch in batches for digest in self.table.digests(batch.key)}
         while waiting:
             for batch in list(waiting):
                 worker = self._workers[batch.identity]
@@ -274,12 +273,13 @@ class _Rounds:
                 raise PendingError(_pending(waiting))
             if waiting or problem:
                 await asyncio.sleep(self.settings.poll)
-        self._learn(answered, problem, refused, requests)
+        self._learn(answered, problem, refused, sum(batch.requests for batch in batches))
 
-    def _learn(self, answered: int, problem: str, refused: int, requests: set[str]) -> None:
+    def _learn(self, answered: int, problem: str, refused: int, requests: int) -> None:
         """Make batches smaller that the provider finds too large; give up what bears no fruit.
 
-        Where others were answered that is a matter of these requests, which are asked one by one.
+        Where others were answered that is a matter of these requests, all that are missing: they
+        are asked one by one.
         """
         if answered:
             self._fruitless = 0
@@ -288,10 +288,9 @@ class _Rounds:
         else:
             self._fruitless += 1
         if self._fruitless == _FRUITLESS and any(one.answered for one in self._workers.values()):
-            self._left |= requests
-            self._fruitless = 0
+            self._one_by_one = True
             warn(
-                f"{len(requests)} requests have no answer after {_FRUITLESS} batches of their own "
+                f"{requests} requests have no answer after {_FRUITLESS} batches of their own "
                 f"({problem}): they are asked one by one, at the full price.",
                 stacklevel=2,
             )
@@ -307,8 +306,8 @@ class _BatchFiles:
 
     A full file is a planned batch in the table. `samplers` are those asked, by identity, and
     `needed` the keys of all batches that must be over before another answer can be given, those
-    `planned` here among them. Requests to a sampler that has no batches, and those `left`, are to
-    be asked one by one, and are `others`. What is `rejected` is not asked for again.
+    `planned` here among them. Requests to a sampler that has no batches, or to any where
+    all are to be asked `one_by_one`, are `others`. What is `rejected` is not asked for again.
     """
 
     def __init__(
@@ -317,11 +316,11 @@ class _BatchFiles:
         table: BatchTable,
         most: int,
         rejected: Mapping[str, RejectedError],
-        left: Set[str],
+        one_by_one: bool,
     ) -> None:
         """`most` requests go into one file, or fewer where the provider says so."""
         self.journal, self.table, self.most = journal, table, most
-        self.rejected, self.left = rejected, left
+        self.rejected, self.one_by_one = rejected, one_by_one
         self.samplers: dict[str, Sampler] = {}
         self.needed: set[str] = set()
         self.planned: set[str] = set()
@@ -351,7 +350,7 @@ class _BatchFiles:
         provider = _provider_of(sampler)
         if provider is not None:
             self.samplers[sampler.identity] = sampler
-        if provider is None or key in self.left:
+        if provider is None or self.one_by_one:
             self.others += 1
         elif found := self.table.batch_of(key):
             self.needed.add(found)
