@@ -36,6 +36,7 @@ from distill_datasets.files import (
     rows_file,
     write_file,
 )
+from distill_datasets.models.references import checkpoints_in
 from distill_datasets.progress import amount_text
 from distill_datasets.tables import html_card, html_plot, html_table, interval_text, measured_text
 from distill_datasets.training.plots import panels_html
@@ -65,7 +66,7 @@ def write_page(
     """
     file = report_file(report)
     data = data or read_report(file)
-    folder = training or _find_training(file.parent, data)
+    folder = training or checkpoints_in(file.parent).get(data["systems"]["student"]["model"])
     record = TrainedStudent.read(folder) if folder else None
     written = file.with_suffix(".html")
     rows = read_rows(file) if rows_file(file).is_file() else ()
@@ -103,15 +104,6 @@ def summary_html(report: _Report, page_file: Path) -> str:
         *(f"{one['number']} {one['said']}" for one in _tiles(report)),
         f"More: {page_file}",
     )
-
-
-def _find_training(run: Path, report: _Report) -> Path | None:
-    """The training in a run's folder whose checkpoint is the student."""
-    student = report["systems"]["student"]["model"]
-    for log in sorted(run.glob("*/checkpoints.jsonl")):
-        if json.dumps(student) in log.read_text("utf-8", "replace"):
-            return log.parent
-    return None
 
 
 def page(

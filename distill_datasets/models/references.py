@@ -158,6 +158,19 @@ def find_training(reference: str | Path) -> Path | None:
     return next((place for place in places if (place / _CHECKPOINTS).is_file()), None)
 
 
+def checkpoints_in(run: Path) -> dict[str, Path]:
+    """The training folder of every checkpoint that was saved in a run's folder, by its sampler.
+
+    The folders may have any names; the run's folder may be one itself.
+    """
+    found = {}
+    for log in sorted((*run.glob(_CHECKPOINTS), *run.glob(f"*/{_CHECKPOINTS}"))):
+        for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
+            if isinstance(sampler := _json_object(line).get("sampler"), str):
+                found[sampler] = log.parent
+    return found
+
+
 def _json_object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)

@@ -35,7 +35,7 @@ from distill_datasets.files import (
 from distill_datasets.generation.cache import Journal
 from distill_datasets.generation.client import CachedClient, ManyRequests
 from distill_datasets.generation.rate_limit import Limits
-from distill_datasets.models.references import connect, find_training, read_training
+from distill_datasets.models.references import checkpoints_in, connect, read_training
 from distill_datasets.models.sampler import Logprobs
 from distill_datasets.progress import interruptible
 from distill_datasets.serving.protocol import Place
@@ -208,12 +208,10 @@ def calibrate(
 def _measured_training(path: Path, report: Mapping[str, Any]) -> Path:
     """The training in a report's folder whose best checkpoint the report is about."""
     student, run = report["systems"]["student"]["model"], path.parent
-    logs = sorted(run.glob("*/checkpoints.jsonl"))
-    places = dict.fromkeys([find_training(run), *(log.parent for log in logs)])
-    found = [place for place in places if place is not None]
-    for place in found:
-        if read_training(place)[1]["sampler"] == student:
-            return place
+    saved = checkpoints_in(run)
+    training, found = saved.get(student), list(dict.fromkeys(saved.values()))
+    if training is not None and read_training(training)[1]["sampler"] == student:
+        return training
     if not found:
         raise DatasetError(
             f"{str(run)!r} holds no trained student: expected the training of {student}, which "

@@ -40,6 +40,8 @@ def test_a_student_that_agrees_with_nobody_serves_nothing(
     for name in ("config.json", "checkpoints.jsonl"):
         other = (out / "student" / name).read_text().replace("/sampler_weights/", "/of_another/")
         (out / "train" / name).write_text(other)
+    (out / "again").mkdir()  # a training that was stopped before its first checkpoint
+    (out / "again" / "checkpoints.jsonl").write_text("")
     assert main(["calibrate", str(out), "--json"]) == 0, "the student is that of the report"
     assert json.loads(capsys.readouterr().out)["student"] == found.student
     (out / "student").rename(tmp_path / "student")
